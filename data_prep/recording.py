@@ -1,0 +1,86 @@
+"""Recording: the one shape in which every source delivers pictures and responses.
+
+A source knows its own file format and nothing of shards; the packer knows `Recording` and nothing of file formats.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Stimulus:
+    """One stimulus with the responses to it.
+
+    Attributes:
+        id: unique in the recording; letters, digits, `_` and `-` only (it becomes a file name inside a tar).
+        image: the encoded picture; the source's own bytes wherever it has an encoded file.
+        encoding: "jpg" or "png".
+        rates: float32 (sites,), trial-averaged responses; NaN = not recorded; None where the split has no responses.
+        trials: float32 (repetitions, sites), single-trial responses padded with NaN; None without single trials.
+        truth: float32 (sites,), the noise-free mean rates; known for simulated recordings only.
+        meta: JSON-able facts about the stimulus; `object` and `category` where they are known.
+    """
+
+    id: str
+    image: bytes
+    encoding: str
+    rates: np.ndarray | None = None
+    trials: np.ndarray | None = None
+    truth: np.ndarray | None = None
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+class Recording(ABC):
+    """Pictures, sites and responses of one recording, read lazily.
+
+    Instances are pickled to the packing processes, so they hold plain data and open their files in `read`.
+
+    Attributes:
+        name: short name, e.g. "majaj2015".
+        provenance: JSON-able: where it comes from, what was done to it, warnings found on the way.
+        simulated: True for recordings that no brain took part in.
+        sites: one dict per site, each with at least `id`; `region`, `subject` ... where known.
+        response_window_ms: (start, end) after stimulus onset, or None where the source does not tell.
+        units: of the rates, e.g. "spikes/s", or "as recorded" where the source does not tell.
+        stimulus_ids: all ids, in the source's order.
+        splits: one of `SPLITS` per stimulus.
+        objects: the object shown, per stimulus; None where the source has no labels.
+        truth: facts known only of a simulation, e.g. `{"reliability": [...]}` per site.
+    """
+
+    name: str
+    provenance: dict[str, Any]
+    simulated: bool = False
+    sites: list[dict[str, Any]]
+    response_window_ms: tuple[float, float] | None = None
+    units: str = "as recorded"
+    stimulus_ids: list[str]
+    splits: list[str]
+    objects: list[str] | None = None
+    truth: dict[str, Any] | None = None
+
+    @abstractmethod
+    def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
+        """Yield the stimuli at `indices` (positions in `stimulus_ids`), in that order, without holding them all."""
+
+
+def trial_average(trials: np.ndarray) -> np.ndarray:
+    """Mean over the repetitions that are there.
+
+    Args:
+        trials: float (..., repetitions, sites), NaN = missing.
+
+    Returns:
+        float32 (..., sites); NaN where a site has no repetition at all.
+    """
+    present = ~np.isnan(trials)
+    count = present.sum(axis=-2)
+    total = np.where(present, trials, 0.0).sum(axis=-2, dtype=np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return (total / count).astype(np.float32)
