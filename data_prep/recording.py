@@ -51,6 +51,7 @@ class Recording(ABC):
         stimulus_ids: all ids, in the source's order.
         splits: one of `SPLITS` per stimulus.
         objects: the object shown, per stimulus; None where the source has no labels.
+        group_by: the fact in each stimulus's `meta` whose values no split may share, where the split kept groups together.
         truth: facts known only of a simulation, e.g. `{"reliability": [...]}` per site.
     """
 
@@ -63,6 +64,7 @@ class Recording(ABC):
     stimulus_ids: list[str]
     splits: list[str]
     objects: list[str] | None = None
+    group_by: str | None = None
     truth: dict[str, Any] | None = None
 
     @abstractmethod

@@ -8,9 +8,7 @@ from data_prep.errors import BadInput
 from data_prep.recording import SPLITS
 
 
-def assign_splits(
-    n: int, fractions: Mapping[str, float], seed: int, groups: Sequence[str] | None = None
-) -> list[str]:
+def assign_splits(n: int, fractions: Mapping[str, float], seed: int, groups: Sequence[str] | None = None) -> list[str]:
     """Assign each of `n` stimuli to a split at random.
 
     The stimuli are permuted by `numpy.random.default_rng(seed).permutation`; the first floor(val * n) go to val, the
@@ -28,7 +26,7 @@ def assign_splits(
     """
     if unknown := set(fractions) - set(SPLITS):
         raise BadInput(f"split fractions: unknown split {sorted(unknown)[0]!r}; use {', '.join(SPLITS)}")
-    if any(share < 0 for share in fractions.values()) or abs(sum(fractions.values()) - 1) > 1e-6:
+    if not all(share >= 0 for share in fractions.values()) or not abs(sum(fractions.values()) - 1) < 1e-6:
         raise BadInput(f"split fractions must be positive and add up to 1, not {dict(fractions)}")
     names = np.arange(n) if groups is None else np.asarray(groups)
     _, group_of = np.unique(names, return_inverse=True)

@@ -1,0 +1,140 @@
+"""manifest.json: what a shard folder says of itself, as a typed and checked model."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_prep.errors import BadInput
+
+FORMAT_VERSION = 1
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Shard(_Part):
+    """One tar file of a split."""
+
+    file: str = Field(pattern=r"^[A-Za-z0-9_.-]+\.tar$")
+    stimuli: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Split(_Part):
+    """The shards of one split; `responses` tells whether its stimuli carry rates."""
+
+    stimuli: int = Field(ge=1)
+    responses: bool
+    shards: list[Shard] = Field(min_length=1)
+
+
+class Image(_Part):
+    """Size in pixels and mode of the pictures; `mixed` where they are not all alike (then the largest are given)."""
+
+    width: int = Field(ge=1)
+    height: int = Field(ge=1)
+    mode: str
+    mixed: bool = False
+
+
+class Rates(_Part):
+    """Per-site mean and standard deviation over the train split; null for a site never recorded there."""
+
+    units: str
+    mean: list[float | None]
+    std: list[float | None]
+
+
+class Ceiling(_Part):
+    """Per-site reliability of the trial average (see `data_prep/ceiling.py`); null where it has no estimate."""
+
+    method: str
+    random_splits: int
+    seed: int
+    stimuli: int
+    repetitions: dict[str, float]
+    reliability: list[float | None]
+
+
+class Manifest(_Part):
+    """The whole of manifest.json."""
+
+    format: Literal["spiketune-shards"] = "spiketune-shards"
+    format_version: Literal[1] = FORMAT_VERSION
+    name: str
+    simulated: bool
+    provenance: dict[str, Any]
+    splits: dict[Literal["train", "val", "test"], Split]
+    sites: list[dict[str, Any]] = Field(min_length=1)
+    classes: list[str] | None
+    image: Image
+    rates: Rates
+    response_window_ms: tuple[float, float] | None
+    group_by: str | None = None
+    ceiling: Ceiling | None = None
+    truth: dict[str, Any] | None = None
+
+    @property
+    def site_ids(self) -> list[str]:
+        """The ids of the sites, in the order of the columns of every rates member."""
+        return [str(site["id"]) for site in self.sites]
+
+    def save(self, path: Path) -> None:
+        """Write the manifest as JSON; fields that do not apply are absent."""
+        text = json.dumps(self.model_dump(mode="json", exclude_none=False), indent=1, allow_nan=False)
+        path.write_text(text + "\n", encoding="utf-8")
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a shard folder.
+
+    Raises:
+        BadInput: no such folder, no manifest in it, or a manifest that is damaged or of another format version.
+    """
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder; give a shard folder made by data_prep/pack.py")
+    if not path.is_file():
+        raise BadInput(f"{folder} has no manifest.json, so it is not a (finished) shard folder of data_prep/pack.py")
+    try:
+        manifest = Manifest.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"]) or "the file"
+        raise BadInput(f"{path}: {where}: {fault['msg']}; pack the recording again") from None
+    _check_lengths(manifest, path)
+    return manifest
+
+
+def _check_lengths(manifest: Manifest, path: Path) -> None:
+    sites = len(manifest.sites)
+    ids = [site.get("id") for site in manifest.sites]
+    if None in ids or len(set(map(str, ids))) != sites:
+        raise BadInput(f"{path}: sites: each of the {sites} sites needs an id of its own")
+    lists = {"rates.mean": manifest.rates.mean, "rates.std": manifest.rates.std}
+    if manifest.ceiling is not None:
+        lists["ceiling.reliability"] = manifest.ceiling.reliability
+    for name, values in lists.items():
+        if len(values) != sites:
+            raise BadInput(f"{path}: {name} has {len(values)} values for {sites} sites; pack the recording again")
+    for name, split in manifest.splits.items():
+        counted = sum(shard.stimuli for shard in split.shards)
+        if counted != split.stimuli:
+            raise BadInput(f"{path}: splits.{name}.stimuli is {split.stimuli}, but its shards hold {counted}")
+
+
+def to_json_list(values: Iterable[float]) -> list[float | None]:
+    """Floats for JSON, which has no NaN: what is not finite becomes null."""
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def from_json_list(values: Iterable[float | None]) -> np.ndarray:
+    """The inverse of `to_json_list`: float64, null becomes NaN."""
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)

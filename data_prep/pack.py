@@ -1,0 +1,51 @@
+"""Pack a recording into a folder of WebDataset shards.
+
+    python data_prep/pack.py {simulated,folder,it-h5} [SOURCE] --out DIR [...]
+
+`python data_prep/pack.py folder --help` lists the options of a source.
+"""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_prep.command_line import parse
+from data_prep.errors import run_command
+from data_prep.overview import summary
+from data_prep.packing import pack
+from data_prep.sources.folder import Folder
+from data_prep.sources.it_h5 import ItH5
+from data_prep.sources.simulated import Simulated
+
+
+class Pack(BaseModel):
+    """Pack a recording into a folder of WebDataset shards."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    source: (
+        Annotated[Simulated, tyro.conf.subcommand("simulated")]
+        | Annotated[Folder, tyro.conf.subcommand("folder")]
+        | Annotated[ItH5, tyro.conf.subcommand("it-h5")]
+    )
+    out: Path
+    """The shard folder to make; it must not exist yet."""
+    stimuli_per_shard: int = Field(256, ge=1)
+    """Stimuli in one tar file."""
+    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    """Processes that read, encode and write."""
+
+
+def main() -> None:
+    """Parse the command line, pack, and say what was packed."""
+    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.ConsolidateSubcommandArgs)
+    options = parse(Pack, config=omit)
+    folder = pack(options.source.open(), options.out, options.stimuli_per_shard, options.workers)
+    print(summary(folder))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,306 @@
+"""Recording -> shard folder, on several processes, whole or not at all.
+
+Everything is written into a hidden folder beside the target, which gets the target's name only when manifest and index
+are complete. A killed pack leaves at most that hidden folder; the next pack to the same target removes it.
+"""
+
+import fcntl
+import multiprocessing
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.ceiling import split_half_reliability
+from data_prep.errors import BadInput
+from data_prep.manifest import Ceiling, Image, Manifest, Rates, Shard, Split, to_json_list
+from data_prep.pictures import picture_size
+from data_prep.progress import Progress
+from data_prep.recording import SPLITS, Recording, Stimulus
+from data_prep.shards import ShardFolder, write_index, write_shard
+
+CEILING_SPLITS, CEILING_SEED = 100, 0
+NEVER_UINT8 = 0.1  # a rounding error above this part of a grey level is no float16 noise: the picture was resampled
+
+
+def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) -> ShardFolder:
+    """Write `recording` as a shard folder and open it.
+
+    Args:
+        recording: what to pack.
+        out: the folder to make.
+        stimuli_per_shard: stimuli in one tar.
+        workers: packing processes.
+
+    Raises:
+        BadInput: `out` exists, the recording contradicts itself, or a stimulus of it cannot be read.
+    """
+    _check_recording(recording)
+    with _whole_or_nothing(out) as folder:
+        packed = _write_shards(recording, folder, stimuli_per_shard, workers)
+        manifest = _manifest(recording, packed)
+        write_index(folder, manifest)
+        manifest.save(folder / "manifest.json")
+        manifest.ceiling = _ceiling(ShardFolder(folder))
+        manifest.save(folder / "manifest.json")
+    return ShardFolder(out)
+
+
+def _check_recording(recording: Recording) -> None:
+    ids, splits = recording.stimulus_ids, recording.splits
+    if not ids:
+        raise BadInput(f"{recording.name}: holds no stimuli")
+    if len(set(ids)) != len(ids):
+        seen: set[str] = set()
+        twice = next(name for name in ids if name in seen or seen.add(name))
+        raise BadInput(f"{recording.name}: stimulus id {twice!r} occurs more than once; each stimulus needs its own")
+    if wrong := [name for name in ids if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
+        raise BadInput(f"{recording.name}: stimulus id {wrong[0]!r} must consist of letters, digits, _ and - only")
+    if len(splits) != len(ids) or (unknown := set(splits) - set(SPLITS)):
+        raise BadInput(f"{recording.name}: splits must name {', '.join(SPLITS)} for every stimulus, not {unknown}")
+    if "train" not in splits:
+        raise BadInput(f"{recording.name}: has no stimulus in the split 'train'; a model needs some to be fitted on")
+
+
+@contextmanager
+def _whole_or_nothing(out: Path) -> Iterator[Path]:
+    """A hidden folder beside `out` that becomes `out` if the block ends well and is removed if it does not."""
+    if out.exists():
+        raise BadInput(f"{out} exists already; choose another --out, or remove it first to pack again")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(out)
+    hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}.packing-", dir=out.parent))
+    lock = os.open(hidden, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)  # held as long as we live: it tells a living pack's folder from a dead one's
+    try:
+        yield hidden
+        hidden.chmod(0o755)
+        try:
+            hidden.rename(out)
+        except OSError:
+            raise BadInput(f"{out} was made by someone else while packing; choose another --out") from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.close(lock)
+
+
+def _remove_leftovers(out: Path) -> None:
+    for leftover in out.parent.glob(f".{out.name}.packing-*"):
+        lock = os.open(leftover, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"another pack to {out} is under way; wait for it, or choose another --out") from None
+        else:
+            shutil.rmtree(leftover, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+# ------------------------------------------------------------------------------------------------------ processes
+
+
+@dataclass
+class _PackedShard:
+    """What a packing process tells of the shard it wrote."""
+
+    shard: Shard
+    rates: np.ndarray | None
+    image_sizes: set[tuple[int, int, str]]
+    rounding_error: float | None
+
+
+@dataclass
+class _Packed:
+    shards: dict[str, list[_PackedShard]] = field(default_factory=dict)
+
+    def all(self) -> list[_PackedShard]:
+        return [shard for shards in self.shards.values() for shard in shards]
+
+
+_recording: Recording
+_finished: Any
+
+
+def _start_process(recording: Recording, finished: Any) -> None:
+    global _recording, _finished
+    _recording, _finished = recording, finished
+
+
+def _write_shards(recording: Recording, folder: Path, stimuli_per_shard: int, workers: int) -> _Packed:
+    jobs = _shard_jobs(recording.splits, stimuli_per_shard)
+    context = multiprocessing.get_context("spawn")
+    finished = context.Value("q", 0)
+    with (
+        Progress(len(recording.stimulus_ids), "packing") as progress,
+        ProcessPoolExecutor(min(workers, len(jobs)), context, _start_process, (recording, finished)) as pool,
+    ):
+        futures = [pool.submit(_write_one, folder / name, indices) for _, name, indices in jobs]
+        try:
+            _watch(futures, finished, progress)
+        except BrokenProcessPool:
+            raise RuntimeError("a packing process was killed (out of memory?); nothing was packed") from None
+        finally:
+            for future in futures:
+                future.cancel()
+    packed = _Packed()
+    for (split, _, _), future in zip(jobs, futures, strict=True):
+        packed.shards.setdefault(split, []).append(future.result())
+    return packed
+
+
+def _shard_jobs(splits: Sequence[str], stimuli_per_shard: int) -> list[tuple[str, str, list[int]]]:
+    """(split, file name, stimulus positions) of every shard, in the source's order within a split."""
+    jobs = []
+    for split in SPLITS:
+        positions = [position for position, name in enumerate(splits) if name == split]
+        for number, start in enumerate(range(0, len(positions), stimuli_per_shard)):
+            jobs.append((split, f"{split}-{number:06d}.tar", positions[start : start + stimuli_per_shard]))
+    return jobs
+
+
+def _watch(futures: list[Future], finished: Any, progress: Progress) -> None:
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()  # raises what the process raised
+        progress.advance(finished.value - progress.done)
+
+
+def _write_one(path: Path, indices: list[int]) -> _PackedShard:
+    watcher = _Watcher(len(_recording.sites))
+    shard = write_shard(path, watcher.watch(_recording.read(indices)))
+    return _PackedShard(shard, watcher.rates(), watcher.image_sizes, watcher.rounding_error)
+
+
+class _Watcher:
+    """Looks at the stimuli on their way into a shard and keeps what the manifest has to say of them."""
+
+    def __init__(self, sites: int):
+        self.sites = sites
+        self.image_sizes: set[tuple[int, int, str]] = set()
+        self.rounding_error: float | None = None
+        self._rates: list[np.ndarray | None] = []
+
+    def watch(self, stimuli: Iterator[Stimulus]) -> Iterator[Stimulus]:
+        for stimulus in stimuli:
+            self._check(stimulus)
+            self.image_sizes.add(picture_size(stimulus.image))
+            self._rates.append(stimulus.rates)
+            if (error := stimulus.meta.get("uint8_rounding_error")) is not None:
+                self.rounding_error = max(error, self.rounding_error or 0.0)
+            with _finished.get_lock():
+                _finished.value += 1
+            yield stimulus
+
+    def _check(self, stimulus: Stimulus) -> None:
+        for name, array, ndim in (("rates", stimulus.rates, 1), ("trials", stimulus.trials, 2)):
+            if array is not None and (array.ndim != ndim or array.shape[-1] != self.sites):
+                raise BadInput(f"{stimulus.id}: {name} of shape {array.shape}; the recording has {self.sites} sites")
+            if array is not None and np.isinf(array).any():
+                raise BadInput(f"{stimulus.id}: {name} holds an infinite value; NaN stands for what was not recorded")
+
+    def rates(self) -> np.ndarray | None:
+        """float32 (stimuli, sites), or None where no stimulus of the shard has responses."""
+        missing = [rates is None for rates in self._rates]
+        if any(missing) and not all(missing):
+            raise BadInput("some stimuli of one split have responses and others have none; use NaN for missing ones")
+        return None if all(missing) else np.stack(self._rates)
+
+
+# ------------------------------------------------------------------------------------------------------- manifest
+
+
+def _manifest(recording: Recording, packed: _Packed) -> Manifest:
+    train = [shard.rates for shard in packed.shards["train"]]
+    if any(rates is None for rates in train):
+        raise BadInput(f"{recording.name}: the split 'train' has no responses to fit a model on")
+    return Manifest(
+        name=recording.name,
+        simulated=recording.simulated,
+        provenance=_findings(recording, packed),
+        splits={split: _split(shards) for split, shards in packed.shards.items()},
+        sites=recording.sites,
+        classes=sorted(set(recording.objects)) if recording.objects else None,
+        image=_image(packed),
+        rates=_rates(recording, np.concatenate(train)),
+        response_window_ms=recording.response_window_ms,
+        group_by=recording.group_by,
+        truth=recording.truth,
+    )
+
+
+def _split(shards: list[_PackedShard]) -> Split:
+    return Split(
+        stimuli=sum(packed.shard.stimuli for packed in shards),
+        responses=all(packed.rates is not None for packed in shards),
+        shards=[packed.shard for packed in shards],
+    )
+
+
+def _findings(recording: Recording, packed: _Packed) -> dict[str, Any]:
+    """The recording's provenance with what was found while its pictures passed through."""
+    provenance = dict(recording.provenance)
+    errors = [shard.rounding_error for shard in packed.all() if shard.rounding_error is not None]
+    if not errors:
+        return provenance
+    provenance["largest_uint8_rounding_error"] = max(errors)
+    warnings = provenance.get("warnings", [])
+    if max(errors) > NEVER_UINT8 and not any("uint8" in warning for warning in warnings):
+        found = (
+            f"rounding to uint8 moved a pixel by {max(errors):.3f} of a grey level: "
+            "the source's pictures never were uint8 (they were resampled after decoding)"
+        )
+        provenance["warnings"] = [*warnings, found]
+    return provenance
+
+
+def _image(packed: _Packed) -> Image:
+    sizes = set().union(*(shard.image_sizes for shard in packed.all()))
+    widths, heights, modes = zip(*sizes, strict=True)
+    mode = modes[0] if len(set(modes)) == 1 else "mixed"
+    return Image(width=max(widths), height=max(heights), mode=mode, mixed=len(sizes) > 1)
+
+
+def _rates(recording: Recording, train: np.ndarray) -> Rates:
+    present = ~np.isnan(train)
+    count = present.sum(axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(present, train, 0).sum(axis=0, dtype=np.float64) / count
+        variance = np.square(np.where(present, train - mean, 0)).sum(axis=0) / count
+    if not count.any():
+        raise BadInput(f"{recording.name}: every train rate is NaN; there is nothing to fit a model on")
+    return Rates(units=recording.units, mean=to_json_list(mean), std=to_json_list(np.sqrt(variance)))
+
+
+def _ceiling(folder: ShardFolder) -> Ceiling | None:
+    """The reliability of each site over all stimuli that have single trials, whatever their split."""
+    splits = [folder.split(name) for name in folder.manifest.splits]
+    parts = [trials for split in splits if (trials := split.trials()) is not None]
+    if not parts:
+        return None
+    depth = max(part.shape[1] for part in parts)
+    padded = [np.pad(part, ((0, 0), (0, depth - part.shape[1]), (0, 0)), constant_values=np.nan) for part in parts]
+    trials = np.concatenate(padded)
+    repetitions = (~np.isnan(trials)).any(axis=2).sum(axis=1)
+    repetitions = repetitions[repetitions >= 2]
+    if not repetitions.size:
+        return None
+    return Ceiling(
+        method="split-half correlation over stimuli, Spearman-Brown corrected",
+        random_splits=CEILING_SPLITS,
+        seed=CEILING_SEED,
+        stimuli=len(repetitions),
+        repetitions={"min": repetitions.min(), "mean": repetitions.mean(), "max": repetitions.max()},
+        reliability=to_json_list(split_half_reliability(trials, CEILING_SPLITS, CEILING_SEED)),
+    )

@@ -1,0 +1,100 @@
+"""Encoded pictures: what kind they are, how large, and lossless PNG for what has no encoded file of its own."""
+
+import io
+import warnings
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 100_000_000  # a header that claims more is damaged or made to exhaust memory
+PNG_LEVEL = 1  # zlib's quickest: three times as fast as Pillow's default for about a tenth more bytes
+
+# Formats that Pillow may try. A list, because some of its other readers start outside programs (EPS: Ghostscript).
+FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
+PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # 8 bits or fewer a channel, and PNG keeps them exactly
+
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_PNG_END = b"IEND\xaeB`\x82"
+
+
+def sniff_encoding(data: bytes) -> str | None:
+    """The encoding by the first bytes, whatever the file is called: "jpg", "png", or None for anything else."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpg"
+    if data[:8] == b"\x89PNG\r\n\x1a\n":
+        return "png"
+    return None
+
+
+def picture_size(data: bytes) -> tuple[int, int, str]:
+    """Read width, height (pixels) and Pillow's mode ("RGB", "L", ...) from the header, without decoding.
+
+    Raises:
+        ValueError: not a picture in one of `FORMATS`, more than `MAX_PIXELS`, or a JPEG or PNG that was cut short.
+    """
+    with _open(data) as picture:
+        width, height, mode = *picture.size, picture.mode
+    if not _is_whole(data):
+        raise ValueError("the picture is cut short (its end marker is missing)")
+    return width, height, mode
+
+
+def encode_png(array: np.ndarray) -> bytes:
+    """Encode uint8 (H, W, 3) as lossless PNG.
+
+    Raises:
+        ValueError: another dtype or shape.
+    """
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise ValueError(f"a picture must be uint8 (H, W, 3), not {array.dtype} {array.shape}")
+    return _to_png(Image.fromarray(np.ascontiguousarray(array)))
+
+
+def convert_to_png(data: bytes) -> tuple[bytes, str]:
+    """Re-encode a picture (its first frame) as lossless PNG.
+
+    Returns:
+        the PNG and the name of the format it was in, lower case ("bmp").
+
+    Raises:
+        ValueError: unreadable, too large, or with pixels that an 8-bit PNG does not keep exactly.
+    """
+    with _open(data) as picture:
+        if picture.mode not in PNG_MODES:
+            raise ValueError(
+                f"{picture.format} pixels of mode {picture.mode} do not convert losslessly; save it as an 8-bit RGB PNG"
+            )
+        try:
+            picture.load()
+        except (OSError, ValueError, SyntaxError, EOFError) as error:
+            raise ValueError(f"the picture cannot be decoded ({error})") from error
+        return _to_png(picture), picture.format.lower()
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"the picture claims more than {MAX_PIXELS // 10**6} megapixels") from error
+    except (OSError, ValueError, SyntaxError, EOFError) as error:
+        raise ValueError(f"not a readable picture ({', '.join(FORMATS)})") from error
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"the picture claims {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels")
+    return picture
+
+
+def _is_whole(data: bytes) -> bool:
+    """False for a JPEG or PNG without its end. Inside a JPEG's pixel data neither marker can occur by chance."""
+    encoding = sniff_encoding(data)
+    if encoding == "jpg":  # the end of a thumbnail lies before the picture's own scan
+        return data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)
+    return encoding is None or data.rfind(_PNG_END) >= 0
+
+
+def _to_png(picture: Image.Image) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, format="PNG", compress_level=PNG_LEVEL)
+    return file.getvalue()

@@ -1,0 +1,53 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log file."""
+
+import sys
+import time
+
+from tqdm import tqdm
+
+
+class Progress:
+    """Counts finished items out of a known total.
+
+    On a terminal it draws a bar on standard error; elsewhere it prints a line every ten seconds and one at the end.
+
+    Args:
+        total: number of items.
+        label: what is being done, e.g. "packing".
+        unit: name of one item.
+        silent: show nothing, as on every rank but the first.
+    """
+
+    SECONDS_BETWEEN_LINES = 10.0
+
+    def __init__(self, total: int, label: str, unit: str = "stimuli", silent: bool = False):
+        self.total, self.label, self.unit, self.silent = total, label, unit, silent
+        self.done = 0
+        self._started = self._last_line = time.monotonic()
+        terminal = sys.stderr.isatty() and not silent
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True) if terminal else None
+
+    def advance(self, by: int = 1, note: str = "") -> None:
+        """Count `by` more items as done; `note` is shown behind the count."""
+        self.done += by
+        if self._bar is not None:
+            self._bar.set_postfix_str(note, refresh=False)
+            self._bar.update(by)
+        elif not self.silent and time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES:
+            self._line(note)
+
+    def _line(self, note: str = "") -> None:
+        self._last_line = time.monotonic()
+        elapsed = self._last_line - self._started
+        rate = self.done / elapsed if elapsed > 0 else 0.0
+        tail = f", {note}" if note else ""
+        print(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:,.0f}/s{tail}", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        elif not self.silent and kind is None:
+            self._line()

@@ -1,0 +1,250 @@
+"""Shards -> batches: which stimulus goes to which rank and when, decoded, with its responses and label.
+
+The order comes from `train/order.py`; this file only reads what it says. Pictures leave the workers as uint8;
+everything else happens on the device, in the network.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data_prep.errors import BadInput
+from data_prep.manifest import Manifest, from_json_list
+from data_prep.shards import ShardSplit
+from train.decode import decode, fit
+from train.order import (
+    MicroBatch,
+    accumulation,
+    epoch_order,
+    evaluation_batches,
+    micro_batches,
+    share,
+    steps_per_epoch,
+)
+
+MAX_WORKERS = 8
+
+
+@dataclass
+class Batch:
+    """One micro-batch of one rank.
+
+    Attributes:
+        images: uint8 (b, 3, size, size) in channels-last memory.
+        positions: int64 (b,), of the stimuli in their split.
+        weight: float32 (b,), 0 for padding, else 1.
+        rates: float32 (b, sites), z-scored, NaN = not recorded; None where the split has no responses.
+        labels: int64 (b,); None where there are no classes.
+        stimuli: int, stimuli of the whole global batch that this micro-batch is a part of.
+        observed: int, responses (stimulus x site) recorded in that global batch.
+    """
+
+    images: torch.Tensor
+    positions: torch.Tensor
+    weight: torch.Tensor
+    rates: torch.Tensor | None
+    labels: torch.Tensor | None
+    stimuli: int
+    observed: int
+
+    def _each_tensor(self, change) -> "Batch":
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: change(x) for name, x in tensors.items() if isinstance(x, torch.Tensor)})
+
+    def pin_memory(self) -> "Batch":
+        """Page-locked copies, for copies to a GPU that do not block."""
+        return self._each_tensor(torch.Tensor.pin_memory)
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; from pinned memory the copy runs beside the computation."""
+        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A micro-batch and what it has to know of the global batch it belongs to."""
+
+    micro: MicroBatch
+    stimuli: int
+    observed: int
+
+
+class Stimuli(Dataset):
+    """The stimuli of a split, or of a part of it, with their responses and labels in memory and pictures on disk.
+
+    Args:
+        split: opened shards.
+        size: side in pixels of the pictures to deliver.
+        subset: positions in the split that are used, int64; all of them by default. Everything below counts within it.
+        responses: whether to read the responses.
+        classes: whether to read the labels.
+    """
+
+    def __init__(
+        self,
+        split: ShardSplit,
+        size: int,
+        subset: np.ndarray | None = None,
+        responses: bool = True,
+        classes: bool = False,
+    ):
+        self._split = split
+        self.size = size
+        self.subset = np.arange(len(split)) if subset is None else subset
+        self.stimulus_ids = [split.stimulus_ids[position] for position in self.subset]
+        self.rates = split.rates()[self.subset] if responses else None
+        self._scored = None if self.rates is None else z_score(self.rates, split.manifest)
+        self.labels = split.labels()[self.subset] if classes else None
+        self.observed = None if self.rates is None else (~np.isnan(self.rates)).sum(axis=1)
+
+    def __len__(self) -> int:
+        return len(self.subset)
+
+    def __getitem__(self, work: _Work) -> Batch:
+        positions = work.micro.positions
+        images = torch.from_numpy(np.stack([self._picture(position) for position in positions]))
+        return Batch(
+            images=images.permute(0, 3, 1, 2),
+            positions=torch.from_numpy(positions),
+            weight=torch.from_numpy(work.micro.weight),
+            rates=None if self._scored is None else torch.from_numpy(self._scored[positions]),
+            labels=None if self.labels is None else torch.from_numpy(self.labels[positions]),
+            stimuli=work.stimuli,
+            observed=work.observed,
+        )
+
+    def _picture(self, position: int) -> np.ndarray:
+        place = int(self.subset[position])
+        data, encoding = self._split.image(place)
+        try:
+            return fit(decode(data, encoding), self.size)
+        except ValueError as error:
+            raise BadInput(f"{self._split.place(place)}.{encoding} cannot be decoded ({error})") from None
+
+    def work(self, micro: MicroBatch, batch: np.ndarray) -> _Work:
+        """`micro` as a part of the global batch `batch`."""
+        observed = 0 if self.observed is None else int(self.observed[batch].sum())
+        return _Work(micro, len(batch), observed)
+
+
+def z_score(rates: np.ndarray, manifest: Manifest) -> np.ndarray:
+    """Rates in units of each site's standard deviation around its mean, over the train split.
+
+    Args:
+        rates: float32 (stimuli, sites) in the recording's units.
+        manifest: gives mean and standard deviation; see `rate_scale`.
+    """
+    mean, std = rate_scale(manifest)
+    return ((rates - mean) / std).astype(np.float32)
+
+
+def rate_scale(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """Per-site mean and standard deviation, float64 (sites,): (0, 1) for a site that train never recorded.
+
+    A site that is constant in train has standard deviation 1, so that z-scored and plain rates differ by its mean.
+    """
+    mean, std = from_json_list(manifest.rates.mean), from_json_list(manifest.rates.std)
+    return np.nan_to_num(mean, nan=0.0), np.where(std > 0, std, 1.0)
+
+
+class TrainLoader:
+    """The training batches of one rank.
+
+    Args:
+        stimuli: to train on.
+        seed, global_size, per_device: see `train/order.py`.
+        rank, ranks: which share of each global batch is this process's.
+        workers: decoding processes.
+        pin: page-lock the batches.
+    """
+
+    def __init__(
+        self,
+        stimuli: Stimuli,
+        *,
+        seed: int,
+        global_size: int,
+        per_device: int | None,
+        rank: int,
+        ranks: int,
+        workers: int,
+        pin: bool,
+    ):
+        self.stimuli, self.seed, self.rank, self.ranks = stimuli, seed, rank, ranks
+        self.global_size = min(global_size, len(stimuli))
+        if self.global_size < ranks:
+            raise BadInput(
+                f"{ranks} processes cannot share a global batch of {self.global_size} stimuli; "
+                "raise batch.global_size or start fewer processes"
+            )
+        self.pieces = accumulation(self.global_size, ranks, per_device)
+        self.steps = steps_per_epoch(len(stimuli), self.global_size)
+        self._schedule = _Schedule()
+        self._batches = _data_loader(stimuli, self._schedule, workers, pin)
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """Yield each global step's micro-batches, `pieces` of them, from `first_step` on."""
+        self._schedule.items = self._work(epoch, first_step)
+        batches = iter(self._batches)
+        for _ in range(first_step, self.steps):
+            yield [next(batches) for _ in range(self.pieces)]
+
+    def _work(self, epoch: int, first_step: int) -> list[_Work]:
+        order = epoch_order(self.seed, epoch, len(self.stimuli))
+        work = []
+        for step in range(first_step, self.steps):
+            batch = order[step * self.global_size : (step + 1) * self.global_size]
+            work += [
+                self.stimuli.work(micro, batch) for micro in micro_batches(batch, self.rank, self.ranks, self.pieces)
+            ]
+        return work
+
+
+def evaluation_loader(
+    stimuli: Stimuli, *, size: int, rank: int, ranks: int, workers: int, pin: bool
+) -> "DataLoader[Batch]":
+    """A rank's share of a split, every stimulus once over all ranks; batches of `size`, the last one padded."""
+    batches = evaluation_batches(len(stimuli), rank, ranks, size)
+    work = [stimuli.work(micro, micro.positions[micro.weight > 0]) for micro in batches]
+    return _data_loader(stimuli, work, workers, pin)
+
+
+class _Schedule:
+    """What the loader's workers do next; exchanged before each epoch, so that the workers can live on."""
+
+    items: list[_Work]
+
+    def __init__(self):
+        self.items = []
+
+    def __iter__(self):
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+def _data_loader(stimuli: Stimuli, work, workers: int, pin: bool) -> "DataLoader[Batch]":
+    return DataLoader(
+        stimuli,
+        batch_size=None,  # an item is a whole batch
+        sampler=work,
+        num_workers=workers,
+        pin_memory=pin,
+        persistent_workers=workers > 0,
+        multiprocessing_context="forkserver" if workers else None,  # forking a process that has threads is unsafe
+        prefetch_factor=4 if workers else None,
+    )
+
+
+def workers_per_rank(setting: int | None, ranks_on_machine: int, cores: int) -> int:
+    """Decoding processes per rank: as set, else the cores each rank has beyond its first, at most 8."""
+    return min(max(cores // ranks_on_machine - 1, 0), MAX_WORKERS) if setting is None else setting
+
+
+def rank_positions(stimuli: int, rank: int, ranks: int) -> np.ndarray:
+    """The positions a rank evaluates, in the order of `evaluation_loader`."""
+    return share(np.arange(stimuli), rank, ranks)

@@ -1,0 +1,108 @@
+"""Which stimuli make a step, and which of them go to which rank: pure functions of a few integers.
+
+Nothing here depends on how many workers, ranks or nodes there are, except the functions that deal a given global batch
+out to ranks. So the same run can go on with another number of processes without repeating or skipping a stimulus.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def steps_per_epoch(stimuli: int, global_batch: int) -> int:
+    """Optimizer steps of one epoch.
+
+    The stimuli that do not fill a last batch are left out (others in each epoch, as the order changes), since a small
+    last batch would weigh its stimuli more. With fewer stimuli than one batch, the one step takes them all.
+    """
+    return max(stimuli // global_batch, 1)
+
+
+def epoch_order(seed: int, epoch: int, stimuli: int) -> np.ndarray:
+    """The order of the stimuli in an epoch: a permutation of range(stimuli), int64, by numpy's PCG64."""
+    return np.random.default_rng([seed, epoch]).permutation(stimuli)
+
+
+def global_batch(seed: int, epoch: int, step: int, global_size: int, stimuli: int) -> np.ndarray:
+    """The stimuli of global step `step` (counted within its epoch), int64, in order."""
+    return epoch_order(seed, epoch, stimuli)[step * global_size : (step + 1) * global_size]
+
+
+def share(items: np.ndarray, rank: int, ranks: int) -> np.ndarray:
+    """The contiguous part of `items` that falls to `rank`; the parts' sizes differ by at most one."""
+    return items[rank * len(items) // ranks : (rank + 1) * len(items) // ranks]
+
+
+def accumulation(global_size: int, ranks: int, per_device: int | None) -> int:
+    """Micro-batches per step, the same on every rank, so that none exceeds `per_device` stimuli."""
+    largest_share = -(-global_size // ranks)
+    return -(-largest_share // per_device) if per_device else 1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank passes through the network at once.
+
+    Attributes:
+        positions: of the stimuli in their split, int64.
+        weight: float32, 1 for a stimulus that counts and 0 for padding.
+    """
+
+    positions: np.ndarray
+    weight: np.ndarray
+
+
+def micro_batches(batch: np.ndarray, rank: int, ranks: int, pieces: int) -> list[MicroBatch]:
+    """Deal a rank's share of a global batch out to `pieces` micro-batches.
+
+    Every rank must take part in every collective operation, so a micro-batch is never empty: where a rank has fewer
+    stimuli than pieces, it repeats the batch's first stimulus with weight 0, which adds nothing to loss or gradient.
+    """
+    own = share(batch, rank, ranks)
+    dealt = []
+    for piece in range(pieces):
+        positions = share(own, piece, pieces)
+        weight = np.ones(len(positions), np.float32)
+        if not len(positions):
+            positions, weight = batch[:1], np.zeros(1, np.float32)
+        dealt.append(MicroBatch(positions, weight))
+    return dealt
+
+
+def evaluation_batches(stimuli: int, rank: int, ranks: int, size: int) -> list[MicroBatch]:
+    """A rank's share of a split in batches of equal shape, every stimulus of the split once over all ranks.
+
+    What is missing to full batches, and to the same number of batches on every rank, is filled with weight 0: kernels
+    may round differently for another batch shape, and the prediction for a stimulus should not depend on how many
+    ranks there are.
+    """
+    own = share(np.arange(stimuli), rank, ranks)
+    largest_share = -(-stimuli // ranks)
+    batches = []
+    for start in range(0, largest_share, size):
+        positions = own[start : start + size]
+        padding = np.zeros(size - len(positions), np.int64)
+        weight = np.repeat(np.array([1, 0], np.float32), [len(positions), len(padding)])
+        batches.append(MicroBatch(np.concatenate([positions, padding]), weight))
+    return batches
+
+
+def inner_split(groups: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide the training stimuli into a fitting part and an inner part that selects, by whole groups.
+
+    Args:
+        groups: a group label per stimulus (any comparable dtype); unique labels give a plain random split.
+        fraction: share of the stimuli in the inner part.
+        seed: of the division.
+
+    Returns:
+        Positions (fit, inner), each ascending; both hold at least one group where there are two.
+    """
+    labels, group_of = np.unique(groups, return_inverse=True)
+    sizes = np.bincount(group_of)
+    order = np.random.default_rng([seed, len(groups)]).permutation(len(labels))
+    wanted = max(fraction * len(groups), 1)
+    before = np.cumsum(sizes[order]) - sizes[order]
+    chosen = order[(before < wanted) & (np.arange(len(order)) < max(len(order) - 1, 1))]
+    inner = np.isin(group_of, chosen)
+    return np.flatnonzero(~inner), np.flatnonzero(inner)

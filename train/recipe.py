@@ -1,0 +1,194 @@
+"""The typed settings of a run. Every field's docstring is its help text on the command line."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from data_prep.errors import BadInput
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown names are refused."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class Task(Settings):
+    """What the network learns to predict."""
+
+    kind: Literal["regression", "classification", "hybrid"] = "regression"
+    """Responses, the object shown, or both from one backbone."""
+    regression_weight: float = Field(1.0, ge=0)
+    """Weight of the response loss in the hybrid sum."""
+    classification_weight: float = Field(1.0, ge=0)
+    """Weight of the cross-entropy in the hybrid sum."""
+
+    @property
+    def predicts_responses(self) -> bool:
+        """Whether the network has a readout to the sites."""
+        return self.kind != "classification"
+
+    @property
+    def predicts_classes(self) -> bool:
+        """Whether the network has a readout to the objects."""
+        return self.kind != "regression"
+
+
+class Backbone(Settings):
+    """The network that turns a picture into features."""
+
+    name: str = "tf_efficientnet_lite0"
+    """Any timm model name."""
+    weights: str = "pretrained"
+    """`pretrained` (an installed weights package, else timm's hub), `random`, or a .safetensors/.pth file."""
+    trainable: Literal["all", "head"] = "all"
+    """Train everything, or the readout alone on a frozen backbone (whose BatchNorm then stays in evaluation mode)."""
+
+
+class Images(Settings):
+    """How pictures reach the network."""
+
+    size: int | None = Field(None, ge=16)
+    """Side in pixels of the square picture the network sees; by default the size of the packed pictures."""
+
+
+class Optimizer(Settings):
+    """How gradients become steps."""
+
+    name: Literal["nadam", "adam", "adamw", "sgd"] = "nadam"
+    """The optimizer; weight decay is decoupled for all but sgd and adam."""
+    lr: float = Field(1e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.01, ge=0)
+    """Weight decay, not applied to norms and biases."""
+    momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum of sgd; the first beta of the others."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Clip the gradient of the global batch to this norm."""
+
+
+class Schedule(Settings):
+    """The learning rate over the optimizer steps of the run."""
+
+    kind: Literal["onecycle", "cosine", "constant"] = "onecycle"
+    """OneCycle (Smith 2018), linear warm-up then cosine, or linear warm-up then constant."""
+    warmup: float = Field(0.3, ge=0, lt=1)
+    """Share of all steps over which the rate rises."""
+
+
+class Batch(Settings):
+    """How many stimuli make an optimizer step."""
+
+    global_size: int = Field(32, ge=1)
+    """Stimuli per optimizer step, over all processes together."""
+    per_device: int | None = Field(None, ge=1)
+    """The most stimuli in one forward pass of one process; gradient accumulation follows from it."""
+
+
+class EarlyStopping(Settings):
+    """When to stop, and which stimuli decide it."""
+
+    split: Literal["inner", "val"] = "inner"
+    """`inner` holds out a part of train; `val` is the published protocol, and the metrics then say so."""
+    inner_fraction: float = Field(0.1, gt=0, lt=1)
+    """Share of train that is held out as the inner split."""
+    metric: Literal["r2", "explained_variance", "mse", "pearson_r", "top1"] | None = None
+    """What must improve; by default r2, or top1 for classification."""
+    patience: int = Field(20, ge=1)
+    """Stop after this many epochs in a row without improvement."""
+
+
+class Loader(Settings):
+    """How pictures are read."""
+
+    workers: int | None = Field(None, ge=0)
+    """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
+
+
+class Recipe(Settings):
+    """All settings of a run; a YAML file gives the defaults and flags override it."""
+
+    task: Task = Task()
+    backbone: Backbone = Backbone()
+    images: Images = Images()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    batch: Batch = Batch()
+    early_stopping: EarlyStopping = EarlyStopping()
+    loader: Loader = Loader()
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of the training forward pass: float32, or bfloat16 autocast over float32 weights. Evaluation is float32."""
+    strategy: str | None = None
+    """`ddp`, or a DeepSpeed JSON such as ds_configs/zero2.json; by default what the launcher asked for, else ddp."""
+    epochs: int = Field(30, ge=1)
+    """Passes over the training stimuli; the schedule is laid out for all of them."""
+    seed: int = Field(0, ge=0)
+    """Of the initial weights, the order of the stimuli and the inner split."""
+
+    @property
+    def selection_metric(self) -> str:
+        """The metric that early stopping and the best checkpoint look at."""
+        return self.early_stopping.metric or ("r2" if self.task.predicts_responses else "top1")
+
+    def check(self) -> None:
+        """Refuse settings that are fine one by one and contradict each other.
+
+        Raises:
+            BadInput: naming both settings.
+        """
+        metric = self.early_stopping.metric
+        if metric == "top1" and not self.task.predicts_classes:
+            raise BadInput("early_stopping.metric: top1 needs task.kind classification or hybrid, not regression")
+        if metric not in (None, "top1") and not self.task.predicts_responses:
+            raise BadInput(f"early_stopping.metric: {metric} needs responses; task.kind classification has only top1")
+        if (self.batch.per_device or 0) > self.batch.global_size:
+            raise BadInput(
+                f"batch.per_device ({self.batch.per_device}) is more than batch.global_size ({self.batch.global_size})"
+            )
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Read a recipe from YAML.
+
+    Raises:
+        BadInput: no such file, no YAML mapping, an unknown name (with the nearest valid one), or a bad value.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such recipe") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadInput(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict | None):
+        raise BadInput(f"{path} must hold sections such as `optimizer:`, not a {type(content).__name__}")
+    try:
+        return Recipe.model_validate(content or {})
+    except ValidationError as error:
+        raise BadInput(f"{path}: {describe(error, Recipe)}") from None
+
+
+def save_recipe(recipe: Recipe, path: Path) -> None:
+    """Write a recipe with all its settings as YAML."""
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def describe(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first fault that pydantic found, in a sentence with the nearest valid name."""
+    fault = error.errors()[0]
+    *sections, name = (str(part) for part in fault["loc"])
+    where = ".".join((*sections, name))
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg']} (not {fault.get('input')!r})"
+    names = list(_fields_at(model, sections))
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    return f"{where} is not a setting; {hint}"
+
+
+def _fields_at(model: type[BaseModel], sections: list[str]) -> dict[str, Any]:
+    for section in sections:
+        model = model.model_fields[section].annotation
+    return model.model_fields
