@@ -41,7 +41,7 @@ class Pack(BaseModel):
 
 def main() -> None:
     """Parse the command line, pack, and say what was packed."""
-    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.ConsolidateSubcommandArgs)
+    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
     options = parse(Pack, config=omit)
     folder = pack(options.source.open(), options.out, options.stimuli_per_shard, options.workers)
     print(summary(folder))

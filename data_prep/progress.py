@@ -9,7 +9,8 @@ from tqdm import tqdm
 class Progress:
     """Counts finished items out of a known total.
 
-    On a terminal it draws a bar on standard error; elsewhere it prints a line every ten seconds and one at the end.
+    On a terminal it draws a bar on standard error; elsewhere it prints a line every ten seconds, and one at the end of
+    what took longer than that.
 
     Args:
         total: number of items.
@@ -49,5 +50,5 @@ class Progress:
     def __exit__(self, kind, *_) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif not self.silent and kind is None:
+        elif not self.silent and kind is None and time.monotonic() - self._started > self.SECONDS_BETWEEN_LINES:
             self._line()

@@ -51,7 +51,7 @@ class Recording(ABC):
         stimulus_ids: all ids, in the source's order.
         splits: one of `SPLITS` per stimulus.
         objects: the object shown, per stimulus; None where the source has no labels.
-        group_by: the fact in each stimulus's `meta` whose values no split may share, where the split kept groups together.
+        group_by: the fact in `meta` that says which stimuli were kept together in one split; None where none were.
         truth: facts known only of a simulation, e.g. `{"reliability": [...]}` per site.
     """
 

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.errors import BadInput
-from data_prep.manifest import Manifest, from_json_list
 from data_prep.shards import ShardSplit
 from train.decode import decode, fit
 from train.order import (
@@ -36,7 +35,7 @@ class Batch:
         images: uint8 (b, 3, size, size) in channels-last memory.
         positions: int64 (b,), of the stimuli in their split.
         weight: float32 (b,), 0 for padding, else 1.
-        rates: float32 (b, sites), z-scored, NaN = not recorded; None where the split has no responses.
+        rates: float32 (b, sites), in the recording's units, NaN = not recorded; None where the split has no responses.
         labels: int64 (b,); None where there are no classes.
         stimuli: int, stimuli of the whole global batch that this micro-batch is a part of.
         observed: int, responses (stimulus x site) recorded in that global batch.
@@ -96,7 +95,6 @@ class Stimuli(Dataset):
         self.subset = np.arange(len(split)) if subset is None else subset
         self.stimulus_ids = [split.stimulus_ids[position] for position in self.subset]
         self.rates = split.rates()[self.subset] if responses else None
-        self._scored = None if self.rates is None else z_score(self.rates, split.manifest)
         self.labels = split.labels()[self.subset] if classes else None
         self.observed = None if self.rates is None else (~np.isnan(self.rates)).sum(axis=1)
 
@@ -110,7 +108,7 @@ class Stimuli(Dataset):
             images=images.permute(0, 3, 1, 2),
             positions=torch.from_numpy(positions),
             weight=torch.from_numpy(work.micro.weight),
-            rates=None if self._scored is None else torch.from_numpy(self._scored[positions]),
+            rates=None if self.rates is None else torch.from_numpy(self.rates[positions]),
             labels=None if self.labels is None else torch.from_numpy(self.labels[positions]),
             stimuli=work.stimuli,
             observed=work.observed,
@@ -128,26 +126,6 @@ class Stimuli(Dataset):
         """`micro` as a part of the global batch `batch`."""
         observed = 0 if self.observed is None else int(self.observed[batch].sum())
         return _Work(micro, len(batch), observed)
-
-
-def z_score(rates: np.ndarray, manifest: Manifest) -> np.ndarray:
-    """Rates in units of each site's standard deviation around its mean, over the train split.
-
-    Args:
-        rates: float32 (stimuli, sites) in the recording's units.
-        manifest: gives mean and standard deviation; see `rate_scale`.
-    """
-    mean, std = rate_scale(manifest)
-    return ((rates - mean) / std).astype(np.float32)
-
-
-def rate_scale(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
-    """Per-site mean and standard deviation, float64 (sites,): (0, 1) for a site that train never recorded.
-
-    A site that is constant in train has standard deviation 1, so that z-scored and plain rates differ by its mean.
-    """
-    mean, std = from_json_list(manifest.rates.mean), from_json_list(manifest.rates.std)
-    return np.nan_to_num(mean, nan=0.0), np.where(std > 0, std, 1.0)
 
 
 class TrainLoader:
@@ -181,6 +159,7 @@ class TrainLoader:
                 "raise batch.global_size or start fewer processes"
             )
         self.pieces = accumulation(self.global_size, ranks, per_device)
+        self.largest_piece = -(-self.global_size // (ranks * self.pieces))
         self.steps = steps_per_epoch(len(stimuli), self.global_size)
         self._schedule = _Schedule()
         self._batches = _data_loader(stimuli, self._schedule, workers, pin)

@@ -133,6 +133,10 @@ class Recipe(Settings):
         """The metric that early stopping and the best checkpoint look at."""
         return self.early_stopping.metric or ("r2" if self.task.predicts_responses else "top1")
 
+    def without_pretrained_weights(self) -> "Recipe":
+        """The same recipe for a network whose weights are loaded from a checkpoint afterwards."""
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"weights": "random"})})
+
     def check(self) -> None:
         """Refuse settings that are fine one by one and contradict each other.
 

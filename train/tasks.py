@@ -7,13 +7,14 @@ micro-batches is the loss of the global batch, and so is the gradient.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data_prep.manifest import Manifest
+from data_prep.manifest import Manifest, from_json_list
 from train.backbones import Backbone, freeze
-from train.loader import Batch, rate_scale
+from train.loader import Batch
 from train.readouts import zero_readout
 from train.recipe import Recipe, Task
 
@@ -47,9 +48,22 @@ class Network(nn.Module):
         features = self.backbone((images.float() - self.pixel_mean) / self.pixel_std)
         return {name: head(features).float() for name, head in self.heads.items()}
 
+    def z_score(self, rates: torch.Tensor) -> torch.Tensor:
+        """Rates (b, sites) in the recording's units -> float32 in each site's standard deviations from its mean."""
+        return ((rates - self.rate_mean) / self.rate_std).float()
+
     def in_units(self, z_scored: torch.Tensor) -> torch.Tensor:
-        """Predictions (b, sites) in the recording's own units, float64."""
-        return z_scored.double() * self.rate_std + self.rate_mean
+        """The inverse of `z_score`: float32 (b, sites) in the recording's units."""
+        return (z_scored * self.rate_std + self.rate_mean).float()
+
+
+def rate_scale(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
+    """Per-site mean and standard deviation over the train split, float64 (sites,).
+
+    (0, 1) for a site that train never recorded; standard deviation 1 for one that was constant there.
+    """
+    mean, std = from_json_list(manifest.rates.mean), from_json_list(manifest.rates.std)
+    return np.nan_to_num(mean, nan=0.0), np.where(std > 0, std, 1.0)
 
 
 def squared_error(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, observed: int) -> torch.Tensor:
@@ -70,14 +84,14 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tens
     return (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / stimuli
 
 
-def losses(task: Task, outputs: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
+def losses(task: Task, network: Network, outputs: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
     """Scalars: "loss", which is minimised, and in a hybrid the parts it is the weighted sum of.
 
     All are this micro-batch's part of the global batch's mean; see the top of this file.
     """
     parts = {}
     if task.predicts_responses:
-        parts["mse"] = squared_error(outputs["rates"], batch.rates, batch.weight, batch.observed)
+        parts["mse"] = squared_error(outputs["rates"], network.z_score(batch.rates), batch.weight, batch.observed)
     if task.predicts_classes:
         parts["cross_entropy"] = cross_entropy(outputs["classes"], batch.labels, batch.weight, batch.stimuli)
     if task.kind != "hybrid":

@@ -62,7 +62,7 @@ class Pose:
 
 @lru_cache(maxsize=1)
 def unit_cube() -> tuple[np.ndarray, np.ndarray]:
-    """The faceted surface of the cube [-1, 1]^3: float (vertices, 3) and int (facets, 4), anticlockwise from outside."""
+    """The surface of the cube [-1, 1]^3: float (vertices, 3) and int (facets, 4), anticlockwise seen from outside."""
     ticks = np.tan(np.linspace(-1, 1, GRID + 1) * np.pi / 4)  # even angles once projected to a sphere
     u, v = (grid.ravel() for grid in np.meshgrid(ticks, ticks, indexing="ij"))
     corner = (np.arange(GRID)[:, None] * (GRID + 1) + np.arange(GRID)).ravel()
@@ -169,11 +169,11 @@ def animal(rng: np.random.Generator, s: Sculptor) -> None:
     s.add(fur, front, (head * 1.15, head * 0.85, head))
     s.add(
         fur * rng.uniform(0.6, 1.3),
-        front + (head * 1.1, 0, -head * 0.3),
+        front + np.array([head * 1.1, 0, -head * 0.3]),
         (head * rng.uniform(0.4, 0.9), head * 0.5, head * 0.45),
     )
-    s.pair(fur * 0.7, front + (-head * 0.3, head * 0.6, head * 0.8), (0.04, 0.07, ear), turn=(0, 0, -25))
-    s.pair(DARK, front + (head * 0.85, head * 0.5, head * 0.35), (0.04, 0.04, 0.045))
+    s.pair(fur * 0.7, front + np.array([-head * 0.3, head * 0.6, head * 0.8]), (0.04, 0.07, ear), turn=(0, 0, -25))
+    s.pair(DARK, front + np.array([head * 0.85, head * 0.5, head * 0.35]), (0.04, 0.04, 0.045))
     s.add(
         fur * 0.8,
         (-long * 1.1, 0, fat * 0.3),
@@ -207,7 +207,7 @@ def car(rng: np.random.Generator, s: Sculptor) -> None:
     high, long, cabin = rng.uniform(0.13, 0.2), rng.uniform(0.7, 0.95), rng.uniform(0.28, 0.6)
     back, rise, wheel = rng.uniform(-0.35, 0.0), rng.uniform(0.13, 0.24), rng.uniform(0.14, 0.2)
     s.add(body, (0, 0, 0), (long, 0.38, high), p=6, q=6, taper=-0.06)
-    s.add(DARK + (0.12, 0.16, 0.2), (back, 0, high + rise * 0.85), (cabin, 0.33, rise), p=6, q=6, taper=-0.25)
+    s.add(DARK + np.array([0.12, 0.16, 0.2]), (back, 0, high + rise * 0.85), (cabin, 0.33, rise), p=6, q=6, taper=-0.25)
     s.add(body, (back, 0, high + rise * 1.75), (cabin * 0.78, 0.27, 0.04), p=6, q=6)
     for x in (long * 0.6, -long * 0.6):
         s.pair(DARK, (x, 0.36, -high * 0.9), (wheel, wheel, 0.07), p=8, turn=(0, 0, 90))
@@ -427,7 +427,7 @@ def draw_body(picture: Image.Image, body: Body, pose: Pose, light: np.ndarray, b
     seen = seen[np.argsort(middle[seen, 0])]
     towards_light = light * (-1, 1, 1)
     diffuse = np.clip(normals[seen] @ towards_light, 0, None)
-    halfway = towards_light + (1, 0, 0)
+    halfway = towards_light + np.array([1, 0, 0])
     shine = np.clip(normals[seen] @ (halfway / np.linalg.norm(halfway)), 0, None) ** 16
     shaded = body.colours[seen] * (0.45 + 0.85 * diffuse)[:, None] * brightness + 0.15 * shine[:, None]
     fills = (np.clip(shaded, 0, 1) * 255).astype(np.uint8).tolist()

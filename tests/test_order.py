@@ -1,0 +1,185 @@
+"""Which stimuli make a step, and which rank gets which: properties that hold for every number of ranks."""
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from train.order import (
+    accumulation,
+    epoch_order,
+    evaluation_batches,
+    global_batch,
+    inner_split,
+    micro_batches,
+    share,
+    steps_per_epoch,
+)
+
+seeds = st.integers(0, 2**32 - 1)
+epochs = st.integers(0, 1000)
+counts = st.integers(1, 300)
+ranks_ = st.integers(1, 70)
+
+
+def epoch_of(seed, epoch, size, stimuli):
+    """All global batches of an epoch."""
+    return [global_batch(seed, epoch, step, size, stimuli) for step in range(steps_per_epoch(stimuli, size))]
+
+
+def counted(micros):
+    """The positions that count in some micro-batches, in order."""
+    return np.concatenate([micro.positions[micro.weight > 0] for micro in micros])
+
+
+# ---- epochs --------------------------------------------------------------------------------------------------------
+
+
+@given(seeds, epochs, counts, counts)
+def test_an_epoch_shows_each_stimulus_once_but_for_those_that_fill_no_batch(seed, epoch, size, stimuli):
+    batches = epoch_of(seed, epoch, size, stimuli)
+    assert {len(batch) for batch in batches} == {min(size, stimuli)}
+    shown = np.concatenate(batches)
+    assert len(set(shown.tolist())) == len(shown) == stimuli - (stimuli % size if size <= stimuli else 0)
+    assert set(shown.tolist()) <= set(range(stimuli))
+
+
+@given(seeds, epochs)
+def test_the_order_depends_on_seed_and_epoch_alone(seed, epoch):
+    order = epoch_order(seed, epoch, 50)
+    assert sorted(order) == list(range(50))
+    assert np.array_equal(order, epoch_order(seed, epoch, 50))
+    for other in ((seed, epoch + 1), (seed + 1, epoch), (epoch + 2**33, seed)):
+        assert not np.array_equal(order, epoch_order(*other, 50))
+
+
+def test_no_stimulus_is_left_out_for_good():
+    """10 of 50 stimuli fill no batch; which ones changes from epoch to epoch."""
+    shown = [np.concatenate(epoch_of(0, epoch, 40, 50)) for epoch in range(20)]
+    assert set(np.concatenate(shown).tolist()) == set(range(50))
+
+
+# ---- ranks ---------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def deals(draw):
+    """A global batch, and how many processes share it in micro-batches of at most how many stimuli."""
+    stimuli, size, ranks = draw(counts), draw(counts), draw(ranks_)
+    size = min(size, stimuli)
+    per_device = draw(st.none() | st.integers(1, size))
+    step = draw(st.integers(0, steps_per_epoch(stimuli, size) - 1))
+    return global_batch(draw(seeds), draw(epochs), step, size, stimuli), ranks, per_device
+
+
+@given(deals())
+def test_the_ranks_together_take_the_global_batch_whatever_their_number(deal):
+    batch, ranks, per_device = deal
+    pieces = accumulation(len(batch), ranks, per_device)
+    dealt = [micro_batches(batch, rank, ranks, pieces) for rank in range(ranks)]
+    assert np.array_equal(np.concatenate([counted(micros) for micros in dealt]), batch)
+    assert sum(micro.weight.sum() for micros in dealt for micro in micros) == len(batch)
+    assert {len(micros) for micros in dealt} == {pieces}
+    shares = [len(counted(micros)) for micros in dealt]
+    assert max(shares) - min(shares) <= 1
+
+
+@given(deals())
+def test_no_micro_batch_is_empty_or_too_large_and_padding_weighs_nothing(deal):
+    batch, ranks, per_device = deal
+    pieces = accumulation(len(batch), ranks, per_device)
+    for rank in range(ranks):
+        for micro in micro_batches(batch, rank, ranks, pieces):
+            assert 1 <= len(micro.positions) <= (per_device or len(batch))
+            assert micro.positions.shape == micro.weight.shape
+            assert set(micro.positions.tolist()) <= set(batch.tolist())
+            assert set(micro.weight.tolist()) in ({0.0}, {1.0})
+
+
+@given(deals())
+def test_no_more_micro_batches_than_are_needed(deal):
+    """Each costs a pass through the network: with one fewer, some rank would exceed per_device."""
+    batch, ranks, per_device = deal
+    pieces = accumulation(len(batch), ranks, per_device)
+    if per_device is None:
+        assert pieces == 1
+    elif pieces > 1:
+        largest = max(len(share(batch, rank, ranks)) for rank in range(ranks))
+        assert largest > per_device * (pieces - 1)
+
+
+@given(counts, ranks_)
+def test_shares_are_disjoint_complete_and_even(n, ranks):
+    parts = [share(np.arange(n), rank, ranks) for rank in range(ranks)]
+    assert np.array_equal(np.concatenate(parts), np.arange(n))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+# ---- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@given(counts, ranks_, st.integers(1, 100))
+def test_evaluation_takes_every_stimulus_once_over_all_ranks(stimuli, ranks, size):
+    dealt = [evaluation_batches(stimuli, rank, ranks, size) for rank in range(ranks)]
+    assert np.array_equal(np.concatenate([counted(batches) for batches in dealt]), np.arange(stimuli))
+    assert {micro.weight.sum() for batches in dealt for micro in batches} <= set(range(size + 1))
+
+
+@given(counts, ranks_, st.integers(1, 100))
+def test_evaluation_batches_are_alike_on_every_rank(stimuli, ranks, size):
+    dealt = [evaluation_batches(stimuli, rank, ranks, size) for rank in range(ranks)]
+    assert {len(batches) for batches in dealt} == {-(-stimuli // ranks // size) if size * ranks == 0 else len(dealt[0])}
+    assert len(dealt[0]) >= 1
+    for batches in dealt:
+        for micro in batches:
+            assert micro.positions.shape == micro.weight.shape == (size,)
+            assert micro.positions.dtype == np.int64
+            assert 0 <= micro.positions.min() <= micro.positions.max() < stimuli
+
+
+# ---- inner split ---------------------------------------------------------------------------------------------------
+
+groups_ = st.lists(st.integers(0, 12), min_size=2, max_size=120).filter(lambda groups: len(set(groups)) > 1)
+fractions = st.floats(0.01, 0.99)
+
+
+@given(groups_, fractions, seeds)
+def test_the_inner_split_keeps_groups_together_and_loses_nothing(groups, fraction, seed):
+    groups = np.array(groups)
+    fit, inner = inner_split(groups, fraction, seed)
+    assert np.array_equal(np.sort(np.concatenate([fit, inner])), np.arange(len(groups)))
+    assert set(groups[fit]).isdisjoint(groups[inner])
+    assert len(fit) > 0
+    assert len(inner) > 0
+    assert np.all(np.diff(fit) > 0)
+    assert np.all(np.diff(inner) > 0)
+
+
+@given(groups_, fractions, seeds)
+def test_the_inner_split_exceeds_its_share_by_less_than_a_group(groups, fraction, seed):
+    groups = np.array(groups)
+    fit, inner = inner_split(groups, fraction, seed)
+    largest = np.unique(groups[inner], return_counts=True)[1].max()
+    wanted = max(fraction * len(groups), 1)
+    assert len(inner) - largest < wanted
+    assert len(inner) >= wanted or len(set(groups[fit])) == 1  # all but the group that is left to fit
+
+
+@given(st.integers(10, 200), fractions, seeds)
+def test_the_inner_split_is_seeded_and_does_not_care_what_groups_are_called(n, fraction, seed):
+    names = np.array([f"stim{i:03d}" for i in range(n)])
+    fit, inner = inner_split(names, fraction, seed)
+    again = inner_split(np.arange(n), fraction, seed)
+    assert np.array_equal(fit, again[0])
+    assert np.array_equal(inner, again[1])
+    assert len(inner) == min(int(np.ceil(max(fraction * n, 1))), n - 1)
+
+
+def test_another_seed_gives_another_inner_split():
+    splits = {tuple(inner_split(np.arange(100), 0.1, seed)[1]) for seed in range(10)}
+    assert len(splits) == 10
+
+
+def test_a_single_group_is_never_held_out_whole():
+    """There would be nothing left to fit."""
+    fit, _ = inner_split(np.zeros(20, int), 0.1, 0)
+    assert len(fit) > 0

@@ -1,0 +1,133 @@
+"""Score a fine-tuned run on a split: exact metrics over all ranks, and the predictions.
+
+accelerate launch [...] train/evaluate.py RUN --split val
+launch/local.sh -n 2    train/evaluate.py RUN --split val
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_prep.command_line import parse
+from data_prep.errors import run_command
+from data_prep.manifest import Manifest
+from data_prep.shards import ShardFolder
+from train.checkpoint import Progress, load_network, load_progress
+from train.loader import Stimuli, workers_per_rank
+from train.loop import evaluation_batch_size
+from train.recipe import Recipe
+from train.run_folder import RunFolder, open_run, write_json, write_npz
+from train.runtime import Runtime, ranks_on_machine, started, world_size
+from train.scoring import Scored, check_not_empty, report, score
+from train.tasks import Network
+
+
+class Evaluate(BaseModel):
+    """Score a fine-tuned run on a split."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    run: tyro.conf.Positional[Path]
+    """Run folder made by train/finetune.py."""
+    split: Literal["train", "val", "test"] = "val"
+    """Which stimuli to predict; on a split without responses the predictions alone are written."""
+    checkpoint: Literal["best", "last"] = "best"
+    """Which epoch's weights."""
+    data: Path | None = None
+    """Shard folder; by default the one the run was trained on."""
+    batch_size: int | None = Field(None, ge=1)
+    """Stimuli per forward pass; by default the recipe's."""
+    workers: int | None = Field(None, ge=0)
+    """Decoding processes per rank; by default the recipe's."""
+
+
+@dataclass
+class Job:
+    """An evaluation that is checked as far as it can be before its processes are joined."""
+
+    options: Evaluate
+    folder: RunFolder
+    recipe: Recipe
+    checkpoint: Path
+    progress: Progress
+    manifest: Manifest
+    stimuli: Stimuli
+
+
+def prepare(options: Evaluate) -> Job:
+    """Open run and data and check that they fit together.
+
+    Raises:
+        BadInput: they do not.
+    """
+    ranks = world_size()
+    folder, recipe = open_run(options.run)
+    checkpoint = folder.checkpoints / options.checkpoint
+    progress = load_progress(checkpoint)
+    shards = ShardFolder(options.data or folder.data_folder())
+    progress.check_fits(shards.manifest, str(shards.folder))
+    split = shards.split(options.split)
+    classes = recipe.task.predicts_classes
+    responses = recipe.task.predicts_responses and split.has_responses
+    stimuli = Stimuli(split, progress.image_size, responses=responses, classes=classes)
+    check_not_empty(stimuli, ranks, options.split)
+    return Job(options, folder, recipe, checkpoint, progress, shards.manifest, stimuli)
+
+
+def evaluate(job: Job, runtime: Runtime) -> Scored:
+    """Load the network and score the split over all ranks."""
+    network = Network(job.recipe.without_pretrained_weights(), job.manifest)
+    load_network(network, job.checkpoint)
+    setting = job.recipe.loader.workers if job.options.workers is None else job.options.workers
+    return score(
+        network.to(runtime.device),
+        job.stimuli,
+        runtime,
+        batch_size=job.options.batch_size or evaluation_batch_size(job.recipe),
+        workers=workers_per_rank(setting, ranks_on_machine(), os.cpu_count() or 1),
+        keep=True,
+        label=f"evaluating {job.options.split}",
+    )
+
+
+def write_results(job: Job, scored: Scored, ranks: int) -> Path:
+    """Write predictions.npz and, where there is something to compare with, metrics.json; returns their folder."""
+    target = job.folder.evaluation(job.options.split)
+    if scored.rates is not None:
+        arrays = {
+            "stimulus_id": np.array(job.stimuli.stimulus_ids),
+            "site_id": np.array(job.manifest.site_ids),
+            "prediction": scored.rates,
+        }
+        if job.stimuli.rates is not None:
+            arrays["target"] = job.stimuli.rates
+        write_npz(target / "predictions.npz", **arrays)
+    if scored.moments is not None or scored.counts is not None:
+        metrics = report(scored, job.stimuli, job.manifest, job.options.split, ranks)
+        metrics |= {"checkpoint": job.options.checkpoint, "epoch": job.progress.epoch, "step": job.progress.step}
+        metrics["selected_on"] = [job.progress.selection_split]
+        write_json(target / "metrics.json", metrics)
+    return target
+
+
+def main() -> None:
+    """Parse, check, score, write."""
+    job = prepare(parse(Evaluate, args=sys.argv[1:]))
+    with started(None, "fp32") as runtime:
+        scored = evaluate(job, runtime)
+        if runtime.leads:
+            target = write_results(job, scored, runtime.ranks)
+            means = scored.means()
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items()) or "no responses to compare with"
+            print(f"{job.options.split}: {len(job.stimuli):,} stimuli  {shown}\nwritten to {target}", flush=True)
+        runtime.barrier()
+
+
+if __name__ == "__main__":
+    run_command(main)

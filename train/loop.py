@@ -1,0 +1,193 @@
+"""The training loop: read it top to bottom."""
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+
+from data_prep import progress as show
+from train.checkpoint import Progress, load_network, load_progress, load_tensors, save_checkpoint
+from train.loader import Batch, Stimuli, TrainLoader
+from train.monitor import Monitor
+from train.recipe import Recipe
+from train.run_folder import RunFolder
+from train.runtime import Engine, Runtime
+from train.schedule import rate_factor
+from train.scoring import Scored, score
+from train.tasks import Network, losses
+
+STEPS_BETWEEN_SCALARS = 10
+LOWER_IS_BETTER = ("mse",)
+
+
+@dataclass
+class Training:
+    """Everything a run consists of.
+
+    Attributes:
+        recipe: its settings.
+        folder: where it is written.
+        runtime: this process.
+        engine: network and optimizer.
+        network: the network itself.
+        loader: this rank's training batches.
+        selection: the stimuli that choose the best epoch.
+        workers: decoding processes per rank.
+        monitor: log and charts.
+        progress: where the run stands.
+    """
+
+    recipe: Recipe
+    folder: RunFolder
+    runtime: Runtime
+    engine: Engine
+    network: Network
+    loader: TrainLoader
+    selection: Stimuli
+    workers: int
+    monitor: Monitor
+    progress: Progress
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.loader.steps * self.recipe.epochs
+
+    def run(self) -> None:
+        """Train until the epochs or the patience are used up.
+
+        Raises:
+            FloatingPointError: the loss became infinite or NaN.
+        """
+        while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
+            started = time.monotonic()
+            loss = self._epoch()
+            trained = time.monotonic()
+            self.runtime.average_batch_statistics(self.network)
+            scored = score(
+                self.network,
+                self.selection,
+                self.runtime,
+                batch_size=evaluation_batch_size(self.recipe),
+                workers=self.workers,
+                keep=False,
+            )
+            best = self._select(scored)
+            self._save(best)
+            self._tell(loss, scored, best, trained - started, time.monotonic() - trained)
+        ended = "no improvement" if self._out_of_patience() else "all epochs done"
+        self.monitor.say(
+            f"{ended}: best {self.progress.selection_metric} {self.progress.best:.4f} "
+            f"on {self.progress.selection_split} after epoch {self.progress.best_epoch}"
+        )
+
+    def _epoch(self) -> float:
+        """One pass over the training stimuli; returns the mean loss per step."""
+        self.network.train()
+        device = self.runtime.device
+        epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
+        with show.Progress(
+            self.loader.steps, f"epoch {self.progress.epoch + 1}", "steps", silent=not self.runtime.leads
+        ) as bar:
+            waited = time.monotonic()
+            for micros in self.loader.epoch(self.progress.epoch):
+                data_wait = time.monotonic() - waited
+                factor = rate_factor(self.recipe.schedule, self.progress.step, self.total_steps)
+                self.engine.set_rate(factor)
+                parts = [self._piece(piece, micro.to(device)) for piece, micro in enumerate(micros)]
+                self.engine.step()
+                step_loss = torch.stack([part["loss"] for part in parts]).sum()
+                epoch_loss += step_loss
+                self.progress.step += 1
+                if self.progress.step % STEPS_BETWEEN_SCALARS == 0:
+                    self._scalars(step_loss, factor, data_wait, time.monotonic() - waited)
+                bar.advance()
+                waited = time.monotonic()
+        self.progress.epoch += 1
+        mean = float(self.runtime.sum(epoch_loss)) / self.loader.steps
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"the loss became {mean} in epoch {self.progress.epoch}; lower optimizer.lr or set optimizer.clip_norm "
+                "(the checkpoints of the epochs before are kept)"
+            )
+        return mean
+
+    def _piece(self, piece: int, batch: Batch) -> dict[str, torch.Tensor]:
+        """Forward and backward of one micro-batch; its losses stay on the device."""
+        with self.engine.last_piece(piece):
+            outputs = self.engine.forward(batch.images)
+            parts = losses(self.recipe.task, self.network, outputs, batch)
+            self.engine.backward(parts["loss"])
+        return {name: part.detach() for name, part in parts.items()}
+
+    def _scalars(self, loss: torch.Tensor, factor: float, data_wait: float, seconds: float) -> None:
+        total = float(self.runtime.sum(loss))
+        self.monitor.scalars(
+            {
+                "loss/train": total,
+                "rate/backbone_and_readout": factor * self.recipe.optimizer.lr,
+                "speed/images_per_second": self.loader.global_size / seconds,
+                "speed/data_wait_seconds": data_wait,
+            },
+            self.progress.step,
+        )
+
+    def _select(self, scored: Scored) -> bool:
+        """Compare with the best epoch so far; all ranks see the same reduced numbers and decide alike."""
+        value, best = scored.value(self.progress.selection_metric), self.progress.best
+        sign = -1 if self.progress.selection_metric in LOWER_IS_BETTER else 1
+        improved = best is None or sign * value > sign * best
+        if improved:
+            self.progress.best, self.progress.best_epoch = value, self.progress.epoch
+            self.progress.epochs_without_improvement = 0
+        else:
+            self.progress.epochs_without_improvement += 1
+        return improved
+
+    def _out_of_patience(self) -> bool:
+        return self.progress.epochs_without_improvement >= self.recipe.early_stopping.patience
+
+    def _save(self, best: bool) -> None:
+        optimizer = self.engine.optimizer_tensors()
+        if self.runtime.leads:
+            save_checkpoint(self.folder.checkpoints, self.network.state_dict(), optimizer, self.progress, best)
+        self.runtime.barrier()
+
+    def _tell(self, loss: float, scored: Scored, best: bool, train_seconds: float, score_seconds: float) -> None:
+        progress, means = self.progress, scored.means()
+        speed = self.loader.steps * self.loader.global_size / train_seconds
+        shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        self.monitor.say(
+            f"epoch {progress.epoch:>3}/{self.recipe.epochs}  loss {loss:.4f}  {progress.selection_split}: {shown}  "
+            f"{speed:,.0f} images/s{'  *' if best else ''}"
+        )
+        charts = {f"{progress.selection_split}/{name}": value for name, value in means.items()}
+        charts["selection/value"] = means[progress.selection_metric]
+        self.monitor.scalars(charts, progress.step)
+        self.monitor.epoch(
+            {
+                "epoch": progress.epoch,
+                "step": progress.step,
+                "loss": loss,
+                progress.selection_split: means,
+                "best": best,
+                "images_per_second": speed,
+                "train_seconds": train_seconds,
+                "score_seconds": score_seconds,
+            }
+        )
+
+    def resume(self) -> None:
+        """Go on from the last checkpoint."""
+        last = self.folder.checkpoints / "last"
+        self.progress = load_progress(last)
+        load_network(self.network, last)
+        self.engine.load_optimizer_tensors(load_tensors(last, "optimizer"))
+        self.monitor.rewind(self.progress.epoch)
+        self.monitor.say(f"resumed after epoch {self.progress.epoch} (step {self.progress.step})")
+
+
+def evaluation_batch_size(recipe: Recipe) -> int:
+    """Stimuli per forward pass in evaluation; it does not depend on the number of ranks."""
+    return recipe.batch.per_device or min(recipe.batch.global_size, 64)

@@ -1,0 +1,82 @@
+"""What people watch: the log, the progress of an epoch, and TensorBoard."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from train.run_folder import RunFolder
+
+LAYOUT = {
+    "first look": {
+        "loss": ["Multiline", ["loss/train"]],
+        "selection metric": ["Multiline", ["selection/value"]],
+        "learning rate": ["Multiline", ["rate/backbone_and_readout"]],
+        "images per second": ["Multiline", ["speed/images_per_second"]],
+    }
+}
+
+
+class Monitor:
+    """Writes log.txt, history.jsonl and TensorBoard; silent on every rank but the first.
+
+    Every chart's horizontal axis is the number of optimizer steps done.
+
+    Args:
+        folder: of the run; it must exist on the leading rank.
+        leads: whether this rank writes.
+    """
+
+    def __init__(self, folder: RunFolder, leads: bool):
+        self._folder, self._leads = folder, leads
+        self._log = logging.getLogger("spiketune")
+        self._log.handlers.clear()
+        self._log.propagate = False
+        self._log.setLevel(logging.INFO if leads else logging.CRITICAL)
+        self._board: SummaryWriter | None = None
+        if leads:
+            self._add_handler(logging.StreamHandler(sys.stdout), "%(message)s")
+            self._add_handler(logging.FileHandler(folder.log), "%(asctime)s %(message)s")
+            self._board = SummaryWriter(str(folder.tensorboard))
+            self._board.add_custom_scalars(LAYOUT)
+
+    def _add_handler(self, handler: logging.Handler, layout: str) -> None:
+        handler.setFormatter(logging.Formatter(layout, datefmt="%Y-%m-%d %H:%M:%S"))
+        self._log.addHandler(handler)
+
+    def say(self, message: str) -> None:
+        """A line for the terminal and the log."""
+        self._log.info(message)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Points in TensorBoard's charts."""
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def epoch(self, facts: dict[str, Any]) -> None:
+        """A line of history.jsonl."""
+        if self._leads:
+            with self._folder.history.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(facts) + "\n")
+
+    def rewind(self, epoch: int) -> None:
+        """Drop the history of epochs after `epoch`: a resumed run writes them again."""
+        if self._leads and self._folder.history.exists():
+            kept = [line for line in _lines(self._folder.history) if json.loads(line)["epoch"] <= epoch]
+            self._folder.history.write_text("".join(kept), encoding="utf-8")
+
+    def close(self) -> None:
+        """Write out what is still in memory."""
+        if self._board is not None:
+            self._board.close()
+        for handler in self._log.handlers:
+            handler.close()
+
+
+def _lines(path: Path) -> list[str]:
+    """The whole lines of a file: a crash can leave half of one at its end."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

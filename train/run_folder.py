@@ -1,0 +1,156 @@
+"""A run's folder: what lies where in it, how it is claimed and continued, and writing that is never half done.
+
+RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
+RUN/checkpoints/{last,best} -> step_N/     see train/checkpoint.py
+RUN/eval/<split>/{metrics.json,predictions.npz}
+"""
+
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.errors import BadInput
+from train.recipe import Recipe, load_recipe, save_recipe
+
+PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
+
+
+class RunFolder:
+    """Paths in a run's folder, and atomic writing to them."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.env = path / "env.json"
+        self.log = path / "log.txt"
+        self.history = path / "history.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.checkpoints = path / "checkpoints"
+
+    def evaluation(self, split: str) -> Path:
+        """Where the results on a split go."""
+        return self.path / "eval" / split
+
+    def check_free(self) -> None:
+        """Refuse a folder that holds something already.
+
+        Raises:
+            BadInput: it does.
+        """
+        if self.recipe.exists():
+            raise BadInput(f"{self.path} holds a run already; add --resume to go on with it, or choose another --out")
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise BadInput(f"{self.path} exists and is not an empty folder; choose another --out")
+
+    def check_same(self, recipe: Recipe) -> None:
+        """Refuse to go on with a run under other settings; `epochs`-independent differences are all shown.
+
+        Raises:
+            BadInput: there is no run in the folder, or its recipe differs.
+        """
+        if not self.recipe.is_file():
+            raise BadInput(f"{self.path} holds no run to resume (no recipe.yaml); start it without --resume")
+        before, now = _flat(load_recipe(self.recipe).model_dump()), _flat(recipe.model_dump())
+        free = {"strategy", "loader.workers", "batch.per_device"}  # how a run is computed, not what is computed
+        changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
+        changed = [change for change in changed if change.partition(":")[0] not in free]
+        if changed:
+            raise BadInput(
+                f"{self.path} was started with another recipe ({'; '.join(changed)}); resume it with its own"
+            )
+
+    def claim(self, recipe: Recipe, data: Path, facts: Mapping[str, Any]) -> None:
+        """Make the folder and write down what the run is: settings, versions, hardware, command."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        env = environment() | {"data": str(data.resolve())} | dict(facts)
+        write_atomically(self.env, json.dumps(env, indent=1).encode())
+        temporary = self.recipe.with_suffix(".tmp")
+        save_recipe(recipe, temporary)
+        temporary.replace(self.recipe)
+
+    def data_folder(self) -> Path:
+        """The shard folder the run was trained on."""
+        try:
+            return Path(json.loads(self.env.read_text())["data"])
+        except (OSError, ValueError, KeyError):
+            raise BadInput(f"{self.env} does not tell the run's shard folder; name it with --data") from None
+
+
+def open_run(path: Path) -> tuple[RunFolder, Recipe]:
+    """An existing run and its recipe.
+
+    Raises:
+        BadInput: there is none.
+    """
+    folder = RunFolder(path)
+    if not folder.recipe.is_file():
+        raise BadInput(f"{path} is no run folder (it has no recipe.yaml); give what train/finetune.py --out was given")
+    return folder, load_recipe(folder.recipe)
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def environment() -> dict[str, Any]:
+    """What a row of a table needs to be made again: command, versions, commit, hardware."""
+    return {
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+        "host": platform.node(),
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        or [f"CPU, {os.cpu_count()} cores"],
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+
+
+def _git_commit() -> str | None:
+    code = Path(__file__).parent
+    try:
+        shown = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=code, capture_output=True, text=True
+        )
+    except OSError:
+        return None
+    return shown.stdout.strip() or None
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside it and rename it: it is there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON atomically; NaN has no place in it."""
+    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Write arrays as .npz atomically, without pickles."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,488 @@
+"""Processes, devices, precision and DeepSpeed: the only file that knows Accelerate and DeepSpeed.
+
+`started(...)` finds out how many processes there are, joins them and gives a `Runtime`; `Runtime.prepare` turns network
+and optimizer into an `Engine` that steps in the same way under every strategy.
+"""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+import torch.distributed as dist
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
+from torch import nn
+
+from data_prep.errors import BadInput
+
+STARTING_TIMEOUT = timedelta(minutes=30)
+
+
+# ------------------------------------------------------------------------------------------------------- processes
+
+
+def world_size() -> int:
+    """Processes that were started together, from the launcher's environment; known before they are joined.
+
+    Raises:
+        BadInput: the launcher announced several processes and started this one alone (see `_announced`).
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    count, who = _announced()
+    if count > 1:
+        raise BadInput(
+            f"{who} was to start {count} processes, but this one was started alone and would train by itself; "
+            f"use launch/local.sh -n {count} {' '.join(sys.argv[:1])} ..., or torchrun --nproc-per-node {count}"
+        )
+    return 1
+
+
+def _announced() -> tuple[int, str]:
+    """How many processes the launcher was asked for, and which launcher, where none told this process its rank.
+
+    `accelerate launch --cpu --num_processes 2` starts one process and sets nothing that says so; its command line does.
+    """
+    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        if os.environ.get(name, "1") != "1":
+            return int(os.environ[name]), {"S": "srun"}.get(name[0], "mpirun")
+    try:
+        words = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):
+        return 1, ""
+    if not any(Path(word).name.startswith("accelerate") for word in words[:3]):
+        return 1, ""
+    return max(_accelerate_processes(words), 1), "accelerate launch"
+
+
+def _accelerate_processes(words: list[str]) -> int:
+    """The number of processes that an `accelerate launch` command line asks for; 1 where it does not tell."""
+    given = {}
+    for option, value in zip(words, [*words[1:], ""], strict=True):
+        name, _, inline = option.partition("=")
+        given[name.replace("-", "_").lstrip("_")] = inline or value
+    if given.get("num_processes", "").isdigit():
+        return int(given["num_processes"])
+    try:
+        return int(yaml.safe_load(Path(given["config_file"]).read_text()).get("num_processes", 1))
+    except (KeyError, OSError, AttributeError, ValueError, TypeError, yaml.YAMLError):
+        return 1
+
+
+def rank() -> int:
+    """Which of them this process is; known before they are joined."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def ranks_on_machine() -> int:
+    """Processes of this run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+# -------------------------------------------------------------------------------------------------------- strategy
+
+
+def chosen_strategy(setting: str | None) -> dict[str, Any] | None:
+    """The DeepSpeed configuration to use, or None for DDP (and for one process).
+
+    Args:
+        setting: `ddp`, the path of a DeepSpeed JSON, or None for what the launcher asked for.
+
+    Raises:
+        BadInput: recipe and launcher contradict each other, or the file is not readable as JSON.
+    """
+    launched_with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if launched_with_deepspeed and setting == "ddp":
+        raise BadInput("strategy is ddp, but the launcher was told to use DeepSpeed; drop one of the two")
+    if setting is None and launched_with_deepspeed:
+        if launcher_file == "none":
+            raise BadInput("the launcher asks for DeepSpeed without a file; add --deepspeed_config_file ds_configs/...")
+        setting = launcher_file
+    if setting in (None, "ddp"):
+        return None
+    if launched_with_deepspeed and launcher_file != "none" and Path(launcher_file).resolve() != Path(setting).resolve():
+        raise BadInput(f"strategy is {setting}, but the launcher was given {launcher_file}; they must agree")
+    return _read_deepspeed_json(Path(setting))
+
+
+def _read_deepspeed_json(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadInput(
+            f"strategy: {path} is no file; give `ddp` or a DeepSpeed JSON such as ds_configs/zero2.json"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"strategy: {path} is not readable as JSON ({error})") from None
+    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
+    if stage not in (0, 1, 2):
+        raise BadInput(f"strategy: {path}: zero_optimization.stage must be 0, 1 or 2, not {stage}")
+    return config
+
+
+def fill_deepspeed(config: dict[str, Any], *, share: int, pieces: int, ranks: int, clip_norm: float | None) -> dict:
+    """A DeepSpeed configuration with every number that follows from the recipe.
+
+    Args:
+        config: of the file.
+        share: the most stimuli of one micro-batch.
+        pieces: micro-batches per optimizer step.
+        ranks: processes.
+        clip_norm: of the recipe, None for no clipping.
+
+    Raises:
+        BadInput: the file sets one of these to another value.
+    """
+    filled = {
+        "train_micro_batch_size_per_gpu": share,
+        "gradient_accumulation_steps": pieces,
+        "train_batch_size": share * pieces * ranks,
+        "gradient_clipping": clip_norm or 0.0,
+        # NAdam and SGD are "untested" in DeepSpeed's words; the project's tests compare them with DDP.
+        "zero_allow_untested_optimizer": True,
+    }
+    for name, value in filled.items():
+        if config.get(name, value) != value:
+            raise BadInput(
+                f"strategy: {name} is {config[name]} in the file, but the recipe gives {value}; remove it there"
+            )
+    for name in ("optimizer", "scheduler", "fp16", "bf16"):
+        if name in config:
+            raise BadInput(f"strategy: the file has a section {name!r}, which the recipe decides; remove it there")
+    return config | filled
+
+
+# --------------------------------------------------------------------------------------------------------- runtime
+
+
+class Runtime:
+    """This process among the others.
+
+    Attributes:
+        rank, ranks: which process this is, and of how many.
+        device: where it computes.
+    """
+
+    def __init__(self, accelerator: Accelerator, deepspeed: bool):
+        self._accelerator = accelerator
+        self.deepspeed = deepspeed
+        self.rank: int = accelerator.process_index
+        self.ranks: int = accelerator.num_processes
+        self.device: torch.device = accelerator.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether batches are copied to a GPU."""
+        return self.device.type == "cuda"
+
+    def describe(self) -> str:
+        """Processes, device and strategy, for the log."""
+        strategy = "DeepSpeed" if self.deepspeed else "DDP" if self.ranks > 1 else "one process"
+        name = torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU, {torch.get_num_threads()} threads"
+        return f"{self.ranks} process{'es' * (self.ranks > 1)} ({name} each), {strategy}"
+
+    # --- collectives: the same calls with one process and with many
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensors of all ranks, of one shape, stacked along a new first dimension."""
+        if self.ranks == 1:
+            return tensor[None]
+        parts = [torch.empty_like(tensor) for _ in range(self.ranks)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts)
+
+    def gather_rows(self, rows: torch.Tensor) -> np.ndarray:
+        """The rows of all ranks, one rank's behind the other's; ranks may have different numbers of rows."""
+        if self.ranks == 1:
+            return rows.cpu().numpy()
+        counts = self.all_gather(torch.tensor(len(rows), device=self.device)).tolist()
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        parts = self.all_gather(padded).cpu().numpy()
+        return np.concatenate([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, in the order of the ranks."""
+        return self.all_gather(tensor).sum(0)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank; for small plain data."""
+        if self.ranks == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self._accelerator.wait_for_everyone()
+
+    def average_batch_statistics(self, network: nn.Module) -> None:
+        """Average BatchNorm's running statistics over ranks; they differ, as each rank normalises its own batches."""
+        if self.ranks == 1:
+            return
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                for statistic in (module.running_mean, module.running_var):
+                    statistic.copy_(self.all_gather(statistic).double().mean(0))
+
+    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> "Engine":
+        """Network and optimizer, ready to be stepped; `options` go to `Engine`.
+
+        Raises:
+            RuntimeError: the strategy that was asked for is not the one that came out.
+        """
+        if self.deepspeed:
+            wrapped, _ = self._accelerator.prepare(network, optimizer)
+            if type(wrapped).__name__ != "DeepSpeedEngine":
+                raise RuntimeError(f"asked for DeepSpeed, but accelerate prepared a {type(wrapped).__name__}")
+        else:
+            with warnings.catch_warnings():  # accelerate still passes `broadcast_buffers`, which torch is renaming
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+                wrapped = self._accelerator.prepare(network) if self.ranks > 1 else network
+            if self.ranks > 1 and not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+                raise RuntimeError(f"asked for DDP over {self.ranks} processes, but got a {type(wrapped).__name__}")
+        return Engine(self, wrapped, network, optimizer, **options)
+
+
+class Engine:
+    """Network and optimizer under any strategy.
+
+    Args:
+        runtime: this process.
+        wrapped: the network as the strategy wrapped it.
+        network: the network itself.
+        optimizer: the torch optimizer; its parameter groups hold the learning rates under every strategy.
+        pieces: micro-batches per optimizer step.
+        bf16: whether the forward pass runs under bfloat16 autocast.
+        clip_norm: largest norm of the gradient, or None.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        wrapped: nn.Module,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        *,
+        pieces: int,
+        bf16: bool,
+        clip_norm: float | None,
+    ):
+        self.runtime, self.network, self.optimizer = runtime, network, optimizer
+        self._wrapped, self._pieces, self._clip_norm = wrapped, pieces, clip_norm
+        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self._autocast = torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16)
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The network's outputs for a micro-batch, in training."""
+        with self._autocast:
+            return self._wrapped(images)
+
+    def last_piece(self, piece: int):
+        """Around forward and backward of a micro-batch: gradients travel between ranks with the last one only."""
+        ddp = isinstance(self._wrapped, nn.parallel.DistributedDataParallel)
+        return self._wrapped.no_sync() if ddp and piece < self._pieces - 1 else nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a micro-batch's gradients. `loss` is its part of the global batch's loss (see `train/tasks.py`).
+
+        DDP and DeepSpeed average over ranks, and DeepSpeed over micro-batches too; both are undone here, so that what
+        arrives is the sum of the parts.
+        """
+        if self.runtime.deepspeed:
+            self._wrapped.backward(loss * (self.runtime.ranks * self._pieces))
+            if not self._wrapped.is_gradient_accumulation_boundary():
+                self._wrapped.step()  # counts the micro-batch
+        else:
+            (loss * self.runtime.ranks).backward()
+
+    def step(self) -> None:
+        """One optimizer step with the gradients of a whole global batch; clears them."""
+        if self.runtime.deepspeed:
+            self._wrapped.step()
+            return
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        """The optimizer's state as `<parameter>|<key>`, whole whatever the strategy; every rank must take part."""
+        if self.runtime.deepspeed:
+            return self._partitioned_optimizer_tensors()
+        state = self.optimizer.state
+        return {
+            f"{name}|{key}": value
+            for name, parameter in self.network.named_parameters()
+            for key, value in state.get(parameter, {}).items()
+        }
+
+    def _partitioned_optimizer_tensors(self) -> dict[str, torch.Tensor]:
+        tensors = {}
+        for state, names, parameters in self._partitions():
+            for key, value in state.items():
+                if not value.ndim:
+                    tensors |= {f"{name}|{key}": value.clone() for name in names}
+                    continue
+                whole = self.runtime.all_gather(value).flatten()  # ends in padding
+                parts = whole[: sum(p.numel() for p in parameters)].split([p.numel() for p in parameters])
+                tensors |= {
+                    f"{name}|{key}": part.view(parameter.shape).clone()
+                    for name, parameter, part in zip(names, parameters, parts, strict=True)
+                }
+        return tensors
+
+    def _partitions(self) -> Iterator[tuple[dict[str, torch.Tensor], list[str], list[nn.Parameter]]]:
+        """Per parameter group: the state of this rank's partition, and the parameters that lie flat in all partitions.
+
+        ZeRO-1 and -2 flatten a group's parameters in `round_robin_bit16_groups`' order and cut the result into equal
+        parts, one per rank.
+        """
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        zero = self._wrapped.optimizer
+        for partition, parameters in zip(
+            zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, strict=True
+        ):
+            yield self.optimizer.state[partition], [names[id(p)] for p in parameters], parameters
+
+    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """The inverse of `optimizer_tensors`, under any strategy."""
+        if self.runtime.deepspeed:
+            self._load_partitioned(tensors)
+            return
+        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
+        content = self.optimizer.state_dict()
+        for index, parameter in enumerate(self._parameters):
+            prefix = f"{names[id(parameter)]}|"
+            content["state"][index] = {
+                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
+            }
+        self.optimizer.load_state_dict(content)
+
+    def _load_partitioned(self, tensors: dict[str, torch.Tensor]) -> None:
+        keys = {name.rpartition("|")[2] for name in tensors}
+        zero = self._wrapped.optimizer
+        for partition, (state, names, parameters) in zip(
+            zero.single_partition_of_fp32_groups, self._partitions(), strict=True
+        ):
+            for key in keys:
+                parts = [tensors[f"{name}|{key}"] for name in names]
+                if parts[0].shape != parameters[0].shape:  # a number that all parameters of the group share
+                    state[key] = parts[0].clone()
+                    continue
+                whole = partition.new_zeros(partition.numel() * self.runtime.ranks)
+                flat = torch.cat([part.flatten() for part in parts])
+                whole[: flat.numel()] = flat.to(whole)
+                state[key] = whole.view(self.runtime.ranks, -1)[self.runtime.rank].clone()
+
+    def set_rate(self, factor: float) -> None:
+        """Set every group's learning rate to `factor` times its peak."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+@contextmanager
+def started(deepspeed: dict[str, Any] | None, precision: str) -> Iterator[Runtime]:
+    """Join the processes of this run; they part again on every way out.
+
+    Args:
+        deepspeed: a filled configuration, or None.
+        precision: of the recipe, compared with what the launcher was told.
+
+    Raises:
+        BadInput: the launcher's settings contradict the recipe or the machine.
+        RuntimeError: not as many processes were joined as were started.
+    """
+    _check_launcher(precision)
+    try:
+        yield Runtime(_accelerator(deepspeed), deepspeed is not None)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _check_launcher(precision: str) -> None:
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", precision):
+        raise BadInput(f"the launcher was told --mixed_precision {launcher}, the recipe says precision: {precision}")
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < ranks_on_machine() and not _cpu_wanted():
+        raise BadInput(
+            f"{ranks_on_machine()} processes were started on a machine with {gpus} GPUs; start one per GPU, "
+            "or set ACCELERATE_USE_CPU=true"
+        )
+
+
+def uses_gpu() -> bool:
+    """Whether this run computes on GPUs: where there are any, unless ACCELERATE_USE_CPU says otherwise."""
+    return torch.cuda.is_available() and not _cpu_wanted()
+
+
+def _cpu_wanted() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
+
+
+def _accelerator(deepspeed: dict[str, Any] | None) -> Accelerator:
+    expected = world_size()
+    cpu = not uses_gpu()
+    handlers: list[Any] = [
+        # Averaged before evaluation and saving instead of sent along with every step.
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
+    if expected > 1 or deepspeed is not None:
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=STARTING_TIMEOUT))
+    if deepspeed is None:
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
+        wanted = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU) if expected > 1 else (DistributedType.NO,)
+    else:
+        accelerator = _deepspeed_accelerator(deepspeed, cpu, handlers)
+        wanted = (DistributedType.DEEPSPEED,)
+    if accelerator.num_processes != expected or accelerator.distributed_type not in wanted:
+        raise RuntimeError(
+            f"{expected} processes were started, but accelerate joined {accelerator.num_processes} "
+            f"as {accelerator.distributed_type}; start with launch/local.sh or torchrun"
+        )
+    return accelerator
+
+
+def _deepspeed_accelerator(config: dict[str, Any], cpu: bool, handlers: list[Any]) -> Accelerator:
+    # DeepSpeed looks for ninja on PATH, where an environment that was not activated is not.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "29511")
+    if cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns of NAdam and SGD at every start
+    # Used for inference only, and about a minute of compilation.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # With it set, accelerate drops DeepSpeed for DDP and says nothing.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    plugin = DeepSpeedPlugin(hf_ds_config=config)
+    return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)

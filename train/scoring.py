@@ -1,0 +1,142 @@
+"""A network's predictions for a split and the metrics over all ranks."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.errors import BadInput
+from data_prep.manifest import Manifest, from_json_list
+from data_prep.progress import Progress
+from train.loader import Stimuli, evaluation_loader, rank_positions
+from train.metrics import (
+    ClassCounts,
+    SiteMoments,
+    classification_report,
+    mean_score,
+    merge_all,
+    regression_report,
+    site_scores,
+)
+from train.runtime import Runtime
+from train.tasks import Network
+
+
+@dataclass
+class Scored:
+    """What an evaluation leaves, the same on every rank.
+
+    Attributes:
+        moments: merged over ranks, see `train/metrics.py`; None where there is nothing to compare with.
+        counts: right answers per class, summed over ranks; None for a network without classes.
+        rates: predictions of all stimuli in order, float32 (stimuli, sites), in the recording's units; None where they
+            were not kept or the network predicts none.
+    """
+
+    moments: torch.Tensor | None
+    counts: torch.Tensor | None
+    rates: np.ndarray | None
+
+    def value(self, metric: str) -> float:
+        """The mean over sites of a metric, or "top1"."""
+        if metric == "top1":
+            return float(self.counts[1].sum() / self.counts[0].sum())
+        return mean_score(site_scores(self.moments)[metric])
+
+    def means(self) -> dict[str, float]:
+        """All metrics there are, as means over sites."""
+        found = {}
+        if self.moments is not None:
+            found |= {name: mean_score(scores) for name, scores in site_scores(self.moments).items()}
+        return found | ({"top1": self.value("top1")} if self.counts is not None else {})
+
+
+@torch.no_grad()
+def score(
+    network: Network, stimuli: Stimuli, runtime: Runtime, *, batch_size: int, workers: int, keep: bool, label: str = ""
+) -> Scored:
+    """Predict every stimulus once, over all ranks, in float32 and with the network in evaluation mode.
+
+    Args:
+        network: on the runtime's device.
+        stimuli: to predict.
+        runtime: this process.
+        batch_size: stimuli per forward pass.
+        workers: decoding processes.
+        keep: whether to gather the predictions of all stimuli.
+        label: of the progress bar; no bar without one.
+
+    Raises:
+        RuntimeError: the ranks together did not see every stimulus once.
+    """
+    was_training = network.training
+    network.eval()
+    device, own = runtime.device, rank_positions(len(stimuli), runtime.rank, runtime.ranks)
+    loader = evaluation_loader(
+        stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu
+    )
+    sites = network.rate_mean.numel()
+    moments = SiteMoments(sites, device) if "rates" in network.heads and stimuli.rates is not None else None
+    counts = (
+        ClassCounts.zeros(network.heads["classes"].out_features, device)
+        if "classes" in network.heads and stimuli.labels is not None
+        else None
+    )
+    kept = torch.empty(len(own) if keep else 0, sites, device=device)
+    seen = 0
+    with Progress(len(stimuli), label, silent=not (label and runtime.leads)) as progress:
+        for batch in loader:
+            there = int(batch.weight.sum())
+            batch = batch.to(device)
+            outputs = network(batch.images)
+            if "rates" in outputs:
+                rates = network.in_units(outputs["rates"])
+                if moments is not None:
+                    moments.add(rates, batch.rates, batch.weight)
+                if keep:
+                    kept[seen : seen + there] = rates[:there]
+            if counts is not None:
+                counts.add(outputs["classes"], batch.labels, batch.weight)
+            seen += there
+            progress.advance(min(there * runtime.ranks, len(stimuli) - progress.done))
+    network.train(was_training)
+    _check_count(runtime, seen, len(stimuli))
+    return Scored(
+        moments=None if moments is None else merge_all(runtime.all_gather(moments.state)),
+        counts=None if counts is None else runtime.sum(counts.stacked()),
+        rates=runtime.gather_rows(kept) if keep and "rates" in network.heads else None,
+    )
+
+
+def _check_count(runtime: Runtime, seen: int, expected: int) -> None:
+    total = int(runtime.sum(torch.tensor(seen, device=runtime.device)))
+    if total != expected:
+        raise RuntimeError(f"the ranks evaluated {total} stimuli, but the split has {expected}")
+
+
+def report(scored: Scored, stimuli: Stimuli, manifest: Manifest, split: str, ranks: int) -> dict[str, Any]:
+    """The content of metrics.json."""
+    metrics: dict[str, Any] = {"split": split, "stimuli": len(stimuli), "world_size": ranks}
+    if manifest.simulated:
+        metrics["simulated"] = True
+    if scored.moments is not None:
+        ceiling = None if manifest.ceiling is None else from_json_list(manifest.ceiling.reliability)
+        metrics["regression"] = regression_report(
+            scored.moments, scored.rates, stimuli.rates, manifest.site_ids, ceiling
+        )
+        if manifest.ceiling is not None:
+            metrics["regression"]["ceiling"]["method"] = manifest.ceiling.method
+    if scored.counts is not None:
+        metrics["classification"] = classification_report(scored.counts, manifest.classes or [])
+    return metrics
+
+
+def check_not_empty(stimuli: Stimuli, ranks: int, split: str) -> None:
+    """Refuse more ranks than stimuli.
+
+    Raises:
+        BadInput: there are.
+    """
+    if len(stimuli) < ranks:
+        raise BadInput(f"{ranks} processes cannot share the {len(stimuli)} stimuli of {split!r}; start fewer")
