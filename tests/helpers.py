@@ -10,7 +10,6 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
-from unittest import mock
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SPIKETUNE_DATA", ROOT.parent / "shared" / "data"))  # the real recordings, if they are here
@@ -46,8 +45,8 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> CompletedProcess:
 def run_here(script: str, *args) -> CompletedProcess:
     """Run a script as `__main__` in this process: what `run_command` does without the seconds a new Python takes."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    argv = [script, *map(str, args)]
-    with mock.patch.object(sys, "argv", argv), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    before, sys.argv = sys.argv, [script, *map(str, args)]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:
@@ -55,7 +54,9 @@ def run_here(script: str, *args) -> CompletedProcess:
         except Exception:
             traceback.print_exc()
             code = 1
-    return CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+        finally:
+            sys.argv = before
+    return CompletedProcess([script, *args], code, out.getvalue(), err.getvalue())
 
 
 def assert_refused(result: CompletedProcess, *words: str) -> None:

@@ -1,7 +1,9 @@
 """Which stimuli make a step, and which rank gets which: properties that hold for every number of ranks."""
 
+import math
+
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.order import (
@@ -14,6 +16,9 @@ from train.order import (
     share,
     steps_per_epoch,
 )
+
+settings.register_profile("unhurried", deadline=None)  # the machine may be busy
+settings.load_profile("unhurried")
 
 seeds = st.integers(0, 2**32 - 1)
 epochs = st.integers(0, 1000)
@@ -121,14 +126,12 @@ def test_shares_are_disjoint_complete_and_even(n, ranks):
 def test_evaluation_takes_every_stimulus_once_over_all_ranks(stimuli, ranks, size):
     dealt = [evaluation_batches(stimuli, rank, ranks, size) for rank in range(ranks)]
     assert np.array_equal(np.concatenate([counted(batches) for batches in dealt]), np.arange(stimuli))
-    assert {micro.weight.sum() for batches in dealt for micro in batches} <= set(range(size + 1))
 
 
 @given(counts, ranks_, st.integers(1, 100))
 def test_evaluation_batches_are_alike_on_every_rank(stimuli, ranks, size):
     dealt = [evaluation_batches(stimuli, rank, ranks, size) for rank in range(ranks)]
-    assert {len(batches) for batches in dealt} == {-(-stimuli // ranks // size) if size * ranks == 0 else len(dealt[0])}
-    assert len(dealt[0]) >= 1
+    assert {len(batches) for batches in dealt} == {math.ceil(math.ceil(stimuli / ranks) / size)}
     for batches in dealt:
         for micro in batches:
             assert micro.positions.shape == micro.weight.shape == (size,)

@@ -26,7 +26,7 @@ class Backbone(nn.Module):
 
     Attributes:
         features: channels of the map, or dimensions of the tokens.
-        mean, std: per channel, of the pictures the network expects, for pixels in 0..1.
+        mean, std: per channel, of the pixels (0..255) that the network expects.
         weights_from: where the weights come from, for the log.
     """
 
@@ -34,11 +34,13 @@ class Backbone(nn.Module):
         super().__init__()
         self.net, self.weights_from = _create(name, weights)
         self.features: int = self.net.num_features
-        config = self.net.pretrained_cfg
-        self.mean, self.std = tuple(config["mean"]), tuple(config["std"])
+        for name in ("mean", "std"):
+            pixels = torch.tensor(self.net.pretrained_cfg[name]).view(1, 3, 1, 1) * 255
+            self.register_buffer(name, pixels, persistent=False)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Normalised pictures (b, 3, size, size) -> pooled features (b, features)."""
+        """uint8 pictures (b, 3, size, size) -> pooled features (b, features)."""
+        images = (images.float() - self.mean) / self.std
         return self.net.forward_head(self.net.forward_features(images), pre_logits=True)
 
 

@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -37,13 +37,18 @@ class Task(Settings):
         return self.kind != "regression"
 
 
-class Backbone(Settings):
-    """The network that turns a picture into features."""
+class Source(Settings):
+    """A network and where its weights come from."""
 
     name: str = "tf_efficientnet_lite0"
     """Any timm model name."""
     weights: str = "pretrained"
     """`pretrained` (an installed weights package, else timm's hub), `random`, or a .safetensors/.pth file."""
+
+
+class Backbone(Source):
+    """The network that turns a picture into features, and what of it is trained."""
+
     trainable: Literal["all", "head"] = "all"
     """Train everything, or the readout alone on a frozen backbone (whose BatchNorm then stays in evaluation mode)."""
 
@@ -154,7 +159,35 @@ class Recipe(Settings):
             )
 
 
-def load_recipe(path: Path) -> Recipe:
+class ProbeRecipe(Settings):
+    """All settings of a probe."""
+
+    layers: list[str] = Field(["all"], min_length=1)
+    """`pixels`, `all` (every stage), or names of the network's modules, with globs."""
+    pool: int | None = Field(7, ge=1)
+    """Average-pool the maps of a layer to at most this many rows and columns; None keeps them whole."""
+    backbone: Source = Source()
+    images: Images = Images()
+    batch_size: int = Field(64, ge=1)
+    """Stimuli in one forward pass."""
+    loader: Loader = Loader()
+    seed: int = Field(0, ge=0)
+    """Of random weights."""
+
+    def check(self) -> None:
+        """Refuse settings that are fine one by one and contradict each other.
+
+        Raises:
+            BadInput: naming what is wrong.
+        """
+        if "pixels" in self.layers and len(self.layers) > 1:
+            raise BadInput("layers: pixels are no layer of a network; probe them in a run of their own")
+
+
+AnyRecipe = TypeVar("AnyRecipe", Recipe, ProbeRecipe)
+
+
+def load_recipe(path: Path, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
     """Read a recipe from YAML.
 
     Raises:
@@ -169,12 +202,12 @@ def load_recipe(path: Path) -> Recipe:
     if not isinstance(content, dict | None):
         raise BadInput(f"{path} must hold sections such as `optimizer:`, not a {type(content).__name__}")
     try:
-        return Recipe.model_validate(content or {})
+        return model.model_validate(content or {})
     except ValidationError as error:
-        raise BadInput(f"{path}: {describe(error, Recipe)}") from None
+        raise BadInput(f"{path}: {describe(error, model)}") from None
 
 
-def save_recipe(recipe: Recipe, path: Path) -> None:
+def save_recipe(recipe: Recipe | ProbeRecipe, path: Path) -> None:
     """Write a recipe with all its settings as YAML."""
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from data_prep.errors import BadInput
-from train.recipe import Recipe, load_recipe, save_recipe
+from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
 
@@ -69,7 +69,7 @@ class RunFolder:
                 f"{self.path} was started with another recipe ({'; '.join(changed)}); resume it with its own"
             )
 
-    def claim(self, recipe: Recipe, data: Path, facts: Mapping[str, Any]) -> None:
+    def claim(self, recipe: Recipe | ProbeRecipe, data: Path, facts: Mapping[str, Any]) -> None:
         """Make the folder and write down what the run is: settings, versions, hardware, command."""
         self.path.mkdir(parents=True, exist_ok=True)
         env = environment() | {"data": str(data.resolve())} | dict(facts)
@@ -95,6 +95,8 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     folder = RunFolder(path)
     if not folder.recipe.is_file():
         raise BadInput(f"{path} is no run folder (it has no recipe.yaml); give what train/finetune.py --out was given")
+    if not folder.checkpoints.is_dir() and folder.path.joinpath("eval").is_dir():
+        raise BadInput(f"{path} is a probe, which train/probe.py has scored already; see {path / 'eval'}")
     return folder, load_recipe(folder.recipe)
 
 

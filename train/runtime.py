@@ -227,13 +227,19 @@ class Runtime:
         """The sum over ranks, in the order of the ranks."""
         return self.all_gather(tensor).sum(0)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value, on every rank; for small plain data."""
+    def sum_to(self, tensor: torch.Tensor, rank: int) -> torch.Tensor | None:
+        """The sum over ranks, on one rank; None on the others."""
+        if self.ranks > 1:
+            dist.reduce(tensor, dst=rank)
+        return tensor if self.rank == rank else None
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The values of all ranks, in their order, on every rank; for what is no tensor."""
         if self.ranks == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, device=self.device)
-        return box[0]
+            return [value]
+        values = [None] * self.ranks
+        dist.all_gather_object(values, value)
+        return values
 
     def barrier(self) -> None:
         """Wait for all ranks."""

@@ -36,8 +36,6 @@ class Network(nn.Module):
         if recipe.task.predicts_classes:
             heads["classes"] = nn.Linear(self.backbone.features, len(manifest.classes or []))
         self.heads = nn.ModuleDict(heads)
-        for name, values in (("pixel_mean", self.backbone.mean), ("pixel_std", self.backbone.std)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1) * 255, persistent=False)
         for name, values in zip(("rate_mean", "rate_std"), rate_scale(manifest), strict=True):
             self.register_buffer(name, torch.from_numpy(values))  # saved: the weights mean nothing without them
         if recipe.backbone.trainable == "head":
@@ -45,7 +43,7 @@ class Network(nn.Module):
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 pictures (b, 3, size, size) -> "rates", z-scored (b, sites), and/or "classes", logits (b, classes)."""
-        features = self.backbone((images.float() - self.pixel_mean) / self.pixel_std)
+        features = self.backbone(images)
         return {name: head(features).float() for name, head in self.heads.items()}
 
     def z_score(self, rates: torch.Tensor) -> torch.Tensor:

@@ -382,7 +382,7 @@ def draw_background(rng: np.random.Generator, size: int) -> Image.Image:
     noise = Image.fromarray((np.clip(field, 0, 1) * 255).astype(np.uint8))
     picture = noise.resize((size, size), Image.Resampling.BILINEAR)
     draw = ImageDraw.Draw(picture)
-    for _ in range(int(rng.integers(2, 9))):
+    for _ in range(int(rng.integers(2, 8))):
         centre, half = rng.uniform(0, size, 2), rng.uniform(0.03, 0.22, 2) * size
         corners, sides = int(rng.integers(0, 6)), rng.uniform(0, 2 * np.pi)
         colour = tuple(int(c) for c in rng.uniform(30, 225) + rng.uniform(-30, 30, 3))

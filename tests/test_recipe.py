@@ -1,0 +1,197 @@
+"""Recipes: what a YAML file may say, and how it is told what is wrong with it."""
+
+import pytest
+import yaml
+from helpers import ROOT
+
+from data_prep.errors import BadInput
+from train.recipe import Recipe, load_recipe, save_recipe
+
+
+def written(folder, text):
+    path = folder / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path) -> str:
+    """Why a recipe is refused: one sentence that names the file."""
+    with pytest.raises(BadInput) as caught:
+        load_recipe(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def test_a_recipe_changes_what_it_names_and_nothing_else(tmp_path):
+    text = """
+task: {kind: hybrid, classification_weight: 0.5}
+backbone:
+  name: resnet18
+  trainable: head
+optimizer:
+  clip_norm: 1.5
+batch: {global_size: 64, per_device: 16}
+epochs: 7
+"""
+    recipe = load_recipe(written(tmp_path, text))
+    assert (recipe.task.kind, recipe.task.classification_weight, recipe.task.regression_weight) == ("hybrid", 0.5, 1)
+    assert (recipe.backbone.name, recipe.backbone.trainable) == ("resnet18", "head")
+    assert recipe.optimizer.clip_norm == 1.5
+    assert (recipe.batch.global_size, recipe.batch.per_device) == (64, 16)
+    assert recipe.epochs == 7
+    untouched = Recipe()
+    assert recipe.schedule == untouched.schedule
+    assert recipe.early_stopping == untouched.early_stopping
+    assert (recipe.optimizer.name, recipe.seed) == (untouched.optimizer.name, untouched.seed)
+
+
+@pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "{}"])
+def test_an_empty_recipe_is_the_default(tmp_path, text):
+    assert load_recipe(written(tmp_path, text)) == Recipe()
+
+
+@pytest.mark.parametrize("number", ["2e-4", "2.0e-4", "0.0002", '"2e-4"'])
+def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path, number):
+    """YAML 1.1 reads 2e-4 as a string."""
+    assert load_recipe(written(tmp_path, f"optimizer: {{lr: {number}}}")).optimizer.lr == 2e-4
+
+
+@pytest.mark.parametrize(
+    ("text", "where", "nearest"),
+    [
+        ("optimizer: {learning_rate: 1}", "optimizer.learning_rate", None),
+        ("optimizer: {weight_deca: 1}", "optimizer.weight_deca", "weight_decay"),
+        ("optimiser: {lr: 1}", "optimiser", "optimizer"),
+        ("epoch: 3", "epoch", "epochs"),
+        ("batch: {per_devise: 3}", "batch.per_devise", "per_device"),
+        ("early_stopping: {inner-fraction: 0.2}", "early_stopping.inner-fraction", "inner_fraction"),
+        ("task: {knd: hybrid}", "task.knd", "kind"),
+    ],
+)
+def test_an_unknown_name_is_told_the_nearest_one(tmp_path, text, where, nearest):
+    message = refusal(written(tmp_path, text))
+    assert f"{where} is not a setting" in message
+    if nearest:
+        assert f"did you mean {nearest}?" in message
+
+
+def test_a_name_like_no_other_is_told_all_there_are(tmp_path):
+    message = refusal(written(tmp_path, "schedule: {xyzzy: 1}"))
+    assert "kind" in message
+    assert "warmup" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("optimizer: {lr: -1}", "optimizer.lr"),
+        ("optimizer: {lr: 0}", "optimizer.lr"),
+        ("optimizer: {lr: fast}", "optimizer.lr"),
+        ("optimizer: {lr: .nan}", "optimizer.lr"),
+        ("optimizer: {lr: .inf}", "optimizer.lr"),
+        ("optimizer: {name: adagrad}", "optimizer.name"),
+        ("optimizer: 3", "optimizer"),
+        ("optimizer: [lr, 3]", "optimizer"),
+        ("epochs: 0", "epochs"),
+        ("epochs: 2.5", "epochs"),
+        ("epochs: many", "epochs"),
+        ("epochs:", "epochs"),
+        ("seed: -1", "seed"),
+        ("batch: {global_size: 0}", "batch.global_size"),
+        ("early_stopping: {split: test}", "early_stopping.split"),
+        ("early_stopping: {inner_fraction: 1}", "early_stopping.inner_fraction"),
+        ("task: {kind: clasification}", "task.kind"),
+        ("precision: fp8", "precision"),
+        ("images: {size: 4}", "images.size"),
+    ],
+)
+def test_bad_values_are_refused_by_name(tmp_path, text, where):
+    assert f": {where}: " in refusal(written(tmp_path, text))
+
+
+@pytest.mark.parametrize("text", ["- epochs\n- 3\n", "epochs", "3", "false", "0"])
+def test_what_is_not_a_mapping_is_no_recipe(tmp_path, text):
+    assert "must hold sections" in refusal(written(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    "text", ["optimizer: {lr: 1", "a: b: c", "\tepochs: 3", "x: !!python/object/apply:os.getcwd []"]
+)
+def test_what_is_not_yaml_is_no_recipe(tmp_path, text):
+    """Nor is YAML that would run code."""
+    assert "not readable as YAML" in refusal(written(tmp_path, text))
+
+
+def test_files_that_are_no_recipes(tmp_path):
+    assert "no such recipe" in refusal(tmp_path / "nowhere.yaml")
+    assert "not readable" in refusal(tmp_path)
+    binary = tmp_path / "binary.yaml"
+    binary.write_bytes(b"\xff\xfe\x00epochs")
+    assert "not readable" in refusal(binary)
+
+
+CONTRADICTIONS = {
+    "top1 of a regression": ({"early_stopping": {"metric": "top1"}}, ("early_stopping.metric", "task.kind")),
+    "r2 of a classification": (
+        {"task": {"kind": "classification"}, "early_stopping": {"metric": "r2"}},
+        ("early_stopping.metric", "task.kind"),
+    ),
+    "more per device than in all": (
+        {"batch": {"global_size": 8, "per_device": 16}},
+        ("batch.per_device", "16", "batch.global_size", "8"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTRADICTIONS)
+def test_settings_that_contradict_each_other_are_refused(case):
+    settings, words = CONTRADICTIONS[case]
+    with pytest.raises(BadInput) as caught:
+        Recipe.model_validate(settings).check()
+    assert all(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize(
+    ("settings", "metric"),
+    [
+        ({}, "r2"),
+        ({"task": {"kind": "hybrid"}}, "r2"),
+        ({"task": {"kind": "classification"}}, "top1"),
+        ({"task": {"kind": "hybrid"}, "early_stopping": {"metric": "top1"}}, "top1"),
+        ({"early_stopping": {"metric": "pearson_r"}, "batch": {"global_size": 8, "per_device": 8}}, "pearson_r"),
+    ],
+)
+def test_settings_that_agree_pass_and_say_what_selects(settings, metric):
+    recipe = Recipe.model_validate(settings)
+    recipe.check()
+    assert recipe.selection_metric == metric
+
+
+def test_saved_recipes_load_as_they_were(tmp_path):
+    for settings in (
+        {},
+        {
+            "optimizer": {"lr": 2e-7, "clip_norm": None, "name": "sgd"},
+            "seed": 2**40,
+            "strategy": "ds_configs/zero2.json",
+        },
+        {"backbone": {"weights": "C:\\päth: with #signs.pth", "name": "null"}, "images": {"size": 224}},
+    ):
+        recipe = Recipe.model_validate(settings)
+        save_recipe(recipe, tmp_path / "saved.yaml")
+        assert load_recipe(tmp_path / "saved.yaml") == recipe
+
+
+def test_a_saved_recipe_names_every_setting(tmp_path):
+    """So that a run does not change when a later version has other defaults."""
+    save_recipe(Recipe(), tmp_path / "saved.yaml")
+    saved = yaml.safe_load((tmp_path / "saved.yaml").read_text())
+    assert saved.keys() == Recipe.model_fields.keys()
+    assert saved["optimizer"].keys() == type(Recipe().optimizer).model_fields.keys()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train/recipes/*.yaml")), ids=lambda path: path.stem)
+def test_presets_are_valid(path):
+    load_recipe(path).check()

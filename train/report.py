@@ -1,0 +1,149 @@
+"""Compare runs and probes in one table.
+
+python train/report.py RUN [RUN ...] --out DIR [--split val]
+"""
+
+import json
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_prep.command_line import parse
+from data_prep.errors import BadInput, run_command
+from train.run_folder import RunFolder, write_atomically
+
+COLUMNS = {
+    "R2": "r2",
+    "EV": "explained_variance",
+    "MSE": "mse",
+    "Pearson r": "pearson_r",
+    "ceiled EV": "ceiled_explained_variance",
+}
+
+
+class Report(BaseModel):
+    """Compare runs and probes in one table."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    runs: Annotated[list[Path], tyro.conf.Positional] = Field(min_length=1)
+    """Run folders that have been evaluated."""
+    out: Path
+    """Folder for the table (table.md)."""
+    split: Literal["train", "val", "test"] = "val"
+    """The split whose scores are compared."""
+
+
+@dataclass
+class Row:
+    """One model's line: its name, the metrics of the split, and whether the recording is simulated."""
+
+    name: str
+    metrics: dict[str, Any]
+
+    @property
+    def regression(self) -> dict[str, Any]:
+        """The block of response metrics."""
+        return self.metrics["regression"]
+
+
+def read_row(run: Path, split: str) -> Row:
+    """A run's scores.
+
+    Raises:
+        BadInput: it has not been evaluated on the split, or its metrics.json is damaged.
+    """
+    path = RunFolder(run).evaluation(split) / "metrics.json"
+    try:
+        metrics = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise BadInput(f"{path} is missing; score the run first: train/evaluate.py {run} --split {split}") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged ({error}); evaluate the run again") from None
+    if not isinstance(metrics, dict) or "regression" not in metrics:
+        raise BadInput(f"{path} has no response metrics (`regression`), which the table compares")
+    layer = f" ({metrics['chosen']})" if len(metrics.get("layers", {})) > 1 else ""
+    return Row(run.name + layer, metrics)
+
+
+def check_comparable(rows: list[Row]) -> None:
+    """Refuse runs that were scored on different stimuli or sites.
+
+    Raises:
+        BadInput: naming two that differ.
+    """
+    first = rows[0]
+    for row in rows[1:]:
+        for what, of in (("stimuli", lambda r: r.metrics["stimuli"]), ("sites", _site_count), ("data", _ceiling_of)):
+            if of(row) != of(first):
+                raise BadInput(f"{first.name} and {row.name} were not scored on the same {what}; compare them apart")
+
+
+def _site_count(row: Row) -> int:
+    return len(row.regression["r2"]["per_site"])
+
+
+def _ceiling_of(row: Row) -> Any:
+    return row.regression.get("ceiling", {}).get("per_site")
+
+
+def table(rows: list[Row]) -> str:
+    """The comparison as a Markdown table: mean over sites, with the 95 % interval over stimuli in brackets."""
+    first = rows[0]
+    columns = [name for name, key in COLUMNS.items() if any(key in row.regression for row in rows)]
+    lines = [_line(["model", *columns, "selected on"]), _line(["---"] * (len(columns) + 2))]
+    for row in rows:
+        cells = [_cell(row.regression.get(COLUMNS[name])) for name in columns]
+        lines.append(_line([row.name, *cells, ", ".join(row.metrics.get("selected_on", ["-"]))]))
+    if ceiling := first.regression.get("ceiling"):
+        lines.append(_ceiling_line(ceiling, columns))
+    sites, stimuli, split = _site_count(first), first.metrics["stimuli"], first.metrics["split"]
+    notes = [
+        f"Mean over {sites} sites on the {stimuli} stimuli of {split}; in brackets the 95 % interval over stimuli."
+    ]
+    if ceiling:
+        notes.append(f"Ceiling: {ceiling['method']}; it bounds R2 and EV, its square root bounds r.")
+    if any(split in row.metrics.get("selected_on", []) for row in rows):
+        notes.append(f"A model selected on {split} is flattered by its score there.")
+    if any(row.metrics.get("simulated") for row in rows):
+        notes.append("The recording is SIMULATED: no brain took part.")
+    return "\n".join([*lines, "", *notes])
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _cell(block: dict[str, Any] | None) -> str:
+    if block is None or block["mean"] is None:
+        return "-"
+    interval = block.get("ci95")
+    return f"{block['mean']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def _ceiling_line(ceiling: dict[str, Any], columns: list[str]) -> str:
+    reliability = ceiling["mean"]
+    root = sum(math.sqrt(max(value, 0)) for value in ceiling["per_site"] if value is not None)
+    count = sum(value is not None for value in ceiling["per_site"])
+    values = {"R2": reliability, "EV": reliability, "Pearson r": root / count, "ceiled EV": 1.0}
+    return _line(["*ceiling*", *(f"{values[name]:.3f}" if name in values else "-" for name in columns), "-"])
+
+
+def main() -> None:
+    """Parse, read, compare, write."""
+    options = parse(Report, args=sys.argv[1:])
+    rows = [read_row(run, options.split) for run in options.runs]
+    check_comparable(rows)
+    text = table(rows)
+    target = options.out / "table.md"
+    write_atomically(target, (text + "\n").encode())
+    print(f"{text}\n\nwritten to {target}")
+
+
+if __name__ == "__main__":
+    run_command(main)
