@@ -16,18 +16,18 @@ import tyro
 
 from data_prep.command_line import parse
 from data_prep.errors import run_command
-from data_prep.manifest import Manifest, from_json_list, to_json_list
+from data_prep.manifest import Manifest, to_json_list
 from data_prep.shards import ShardFolder
 from train.backbones import Backbone, check_name
 from train.features import PIXELS, choose_layers, extract
 from train.gram import Ridge, feature_slice, gram, ridge
 from train.loader import Stimuli, workers_per_rank
-from train.metrics import SiteMoments, mean_score, regression_report
+from train.metrics import SiteMoments, mean_score
 from train.monitor import Monitor
 from train.recipe import ProbeRecipe, load_recipe
 from train.run_folder import RunFolder, write_json, write_npz
 from train.runtime import Runtime, ranks_on_machine, started, world_size
-from train.scoring import check_not_empty
+from train.scoring import check_not_empty, regression_block, report_head
 
 
 class Probe(ProbeRecipe):
@@ -128,10 +128,7 @@ def results(job: Job, found: dict[str, Ridge], ranks: int) -> tuple[dict[str, An
     inner = {layer: mean_score(fit.inner_r2) for layer, fit in found.items()}
     chosen = max(inner, key=inner.get)
     layers = {layer: _layer_report(job, fit) | {"inner_r2": inner[layer]} for layer, fit in found.items()}
-    metrics: dict[str, Any] = {"split": job.options.split, "stimuli": len(job.held_out), "world_size": ranks}
-    if job.manifest.simulated:
-        metrics["simulated"] = True
-    metrics |= {
+    metrics = report_head(job.held_out, job.manifest, job.options.split, ranks) | {
         "regression": layers[chosen]["regression"],
         "layers": layers,
         "chosen": chosen,
@@ -143,9 +140,8 @@ def results(job: Job, found: dict[str, Ridge], ranks: int) -> tuple[dict[str, An
 def _layer_report(job: Job, fit: Ridge) -> dict[str, Any]:
     moments = SiteMoments(fit.prediction.shape[1])
     moments.add(torch.from_numpy(fit.prediction), torch.from_numpy(job.held_out.rates))
-    ceiling = None if job.manifest.ceiling is None else from_json_list(job.manifest.ceiling.reliability)
-    report = regression_report(moments.state, fit.prediction, job.held_out.rates, job.manifest.site_ids, ceiling)
-    return {"regression": report, "penalty": to_json_list(fit.penalty)}
+    block = regression_block(moments.state, fit.prediction, job.held_out.rates, job.manifest)
+    return {"regression": block, "penalty": to_json_list(fit.penalty)}
 
 
 def write_results(job: Job, metrics: dict[str, Any], prediction: np.ndarray) -> None:

@@ -117,19 +117,30 @@ def _check_count(runtime: Runtime, seen: int, expected: int) -> None:
 
 def report(scored: Scored, stimuli: Stimuli, manifest: Manifest, split: str, ranks: int) -> dict[str, Any]:
     """The content of metrics.json."""
-    metrics: dict[str, Any] = {"split": split, "stimuli": len(stimuli), "world_size": ranks}
-    if manifest.simulated:
-        metrics["simulated"] = True
+    metrics = report_head(stimuli, manifest, split, ranks)
     if scored.moments is not None:
-        ceiling = None if manifest.ceiling is None else from_json_list(manifest.ceiling.reliability)
-        metrics["regression"] = regression_report(
-            scored.moments, scored.rates, stimuli.rates, manifest.site_ids, ceiling
-        )
-        if manifest.ceiling is not None:
-            metrics["regression"]["ceiling"]["method"] = manifest.ceiling.method
+        metrics["regression"] = regression_block(scored.moments, scored.rates, stimuli.rates, manifest)
     if scored.counts is not None:
         metrics["classification"] = classification_report(scored.counts, manifest.classes or [])
     return metrics
+
+
+def report_head(stimuli: Stimuli, manifest: Manifest, split: str, ranks: int) -> dict[str, Any]:
+    """What every metrics.json begins with: what was scored, and by how many processes."""
+    head = {"split": split, "stimuli": len(stimuli), "world_size": ranks, "recording": manifest.name}
+    return head | ({"simulated": True} if manifest.simulated else {})
+
+
+def regression_block(
+    moments: torch.Tensor, prediction: np.ndarray, target: np.ndarray, manifest: Manifest
+) -> dict[str, Any]:
+    """The `regression` block of metrics.json, with the ceiling named where the manifest has one."""
+    ceiling = manifest.ceiling
+    reliability = None if ceiling is None else from_json_list(ceiling.reliability)
+    block = regression_report(moments, prediction, target, manifest.site_ids, reliability)
+    if ceiling is not None:
+        block["ceiling"]["method"] = ceiling.method
+    return block
 
 
 def check_not_empty(stimuli: Stimuli, ranks: int, split: str) -> None:

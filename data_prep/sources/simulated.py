@@ -24,11 +24,12 @@ The mean rate is a soft threshold of the drive, lambda_si = b_s + g_s log(1 + ex
 
 Trials. Spike counts in a window of T = 0.1 s are gamma-Poisson (Goris et al. 2014): n ~ Poisson(lambda T G) with G ~
 Gamma of mean 1 and variance v, hence Var(n) = lambda T + v (lambda T)^2. A trial's rate is n / T. The reliability of
-the average over R trials is then exactly Var(lambda) / (Var(lambda) + E[lambda / T + v lambda^2] / R), over the stimuli.
+the average over R trials is then exactly Var(lambda) / (Var(lambda) + E[lambda / T + v lambda^2] / R), with variance
+and mean over the stimuli.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
@@ -228,8 +229,8 @@ def make_population(seed: int, sites: int) -> Population:
         scale={},
     )
     raw = raw_drives(population, objects, poses) | {"picture": picture_drive(population, features)}
-    population.scale.update({name: np.stack([drive.mean(0), drive.std(0) + 1e-6]) for name, drive in raw.items()})
-    return population
+    scale = {name: np.stack([drive.mean(0), drive.std(0) + 1e-6]) for name, drive in raw.items()}
+    return replace(population, scale=scale)
 
 
 def calibration_features(seed: int, scenes: int = 128) -> np.ndarray:
