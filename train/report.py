@@ -79,17 +79,17 @@ def check_comparable(rows: list[Row]) -> None:
     """
     first = rows[0]
     for row in rows[1:]:
-        for what, of in (("stimuli", lambda r: r.metrics["stimuli"]), ("sites", _site_count), ("data", _ceiling_of)):
+        for what, of in (
+            ("recording", lambda row: row.metrics["recording"]),
+            ("stimuli", lambda row: row.metrics["stimuli"]),
+            ("sites", _site_count),
+        ):
             if of(row) != of(first):
                 raise BadInput(f"{first.name} and {row.name} were not scored on the same {what}; compare them apart")
 
 
 def _site_count(row: Row) -> int:
     return len(row.regression["r2"]["per_site"])
-
-
-def _ceiling_of(row: Row) -> Any:
-    return row.regression.get("ceiling", {}).get("per_site")
 
 
 def table(rows: list[Row]) -> str:
@@ -102,9 +102,10 @@ def table(rows: list[Row]) -> str:
         lines.append(_line([row.name, *cells, ", ".join(row.metrics.get("selected_on", ["-"]))]))
     if ceiling := first.regression.get("ceiling"):
         lines.append(_ceiling_line(ceiling, columns))
-    sites, stimuli, split = _site_count(first), first.metrics["stimuli"], first.metrics["split"]
+    stimuli, split = first.metrics["stimuli"], first.metrics["split"]
     notes = [
-        f"Mean over {sites} sites on the {stimuli} stimuli of {split}; in brackets the 95 % interval over stimuli."
+        f"{first.metrics['recording']}: mean over {_site_count(first)} sites on the {stimuli} stimuli of {split}; "
+        "in brackets the 95 % interval over stimuli."
     ]
     if ceiling:
         notes.append(f"Ceiling: {ceiling['method']}; it bounds R2 and EV, its square root bounds r.")
