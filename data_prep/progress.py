@@ -10,7 +10,7 @@ class Progress:
     """Counts finished items out of a known total.
 
     On a terminal it draws a bar on standard error; elsewhere it prints a line every ten seconds, and one at the end of
-    what took longer than that.
+    what took longer than that; quick work is silent.
 
     Args:
         total: number of items.
@@ -25,6 +25,7 @@ class Progress:
         self.total, self.label, self.unit, self.silent = total, label, unit, silent
         self.done = 0
         self._started = self._last_line = time.monotonic()
+        self._said_at: int | None = None  # what was done when the last line was printed
         terminal = sys.stderr.isatty() and not silent
         self._bar = tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True) if terminal else None
 
@@ -38,7 +39,7 @@ class Progress:
             self._line(note)
 
     def _line(self, note: str = "") -> None:
-        self._last_line = time.monotonic()
+        self._last_line, self._said_at = time.monotonic(), self.done
         elapsed = self._last_line - self._started
         rate = self.done / elapsed if elapsed > 0 else 0.0
         tail = f", {note}" if note else ""
@@ -50,5 +51,5 @@ class Progress:
     def __exit__(self, kind, *_) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif not self.silent and kind is None and time.monotonic() - self._started > self.SECONDS_BETWEEN_LINES:
+        elif not self.silent and kind is None and self._said_at not in (None, self.done):
             self._line()

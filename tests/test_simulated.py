@@ -49,9 +49,9 @@ def test_64_objects_in_8_categories(recording, stimuli):
     assert all(recording.objects.count(name) == 2 for name in recording.objects)
 
 
-def test_reading_order_and_process_do_not_matter(stimuli):
+def test_neither_reading_order_nor_pickling_matters(stimuli):
     other = pickle.loads(pickle.dumps(Simulated(**SMALL).open()))
-    order = np.random.default_rng(0).permutation(128)[:40]
+    order = np.random.default_rng(0).permutation(128)[:20]
     assert all(same(stimuli[i], stimulus) for i, stimulus in zip(order, other.read(order), strict=True))
 
 

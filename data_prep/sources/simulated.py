@@ -233,6 +233,7 @@ def make_population(seed: int, sites: int) -> Population:
     return replace(population, scale=scale)
 
 
+@lru_cache(maxsize=4)
 def calibration_features(seed: int, scenes: int = 128) -> np.ndarray:
     """Features of pictures that are not among the stimuli, whatever their number: float32 (scenes, F)."""
     features = []

@@ -1,0 +1,75 @@
+"""Starting the commands of train/ on several processes, as users do, and reading what they leave."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import torch
+from helpers import ROOT
+from safetensors.torch import load_file
+
+# A network without batch statistics, in float32: then the number of processes must not matter.
+SMALL = [
+    *("--backbone.name", "test_convnext", "--backbone.weights", "random", "--precision", "fp32"),
+    *("--epochs", "2", "--batch.global-size", "32", "--images.size", "32", "--optimizer.lr", "3e-3"),
+]
+
+
+def start(processes: int, *command, **environment: str) -> subprocess.Popen:
+    """launch/local.sh -n PROCESSES COMMAND, as the leader of a process group of its own."""
+    return subprocess.Popen(
+        ["bash", "launch/local.sh", "-n", str(processes), *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def launch(processes: int, *command, timeout: float = 300, **environment: str) -> CompletedProcess:
+    """`start` and wait."""
+    process = start(processes, *command, **environment)
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    return CompletedProcess(process.args, process.returncode, out, err)
+
+
+def succeed(processes: int, *command, **environment: str) -> str:
+    """`launch` that must end well; returns what it printed."""
+    done = launch(processes, *command, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
+    """The network's tensors in a run's checkpoint."""
+    return load_file(run / "checkpoints" / which / "network.safetensors")
+
+
+def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """Largest absolute difference between two sets of tensors with the same names."""
+    assert a.keys() == b.keys()
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def losses(run: Path) -> list[float]:
+    """The training loss of each epoch."""
+    return [json.loads(line)["loss"] for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def metrics(run: Path, split: str = "val") -> dict:
+    """What an evaluation wrote."""
+    return json.loads((run / "eval" / split / "metrics.json").read_text())
+
+
+def predictions(run: Path, split: str = "val") -> dict[str, np.ndarray]:
+    """What an evaluation predicted."""
+    with np.load(run / "eval" / split / "predictions.npz", allow_pickle=False) as arrays:
+        return dict(arrays)

@@ -1,0 +1,191 @@
+"""Training does not depend on the number of processes, on accumulation or on the strategy."""
+
+import json
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+from launching import SMALL, largest_difference, launch, losses, start, succeed, weights
+
+from data_prep.shards import ShardFolder
+from train.loader import Stimuli, TrainLoader
+from train.order import inner_split
+from train.recipe import Recipe, load_recipe
+from train.tasks import Network
+from train.tasks import losses as task_losses
+
+# One step of plain SGD with rate 1: what changes in the weights is the gradient.
+ONE_STEP = [
+    *("--optimizer.name", "sgd", "--optimizer.lr", "1", "--optimizer.momentum", "0", "--optimizer.weight-decay", "0"),
+    *("--schedule.kind", "constant", "--schedule.warmup", "0", "--epochs", "1", "--batch.global-size", "175"),
+]
+
+
+@pytest.fixture(scope="module")
+def one_step(recording, tmp_path_factory):
+    """The weights after one step on the same global batch of 175 stimuli, by processes and micro-batch size."""
+    folder = tmp_path_factory.mktemp("one_step")
+
+    def run(processes, per_device):
+        out = folder / f"{processes}_{per_device}"
+        pieces = ["--batch.per-device", per_device] if per_device else []
+        if not out.exists():
+            succeed(processes, "train/finetune.py", "--data", recording, "--out", out, *SMALL, *ONE_STEP, *pieces)
+        return weights(out)
+
+    return run
+
+
+def gradient_by_hand(recording, run_recipe: Recipe) -> tuple[dict, dict]:
+    """Initial weights, and the gradient of the mean squared error over the whole fitting part, by plain torch."""
+    shards = ShardFolder(recording)
+    train = shards.split("train")
+    fit, _ = inner_split(np.array(train.stimulus_ids), run_recipe.early_stopping.inner_fraction, run_recipe.seed)
+    stimuli = Stimuli(train, 32, fit)
+    options = {"seed": run_recipe.seed, "global_size": len(fit), "per_device": None, "workers": 0, "pin": False}
+    (batch,) = next(TrainLoader(stimuli, rank=0, ranks=1, **options).epoch(0))
+    torch.manual_seed(run_recipe.seed)
+    network = Network(run_recipe, shards.manifest).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    mean, std = (torch.tensor(getattr(shards.manifest.rates, name)) for name in ("mean", "std"))
+    target = ((batch.rates - mean) / std).float()
+    torch.nn.functional.mse_loss(network(batch.images)["rates"], target).backward()
+    return before, {name: parameter.grad for name, parameter in network.named_parameters()}
+
+
+def test_one_step_follows_the_gradient_of_the_global_batch(recording, one_step, tmp_path_factory):
+    after = one_step(1, None)
+    recipe = load_recipe(next(tmp_path_factory.getbasetemp().glob("one_step*")) / "1_None" / "recipe.yaml")
+    before, gradient = gradient_by_hand(recording, recipe)
+    for name, value in gradient.items():
+        torch.testing.assert_close(before[name] - after[name], value, rtol=1e-4, atol=1e-6)
+    assert any(float(value.abs().max()) > 1e-3 for value in gradient.values())
+
+
+@pytest.mark.parametrize(("processes", "per_device"), [(1, 16), (2, None), (3, None), (2, 30), (3, 16)])
+def test_gradients_are_those_of_one_process(one_step, processes, per_device):
+    """175 stimuli divide neither by 2 nor by 3; tolerance: float32 sums in another order."""
+    assert largest_difference(one_step(processes, per_device), one_step(1, None)) < 2e-6
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_training_ends_in_the_same_network_on_more_processes(recording, trained, tmp_path, processes):
+    out = tmp_path / "run"
+    succeed(processes, "train/finetune.py", "--data", recording, "--out", out, *SMALL)
+    assert losses(out) == pytest.approx(losses(trained), rel=1e-4)
+    assert largest_difference(weights(out), weights(trained)) < 1e-3  # Adam divides small sums by their own size
+
+
+@pytest.mark.parametrize("optimizer", ["nadam", "adamw"])
+def test_zero2_trains_the_same_model_as_ddp(recording, tmp_path, optimizer):
+    runs = {"ddp": tmp_path / "ddp", "ds_configs/zero2.json": tmp_path / "zero2"}
+    options = [*SMALL, "--optimizer.name", optimizer, "--batch.per-device", "10", "--optimizer.clip-norm", "0.5"]
+    for strategy, out in runs.items():
+        said = succeed(2, "train/finetune.py", "--data", recording, "--out", out, *options, "--strategy", strategy)
+        assert ("DeepSpeed" in said) == ("zero2" in strategy)
+    ddp, zero2 = runs.values()
+    assert losses(zero2) == pytest.approx(losses(ddp), rel=1e-5)
+    assert largest_difference(weights(zero2), weights(ddp)) < 1e-3
+
+
+def test_a_killed_run_resumes_and_ends_as_if_undisturbed(recording, tmp_path):
+    options = ["--data", recording, *SMALL, "--epochs", "4"]
+    succeed(2, "train/finetune.py", "--out", tmp_path / "undisturbed", *options)
+    killed = start(2, "train/finetune.py", "--out", tmp_path / "killed", *options)
+    history = tmp_path / "killed" / "history.jsonl"
+    deadline = time.monotonic() + 120
+    while not (history.exists() and history.read_text().count("\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.wait()
+    for orphan in _processes_of(tmp_path / "killed"):
+        os.kill(orphan, signal.SIGKILL)
+    said = succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "killed", "--resume")
+    assert "resumed after epoch" in said
+    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
+    assert largest_difference(weights(tmp_path / "killed"), weights(tmp_path / "undisturbed")) == 0
+
+
+def _processes_of(run) -> list[int]:
+    """Processes that name the run on their command line: the launcher starts its workers in sessions of their own."""
+    import psutil
+
+    return [process.pid for process in psutil.process_iter(["cmdline"]) if str(run) in (process.info["cmdline"] or [])]
+
+
+def test_resumes_under_another_strategy_and_number_of_processes(recording, tmp_path):
+    """Stopped by patience under ZeRO-2 on two processes, gone on with under DDP on three: the same stimuli, the same loss."""
+    options = ["--data", recording, *SMALL, "--epochs", "3"]
+    succeed(1, "train/finetune.py", "--out", tmp_path / "whole", *options)
+    moved = tmp_path / "moved"
+    first = start(2, "train/finetune.py", "--out", moved, *options, "--strategy", "ds_configs/zero2.json")
+    while not (moved / "checkpoints" / "last").exists() and first.poll() is None:
+        time.sleep(0.02)
+    for process in _processes_of(moved):
+        os.kill(process, signal.SIGKILL)
+    first.wait()
+    done = len(losses(moved)) if (moved / "history.jsonl").exists() else 0
+    assert done < 3, "the run was over before it could be stopped"
+    succeed(3, "train/finetune.py", "--data", recording, "--out", moved, "--resume", "--strategy", "ddp")
+    assert losses(moved) == pytest.approx(losses(tmp_path / "whole")[-len(losses(moved)) :], rel=1e-3)
+    assert largest_difference(weights(moved), weights(tmp_path / "whole")) < 2e-3
+
+
+def test_hybrid_is_regression_or_classification_when_the_other_weight_is_zero(recording):
+    shards = ShardFolder(recording)
+    stimuli = Stimuli(shards.split("train"), 32, np.arange(16), responses=True, classes=True)
+    options = {"seed": 0, "global_size": 16, "per_device": None, "workers": 0, "pin": False}
+    (batch,) = next(TrainLoader(stimuli, rank=0, ranks=1, **options).epoch(0))
+    found = {}
+    for kind, weights_of in {
+        "regression": (1, 0),
+        "classification": (0, 1),
+    }.items():
+        hybrid = {"kind": "hybrid", "regression_weight": weights_of[0], "classification_weight": weights_of[1]}
+        for name, task in ((kind, {"kind": kind}), (f"hybrid as {kind}", hybrid)):
+            torch.manual_seed(0)
+            recipe = Recipe.model_validate(
+                {"task": task, "backbone": {"name": "test_convnext", "weights": "random"}, "precision": "fp32"}
+            )
+            network = Network(recipe, shards.manifest)
+            torch.manual_seed(1)
+            for parameter in network.heads.parameters():
+                torch.nn.init.constant_(parameter, 0.01)
+            loss = task_losses(recipe.task, network, network(batch.images), batch)["loss"]
+            loss.backward()
+            found[name] = loss.item(), network.backbone.net.stem[0].weight.grad.clone()
+        assert found[f"hybrid as {kind}"][0] == pytest.approx(found[kind][0], rel=1e-6)
+        torch.testing.assert_close(found[f"hybrid as {kind}"][1], found[kind][1])
+
+
+def test_head_only_leaves_the_backbone_as_it_was(recording, tmp_path):
+    options = [*SMALL, "--backbone.name", "test_resnet", "--backbone.trainable", "head", "--epochs", "1"]
+    succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *options)
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
+    torch.manual_seed(recipe.seed)
+    fresh = Network(recipe, ShardFolder(recording).manifest).state_dict()
+    trained = weights(tmp_path / "run")
+    changed = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
+    assert changed == {"heads.rates.weight", "heads.rates.bias"}
+
+
+def test_batch_statistics_are_averaged_over_processes(recording, tmp_path):
+    """With live BatchNorm each process normalises its own share, so the networks differ; what is saved is one network."""
+    options = [*SMALL, "--backbone.name", "test_resnet", "--epochs", "1"]
+    out = tmp_path / "run"
+    succeed(2, "train/finetune.py", "--data", recording, "--out", out, *options)
+    said = [json.loads(line)["inner"]["r2"] for line in (out / "history.jsonl").read_text().splitlines()]
+    progress = json.loads((out / "checkpoints" / "last" / "progress.json").read_text())
+    assert progress["best"] == pytest.approx(said[0])
+
+
+def test_early_stopping_stops_all_processes(recording, tmp_path):
+    out = tmp_path / "run"
+    options = [*SMALL, "--epochs", "30", "--early-stopping.patience", "2", "--optimizer.lr", "1e-9"]
+    done = launch(3, "train/finetune.py", "--data", recording, "--out", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert "no improvement" in done.stdout
+    assert len(losses(out)) < 30

@@ -1,0 +1,108 @@
+"""The script knows how many processes there are, whatever the launcher did; and bad input ends in one sentence."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+from launching import SMALL, launch, losses
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command, **environment) -> subprocess.CompletedProcess:
+    """A launcher, as a user types it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.mark.parametrize("way", ["flag", "file"])
+def test_accelerate_on_cpu_that_starts_one_process_of_two_is_noticed(recording, tmp_path, way):
+    config = tmp_path / "cpu.yaml"
+    config.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\nuse_cpu: true\n")
+    asked = ["--cpu", "--num_processes", "2"] if way == "flag" else ["--config_file", config]
+    done = run(
+        BIN / "accelerate", "launch", *asked, "train/finetune.py", "--data", recording, "--out", tmp_path / "run"
+    )
+    assert done.returncode != 0
+    assert "was to start 2 processes, but this one was started alone" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_srun_without_a_launcher_is_noticed(recording, tmp_path):
+    options = ["--data", recording, "--out", tmp_path / "run"]
+    done = run(sys.executable, "train/finetune.py", *options, SLURM_STEP_NUM_TASKS="4")
+    assert done.returncode == 2
+    assert "srun was to start 4 processes" in done.stderr
+
+
+@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+def test_launchers_that_work_train_together(recording, trained, tmp_path, launcher):
+    ways = {
+        "accelerate": [
+            "launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--num_machines",
+            "1",
+            "--main_process_port",
+            "0",
+        ],
+        "torchrun": ["--standalone", "--nproc-per-node", "2"],
+    }
+    environment = {"ACCELERATE_USE_CPU": "true"} if launcher == "accelerate" else {}
+    options = ["train/finetune.py", "--data", recording, "--out", tmp_path / "run", *SMALL]
+    done = run(BIN / launcher, *ways[launcher], *options, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "2 processes" in done.stdout
+    assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-4)
+
+
+BAD = {
+    "unknown setting": (["--optimizer.rl", "1e-3"], "--optimizer.lr"),
+    "bad value": (["--optimizer.lr", "-1"], "greater than 0"),
+    "unknown network": (["--backbone.name", "resnet51"], "resnet50"),
+    "no such weights": (["--backbone.weights", "nowhere.safetensors"], "nowhere.safetensors is no file"),
+    "no such data": (["--data", "nowhere"], "nowhere is not a folder"),
+    "batch smaller than its part": (["--batch.global-size", "4", "--batch.per-device", "8"], "batch.per_device"),
+    "metric of another task": (["--early-stopping.metric", "top1"], "top1 needs task.kind"),
+    "no such strategy": (["--strategy", "ds_configs/zero9.json"], "zero9.json is no file"),
+    "nothing to resume": (["--resume"], "no recipe.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_ends_in_a_sentence_and_leaves_nothing(recording, tmp_path, case):
+    options, expected = BAD[case]
+    done = run(sys.executable, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *SMALL, *options)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_under_the_launcher_is_said_once(trained, recording):
+    done = launch(3, "train/finetune.py", "--data", recording, "--out", trained, *SMALL)
+    assert done.returncode == 2
+    assert done.stderr.count("holds a run already") == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_more_processes_than_stimuli_in_a_batch_are_refused(recording, tmp_path):
+    options = ["--data", recording, "--out", tmp_path / "run", *SMALL, "--batch.global-size", "2"]
+    done = launch(3, "train/finetune.py", *options)
+    assert done.returncode == 2
+    assert "3 processes cannot share a global batch of 2" in done.stderr
+
+
+def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused(recording, tmp_path):
+    config = tmp_path / "zero.json"
+    config.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 3.0}')
+    options = ["--data", recording, "--out", tmp_path / "run", *SMALL, "--strategy", config]
+    done = launch(1, "train/finetune.py", *options)
+    assert done.returncode == 2
+    assert "gradient_clipping is 3.0 in the file, but the recipe gives 0.0" in done.stderr
