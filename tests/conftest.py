@@ -11,18 +11,8 @@ from launching import SMALL, launch
 def recording(tmp_path_factory) -> Path:
     """A small simulated recording, packed by the real command: 240 stimuli of 48 px, 12 sites."""
     out = tmp_path_factory.mktemp("packed") / "simulated"
-    options = [
-        "--stimuli",
-        "240",
-        "--sites",
-        "12",
-        "--repetitions",
-        "6",
-        "--image-size",
-        "48",
-        "--stimuli-per-shard",
-        "64",
-    ]
+    options = ["--stimuli", "240", "--sites", "12", "--repetitions", "6", "--image-size", "48"]
+    options += ["--stimuli-per-shard", "64"]
     done = run_command(["data_prep/pack.py", "simulated", "--out", out, *options])
     assert done.returncode == 0, done.stderr
     return out

@@ -102,8 +102,9 @@ def test_constant_float64_responses_have_no_reliability():
     assert np.isnan(split_half_reliability(np.full((640, 3, 2), 0.1), random_splits=3)).all()
 
 
-def test_the_seed_decides_the_splits():
-    trials = simulate(5, 2, stimuli=40)
+@pytest.mark.parametrize("repetitions", [4, 5])
+def test_the_seed_decides_the_splits(repetitions):
+    trials = simulate(repetitions, 2, stimuli=40)
     first = split_half_reliability(trials, random_splits=3, seed=1)
     assert np.array_equal(first, split_half_reliability(trials, random_splits=3, seed=1))
     assert not np.array_equal(first, split_half_reliability(trials, random_splits=3, seed=2))

@@ -117,7 +117,7 @@ def _processes_of(run) -> list[int]:
 
 
 def test_resumes_under_another_strategy_and_number_of_processes(recording, tmp_path):
-    """Stopped by patience under ZeRO-2 on two processes, gone on with under DDP on three: the same stimuli, the same loss."""
+    """Killed under ZeRO-2 on two processes, gone on with under DDP on three: the same stimuli, the same loss."""
     options = ["--data", recording, *SMALL, "--epochs", "3"]
     succeed(1, "train/finetune.py", "--out", tmp_path / "whole", *options)
     moved = tmp_path / "moved"
@@ -173,7 +173,7 @@ def test_head_only_leaves_the_backbone_as_it_was(recording, tmp_path):
 
 
 def test_batch_statistics_are_averaged_over_processes(recording, tmp_path):
-    """With live BatchNorm each process normalises its own share, so the networks differ; what is saved is one network."""
+    """With live BatchNorm each process normalises its own share; what is saved and scored is one network."""
     options = [*SMALL, "--backbone.name", "test_resnet", "--epochs", "1"]
     out = tmp_path / "run"
     succeed(2, "train/finetune.py", "--data", recording, "--out", out, *options)

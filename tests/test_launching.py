@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, run_here
 from launching import SMALL, launch, losses
 
 BIN = Path(sys.executable).parent
@@ -23,9 +23,8 @@ def test_accelerate_on_cpu_that_starts_one_process_of_two_is_noticed(recording, 
     config = tmp_path / "cpu.yaml"
     config.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\nuse_cpu: true\n")
     asked = ["--cpu", "--num_processes", "2"] if way == "flag" else ["--config_file", config]
-    done = run(
-        BIN / "accelerate", "launch", *asked, "train/finetune.py", "--data", recording, "--out", tmp_path / "run"
-    )
+    command = ["train/finetune.py", "--data", recording, "--out", tmp_path / "run"]
+    done = run(BIN / "accelerate", "launch", *asked, *command)
     assert done.returncode != 0
     assert "was to start 2 processes, but this one was started alone" in done.stderr
     assert not (tmp_path / "run").exists()
@@ -40,17 +39,9 @@ def test_srun_without_a_launcher_is_noticed(recording, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
 def test_launchers_that_work_train_together(recording, trained, tmp_path, launcher):
+    free_port = ["--main_process_port", "0"]
     ways = {
-        "accelerate": [
-            "launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--num_machines",
-            "1",
-            "--main_process_port",
-            "0",
-        ],
+        "accelerate": ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", *free_port],
         "torchrun": ["--standalone", "--nproc-per-node", "2"],
     }
     environment = {"ACCELERATE_USE_CPU": "true"} if launcher == "accelerate" else {}
@@ -77,7 +68,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_ends_in_a_sentence_and_leaves_nothing(recording, tmp_path, case):
     options, expected = BAD[case]
-    done = run(sys.executable, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *SMALL, *options)
+    done = run_here("train/finetune.py", "--data", recording, "--out", tmp_path / "run", *SMALL, *options)
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr
     assert done.stderr.count("error:") == 1
@@ -103,6 +94,6 @@ def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused(recording, tmp_
     config = tmp_path / "zero.json"
     config.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 3.0}')
     options = ["--data", recording, "--out", tmp_path / "run", *SMALL, "--strategy", config]
-    done = launch(1, "train/finetune.py", *options)
+    done = run_here("train/finetune.py", *options)
     assert done.returncode == 2
     assert "gradient_clipping is 3.0 in the file, but the recipe gives 0.0" in done.stderr

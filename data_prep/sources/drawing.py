@@ -399,7 +399,7 @@ def pink_amplitude() -> np.ndarray:
     """Amplitude 1/f of each frequency of the noise field, without the mean; float (NOISE_SIZE, NOISE_SIZE // 2 + 1)."""
     f = np.hypot(np.fft.fftfreq(NOISE_SIZE)[:, None], np.fft.rfftfreq(NOISE_SIZE))
     f[0, 0] = np.inf
-    return 1 / f
+    return (1 / f).astype(np.float32)  # float32 halves the time of the transforms
 
 
 def pink_noise(rng: np.random.Generator) -> np.ndarray:
@@ -430,8 +430,8 @@ def draw_body(picture: Image.Image, body: Body, pose: Pose, light: np.ndarray, b
     halfway = towards_light + np.array([1, 0, 0])
     shine = np.clip(normals[seen] @ (halfway / np.linalg.norm(halfway)), 0, None) ** 16
     shaded = body.colours[seen] * (0.45 + 0.85 * diffuse)[:, None] * brightness + 0.15 * shine[:, None]
-    fills = (np.clip(shaded, 0, 1) * 255).astype(np.uint8).tolist()
+    inks = (np.clip(shaded, 0, 1) * 255).astype(np.int64) @ (1, 1 << 8, 1 << 16)  # packed RGB: Pillow's quickest way
     outlines = flat[body.facets[seen]].reshape(len(seen), 8).tolist()
     draw = ImageDraw.Draw(picture)
-    for outline, fill in zip(outlines, fills, strict=True):
-        draw.polygon(outline, fill=tuple(fill))
+    for outline, ink in zip(outlines, inks.tolist(), strict=True):
+        draw.polygon(outline, fill=ink)
