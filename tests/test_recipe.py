@@ -1,11 +1,13 @@
 """Recipes: what a YAML file may say, and how it is told what is wrong with it."""
 
+import re
+
 import pytest
 import yaml
 from helpers import ROOT
 
 from data_prep.errors import BadInput
-from train.recipe import Recipe, load_recipe, save_recipe
+from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 
 def written(folder, text):
@@ -194,4 +196,20 @@ def test_a_saved_recipe_names_every_setting(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train/recipes/*.yaml")), ids=lambda path: path.stem)
 def test_presets_are_valid(path):
-    load_recipe(path).check()
+    load_recipe(path, ProbeRecipe if "probe" in path.stem else Recipe).check()
+
+
+def test_a_probes_recipe_is_read_and_refused_likewise(tmp_path):
+    recipe = load_recipe(written(tmp_path, "layers: [layer3, layer4]\nbackbone: {name: resnet18}"), ProbeRecipe)
+    assert (list(recipe.layers), recipe.backbone.name) == (["layer3", "layer4"], "resnet18")
+    save_recipe(recipe, tmp_path / "saved.yaml")
+    assert load_recipe(tmp_path / "saved.yaml", ProbeRecipe) == recipe
+    for text, message in (
+        ("layer: [layer3]", "layer is not a setting; did you mean layers?"),
+        ("backbone: {nam: resnet18}", "backbone.nam is not a setting; did you mean name?"),
+        ("layers: 3", "layers"),
+    ):
+        with pytest.raises(BadInput, match=re.escape(message)):
+            load_recipe(written(tmp_path, text), ProbeRecipe)
+    with pytest.raises(BadInput, match="pixels"):
+        ProbeRecipe(layers=["pixels", "layer3"]).check()
