@@ -2,6 +2,8 @@
 
 import numpy as np
 
+CONSTANT = 1e-24  # a variance below this part of the squared mean is what float64 rounding makes of a constant
+
 
 def split_half_reliability(trials: np.ndarray, random_splits: int = 100, seed: int = 0) -> np.ndarray:
     """Spearman-Brown corrected split-half reliability of the trial average, per site.
@@ -45,6 +47,8 @@ def _correlation(a: np.ndarray, b: np.ndarray, usable: np.ndarray) -> np.ndarray
     """Pearson's r over the usable rows of each column; NaN where fewer than three are usable or one is constant."""
     n = usable.sum(axis=0)
     a, b = (np.where(usable, x, 0.0) for x in (a, b))
-    a, b = (np.where(usable, x - x.sum(axis=0) / n, 0.0) for x in (a, b))
-    r = (a * b).sum(axis=0) / np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
-    return np.where(n >= 3, r, np.nan)
+    mean_a, mean_b = a.sum(axis=0) / n, b.sum(axis=0) / n
+    a, b = np.where(usable, a - mean_a, 0.0), np.where(usable, b - mean_b, 0.0)
+    aa, bb = (a * a).sum(axis=0), (b * b).sum(axis=0)
+    varies = (aa > CONSTANT * n * mean_a**2) & (bb > CONSTANT * n * mean_b**2)
+    return np.where((n >= 3) & varies, (a * b).sum(axis=0) / np.sqrt(aa * bb), np.nan)

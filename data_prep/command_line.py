@@ -45,6 +45,7 @@ def _sentence(box: str) -> str:
     """tyro's framed complaint as running text, without the frame and the links."""
     lines = [re.sub(r"[╭╮╰╯│─]", " ", line).strip() for line in box.splitlines()]
     text = " ".join(line for line in lines if line)
+    text = re.sub(r"\[/?bold\]", "", text)
     text = re.sub(r"For further information visit \S+", "", text)
     text = re.sub(r"\[type=\w+, input_value=(.*?), input_type=\w+\]", r"(not \1)", text)
     text = re.sub(r"^(Value error|Invalid choice|Unrecognized options|Required options|Parsing error) +", "", text)

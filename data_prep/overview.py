@@ -5,6 +5,7 @@ import io
 import numpy as np
 from PIL import Image, ImageDraw
 
+from data_prep.errors import BadInput
 from data_prep.manifest import from_json_list
 from data_prep.shards import ShardFolder, ShardSplit
 
@@ -59,7 +60,10 @@ def contact_sheet(split: ShardSplit, columns: int = 8, rows: int = 6, tile: int 
     draw = ImageDraw.Draw(sheet)
     for place, position in enumerate(positions):
         x, y = place % columns * tile, place // columns * (tile + 14)
-        picture = Image.open(io.BytesIO(split.image(position)[0])).convert("RGB")
+        try:
+            picture = Image.open(io.BytesIO(split.image(position)[0])).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise BadInput(f"{split.place(position)}: the picture cannot be decoded ({error})") from None
         sheet.paste(picture.resize((tile - 2, tile - 2)), (x, y))
         draw.text(
             (x + 2, y + tile), str(split.meta(position).get("object", split.stimulus_ids[position])), fill="black"

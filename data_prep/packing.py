@@ -5,11 +5,15 @@ are complete. A killed pack leaves at most that hidden folder; the next pack to 
 """
 
 import fcntl
+import glob
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -65,8 +69,8 @@ def _check_recording(recording: Recording) -> None:
         raise BadInput(f"{recording.name}: stimulus id {twice!r} occurs more than once; each stimulus needs its own")
     if wrong := [name for name in ids if not re.fullmatch(r"[A-Za-z0-9_-]+", name)]:
         raise BadInput(f"{recording.name}: stimulus id {wrong[0]!r} must consist of letters, digits, _ and - only")
-    if len(splits) != len(ids) or (unknown := set(splits) - set(SPLITS)):
-        raise BadInput(f"{recording.name}: splits must name {', '.join(SPLITS)} for every stimulus, not {unknown}")
+    if len(splits) != len(ids) or not set(splits) <= set(SPLITS):
+        raise BadInput(f"{recording.name}: splits must name one of {', '.join(SPLITS)} for every stimulus")
     if "train" not in splits:
         raise BadInput(f"{recording.name}: has no stimulus in the split 'train'; a model needs some to be fitted on")
 
@@ -76,11 +80,11 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
     """A hidden folder beside `out` that becomes `out` if the block ends well and is removed if it does not."""
     if out.exists():
         raise BadInput(f"{out} exists already; choose another --out, or remove it first to pack again")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(out)
-    hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}.packing-", dir=out.parent))
-    lock = os.open(hidden, os.O_RDONLY)
-    fcntl.flock(lock, fcntl.LOCK_EX)  # held as long as we live: it tells a living pack's folder from a dead one's
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        hidden, lock = _claim(out)
+    except OSError as error:
+        raise BadInput(f"{out} cannot be made ({error.strerror}); choose another --out") from None
     try:
         yield hidden
         hidden.chmod(0o755)
@@ -93,9 +97,26 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
         os.close(lock)
 
 
+def _claim(out: Path) -> tuple[Path, int]:
+    """A hidden folder beside `out`, and its lock, which tells a living pack's folder from a dead one's."""
+    turn = os.open(out.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # so that nobody takes a folder that is not locked yet for a leftover
+        _remove_leftovers(out)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}.packing-", dir=out.parent))
+        lock = os.open(hidden, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return hidden, lock
+    finally:
+        os.close(turn)
+
+
 def _remove_leftovers(out: Path) -> None:
-    for leftover in out.parent.glob(f".{out.name}.packing-*"):
-        lock = os.open(leftover, os.O_RDONLY)
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.packing-*"):
+        try:
+            lock = os.open(leftover, os.O_RDONLY)
+        except FileNotFoundError:  # it was finished or removed just now
+            continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -134,6 +155,14 @@ _finished: Any
 def _start_process(recording: Recording, finished: Any) -> None:
     global _recording, _finished
     _recording, _finished = recording, finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent stops its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot stop its workers, and they would wait for work for ever."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def _write_shards(recording: Recording, folder: Path, stimuli_per_shard: int, workers: int) -> _Packed:

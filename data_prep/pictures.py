@@ -34,6 +34,8 @@ def picture_size(data: bytes) -> tuple[int, int, str]:
     """
     with _open(data) as picture:
         width, height, mode = *picture.size, picture.mode
+    if mode[0] in "IF":
+        raise ValueError(f"pixels of mode {mode} have more than 8 bits; save it as an 8-bit RGB or grey picture")
     if not _is_whole(data):
         raise ValueError("the picture is cut short (its end marker is missing)")
     return width, height, mode

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import webdataset
 
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest, Shard, load_manifest
@@ -68,6 +67,8 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> Shard:
     Returns:
         The shard's entry in the manifest.
     """
+    import webdataset  # here, because it imports torch: a second that only those who write should pay
+
     file = _HashingFile(path)
     count = 0
     try:
@@ -284,7 +285,10 @@ class ShardSplit:
 
     def meta(self, position: int) -> dict[str, Any]:
         """The stimulus's JSON member."""
-        return json.loads(self._bytes(position, "json") or b"{}")
+        try:
+            return json.loads(self._bytes(position, "json") or b"{}")
+        except ValueError as error:
+            raise BadInput(f"{self.place(position)}.json is not readable as JSON ({error})") from None
 
     def array(self, position: int, kind: str) -> np.ndarray | None:
         """A float32 array member: "rates.npy" (sites,), "trials.npy" (repetitions, sites) or "truth.npy" (sites,).

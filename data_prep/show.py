@@ -45,8 +45,9 @@ def _verify(folder: ShardFolder) -> None:
 
 
 def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
+    sheet = contact_sheet(folder.split("train"))
     try:
-        contact_sheet(folder.split("train")).save(path, format="PNG")
+        sheet.save(path, format="PNG")
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}); choose another --contact-sheet") from None
     print(f"  contact sheet of the train split: {path}")
@@ -57,9 +58,9 @@ def main() -> None:
     options = parse(Show)
     folder = ShardFolder(options.folder)
     print(summary(folder))
-    _draw_contact_sheet(folder, options.contact_sheet or options.folder / "contact_sheet.png")
     if options.verify:
         _verify(folder)
+    _draw_contact_sheet(folder, options.contact_sheet or options.folder / "contact_sheet.png")
 
 
 if __name__ == "__main__":

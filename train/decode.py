@@ -20,7 +20,7 @@ def decode(data: bytes, encoding: str) -> np.ndarray:
         uint8 (height, width, 3).
 
     Raises:
-        ValueError: a picture that is damaged or absurdly large.
+        ValueError: a picture that is damaged, absurdly large, or of more than 8 bits.
     """
     picture_size(data)
     if encoding == "jpg" and simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "RGB", "Gray"):
@@ -40,6 +40,6 @@ def fit(pixels: np.ndarray, size: int) -> np.ndarray:
     if (height, width) == (size, size):
         return pixels
     side = min(height, width)
-    left, top = (width - side) / 2, (height - side) / 2
+    left, top = (width - side) // 2, (height - side) // 2
     box = (left, top, left + side, top + side)
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))

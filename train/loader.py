@@ -4,6 +4,7 @@ The order comes from `train/order.py`; this file only reads what it says. Pictur
 everything else happens on the device, in the network.
 """
 
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
@@ -101,9 +102,12 @@ class Stimuli(Dataset):
     def __len__(self) -> int:
         return len(self.subset)
 
-    def __getitem__(self, work: _Work) -> Batch:
+    def __getitem__(self, work: _Work) -> Batch | BadInput:
         positions = work.micro.positions
-        images = torch.from_numpy(np.stack([self._picture(position) for position in positions]))
+        try:
+            images = torch.from_numpy(np.stack([self._picture(position) for position in positions]))
+        except BadInput as error:
+            return error
         return Batch(
             images=images.permute(0, 3, 1, 2),
             positions=torch.from_numpy(positions),
@@ -191,6 +195,16 @@ def evaluation_loader(
     return _data_loader(stimuli, work, workers, pin)
 
 
+class _Batches(DataLoader):
+    """Raises what a worker found wrong with the input, which torch would wrap in the worker's traceback."""
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            if isinstance(batch, BadInput):
+                raise batch
+            yield batch
+
+
 class _Schedule:
     """What the loader's workers do next; exchanged before each epoch, so that the workers can live on."""
 
@@ -207,7 +221,9 @@ class _Schedule:
 
 
 def _data_loader(stimuli: Stimuli, work, workers: int, pin: bool) -> "DataLoader[Batch]":
-    return DataLoader(
+    # Workers are forked from a server that has imported torch, so that starting some takes no seconds.
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["train.loader"])
+    return _Batches(
         stimuli,
         batch_size=None,  # an item is a whole batch
         sampler=work,

@@ -128,13 +128,16 @@ def bootstrap_means(
     y = np.where(there, target - centre, 0).astype(np.float64)
     p = np.where(there, prediction - centre, 0).astype(np.float64)
     columns = np.concatenate([there.astype(np.float64), y, p, y * y, p * p, y * p], axis=1)
+    whole = SiteMoments(target.shape[1])
+    whole.add(torch.from_numpy(prediction), torch.from_numpy(target))
+    undefined = {name: np.isnan(scores) for name, scores in site_scores(whole.state).items()}
     generator = np.random.default_rng(seed)
     means: dict[str, list[float]] = {name: [] for name in METRICS}
     for _ in range(-(-resamples // 100)):
         times = generator.multinomial(len(y), np.full(len(y), 1 / len(y)), size=100).astype(np.float64)
         for sums in (times @ columns).reshape(100, 6, -1):
             for name, scores in site_scores(_moments_of_sums(sums)).items():
-                means[name].append(mean_score(scores))
+                means[name].append(mean_score(np.where(undefined[name], np.nan, scores)))
     return {name: np.array(values[:resamples]) for name, values in means.items()}
 
 
@@ -167,6 +170,9 @@ def regression_report(
         site_ids: names of the sites.
         ceiling: reliability per site, float64 (sites,), or None.
     """
+    predicted = ~np.isnan(prediction).all(axis=0)  # a probe has nothing to say of a site that train never recorded
+    if not np.isfinite(prediction[:, predicted]).all():
+        raise FloatingPointError("the predictions hold NaN or infinity; the model diverged")
     scores = site_scores(moments)
     resampled = bootstrap_means(prediction, target)
     report = {name: _summary(scores[name], resampled[name]) for name in METRICS}

@@ -103,6 +103,6 @@ def inner_split(groups: np.ndarray, fraction: float, seed: int) -> tuple[np.ndar
     order = np.random.default_rng([seed, len(groups)]).permutation(len(labels))
     wanted = max(fraction * len(groups), 1)
     before = np.cumsum(sizes[order]) - sizes[order]
-    chosen = order[(before < wanted) & (np.arange(len(order)) < max(len(order) - 1, 1))]
+    chosen = order[(before < wanted) & (np.arange(len(order)) < len(order) - 1)]
     inner = np.isin(group_of, chosen)
     return np.flatnonzero(~inner), np.flatnonzero(inner)

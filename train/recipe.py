@@ -13,7 +13,7 @@ from data_prep.errors import BadInput
 class Settings(BaseModel):
     """Base of all settings: unknown names are refused."""
 
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class Task(Settings):
