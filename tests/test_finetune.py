@@ -71,6 +71,11 @@ def test_gradients_are_those_of_one_process(one_step, processes, per_device):
     assert largest_difference(one_step(processes, per_device), one_step(1, None)) < 2e-6
 
 
+def test_training_lowers_the_loss(trained):
+    first, second = losses(trained)
+    assert second < first - 0.01
+
+
 @pytest.mark.parametrize("processes", [2, 3])
 def test_training_ends_in_the_same_network_on_more_processes(recording, trained, tmp_path, processes):
     out = tmp_path / "run"

@@ -380,7 +380,7 @@ def sixteen_bit(picture):
         (lambda picture: b"", "not a readable picture"),
         (lambda picture: encode(picture, "jpg")[:-30], "cut short"),
         (lambda picture: encode(picture, "bmp")[:-30], "cannot be decoded"),
-        (sixteen_bit, "losslessly"),
+        (sixteen_bit, "more than 8 bits"),
     ],
 )
 def test_bad_pictures_are_refused_when_they_are_read(tmp_path, spoil, message):
