@@ -9,17 +9,23 @@ class BadInput(Exception):
     """What the user gave cannot be used. The message names the file, the field and what would be right."""
 
 
+class RunFailed(Exception):
+    """The input was fine, and yet the work cannot go on. The message says why and what would help."""
+
+
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; bad input ends in one sentence on standard error and exit code 2, without a traceback.
+    """Run a command's `main`; what is known to go wrong ends in one sentence on standard error, without a traceback.
+
+    The exit code is 2 for bad input and 1 for a failure.
 
     Under a launcher each process finds the same fault; the lowest one on each machine speaks for all.
     """
     try:
         main()
-    except BadInput as error:
+    except (BadInput, RunFailed) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(2 if isinstance(error, BadInput) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` say, has closed it

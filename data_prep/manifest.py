@@ -43,6 +43,11 @@ class Image(_Part):
     mode: str
     mixed: bool = False
 
+    @property
+    def side(self) -> int:
+        """Side in pixels of the square that a network sees of the largest picture, if nothing else is asked for."""
+        return min(self.width, self.height)
+
 
 class Rates(_Part):
     """Per-site mean and standard deviation over the train split; null for a site never recorded there."""

@@ -10,7 +10,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 data=${DATA:-data/simulated}
 runs=${RUNS:-runs/quickstart}
-n=${N:-$(nvidia-smi -L 2>/dev/null | wc -l)}
+n=${N:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
 [ "$n" -gt 0 ] || n=$(( $(nproc) < 2 ? 1 : 2 ))
 
 step() { echo; echo "== $*"; }

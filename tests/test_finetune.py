@@ -187,6 +187,21 @@ def test_batch_statistics_are_averaged_over_processes(recording, tmp_path):
     assert progress["best"] == pytest.approx(said[0])
 
 
+def test_bfloat16_trains_to_about_the_same_loss(recording, trained, tmp_path):
+    out = tmp_path / "run"
+    succeed(2, "train/finetune.py", "--data", recording, "--out", out, *SMALL, "--precision", "bf16")
+    assert losses(out) == pytest.approx(losses(trained), rel=0.02)
+    assert losses(out) != losses(trained)
+
+
+def test_a_diverged_run_fails_in_a_sentence(recording, tmp_path):
+    options = ["--data", recording, *SMALL, "--optimizer.name", "sgd", "--optimizer.lr", "1e12"]
+    done = launch(2, "train/finetune.py", "--out", tmp_path / "run", *options)
+    assert done.returncode == 1
+    assert done.stderr.count("the loss became") == 1
+    assert "Traceback" not in done.stderr
+
+
 def test_early_stopping_stops_all_processes(recording, tmp_path):
     out = tmp_path / "run"
     options = [*SMALL, "--epochs", "30", "--early-stopping.patience", "2", "--optimizer.lr", "1e-9"]

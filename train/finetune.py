@@ -79,13 +79,13 @@ def _parse_flags(words: list[str], defaults: Recipe) -> Finetune:
 
 def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:
     """The stimuli to fit and the stimuli that select, as `early_stopping.split` says."""
-    size = recipe.images.size or shards.manifest.image.height
+    size = recipe.images.size or shards.manifest.image.side
     wanted = {"responses": recipe.task.predicts_responses, "classes": recipe.task.predicts_classes}
     train = shards.split("train")
     if recipe.early_stopping.split == "val":
         return Stimuli(train, size, **wanted), Stimuli(shards.split("val"), size, **wanted)
     key = shards.manifest.group_by
-    groups = [train.meta(i).get(key) if key else train.stimulus_ids[i] for i in range(len(train))]
+    groups = [str(train.meta(i).get(key)) for i in range(len(train))] if key else train.stimulus_ids
     fit, inner = inner_split(groups, recipe.early_stopping.inner_fraction, recipe.seed)
     return Stimuli(train, size, fit, **wanted), Stimuli(train, size, inner, **wanted)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from data_prep import progress as show
+from data_prep.errors import RunFailed
 from train.checkpoint import Progress, load_network, load_progress, load_tensors, save_checkpoint
 from train.loader import Batch, Stimuli, TrainLoader
 from train.monitor import Monitor
@@ -58,7 +59,7 @@ class Training:
         """Train until the epochs or the patience are used up.
 
         Raises:
-            FloatingPointError: the loss became infinite or NaN.
+            RunFailed: the loss became infinite or NaN.
         """
         while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
             started = time.monotonic()
@@ -107,7 +108,7 @@ class Training:
         self.progress.epoch += 1
         mean = float(self.runtime.sum(epoch_loss)) / self.loader.steps
         if not math.isfinite(mean):
-            raise FloatingPointError(
+            raise RunFailed(
                 f"the loss became {mean} in epoch {self.progress.epoch}; lower optimizer.lr or set optimizer.clip_norm "
                 "(the checkpoints of the epochs before are kept)"
             )
@@ -137,7 +138,7 @@ class Training:
         """Compare with the best epoch so far; all ranks see the same reduced numbers and decide alike."""
         value, best = scored.value(self.progress.selection_metric), self.progress.best
         sign = -1 if self.progress.selection_metric in LOWER_IS_BETTER else 1
-        improved = best is None or sign * value > sign * best
+        improved = best is None or math.isnan(best) or sign * value > sign * best
         if improved:
             self.progress.best, self.progress.best_epoch = value, self.progress.epoch
             self.progress.epochs_without_improvement = 0

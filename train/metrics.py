@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.errors import RunFailed
 from data_prep.manifest import to_json_list
 
 METRICS = ("r2", "explained_variance", "mse", "pearson_r")
@@ -169,10 +170,13 @@ def regression_report(
         prediction, target: (stimuli, sites), for the intervals.
         site_ids: names of the sites.
         ceiling: reliability per site, float64 (sites,), or None.
+
+    Raises:
+        RunFailed: a prediction is NaN or infinite.
     """
     predicted = ~np.isnan(prediction).all(axis=0)  # a probe has nothing to say of a site that train never recorded
     if not np.isfinite(prediction[:, predicted]).all():
-        raise FloatingPointError("the predictions hold NaN or infinity; the model diverged")
+        raise RunFailed("the predictions hold NaN or infinity; the model diverged")
     scores = site_scores(moments)
     resampled = bootstrap_means(prediction, target)
     report = {name: _summary(scores[name], resampled[name]) for name in METRICS}

@@ -78,7 +78,7 @@ def prepare(options: Probe, recipe: ProbeRecipe) -> Job:
     ranks, folder = world_size(), RunFolder(options.out)
     folder.check_free()
     shards = ShardFolder(options.data)
-    size = recipe.images.size or shards.manifest.image.height
+    size = recipe.images.size or shards.manifest.image.side
     train, held_out = Stimuli(shards.split("train"), size), Stimuli(shards.split(options.split), size)
     check_not_empty(held_out, ranks, options.split)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)

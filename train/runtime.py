@@ -423,6 +423,7 @@ def started(deepspeed: dict[str, Any] | None, precision: str) -> Iterator[Runtim
         RuntimeError: not as many processes were joined as were started.
     """
     _check_launcher(precision)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
     try:
         yield Runtime(_accelerator(deepspeed), deepspeed is not None)
     finally:
