@@ -17,7 +17,7 @@ step() { echo; echo "== $*"; }
 scored() { [ -e "$runs/$1/eval/val/metrics.json" ]; }
 
 step "pack the simulated recording into $data"
-[ -e "$data/manifest.json" ] || "$python" data_prep/pack.py simulated --out "$data"
+[ -e "$data/manifest.json" ] || "$python" data_prep/pack.py simulated --out "$data" > /dev/null
 "$python" data_prep/show.py "$data"
 
 step "ridge on pixels"
