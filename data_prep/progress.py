@@ -27,7 +27,9 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         self._said_at: int | None = None  # what was done when the last line was printed
         terminal = sys.stderr.isatty() and not silent
-        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True) if terminal else None
+        self._bar = (
+            tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True, leave=False) if terminal else None
+        )
 
     def advance(self, by: int = 1, note: str = "") -> None:
         """Count `by` more items as done; `note` is shown behind the count."""
