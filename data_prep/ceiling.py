@@ -26,8 +26,10 @@ def split_half_reliability(trials: np.ndarray, random_splits: int = 100, seed: i
     present = ~np.isnan(trials)
     values = np.where(present, trials, 0.0)
     count = present.sum(axis=1)
-    rhos = [_one_split(generator, values, present, count) for _ in range(random_splits)]
-    return np.mean(rhos, axis=0)
+    rhos = np.array([_one_split(generator, values, present, count) for _ in range(random_splits)])
+    defined = ~np.isnan(rhos)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, rhos, 0).sum(axis=0) / defined.sum(axis=0)
 
 
 def _one_split(generator: np.random.Generator, values: np.ndarray, present: np.ndarray, count: np.ndarray):

@@ -6,7 +6,13 @@ from collections.abc import Callable
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used. The message names the file, the field and what would be right."""
+    """What the user gave cannot be used. The message names the file, the field and what would be right.
+
+    Attributes:
+        alone: whether only this process can have found it, because each reads other stimuli.
+    """
+
+    alone = False
 
 
 class RunFailed(Exception):
@@ -18,12 +24,12 @@ def run_command(main: Callable[[], None]) -> None:
 
     The exit code is 2 for bad input and 1 for a failure.
 
-    Under a launcher each process finds the same fault; the lowest one on each machine speaks for all.
+    Under a launcher most faults are found by every process; the lowest one on each machine speaks for all.
     """
     try:
         main()
     except (BadInput, RunFailed) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "alone", False):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except KeyboardInterrupt:

@@ -1,5 +1,6 @@
 """manifest.json: what a shard folder says of itself, as a typed and checked model."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -85,6 +86,12 @@ class Manifest(_Part):
     group_by: str | None = None
     ceiling: Ceiling | None = None
     truth: dict[str, Any] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all shards' hashes: it tells whether two folders hold the same data."""
+        shards = [shard.sha256 for split in self.splits.values() for shard in split.shards]
+        return hashlib.sha256("".join(shards).encode()).hexdigest()
 
     @property
     def site_ids(self) -> list[str]:

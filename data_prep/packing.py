@@ -7,13 +7,10 @@ are complete. A killed pack leaves at most that hidden folder; the next pack to 
 import fcntl
 import glob
 import multiprocessing
-import multiprocessing.connection
 import os
 import re
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -28,6 +25,7 @@ from data_prep.ceiling import split_half_reliability
 from data_prep.errors import BadInput
 from data_prep.manifest import Ceiling, Image, Manifest, Rates, Shard, Split, to_json_list
 from data_prep.pictures import picture_size
+from data_prep.processes import serve_parent
 from data_prep.progress import Progress
 from data_prep.recording import SPLITS, Recording, Stimulus
 from data_prep.shards import ShardFolder, write_index, write_shard
@@ -155,14 +153,7 @@ _finished: Any
 def _start_process(recording: Recording, finished: Any) -> None:
     global _recording, _finished
     _recording, _finished = recording, finished
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all; the parent stops its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A killed parent cannot stop its workers, and they would wait for work for ever."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
+    serve_parent()
 
 
 def _write_shards(recording: Recording, folder: Path, stimuli_per_shard: int, workers: int) -> _Packed:

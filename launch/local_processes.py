@@ -11,7 +11,9 @@ import sys
 
 
 def gpu_count() -> int:
-    """GPUs of this machine, without importing torch in the launcher."""
+    """GPUs that this run may use, without importing torch in the launcher."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):

@@ -10,28 +10,35 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 data=${DATA:-data/simulated}
 runs=${RUNS:-runs/quickstart}
-n=${N:-$({ nvidia-smi -L 2>/dev/null || true; } | wc -l)}
-[ "$n" -gt 0 ] || n=$(( $(nproc) < 2 ? 1 : 2 ))
+on=()
+if [ -n "${N:-}" ]; then
+    on=(-n "$N")
+elif ! nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then
+    on=(-n $(( $(nproc) < 2 ? 1 : 2 )))
+fi
 
 step() { echo; echo "== $*"; }
 scored() { [ -e "$runs/$1/eval/val/metrics.json" ]; }
+probe() { # a probe that was interrupted begins anew
+    scored "$1" || { rm -rf "${runs:?}/$1"; launch/local.sh "${on[@]}" train/probe.py --data "$data" --out "$runs/$1" "${@:2}"; }
+}
 
 step "pack the simulated recording into $data"
 [ -e "$data/manifest.json" ] || "$python" data_prep/pack.py simulated --out "$data" > /dev/null
 "$python" data_prep/show.py "$data"
 
 step "ridge on pixels"
-scored pixels || launch/local.sh -n "$n" train/probe.py --data "$data" --out "$runs/pixels" --layers pixels --images.size 32
+probe pixels --layers pixels --images.size 32
 
 step "ridge on frozen, ImageNet-pretrained features, layer by layer"
-scored frozen || launch/local.sh -n "$n" train/probe.py train/recipes/quickstart_probe.yaml --data "$data" --out "$runs/frozen"
+probe frozen --layers blocks.3 blocks.4 blocks.5 --images.size 112
 
 step "fine-tune the whole network"
 if ! scored finetuned; then
     resume=()
     [ ! -e "$runs/finetuned/recipe.yaml" ] || resume=(--resume)
-    launch/local.sh -n "$n" train/finetune.py train/recipes/quickstart.yaml --data "$data" --out "$runs/finetuned" "${resume[@]}"
-    launch/local.sh -n "$n" train/evaluate.py "$runs/finetuned" --split val
+    launch/local.sh "${on[@]}" train/finetune.py train/recipes/quickstart.yaml --data "$data" --out "$runs/finetuned" "${resume[@]}"
+    launch/local.sh "${on[@]}" train/evaluate.py "$runs/finetuned" --split val
 fi
 
 step "compare"

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 SMALL = [
     *("--backbone.name", "test_convnext", "--backbone.weights", "random", "--precision", "fp32"),
     *("--epochs", "2", "--batch.global-size", "32", "--images.size", "32", "--optimizer.lr", "3e-3"),
+    *("--loader.workers", "0"),
 ]
 
 

@@ -1,16 +1,17 @@
 """Training does not depend on the number of processes, on accumulation or on the strategy."""
 
-import json
-import os
-import signal
+import shutil
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
-from launching import SMALL, largest_difference, launch, losses, start, succeed, weights
+from helpers import run_command
+from launching import SMALL, largest_difference, launch, losses, metrics, start, succeed, weights
 
 from data_prep.shards import ShardFolder
+from train.checkpoint import load_progress
 from train.loader import Stimuli, TrainLoader
 from train.order import inner_split
 from train.recipe import Recipe, load_recipe
@@ -48,7 +49,7 @@ def gradient_by_hand(recording, run_recipe: Recipe) -> tuple[dict, dict]:
     options = {"seed": run_recipe.seed, "global_size": len(fit), "per_device": None, "workers": 0, "pin": False}
     (batch,) = next(TrainLoader(stimuli, rank=0, ranks=1, **options).epoch(0))
     torch.manual_seed(run_recipe.seed)
-    network = Network(run_recipe, shards.manifest).train()
+    network = Network(run_recipe, shards.manifest, 32).train()
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     mean, std = (torch.tensor(getattr(shards.manifest.rates, name)) for name in ("mean", "std"))
     target = ((batch.rates - mean) / std).float()
@@ -96,47 +97,98 @@ def test_zero2_trains_the_same_model_as_ddp(recording, tmp_path, optimizer):
     assert largest_difference(weights(zero2), weights(ddp)) < 1e-3
 
 
-def test_a_killed_run_resumes_and_ends_as_if_undisturbed(recording, tmp_path):
-    options = ["--data", recording, *SMALL, "--epochs", "4"]
-    succeed(2, "train/finetune.py", "--out", tmp_path / "undisturbed", *options)
-    killed = start(2, "train/finetune.py", "--out", tmp_path / "killed", *options)
-    history = tmp_path / "killed" / "history.jsonl"
+def kill_after_an_epoch(processes: int, run, *options) -> None:
+    """Start a run and SIGKILL all its processes when its first checkpoint is there."""
+    launcher = start(processes, "train/finetune.py", "--out", run, *options)
     deadline = time.monotonic() + 120
-    while not (history.exists() and history.read_text().count("\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.wait()
-    for orphan in _processes_of(tmp_path / "killed"):
-        os.kill(orphan, signal.SIGKILL)
-    said = succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "killed", "--resume")
+    while not (run / "checkpoints" / "last").exists() and time.monotonic() < deadline and launcher.poll() is None:
+        time.sleep(0.01)
+    for process in psutil.process_iter(["cmdline"]):
+        if str(run) in (process.info["cmdline"] or []):
+            process.kill()
+    launcher.communicate()
+    assert load_progress(run / "checkpoints" / "last").epoch < 6, "the run was over before it could be killed"
+
+
+@pytest.fixture(scope="module")
+def six_epochs(recording, tmp_path_factory):
+    """A run of six epochs on two processes that nothing disturbs, and its options."""
+    options = ["--data", recording, *SMALL, "--epochs", "6"]
+    out = tmp_path_factory.mktemp("six_epochs") / "run"
+    succeed(2, "train/finetune.py", "--out", out, *options)
+    return out, options
+
+
+def test_a_killed_run_resumes_and_ends_as_if_undisturbed(six_epochs, recording, tmp_path):
+    undisturbed, options = six_epochs
+    kill_after_an_epoch(2, tmp_path / "run", *options, "--loader.workers", "1")  # which must end with their rank
+    said = succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", "--resume")
     assert "resumed after epoch" in said
-    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
-    assert largest_difference(weights(tmp_path / "killed"), weights(tmp_path / "undisturbed")) == 0
+    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert largest_difference(weights(tmp_path / "run"), weights(undisturbed)) == 0
 
 
-def _processes_of(run) -> list[int]:
-    """Processes that name the run on their command line: the launcher starts its workers in sessions of their own."""
-    import psutil
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [((2, "ds_configs/zero2.json"), (3, "ddp")), ((1, "ddp"), (2, "ds_configs/zero2.json"))],
+    ids=["ZeRO-2 on 2 to DDP on 3", "one process to ZeRO-2 on 2"],
+)
+def test_a_run_goes_on_under_another_strategy_and_number_of_processes(six_epochs, recording, tmp_path, before, after):
+    undisturbed, options = six_epochs
+    run = tmp_path / "run"
+    kill_after_an_epoch(before[0], run, *options, "--strategy", before[1])
+    succeed(after[0], "train/finetune.py", "--data", recording, "--out", run, "--resume", "--strategy", after[1])
+    assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-3)
+    assert largest_difference(weights(run), weights(undisturbed)) < 5e-3
 
-    return [process.pid for process in psutil.process_iter(["cmdline"]) if str(run) in (process.info["cmdline"] or [])]
+
+def test_a_run_without_a_checkpoint_starts_again(trained, recording, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    shutil.rmtree(run / "checkpoints")
+    said = succeed(1, "train/finetune.py", "--data", recording, "--out", run, "--resume")
+    assert "starting from the beginning" in said
+    assert losses(run) == losses(trained)
 
 
-def test_resumes_under_another_strategy_and_number_of_processes(recording, tmp_path):
-    """Killed under ZeRO-2 on two processes, gone on with under DDP on three: the same stimuli, the same loss."""
-    options = ["--data", recording, *SMALL, "--epochs", "3"]
-    succeed(1, "train/finetune.py", "--out", tmp_path / "whole", *options)
-    moved = tmp_path / "moved"
-    first = start(2, "train/finetune.py", "--out", moved, *options, "--strategy", "ds_configs/zero2.json")
-    while not (moved / "checkpoints" / "last").exists() and first.poll() is None:
-        time.sleep(0.02)
-    for process in _processes_of(moved):
-        os.kill(process, signal.SIGKILL)
-    first.wait()
-    done = len(losses(moved)) if (moved / "history.jsonl").exists() else 0
-    assert done < 3, "the run was over before it could be stopped"
-    succeed(3, "train/finetune.py", "--data", recording, "--out", moved, "--resume", "--strategy", "ddp")
-    assert losses(moved) == pytest.approx(losses(tmp_path / "whole")[-len(losses(moved)) :], rel=1e-3)
-    assert largest_difference(weights(moved), weights(tmp_path / "whole")) < 2e-3
+def test_resuming_on_other_data_or_settings_is_refused(trained, recording, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    shutil.copytree(trained, run, symlinks=True)
+    options = ["--stimuli", "240", "--sites", "12", "--repetitions", "6", "--image-size", "48", "--seed", "1"]
+    assert run_command(["data_prep/pack.py", "simulated", "--out", other, *options]).returncode == 0
+    for words, expected in (
+        (["--data", other], "trained on other shards"),
+        (["--data", recording, "--epochs", "3"], "epochs: 2 -> 3"),
+    ):
+        done = launch(1, "train/finetune.py", "--out", run, "--resume", *words)
+        assert done.returncode == 2
+        assert expected in done.stderr
+
+
+def test_a_damaged_picture_in_another_processs_share_is_named(recording, tmp_path):
+    """Found by the one process that reads it, so that one must speak."""
+    broken = tmp_path / "broken"
+    shutil.copytree(recording, broken)
+    split = ShardFolder(broken).split("train")
+    for position in range(len(split)):
+        offset = split._index.offset[position, 0]
+        with (broken / split._files[split._index.shard[position]]).open("r+b") as tar:
+            tar.seek(int(offset) + 2)
+            tar.write(bytes(200))
+    for processes in (1, 2):
+        done = launch(processes, "train/finetune.py", "--data", broken, "--out", tmp_path / f"run_{processes}", *SMALL)
+        assert done.returncode == 2, done.stderr
+        assert "cannot be decoded" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vit_tiny_patch16_224"])
+def test_networks_with_a_hidden_head_or_a_fixed_size_take_any_picture(recording, name):
+    manifest = ShardFolder(recording).manifest
+    recipe = Recipe.model_validate({"backbone": {"name": name, "weights": "random"}})
+    outputs = Network(recipe, manifest, 64)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
+    assert outputs["rates"].shape == (2, 12)
+    assert outputs["rates"].dtype == torch.float32
 
 
 def test_hybrid_is_regression_or_classification_when_the_other_weight_is_zero(recording):
@@ -155,7 +207,7 @@ def test_hybrid_is_regression_or_classification_when_the_other_weight_is_zero(re
             recipe = Recipe.model_validate(
                 {"task": task, "backbone": {"name": "test_convnext", "weights": "random"}, "precision": "fp32"}
             )
-            network = Network(recipe, shards.manifest)
+            network = Network(recipe, shards.manifest, 32)
             torch.manual_seed(1)
             for parameter in network.heads.parameters():
                 torch.nn.init.constant_(parameter, 0.01)
@@ -171,20 +223,23 @@ def test_head_only_leaves_the_backbone_as_it_was(recording, tmp_path):
     succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *options)
     recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
     torch.manual_seed(recipe.seed)
-    fresh = Network(recipe, ShardFolder(recording).manifest).state_dict()
+    fresh = Network(recipe, ShardFolder(recording).manifest, 32).state_dict()
     trained = weights(tmp_path / "run")
     changed = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
     assert changed == {"heads.rates.weight", "heads.rates.bias"}
 
 
-def test_batch_statistics_are_averaged_over_processes(recording, tmp_path):
-    """With live BatchNorm each process normalises its own share; what is saved and scored is one network."""
-    options = [*SMALL, "--backbone.name", "test_resnet", "--epochs", "1"]
-    out = tmp_path / "run"
-    succeed(2, "train/finetune.py", "--data", recording, "--out", out, *options)
-    said = [json.loads(line)["inner"]["r2"] for line in (out / "history.jsonl").read_text().splitlines()]
-    progress = json.loads((out / "checkpoints" / "last" / "progress.json").read_text())
-    assert progress["best"] == pytest.approx(said[0])
+def test_the_network_that_is_saved_is_the_network_that_was_scored(recording, tmp_path):
+    """With live BatchNorm each process has running statistics of its own; they are averaged before both."""
+    run = tmp_path / "run"
+    options = [*SMALL, "--backbone.name", "test_resnet", "--epochs", "1", "--early-stopping.split", "val"]
+    succeed(2, "train/finetune.py", "--data", recording, "--out", run, *options)
+    succeed(1, "train/evaluate.py", run)
+    found = metrics(run)
+    assert found["selected_on"] == ["val"]
+    assert found["regression"]["r2"]["mean"] == pytest.approx(
+        load_progress(run / "checkpoints" / "best").best, rel=1e-5
+    )
 
 
 def test_bfloat16_trains_to_about_the_same_loss(recording, trained, tmp_path):

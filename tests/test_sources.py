@@ -307,7 +307,6 @@ BAD_FOLDERS = {
     "path outside": (lambda f: edit_stimuli(f, image={0: "images/../../x.png"}), {}, "line 2: .*inside"),
     "no picture": (lambda f: edit_stimuli(f, image={1: "images/x.png"}), {}, "line 3: .*x.png cannot be read"),
     "unknown split": (lambda f: edit_stimuli(f, split=["train"] * 39 + ["dev"]), {}, "line 41: split .*'dev'"),
-    "group ignored": (lambda f: edit_stimuli(f, split=["train"] * 40), {"group_by": "object"}, "--group-by .*ignored"),
     "seed ignored": (lambda f: edit_stimuli(f, split=["train"] * 40), {"seed": 1}, "--seed .*ignored"),
     "no group": (lambda f: None, {"group_by": "sesion"}, "no column 'sesion'.*session"),
     "no object": (lambda f: None, {"object_column": "synset"}, "no column 'synset'"),

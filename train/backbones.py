@@ -22,18 +22,26 @@ WEIGHT_PACKAGES = {
 
 
 class Backbone(nn.Module):
-    """A timm network up to its last feature map.
+    """A timm network without its classifier.
+
+    Args:
+        name: of the network.
+        weights: `pretrained`, `random` or a file.
+        image_size: side in pixels of the pictures.
 
     Attributes:
-        features: channels of the map, or dimensions of the tokens.
+        features: of a picture, pooled.
         mean, std: per channel, of the pixels (0..255) that the network expects.
         weights_from: where the weights come from, for the log.
     """
 
-    def __init__(self, name: str, weights: str):
+    def __init__(self, name: str, weights: str, image_size: int):
         super().__init__()
         self.net, self.weights_from = _create(name, weights)
-        self.features: int = self.net.num_features
+        if hasattr(self.net, "set_input_size"):  # networks of a fixed size: position embeddings are resampled
+            self.net.set_input_size(img_size=image_size)
+        # Some networks have a hidden layer between their last map and the classifier.
+        self.features: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
         for name in ("mean", "std"):
             pixels = torch.tensor(self.net.pretrained_cfg[name]).view(1, 3, 1, 1) * 255
             self.register_buffer(name, pixels, persistent=False)
@@ -151,9 +159,3 @@ def freeze(backbone: nn.Module) -> None:
     backbone.requires_grad_(False)
     backbone.eval()
     backbone.train = lambda mode=True: backbone  # type: ignore[method-assign]
-
-
-def has_batch_statistics(network: nn.Module) -> bool:
-    """Whether a forward pass in training depends on the other stimuli of the batch."""
-    norms = (nn.modules.batchnorm._BatchNorm,)
-    return any(isinstance(module, norms) and module.training for module in network.modules())

@@ -31,6 +31,7 @@ class Progress(BaseModel):
         step: optimizer steps done.
         best: best value of the selection metric so far, and the epoch it was reached in (counted from 1).
         epochs_without_improvement: in a row, up to now.
+        recording: fingerprint of the shards, see `data_prep.manifest.Manifest.fingerprint`.
         selection_metric, selection_split: what chooses the best epoch, and on which stimuli.
         site_ids: of the outputs, in order.
         classes: of the outputs, in order, or None.
@@ -44,6 +45,7 @@ class Progress(BaseModel):
     best: float | None = None
     best_epoch: int = 0
     epochs_without_improvement: int = 0
+    recording: str
     selection_metric: str
     selection_split: str
     site_ids: list[str]
@@ -143,8 +145,8 @@ def load_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
         raise BadInput(f"{path} cannot be read ({error})") from None
 
 
-def load_network(network: torch.nn.Module, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into a network; every tensor must be there in its shape.
+def checked_network(network: torch.nn.Module, checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint that fits a network: every one is there in its shape, and no other.
 
     Raises:
         BadInput: the checkpoint is of another network.
@@ -154,7 +156,7 @@ def load_network(network: torch.nn.Module, checkpoint: Path) -> None:
     odd = [name for name in {**expected, **tensors} if _shape(expected, name) != _shape(tensors, name)]
     if odd:
         raise BadInput(f"{checkpoint} is a checkpoint of another network: {odd[0]} differs, and {len(odd) - 1} more")
-    network.load_state_dict(tensors)
+    return tensors
 
 
 def _shape(tensors: dict[str, torch.Tensor], name: str) -> Any:

@@ -18,7 +18,7 @@ from data_prep.command_line import parse
 from data_prep.errors import run_command
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
-from train.checkpoint import Progress, load_network, load_progress
+from train.checkpoint import Progress, checked_network, load_progress
 from train.loader import Stimuli, workers_per_rank
 from train.loop import evaluation_batch_size
 from train.recipe import Recipe
@@ -82,8 +82,8 @@ def prepare(options: Evaluate) -> Job:
 
 def evaluate(job: Job, runtime: Runtime) -> Scored:
     """Load the network and score the split over all ranks."""
-    network = Network(job.recipe.without_pretrained_weights(), job.manifest)
-    load_network(network, job.checkpoint)
+    network = Network(job.recipe.without_pretrained_weights(), job.manifest, job.stimuli.size)
+    network.load_state_dict(checked_network(network, job.checkpoint))
     setting = job.recipe.loader.workers if job.options.workers is None else job.options.workers
     return score(
         network.to(runtime.device),
@@ -98,7 +98,7 @@ def evaluate(job: Job, runtime: Runtime) -> Scored:
 
 def write_results(job: Job, scored: Scored, ranks: int) -> Path:
     """Write predictions.npz and, where there is something to compare with, metrics.json; returns their folder."""
-    target = job.folder.evaluation(job.options.split)
+    target = job.folder.evaluation(job.options.split, job.options.checkpoint)
     if scored.rates is not None:
         arrays = {
             "stimulus_id": np.array(job.stimuli.stimulus_ids),

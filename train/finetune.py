@@ -145,7 +145,7 @@ def build(job: Job, runtime: Runtime) -> Training:
     """Make network, optimizer and monitor, and claim the run's folder."""
     recipe, manifest, loader = job.recipe, job.manifest, job.loader
     torch.manual_seed(recipe.seed)
-    network = Network(recipe, manifest).to(runtime.device)
+    network = Network(recipe, manifest, loader.stimuli.size).to(runtime.device)
     if not runtime.deepspeed:  # channels-last weights break the flattened views of ZeRO
         network = network.to(memory_format=torch.channels_last)
     groups = parameter_groups(network, recipe.optimizer.weight_decay)
@@ -153,13 +153,13 @@ def build(job: Job, runtime: Runtime) -> Training:
         network,
         build_optimizer(recipe.optimizer, groups, runtime.device),
         pieces=loader.pieces,
-        bf16=recipe.precision == "bf16",
         clip_norm=recipe.optimizer.clip_norm,
     )
     if runtime.leads and not job.options.resume:
         job.folder.claim(recipe, job.options.data, {"processes": runtime.describe()})
     monitor = Monitor(job.folder, runtime.leads)
     progress = Progress(
+        recording=manifest.fingerprint,
         selection_metric=recipe.selection_metric,
         selection_split=recipe.early_stopping.split,
         site_ids=manifest.site_ids,

@@ -4,6 +4,7 @@ The order comes from `train/order.py`; this file only reads what it says. Pictur
 everything else happens on the device, in the network.
 """
 
+import hashlib
 import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
@@ -13,13 +14,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.errors import BadInput
+from data_prep.processes import serve_parent
 from data_prep.shards import ShardSplit
 from train.decode import decode, fit
 from train.order import (
     MicroBatch,
     accumulation,
-    epoch_order,
     evaluation_batches,
+    global_batch,
     micro_batches,
     share,
     steps_per_epoch,
@@ -102,6 +104,13 @@ class Stimuli(Dataset):
     def __len__(self) -> int:
         return len(self.subset)
 
+    def fingerprint(self) -> str:
+        """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
+        found = hashlib.sha256("\n".join(self.stimulus_ids).encode())
+        if self.rates is not None:
+            found.update(self.rates.tobytes())
+        return found.hexdigest()
+
     def __getitem__(self, work: _Work) -> Batch | BadInput:
         positions = work.micro.positions
         try:
@@ -176,10 +185,9 @@ class TrainLoader:
             yield [next(batches) for _ in range(self.pieces)]
 
     def _work(self, epoch: int, first_step: int) -> list[_Work]:
-        order = epoch_order(self.seed, epoch, len(self.stimuli))
         work = []
         for step in range(first_step, self.steps):
-            batch = order[step * self.global_size : (step + 1) * self.global_size]
+            batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli))
             work += [
                 self.stimuli.work(micro, batch) for micro in micro_batches(batch, self.rank, self.ranks, self.pieces)
             ]
@@ -201,6 +209,7 @@ class _Batches(DataLoader):
     def __iter__(self):
         for batch in super().__iter__():
             if isinstance(batch, BadInput):
+                batch.alone = True
                 raise batch
             yield batch
 
@@ -232,6 +241,7 @@ def _data_loader(stimuli: Stimuli, work, workers: int, pin: bool) -> "DataLoader
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers else None,  # forking a process that has threads is unsafe
         prefetch_factor=4 if workers else None,
+        worker_init_fn=serve_parent if workers else None,
     )
 
 

@@ -4,11 +4,13 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from data_prep import progress as show
-from data_prep.errors import RunFailed
-from train.checkpoint import Progress, load_network, load_progress, load_tensors, save_checkpoint
+from data_prep.errors import BadInput, RunFailed
+from data_prep.manifest import to_json_list
+from train.checkpoint import Progress, checked_network, load_progress, load_tensors, save_checkpoint
 from train.loader import Batch, Stimuli, TrainLoader
 from train.monitor import Monitor
 from train.recipe import Recipe
@@ -75,17 +77,19 @@ class Training:
                 keep=False,
             )
             best = self._select(scored)
-            self._save(best)
             self._tell(loss, scored, best, trained - started, time.monotonic() - trained)
+            self._save(best)
         ended = "no improvement" if self._out_of_patience() else "all epochs done"
+        best = math.nan if self.progress.best is None else self.progress.best
         self.monitor.say(
-            f"{ended}: best {self.progress.selection_metric} {self.progress.best:.4f} "
+            f"{ended}: best {self.progress.selection_metric} {best:.4f} "
             f"on {self.progress.selection_split} after epoch {self.progress.best_epoch}"
         )
 
     def _epoch(self) -> float:
         """One pass over the training stimuli; returns the mean loss per step."""
         self.network.train()
+        seed_everything(self.recipe.seed, self.progress.epoch, self.runtime.rank)
         device = self.runtime.device
         epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
         with show.Progress(
@@ -116,7 +120,7 @@ class Training:
 
     def _piece(self, piece: int, batch: Batch) -> dict[str, torch.Tensor]:
         """Forward and backward of one micro-batch; its losses stay on the device."""
-        with self.engine.last_piece(piece):
+        with self.engine.micro_batch(piece):
             outputs = self.engine.forward(batch.images)
             parts = losses(self.recipe.task, self.network, outputs, batch)
             self.engine.backward(parts["loss"])
@@ -171,7 +175,7 @@ class Training:
                 "epoch": progress.epoch,
                 "step": progress.step,
                 "loss": loss,
-                progress.selection_split: means,
+                progress.selection_split: dict(zip(means, to_json_list(means.values()), strict=True)),
                 "best": best,
                 "images_per_second": speed,
                 "train_seconds": train_seconds,
@@ -180,13 +184,28 @@ class Training:
         )
 
     def resume(self) -> None:
-        """Go on from the last checkpoint."""
+        """Go on from the last checkpoint, or from the start where no epoch was completed.
+
+        Raises:
+            BadInput: the checkpoint is damaged, or of a run on other data.
+        """
         last = self.folder.checkpoints / "last"
-        self.progress = load_progress(last)
-        load_network(self.network, last)
-        self.engine.load_optimizer_tensors(load_tensors(last, "optimizer"))
-        self.monitor.rewind(self.progress.epoch)
-        self.monitor.say(f"resumed after epoch {self.progress.epoch} (step {self.progress.step})")
+        if not last.exists():
+            self.monitor.rewind(epoch=0, step=0)
+            self.monitor.say("no epoch had been completed: starting from the beginning")
+            return
+        before = load_progress(last)
+        if before.recording != self.progress.recording:
+            raise BadInput(f"{self.folder.path} was trained on other shards; resume it with the --data it began with")
+        self.progress = before
+        self.engine.load(checked_network(self.network, last), load_tensors(last, "optimizer"))
+        self.monitor.rewind(before.epoch, before.step)
+        self.monitor.say(f"resumed after epoch {before.epoch} (step {before.step})")
+
+
+def seed_everything(seed: int, epoch: int, rank: int) -> None:
+    """Seed what is random in a network (dropout, drop path) for an epoch, differently on every rank."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def evaluation_batch_size(recipe: Recipe) -> int:

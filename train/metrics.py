@@ -161,7 +161,12 @@ def percentile_interval(values: np.ndarray) -> list[float] | None:
 
 
 def regression_report(
-    moments: torch.Tensor, prediction: np.ndarray, target: np.ndarray, site_ids: list[str], ceiling: np.ndarray | None
+    moments: torch.Tensor,
+    prediction: np.ndarray,
+    target: np.ndarray,
+    site_ids: list[str],
+    ceiling: np.ndarray | None,
+    trained: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The `regression` block of metrics.json.
 
@@ -170,12 +175,13 @@ def regression_report(
         prediction, target: (stimuli, sites), for the intervals.
         site_ids: names of the sites.
         ceiling: reliability per site, float64 (sites,), or None.
+        trained: bool (sites,), the sites that a model can have predictions for; by default all.
 
     Raises:
         RunFailed: a prediction is NaN or infinite.
     """
-    predicted = ~np.isnan(prediction).all(axis=0)  # a probe has nothing to say of a site that train never recorded
-    if not np.isfinite(prediction[:, predicted]).all():
+    expected = slice(None) if trained is None else trained
+    if not np.isfinite(prediction[:, expected]).all():
         raise RunFailed("the predictions hold NaN or infinity; the model diverged")
     scores = site_scores(moments)
     resampled = bootstrap_means(prediction, target)

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from train.run_folder import RunFolder
+from train.run_folder import RunFolder, write_atomically
 
 LAYOUT = {
     "first look": {
@@ -63,11 +63,15 @@ class Monitor:
             with self._folder.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts) + "\n")
 
-    def rewind(self, epoch: int) -> None:
-        """Drop the history of epochs after `epoch`: a resumed run writes them again."""
-        if self._leads and self._folder.history.exists():
+    def rewind(self, epoch: int, step: int) -> None:
+        """Drop what was written after `epoch` and `step`: a resumed run writes it again."""
+        if self._board is None:
+            return
+        self._board.close()
+        self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1)
+        if self._folder.history.exists():
             kept = [line for line in _lines(self._folder.history) if json.loads(line)["epoch"] <= epoch]
-            self._folder.history.write_text("".join(kept), encoding="utf-8")
+            write_atomically(self._folder.history, "".join(kept).encode())
 
     def close(self) -> None:
         """Write out what is still in memory."""

@@ -5,6 +5,7 @@ out to ranks. So the same run can go on with another number of processes without
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -18,14 +19,17 @@ def steps_per_epoch(stimuli: int, global_batch: int) -> int:
     return max(stimuli // global_batch, 1)
 
 
+@lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, stimuli: int) -> np.ndarray:
     """The order of the stimuli in an epoch: a permutation of range(stimuli), int64, by numpy's PCG64."""
-    return np.random.default_rng([seed, epoch]).permutation(stimuli)
+    order = np.random.default_rng([seed, epoch]).permutation(stimuli)
+    order.flags.writeable = False
+    return order
 
 
 def global_batch(seed: int, epoch: int, step: int, global_size: int, stimuli: int) -> np.ndarray:
     """The stimuli of global step `step` (counted within its epoch), int64, in order."""
-    return epoch_order(seed, epoch, stimuli)[step * global_size : (step + 1) * global_size]
+    return epoch_order(seed, epoch, stimuli)[step * global_size : (step + 1) * global_size].copy()
 
 
 def share(items: np.ndarray, rank: int, ranks: int) -> np.ndarray:

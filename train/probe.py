@@ -4,6 +4,7 @@ accelerate launch [...] train/probe.py [RECIPE.yaml] --data DIR --out RUN --laye
 launch/local.sh -n 2    train/probe.py --data DIR --out RUN --layers pixels
 """
 
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def prepare(options: Probe, recipe: ProbeRecipe) -> Job:
     backbone, layers = None, [PIXELS]
     if recipe.layers != [PIXELS]:
         torch.manual_seed(recipe.seed)
-        backbone = Backbone(recipe.backbone.name, recipe.backbone.weights).eval()
+        backbone = Backbone(recipe.backbone.name, recipe.backbone.weights, size).eval()
         layers = choose_layers(backbone.net, recipe.layers)
     return Job(options, recipe, shards.manifest, folder, train, held_out, backbone, layers, workers)
 
@@ -126,8 +127,10 @@ def probe(job: Job, runtime: Runtime, monitor: Monitor) -> dict[str, Ridge]:
 def results(job: Job, found: dict[str, Ridge], ranks: int) -> tuple[dict[str, Any], np.ndarray]:
     """The content of metrics.json, and the predictions of the layer that did best on the train stimuli left out."""
     inner = {layer: mean_score(fit.inner_r2) for layer, fit in found.items()}
-    chosen = max(inner, key=inner.get)
-    layers = {layer: _layer_report(job, fit) | {"inner_r2": inner[layer]} for layer, fit in found.items()}
+    chosen = max(inner, key=lambda layer: np.nan_to_num(inner[layer], nan=-np.inf))
+    layers = {
+        layer: _layer_report(job, fit) | {"inner_r2": to_json_list([inner[layer]])[0]} for layer, fit in found.items()
+    }
     metrics = report_head(job.held_out, job.manifest, job.options.split, ranks) | {
         "regression": layers[chosen]["regression"],
         "layers": layers,
@@ -162,7 +165,8 @@ def describe(metrics: dict[str, Any]) -> str:
     lines = [f"{'layer':<24} {'R2':>8} {'inner R2':>9}"]
     for layer, block in metrics["layers"].items():
         mark = "  * chosen by inner R2" if layer == metrics["chosen"] else ""
-        lines.append(f"{layer:<24} {block['regression']['r2']['mean']:8.4f} {block['inner_r2']:9.4f}{mark}")
+        r2, inner = (math.nan if x is None else x for x in (block["regression"]["r2"]["mean"], block["inner_r2"]))
+        lines.append(f"{layer:<24} {r2:8.4f} {inner:9.4f}{mark}")
     return "\n".join(lines)
 
 

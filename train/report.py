@@ -81,7 +81,7 @@ def check_comparable(rows: list[Row]) -> None:
     for row in rows[1:]:
         for what, of in (
             ("recording", lambda row: row.metrics["recording"]),
-            ("stimuli", lambda row: row.metrics["stimuli"]),
+            ("stimuli and responses", lambda row: row.metrics["fingerprint"]),
             ("sites", _site_count),
         ):
             if of(row) != of(first):
@@ -131,6 +131,8 @@ def _ceiling_line(ceiling: dict[str, Any], columns: list[str]) -> str:
     reliability = ceiling["mean"]
     root = sum(math.sqrt(max(value, 0)) for value in ceiling["per_site"] if value is not None)
     count = sum(value is not None for value in ceiling["per_site"])
+    if not count:
+        return _line(["*ceiling*", *["-"] * (len(columns) + 1)])
     values = {"R2": reliability, "EV": reliability, "Pearson r": root / count, "ceiled EV": 1.0}
     return _line(["*ceiling*", *(f"{values[name]:.3f}" if name in values else "-" for name in columns), "-"])
 

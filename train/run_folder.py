@@ -37,9 +37,9 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
 
-    def evaluation(self, split: str) -> Path:
-        """Where the results on a split go."""
-        return self.path / "eval" / split
+    def evaluation(self, split: str, checkpoint: str = "best") -> Path:
+        """Where the results on a split go; those of another checkpoint than the best lie beside it."""
+        return self.path / "eval" / (split if checkpoint == "best" else f"{split}_{checkpoint}")
 
     def check_free(self) -> None:
         """Refuse a folder that holds something already.
@@ -48,7 +48,7 @@ class RunFolder:
             BadInput: it does.
         """
         if self.recipe.exists():
-            raise BadInput(f"{self.path} holds a run already; add --resume to go on with it, or choose another --out")
+            raise BadInput(f"{self.path} holds a run already; choose another --out (or finetune --resume to go on)")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is not an empty folder; choose another --out")
 

@@ -7,6 +7,7 @@ and optimizer into an `Engine` that steps in the same way under every strategy.
 import json
 import logging
 import os
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
@@ -29,9 +30,10 @@ from accelerate.utils import (
 )
 from torch import nn
 
-from data_prep.errors import BadInput
+from data_prep.errors import BadInput, RunFailed
 
 STARTING_TIMEOUT = timedelta(minutes=30)
+SHARED_STATE = ("step", "mu_product")  # of an optimizer: numbers, not one per weight
 
 
 # ------------------------------------------------------------------------------------------------------- processes
@@ -132,8 +134,11 @@ def _read_deepspeed_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise BadInput(f"strategy: {path} is not readable as JSON ({error})") from None
     stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
-    if stage not in (0, 1, 2):
-        raise BadInput(f"strategy: {path}: zero_optimization.stage must be 0, 1 or 2, not {stage}")
+    if stage not in (1, 2):
+        raise BadInput(f"strategy: {path}: zero_optimization.stage must be 1 or 2, not {stage}")
+    for name in ("offload_optimizer", "offload_param", "parameter_alignment"):
+        if config["zero_optimization"].get(name):
+            raise BadInput(f"strategy: {path}: zero_optimization.{name} is not supported; remove it")
     return config
 
 
@@ -282,7 +287,6 @@ class Engine:
         network: the network itself.
         optimizer: the torch optimizer; its parameter groups hold the learning rates under every strategy.
         pieces: micro-batches per optimizer step.
-        bf16: whether the forward pass runs under bfloat16 autocast.
         clip_norm: largest norm of the gradient, or None.
     """
 
@@ -294,20 +298,17 @@ class Engine:
         optimizer: torch.optim.Optimizer,
         *,
         pieces: int,
-        bf16: bool,
         clip_norm: float | None,
     ):
         self.runtime, self.network, self.optimizer = runtime, network, optimizer
         self._wrapped, self._pieces, self._clip_norm = wrapped, pieces, clip_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._autocast = torch.autocast(runtime.device.type, torch.bfloat16, enabled=bf16)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """The network's outputs for a micro-batch, in training."""
-        with self._autocast:
-            return self._wrapped(images)
+        return self._wrapped(images)
 
-    def last_piece(self, piece: int):
+    def micro_batch(self, piece: int):
         """Around forward and backward of a micro-batch: gradients travel between ranks with the last one only."""
         ddp = isinstance(self._wrapped, nn.parallel.DistributedDataParallel)
         return self._wrapped.no_sync() if ddp and piece < self._pieces - 1 else nullcontext()
@@ -350,7 +351,7 @@ class Engine:
         tensors = {}
         for state, names, parameters in self._partitions():
             for key, value in state.items():
-                if not value.ndim:
+                if key in SHARED_STATE:
                     tensors |= {f"{name}|{key}": value.clone() for name in names}
                     continue
                 whole = self.runtime.all_gather(value).flatten()  # ends in padding
@@ -374,11 +375,15 @@ class Engine:
         ):
             yield self.optimizer.state[partition], [names[id(p)] for p in parameters], parameters
 
-    def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
-        """The inverse of `optimizer_tensors`, under any strategy."""
+    def load(self, network: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> None:
+        """Go on from a checkpoint: the network's tensors, and the optimizer's as `optimizer_tensors` gave them."""
+        self.network.load_state_dict(network)
         if self.runtime.deepspeed:
-            self._load_partitioned(tensors)
-            return
+            self._load_partitioned(optimizer)
+        else:
+            self._load_whole(optimizer)
+
+    def _load_whole(self, tensors: dict[str, torch.Tensor]) -> None:
         names = {id(parameter): name for name, parameter in self.network.named_parameters()}
         content = self.optimizer.state_dict()
         for index, parameter in enumerate(self._parameters):
@@ -387,17 +392,21 @@ class Engine:
                 name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
             }
         self.optimizer.load_state_dict(content)
+        for state in self.optimizer.state.values():
+            if "mu_product" in state:  # NAdam reads it on the host in every step; torch has moved it to the device
+                state["mu_product"] = state["mu_product"].cpu()
 
     def _load_partitioned(self, tensors: dict[str, torch.Tensor]) -> None:
-        keys = {name.rpartition("|")[2] for name in tensors}
         zero = self._wrapped.optimizer
-        for partition, (state, names, parameters) in zip(
-            zero.single_partition_of_fp32_groups, self._partitions(), strict=True
-        ):
+        zero.refresh_fp32_params()  # ZeRO steps copies of the weights, which have just been loaded
+        keys = {name.rpartition("|")[2] for name in tensors}
+        groups = zip(self.optimizer.param_groups, zero.single_partition_of_fp32_groups, self._partitions(), strict=True)
+        for group, partition, (state, names, _) in groups:
             for key in keys:
                 parts = [tensors[f"{name}|{key}"] for name in names]
-                if parts[0].shape != parameters[0].shape:  # a number that all parameters of the group share
-                    state[key] = parts[0].clone()
+                if key in SHARED_STATE:
+                    on_device = key == "step" and group.get("fused")
+                    state[key] = parts[0].to(partition.device if on_device else "cpu", copy=True)
                     continue
                 whole = partition.new_zeros(partition.numel() * self.runtime.ranks)
                 flat = torch.cat([part.flatten() for part in parts])
@@ -426,6 +435,10 @@ def started(deepspeed: dict[str, Any] | None, precision: str) -> Iterator[Runtim
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
     try:
         yield Runtime(_accelerator(deepspeed), deepspeed is not None)
+    except RuntimeError as error:
+        if "closed by peer" in str(error) or "reset by peer" in str(error):
+            raise RunFailed("another process of this run has ended; its message says why") from None
+        raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -480,7 +493,10 @@ def _deepspeed_accelerator(config: dict[str, Any], cpu: bool, handlers: list[Any
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "29511")
+    if "MASTER_PORT" not in os.environ:  # one process alone
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed

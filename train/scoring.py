@@ -128,6 +128,7 @@ def report(scored: Scored, stimuli: Stimuli, manifest: Manifest, split: str, ran
 def report_head(stimuli: Stimuli, manifest: Manifest, split: str, ranks: int) -> dict[str, Any]:
     """What every metrics.json begins with: what was scored, and by how many processes."""
     head = {"split": split, "stimuli": len(stimuli), "world_size": ranks, "recording": manifest.name}
+    head["fingerprint"] = stimuli.fingerprint()
     return head | ({"simulated": True} if manifest.simulated else {})
 
 
@@ -137,7 +138,8 @@ def regression_block(
     """The `regression` block of metrics.json, with the ceiling named where the manifest has one."""
     ceiling = manifest.ceiling
     reliability = None if ceiling is None else from_json_list(ceiling.reliability)
-    block = regression_report(moments, prediction, target, manifest.site_ids, reliability)
+    trained = np.array([mean is not None for mean in manifest.rates.mean])
+    block = regression_report(moments, prediction, target, manifest.site_ids, reliability, trained)
     if ceiling is not None:
         block["ceiling"]["method"] = ceiling.method
     return block

@@ -25,11 +25,13 @@ class Network(nn.Module):
     Args:
         recipe: names the backbone and the task.
         manifest: gives the number of sites and classes, and each site's mean and standard deviation.
+        image_size: side in pixels of the pictures.
     """
 
-    def __init__(self, recipe: Recipe, manifest: Manifest):
+    def __init__(self, recipe: Recipe, manifest: Manifest, image_size: int):
         super().__init__()
-        self.backbone = Backbone(recipe.backbone.name, recipe.backbone.weights)
+        self.backbone = Backbone(recipe.backbone.name, recipe.backbone.weights, image_size)
+        self._bf16 = recipe.precision == "bf16"
         heads = {}
         if recipe.task.predicts_responses:
             heads["rates"] = zero_readout(self.backbone.features, len(manifest.sites))
@@ -42,9 +44,14 @@ class Network(nn.Module):
             freeze(self.backbone)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """uint8 pictures (b, 3, size, size) -> "rates", z-scored (b, sites), and/or "classes", logits (b, classes)."""
-        features = self.backbone(images)
-        return {name: head(features).float() for name, head in self.heads.items()}
+        """uint8 pictures (b, 3, size, size) -> "rates", z-scored (b, sites), and/or "classes", logits (b, classes).
+
+        Training runs under the recipe's precision, evaluation in float32. The autocast is here and not around the
+        call, because DeepSpeed switches an outer one off.
+        """
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16 and self.training):
+            features = self.backbone(images)
+            return {name: head(features).float() for name, head in self.heads.items()}
 
     def z_score(self, rates: torch.Tensor) -> torch.Tensor:
         """Rates (b, sites) in the recording's units -> float32 in each site's standard deviations from its mean."""

@@ -46,7 +46,7 @@ class Folder(BaseModel, extra="forbid"):
     object_column: str = "object"
     """Column of the stimulus table that names the object shown (the class label)."""
     group_by: str | None = None
-    """Keep stimuli with the same value in this column in one split, when the table has no column split."""
+    """Column whose values no two splits may share. With a column split: the one that split went by."""
     val_fraction: float = 0.09
     """Share of the stimuli for validation, when the table has no column split."""
     test_fraction: float = 0.10
@@ -127,17 +127,17 @@ class Folder(BaseModel, extra="forbid"):
 
     def _splits(self, table: "_Table") -> tuple[list[str], Any]:
         """The split of every stimulus, and how it came about."""
+        groups = None
+        if self.group_by is not None:
+            if self.group_by not in table.columns:
+                raise table.lacks(self.group_by, "--group-by")
+            groups = _filled(table, self.group_by)
         if "split" not in table.columns:
-            groups = None
-            if self.group_by is not None:
-                if self.group_by not in table.columns:
-                    raise table.lacks(self.group_by, "--group-by")
-                groups = _filled(table, self.group_by)
             held_out = {"val": self.val_fraction, "test": self.test_fraction}
             fractions = {"train": 1.0 - self.val_fraction - self.test_fraction, **held_out}
             rule = {"seed": self.seed, "group_by": self.group_by, **held_out}
             return assign_splits(len(table), fractions, self.seed, groups), rule
-        for option in ("group_by", "val_fraction", "test_fraction", "seed"):
+        for option in ("val_fraction", "test_fraction", "seed"):
             if getattr(self, option) != type(self).model_fields[option].default:
                 flag = "--" + option.replace("_", "-")
                 raise BadInput(

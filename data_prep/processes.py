@@ -1,0 +1,21 @@
+"""Helper processes that do not outlive the one they work for."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+
+
+def serve_parent(*_: object) -> None:
+    """Called first in a helper process: leave Ctrl-C to the parent, and end when the parent is gone.
+
+    A killed parent cannot stop its helpers, and they would wait for work for ever, holding on to its files.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
