@@ -22,8 +22,7 @@ class RunFailed(Exception):
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; what is known to go wrong ends in one sentence on standard error, without a traceback.
 
-    The exit code is 2 for bad input and 1 for a failure.
-
+    The exit code is 2 for bad input, 1 for a failure and 130 for Ctrl-C.
     Under a launcher most faults are found by every process; the lowest one on each machine speaks for all.
     """
     try:
@@ -33,6 +32,8 @@ def run_command(main: Callable[[], None]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2 if isinstance(error, BadInput) else 1)
     except KeyboardInterrupt:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
     except BrokenPipeError:  # the reader of our output, `head` say, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

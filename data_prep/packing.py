@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -164,7 +165,8 @@ def _write_shards(recording: Recording, folder: Path, stimuli_per_shard: int, wo
         Progress(len(recording.stimulus_ids), "packing") as progress,
         ProcessPoolExecutor(min(workers, len(jobs)), context, _start_process, (recording, finished)) as pool,
     ):
-        futures = [pool.submit(_write_one, folder / name, indices) for _, name, indices in jobs]
+        with _ctrl_c_ignored():  # by the processes that are started here; a half-started one would die noisily
+            futures = [pool.submit(_write_one, folder / name, indices) for _, name, indices in jobs]
         try:
             _watch(futures, finished, progress)
         except BrokenProcessPool:
@@ -176,6 +178,15 @@ def _write_shards(recording: Recording, folder: Path, stimuli_per_shard: int, wo
     for (split, _, _), future in zip(jobs, futures, strict=True):
         packed.shards.setdefault(split, []).append(future.result())
     return packed
+
+
+@contextmanager
+def _ctrl_c_ignored() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _shard_jobs(splits: Sequence[str], stimuli_per_shard: int) -> list[tuple[str, str, list[int]]]:
@@ -269,8 +280,13 @@ def _split(shards: list[_PackedShard]) -> Split:
 
 
 def _findings(recording: Recording, packed: _Packed) -> dict[str, Any]:
-    """The recording's provenance with what was found while its pictures passed through."""
+    """The recording's provenance with what was found while it was packed."""
     provenance = dict(recording.provenance)
+    if "val" not in packed.shards:
+        absent = (
+            f"no stimulus fell to val (of {len(recording.stimulus_ids)}), which evaluate and probe score by default"
+        )
+        provenance["warnings"] = [*provenance.get("warnings", []), absent]
     errors = [shard.rounding_error for shard in packed.all() if shard.rounding_error is not None]
     if not errors:
         return provenance

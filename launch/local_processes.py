@@ -49,6 +49,7 @@ def launch(processes: int, command: list[str]) -> int:
         print(f"error: process {rank} of {processes} ended with exit code {failure.exitcode}", file=sys.stderr)
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException as error:
+        print("interrupted; train/finetune.py goes on with --resume", file=sys.stderr)
         return 128 + error.sigval
     return 0
 
@@ -66,7 +67,7 @@ def main() -> int:
     if not os.path.isfile(options.command[0]):
         parser.error(f"{options.command[0]} is no file; name a command such as train/finetune.py")
     if processes < 1 or (gpus and processes > gpus):
-        parser.error(f"-n {processes}: give a number from 1 to {gpus or 'the number of cores'}")
+        parser.error(f"-n {processes}: give at least 1{f' and at most {gpus}, one per GPU' if gpus else ''}")
     os.environ |= environment(processes, gpus)
     if processes == 1:
         os.execv(sys.executable, [sys.executable, *options.command])

@@ -116,7 +116,7 @@ def test_a_part_of_a_split_is_counted_from_its_own_start(recording, stimuli):
 
 def test_z_scores_are_standard_over_train_and_invert_to_the_recorded_rates(recording, stimuli):
     recipe = Recipe.model_validate({"backbone": {"name": "resnet10t", "weights": "random"}})
-    network = Network(recipe, recording.shards.manifest)
+    network = Network(recipe, recording.shards.manifest, 32)
     rates = torch.from_numpy(stimuli.rates)
     z = network.z_score(rates)
     np.testing.assert_allclose(np.nanmean(z.double(), axis=0), 0, atol=1e-6)

@@ -22,7 +22,7 @@ from train.checkpoint import Progress, checked_network, load_progress
 from train.loader import Stimuli, workers_per_rank
 from train.loop import evaluation_batch_size
 from train.recipe import Recipe
-from train.run_folder import RunFolder, open_run, write_json, write_npz
+from train.run_folder import RunFolder, check_writable, open_run, write_json, write_npz
 from train.runtime import Runtime, ranks_on_machine, started, world_size
 from train.scoring import Scored, check_not_empty, report, score
 from train.tasks import Network
@@ -68,6 +68,7 @@ def prepare(options: Evaluate) -> Job:
     """
     ranks = world_size()
     folder, recipe = open_run(options.run)
+    check_writable(folder.path)
     checkpoint = folder.checkpoints / options.checkpoint
     progress = load_progress(checkpoint)
     shards = ShardFolder(options.data or folder.data_folder())

@@ -42,7 +42,10 @@ from train.tasks import Network, parameter_groups
 
 
 class Finetune(Recipe):
-    """Fine-tune a vision backbone to predict the responses of a recording's sites."""
+    """Fine-tune a vision backbone to predict the responses of a recording's sites.
+
+    A recipe (.yaml) as the first word gives the defaults: train/finetune.py [RECIPE.yaml] --data DIR --out RUN ...
+    """
 
     data: Path
     """Shard folder made by data_prep/pack.py."""

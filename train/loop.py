@@ -139,10 +139,20 @@ class Training:
         )
 
     def _select(self, scored: Scored) -> bool:
-        """Compare with the best epoch so far; all ranks see the same reduced numbers and decide alike."""
+        """Compare with the best epoch so far; all ranks see the same reduced numbers and decide alike.
+
+        Raises:
+            RunFailed: the selection metric cannot be computed.
+        """
         value, best = scored.value(self.progress.selection_metric), self.progress.best
+        if math.isnan(value):
+            raise RunFailed(
+                f"{self.progress.selection_metric} has no value on the {len(self.selection)} stimuli of "
+                f"{self.progress.selection_split}: too few, or constant responses; raise early_stopping.inner_fraction "
+                "or choose another early_stopping.metric"
+            )
         sign = -1 if self.progress.selection_metric in LOWER_IS_BETTER else 1
-        improved = best is None or math.isnan(best) or sign * value > sign * best
+        improved = best is None or sign * value > sign * best
         if improved:
             self.progress.best, self.progress.best_epoch = value, self.progress.epoch
             self.progress.epochs_without_improvement = 0

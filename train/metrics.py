@@ -184,7 +184,7 @@ def regression_report(
     if not np.isfinite(prediction[:, expected]).all():
         raise RunFailed("the predictions hold NaN or infinity; the model diverged")
     scores = site_scores(moments)
-    resampled = bootstrap_means(prediction, target)
+    resampled = bootstrap_means(prediction, target) if len(target) > 1 else dict.fromkeys(METRICS, np.empty(0))
     report = {name: _summary(scores[name], resampled[name]) for name in METRICS}
     undefined = np.isnan(scores["r2"])
     if undefined.any():

@@ -32,7 +32,10 @@ from train.scoring import check_not_empty, regression_block, report_head
 
 
 class Probe(ProbeRecipe):
-    """Predict the responses from a frozen network's activations, or from the pixels, by ridge regression."""
+    """Predict the responses from a frozen network's activations, or from the pixels, by ridge regression.
+
+    A recipe (.yaml) as the first word gives the defaults: train/probe.py [RECIPE.yaml] --data DIR --out RUN ...
+    """
 
     data: Path
     """Shard folder made by data_prep/pack.py."""

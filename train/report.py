@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.command_line import parse
 from data_prep.errors import BadInput, run_command
-from train.run_folder import RunFolder, write_atomically
+from train.run_folder import RunFolder, check_writable, write_atomically
 
 COLUMNS = {
     "R2": "r2",
@@ -58,6 +58,8 @@ def read_row(run: Path, split: str) -> Row:
     Raises:
         BadInput: it has not been evaluated on the split, or its metrics.json is damaged.
     """
+    if not run.is_dir():
+        raise BadInput(f"{run} is no folder; give run folders made by train/finetune.py or train/probe.py")
     path = RunFolder(run).evaluation(split) / "metrics.json"
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
@@ -140,6 +142,7 @@ def _ceiling_line(ceiling: dict[str, Any], columns: list[str]) -> str:
 def main() -> None:
     """Parse, read, compare, write."""
     options = parse(Report, args=sys.argv[1:])
+    check_writable(options.out)
     rows = [read_row(run, options.split) for run in options.runs]
     check_comparable(rows)
     text = table(rows)

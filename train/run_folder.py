@@ -5,6 +5,7 @@ RUN/checkpoints/{last,best} -> step_N/     see train/checkpoint.py
 RUN/eval/<split>/{metrics.json,predictions.npz}
 """
 
+import contextlib
 import importlib.metadata
 import io
 import json
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.errors import BadInput
+from data_prep.errors import BadInput, RunFailed
 from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
@@ -51,6 +52,7 @@ class RunFolder:
             raise BadInput(f"{self.path} holds a run already; choose another --out (or finetune --resume to go on)")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is not an empty folder; choose another --out")
+        check_writable(self.path)
 
     def check_same(self, recipe: Recipe) -> None:
         """Refuse to go on with a run under other settings; `epochs`-independent differences are all shown.
@@ -132,18 +134,36 @@ def _git_commit() -> str | None:
     return shown.stdout.strip() or None
 
 
+def check_writable(path: Path) -> None:
+    """Refuse to begin work whose results could not be written.
+
+    Raises:
+        BadInput: the nearest folder above `path` that exists is read-only, or no folder.
+    """
+    above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(f"{path} cannot be written: {above} is {'read-only' if above.is_dir() else 'no folder'}")
+
+
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it and rename it: it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a file under a temporary name beside it and rename it: it is there whole or not at all.
+
+    Raises:
+        RunFailed: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    except OSError as error:
+        raise RunFailed(f"{path} cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from data_prep.errors import BadInput
 from data_prep.pictures import convert_to_png, picture_size, sniff_encoding
@@ -47,11 +47,11 @@ class Folder(BaseModel, extra="forbid"):
     """Column of the stimulus table that names the object shown (the class label)."""
     group_by: str | None = None
     """Column whose values no two splits may share. With a column split: the one that split went by."""
-    val_fraction: float = 0.09
+    val_fraction: float = Field(0.09, ge=0, lt=1)
     """Share of the stimuli for validation, when the table has no column split."""
-    test_fraction: float = 0.10
+    test_fraction: float = Field(0.10, ge=0, lt=1)
     """Share of the stimuli for testing, when the table has no column split."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Seed of the split, when the table has no column split."""
     name: str | None = None
     """Name of the recording. Default: the folder's name."""
@@ -507,6 +507,8 @@ def _read_rates_csv(path: Path) -> tuple[np.ndarray, list[str] | None, list[str]
     rows = _csv_rows(path)
     _, names = next(rows, (0, []))
     _header(path, names)
+    if all(_is_number(name) for name in names):
+        raise BadInput(f"{path}: line 1 holds numbers only; a header with the names of the sites is expected there")
     id_column = names.index("stimulus_id") if "stimulus_id" in names else None
     site_columns = [k for k in range(len(names)) if k != id_column]
     numbers, row_ids = [], []
