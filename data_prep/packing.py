@@ -144,6 +144,7 @@ class _Packed:
     shards: dict[str, list[_PackedShard]] = field(default_factory=dict)
 
     def all(self) -> list[_PackedShard]:
+        """The shards of all splits."""
         return [shard for shards in self.shards.values() for shard in shards]
 
 
@@ -224,6 +225,7 @@ class _Watcher:
         self._rates: list[np.ndarray | None] = []
 
     def watch(self, stimuli: Iterator[Stimulus]) -> Iterator[Stimulus]:
+        """Pass the stimuli on, checked and counted."""
         for stimulus in stimuli:
             self._check(stimulus)
             self.image_sizes.add(picture_size(stimulus.image))

@@ -21,9 +21,10 @@ from data_prep.shards import ShardFolder
 from train.checkpoint import Progress, checked_network, load_progress
 from train.loader import Stimuli, workers_per_rank
 from train.loop import evaluation_batch_size
+from train.processes import ranks_on_machine, world_size
 from train.recipe import Recipe
 from train.run_folder import RunFolder, check_writable, open_run, write_json, write_npz
-from train.runtime import Runtime, ranks_on_machine, started, world_size
+from train.runtime import Runtime, started
 from train.scoring import Scored, check_not_empty, report, score
 from train.tasks import Network
 

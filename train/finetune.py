@@ -23,19 +23,11 @@ from train.loader import Stimuli, TrainLoader, workers_per_rank
 from train.loop import Training
 from train.monitor import Monitor
 from train.order import inner_split
+from train.processes import rank, ranks_on_machine, uses_gpu, world_size
 from train.readouts import parameter_count
 from train.recipe import Recipe, load_recipe
 from train.run_folder import RunFolder, open_run
-from train.runtime import (
-    Runtime,
-    chosen_strategy,
-    fill_deepspeed,
-    rank,
-    ranks_on_machine,
-    started,
-    uses_gpu,
-    world_size,
-)
+from train.runtime import Runtime, chosen_strategy, fill_deepspeed, started
 from train.schedule import build_optimizer
 from train.scoring import check_not_empty
 from train.tasks import Network, parameter_groups

@@ -25,9 +25,10 @@ from train.gram import Ridge, feature_slice, gram, ridge
 from train.loader import Stimuli, workers_per_rank
 from train.metrics import SiteMoments, mean_score
 from train.monitor import Monitor
+from train.processes import ranks_on_machine, world_size
 from train.recipe import ProbeRecipe, load_recipe
 from train.run_folder import RunFolder, write_json, write_npz
-from train.runtime import Runtime, ranks_on_machine, started, world_size
+from train.runtime import Runtime, started
 from train.scoring import check_not_empty, regression_block, report_head
 
 

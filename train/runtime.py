@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 import torch.distributed as dist
-import yaml
 from accelerate import Accelerator
 from accelerate.utils import (
     DeepSpeedPlugin,
@@ -31,70 +29,10 @@ from accelerate.utils import (
 from torch import nn
 
 from data_prep.errors import BadInput, RunFailed
+from train.processes import cpu_wanted, ranks_on_machine, uses_gpu, world_size
 
 STARTING_TIMEOUT = timedelta(minutes=30)
 SHARED_STATE = ("step", "mu_product")  # of an optimizer: numbers, not one per weight
-
-
-# ------------------------------------------------------------------------------------------------------- processes
-
-
-def world_size() -> int:
-    """Processes that were started together, from the launcher's environment; known before they are joined.
-
-    Raises:
-        BadInput: the launcher announced several processes and started this one alone (see `_announced`).
-    """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    count, who = _announced()
-    if count > 1:
-        raise BadInput(
-            f"{who} was to start {count} processes, but this one was started alone and would train by itself; "
-            f"use launch/local.sh -n {count} {' '.join(sys.argv[:1])} ..., or torchrun --nproc-per-node {count}"
-        )
-    return 1
-
-
-def _announced() -> tuple[int, str]:
-    """How many processes the launcher was asked for, and which launcher, where none told this process its rank.
-
-    `accelerate launch --cpu --num_processes 2` starts one process and sets nothing that says so; its command line does.
-    """
-    for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if os.environ.get(name, "1") != "1":
-            return int(os.environ[name]), {"S": "srun"}.get(name[0], "mpirun")
-    try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
-        return 1, ""
-    if not any(Path(word).name.startswith("accelerate") for word in words[:3]):
-        return 1, ""
-    return max(_accelerate_processes(words), 1), "accelerate launch"
-
-
-def _accelerate_processes(words: list[str]) -> int:
-    """The number of processes that an `accelerate launch` command line asks for; 1 where it does not tell."""
-    given = {}
-    for option, value in zip(words, [*words[1:], ""], strict=True):
-        name, _, inline = option.partition("=")
-        given[name.replace("-", "_").lstrip("_")] = inline or value
-    if given.get("num_processes", "").isdigit():
-        return int(given["num_processes"])
-    try:
-        return int(yaml.safe_load(Path(given["config_file"]).read_text()).get("num_processes", 1))
-    except (KeyError, OSError, AttributeError, ValueError, TypeError, yaml.YAMLError):
-        return 1
-
-
-def rank() -> int:
-    """Which of them this process is; known before they are joined."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def ranks_on_machine() -> int:
-    """Processes of this run on this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 # -------------------------------------------------------------------------------------------------------- strategy
@@ -449,20 +387,11 @@ def _check_launcher(precision: str) -> None:
     if launcher not in ("no", precision):
         raise BadInput(f"the launcher was told --mixed_precision {launcher}, the recipe says precision: {precision}")
     gpus = torch.cuda.device_count()
-    if 0 < gpus < ranks_on_machine() and not _cpu_wanted():
+    if 0 < gpus < ranks_on_machine() and not cpu_wanted():
         raise BadInput(
             f"{ranks_on_machine()} processes were started on a machine with {gpus} GPUs; start one per GPU, "
             "or set ACCELERATE_USE_CPU=true"
         )
-
-
-def uses_gpu() -> bool:
-    """Whether this run computes on GPUs: where there are any, unless ACCELERATE_USE_CPU says otherwise."""
-    return torch.cuda.is_available() and not _cpu_wanted()
-
-
-def _cpu_wanted() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"
 
 
 def _accelerator(deepspeed: dict[str, Any] | None) -> Accelerator:
