@@ -16,7 +16,6 @@ from train.loader import Stimuli, TrainLoader
 from train.order import inner_split
 from train.recipe import Recipe, load_recipe
 from train.tasks import Network
-from train.tasks import losses as task_losses
 
 # One step of plain SGD with rate 1: what changes in the weights is the gradient.
 ONE_STEP = [
@@ -211,7 +210,7 @@ def test_hybrid_is_regression_or_classification_when_the_other_weight_is_zero(re
             torch.manual_seed(1)
             for parameter in network.heads.parameters():
                 torch.nn.init.constant_(parameter, 0.01)
-            loss = task_losses(recipe.task, network, network(batch.images), batch)["loss"]
+            loss = network.objective.parts(network(batch.images), batch, lambda own: own)["loss"]
             loss.backward()
             found[name] = loss.item(), network.backbone.net.stem[0].weight.grad.clone()
         assert found[f"hybrid as {kind}"][0] == pytest.approx(found[kind][0], rel=1e-6)
@@ -226,7 +225,7 @@ def test_head_only_leaves_the_backbone_as_it_was(recording, tmp_path):
     fresh = Network(recipe, ShardFolder(recording).manifest, 32).state_dict()
     trained = weights(tmp_path / "run")
     changed = {name for name in fresh if not torch.equal(fresh[name], trained[name])}
-    assert changed == {"heads.rates.weight", "heads.rates.bias"}
+    assert changed == {"heads.rates.sites.weight", "heads.rates.sites.bias"}
 
 
 def test_the_network_that_is_saved_is_the_network_that_was_scored(recording, tmp_path):

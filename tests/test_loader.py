@@ -116,12 +116,12 @@ def test_a_part_of_a_split_is_counted_from_its_own_start(recording, stimuli):
 
 def test_z_scores_are_standard_over_train_and_invert_to_the_recorded_rates(recording, stimuli):
     recipe = Recipe.model_validate({"backbone": {"name": "resnet10t", "weights": "random"}})
-    network = Network(recipe, recording.shards.manifest, 32)
     rates = torch.from_numpy(stimuli.rates)
-    z = network.z_score(rates)
+    responses = Network(recipe, recording.shards.manifest, 32).objective.responses
+    z = responses.target(rates)
     np.testing.assert_allclose(np.nanmean(z.double(), axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(np.nanstd(z.double(), axis=0), 1, atol=1e-6)
-    np.testing.assert_allclose(network.in_units(z), recording.rates[recording.train], rtol=1e-5)
+    np.testing.assert_allclose(responses.in_units(z), recording.rates[recording.train], rtol=1e-5)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -1,17 +1,23 @@
-"""Backbones: timm networks without their classifier, with weights that are random, pretrained or from a file."""
+"""Backbones: timm networks without their classifier, whole or cut; weights random, pretrained or from a file."""
 
 import difflib
 import importlib
+import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+import train.small_cnns  # noqa: F401  (timm learns their names)
 from data_prep.errors import BadInput
+from train.recipe import Source
+from train.truncation import truncate
+from train.weight_files import load_into
 
 # Packages on the package index that carry ImageNet weights: timm name -> (module, class that knows the file).
 # Their state dicts name the layers otherwise but list them in timm's order.
@@ -22,34 +28,154 @@ WEIGHT_PACKAGES = {
 
 
 class Backbone(nn.Module):
-    """A timm network without its classifier.
+    """A timm network without its classifier, which may end earlier.
 
     Args:
-        name: of the network.
-        weights: `pretrained`, `random` or a file.
+        source: the network's name, its weights, and where it is cut.
         image_size: side in pixels of the pictures.
+        pools: whether pooled features are going to be read (`pool`); what only they need is dropped otherwise.
+        maps: whether maps are going to be read (`map`).
 
     Attributes:
-        features: of a picture, pooled.
+        features: number of pooled features; None unless `pools`.
+        map_shape: (channels, rows, columns) of a map; None unless `maps`.
         mean, std: per channel, of the pixels (0..255) that the network expects.
         weights_from: where the weights come from, for the log.
+
+    Raises:
+        BadInput: names, weights or sizes that do not fit the network.
     """
 
-    def __init__(self, name: str, weights: str, image_size: int):
+    def __init__(self, source: Source, image_size: int, *, pools: bool = True, maps: bool = False):
         super().__init__()
-        self.net, self.weights_from = _create(name, weights)
+        self._trains, self._batch_norm_trains, self.cut = True, True, source.cut
+        self.net, self.weights_from = _create(source.name, source.weights)
         if hasattr(self.net, "set_input_size"):  # networks of a fixed size: position embeddings are resampled
             self.net.set_input_size(img_size=image_size)
-        # Some networks have a hidden layer between their last map and the classifier.
-        self.features: int = getattr(self.net, "head_hidden_size", None) or self.net.num_features
         for name in ("mean", "std"):
             pixels = torch.tensor(self.net.pretrained_cfg[name]).view(1, 3, 1, 1) * 255
             self.register_buffer(name, pixels, persistent=False)
+        example = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 255
+        self.net.eval()
+        try:
+            self._run = truncate(self.net, source.cut, example, keep_head=pools and source.cut is None)
+            with torch.no_grad():
+                output = self(example)
+        except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at sizes they cannot take
+            raise BadInput(
+                f"images.size: {source.name} cannot take pictures of {image_size} px ({' '.join(str(error).split())})"
+            ) from None
+        if source.weights not in ("pretrained", "random"):
+            self.weights_from = load_into(self.net, Path(source.weights))
+        with torch.no_grad():
+            self.features = self.pool(output).shape[1] if pools else None
+            self.map_shape = tuple(self.map(output).shape[1:]) if maps else None
+        self.net.train()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures (b, 3, size, size) -> pooled features (b, features)."""
-        images = (images.float() - self.mean) / self.std
-        return self.net.forward_head(self.net.forward_features(images), pre_logits=True)
+        """Pictures (b, 3, size, size), uint8 or float in 0..255 -> what the network ends in, for `pool` and `map`."""
+        return self._run(((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
+
+    def pool(self, output: torch.Tensor) -> torch.Tensor:
+        """The network's output -> features (b, features): as its classifier would get them, or a cut map's mean."""
+        if self.cut is None:
+            return self.net.forward_head(output, pre_logits=True)
+        return output if output.ndim == 2 else self._tokens(output).mean(1)
+
+    def map(self, output: torch.Tensor) -> torch.Tensor:
+        """The network's output -> maps (b, channels, rows, columns); class tokens are left out, vectors are 1 x 1.
+
+        Raises:
+            BadInput: tokens that do not fill a square.
+        """
+        if output.ndim == 4:
+            return output.permute(0, 3, 1, 2) if self._channels_last(output) else output
+        tokens = output[:, None] if output.ndim == 2 else self._tokens(output)
+        if not _is_square(tokens.shape[1]):
+            raise BadInput(
+                f"readout.kind: the network ends in {output.shape[1]} tokens, which are no square map; use linear"
+            )
+        return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+
+    def _channels_last(self, output: torch.Tensor) -> bool:
+        return output.ndim == 4 and getattr(self.net, "output_fmt", "NCHW") == "NHWC"
+
+    def _tokens(self, output: torch.Tensor) -> torch.Tensor:
+        """Maps and tokens -> (b, positions, channels), without the tokens that stand before those of the map."""
+        if output.ndim == 4:
+            return output.flatten(1, 2) if self._channels_last(output) else output.flatten(2).transpose(1, 2)
+        if _is_square(output.shape[1]):  # a network may add its class token later
+            return output
+        return output[:, getattr(self.net, "num_prefix_tokens", 0) :]
+
+    def freeze(self) -> None:
+        """Keep everything as it is: no gradients, and BatchNorm and dropout in evaluation mode."""
+        self.requires_grad_(False)
+        self._trains = False
+        self.eval()
+
+    def freeze_batch_norm(self) -> None:
+        """Normalise by the statistics that came with the weights, also in training; scale and shift are trained."""
+        self._batch_norm_trains = False
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Training or evaluation mode, but for what is frozen."""
+        super().train(mode and self._trains)
+        if not self._batch_norm_trains:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def checkpoint_gradients(self, image_size: int) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        BatchNorm then sees each batch twice. Its momentum m becomes 1 - sqrt(1 - m), so that two updates with the same
+        batch move the running statistics as far as one did.
+
+        Args:
+            image_size: side in pixels of the pictures.
+
+        Raises:
+            BadInput: the network cannot.
+        """
+        if self._run != self.net.forward_features:
+            raise BadInput(
+                f"backbone.gradient_checkpointing needs a cut between stages or blocks, not within ({self.cut})"
+            )
+        try:
+            self.net.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):
+            raise BadInput(
+                f"backbone.gradient_checkpointing: {type(self.net).__name__} does not support it; leave it off"
+            ) from None
+        seen = self._batch_norm_calls(image_size)
+        for module, calls in seen.items():
+            module.momentum = 1 - (1 - module.momentum) ** (1 / calls)
+
+    def _batch_norm_calls(self, image_size: int) -> Counter[nn.Module]:
+        """How often each BatchNorm runs in a forward and a backward pass."""
+        seen: Counter[nn.Module] = Counter()
+        norms = {module: module.momentum for module in self.modules() if isinstance(module, _BatchNorm)}
+        if not norms:
+            return seen
+        handles = [norm.register_forward_pre_hook(lambda norm, _: seen.update([norm])) for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0  # the trial leaves no trace in the statistics
+        with torch.random.fork_rng(devices=[]):
+            self.train()(torch.zeros(2, 3, image_size, image_size)).sum().backward()
+        self.zero_grad(set_to_none=True)
+        for handle in handles:
+            handle.remove()
+        for norm, momentum in norms.items():
+            norm.momentum = momentum
+            norm.num_batches_tracked.zero_()
+        return seen
+
+
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number
 
 
 def check_name(name: str) -> None:
@@ -67,11 +193,8 @@ def check_name(name: str) -> None:
 
 def _create(name: str, weights: str) -> tuple[nn.Module, str]:
     check_name(name)
-    if weights == "random":
-        return _timm_network(name), "random"
     if weights != "pretrained":
-        net = _timm_network(name)
-        return net, _load_from_file(net, Path(weights))
+        return _timm_network(name), "random"
     if (package := _weights_package(name)) is not None:
         net = _timm_network(name)
         tensors = torch.load(package.path, map_location="cpu", weights_only=True)
@@ -86,6 +209,8 @@ def _timm_network(name: str, **options: Any) -> nn.Module:
 
 
 def _from_hub(name: str) -> nn.Module:
+    if not timm.is_model_pretrained(name):
+        raise BadInput(f"backbone.weights: there are no pretrained weights of {name}; use random, or a file")
     try:
         return _timm_network(name, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds
@@ -112,50 +237,3 @@ def _weights_package(name: str) -> _Package | None:
     except ImportError:
         return None
     return _Package(module.replace("_", "-"), Path(getattr(found, carrier).get_model_file_path()))
-
-
-def _load_from_file(net: nn.Module, path: Path) -> str:
-    """Load a state dict of timm's names, or of a run of ours; returns what was loaded, in words."""
-    tensors = read_weights(path)
-    ours = {name.removeprefix("backbone.net."): x for name, x in tensors.items() if name.startswith("backbone.net.")}
-    tensors = ours or tensors
-    expected = net.state_dict()
-    missing = [name for name in expected if name not in tensors]
-    wrong = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
-    unexpected = [name for name in tensors if name not in expected]
-    if missing or wrong:
-        fault = f"lacks {missing[0]}" if missing else f"has {wrong[0]} in another shape"
-        raise BadInput(
-            f"backbone.weights: {path} does not fit the network: it {fault} "
-            f"({len(missing)} missing, {len(wrong)} of another shape, {len(unexpected)} unexpected)"
-        )
-    net.load_state_dict({name: tensors[name] for name in expected})
-    left = f", leaving out {len(unexpected)} that it has beyond it ({unexpected[0]} ...)" if unexpected else ""
-    return f"{path}: all {len(expected)} tensors of the network{left}"
-
-
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a .safetensors file, or from a torch checkpoint read with weights_only.
-
-    Raises:
-        BadInput: no such file, one that is damaged, or one that holds more than tensors.
-    """
-    if not path.is_file():
-        raise BadInput(f"backbone.weights: {path} is no file; give `pretrained`, `random` or a .safetensors/.pth file")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # both readers raise many kinds
-        raise BadInput(f"backbone.weights: {path} is not readable as plain tensors ({type(error).__name__})") from None
-    content = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise BadInput(f"backbone.weights: {path} does not hold a state dict (tensors by name)")
-    return content
-
-
-def freeze(backbone: nn.Module) -> None:
-    """Keep a backbone as it is: no gradients, and BatchNorm and dropout in evaluation mode whatever `train()` says."""
-    backbone.requires_grad_(False)
-    backbone.eval()
-    backbone.train = lambda mode=True: backbone  # type: ignore[method-assign]

@@ -1,7 +1,9 @@
 """Checkpoints that know nothing of ranks or strategies: safetensors and JSON.
 
-    checkpoints/step_N/network.safetensors      weights, BatchNorm statistics, each site's mean and standard deviation
-    checkpoints/step_N/optimizer.safetensors    `<parameter>|<key>`, e.g. `heads.rates.weight|exp_avg`
+    checkpoints/step_N/network.safetensors      the network that was scored: weights, BatchNorm statistics, each site's
+                                                mean and standard deviation
+    checkpoints/step_N/training.safetensors     the trained weights, where those above are their running average
+    checkpoints/step_N/optimizer.safetensors    `<parameter>|<key>`, e.g. `heads.rates.sites.weight|exp_avg`
     checkpoints/step_N/progress.json            where the run stands, and what the network predicts
     checkpoints/{last,best} -> step_N
 
@@ -30,7 +32,7 @@ class Progress(BaseModel):
         epoch: epochs completed.
         step: optimizer steps done.
         best: best value of the selection metric so far, and the epoch it was reached in (counted from 1).
-        epochs_without_improvement: in a row, up to now.
+        improved: for each epoch, whether it was the best until then.
         recording: fingerprint of the shards, see `data_prep.manifest.Manifest.fingerprint`.
         selection_metric, selection_split: what chooses the best epoch, and on which stimuli.
         site_ids: of the outputs, in order.
@@ -44,13 +46,18 @@ class Progress(BaseModel):
     step: int = 0
     best: float | None = None
     best_epoch: int = 0
-    epochs_without_improvement: int = 0
+    improved: list[bool] = []
     recording: str
     selection_metric: str
     selection_split: str
     site_ids: list[str]
     classes: list[str] | None
     image_size: int
+
+    @property
+    def epochs_without_improvement(self) -> int:
+        """In a row, up to now."""
+        return self.epoch - self.best_epoch
 
     def check_fits(self, manifest: Manifest, where: str) -> None:
         """Refuse data with other sites or classes than the network predicts.
@@ -71,14 +78,12 @@ class Progress(BaseModel):
             raise BadInput(f"{where}: its {what} list is not the one the network was trained for: {first}")
 
 
-def save_checkpoint(
-    folder: Path, network: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor], progress: Progress, best: bool
-) -> None:
+def save_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], progress: Progress, best: bool) -> None:
     """Write checkpoint `step_N`, make it `last` (and `best`), and remove those that neither names any more.
 
     Args:
         folder: RUN/checkpoints.
-        network, optimizer: tensors by name.
+        tensors: by file ("network", "optimizer", "training") and name.
         progress: of the run.
         best: whether this is the best so far.
     """
@@ -87,8 +92,8 @@ def save_checkpoint(
     for leftover in (target, temporary):
         shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir()
-    save_file(_plain(network), temporary / "network.safetensors")
-    save_file(_plain(optimizer), temporary / "optimizer.safetensors")
+    for name, content in tensors.items():
+        save_file(_plain(content), temporary / f"{name}.safetensors")
     (temporary / "progress.json").write_text(progress.model_dump_json(indent=1))
     for file in temporary.iterdir():
         _sync(file)
@@ -133,7 +138,7 @@ def load_progress(checkpoint: Path) -> Progress:
 
 
 def load_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of "network" or "optimizer".
+    """The tensors of "network", "training" or "optimizer".
 
     Raises:
         BadInput: the file is missing or damaged.
@@ -145,15 +150,15 @@ def load_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
         raise BadInput(f"{path} cannot be read ({error})") from None
 
 
-def checked_network(network: torch.nn.Module, checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint that fits a network: every one is there in its shape, and no other.
+def checked_tensors(network: torch.nn.Module, checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+    """The tensors of "network" or "training" that fit a network: every one is there in its shape, and no other.
 
     Raises:
         BadInput: the checkpoint is of another network.
     """
-    tensors = load_tensors(checkpoint, "network")
+    tensors = load_tensors(checkpoint, name)
     expected = network.state_dict()
-    odd = [name for name in {**expected, **tensors} if _shape(expected, name) != _shape(tensors, name)]
+    odd = [key for key in {**expected, **tensors} if _shape(expected, key) != _shape(tensors, key)]
     if odd:
         raise BadInput(f"{checkpoint} is a checkpoint of another network: {odd[0]} differs, and {len(odd) - 1} more")
     return tensors

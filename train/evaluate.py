@@ -18,7 +18,7 @@ from data_prep.command_line import parse
 from data_prep.errors import run_command
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
-from train.checkpoint import Progress, checked_network, load_progress
+from train.checkpoint import Progress, checked_tensors, load_progress
 from train.loader import Stimuli, workers_per_rank
 from train.loop import evaluation_batch_size
 from train.processes import ranks_on_machine, world_size
@@ -84,8 +84,8 @@ def prepare(options: Evaluate) -> Job:
 
 def evaluate(job: Job, runtime: Runtime) -> Scored:
     """Load the network and score the split over all ranks."""
-    network = Network(job.recipe.without_pretrained_weights(), job.manifest, job.stimuli.size)
-    network.load_state_dict(checked_network(network, job.checkpoint))
+    network = Network(job.recipe.for_evaluation(), job.manifest, job.stimuli.size)
+    network.load_state_dict(checked_tensors(network, job.checkpoint, "network"))
     setting = job.recipe.loader.workers if job.options.workers is None else job.options.workers
     return score(
         network.to(runtime.device),

@@ -3,8 +3,7 @@
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -55,65 +54,78 @@ def pooled(activation: torch.Tensor, grid: int | None) -> torch.Tensor:
     return activation.flatten(1).float()
 
 
-@contextmanager
-def _listening(net: nn.Module, layers: list[str], grid: int | None) -> Iterator[dict[str, torch.Tensor]]:
-    heard: dict[str, torch.Tensor] = {}
+Features = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
-    def listener(name: str):
-        def hear(_module, _inputs, output):
-            heard[name] = pooled(output, grid)
 
-        return hear
+def pixel_features(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """uint8 pictures (b, 3, size, size) -> float32 (b, pixels), 0..1."""
+    return {PIXELS: (images.float() / 255).flatten(1)}
 
-    handles = [net.get_submodule(name).register_forward_hook(listener(name)) for name in layers]
-    try:
-        yield heard
-    finally:
-        for handle in handles:
-            handle.remove()
+
+class LayerFeatures:
+    """The activations of a frozen network's layers: one forward pass serves all of them.
+
+    Args:
+        backbone: network whose `net` holds the layers.
+        layers: names of modules.
+        grid: maps are average-pooled to at most grid x grid; None keeps them whole.
+    """
+
+    def __init__(self, backbone: Backbone, layers: list[str], grid: int | None):
+        self._backbone, self._layers, self._grid = backbone, layers, grid
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """uint8 pictures (b, 3, size, size) -> per layer float32 (b, features)."""
+        heard: dict[str, torch.Tensor] = {}
+
+        def listener(name: str):
+            def hear(_module, _inputs, output):
+                heard[name] = pooled(output, self._grid)
+
+            return hear
+
+        net = self._backbone.net
+        # Before the hook of a cut, which ends the forward pass.
+        handles = [net.get_submodule(name).register_forward_hook(listener(name), prepend=True) for name in self._layers]
+        try:
+            self._backbone(images)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return heard
 
 
 @torch.no_grad()
 def extract(
-    backbone: Backbone | None,
-    layers: list[str],
+    features: Features,
     stimuli: Stimuli,
     runtime: Runtime,
     *,
-    grid: int | None,
     batch_size: int,
     workers: int,
     label: str,
 ) -> dict[str, torch.Tensor]:
-    """Features of this rank's share of the stimuli; one forward pass serves all layers.
+    """Features of this rank's share of the stimuli.
 
     Args:
-        backbone: network whose `net` holds the layers; None for the pixels.
-        layers: names of modules, or [PIXELS].
+        features: from pictures to named features (b, ...).
         stimuli: of the split.
         runtime: this process.
-        grid: maps are average-pooled to at most grid x grid; None keeps them whole.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
         label: of the progress bar.
 
     Returns:
-        Per layer float32 (own stimuli, features), on the CPU, in the order of `train.loader.rank_positions`.
+        By name float32 (own stimuli, features), on the CPU, in the order of `train.loader.rank_positions`.
     """
     loader = evaluation_loader(
         stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu
     )
-    parts: dict[str, list[torch.Tensor]] = {name: [] for name in layers}
+    parts: dict[str, list[torch.Tensor]] = {}
     with Progress(len(stimuli), label, silent=not runtime.leads) as progress:
         for batch in loader:
             there = int(batch.weight.sum())
-            images = batch.to(runtime.device).images
-            if backbone is None:
-                found = {PIXELS: (images.float() / 255).flatten(1)}
-            else:
-                with _listening(backbone.net, layers, grid) as found:
-                    backbone(images)
-            for name in layers:
-                parts[name].append(found[name][:there].cpu())
+            for name, found in features(batch.to(runtime.device).images).items():
+                parts.setdefault(name, []).append(found[:there].cpu())
             progress.advance(min(there * runtime.ranks, len(stimuli) - progress.done))
     return {name: torch.cat(pieces) for name, pieces in parts.items()}

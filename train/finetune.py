@@ -10,22 +10,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import tyro
 
 from data_prep.command_line import parse
-from data_prep.errors import run_command
+from data_prep.errors import BadInput, run_command
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
+from train.augment import KINDS
 from train.backbones import check_name
 from train.checkpoint import Progress
+from train.ema import RunningAverage
 from train.loader import Stimuli, TrainLoader, workers_per_rank
-from train.loop import Training
+from train.loop import Training, evaluation_batch_size
 from train.monitor import Monitor
 from train.order import inner_split
 from train.processes import rank, ranks_on_machine, uses_gpu, world_size
 from train.readouts import parameter_count
 from train.recipe import Recipe, load_recipe
+from train.ridge_start import start_from_ridge
 from train.run_folder import RunFolder, open_run
 from train.runtime import Runtime, chosen_strategy, fill_deepspeed, started
 from train.schedule import build_optimizer
@@ -85,6 +89,22 @@ def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stim
     return Stimuli(train, size, fit, **wanted), Stimuli(train, size, inner, **wanted)
 
 
+def check_task(recipe: Recipe, fit: Stimuli, site_ids: list[str]) -> None:
+    """Refuse responses that the loss has no meaning for.
+
+    Raises:
+        BadInput: negative rates under the Poisson likelihood.
+    """
+    if recipe.loss.responses != "poisson" or not (fit.rates < 0).any():
+        return
+    stimulus, site = np.argwhere(fit.rates < 0)[0]
+    raise BadInput(
+        f"loss.responses: poisson needs raw, non-negative rates, but site {site_ids[site]} has "
+        f"{fit.rates[stimulus, site]:.4g} for stimulus {fit.stimulus_ids[stimulus]}: these responses were z-scored or "
+        "had a baseline subtracted; use mse, or pack the raw rates"
+    )
+
+
 @dataclass
 class Job:
     """A run that is checked as far as it can be before its processes are joined."""
@@ -113,6 +133,10 @@ def prepare(options: Finetune, recipe: Recipe) -> Job:
     shards = ShardFolder(options.data)
     fit, selection = training_stimuli(shards, recipe)
     check_not_empty(selection, ranks, recipe.early_stopping.split)
+    check_task(recipe, fit, shards.manifest.site_ids)
+    if recipe.task.shuffle_responses:
+        for stimuli in (fit, selection):
+            stimuli.shuffle_responses(recipe.seed)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
     loader = TrainLoader(
         fit,
@@ -123,7 +147,13 @@ def prepare(options: Finetune, recipe: Recipe) -> Job:
         ranks=ranks,
         workers=workers,
         pin=uses_gpu(),
+        draws=KINDS if recipe.augment.is_on else 0,
     )
+    if recipe.loss.responses == "correlation" and loader.pieces > 1:
+        raise BadInput(
+            "loss.responses: correlation needs each process's share of a global batch in one pass; leave out "
+            "batch.per_device, or lower batch.global_size"
+        )
     deepspeed = chosen_strategy(recipe.strategy)
     if deepspeed is not None:
         deepspeed = fill_deepspeed(
@@ -139,11 +169,15 @@ def prepare(options: Finetune, recipe: Recipe) -> Job:
 def build(job: Job, runtime: Runtime) -> Training:
     """Make network, optimizer and monitor, and claim the run's folder."""
     recipe, manifest, loader = job.recipe, job.manifest, job.loader
-    torch.manual_seed(recipe.seed)
     network = Network(recipe, manifest, loader.stimuli.size).to(runtime.device)
     if not runtime.deepspeed:  # channels-last weights break the flattened views of ZeRO
         network = network.to(memory_format=torch.channels_last)
-    groups = parameter_groups(network, recipe.optimizer.weight_decay)
+    ridge_scores = {}
+    if recipe.readout.start == "ridge" and not job.options.resume:
+        options = {"batch_size": evaluation_batch_size(recipe), "workers": job.workers}
+        ridge_scores = start_from_ridge(network, loader.stimuli, runtime, **options)
+    average = None if recipe.ema is None else RunningAverage(network, recipe.ema)
+    groups = parameter_groups(network, recipe)
     engine = runtime.prepare(
         network,
         build_optimizer(recipe.optimizer, groups, runtime.device),
@@ -161,11 +195,13 @@ def build(job: Job, runtime: Runtime) -> Training:
         classes=manifest.classes if recipe.task.predicts_classes else None,
         image_size=loader.stimuli.size,
     )
-    introduce(job, network, runtime, monitor)
-    return Training(recipe, job.folder, runtime, engine, network, loader, job.selection, job.workers, monitor, progress)
+    introduce(job, network, runtime, monitor, ridge_scores)
+    return Training(
+        recipe, job.folder, runtime, engine, network, average, loader, job.selection, job.workers, monitor, progress
+    )
 
 
-def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) -> None:
+def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor, ridge_scores: dict[str, float]) -> None:
     """Say what is trained, on what, and how."""
     manifest, loader, recipe = job.manifest, job.loader, job.recipe
     name = f"{manifest.name} (SIMULATED)" if manifest.simulated else manifest.name
@@ -178,6 +214,17 @@ def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) ->
         f"{recipe.backbone.name}, weights: {network.backbone.weights_from}; "
         f"{trained:,} of {held:,} parameters are trained"
     )
+    for head, module in network.heads.items():
+        kind = f"{recipe.readout.kind} readout to the sites" if head == "rates" else "linear readout to the classes"
+        start = f", from a ridge (leave-one-out: {ridge_scores[head]:.4f})" if head in ridge_scores else ""
+        monitor.say(f"{kind}: {parameter_count(module):,} parameters{start}")
+    if recipe.task.shuffle_responses:
+        monitor.say("CONTROL: the training responses are shuffled over stimuli; the scores must be at chance")
+    if recipe.task.predicts_classes and (unseen := set(job.selection.labels) - set(loader.stimuli.labels)):
+        monitor.say(
+            f"warning: {len(unseen)} of the classes in {recipe.early_stopping.split} have no stimulus to fit: nothing "
+            "can be learned of them (is the split grouped by object?)"
+        )
     monitor.say(
         f"{runtime.describe()}, {recipe.precision}; {loader.steps} steps an epoch of {loader.global_size} stimuli, "
         f"in {loader.pieces} micro-batch{'es' * (loader.pieces > 1)} per process"
@@ -187,7 +234,7 @@ def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) ->
 def main() -> None:
     """Parse, check, build, train, close."""
     job = prepare(*parse_command_line(sys.argv[1:]))
-    with started(job.deepspeed, job.recipe.precision) as runtime:
+    with started(job.deepspeed, job.recipe.precision, job.recipe.deterministic) as runtime:
         training = build(job, runtime)
         try:
             if job.options.resume:

@@ -88,11 +88,19 @@ class Ridge:
         prediction: float32 (held out, sites), in the units of the responses.
         penalty: float64 (sites,), chosen by leave-one-out, in units of the mean eigenvalue.
         inner_r2: float64 (sites,), R2 of the leave-one-out predictions of the train stimuli at that penalty.
+        dual: float64 (train, sites), the weights of the train stimuli; those of the features are X' dual, with X the
+            centred features. 0 for stimuli that a site has no response to.
+        mean: float64 (sites,), of the responses; the prediction at the mean features of a site's stimuli.
+        left_out: float32 (train, sites), the prediction for each train stimulus from the others; NaN where a site has
+            no response to it.
     """
 
     prediction: np.ndarray
     penalty: np.ndarray
     inner_r2: np.ndarray
+    dual: np.ndarray
+    mean: np.ndarray
+    left_out: np.ndarray
 
 
 def ridge(kernel: Gram, rates: np.ndarray) -> Ridge:
@@ -108,14 +116,27 @@ def ridge(kernel: Gram, rates: np.ndarray) -> Ridge:
     """
     sites = rates.shape[1]
     nothing = np.full(sites, np.nan)
-    result = Ridge(np.full((len(kernel.cross), sites), np.nan, np.float32), nothing, nothing.copy())
+    result = Ridge(
+        prediction=np.full((len(kernel.cross), sites), np.nan, np.float32),
+        penalty=nothing,
+        inner_r2=nothing.copy(),
+        dual=np.zeros((len(rates), sites)),
+        mean=nothing.copy(),
+        left_out=np.full(rates.shape, np.nan, np.float32),
+    )
     patterns, group_of = np.unique(~np.isnan(rates), axis=1, return_inverse=True)
     for index, there in enumerate(patterns.T):
         if there.sum() < 3:
             continue
         group = np.flatnonzero(group_of == index)
         found = _ridge_of_group(_subset(kernel, there), rates[there][:, group].astype(np.float64))
-        result.prediction[:, group], result.penalty[group], result.inner_r2[group] = found
+        result.prediction[:, group], result.penalty[group], result.inner_r2[group] = (
+            found.prediction,
+            found.penalty,
+            found.inner_r2,
+        )
+        result.dual[np.ix_(there, group)], result.mean[group] = found.dual, found.mean
+        result.left_out[np.ix_(there, group)] = found.left_out
     return result
 
 
@@ -132,24 +153,34 @@ def _subset(kernel: Gram, there: np.ndarray) -> Gram:
     )
 
 
-def _ridge_of_group(kernel: Gram, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _ridge_of_group(kernel: Gram, rates: np.ndarray) -> Ridge:
     mean = rates.mean(axis=0)
     centred = rates - mean
     values, vectors = np.linalg.eigh(kernel.train)
     values = np.clip(values, 0, None)
     unit = values.mean() or 1.0
     rotated, squared = vectors.T @ centred, vectors**2
+
+    def left_out_errors(penalties: np.ndarray) -> np.ndarray:
+        shrink = values[:, None] / (values[:, None] + penalties * unit)
+        hat = 1 / len(rates) + squared @ shrink
+        return (centred - vectors @ (shrink * rotated)) / np.clip(1 - hat, 1e-9, None)
+
     variance = np.square(centred).sum(axis=0)
     best = np.full(rates.shape[1], np.inf)
     penalty = np.full(rates.shape[1], PENALTIES[-1])
     for candidate in PENALTIES:
-        shrink = values / (values + candidate * unit)
-        residual = centred - vectors @ (shrink[:, None] * rotated)
-        hat = 1 / len(rates) + squared @ shrink
-        press = np.square(residual / np.clip(1 - hat, 1e-9, None)[:, None]).sum(axis=0)
+        press = np.square(left_out_errors(np.array([candidate]))).sum(axis=0)
         better = press < best
         best, penalty = np.where(better, press, best), np.where(better, candidate, penalty)
     dual = vectors @ (rotated / (values[:, None] + penalty * unit))
-    prediction = (kernel.cross @ dual + mean).astype(np.float32)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return prediction, penalty, np.where(variance > 0, 1 - best / variance, np.nan)
+        inner_r2 = np.where(variance > 0, 1 - best / variance, np.nan)
+    return Ridge(
+        prediction=(kernel.cross @ dual + mean).astype(np.float32),
+        penalty=penalty,
+        inner_r2=inner_r2,
+        dual=dual,
+        mean=mean,
+        left_out=(rates - left_out_errors(penalty)).astype(np.float32),
+    )

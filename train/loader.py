@@ -20,6 +20,7 @@ from train.decode import decode, fit
 from train.order import (
     MicroBatch,
     accumulation,
+    augmentation_draws,
     evaluation_batches,
     global_batch,
     micro_batches,
@@ -40,6 +41,7 @@ class Batch:
         weight: float32 (b,), 0 for padding, else 1.
         rates: float32 (b, sites), in the recording's units, NaN = not recorded; None where the split has no responses.
         labels: int64 (b,); None where there are no classes.
+        draws: float32 (b, kinds), random numbers in [-1, 1) for `train/augment.py`; None where nothing is augmented.
         stimuli: int, stimuli of the whole global batch that this micro-batch is a part of.
         observed: int, responses (stimulus x site) recorded in that global batch.
     """
@@ -49,6 +51,7 @@ class Batch:
     weight: torch.Tensor
     rates: torch.Tensor | None
     labels: torch.Tensor | None
+    draws: torch.Tensor | None
     stimuli: int
     observed: int
 
@@ -72,6 +75,7 @@ class _Work:
     micro: MicroBatch
     stimuli: int
     observed: int
+    draws: np.ndarray | None = None
 
 
 class Stimuli(Dataset):
@@ -123,6 +127,7 @@ class Stimuli(Dataset):
             weight=torch.from_numpy(work.micro.weight),
             rates=None if self.rates is None else torch.from_numpy(self.rates[positions]),
             labels=None if self.labels is None else torch.from_numpy(self.labels[positions]),
+            draws=None if work.draws is None else torch.from_numpy(work.draws),
             stimuli=work.stimuli,
             observed=work.observed,
         )
@@ -135,10 +140,15 @@ class Stimuli(Dataset):
         except ValueError as error:
             raise BadInput(f"{self._split.place(place)}.{encoding} cannot be decoded ({error})") from None
 
-    def work(self, micro: MicroBatch, batch: np.ndarray) -> _Work:
-        """`micro` as a part of the global batch `batch`."""
+    def shuffle_responses(self, seed: int) -> None:
+        """Give each stimulus the responses of another, whole rows at a time: what is left to predict is chance."""
+        self.rates = self.rates[np.random.default_rng([seed, len(self)]).permutation(len(self))]
+        self.observed = (~np.isnan(self.rates)).sum(axis=1)
+
+    def work(self, micro: MicroBatch, batch: np.ndarray, draws: np.ndarray | None = None) -> _Work:
+        """`micro` as a part of the global batch `batch`, with the random numbers `draws` of that batch."""
         observed = 0 if self.observed is None else int(self.observed[batch].sum())
-        return _Work(micro, len(batch), observed)
+        return _Work(micro, len(batch), observed, None if draws is None else draws[micro.places])
 
 
 class TrainLoader:
@@ -150,6 +160,7 @@ class TrainLoader:
         rank, ranks: which share of each global batch is this process's.
         workers: decoding processes.
         pin: page-lock the batches.
+        draws: random numbers per stimulus, for augmentation.
     """
 
     def __init__(
@@ -163,8 +174,10 @@ class TrainLoader:
         ranks: int,
         workers: int,
         pin: bool,
+        draws: int = 0,
     ):
         self.stimuli, self.seed, self.rank, self.ranks = stimuli, seed, rank, ranks
+        self._draws = draws
         self.global_size = min(global_size, len(stimuli))
         if self.global_size < ranks:
             raise BadInput(
@@ -188,8 +201,10 @@ class TrainLoader:
         work = []
         for step in range(first_step, self.steps):
             batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli))
+            draws = augmentation_draws(self.seed, epoch, step, len(batch), self._draws) if self._draws else None
             work += [
-                self.stimuli.work(micro, batch) for micro in micro_batches(batch, self.rank, self.ranks, self.pieces)
+                self.stimuli.work(micro, batch, draws)
+                for micro in micro_batches(batch, self.rank, self.ranks, self.pieces)
             ]
         return work
 

@@ -4,21 +4,23 @@ import math
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from data_prep import progress as show
 from data_prep.errors import BadInput, RunFailed
 from data_prep.manifest import to_json_list
-from train.checkpoint import Progress, checked_network, load_progress, load_tensors, save_checkpoint
+from train.augment import augment
+from train.checkpoint import Progress, checked_tensors, load_progress, load_tensors, save_checkpoint
+from train.ema import RunningAverage
 from train.loader import Batch, Stimuli, TrainLoader
 from train.monitor import Monitor
+from train.order import stream_seed
 from train.recipe import Recipe
 from train.run_folder import RunFolder
 from train.runtime import Engine, Runtime
-from train.schedule import rate_factor
+from train.schedule import momentum, plateaus, rate_factor, set_momentum
 from train.scoring import Scored, score
-from train.tasks import Network, losses
+from train.tasks import Network
 
 STEPS_BETWEEN_SCALARS = 10
 LOWER_IS_BETTER = ("mse",)
@@ -34,6 +36,7 @@ class Training:
         runtime: this process.
         engine: network and optimizer.
         network: the network itself.
+        average: of its weights; None without one.
         loader: this rank's training batches.
         selection: the stimuli that choose the best epoch.
         workers: decoding processes per rank.
@@ -46,6 +49,7 @@ class Training:
     runtime: Runtime
     engine: Engine
     network: Network
+    average: RunningAverage | None
     loader: TrainLoader
     selection: Stimuli
     workers: int
@@ -57,6 +61,11 @@ class Training:
         """Optimizer steps of the whole run."""
         return self.loader.steps * self.recipe.epochs
 
+    @property
+    def scored_network(self) -> Network:
+        """The network that is scored and saved: the averaged one where there is one."""
+        return self.network if self.average is None else self.average.network
+
     def run(self) -> None:
         """Train until the epochs or the patience are used up.
 
@@ -67,15 +76,7 @@ class Training:
             started = time.monotonic()
             loss = self._epoch()
             trained = time.monotonic()
-            self.runtime.average_batch_statistics(self.network)
-            scored = score(
-                self.network,
-                self.selection,
-                self.runtime,
-                batch_size=evaluation_batch_size(self.recipe),
-                workers=self.workers,
-                keep=False,
-            )
+            scored = self._score()
             best = self._select(scored)
             self._tell(loss, scored, best, trained - started, time.monotonic() - trained)
             self._save(best)
@@ -90,23 +91,18 @@ class Training:
         """One pass over the training stimuli; returns the mean loss per step."""
         self.network.train()
         seed_everything(self.recipe.seed, self.progress.epoch, self.runtime.rank)
-        device = self.runtime.device
-        epoch_loss = torch.zeros((), dtype=torch.float64, device=device)
+        drops = plateaus(self.recipe.schedule, self.progress.improved)
+        epoch_loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
         with show.Progress(
             self.loader.steps, f"epoch {self.progress.epoch + 1}", "steps", silent=not self.runtime.leads
         ) as bar:
             waited = time.monotonic()
             for micros in self.loader.epoch(self.progress.epoch):
                 data_wait = time.monotonic() - waited
-                factor = rate_factor(self.recipe.schedule, self.progress.step, self.total_steps)
-                self.engine.set_rate(factor)
-                parts = [self._piece(piece, micro.to(device)) for piece, micro in enumerate(micros)]
-                self.engine.step()
-                step_loss = torch.stack([part["loss"] for part in parts]).sum()
-                epoch_loss += step_loss
-                self.progress.step += 1
+                losses = self._step(micros, drops)
+                epoch_loss += losses["loss"]
                 if self.progress.step % STEPS_BETWEEN_SCALARS == 0:
-                    self._scalars(step_loss, factor, data_wait, time.monotonic() - waited)
+                    self._scalars(losses, data_wait, time.monotonic() - waited)
                 bar.advance()
                 waited = time.monotonic()
         self.progress.epoch += 1
@@ -118,25 +114,53 @@ class Training:
             )
         return mean
 
+    def _step(self, micros: list[Batch], drops: int) -> dict[str, torch.Tensor]:
+        """One optimizer step; returns this rank's part of its losses, which stay on the device."""
+        self._set_rates(drops)
+        pieces = [self._piece(piece, micro.to(self.runtime.device)) for piece, micro in enumerate(micros)]
+        self.engine.step()
+        self.progress.step += 1
+        if self.average is not None:
+            self.average.update(self.progress.step)
+        return {name: torch.stack([piece[name] for piece in pieces]).sum() for name in pieces[0]}
+
+    def _set_rates(self, drops: int) -> None:
+        schedule, step = self.recipe.schedule, self.progress.step
+        self.engine.set_rate(rate_factor(schedule, step, self.total_steps, drops))
+        if (value := momentum(schedule, step, self.total_steps)) is not None:
+            set_momentum(self.engine.optimizer, value)
+
     def _piece(self, piece: int, batch: Batch) -> dict[str, torch.Tensor]:
-        """Forward and backward of one micro-batch; its losses stay on the device."""
+        """Forward and backward of one micro-batch."""
         with self.engine.micro_batch(piece):
-            outputs = self.engine.forward(batch.images)
-            parts = losses(self.recipe.task, self.network, outputs, batch)
+            images = batch.images if batch.draws is None else augment(batch.images, batch.draws, self.recipe.augment)
+            outputs = self.engine.forward(images)
+            parts = self.network.objective.parts(outputs, batch, self.runtime.sum)
             self.engine.backward(parts["loss"])
         return {name: part.detach() for name, part in parts.items()}
 
-    def _scalars(self, loss: torch.Tensor, factor: float, data_wait: float, seconds: float) -> None:
-        total = float(self.runtime.sum(loss))
-        self.monitor.scalars(
-            {
-                "loss/train": total,
-                "rate/backbone_and_readout": factor * self.recipe.optimizer.lr,
-                "speed/images_per_second": self.loader.global_size / seconds,
-                "speed/data_wait_seconds": data_wait,
-            },
-            self.progress.step,
-        )
+    def _scalars(self, losses: dict[str, torch.Tensor], data_wait: float, seconds: float) -> None:
+        names = list(losses)
+        totals = self.runtime.sum(torch.stack([losses[name] for name in names]))
+        charts = {f"train/{name}": total for name, total in zip(names, totals.tolist(), strict=True)}
+        charts |= {f"rate/{group['part']}": group["lr"] for group in self.engine.optimizer.param_groups}
+        charts |= {name: float(value) for name, value in self.network.objective.learned_weights().items()}
+        charts["speed/images_per_second"] = self.loader.global_size / seconds
+        charts["speed/data_wait_seconds"] = data_wait
+        self.monitor.scalars(charts, self.progress.step)
+
+    def _score(self) -> Scored:
+        """Score the stimuli that select, with the network that is going to be saved."""
+        network = self.scored_network
+        self.runtime.average_batch_statistics(network)
+        if network is not self.network:
+            self.runtime.average_batch_statistics(self.network)
+        options = {"batch_size": evaluation_batch_size(self.recipe), "workers": self.workers, "keep": False}
+        responses = network.objective.responses
+        if responses is not None and responses.needs_calibration:
+            responses.reset()
+            responses.calibrate(score(network, self.loader.stimuli, self.runtime, **options).moments)
+        return score(network, self.selection, self.runtime, **options)
 
     def _select(self, scored: Scored) -> bool:
         """Compare with the best epoch so far; all ranks see the same reduced numbers and decide alike.
@@ -155,18 +179,18 @@ class Training:
         improved = best is None or sign * value > sign * best
         if improved:
             self.progress.best, self.progress.best_epoch = value, self.progress.epoch
-            self.progress.epochs_without_improvement = 0
-        else:
-            self.progress.epochs_without_improvement += 1
+        self.progress.improved.append(improved)
         return improved
 
     def _out_of_patience(self) -> bool:
         return self.progress.epochs_without_improvement >= self.recipe.early_stopping.patience
 
     def _save(self, best: bool) -> None:
-        optimizer = self.engine.optimizer_tensors()
+        tensors = {"network": self.scored_network.state_dict(), "optimizer": self.engine.optimizer_tensors()}
+        if self.average is not None:
+            tensors["training"] = self.network.state_dict()
         if self.runtime.leads:
-            save_checkpoint(self.folder.checkpoints, self.network.state_dict(), optimizer, self.progress, best)
+            save_checkpoint(self.folder.checkpoints, tensors, self.progress, best)
         self.runtime.barrier()
 
     def _tell(self, loss: float, scored: Scored, best: bool, train_seconds: float, score_seconds: float) -> None:
@@ -208,14 +232,17 @@ class Training:
         if before.recording != self.progress.recording:
             raise BadInput(f"{self.folder.path} was trained on other shards; resume it with the --data it began with")
         self.progress = before
-        self.engine.load(checked_network(self.network, last), load_tensors(last, "optimizer"))
+        trained = "network" if self.average is None else "training"
+        self.engine.load(checked_tensors(self.network, last, trained), load_tensors(last, "optimizer"))
+        if self.average is not None:
+            self.average.network.load_state_dict(checked_tensors(self.network, last, "network"))
         self.monitor.rewind(before.epoch, before.step)
         self.monitor.say(f"resumed after epoch {before.epoch} (step {before.step})")
 
 
 def seed_everything(seed: int, epoch: int, rank: int) -> None:
     """Seed what is random in a network (dropout, drop path) for an epoch, differently on every rank."""
-    torch.manual_seed(int(np.random.SeedSequence([seed, epoch, rank]).generate_state(1, np.uint64)[0] >> 1))
+    torch.manual_seed(stream_seed(seed, epoch, rank))
 
 
 def evaluation_batch_size(recipe: Recipe) -> int:

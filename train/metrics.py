@@ -81,6 +81,15 @@ def merge_all(states: torch.Tensor) -> torch.Tensor:
     return merged
 
 
+def least_squares_lines(moments: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Per site the line from predictions to responses: slope, mean response and mean prediction, float64 (sites,).
+
+    The slope is 0 where the predictions are constant.
+    """
+    _, mean_y, mean_p, _, _, m2_p, _, m2_yp = moments
+    return torch.where(m2_p > 0, m2_yp / torch.where(m2_p > 0, m2_p, 1), 0), mean_y, mean_p
+
+
 def site_scores(moments: torch.Tensor) -> dict[str, np.ndarray]:
     """The metrics per site, float64 (sites,), from merged moments.
 

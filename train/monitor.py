@@ -12,9 +12,9 @@ from train.run_folder import RunFolder, write_atomically
 
 LAYOUT = {
     "first look": {
-        "loss": ["Multiline", ["loss/train"]],
+        "loss": ["Multiline", ["train/loss"]],
         "selection metric": ["Multiline", ["selection/value"]],
-        "learning rate": ["Multiline", ["rate/backbone_and_readout"]],
+        "learning rate": ["Multiline", ["rate/backbone", "rate/readout"]],
         "images per second": ["Multiline", ["speed/images_per_second"]],
     }
 }

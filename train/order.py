@@ -19,6 +19,11 @@ def steps_per_epoch(stimuli: int, global_batch: int) -> int:
     return max(stimuli // global_batch, 1)
 
 
+def stream_seed(*numbers: int) -> int:
+    """A seed for one of many independent streams of random numbers, which these numbers name."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, stimuli: int) -> np.ndarray:
     """The order of the stimuli in an epoch: a permutation of range(stimuli), int64, by numpy's PCG64."""
@@ -30,6 +35,11 @@ def epoch_order(seed: int, epoch: int, stimuli: int) -> np.ndarray:
 def global_batch(seed: int, epoch: int, step: int, global_size: int, stimuli: int) -> np.ndarray:
     """The stimuli of global step `step` (counted within its epoch), int64, in order."""
     return epoch_order(seed, epoch, stimuli)[step * global_size : (step + 1) * global_size].copy()
+
+
+def augmentation_draws(seed: int, epoch: int, step: int, size: int, kinds: int) -> np.ndarray:
+    """Random numbers for the stimuli of a global step, uniform in [-1, 1): float32 (size, kinds)."""
+    return np.random.default_rng([seed, epoch, step, kinds]).uniform(-1, 1, (size, kinds)).astype(np.float32)
 
 
 def share(items: np.ndarray, rank: int, ranks: int) -> np.ndarray:
@@ -50,10 +60,12 @@ class MicroBatch:
     Attributes:
         positions: of the stimuli in their split, int64.
         weight: float32, 1 for a stimulus that counts and 0 for padding.
+        places: of the stimuli in the global batch, int64.
     """
 
     positions: np.ndarray
     weight: np.ndarray
+    places: np.ndarray
 
 
 def micro_batches(batch: np.ndarray, rank: int, ranks: int, pieces: int) -> list[MicroBatch]:
@@ -62,14 +74,14 @@ def micro_batches(batch: np.ndarray, rank: int, ranks: int, pieces: int) -> list
     Every rank must take part in every collective operation, so a micro-batch is never empty: where a rank has fewer
     stimuli than pieces, it repeats the batch's first stimulus with weight 0, which adds nothing to loss or gradient.
     """
-    own = share(batch, rank, ranks)
+    own = share(np.arange(len(batch)), rank, ranks)
     dealt = []
     for piece in range(pieces):
-        positions = share(own, piece, pieces)
-        weight = np.ones(len(positions), np.float32)
-        if not len(positions):
-            positions, weight = batch[:1], np.zeros(1, np.float32)
-        dealt.append(MicroBatch(positions, weight))
+        places = share(own, piece, pieces)
+        weight = np.ones(len(places), np.float32)
+        if not len(places):
+            places, weight = np.zeros(1, np.int64), np.zeros(1, np.float32)
+        dealt.append(MicroBatch(batch[places], weight, places))
     return dealt
 
 
@@ -87,7 +99,7 @@ def evaluation_batches(stimuli: int, rank: int, ranks: int, size: int) -> list[M
         positions = own[start : start + size]
         padding = np.zeros(size - len(positions), np.int64)
         weight = np.repeat(np.array([1, 0], np.float32), [len(positions), len(padding)])
-        batches.append(MicroBatch(np.concatenate([positions, padding]), weight))
+        batches.append(MicroBatch(np.concatenate([positions, padding]), weight, np.arange(size)))
     return batches
 
 

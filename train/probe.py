@@ -20,7 +20,7 @@ from data_prep.errors import run_command
 from data_prep.manifest import Manifest, to_json_list
 from data_prep.shards import ShardFolder
 from train.backbones import Backbone, check_name
-from train.features import PIXELS, choose_layers, extract
+from train.features import PIXELS, LayerFeatures, choose_layers, extract, pixel_features
 from train.gram import Ridge, feature_slice, gram, ridge
 from train.loader import Stimuli, workers_per_rank
 from train.metrics import SiteMoments, mean_score
@@ -90,21 +90,22 @@ def prepare(options: Probe, recipe: ProbeRecipe) -> Job:
     backbone, layers = None, [PIXELS]
     if recipe.layers != [PIXELS]:
         torch.manual_seed(recipe.seed)
-        backbone = Backbone(recipe.backbone.name, recipe.backbone.weights, size).eval()
+        backbone = Backbone(recipe.backbone, size).eval()
         layers = choose_layers(backbone.net, recipe.layers)
     return Job(options, recipe, shards.manifest, folder, train, held_out, backbone, layers, workers)
 
 
 def probe(job: Job, runtime: Runtime, monitor: Monitor) -> dict[str, Ridge]:
     """Fit every layer: each rank extracts its share of the stimuli and solves its share of the layers."""
-    backbone = None if job.backbone is None else job.backbone.to(runtime.device, memory_format=torch.channels_last)
+    look = pixel_features
+    if job.backbone is not None:
+        backbone = job.backbone.to(runtime.device, memory_format=torch.channels_last)
+        look = LayerFeatures(backbone, job.layers, job.recipe.pool)
     features = {
         name: extract(
-            backbone,
-            job.layers,
+            look,
             stimuli,
             runtime,
-            grid=job.recipe.pool,
             batch_size=job.recipe.batch_size,
             workers=job.workers,
             label=f"activations of {name}",

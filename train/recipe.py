@@ -25,6 +25,10 @@ class Task(Settings):
     """Weight of the response loss in the hybrid sum."""
     classification_weight: float = Field(1.0, ge=0)
     """Weight of the cross-entropy in the hybrid sum."""
+    weighting: Literal["fixed", "uncertainty"] = "fixed"
+    """The two weights above, or weights learned as the tasks' uncertainties (Kendall et al. 2018)."""
+    shuffle_responses: bool = False
+    """Control: pair the training stimuli with each other's responses. It must score at chance."""
 
     @property
     def predicts_responses(self) -> bool:
@@ -41,16 +45,62 @@ class Source(Settings):
     """A network and where its weights come from."""
 
     name: str = "tf_efficientnet_lite0"
-    """Any timm model name."""
+    """Any timm model name, or our small `cnn2` and `cnn3`."""
     weights: str = "pretrained"
-    """`pretrained` (an installed weights package, else timm's hub), `random`, or a .safetensors/.pth file."""
+    """`pretrained` (an installed package, else timm's hub), `random`, a .safetensors/.pth file, or a run folder."""
+    cut: str | None = None
+    """End the network after this stage or module, e.g. layer3 or blocks.4; by default it is whole."""
 
 
 class Backbone(Source):
     """The network that turns a picture into features, and what of it is trained."""
 
     trainable: Literal["all", "head"] = "all"
-    """Train everything, or the readout alone on a frozen backbone (whose BatchNorm then stays in evaluation mode)."""
+    """Train everything, or the readout alone on a frozen backbone."""
+    batch_norm: Literal["live", "frozen"] = "live"
+    """Normalise by the batch, or by the statistics that came with the weights (a frozen backbone always does)."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+
+
+class Readout(Settings):
+    """From the backbone's features to the sites; docs/recipes.md has the formulas."""
+
+    kind: Literal["linear", "flattened", "low_rank", "factorised", "gaussian"] = "linear"
+    """On pooled features; on the whole map; through shared dimensions; mask x channels; a Gaussian position."""
+    rank: int = Field(32, ge=1)
+    """Dimensions that the sites share, of low_rank."""
+    start: Literal["zero", "ridge"] = "zero"
+    """Begin at each site's mean, or at the ridge solution on the frozen features (head first, then everything)."""
+
+
+class Loss(Settings):
+    """What is minimised."""
+
+    responses: Literal["mse", "poisson", "correlation"] = "mse"
+    """Squared error of z-scored rates; Poisson likelihood of raw rates; one minus the correlation over the batch."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the probability that is spread over all classes in the cross-entropy."""
+
+
+class Augment(Settings):
+    """Random changes of the training pictures, other ones in each epoch. Sites code position: keep them small."""
+
+    shift: float = Field(0.0, ge=0, le=0.5)
+    """Largest shift up, down, left and right, as a part of the picture's side."""
+    zoom: float = Field(0.0, ge=0, le=0.5)
+    """Largest change of size, as a part: 0.05 shows the picture between 5 % smaller and 5 % larger."""
+    brightness: float = Field(0.0, ge=0, le=1)
+    """Largest change of brightness, as a part."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    """Largest change of contrast around the picture's mean, as a part."""
+    flip: bool = False
+    """Mirror half of the pictures. Off: a site that codes the left answers otherwise to the mirrored picture."""
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is changed."""
+        return any(bool(value) for value in self.model_dump().values())
 
 
 class Images(Settings):
@@ -63,10 +113,12 @@ class Images(Settings):
 class Optimizer(Settings):
     """How gradients become steps."""
 
-    name: Literal["nadam", "adam", "adamw", "sgd"] = "nadam"
+    name: Literal["nadam", "adam", "adamw", "radam", "lion", "sgd"] = "nadam"
     """The optimizer; weight decay is decoupled for all but sgd and adam."""
     lr: float = Field(1e-3, gt=0)
     """Peak learning rate."""
+    backbone_lr_factor: float = Field(1.0, gt=0)
+    """The backbone's learning rate as a part of `lr`, which the readout has."""
     weight_decay: float = Field(0.01, ge=0)
     """Weight decay, not applied to norms and biases."""
     momentum: float = Field(0.9, ge=0, lt=1)
@@ -78,10 +130,16 @@ class Optimizer(Settings):
 class Schedule(Settings):
     """The learning rate over the optimizer steps of the run."""
 
-    kind: Literal["onecycle", "cosine", "constant"] = "onecycle"
-    """OneCycle (Smith 2018), linear warm-up then cosine, or linear warm-up then constant."""
+    kind: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"
+    """OneCycle (Smith 2018); or a linear warm-up and then a cosine, drops at plateaus, or nothing."""
     warmup: float = Field(0.3, ge=0, lt=1)
     """Share of all steps over which the rate rises."""
+    cycle_momentum: bool = False
+    """Of onecycle: let the momentum fall from 0.95 to 0.85 and rise again, against the rate, as torch does."""
+    plateau_factor: float = Field(0.1, gt=0, lt=1)
+    """Of plateau: the rate is multiplied by this ..."""
+    plateau_patience: int = Field(5, ge=1)
+    """... after so many epochs in a row without improvement of the selection metric."""
 
 
 class Batch(Settings):
@@ -118,6 +176,9 @@ class Recipe(Settings):
 
     task: Task = Task()
     backbone: Backbone = Backbone()
+    readout: Readout = Readout()
+    loss: Loss = Loss()
+    augment: Augment = Augment()
     images: Images = Images()
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -128,6 +189,10 @@ class Recipe(Settings):
     """Of the training forward pass: float32, or bfloat16 autocast over float32 weights. Evaluation is float32."""
     strategy: str | None = None
     """`ddp`, or a DeepSpeed JSON such as ds_configs/zero2.json; by default what the launcher asked for, else ddp."""
+    ema: float | None = Field(None, gt=0, lt=1)
+    """Decay per step of a running average of the weights, which is then what is scored and saved (0.99, say)."""
+    deterministic: bool = False
+    """Use only kernels that repeat bitwise on a GPU (slower there); on a CPU runs repeat anyway."""
     epochs: int = Field(30, ge=1)
     """Passes over the training stimuli; the schedule is laid out for all of them."""
     seed: int = Field(0, ge=0)
@@ -136,11 +201,16 @@ class Recipe(Settings):
     @property
     def selection_metric(self) -> str:
         """The metric that early stopping and the best checkpoint look at."""
-        return self.early_stopping.metric or ("r2" if self.task.predicts_responses else "top1")
+        if self.early_stopping.metric is not None:
+            return self.early_stopping.metric
+        if not self.task.predicts_responses:
+            return "top1"
+        return "pearson_r" if self.loss.responses == "correlation" else "r2"
 
-    def without_pretrained_weights(self) -> "Recipe":
-        """The same recipe for a network whose weights are loaded from a checkpoint afterwards."""
-        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"weights": "random"})})
+    def for_evaluation(self) -> "Recipe":
+        """The same recipe for a network that takes its weights from a checkpoint and is not trained."""
+        backbone = self.backbone.model_copy(update={"weights": "random", "gradient_checkpointing": False})
+        return self.model_copy(update={"backbone": backbone})
 
     def check(self) -> None:
         """Refuse settings that are fine one by one and contradict each other.
@@ -157,6 +227,33 @@ class Recipe(Settings):
             raise BadInput(
                 f"batch.per_device ({self.batch.per_device}) is more than batch.global_size ({self.batch.global_size})"
             )
+        self._check_nothing_is_ignored()
+
+    def _check_nothing_is_ignored(self) -> None:
+        """Refuse a setting that has been changed and would have no effect."""
+        task, fixed = self.task, self.task.weighting == "fixed"
+        responses, classes, hybrid = task.predicts_responses, task.predicts_classes, task.kind == "hybrid"
+        whole = self.backbone.trainable == "all"
+        for setting, has_effect, only_with in (
+            ("task.regression_weight", hybrid and fixed, "task.kind hybrid and task.weighting fixed"),
+            ("task.classification_weight", hybrid and fixed, "task.kind hybrid and task.weighting fixed"),
+            ("task.weighting", hybrid, "task.kind hybrid"),
+            ("task.shuffle_responses", responses, "task.kind regression or hybrid"),
+            ("loss.responses", responses, "task.kind regression or hybrid"),
+            ("loss.label_smoothing", classes, "task.kind classification or hybrid"),
+            ("readout.kind", responses, "task.kind regression or hybrid"),
+            ("readout.rank", self.readout.kind == "low_rank", "readout.kind low_rank"),
+            ("backbone.gradient_checkpointing", whole, "backbone.trainable all"),
+            ("optimizer.backbone_lr_factor", whole, "backbone.trainable all"),
+            ("schedule.cycle_momentum", self.schedule.kind == "onecycle", "schedule.kind onecycle"),
+            ("schedule.plateau_factor", self.schedule.kind == "plateau", "schedule.kind plateau"),
+            ("schedule.plateau_patience", self.schedule.kind == "plateau", "schedule.kind plateau"),
+        ):
+            section, name = setting.split(".")
+            value = getattr(getattr(self, section), name)
+            default = type(getattr(self, section)).model_fields[name].default
+            if value != default and not has_effect:
+                raise BadInput(f"{setting} ({value}) has an effect with {only_with} only; leave it at {default}")
 
 
 class ProbeRecipe(Settings):

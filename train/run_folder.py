@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from data_prep.errors import BadInput, RunFailed
 from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
@@ -97,7 +98,7 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     folder = RunFolder(path)
     if not folder.recipe.is_file():
         raise BadInput(f"{path} is no run folder (it has no recipe.yaml); give what train/finetune.py --out was given")
-    if not folder.checkpoints.is_dir() and folder.path.joinpath("eval").is_dir():
+    if "layers" in yaml.safe_load(folder.recipe.read_text(encoding="utf-8")):
         raise BadInput(f"{path} is a probe, which train/probe.py has scored already; see {path / 'eval'}")
     return folder, load_recipe(folder.recipe)
 

@@ -358,12 +358,13 @@ class Engine:
 
 
 @contextmanager
-def started(deepspeed: dict[str, Any] | None, precision: str) -> Iterator[Runtime]:
+def started(deepspeed: dict[str, Any] | None, precision: str, deterministic: bool = False) -> Iterator[Runtime]:
     """Join the processes of this run; they part again on every way out.
 
     Args:
         deepspeed: a filled configuration, or None.
         precision: of the recipe, compared with what the launcher was told.
+        deterministic: use only kernels that repeat bitwise.
 
     Raises:
         BadInput: the launcher's settings contradict the recipe or the machine.
@@ -371,6 +372,10 @@ def started(deepspeed: dict[str, Any] | None, precision: str) -> Iterator[Runtim
     """
     _check_launcher(precision)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.use_deterministic_algorithms(deterministic)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     try:
         yield Runtime(_accelerator(deepspeed), deepspeed is not None)
     except RuntimeError as error:

@@ -76,8 +76,9 @@ def score(
     loader = evaluation_loader(
         stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu
     )
-    sites = network.rate_mean.numel()
-    moments = SiteMoments(sites, device) if "rates" in network.heads and stimuli.rates is not None else None
+    responses = network.objective.responses
+    sites = 0 if responses is None else responses.rate_mean.numel()
+    moments = SiteMoments(sites, device) if responses is not None and stimuli.rates is not None else None
     counts = (
         ClassCounts.zeros(network.heads["classes"].out_features, device)
         if "classes" in network.heads and stimuli.labels is not None
@@ -91,7 +92,7 @@ def score(
             batch = batch.to(device)
             outputs = network(batch.images)
             if "rates" in outputs:
-                rates = network.in_units(outputs["rates"])
+                rates = responses.in_units(outputs["rates"])
                 if moments is not None:
                     moments.add(rates, batch.rates, batch.weight)
                 if keep:
@@ -105,7 +106,7 @@ def score(
     return Scored(
         moments=None if moments is None else merge_all(runtime.all_gather(moments.state)),
         counts=None if counts is None else runtime.sum(counts.stacked()),
-        rates=runtime.gather_rows(kept) if keep and "rates" in network.heads else None,
+        rates=runtime.gather_rows(kept) if keep and responses is not None else None,
     )
 
 

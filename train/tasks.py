@@ -1,115 +1,95 @@
-"""What a network predicts and what it is told it got wrong: backbone, readouts, loss.
+"""The network of a run: a backbone, a readout to the sites and/or one to the classes, and its objective."""
 
-`Network` maps uint8 pictures to outputs; a task's `losses(outputs, batch)` gives scalars of which the first is to be
-minimised. Losses are normalised by counts of the whole global batch, which every rank knows: the sum over ranks and
-micro-batches is the loss of the global batch, and so is the gradient.
-"""
-
-from collections.abc import Mapping
-
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from data_prep.manifest import Manifest, from_json_list
-from train.backbones import Backbone, freeze
-from train.loader import Batch
-from train.readouts import zero_readout
-from train.recipe import Recipe, Task
+from data_prep.manifest import Manifest
+from train.backbones import Backbone
+from train.objectives import Objective
+from train.order import stream_seed
+from train.readouts import build_readout
+from train.recipe import Recipe
+
+BACKBONE, RATES, CLASSES = range(3)  # streams of random numbers for the initial weights
 
 
 class Network(nn.Module):
-    """Backbone and readouts.
+    """Backbone, readouts and objective.
+
+    The initial weights depend on the seed alone, part by part: a hybrid begins with the readouts that a regression and
+    a classification begin with.
 
     Args:
-        recipe: names the backbone and the task.
+        recipe: names the backbone, the readout and the task.
         manifest: gives the number of sites and classes, and each site's mean and standard deviation.
         image_size: side in pixels of the pictures.
     """
 
     def __init__(self, recipe: Recipe, manifest: Manifest, image_size: int):
         super().__init__()
-        self.backbone = Backbone(recipe.backbone.name, recipe.backbone.weights, image_size)
+        regresses, classifies = recipe.task.predicts_responses, recipe.task.predicts_classes
         self._bf16 = recipe.precision == "bf16"
-        heads = {}
-        if recipe.task.predicts_responses:
-            heads["rates"] = zero_readout(self.backbone.features, len(manifest.sites))
-        if recipe.task.predicts_classes:
-            heads["classes"] = nn.Linear(self.backbone.features, len(manifest.classes or []))
-        self.heads = nn.ModuleDict(heads)
-        for name, values in zip(("rate_mean", "rate_std"), rate_scale(manifest), strict=True):
-            self.register_buffer(name, torch.from_numpy(values))  # saved: the weights mean nothing without them
-        if recipe.backbone.trainable == "head":
-            freeze(self.backbone)
+        self._reads_map = regresses and recipe.readout.kind != "linear"
+        self._reads_pooled = classifies or not self._reads_map
+        torch.manual_seed(stream_seed(recipe.seed, BACKBONE))
+        self.backbone = Backbone(recipe.backbone, image_size, pools=self._reads_pooled, maps=self._reads_map)
+        self.heads = nn.ModuleDict()
+        if regresses:
+            torch.manual_seed(stream_seed(recipe.seed, RATES))
+            shapes = (self.backbone.features, self.backbone.map_shape)
+            self.heads["rates"] = build_readout(recipe.readout, *shapes, len(manifest.sites))
+        if classifies:
+            torch.manual_seed(stream_seed(recipe.seed, CLASSES))
+            self.heads["classes"] = nn.Linear(self.backbone.features, len(manifest.classes or []))
+        self.objective = Objective(recipe, manifest)
+        _train_what_the_recipe_says(self.backbone, recipe, image_size)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """uint8 pictures (b, 3, size, size) -> "rates", z-scored (b, sites), and/or "classes", logits (b, classes).
+        """Pictures (b, 3, size, size), 0..255 -> "rates" (b, sites) and/or "classes", logits (b, classes).
 
-        Training runs under the recipe's precision, evaluation in float32. The autocast is here and not around the
-        call, because DeepSpeed switches an outer one off.
+        What "rates" mean, the objective knows (`ResponseLoss.in_units`). Training runs under the recipe's precision,
+        evaluation in float32. The autocast is here and not around the call: DeepSpeed switches an outer one off.
         """
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16 and self.training):
-            features = self.backbone(images)
-            return {name: head(features).float() for name, head in self.heads.items()}
+            read = self.read(images)
+            return {name: head(read[name]).float() for name, head in self.heads.items()}
 
-    def z_score(self, rates: torch.Tensor) -> torch.Tensor:
-        """Rates (b, sites) in the recording's units -> float32 in each site's standard deviations from its mean."""
-        return ((rates - self.rate_mean) / self.rate_std).float()
+    def read(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The features that each head gets: a map (b, channels, rows, columns) or pooled ones (b, features)."""
+        output = self.backbone(images)
+        pooled = self.backbone.pool(output) if self._reads_pooled else None
+        return {
+            name: self.backbone.map(output) if name == "rates" and self._reads_map else pooled for name in self.heads
+        }
 
-    def in_units(self, z_scored: torch.Tensor) -> torch.Tensor:
-        """The inverse of `z_score`: float32 (b, sites) in the recording's units."""
-        return (z_scored * self.rate_std + self.rate_mean).float()
+
+def _train_what_the_recipe_says(backbone: Backbone, recipe: Recipe, image_size: int) -> None:
+    if recipe.backbone.trainable == "head":
+        backbone.freeze()
+    if recipe.backbone.batch_norm == "frozen":
+        backbone.freeze_batch_norm()
+    if recipe.backbone.gradient_checkpointing:
+        backbone.checkpoint_gradients(image_size)
 
 
-def rate_scale(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:
-    """Per-site mean and standard deviation over the train split, float64 (sites,).
+def parameter_groups(network: Network, recipe: Recipe) -> list[dict]:
+    """Trainable parameters for an optimizer, each group with its peak learning rate.
 
-    (0, 1) for a site that train never recorded; standard deviation 1 for one that was constant there.
+    Weight decay spares norms and biases (vectors and scalars) and what a readout names `undecayed`.
     """
-    mean, std = from_json_list(manifest.rates.mean), from_json_list(manifest.rates.std)
-    return np.nan_to_num(mean, nan=0.0), np.where(std > 0, std, 1.0)
-
-
-def squared_error(prediction: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, observed: int) -> torch.Tensor:
-    """This micro-batch's part of the mean squared error over all recorded responses of the global batch.
-
-    Args:
-        prediction, target: (b, sites); NaN targets contribute nothing.
-        weight: (b,), 0 for padding.
-        observed: recorded responses in the global batch.
-    """
-    there = ~torch.isnan(target)
-    error = torch.where(there, prediction - torch.where(there, target, 0), 0)
-    return (error**2 * weight[:, None]).sum() / max(observed, 1)
-
-
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, stimuli: int) -> torch.Tensor:
-    """This micro-batch's part of the mean cross-entropy over the stimuli of the global batch."""
-    return (F.cross_entropy(logits, labels, reduction="none") * weight).sum() / stimuli
-
-
-def losses(task: Task, network: Network, outputs: Mapping[str, torch.Tensor], batch: Batch) -> dict[str, torch.Tensor]:
-    """Scalars: "loss", which is minimised, and in a hybrid the parts it is the weighted sum of.
-
-    All are this micro-batch's part of the global batch's mean; see the top of this file.
-    """
-    parts = {}
-    if task.predicts_responses:
-        parts["mse"] = squared_error(outputs["rates"], network.z_score(batch.rates), batch.weight, batch.observed)
-    if task.predicts_classes:
-        parts["cross_entropy"] = cross_entropy(outputs["classes"], batch.labels, batch.weight, batch.stimuli)
-    if task.kind != "hybrid":
-        return {"loss": next(iter(parts.values()))}
-    total = task.regression_weight * parts["mse"] + task.classification_weight * parts["cross_entropy"]
-    return {"loss": total, **parts}
-
-
-def parameter_groups(network: Network, weight_decay: float) -> list[dict]:
-    """Trainable parameters for an optimizer, without weight decay on norms and biases (vectors and scalars)."""
-    trainable = [p for p in network.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    settings = recipe.optimizer
+    spared = {id(getattr(module, name)) for module in network.modules() for name in getattr(module, "undecayed", ())}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and id(parameter) not in spared
+            groups.setdefault((name.startswith("backbone."), decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+            "peak_lr": settings.lr * (settings.backbone_lr_factor if in_backbone else 1.0),
+            "part": "backbone" if in_backbone else "readout",
+        }
+        for (in_backbone, decays), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]

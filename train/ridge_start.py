@@ -1,0 +1,108 @@
+"""Head first: readouts that begin at the ridge solution on the features of the backbone as it is, in closed form.
+
+Each rank computes the features of its own stimuli and gets all stimuli of a slice of them (`train/gram.py`); weights
+are computed slice by slice. A site's penalty is chosen by exact leave-one-out.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from train.features import extract
+from train.gram import CHUNK, Ridge, feature_slice, gram, ridge
+from train.loader import Stimuli
+from train.metrics import mean_score
+from train.runtime import Runtime
+from train.tasks import Network
+
+SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of the classes
+
+
+def start_from_ridge(
+    network: Network, stimuli: Stimuli, runtime: Runtime, *, batch_size: int, workers: int
+) -> dict[str, float]:
+    """Set the readouts to the ridge solution on the stimuli to fit.
+
+    Responses: the target is what the outputs should be (z-scored rates), and a readout that is not linear in all its
+    parameters takes the solution in its own way (`start_from`). Classes: the targets are 0 and 1; the predictions of
+    the stimuli left out one at a time tell how sharp the logits must be to minimise the cross-entropy.
+
+    Args:
+        network: on the runtime's device.
+        stimuli: to fit.
+        runtime: this process.
+        batch_size: stimuli per forward pass.
+        workers: decoding processes.
+
+    Returns:
+        By readout, the leave-one-out score of its ridge: R2, mean over sites, of "rates"; top1 of "classes".
+    """
+    training = network.training
+    network.eval()
+    heads = network.heads
+
+    def look(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        read = network.read(images)
+        return {name: heads[name].start_features(x) if name == "rates" else x for name, x in read.items()}
+
+    found = extract(look, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge")
+    scores = {}
+    for name, own in found.items():
+        features = feature_slice(own, runtime, len(stimuli))
+        if name == "rates":
+            scores[name] = _start_rates(network, features, stimuli, runtime)
+        else:
+            scores[name] = _start_classes(heads["classes"], features, stimuli, runtime)
+    network.train(training)
+    return scores
+
+
+def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> Ridge:
+    """The ridge on every rank; its `prediction` is that of the stimuli it was fitted on."""
+    kernel = gram(features, features, runtime, owner=0)
+    return runtime.gather_objects(None if kernel is None else ridge(kernel, targets))[0]
+
+
+def _primal(features: torch.Tensor, found: Ridge, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights (outputs, features) and bias (outputs,), float32, from the weights of the stimuli.
+
+    An output that lacks responses to some stimuli has a dual of 0 there, and its features are centred on the others.
+    One that has none predicts 0.
+    """
+    device = features.device
+    dual = torch.from_numpy(found.dual).to(device)
+    used = (dual != 0).double()
+    used /= used.sum(0).clamp(min=1)
+    weights, shift = [], torch.zeros(dual.shape[1], dtype=torch.float64, device=device)
+    for start in range(0, features.shape[1], CHUNK):
+        chunk = features[:, start : start + CHUNK].double()
+        weights.append((chunk - chunk.mean(0)).T @ dual)
+        shift += ((used.T @ chunk) * weights[-1].T).sum(1)
+    own = torch.cat(weights).float() if weights else torch.zeros(0, dual.shape[1], device=device)
+    weight = torch.from_numpy(runtime.gather_rows(own)).to(device).T
+    bias = torch.from_numpy(np.nan_to_num(found.mean)).to(device) - runtime.sum(shift)
+    return weight, bias.float()
+
+
+def _start_rates(network: Network, features: torch.Tensor, stimuli: Stimuli, runtime: Runtime) -> float:
+    rates = torch.from_numpy(stimuli.rates).to(runtime.device)
+    found = _solve(features, network.objective.responses.target(rates).cpu().numpy(), runtime)
+    weight, bias = _primal(features, found, runtime)
+    outputs = torch.from_numpy(np.nan_to_num(found.prediction)).to(weight)
+    network.heads["rates"].start_from(weight, bias, outputs)
+    return mean_score(found.inner_r2)
+
+
+def _start_classes(head: torch.nn.Linear, features: torch.Tensor, stimuli: Stimuli, runtime: Runtime) -> float:
+    labels = stimuli.labels
+    found = _solve(features, np.eye(head.out_features, dtype=np.float32)[labels], runtime)
+    sharpness = min(SHARPNESS, key=lambda factor: _mean_cross_entropy(factor * found.left_out, labels))
+    weight, bias = _primal(features, found, runtime)
+    with torch.no_grad():
+        head.weight.copy_(weight * sharpness)
+        head.bias.copy_(bias * sharpness)
+    return float((found.left_out.argmax(1) == labels).mean())
+
+
+def _mean_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
+    return float(F.cross_entropy(torch.from_numpy(logits).double(), torch.from_numpy(labels)))

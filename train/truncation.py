@@ -1,0 +1,155 @@
+"""Ending a network early: what comes after a module is dropped, whatever the network."""
+
+import difflib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from data_prep.errors import BadInput
+
+Run = Callable[[torch.Tensor], torch.Tensor]
+
+
+def truncate(net: nn.Module, cut: str | None, example: torch.Tensor, keep_head: bool) -> Run:
+    """Drop what a network does not need to get from pictures to the output of module `cut`.
+
+    Modules that start only after `cut` has ended pass their input on instead (and their weights are gone), so that the
+    network's own `forward_features` ends in the output of `cut`. Where it does not, as within a residual block, whose
+    sum would still be formed, the forward pass is broken off at `cut`. Parameters that were not reached are frozen.
+
+    Args:
+        net: a timm network in evaluation mode; changed in place.
+        cut: name of a module; None for the end of `forward_features`.
+        example: pictures (b, 3, h, w) of the size that is going to be used.
+        keep_head: whether `forward_head` is needed as well.
+
+    Returns:
+        The forward pass to use from now on.
+
+    Raises:
+        BadInput: no such module (with the nearest names), or one that the forward pass does not come by.
+    """
+    if cut is None and keep_head:
+        return net.forward_features
+    if cut is not None:
+        check_module(net, cut)
+    needed, later, output = _trace(net, cut, example)
+    dropped = list(_drop(net, needed, later))
+    if _ends_in(net.forward_features, example, output):
+        return net.forward_features
+    for parent, name, module in dropped:
+        if next(module.parameters(), None) is None:  # it may be what its parent's own code reads
+            parent.register_module(name, module)
+    return _BrokenOff(net, cut)
+
+
+def check_module(net: nn.Module, name: str) -> None:
+    """Refuse a module that a network does not have, with the nearest names.
+
+    Raises:
+        BadInput: no such module.
+    """
+    names = [found for found, _ in net.named_modules() if found]
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=3) or [found for found in names if "." not in found]
+        raise BadInput(f"backbone.cut: the network has no module {name!r}; nearest are {', '.join(near)}")
+
+
+class _Reached(Exception):
+    def __init__(self, output: torch.Tensor):
+        self.output = output
+
+
+@contextmanager
+def _breaking_off(module: nn.Module) -> Iterator[None]:
+    def stop(_module, _inputs, output):
+        raise _Reached(output)
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class _BrokenOff:
+    """The forward pass of a network up to a module."""
+
+    net: nn.Module
+    cut: str
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        with _breaking_off(self.net.get_submodule(self.cut)):
+            try:
+                self.net.forward_features(images)
+            except _Reached as reached:
+                return reached.output
+        raise BadInput(f"backbone.cut: the forward pass of {type(self.net).__name__} does not come by {self.cut}")
+
+
+Trace = tuple[set[nn.Module], set[nn.Module], torch.Tensor]
+
+
+def _trace(net: nn.Module, cut: str | None, example: torch.Tensor) -> Trace:
+    """What a network needs to get to the end of `cut`, and what it ends in there.
+
+    Freezes the parameters that are not used until then.
+
+    Returns:
+        The modules that start before `cut` ends or whose weights are used until then; those that start only later; the
+        output of `cut`.
+    """
+    with torch.no_grad():
+        ever, _ = _run_watched(net, net.forward_features, example)
+    needed, output = _run_watched(net, net.forward_features if cut is None else _BrokenOff(net, cut), example)
+    if not isinstance(output, torch.Tensor):
+        raise BadInput(f"backbone.cut: {cut} gives a {type(output).__name__}, not one tensor; cut at another module")
+    parameters = list(net.parameters())
+    used = torch.autograd.grad(output.float().sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, used, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    needed.update(m for m in net.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
+    return needed, ever - needed, output.detach()
+
+
+def _run_watched(net: nn.Module, run: Run, example: torch.Tensor) -> tuple[set[nn.Module], torch.Tensor]:
+    """The modules that start in a forward pass, and its output."""
+    started: set[nn.Module] = set()
+    handles = [module.register_forward_pre_hook(lambda module, _: started.add(module)) for module in net.modules()]
+    try:
+        return started, run(example)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _drop(
+    module: nn.Module, needed: set[nn.Module], later: set[nn.Module]
+) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Replace the modules that are not needed, the outermost ones, by ones that pass their input on.
+
+    One that never starts and has no weights stays: its parent may read its settings.
+
+    Yields:
+        What was replaced: parent, name in it, module.
+    """
+    for name, child in list(module.named_children()):
+        if any(inner in needed for inner in child.modules()):
+            yield from _drop(child, needed, later)
+        elif any(inner in later for inner in child.modules()) or next(child.parameters(), None) is not None:
+            # An empty sequence stays iterable, which gradient checkpointing asks of stages.
+            module.register_module(name, nn.Sequential() if isinstance(child, nn.Sequential) else nn.Identity())
+            yield module, name, child
+
+
+@torch.no_grad()
+def _ends_in(run: Run, example: torch.Tensor, expected: torch.Tensor) -> bool:
+    try:
+        found = run(example)
+    except Exception:  # what a network raises that misses a module
+        return False
+    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.equal(found, expected)
