@@ -1,5 +1,6 @@
 """Backbones: timm networks without their classifier, whole or cut; weights random, pretrained or from a file."""
 
+import copy
 import difflib
 import importlib
 import math
@@ -119,6 +120,12 @@ class Backbone(nn.Module):
         self._batch_norm_trains = False
         self.train(self.training)
 
+    @property
+    def normalises_by_batch(self) -> bool:
+        """Whether features in training differ from those in evaluation because of BatchNorm."""
+        live = self._trains and self._batch_norm_trains
+        return live and any(isinstance(module, _BatchNorm) for module in self.modules())
+
     def train(self, mode: bool = True) -> "Backbone":
         """Training or evaluation mode, but for what is frozen."""
         super().train(mode and self._trains)
@@ -150,27 +157,18 @@ class Backbone(nn.Module):
             raise BadInput(
                 f"backbone.gradient_checkpointing: {type(self.net).__name__} does not support it; leave it off"
             ) from None
-        seen = self._batch_norm_calls(image_size)
-        for module, calls in seen.items():
+        for name, calls in self._batch_norm_calls(image_size).items():
+            module = self.net.get_submodule(name)
             module.momentum = 1 - (1 - module.momentum) ** (1 / calls)
 
-    def _batch_norm_calls(self, image_size: int) -> Counter[nn.Module]:
-        """How often each BatchNorm runs in a forward and a backward pass."""
-        seen: Counter[nn.Module] = Counter()
-        norms = {module: module.momentum for module in self.modules() if isinstance(module, _BatchNorm)}
-        if not norms:
-            return seen
-        handles = [norm.register_forward_pre_hook(lambda norm, _: seen.update([norm])) for norm in norms]
-        for norm in norms:
-            norm.momentum = 0.0  # the trial leaves no trace in the statistics
-        with torch.random.fork_rng(devices=[]):
-            self.train()(torch.zeros(2, 3, image_size, image_size)).sum().backward()
-        self.zero_grad(set_to_none=True)
-        for handle in handles:
-            handle.remove()
-        for norm, momentum in norms.items():
-            norm.momentum = momentum
-            norm.num_batches_tracked.zero_()
+    def _batch_norm_calls(self, image_size: int) -> Counter[str]:
+        """How often each BatchNorm runs in a forward and a backward pass, tried on a copy without data."""
+        seen: Counter[str] = Counter()
+        trial = copy.deepcopy(self.net).to("meta").train()
+        for name, module in trial.named_modules():
+            if isinstance(module, _BatchNorm):
+                module.register_forward_pre_hook(lambda _module, _inputs, name=name: seen.update([name]))
+        trial.forward_features(torch.zeros(2, 3, image_size, image_size, device="meta")).sum().backward()
         return seen
 
 

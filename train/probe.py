@@ -26,7 +26,7 @@ from train.loader import Stimuli, workers_per_rank
 from train.metrics import SiteMoments, mean_score
 from train.monitor import Monitor
 from train.processes import ranks_on_machine, world_size
-from train.recipe import ProbeRecipe, load_recipe
+from train.recipe import ProbeRecipe, leading_recipe
 from train.run_folder import RunFolder, write_json, write_npz
 from train.runtime import Runtime, started
 from train.scoring import check_not_empty, regression_block, report_head
@@ -48,11 +48,11 @@ class Probe(ProbeRecipe):
 
 def parse_command_line(words: list[str]) -> tuple[Probe, ProbeRecipe]:
     """A command line, whose first word may be a recipe, as options and as the recipe they amount to."""
-    recipe = ProbeRecipe()
-    if words and words[0].endswith((".yaml", ".yml")):
-        recipe, words = load_recipe(Path(words[0]), ProbeRecipe), words[1:]
+    recipe, words = leading_recipe(words, ProbeRecipe)
     missing = dict.fromkeys(("data", "out"), tyro.MISSING)
-    options = parse(Probe, args=words, default=Probe.model_construct(**dict(recipe), **missing, split="val"))
+    options = parse(
+        Probe, args=words, default=Probe.model_construct(**dict(recipe or ProbeRecipe()), **missing, split="val")
+    )
     recipe = ProbeRecipe(**{name: getattr(options, name) for name in ProbeRecipe.model_fields})
     recipe.check()
     check_name(recipe.backbone.name)

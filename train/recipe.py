@@ -304,6 +304,13 @@ def load_recipe(path: Path, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
         raise BadInput(f"{path}: {describe(error, model)}") from None
 
 
+def leading_recipe(words: list[str], model: type[AnyRecipe]) -> tuple[AnyRecipe | None, list[str]]:
+    """The recipe that a command line begins with, None where it begins with something else, and the other words."""
+    if words and words[0].endswith((".yaml", ".yml")):
+        return load_recipe(Path(words[0]), model), words[1:]
+    return None, words
+
+
 def save_recipe(recipe: Recipe | ProbeRecipe, path: Path) -> None:
     """Write a recipe with all its settings as YAML."""
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")

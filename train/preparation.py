@@ -1,0 +1,128 @@
+"""A run that is checked as far as it can be before its processes are joined: data, recipe and folder fit together."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import BadInput
+from data_prep.manifest import Manifest
+from data_prep.shards import ShardFolder
+from train.augment import KINDS
+from train.loader import Stimuli, TrainLoader, workers_per_rank
+from train.order import inner_split
+from train.processes import rank, ranks_on_machine, uses_gpu, world_size
+from train.recipe import Recipe
+from train.run_folder import RunFolder
+from train.runtime import chosen_strategy, fill_deepspeed
+from train.scoring import check_not_empty
+
+
+def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:
+    """The stimuli to fit and the stimuli that select, as `early_stopping.split` says."""
+    size = recipe.images.size or shards.manifest.image.side
+    wanted = {"responses": recipe.task.predicts_responses, "classes": recipe.task.predicts_classes}
+    train = shards.split("train")
+    if recipe.early_stopping.split == "val":
+        return Stimuli(train, size, **wanted), Stimuli(shards.split("val"), size, **wanted)
+    key = shards.manifest.group_by
+    groups = [str(train.meta(i).get(key)) for i in range(len(train))] if key else train.stimulus_ids
+    fit, inner = inner_split(groups, recipe.early_stopping.inner_fraction, recipe.seed)
+    return Stimuli(train, size, fit, **wanted), Stimuli(train, size, inner, **wanted)
+
+
+def check_loss(recipe: Recipe, loader: TrainLoader, site_ids: list[str]) -> None:
+    """Refuse responses and batches that the loss has no meaning for.
+
+    Raises:
+        BadInput: negative rates under the Poisson likelihood, or a correlation over parts of a batch.
+    """
+    rates = loader.stimuli.rates
+    if recipe.loss.responses == "correlation" and loader.pieces > 1:
+        raise BadInput(
+            "loss.responses: correlation needs each process's share of a global batch in one pass; leave out "
+            "batch.per_device, or lower batch.global_size"
+        )
+    if recipe.loss.responses == "poisson" and (rates < 0).any():
+        stimulus, site = np.argwhere(rates < 0)[0]
+        raise BadInput(
+            f"loss.responses: poisson needs raw, non-negative rates, but site {site_ids[site]} has "
+            f"{rates[stimulus, site]:.4g} for stimulus {loader.stimuli.stimulus_ids[stimulus]}: these responses were "
+            "z-scored or had a baseline subtracted; use mse, or pack the raw rates"
+        )
+
+
+@dataclass
+class Job:
+    """A checked run.
+
+    Attributes:
+        recipe: its settings.
+        data: shard folder.
+        manifest: of the shards.
+        folder: where it is going to be written.
+        resume: whether it goes on.
+        loader: this rank's training batches.
+        selection: the stimuli that choose the best epoch.
+        workers: decoding processes per rank.
+        deepspeed: configuration with all its numbers; None for DDP.
+    """
+
+    recipe: Recipe
+    data: Path
+    manifest: Manifest
+    folder: RunFolder
+    resume: bool
+    loader: TrainLoader
+    selection: Stimuli
+    workers: int
+    deepspeed: dict[str, Any] | None
+
+    @property
+    def begins(self) -> bool:
+        """Whether there is no checkpoint to go on from."""
+        return not (self.resume and (self.folder.checkpoints / "last").exists())
+
+
+def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
+    """Open the data and check that recipe, data, folder and processes fit together.
+
+    Raises:
+        BadInput: they do not.
+    """
+    ranks, folder = world_size(), RunFolder(out)
+    if resume:
+        folder.check_same(recipe)
+    else:
+        folder.check_free()
+    shards = ShardFolder(data)
+    fit, selection = training_stimuli(shards, recipe)
+    check_not_empty(selection, ranks, recipe.early_stopping.split)
+    if recipe.task.shuffle_responses:
+        for stimuli in (fit, selection):
+            stimuli.shuffle_responses(recipe.seed)
+    workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
+    loader = TrainLoader(
+        fit,
+        seed=recipe.seed,
+        global_size=recipe.batch.global_size,
+        per_device=recipe.batch.per_device,
+        rank=rank(),
+        ranks=ranks,
+        workers=workers,
+        pin=uses_gpu(),
+        draws=KINDS if recipe.augment.is_on else 0,
+    )
+    check_loss(recipe, loader, shards.manifest.site_ids)
+    deepspeed = chosen_strategy(recipe.strategy)
+    if deepspeed is not None:
+        deepspeed = fill_deepspeed(
+            deepspeed,
+            share=loader.largest_piece,
+            pieces=loader.pieces,
+            ranks=ranks,
+            clip_norm=recipe.optimizer.clip_norm,
+        )
+    return Job(recipe, data, shards.manifest, folder, resume, loader, selection, workers, deepspeed)
