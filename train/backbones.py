@@ -18,7 +18,7 @@ import train.small_cnns  # noqa: F401  (timm learns their names)
 from data_prep.errors import BadInput
 from train.recipe import Source
 from train.truncation import truncate
-from train.weight_files import load_into
+from train.weight_files import fits, load_into, read_weights
 
 # Packages on the package index that carry ImageNet weights: timm name -> (module, class that knows the file).
 # Their state dicts name the layers otherwise but list them in timm's order.
@@ -51,12 +51,19 @@ class Backbone(nn.Module):
         super().__init__()
         self._trains, self._batch_norm_trains, self.cut = True, True, source.cut
         self.net, self.weights_from = _create(source.name, source.weights)
+        tensors = None if source.weights in ("pretrained", "random") else read_weights(Path(source.weights))
+        # Weights of the whole network are resized with it; those of a cut one fit only when it is cut.
+        loaded = tensors is not None and fits(self.net, tensors)
+        if loaded:
+            self.weights_from = load_into(self.net, tensors, source.weights)
         if hasattr(self.net, "set_input_size"):  # networks of a fixed size: position embeddings are resampled
             self.net.set_input_size(img_size=image_size)
         for name in ("mean", "std"):
             pixels = torch.tensor(self.net.pretrained_cfg[name]).view(1, 3, 1, 1) * 255
             self.register_buffer(name, pixels, persistent=False)
-        example = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 255
+        # Two pictures where it is cut: a module may have split them into windows, which then count as pictures.
+        pictures = 1 if source.cut is None else 2
+        example = torch.rand(pictures, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 255
         self.net.eval()
         try:
             self._run = truncate(self.net, source.cut, example, keep_head=pools and source.cut is None)
@@ -66,8 +73,10 @@ class Backbone(nn.Module):
             raise BadInput(
                 f"images.size: {source.name} cannot take pictures of {image_size} px ({' '.join(str(error).split())})"
             ) from None
-        if source.weights not in ("pretrained", "random"):
-            self.weights_from = load_into(self.net, Path(source.weights))
+        if len(output) != pictures:
+            raise BadInput(f"backbone.cut: {source.cut} does not give one output per picture; cut at another module")
+        if tensors is not None and not loaded:
+            self.weights_from = load_into(self.net, tensors, source.weights)
         with torch.no_grad():
             self.features = self.pool(output).shape[1] if pools else None
             self.map_shape = tuple(self.map(output).shape[1:]) if maps else None
@@ -90,7 +99,7 @@ class Backbone(nn.Module):
             BadInput: tokens that do not fill a square.
         """
         if output.ndim == 4:
-            return output.permute(0, 3, 1, 2) if self._channels_last(output) else output
+            return channels_first(output, self.net)
         tokens = output[:, None] if output.ndim == 2 else self._tokens(output)
         if not _is_square(tokens.shape[1]):
             raise BadInput(
@@ -98,13 +107,10 @@ class Backbone(nn.Module):
             )
         return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
-    def _channels_last(self, output: torch.Tensor) -> bool:
-        return output.ndim == 4 and getattr(self.net, "output_fmt", "NCHW") == "NHWC"
-
     def _tokens(self, output: torch.Tensor) -> torch.Tensor:
         """Maps and tokens -> (b, positions, channels), without the tokens that stand before those of the map."""
         if output.ndim == 4:
-            return output.flatten(1, 2) if self._channels_last(output) else output.flatten(2).transpose(1, 2)
+            return channels_first(output, self.net).flatten(2).transpose(1, 2)
         if _is_square(output.shape[1]):  # a network may add its class token later
             return output
         return output[:, getattr(self.net, "num_prefix_tokens", 0) :]
@@ -121,10 +127,14 @@ class Backbone(nn.Module):
         self.train(self.training)
 
     @property
+    def has_batch_norm(self) -> bool:
+        """Whether there is a BatchNorm in it."""
+        return any(isinstance(module, _BatchNorm) for module in self.modules())
+
+    @property
     def normalises_by_batch(self) -> bool:
         """Whether features in training differ from those in evaluation because of BatchNorm."""
-        live = self._trains and self._batch_norm_trains
-        return live and any(isinstance(module, _BatchNorm) for module in self.modules())
+        return self._trains and self._batch_norm_trains and self.has_batch_norm
 
     def train(self, mode: bool = True) -> "Backbone":
         """Training or evaluation mode, but for what is frozen."""
@@ -170,6 +180,17 @@ class Backbone(nn.Module):
                 module.register_forward_pre_hook(lambda _module, _inputs, name=name: seen.update([name]))
         trial.forward_features(torch.zeros(2, 3, image_size, image_size, device="meta")).sum().backward()
         return seen
+
+
+def channels_first(output: torch.Tensor, net: nn.Module) -> torch.Tensor:
+    """A module's map as (b, channels, rows, columns).
+
+    Pictures are square, and so are maps: the two sides that are equal are rows and columns. Where all three are, what
+    the network says of its own output decides.
+    """
+    _, a, b, c = output.shape
+    last = getattr(net, "output_fmt", "NCHW") == "NHWC" if a == b == c else a == b
+    return output.permute(0, 3, 1, 2) if last else output
 
 
 def _is_square(number: int) -> bool:

@@ -31,6 +31,7 @@ class RunningAverage:
         """Take in the weights after optimizer step `step`, counted from 1."""
         if not self._averages:  # not before: a strategy may move the weights when it wraps the network
             averages, sources = self.network.state_dict(), self._source.state_dict()
-            floats = [name for name, tensor in averages.items() if tensor.is_floating_point()]
+            # The objective's constants are float64, and one such tensor would make the whole list slow.
+            floats = [name for name, tensor in averages.items() if tensor.dtype == torch.float32]
             self._averages, self._sources = ([state[name] for name in floats] for state in (averages, sources))
         torch._foreach_lerp_(self._averages, self._sources, 1 - min(self._decay, (1 + step) / (10 + step)))

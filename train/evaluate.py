@@ -114,6 +114,8 @@ def write_results(job: Job, scored: Scored, ranks: int) -> Path:
         metrics = report(scored, job.stimuli, job.manifest, job.options.split, ranks)
         metrics |= {"checkpoint": job.options.checkpoint, "epoch": job.progress.epoch, "step": job.progress.step}
         metrics["selected_on"] = [job.progress.selection_split]
+        if job.recipe.task.shuffle_responses:
+            metrics["control"] = "shuffled responses"
         write_json(target / "metrics.json", metrics)
     return target
 
@@ -121,7 +123,7 @@ def write_results(job: Job, scored: Scored, ranks: int) -> Path:
 def main() -> None:
     """Parse, check, score, write."""
     job = prepare(parse(Evaluate, args=sys.argv[1:]))
-    with started(None, "fp32") as runtime:
+    with started(None, "fp32", job.recipe.deterministic) as runtime:
         scored = evaluate(job, runtime)
         if runtime.leads:
             target = write_results(job, scored, runtime.ranks)

@@ -11,7 +11,7 @@ from torch import nn
 
 from data_prep.errors import BadInput
 from data_prep.progress import Progress
-from train.backbones import Backbone
+from train.backbones import Backbone, channels_first
 from train.loader import Stimuli, evaluation_loader
 from train.runtime import Runtime
 
@@ -46,9 +46,10 @@ def choose_layers(net: nn.Module, wanted: list[str]) -> list[str]:
     return [name for name in names if name in chosen]
 
 
-def pooled(activation: torch.Tensor, grid: int | None) -> torch.Tensor:
-    """(b, ...) -> float32 (b, features); maps (b, channels, h, w) are average-pooled to at most grid x grid."""
+def pooled(activation: torch.Tensor, grid: int | None, net: nn.Module) -> torch.Tensor:
+    """(b, ...) -> float32 (b, features); maps are average-pooled to at most grid x grid."""
     if grid is not None and activation.ndim == 4:
+        activation = channels_first(activation, net)
         size = [min(side, grid) for side in activation.shape[-2:]]
         activation = F.adaptive_avg_pool2d(activation, size)
     return activation.flatten(1).float()
@@ -80,7 +81,7 @@ class LayerFeatures:
 
         def listener(name: str):
             def hear(_module, _inputs, output):
-                heard[name] = pooled(output, self._grid)
+                heard[name] = pooled(output, self._grid, self._backbone.net)
 
             return hear
 

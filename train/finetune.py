@@ -67,7 +67,10 @@ def _parse_flags(words: list[str], defaults: Recipe) -> Finetune:
 def build(job: Job, runtime: Runtime) -> Training:
     """Make network, optimizer and monitor, and claim the run's folder."""
     recipe, manifest, loader = job.recipe, job.manifest, job.loader
-    network = Network(recipe, manifest, loader.stimuli.size).to(runtime.device)
+    network = Network(recipe if job.begins else recipe.for_checkpoint(), manifest, loader.stimuli.size)
+    network = network.to(runtime.device)
+    if not job.begins:
+        network.backbone.weights_from = "the run's checkpoint"
     if not runtime.deepspeed:  # channels-last weights break the flattened views of ZeRO
         network = network.to(memory_format=torch.channels_last)
     ridge_scores = {}
@@ -110,7 +113,8 @@ def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) ->
         f"to select the epoch, {len(manifest.sites)} sites, pictures of {loader.stimuli.size} px"
     )
     monitor.say(
-        f"{recipe.backbone.name}, weights: {network.backbone.weights_from}; "
+        f"{recipe.backbone.name}{f' cut after {recipe.backbone.cut}' if recipe.backbone.cut else ''}, "
+        f"weights: {network.backbone.weights_from}; "
         f"{trained:,} of {held:,} parameters are trained"
     )
     monitor.say(

@@ -142,7 +142,10 @@ class Stimuli(Dataset):
 
     def shuffle_responses(self, seed: int) -> None:
         """Give each stimulus the responses of another, whole rows at a time: what is left to predict is chance."""
-        self.rates = self.rates[np.random.default_rng([seed, len(self)]).permutation(len(self))]
+        circle = np.random.default_rng([seed, len(self)]).permutation(len(self))
+        shuffled = np.empty_like(self.rates)
+        shuffled[circle] = self.rates[np.roll(circle, 1)]
+        self.rates = shuffled
         self.observed = (~np.isnan(self.rates)).sum(axis=1)
 
     def work(self, micro: MicroBatch, batch: np.ndarray, draws: np.ndarray | None = None) -> _Work:
@@ -256,6 +259,7 @@ def _data_loader(stimuli: Stimuli, work, workers: int, pin: bool) -> "DataLoader
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers else None,  # forking a process that has threads is unsafe
         prefetch_factor=4 if workers else None,
+        generator=torch.Generator(),  # or starting workers would draw from the one that dropout draws from
         worker_init_fn=serve_parent if workers else None,
     )
 

@@ -74,7 +74,8 @@ class Training:
         """
         while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
             started = time.monotonic()
-            loss = self._epoch()
+            with self.runtime.fastest_kernels(self.recipe.deterministic):
+                loss = self._epoch()
             trained = time.monotonic()
             scored = self._score()
             best = self._select(scored)
@@ -157,7 +158,7 @@ class Training:
             self.runtime.average_batch_statistics(self.network)
         options = {"batch_size": evaluation_batch_size(self.recipe), "workers": self.workers, "keep": False}
         responses = network.objective.responses
-        if responses is not None and responses.needs_calibration:
+        if responses is not None and responses.ignores_offsets:
             responses.reset()
             responses.calibrate(score(network, self.loader.stimuli, self.runtime, **options).moments)
         return score(network, self.selection, self.runtime, **options)
@@ -172,8 +173,8 @@ class Training:
         if math.isnan(value):
             raise RunFailed(
                 f"{self.progress.selection_metric} has no value on the {len(self.selection)} stimuli of "
-                f"{self.progress.selection_split}: too few, or constant responses; raise early_stopping.inner_fraction "
-                "or choose another early_stopping.metric"
+                f"{self.progress.selection_split}: too few, or constant responses or predictions; raise "
+                "early_stopping.inner_fraction or choose another early_stopping.metric"
             )
         sign = -1 if self.progress.selection_metric in LOWER_IS_BETTER else 1
         improved = best is None or sign * value > sign * best

@@ -30,7 +30,7 @@ class ResponseLoss(nn.Module):
 
     name: str
     needs_whole_batch = False  # the loss of a global batch is not a sum over its stimuli
-    needs_calibration = False  # the outputs have no scale of their own, see `calibrate`
+    ignores_offsets = False  # and scales: the outputs are calibrated after every epoch, see `Correlation.calibrate`
 
     def __init__(self, manifest: Manifest):
         super().__init__()
@@ -106,7 +106,7 @@ class Correlation(ResponseLoss):
 
     name = "one_minus_r"
     needs_whole_batch = True
-    needs_calibration = True
+    ignores_offsets = True
 
     def __init__(self, manifest: Manifest):
         super().__init__(manifest)
@@ -194,10 +194,9 @@ class Objective(nn.Module):
 
     def _by_uncertainty(self, responses: torch.Tensor, classes: torch.Tensor, batch: Batch) -> torch.Tensor:
         """L_r exp(-s_r) / 2 + L_c exp(-s_c) + (s_r + s_c) / 2, with s = log sigma^2 learned (Kendall et al. 2018)."""
-        half = torch.tensor([0.5, 1.0], device=responses.device)
-        weighted = (torch.stack([responses, classes]) * half * torch.exp(-self.log_variance)).sum()
+        precision = torch.exp(-self.log_variance)
         share = batch.weight.sum() / batch.stimuli
-        return weighted + self.log_variance.sum() / 2 * share
+        return responses * precision[0] / 2 + classes * precision[1] + self.log_variance.sum() / 2 * share
 
     def learned_weights(self) -> dict[str, torch.Tensor]:
         """Weights of the two parts where they are learned, for the charts."""

@@ -21,7 +21,8 @@ def steps_per_epoch(stimuli: int, global_batch: int) -> int:
 
 def stream_seed(*numbers: int) -> int:
     """A seed for one of many independent streams of random numbers, which these numbers name."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    # With their count, as SeedSequence takes (3, 1) and (3, 1, 0) for the same.
+    return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
 @lru_cache(maxsize=4)

@@ -12,6 +12,7 @@ from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
 from train.augment import KINDS
 from train.loader import Stimuli, TrainLoader, workers_per_rank
+from train.objectives import RESPONSE_LOSSES
 from train.order import inner_split
 from train.processes import rank, ranks_on_machine, uses_gpu, world_size
 from train.recipe import Recipe
@@ -33,23 +34,28 @@ def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stim
     return Stimuli(train, size, fit, **wanted), Stimuli(train, size, inner, **wanted)
 
 
-def check_loss(recipe: Recipe, loader: TrainLoader, site_ids: list[str]) -> None:
+def check_loss(recipe: Recipe, fit: Stimuli, pieces: int, site_ids: list[str]) -> None:
     """Refuse responses and batches that the loss has no meaning for.
+
+    Args:
+        recipe: with the loss.
+        fit: stimuli to fit, with their own responses.
+        pieces: micro-batches of a process in a global batch.
+        site_ids: for the message.
 
     Raises:
         BadInput: negative rates under the Poisson likelihood, or a correlation over parts of a batch.
     """
-    rates = loader.stimuli.rates
-    if recipe.loss.responses == "correlation" and loader.pieces > 1:
+    if RESPONSE_LOSSES[recipe.loss.responses].needs_whole_batch and pieces > 1:
         raise BadInput(
-            "loss.responses: correlation needs each process's share of a global batch in one pass; leave out "
+            f"loss.responses: {recipe.loss.responses} needs each process's share of a batch in one pass; leave out "
             "batch.per_device, or lower batch.global_size"
         )
-    if recipe.loss.responses == "poisson" and (rates < 0).any():
-        stimulus, site = np.argwhere(rates < 0)[0]
+    if recipe.loss.responses == "poisson" and (fit.rates < 0).any():
+        stimulus, site = np.argwhere(fit.rates < 0)[0]
         raise BadInput(
             f"loss.responses: poisson needs raw, non-negative rates, but site {site_ids[site]} has "
-            f"{rates[stimulus, site]:.4g} for stimulus {loader.stimuli.stimulus_ids[stimulus]}: these responses were "
+            f"{fit.rates[stimulus, site]:.4g} for stimulus {fit.stimulus_ids[stimulus]}: these responses were "
             "z-scored or had a baseline subtracted; use mse, or pack the raw rates"
         )
 
@@ -100,9 +106,6 @@ def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
     shards = ShardFolder(data)
     fit, selection = training_stimuli(shards, recipe)
     check_not_empty(selection, ranks, recipe.early_stopping.split)
-    if recipe.task.shuffle_responses:
-        for stimuli in (fit, selection):
-            stimuli.shuffle_responses(recipe.seed)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
     loader = TrainLoader(
         fit,
@@ -115,7 +118,10 @@ def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
         pin=uses_gpu(),
         draws=KINDS if recipe.augment.is_on else 0,
     )
-    check_loss(recipe, loader, shards.manifest.site_ids)
+    check_loss(recipe, fit, loader.pieces, shards.manifest.site_ids)
+    if recipe.task.shuffle_responses:
+        for stimuli in (fit, selection):
+            stimuli.shuffle_responses(recipe.seed)
     deepspeed = chosen_strategy(recipe.strategy)
     if deepspeed is not None:
         deepspeed = fill_deepspeed(

@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.errors import BadInput
 
+LEAST_CORRELATED = 3  # stimuli in a batch, for a correlation to tell anything
+
 
 class Settings(BaseModel):
     """Base of all settings: unknown names are refused."""
@@ -207,10 +209,15 @@ class Recipe(Settings):
             return "top1"
         return "pearson_r" if self.loss.responses == "correlation" else "r2"
 
+    def for_checkpoint(self) -> "Recipe":
+        """The same recipe for a network that takes its weights from a checkpoint."""
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"weights": "random"})})
+
     def for_evaluation(self) -> "Recipe":
-        """The same recipe for a network that takes its weights from a checkpoint and is not trained."""
-        backbone = self.backbone.model_copy(update={"weights": "random", "gradient_checkpointing": False})
-        return self.model_copy(update={"backbone": backbone})
+        """`for_checkpoint`, for a network that is not trained."""
+        recipe = self.for_checkpoint()
+        backbone = recipe.backbone.model_copy(update={"gradient_checkpointing": False})
+        return recipe.model_copy(update={"backbone": backbone})
 
     def check(self) -> None:
         """Refuse settings that are fine one by one and contradict each other.
@@ -226,6 +233,13 @@ class Recipe(Settings):
         if (self.batch.per_device or 0) > self.batch.global_size:
             raise BadInput(
                 f"batch.per_device ({self.batch.per_device}) is more than batch.global_size ({self.batch.global_size})"
+            )
+        if self.task.kind == "hybrid" and self.task.regression_weight == self.task.classification_weight == 0:
+            raise BadInput("task.regression_weight and task.classification_weight are both 0; nothing would be learned")
+        if self.loss.responses == "correlation" and self.batch.global_size < LEAST_CORRELATED:
+            raise BadInput(
+                f"batch.global_size ({self.batch.global_size}) must be at least {LEAST_CORRELATED} for loss.responses "
+                "correlation"
             )
         self._check_nothing_is_ignored()
 
@@ -243,6 +257,8 @@ class Recipe(Settings):
             ("loss.label_smoothing", classes, "task.kind classification or hybrid"),
             ("readout.kind", responses, "task.kind regression or hybrid"),
             ("readout.rank", self.readout.kind == "low_rank", "readout.kind low_rank"),
+            ("early_stopping.inner_fraction", self.early_stopping.split == "inner", "early_stopping.split inner"),
+            ("optimizer.momentum", not self.schedule.cycle_momentum, "schedule.cycle_momentum false"),
             ("backbone.gradient_checkpointing", whole, "backbone.trainable all"),
             ("optimizer.backbone_lr_factor", whole, "backbone.trainable all"),
             ("schedule.cycle_momentum", self.schedule.kind == "onecycle", "schedule.kind onecycle"),

@@ -17,6 +17,7 @@ from data_prep.command_line import parse
 from data_prep.errors import BadInput, run_command
 from train.run_folder import RunFolder, check_writable, write_atomically
 
+TOP1 = "top-1"
 COLUMNS = {
     "R2": "r2",
     "EV": "explained_variance",
@@ -48,8 +49,13 @@ class Row:
 
     @property
     def regression(self) -> dict[str, Any]:
-        """The block of response metrics."""
-        return self.metrics["regression"]
+        """The block of response metrics; empty for a classifier."""
+        return self.metrics.get("regression", {})
+
+    @property
+    def top1(self) -> float | None:
+        """Share of stimuli whose object is named right; None for a network that names none."""
+        return self.metrics.get("classification", {}).get("top1")
 
 
 def read_row(run: Path, split: str) -> Row:
@@ -67,10 +73,11 @@ def read_row(run: Path, split: str) -> Row:
         raise BadInput(f"{path} is missing; score the run first: train/evaluate.py {run} --split {split}") from None
     except ValueError as error:
         raise BadInput(f"{path} is damaged ({error}); evaluate the run again") from None
-    if not isinstance(metrics, dict) or "regression" not in metrics:
-        raise BadInput(f"{path} has no response metrics (`regression`), which the table compares")
+    if not isinstance(metrics, dict) or not {"regression", "classification"} & metrics.keys():
+        raise BadInput(f"{path} has no scores (`regression` or `classification`); evaluate the run again")
     layer = f" ({metrics['chosen']})" if len(metrics.get("layers", {})) > 1 else ""
-    return Row(run.name + layer, metrics)
+    control = f" (CONTROL: {metrics['control']})" if "control" in metrics else ""
+    return Row(run.name + layer + control, metrics)
 
 
 def check_comparable(rows: list[Row]) -> None:
@@ -79,14 +86,15 @@ def check_comparable(rows: list[Row]) -> None:
     Raises:
         BadInput: naming two that differ.
     """
-    first = rows[0]
-    for row in rows[1:]:
+    first = next((row for row in rows if row.regression), rows[0])
+    for row in rows:
         for what, of in (
             ("recording", lambda row: row.metrics["recording"]),
-            ("stimuli and responses", lambda row: row.metrics["fingerprint"]),
-            ("sites", _site_count),
+            ("number of stimuli", lambda row: row.metrics["stimuli"]),
+            ("stimuli and responses", lambda row: row.metrics["fingerprint"] if row.regression else None),
+            ("sites", lambda row: _site_count(row) if row.regression else None),
         ):
-            if of(row) != of(first):
+            if None not in (of(row), of(first)) and of(row) != of(first):
                 raise BadInput(f"{first.name} and {row.name} were not scored on the same {what}; compare them apart")
 
 
@@ -96,18 +104,19 @@ def _site_count(row: Row) -> int:
 
 def table(rows: list[Row]) -> str:
     """The comparison as a Markdown table: mean over sites, with the 95 % interval over stimuli in brackets."""
-    first = rows[0]
+    first = next((row for row in rows if row.regression), rows[0])
     columns = [name for name, key in COLUMNS.items() if any(key in row.regression for row in rows)]
+    columns += [TOP1] if any(row.top1 is not None for row in rows) else []
     lines = [_line(["model", *columns, "selected on"]), _line(["---"] * (len(columns) + 2))]
     for row in rows:
-        cells = [_cell(row.regression.get(COLUMNS[name])) for name in columns]
+        cells = [_top1(row) if name == TOP1 else _cell(row.regression.get(COLUMNS[name])) for name in columns]
         lines.append(_line([row.name, *cells, ", ".join(row.metrics.get("selected_on", ["-"]))]))
     if ceiling := first.regression.get("ceiling"):
         lines.append(_ceiling_line(ceiling, columns))
     stimuli, split = first.metrics["stimuli"], first.metrics["split"]
     notes = [
-        f"{first.metrics['recording']}: mean over {_site_count(first)} sites on the {stimuli} stimuli of {split}; "
-        "in brackets the 95 % interval over stimuli."
+        f"{first.metrics['recording']}: {f'mean over {_site_count(first)} sites ' if first.regression else ''}on the "
+        f"{stimuli} stimuli of {split}; in brackets the 95 % interval over stimuli."
     ]
     if ceiling:
         notes.append(f"Ceiling: {ceiling['method']}; it bounds R2 and EV, its square root bounds r.")
@@ -127,6 +136,10 @@ def _cell(block: dict[str, Any] | None) -> str:
         return "-"
     interval = block.get("ci95")
     return f"{block['mean']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def _top1(row: Row) -> str:
+    return "-" if row.top1 is None else f"{row.top1:.3f}"
 
 
 def _ceiling_line(ceiling: dict[str, Any], columns: list[str]) -> str:

@@ -98,9 +98,17 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     folder = RunFolder(path)
     if not folder.recipe.is_file():
         raise BadInput(f"{path} is no run folder (it has no recipe.yaml); give what train/finetune.py --out was given")
-    if "layers" in yaml.safe_load(folder.recipe.read_text(encoding="utf-8")):
+    if _is_probe(folder):
         raise BadInput(f"{path} is a probe, which train/probe.py has scored already; see {path / 'eval'}")
     return folder, load_recipe(folder.recipe)
+
+
+def _is_probe(folder: RunFolder) -> bool:
+    try:
+        content = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return False  # reading it as a recipe says what is wrong
+    return isinstance(content, dict) and "layers" in content
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

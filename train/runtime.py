@@ -184,6 +184,15 @@ class Runtime:
         dist.all_gather_object(values, value)
         return values
 
+    @contextmanager
+    def fastest_kernels(self, deterministic: bool) -> Iterator[None]:
+        """Let cuDNN try its kernels and take the fastest; in training only, as it may choose others in another run."""
+        torch.backends.cudnn.benchmark = not deterministic
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.benchmark = False
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self._accelerator.wait_for_everyone()
@@ -252,7 +261,7 @@ class Engine:
         return self._wrapped.no_sync() if ddp and piece < self._pieces - 1 else nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's gradients. `loss` is its part of the global batch's loss (see `train/tasks.py`).
+        """Add a micro-batch's gradients. `loss` is its part of the global batch's loss (see `train/objectives.py`).
 
         DDP and DeepSpeed average over ranks, and DeepSpeed over micro-batches too; both are undone here, so that what
         arrives is the sum of the parts.
@@ -372,13 +381,14 @@ def started(deepspeed: dict[str, Any] | None, precision: str, deterministic: boo
     """
     _check_launcher(precision)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
-    torch.backends.cudnn.benchmark = not deterministic
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     try:
         yield Runtime(_accelerator(deepspeed), deepspeed is not None)
     except RuntimeError as error:
+        if "deterministic implementation" in str(error):
+            raise RunFailed(f"deterministic: {' '.join(str(error).split('.')[0].split())}; set it to false") from None
         if "closed by peer" in str(error) or "reset by peer" in str(error):
             raise RunFailed("another process of this run has ended; its message says why") from None
         raise

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from data_prep.errors import BadInput
 from data_prep.manifest import Manifest
 from train.backbones import Backbone
 from train.objectives import Objective
@@ -42,6 +43,8 @@ class Network(nn.Module):
             torch.manual_seed(stream_seed(recipe.seed, CLASSES))
             self.heads["classes"] = nn.Linear(self.backbone.features, len(manifest.classes or []))
         self.objective = Objective(recipe, manifest)
+        if regresses and self.objective.responses.ignores_offsets:
+            self.heads["rates"].sites.bias.requires_grad_(False)  # its gradient would be rounding errors
         _train_what_the_recipe_says(self.backbone, recipe, image_size)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -67,6 +70,8 @@ def _train_what_the_recipe_says(backbone: Backbone, recipe: Recipe, image_size: 
     if recipe.backbone.trainable == "head":
         backbone.freeze()
     if recipe.backbone.batch_norm == "frozen":
+        if not backbone.has_batch_norm:
+            raise BadInput(f"backbone.batch_norm: {recipe.backbone.name} has no BatchNorm to freeze; leave it at live")
         backbone.freeze_batch_norm()
     if recipe.backbone.gradient_checkpointing:
         backbone.checkpoint_gradients(image_size)

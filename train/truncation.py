@@ -36,10 +36,11 @@ def truncate(net: nn.Module, cut: str | None, example: torch.Tensor, keep_head: 
         return net.forward_features
     if cut is not None:
         check_module(net, cut)
-    needed, later, output = _trace(net, cut, example)
-    dropped = list(_drop(net, needed, later))
-    if _ends_in(net.forward_features, example, output):
-        return net.forward_features
+    with _stirred(net):
+        needed, later, output = _trace(net, cut, example)
+        dropped = list(_drop(net, needed, later))
+        if cut is None or _ends_in(net.forward_features, example, output):
+            return net.forward_features
     for parent, name, module in dropped:
         if next(module.parameters(), None) is None:  # it may be what its parent's own code reads
             parent.register_module(name, module)
@@ -56,6 +57,47 @@ def check_module(net: nn.Module, name: str) -> None:
     if name not in names:
         near = difflib.get_close_matches(name, names, n=3) or [found for found in names if "." not in found]
         raise BadInput(f"backbone.cut: the network has no module {name!r}; nearest are {', '.join(near)}")
+
+
+@contextmanager
+def _stirred(net: nn.Module) -> Iterator[None]:
+    """Other weights for the time being, without the zeros and ones of fresh networks.
+
+    Residual branches that begin at zero would let a sum look like one of its parts.
+    """
+    generator = torch.Generator().manual_seed(0)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            if tensor.is_floating_point() and tensor.ndim <= 1:
+                tensor += 0.1 + 0.4 * torch.rand(tensor.shape, generator=generator)
+            elif tensor.is_floating_point() and not tensor.any():
+                tensor += 0.02 * torch.randn(tensor.shape, generator=generator)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in before.items():
+                parent, _, own = name.rpartition(".")
+                module = _module_at(net, parent)
+                if module is not None and isinstance(held := getattr(module, own, None), torch.Tensor):
+                    held.copy_(tensor)
+
+
+def _module_at(net: nn.Module, name: str) -> nn.Module | None:
+    """A module, or None where it has been dropped."""
+    try:
+        return net.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+class _PassOn(nn.Module):
+    """Gives back its first input, whatever else a network hands to its blocks."""
+
+    def forward(self, x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        """x."""
+        return x
 
 
 class _Reached(Exception):
@@ -103,9 +145,11 @@ def _trace(net: nn.Module, cut: str | None, example: torch.Tensor) -> Trace:
         The modules that start before `cut` ends or whose weights are used until then; those that start only later; the
         output of `cut`.
     """
+    run = net.forward_features if cut is None else _BrokenOff(net, cut)
     with torch.no_grad():
         ever, _ = _run_watched(net, net.forward_features, example)
-    needed, output = _run_watched(net, net.forward_features if cut is None else _BrokenOff(net, cut), example)
+        needed, expected = _run_watched(net, run, example)
+    output = run(example)  # again, as kernels may round otherwise where gradients are wanted
     if not isinstance(output, torch.Tensor):
         raise BadInput(f"backbone.cut: {cut} gives a {type(output).__name__}, not one tensor; cut at another module")
     parameters = list(net.parameters())
@@ -113,7 +157,7 @@ def _trace(net: nn.Module, cut: str | None, example: torch.Tensor) -> Trace:
     for parameter, gradient in zip(parameters, used, strict=True):
         parameter.requires_grad_(gradient is not None)
     needed.update(m for m in net.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
-    return needed, ever - needed, output.detach()
+    return needed, ever - needed, expected
 
 
 def _run_watched(net: nn.Module, run: Run, example: torch.Tensor) -> tuple[set[nn.Module], torch.Tensor]:
@@ -142,7 +186,7 @@ def _drop(
             yield from _drop(child, needed, later)
         elif any(inner in later for inner in child.modules()) or next(child.parameters(), None) is not None:
             # An empty sequence stays iterable, which gradient checkpointing asks of stages.
-            module.register_module(name, nn.Sequential() if isinstance(child, nn.Sequential) else nn.Identity())
+            module.register_module(name, nn.Sequential() if isinstance(child, nn.Sequential) else _PassOn())
             yield module, name, child
 
 

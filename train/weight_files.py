@@ -1,5 +1,6 @@
 """Weights for a network from a file or from a run of ours; nothing in them is unpickled."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,36 +13,49 @@ from data_prep.errors import BadInput
 CONTAINERS = ("state_dict", "model", "model_state_dict")
 PREFIXES = ("module.", "model.")
 OUR_PREFIX = "backbone.net."  # in the checkpoints of train/finetune.py
+COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack and nothing here reads
 NAMES_SHOWN = 3
 
 
-def load_into(net: nn.Module, source: Path) -> str:
-    """Load all tensors of a network, by name; what the file has beyond them is left out.
+def fits(net: nn.Module, tensors: Mapping[str, torch.Tensor]) -> bool:
+    """Whether all of a network's tensors are there in their shapes."""
+    missing, odd = _faults(net, tensors)
+    return not missing and not odd
+
+
+def _faults(net: nn.Module, tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+    """The network's tensors that are missing, and those of another shape."""
+    expected = net.state_dict()
+    missing = [name for name in expected if name not in tensors and not name.endswith(COUNTER)]
+    return missing, [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
+
+
+def load_into(net: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) -> str:
+    """Load all tensors of a network, by name; what there is beyond them is left out.
 
     Args:
         net: the network, without a classifier.
-        source: a .safetensors file, a torch checkpoint of plain tensors, or a run folder (its best epoch).
+        tensors: from `read_weights`.
+        source: where they are from, for messages.
 
     Returns:
         What was loaded and what was left out, in words.
 
     Raises:
-        BadInput: the file cannot be read, or lacks tensors of the network or has them in another shape.
+        BadInput: tensors of the network are missing or have another shape.
     """
-    path = source / "checkpoints" / "best" / "network.safetensors" if source.is_dir() else source
-    tensors, expected = _named_as_in_timm(read_weights(path)), net.state_dict()
-    missing = [name for name in expected if name not in tensors]
-    odd = [name for name in expected if name in tensors and tensors[name].shape != expected[name].shape]
+    missing, odd = _faults(net, tensors)
+    expected = net.state_dict()
     unexpected = [name for name in tensors if name not in expected]
     if missing or odd:
         faults = [("missing", missing), ("of another shape", odd), ("unexpected", unexpected)]
         raise BadInput(
-            f"backbone.weights: {path} does not fit the network: "
+            f"backbone.weights: {source} does not fit the network: "
             + "; ".join(f"{len(names)} tensors {what} ({_some(names)})" for what, names in faults if names)
         )
-    net.load_state_dict({name: tensors[name] for name in expected})
+    net.load_state_dict({name: tensors.get(name, tensor) for name, tensor in expected.items()})
     left = f", leaving out {len(unexpected)} that the network does not have ({_some(unexpected)})" if unexpected else ""
-    return f"{path}: all {len(expected)} tensors of the network{left}"
+    return f"{source}: all {len(expected)} tensors of the network{left}"
 
 
 def _some(names: list[str]) -> str:
@@ -59,12 +73,20 @@ def _named_as_in_timm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return tensors
 
 
-def read_weights(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a .safetensors file, or from a torch checkpoint read with weights_only.
+def read_weights(source: Path) -> dict[str, torch.Tensor]:
+    """Tensors under timm's names.
+
+    Args:
+        source: a .safetensors file, a torch checkpoint (read with weights_only), or a run folder (its best epoch).
 
     Raises:
         BadInput: no such file, one that is damaged, or one that holds more than tensors.
     """
+    path = source / "checkpoints" / "best" / "network.safetensors" if source.is_dir() else source
+    return _named_as_in_timm(_read(path))
+
+
+def _read(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise BadInput(
             f"backbone.weights: {path} is no file; give pretrained, random, a .safetensors/.pth file or a run folder"
