@@ -111,9 +111,11 @@ class Backbone(nn.Module):
         """Maps and tokens -> (b, positions, channels), without the tokens that stand before those of the map."""
         if output.ndim == 4:
             return channels_first(output, self.net).flatten(2).transpose(1, 2)
-        if _is_square(output.shape[1]):  # a network may add its class token later
-            return output
-        return output[:, getattr(self.net, "num_prefix_tokens", 0) :]
+        grid = getattr(getattr(self.net, "patch_embed", None), "grid_size", None)
+        prefix, tokens = getattr(self.net, "num_prefix_tokens", 0), output.shape[1]
+        # A network may add its class token and registers later than where it is cut.
+        added = tokens == math.prod(grid) + prefix if grid is not None else not _is_square(tokens)
+        return output[:, prefix:] if added else output
 
     def freeze(self) -> None:
         """Keep everything as it is: no gradients, and BatchNorm and dropout in evaluation mode."""

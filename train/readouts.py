@@ -102,12 +102,12 @@ class LowRank(nn.Module):
             bias: (sites,).
             outputs: (stimuli, sites) of that map; their leading right singular vectors are kept.
         """
-        rank = self.shared.out_features
-        _, vectors = torch.linalg.eigh((outputs - outputs.mean(0)).T @ (outputs - outputs.mean(0)))
+        rank, mean = self.shared.out_features, outputs.mean(0)
+        _, vectors = torch.linalg.eigh((outputs - mean).T @ (outputs - mean))
         leading = vectors[:, -rank:]  # (sites, at most rank)
         self.shared.weight.zero_()[: leading.shape[1]] = leading.T @ weight
         self.sites.weight.zero_()[:, : leading.shape[1]] = leading
-        self.sites.bias.copy_(bias)
+        self.sites.bias.copy_(mean - leading @ (leading.T @ (mean - bias)))
 
 
 class _Masked(nn.Module):

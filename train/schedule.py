@@ -36,7 +36,7 @@ def rate_factor(settings: recipe.Schedule, step: int, total: int, drops: int = 0
     warm = (step + 1) / warmup_steps if step < warmup_steps else 1.0
     if settings.kind == "plateau":
         return warm * settings.plateau_factor**drops
-    if settings.kind == "constant" or warm < 1:
+    if settings.kind == "constant" or step < warmup_steps:
         return warm
     return _half_cosine(1.0, 0.0, (step - warmup_steps) / max(total - warmup_steps, 1))
 
