@@ -2,9 +2,14 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
-from helpers import run_command
+from helpers import run_command, run_here
 from launching import SMALL, launch
+from make_sources import make_folder
+
+from data_prep.packing import pack
+from data_prep.sources.folder import Folder
 
 
 @pytest.fixture(scope="session")
@@ -19,9 +24,47 @@ def recording(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def holey(tmp_path_factory) -> Path:
+    """60 stimuli of 32 px to train on, 6 sites: two lack a third of the responses, one lacks all, one goes below 0."""
+    path = tmp_path_factory.mktemp("holey")
+    made = make_folder(path / "src", n=100, splits=True, sites=6, noise=0.5)
+    missing = np.random.default_rng(0).uniform(size=(100, 2)) < 0.3
+    made.rates[:, 1:3][missing] = np.nan
+    made.rates[:, 4] = np.nan
+    made.rates[7, 5] = -0.25
+    np.save(path / "src" / "rates.npy", made.rates)
+    return pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=50, workers=1).folder
+
+
+@pytest.fixture(scope="session")
 def trained(recording, tmp_path_factory) -> Path:
     """A network trained on it for two epochs by one process."""
     out = tmp_path_factory.mktemp("runs") / "trained"
     done = launch(1, "train/finetune.py", "--data", recording, "--out", out, *SMALL)
     assert done.returncode == 0, done.stderr
     return out
+
+
+@pytest.fixture(scope="session")
+def head_first(recording, tmp_path_factory):
+    """The run of a network with everything that must not depend on the number of processes, by that number.
+
+    A hybrid, both readouts begun at the ridge, pictures augmented, the weights' running average. One process runs here.
+    """
+    folder = tmp_path_factory.mktemp("head_first")
+    settings = [
+        *("--backbone.cut", "stages.1", "--task.kind", "hybrid", "--task.weighting", "uncertainty"),
+        *("--readout.kind", "flattened", "--readout.start", "ridge", "--ema", "0.9"),
+        *("--augment.shift", "0.1", "--augment.zoom", "0.1", "--augment.flip"),
+        *("--augment.brightness", "0.2", "--augment.contrast", "0.2"),
+    ]
+
+    def run(processes: int) -> Path:
+        out = folder / f"on_{processes}"
+        if not out.exists():
+            command = ["train/finetune.py", "--data", recording, "--out", out, *SMALL, *settings]
+            done = run_here(*command) if processes == 1 else launch(processes, *command)
+            assert done.returncode == 0, done.stdout + done.stderr
+        return out
+
+    return run

@@ -147,6 +147,93 @@ CONTRADICTIONS = {
 }
 
 
+# A setting that would have no effect, and what it would need.
+IGNORED = {
+    "task.regression_weight of one task": ({"task": {"regression_weight": 2.0}}, "task.kind hybrid"),
+    "task.classification_weight of one task": (
+        {"task": {"kind": "classification", "classification_weight": 0.5}},
+        "task.kind hybrid",
+    ),
+    "task.regression_weight that is learned": (
+        {"task": {"kind": "hybrid", "weighting": "uncertainty", "regression_weight": 2.0}},
+        "task.weighting fixed",
+    ),
+    "task.classification_weight that is learned": (
+        {"task": {"kind": "hybrid", "weighting": "uncertainty", "classification_weight": 2.0}},
+        "task.weighting fixed",
+    ),
+    "task.weighting of one task": ({"task": {"weighting": "uncertainty"}}, "task.kind hybrid"),
+    "task.shuffle_responses without responses": (
+        {"task": {"kind": "classification", "shuffle_responses": True}},
+        "task.kind regression or hybrid",
+    ),
+    "loss.responses without responses": (
+        {"task": {"kind": "classification"}, "loss": {"responses": "poisson"}},
+        "task.kind regression or hybrid",
+    ),
+    "loss.label_smoothing without classes": (
+        {"loss": {"label_smoothing": 0.1}},
+        "task.kind classification or hybrid",
+    ),
+    "readout.kind without responses": (
+        {"task": {"kind": "classification"}, "readout": {"kind": "factorised"}},
+        "task.kind regression or hybrid",
+    ),
+    "readout.rank of another readout": ({"readout": {"rank": 8}}, "readout.kind low_rank"),
+    "backbone.gradient_checkpointing of a frozen backbone": (
+        {"backbone": {"trainable": "head", "gradient_checkpointing": True}},
+        "backbone.trainable all",
+    ),
+    "optimizer.backbone_lr_factor of a frozen backbone": (
+        {"backbone": {"trainable": "head"}, "optimizer": {"backbone_lr_factor": 0.1}},
+        "backbone.trainable all",
+    ),
+    "schedule.cycle_momentum of another schedule": (
+        {"schedule": {"kind": "cosine", "cycle_momentum": True}},
+        "schedule.kind onecycle",
+    ),
+    "schedule.plateau_factor of another schedule": (
+        {"schedule": {"plateau_factor": 0.5}},
+        "schedule.kind plateau",
+    ),
+    "schedule.plateau_patience of another schedule": (
+        {"schedule": {"kind": "constant", "plateau_patience": 9}},
+        "schedule.kind plateau",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IGNORED)
+def test_a_setting_that_would_be_ignored_is_refused(case):
+    settings, needs = IGNORED[case]
+    setting = case.partition(" ")[0]
+    section, name = setting.split(".")
+    with pytest.raises(BadInput) as caught:
+        Recipe.model_validate(settings).check()
+    message = str(caught.value)
+    assert f"{setting} ({settings[section][name]})" in message
+    assert needs in message
+    default = getattr(getattr(Recipe(), section), name)
+    assert f"leave it at {default}" in message
+    Recipe.model_validate({**settings, section: {**settings[section], name: default}}).check()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"task": {"kind": "hybrid", "regression_weight": 2, "classification_weight": 0.5, "shuffle_responses": True}},
+        {"task": {"kind": "hybrid", "weighting": "uncertainty"}, "loss": {"responses": "poisson"}},
+        {"task": {"kind": "classification"}, "loss": {"label_smoothing": 0.1}, "readout": {"start": "ridge"}},
+        {"readout": {"kind": "low_rank", "rank": 8}, "backbone": {"gradient_checkpointing": True}},
+        {"schedule": {"kind": "plateau", "plateau_factor": 0.5, "plateau_patience": 9}},
+        {"schedule": {"cycle_momentum": True}, "optimizer": {"backbone_lr_factor": 0.1}},
+        {"backbone": {"trainable": "head", "batch_norm": "frozen"}},
+    ],
+)
+def test_settings_that_have_an_effect_pass(settings):
+    Recipe.model_validate(settings).check()
+
+
 @pytest.mark.parametrize("case", CONTRADICTIONS)
 def test_settings_that_contradict_each_other_are_refused(case):
     settings, words = CONTRADICTIONS[case]
@@ -162,6 +249,7 @@ def test_settings_that_contradict_each_other_are_refused(case):
         ({"task": {"kind": "hybrid"}}, "r2"),
         ({"task": {"kind": "classification"}}, "top1"),
         ({"task": {"kind": "hybrid"}, "early_stopping": {"metric": "top1"}}, "top1"),
+        ({"loss": {"responses": "correlation"}}, "pearson_r"),
         ({"early_stopping": {"metric": "pearson_r"}, "batch": {"global_size": 8, "per_device": 8}}, "pearson_r"),
     ],
 )
