@@ -1,13 +1,17 @@
 """Probes: exact ridge on any number of processes; and the table over runs."""
 
+import os
+import time
+
 import numpy as np
 import pytest
-from helpers import run_command, run_here
+from helpers import run_command, run_here, start_command
 from launching import SMALL, metrics, predictions, succeed
-from sklearn.linear_model import Ridge, RidgeCV
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LinearRegression, RidgeCV
 
 from data_prep.shards import ShardFolder
-from train.gram import PENALTIES, Gram, ridge
+from train.kernel_regression import PENALTIES
 from train.loader import Stimuli
 
 LAYERS = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
@@ -33,18 +37,24 @@ def test_a_probe_does_not_depend_on_the_number_of_processes(probed, processes):
         assert more["layers"][layer]["regression"]["r2"]["per_site"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_pixels_equal_scikit_learn(recording, tmp_path):
-    """RidgeCV chooses by the same leave-one-out error; one site at a time gives each its own penalty."""
-    options = ["--layers", "pixels", "--images.size", "16"]
-    succeed(2, "train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
+def pixels_and_rates(recording, size):
+    """Pictures as float64 rows and responses, by split."""
     shards = ShardFolder(recording)
     pictures, rates = {}, {}
     for name in ("train", "val"):
         split = shards.split(name)
-        stimuli = Stimuli(split, 16)
+        stimuli = Stimuli(split, size)
         pictures[name] = np.stack([stimuli._picture(i) for i in range(len(stimuli))]).transpose(0, 3, 1, 2)
         pictures[name] = pictures[name].reshape(len(stimuli), -1).astype(np.float64) / 255
         rates[name] = split.rates().astype(np.float64)
+    return pictures, rates
+
+
+def test_ridge_on_pixels_equals_scikit_learn(recording, tmp_path):
+    """RidgeCV chooses by the same leave-one-out error; one site at a time gives each its own penalty."""
+    options = ["--layers", "pixels", "--images.size", "16", "--components", "None"]
+    succeed(2, "train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
+    pictures, rates = pixels_and_rates(recording, 16)
     centred = pictures["train"] - pictures["train"].mean(0)
     unit = np.square(centred).sum() / len(centred)
     expected = [
@@ -54,23 +64,53 @@ def test_pixels_equal_scikit_learn(recording, tmp_path):
     np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], np.array(expected).T, rtol=5e-4)
 
 
-def test_sites_recorded_for_other_stimuli_get_the_ridge_of_their_stimuli():
-    generator = np.random.default_rng(0)
-    scale = np.linspace(3, 0.1, 90)  # or every penalty would do as well as any other
-    features, others = generator.normal(size=(40, 90)) * scale, generator.normal(size=(7, 90)) * scale
-    rates = features[:, :5] @ generator.normal(size=(5, 4)) + 2 * generator.normal(size=(40, 4))
-    rates[3:9, 1] = np.nan
-    rates[:, 3] = np.nan
-    mean = features.mean(0)
-    found = ridge(Gram((features - mean) @ (features - mean).T, (others - mean) @ (features - mean).T), rates)
-    there = ~np.isnan(rates[:, 1])
-    centred = features[there] - features[there].mean(0)
-    unit = np.square(centred).sum() / there.sum()
-    choice = RidgeCV(alphas=PENALTIES * unit).fit(features[there], rates[there, 1])
-    assert found.penalty[1] * unit == pytest.approx(choice.alpha_)
-    reference = Ridge(alpha=choice.alpha_, solver="svd").fit(features[there], rates[there, 1])
-    np.testing.assert_allclose(found.prediction[:, 1], reference.predict(others), rtol=1e-5)
-    assert np.isnan(found.prediction[:, 3]).all()
+def test_least_squares_on_principal_components_equals_scikit_learn(recording, tmp_path):
+    """In blocks of very few columns, so that the sum over blocks is what is tested."""
+    options = ["--layers", "pixels", "--images.size", "16", "--readout", "ols", "--components", "30"]
+    options += ["--products", "float64", "--memory", "0.0001"]
+    done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    pictures, rates = pixels_and_rates(recording, 16)
+    pca = PCA(30, svd_solver="full").fit(pictures["train"])
+    fit = LinearRegression().fit(pca.transform(pictures["train"]), rates["train"])
+    expected = fit.predict(pca.transform(pictures["val"]))
+    np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, rtol=2e-6)  # of float32 pixels
+
+
+@pytest.mark.parametrize("by", ["random", "stratified", "grouped"])
+def test_cross_validation_predicts_every_stimulus_once(recording, tmp_path, by):
+    options = [*LAYERS, "--layers", "stages.1", "stages.2", "--split", "cv", "--cross-validation.by", by]
+    options += ["--cross-validation.folds", "4"]
+    done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    found, predicted = metrics(tmp_path / "run", "cv"), predictions(tmp_path / "run", "cv")
+    assert found["stimuli"] == len(set(predicted["stimulus_id"])) == 240
+    assert np.isfinite(predicted["prediction"]).all()
+    assert len(found["chosen_by_fold"]) == 4
+    assert set(found["layers"]) == {"stages.1", "stages.2"}
+    for block in found["layers"].values():
+        assert {"rsa", "cka"} <= block.keys()
+
+
+def test_a_killed_probe_goes_on_from_the_stimuli_it_has(recording, tmp_path):
+    """Activations were cut off within a row; what is whole is not computed again, and the end is the same."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["--data", recording, *LAYERS, "--batch-size", "16"]
+    assert run_here("train/probe.py", "--out", whole, *options).returncode == 0
+    process = start_command(["train/probe.py", "--out", cut, *options], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not list(cut.glob("scratch/*/train/*.f32")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    stored = sorted(cut.glob("scratch/*/train/*.f32"))
+    if stored:  # else it was killed before, or after, extraction; it must go on all the same
+        with stored[0].open("ab") as file:
+            file.write(b"\x00\x01\x02")
+    done = run_here("train/probe.py", "--data", recording, "--out", cut, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert metrics(cut) == metrics(whole)
+    assert not (cut / "scratch").exists()
 
 
 def test_the_table_shows_the_numbers_of_metrics_json(probed, trained, tmp_path):
@@ -101,7 +141,12 @@ def test_a_run_that_was_not_evaluated_is_named(recording, tmp_path):
     [
         (["--layers", "stages.9"], "stages"),
         (["--layers", "pixels", "all"], "pixels are no layer"),
+        (["--layers", "head.norm"], "no output of its own"),
         (["--split", "train"], "--split"),
+        (["--readout", "pls", "--components", "5"], "pls has `latent`"),
+        (["--split", "cv", "--cross-validation.folds", "1000"], "cannot fill 1000 folds"),
+        (["--split", "cv", "--cross-validation.by", "grouped", "--cross-validation.key", "objct"], "objct"),
+        (["--resume"], "no probe to resume"),
     ],
 )
 def test_bad_input_to_a_probe(recording, tmp_path, options, expected):

@@ -7,6 +7,7 @@ import yaml
 from helpers import ROOT
 
 from data_prep.errors import BadInput
+from train.backbones import check_name
 from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 
@@ -284,7 +285,14 @@ def test_a_saved_recipe_names_every_setting(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("train/recipes/*.yaml")), ids=lambda path: path.stem)
 def test_presets_are_valid(path):
-    load_recipe(path, ProbeRecipe if "probe" in path.stem else Recipe).check()
+    load_recipe(path, Recipe).check()
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train/recipes/probes/*.yaml")), ids=lambda path: path.stem)
+def test_presets_of_probes_are_valid(path):
+    recipe = load_recipe(path, ProbeRecipe)
+    recipe.check()
+    check_name(recipe.backbone.name)
 
 
 def test_a_probes_recipe_is_read_and_refused_likewise(tmp_path):

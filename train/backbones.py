@@ -38,6 +38,7 @@ class Backbone(nn.Module):
         maps: whether maps are going to be read (`map`).
 
     Attributes:
+        name, cut: of the source.
         features: number of pooled features; None unless `pools`.
         map_shape: (channels, rows, columns) of a map; None unless `maps`.
         mean, std: per channel, of the pixels (0..255) that the network expects.
@@ -49,7 +50,8 @@ class Backbone(nn.Module):
 
     def __init__(self, source: Source, image_size: int, *, pools: bool = True, maps: bool = False):
         super().__init__()
-        self._trains, self._batch_norm_trains, self.cut = True, True, source.cut
+        self.name, self.cut = source.name, source.cut
+        self._trains, self._batch_norm_trains = True, True
         self.net, self.weights_from = _create(source.name, source.weights)
         tensors = None if source.weights in ("pretrained", "random") else read_weights(Path(source.weights))
         # Weights of the whole network are resized with it; those of a cut one fit only when it is cut.

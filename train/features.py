@@ -3,7 +3,8 @@
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from data_prep.progress import Progress
 from train.backbones import Backbone, channels_first
 from train.loader import Stimuli, evaluation_loader
 from train.runtime import Runtime
+from train.truncation import is_dropped
 
 PIXELS = "pixels"
 
@@ -29,21 +31,44 @@ def stage_names(net: nn.Module) -> list[str]:
     return [info["module"] for info in net.feature_info]
 
 
-def choose_layers(net: nn.Module, wanted: list[str]) -> list[str]:
+def choose_layers(backbone: Backbone, wanted: list[str], image_size: int) -> list[str]:
     """Resolve `all`, names and globs to names of modules, in the order of the network.
 
+    A `*` stands for one part of a dotted name: `blocks.*` are the stages, not what is in them.
+
+    Args:
+        backbone: with the modules.
+        wanted: what the user asked for.
+        image_size: side in pixels of the pictures.
+
     Raises:
-        BadInput: a name that fits nothing, with the nearest that exist.
+        BadInput: a name that fits nothing (with the nearest that exist) or that the forward pass does not come by.
     """
+    net = backbone.net
     names = [name for name, _ in net.named_modules() if name]
+    picture = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
+    with torch.no_grad():
+        heard = LayerFeatures(backbone, names, grid=1)(picture)
+    heard = {name for name in heard if not is_dropped(net.get_submodule(name))}
+    stages = [name for name in stage_names(net) if name in heard]
+    if backbone.cut is not None and backbone.cut not in stages:
+        stages.append(backbone.cut)
     chosen: set[str] = set()
     for pattern in wanted:
-        found = stage_names(net) if pattern == "all" else fnmatch.filter(names, pattern)
-        if not found:
-            near = difflib.get_close_matches(pattern, names, n=3) or stage_names(net)
+        matching = stages if pattern == "all" else [name for name in names if _matches(name, pattern)]
+        if not matching:
+            near = difflib.get_close_matches(pattern, names, n=3) or stages
             raise BadInput(f"layers: the network has no module {pattern!r}; nearest are {', '.join(near)}")
+        found = [name for name in matching if name in heard]
+        if not found:
+            raise BadInput(f"layers: {pattern} has no output of its own in the forward pass; name another module")
         chosen.update(found)
     return [name for name in names if name in chosen]
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
 def pooled(activation: torch.Tensor, grid: int | None, net: nn.Module) -> torch.Tensor:
@@ -58,9 +83,23 @@ def pooled(activation: torch.Tensor, grid: int | None, net: nn.Module) -> torch.
 Features = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
-def pixel_features(images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """uint8 pictures (b, 3, size, size) -> float32 (b, pixels), 0..1."""
-    return {PIXELS: (images.float() / 255).flatten(1)}
+class PixelFeatures:
+    """The pixels themselves, under the name `pixels`."""
+
+    def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """uint8 pictures (b, 3, size, size) -> float32 (b, pixels), 0..1."""
+        return {PIXELS: (images.float() / 255).flatten(1)}
+
+    def of(self, _layers: list[str]) -> "PixelFeatures":
+        """Itself: there is one layer."""
+        return self
+
+    def describe(self) -> str:
+        """What is read, for the log."""
+        return "pixels"
+
+    def to(self, _device: torch.device) -> None:
+        """Nothing has to move."""
 
 
 class LayerFeatures:
@@ -75,13 +114,27 @@ class LayerFeatures:
     def __init__(self, backbone: Backbone, layers: list[str], grid: int | None):
         self._backbone, self._layers, self._grid = backbone, layers, grid
 
+    def describe(self) -> str:
+        """What is read, for the log."""
+        maps = "whole maps" if self._grid is None else f"maps pooled to at most {self._grid} x {self._grid}"
+        return f"{self._backbone.name}, weights: {self._backbone.weights_from}; {maps}"
+
+    def to(self, device: torch.device) -> None:
+        """Move the network to `device`."""
+        self._backbone.to(device, memory_format=torch.channels_last)
+
+    def of(self, layers: list[str]) -> "LayerFeatures":
+        """The same network, and only some of its layers."""
+        return LayerFeatures(self._backbone, layers, self._grid)
+
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 pictures (b, 3, size, size) -> per layer float32 (b, features)."""
         heard: dict[str, torch.Tensor] = {}
 
         def listener(name: str):
             def hear(_module, _inputs, output):
-                heard[name] = pooled(output, self._grid, self._backbone.net)
+                if isinstance(output, torch.Tensor):
+                    heard[name] = pooled(output, self._grid, self._backbone.net)
 
             return hear
 
@@ -97,7 +150,7 @@ class LayerFeatures:
 
 
 @torch.no_grad()
-def extract(
+def activations(
     features: Features,
     stimuli: Stimuli,
     runtime: Runtime,
@@ -105,8 +158,9 @@ def extract(
     batch_size: int,
     workers: int,
     label: str,
-) -> dict[str, torch.Tensor]:
-    """Features of this rank's share of the stimuli.
+    skip: int = 0,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Features of this rank's share of the stimuli, batch after batch, in the order of `train.loader.rank_positions`.
 
     Args:
         features: from pictures to named features (b, ...).
@@ -115,18 +169,23 @@ def extract(
         batch_size: stimuli per forward pass.
         workers: decoding processes.
         label: of the progress bar.
+        skip: batches at the beginning to leave out.
 
-    Returns:
-        By name float32 (own stimuli, features), on the CPU, in the order of `train.loader.rank_positions`.
+    Yields:
+        By name float32 (stimuli, features), on the CPU.
     """
     loader = evaluation_loader(
-        stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu
+        stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu, skip=skip
     )
-    parts: dict[str, list[torch.Tensor]] = {}
     with Progress(len(stimuli), label, silent=not runtime.leads) as progress:
+        progress.advance(min(skip * batch_size * runtime.ranks, len(stimuli)))
         for batch in loader:
             there = int(batch.weight.sum())
-            for name, found in features(batch.to(runtime.device).images).items():
-                parts.setdefault(name, []).append(found[:there].cpu())
+            yield {name: found[:there].cpu() for name, found in features(batch.to(runtime.device).images).items()}
             progress.advance(min(there * runtime.ranks, len(stimuli) - progress.done))
-    return {name: torch.cat(pieces) for name, pieces in parts.items()}
+
+
+def extract(features: Features, stimuli: Stimuli, runtime: Runtime, **options: Any) -> dict[str, torch.Tensor]:
+    """All that `activations` yields, in memory: by name float32 (own stimuli, features)."""
+    batches = list(activations(features, stimuli, runtime, **options))
+    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

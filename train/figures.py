@@ -5,7 +5,7 @@ better.
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -136,6 +136,40 @@ def curve(x: Axis, points: Sequence[Point], *, title: str, label: str) -> bytes:
     _scale(axes, "x", x)
     axes.set_ylabel(label)
     return _finish(figure, axes, title)
+
+
+def layer_figure(metrics: Mapping[str, Any]) -> bytes:
+    """Explained variance by layer: its distribution over sites, after Figure 1 of the study.
+
+    Args:
+        metrics: of a probe, with `layers`, and a ceiling where there is one.
+    """
+    layers = metrics["layers"]
+    scores = [_scores(block["regression"]["explained_variance"]["per_site"]) for block in layers.values()]
+    figure = _figure(max(4.5, 1.1 * len(layers) + 1.5), 4.2)
+    axes = figure.add_subplot()
+    places = range(len(layers))
+    violins = axes.violinplot(scores, places, showextrema=False, widths=0.8)
+    for layer, body in zip(layers, violins["bodies"], strict=True):
+        body.set_facecolor("#d55e00" if layer == metrics["chosen"] else "#0072b2")
+    axes.boxplot(scores, positions=places, widths=0.12, showfliers=False, medianprops={"color": "black"})
+    means = [values.mean() for values in scores]
+    axes.plot(places, means, "o", color="white", markeredgecolor="black", label="mean over sites")
+    ceiling = metrics["regression"].get("ceiling", {}).get("mean")
+    if ceiling is not None:
+        axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label="ceiling, mean over sites")
+    axes.axhline(0, color="0.6", linewidth=0.5)
+    axes.set_xticks(places, list(layers), rotation=30 if len(layers) > 5 else 0)
+    axes.set_ylabel("explained variance")
+    axes.legend(frameon=False, fontsize=8, title=f"{metrics['chosen']} was chosen", title_fontsize=8)
+    simulated = " (SIMULATED)" if metrics.get("simulated") else ""
+    title = f"{metrics['recording']}{simulated}, {metrics['stimuli']} stimuli of {metrics['split']}"
+    return _finish(figure, axes, title)
+
+
+def _scores(per_site: Sequence[float | None]) -> np.ndarray:
+    """The scores there are; a single 0 where there is none, so that something can be drawn."""
+    return np.array([value for value in per_site if value is not None] or [0.0])
 
 
 def _figure(width: float, height: float) -> "Figure":

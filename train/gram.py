@@ -1,186 +1,126 @@
-"""Exact regression on more features than fit anywhere, through Gram matrices, over all ranks.
+"""Inner products of the features of all stimuli, over all ranks, with more features than fit anywhere.
 
-With centred features X (n x p) and n << p, everything that ridge regression needs is K = X X' (n x n). Each rank has
-computed the features of its own stimuli; the ranks exchange them so that each gets all stimuli of a p / ranks slice,
-multiplies those, and the products are summed. That sends every feature at most once, n p (1 - 1/ranks) numbers in all;
-no rank ever holds all features of all stimuli.
+With n stimuli and p features, n << p, everything that regression on the features or on their principal components needs
+is the n x n matrix of inner products (`train/kernel_regression.py`). Each rank has computed all features of its own
+stimuli. The ranks exchange them so that each gets all stimuli of a slice of the features and multiplies those; the
+products are summed: exact, whatever p.
+
+What travels. Each rank sends what it has of the others' slices: n p (1 - 1/R) numbers of 4 bytes over all R ranks,
+each feature at most once. No exchange of features can do with less: a product needs both of its rows in one place, and
+the 1/R that a rank keeps is all that it can use where it is. (Sending whole stimuli round, so that each rank gets all
+rows, costs R times as much.) The sum of the products, 8 n^2 bytes from each rank, is small beside it.
+
+What is held. The features are read from disk in blocks of columns whose size follows from a bound on memory; beyond
+that a rank holds its sum of products, 8 n^2 bytes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from train.feature_store import FeatureStore
 from train.order import share
 from train.runtime import Runtime
 
-CHUNK = 8192  # features in one product, summed up in float64
-PENALTIES = np.logspace(-6, 6, 49)  # of ridge, in units of the Gram matrix's mean eigenvalue
+COLUMNS = 8192  # in one product; beyond that, sums are in float64
+COPIES = 5  # of a block that exist at one time: read, packed, received, centred, and the product's own
+Precision = Literal["float64", "float32", "tf32", "bf16"]
 
 
-def feature_slice(own: torch.Tensor, runtime: Runtime, stimuli: int) -> torch.Tensor:
-    """All stimuli of this rank's slice of the features, float32 (stimuli, about features / ranks).
+def feature_slice(own: torch.Tensor, runtime: Runtime, rows: Sequence[int]) -> torch.Tensor:
+    """All stimuli of this rank's slice of the features, float32 (stimuli, about features / ranks), rank after rank.
 
     Args:
-        own: float32 (own stimuli, features) of this rank's contiguous share of the stimuli.
+        own: float32 (own stimuli, features).
         runtime: this process.
-        stimuli: of all ranks together.
+        rows: stimuli of each rank.
     """
     ranks, features = runtime.ranks, own.shape[1]
     if ranks == 1:
         return own
     bounds = [rank * features // ranks for rank in range(ranks + 1)]
-    rows = [len(share(np.arange(stimuli), rank, ranks)) for rank in range(ranks)]
     width = bounds[runtime.rank + 1] - bounds[runtime.rank]
     sent = torch.cat([own[:, bounds[k] : bounds[k + 1]].flatten() for k in range(ranks)]).to(runtime.device)
-    received = torch.empty(stimuli * width, device=runtime.device)
+    received = torch.empty(sum(rows) * width, device=runtime.device)
     dist.all_to_all_single(
         received,
         sent,
         output_split_sizes=[count * width for count in rows],
         input_split_sizes=[len(own) * (bounds[k + 1] - bounds[k]) for k in range(ranks)],
     )
-    return received.view(stimuli, width)
+    return received.view(sum(rows), width)
 
 
-@dataclass
-class Gram:
-    """Inner products of features centred on the train stimuli's mean, float64.
-
-    Attributes:
-        train: (train, train).
-        cross: (held out, train).
-    """
-
-    train: np.ndarray
-    cross: np.ndarray
-
-
-def gram(train: torch.Tensor, held_out: torch.Tensor, runtime: Runtime, owner: int) -> Gram | None:
-    """Centred Gram matrices over all features, on the rank that is to use them; None on the others.
+def inner_products(
+    stores: Sequence[FeatureStore],
+    layer: str,
+    counts: Sequence[int],
+    runtime: Runtime,
+    *,
+    memory: float,
+    precision: Precision,
+    owner: int,
+) -> np.ndarray | None:
+    """Inner products of a layer's features, centred on the mean of all stimuli.
 
     Args:
-        train, held_out: float32 (stimuli, slice) as `feature_slice` gives them.
+        stores: of this rank, one per split.
+        layer: whose features.
+        counts: stimuli of each split, over all ranks.
         runtime: this process.
-        owner: the rank that gets them.
+        memory: GiB that the features may take up at one time, in this process.
+        precision: of the products; see `multiplied`.
+        owner: the rank that gets the result.
+
+    Returns:
+        float64 (n, n), the splits' stimuli one split after the other; None on the other ranks.
     """
-    n = len(train)
-    total = torch.zeros(n + len(held_out), n, dtype=torch.float64, device=train.device)
-    for start in range(0, train.shape[1], CHUNK):
-        chunk = train[:, start : start + CHUNK]
-        mean = chunk.double().mean(0)
-        centred = (chunk.double() - mean).float()
-        other = (held_out[:, start : start + CHUNK].double() - mean).float()
-        total += (torch.cat((centred, other)) @ centred.T).double()
+    ranks, stimuli, width = runtime.ranks, sum(counts), stores[0].width(layer)
+    shares = [[share(np.arange(count), rank, ranks) for count in counts] for rank in range(ranks)]
+    rows = [sum(map(len, parts)) for parts in shares]
+    block = max(int(memory * 2**30 / (4 * COPIES * stimuli)), 1) * ranks
+    total = torch.zeros(stimuli, stimuli, dtype=torch.float64, device=runtime.device)
+    for start in range(0, width, block):
+        own = np.concatenate([store.columns(layer, start, min(start + block, width)) for store in stores])
+        received = feature_slice(torch.from_numpy(own).to(runtime.device), runtime, rows)
+        received -= received.mean(0, dtype=torch.float64).float()
+        for first in range(0, received.shape[1], COLUMNS):
+            total += multiplied(received[:, first : first + COLUMNS], precision)
     summed = runtime.sum_to(total, owner)
     if summed is None:
         return None
-    total = summed.cpu().numpy()
-    return Gram(train=(total[:n] + total[:n].T) / 2, cross=total[n:])
+    # Rank after rank -> split after split.
+    offsets = np.cumsum([0, *counts])
+    held = np.concatenate([part + offset for parts in shares for part, offset in zip(parts, offsets, strict=False)])
+    place = np.argsort(held)
+    products = summed.cpu().numpy()[np.ix_(place, place)]
+    return (products + products.T) / 2
 
 
-@dataclass
-class Ridge:
-    """What ridge regression found, per site.
-
-    Attributes:
-        prediction: float32 (held out, sites), in the units of the responses.
-        penalty: float64 (sites,), chosen by leave-one-out, in units of the mean eigenvalue.
-        inner_r2: float64 (sites,), R2 of the leave-one-out predictions of the train stimuli at that penalty.
-        dual: float64 (train, sites), the weights of the train stimuli; those of the features are X' dual, with X the
-            centred features. 0 for stimuli that a site has no response to.
-        mean: float64 (sites,), of the responses; the prediction at the mean features of a site's stimuli.
-        left_out: float32 (train, sites), the prediction for each train stimulus from the others; NaN where a site has
-            no response to it.
-    """
-
-    prediction: np.ndarray
-    penalty: np.ndarray
-    inner_r2: np.ndarray
-    dual: np.ndarray
-    mean: np.ndarray
-    left_out: np.ndarray
-
-
-def ridge(kernel: Gram, rates: np.ndarray) -> Ridge:
-    """Ridge regression with an intercept and a penalty per site, through the kernel.
-
-    With the eigendecomposition K = U S U', the leave-one-out residual of stimulus i is e_i / (1 - H_ii), H the hat
-    matrix (PRESS, Allen 1974), so every penalty on a wide grid costs one product. Sites that were recorded for the
-    same stimuli share the decomposition; the kernel is centred anew on the stimuli of each such group.
+def multiplied(features: torch.Tensor, precision: Precision) -> torch.Tensor:
+    """features @ features.T as float64.
 
     Args:
-        kernel: of the features.
-        rates: float32 (train, sites); NaN = not recorded.
+        features: float32 (n, columns).
+        precision: float64; float32 (a relative error of about 1e-7 of the largest product); tf32, where the hardware
+            has it (1e-3 in each factor); bf16 likewise (4e-3). Factors are rounded, sums are float32 or better.
     """
-    sites = rates.shape[1]
-    nothing = np.full(sites, np.nan)
-    result = Ridge(
-        prediction=np.full((len(kernel.cross), sites), np.nan, np.float32),
-        penalty=nothing,
-        inner_r2=nothing.copy(),
-        dual=np.zeros((len(rates), sites)),
-        mean=nothing.copy(),
-        left_out=np.full(rates.shape, np.nan, np.float32),
-    )
-    patterns, group_of = np.unique(~np.isnan(rates), axis=1, return_inverse=True)
-    for index, there in enumerate(patterns.T):
-        if there.sum() < 3:
-            continue
-        group = np.flatnonzero(group_of == index)
-        found = _ridge_of_group(_subset(kernel, there), rates[there][:, group].astype(np.float64))
-        result.prediction[:, group], result.penalty[group], result.inner_r2[group] = (
-            found.prediction,
-            found.penalty,
-            found.inner_r2,
-        )
-        result.dual[np.ix_(there, group)], result.mean[group] = found.dual, found.mean
-        result.left_out[np.ix_(there, group)] = found.left_out
-    return result
+    if precision == "float64":
+        features = features.double()
+        return features @ features.T
+    with _float32_products(precision):
+        return (features @ features.T).double()
 
 
-def _subset(kernel: Gram, there: np.ndarray) -> Gram:
-    """The kernel of some of the train stimuli, centred on their mean."""
-    if there.all():
-        return kernel
-    train, cross = kernel.train[np.ix_(there, there)], kernel.cross[:, there]
-    column = train.mean(axis=0)
-    overall = column.mean()
-    return Gram(
-        train=train - column - column[:, None] + overall,
-        cross=cross - cross.mean(axis=1, keepdims=True) - column + overall,
-    )
-
-
-def _ridge_of_group(kernel: Gram, rates: np.ndarray) -> Ridge:
-    mean = rates.mean(axis=0)
-    centred = rates - mean
-    values, vectors = np.linalg.eigh(kernel.train)
-    values = np.clip(values, 0, None)
-    unit = values.mean() or 1.0
-    rotated, squared = vectors.T @ centred, vectors**2
-
-    def left_out_errors(penalties: np.ndarray) -> np.ndarray:
-        shrink = values[:, None] / (values[:, None] + penalties * unit)
-        hat = 1 / len(rates) + squared @ shrink
-        return (centred - vectors @ (shrink * rotated)) / np.clip(1 - hat, 1e-9, None)
-
-    variance = np.square(centred).sum(axis=0)
-    best = np.full(rates.shape[1], np.inf)
-    penalty = np.full(rates.shape[1], PENALTIES[-1])
-    for candidate in PENALTIES:
-        press = np.square(left_out_errors(np.array([candidate]))).sum(axis=0)
-        better = press < best
-        best, penalty = np.where(better, press, best), np.where(better, candidate, penalty)
-    dual = vectors @ (rotated / (values[:, None] + penalty * unit))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        inner_r2 = np.where(variance > 0, 1 - best / variance, np.nan)
-    return Ridge(
-        prediction=(kernel.cross @ dual + mean).astype(np.float32),
-        penalty=penalty,
-        inner_r2=inner_r2,
-        dual=dual,
-        mean=mean,
-        left_out=(rates - left_out_errors(penalty)).astype(np.float32),
-    )
+@contextmanager
+def _float32_products(precision: Precision) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision({"float32": "highest", "tf32": "high", "bf16": "medium"}[precision])
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

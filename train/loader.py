@@ -110,10 +110,7 @@ class Stimuli(Dataset):
 
     def fingerprint(self) -> str:
         """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
-        found = hashlib.sha256("\n".join(self.stimulus_ids).encode())
-        if self.rates is not None:
-            found.update(self.rates.tobytes())
-        return found.hexdigest()
+        return fingerprint(self.stimulus_ids, self.rates)
 
     def __getitem__(self, work: _Work) -> Batch | BadInput:
         positions = work.micro.positions
@@ -152,6 +149,14 @@ class Stimuli(Dataset):
         """`micro` as a part of the global batch `batch`, with the random numbers `draws` of that batch."""
         observed = 0 if self.observed is None else int(self.observed[batch].sum())
         return _Work(micro, len(batch), observed, None if draws is None else draws[micro.places])
+
+
+def fingerprint(stimulus_ids: list[str], rates: np.ndarray | None) -> str:
+    """A hash of stimuli's ids and responses."""
+    found = hashlib.sha256("\n".join(stimulus_ids).encode())
+    if rates is not None:
+        found.update(rates.tobytes())
+    return found.hexdigest()
 
 
 class TrainLoader:
@@ -213,10 +218,13 @@ class TrainLoader:
 
 
 def evaluation_loader(
-    stimuli: Stimuli, *, size: int, rank: int, ranks: int, workers: int, pin: bool
+    stimuli: Stimuli, *, size: int, rank: int, ranks: int, workers: int, pin: bool, skip: int = 0
 ) -> "DataLoader[Batch]":
-    """A rank's share of a split, every stimulus once over all ranks; batches of `size`, the last one padded."""
-    batches = evaluation_batches(len(stimuli), rank, ranks, size)
+    """A rank's share of a split, every stimulus once over all ranks; batches of `size`, the last one padded.
+
+    The first `skip` batches are left out.
+    """
+    batches = evaluation_batches(len(stimuli), rank, ranks, size)[skip:]
     work = [stimuli.work(micro, micro.positions[micro.weight > 0]) for micro in batches]
     return _data_loader(stimuli, work, workers, pin)
 

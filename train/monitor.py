@@ -1,11 +1,14 @@
 """What people watch: the log, the progress of an epoch, and TensorBoard."""
 
+import io
 import json
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from train.run_folder import RunFolder, write_atomically
@@ -56,6 +59,12 @@ class Monitor:
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
+
+    def picture(self, name: str, png: bytes) -> None:
+        """A picture in TensorBoard."""
+        if self._board is not None:
+            pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+            self._board.add_image(name, pixels, dataformats="HWC")
 
     def epoch(self, facts: dict[str, Any]) -> None:
         """A line of history.jsonl."""

@@ -272,6 +272,17 @@ class Recipe(Settings):
                 raise BadInput(f"{setting} ({value}) has an effect with {only_with} only; leave it at {default}")
 
 
+class CrossValidation(Settings):
+    """How `--split cv` deals the stimuli of all splits out to folds; each fold is predicted from the others."""
+
+    folds: int = Field(10, ge=2)
+    """Number of folds; ten are the 90/10 splits of Brain-Score."""
+    by: Literal["random", "stratified", "grouped"] = "random"
+    """At random; with every object in every fold; or with all stimuli of an object in one fold."""
+    key: str = "object"
+    """What the stimuli's tables call the object."""
+
+
 class ProbeRecipe(Settings):
     """All settings of a probe."""
 
@@ -279,6 +290,19 @@ class ProbeRecipe(Settings):
     """`pixels`, `all` (every stage), or names of the network's modules, with globs."""
     pool: int | None = Field(7, ge=1)
     """Average-pool the maps of a layer to at most this many rows and columns; None keeps them whole."""
+    readout: Literal["ridge", "ols", "pls"] = "ridge"
+    """Ridge with a penalty per site by leave-one-out, or least squares, on principal components; or PLS."""
+    components: int | None = Field(1000, ge=1)
+    """Principal components for ridge and ols, all where None (ridge then is that on the features themselves)."""
+    latent: int = Field(25, ge=1)
+    """Latent dimensions of pls."""
+    inner_folds: int = Field(5, ge=2)
+    """Folds of the stimuli to fit that select the layer for ols and pls; ridge leaves out one at a time."""
+    cross_validation: CrossValidation = CrossValidation()
+    products: Literal["float64", "float32", "tf32", "bf16"] = "float32"
+    """Of the inner products of features: rounding 1e-16, 1e-7, and where the hardware has them 1e-3, 4e-3."""
+    memory: float = Field(1.0, gt=0)
+    """GiB of features that a process holds at one time; the others wait on disk."""
     backbone: Source = Source()
     images: Images = Images()
     batch_size: int = Field(64, ge=1)
@@ -295,6 +319,10 @@ class ProbeRecipe(Settings):
         """
         if "pixels" in self.layers and len(self.layers) > 1:
             raise BadInput("layers: pixels are no layer of a network; probe them in a run of their own")
+        if self.readout == "pls" and self.components != type(self).model_fields["components"].default:
+            raise BadInput("components has an effect with readout ridge and ols only; pls has `latent`")
+        if self.readout != "pls" and self.latent != type(self).model_fields["latent"].default:
+            raise BadInput(f"latent has an effect with readout pls only; {self.readout} has `components`")
 
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, ProbeRecipe)

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from train.features import extract
-from train.gram import CHUNK, Ridge, feature_slice, gram, ridge
-from train.loader import Stimuli
+from train.gram import COLUMNS, feature_slice, multiplied
+from train.kernel_regression import Fit, Method, centred, regress
+from train.loader import Stimuli, rank_positions
 from train.metrics import mean_score
 from train.runtime import Runtime
 from train.tasks import Network
@@ -46,9 +47,10 @@ def start_from_ridge(
         return {name: heads[name].start_features(x) if name == "rates" else x for name, x in read.items()}
 
     found = extract(look, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge")
+    rows = [len(rank_positions(len(stimuli), rank, runtime.ranks)) for rank in range(runtime.ranks)]
     scores = {}
     for name, own in found.items():
-        features = feature_slice(own, runtime, len(stimuli))
+        features = feature_slice(own, runtime, rows)
         if name == "rates":
             scores[name] = _start_rates(network, features, stimuli, runtime)
         else:
@@ -57,13 +59,21 @@ def start_from_ridge(
     return scores
 
 
-def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> Ridge:
+def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> Fit:
     """The ridge on every rank; its `prediction` is that of the stimuli it was fitted on."""
-    kernel = gram(features, features, runtime, owner=0)
-    return runtime.gather_objects(None if kernel is None else ridge(kernel, targets))[0]
+    total = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
+    for start in range(0, features.shape[1], COLUMNS):
+        chunk = features[:, start : start + COLUMNS]
+        total += multiplied(chunk - chunk.mean(0, dtype=torch.float64).float(), "float32")
+    products = runtime.sum_to(total, 0)
+    if products is None:
+        return runtime.gather_objects(None)[0]
+    everyone = np.arange(len(features))
+    fit = regress(centred(products.cpu().numpy(), everyone, everyone), targets, Method("ridge"))
+    return runtime.gather_objects(fit)[0]
 
 
-def _primal(features: torch.Tensor, found: Ridge, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+def _primal(features: torch.Tensor, found: Fit, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (outputs, features) and bias (outputs,), float32, from the weights of the stimuli.
 
     An output that lacks responses to some stimuli has a dual of 0 there, and its features are centred on the others.
@@ -74,8 +84,8 @@ def _primal(features: torch.Tensor, found: Ridge, runtime: Runtime) -> tuple[tor
     used = (dual != 0).double()
     used /= used.sum(0).clamp(min=1)
     weights, shift = [], torch.zeros(dual.shape[1], dtype=torch.float64, device=device)
-    for start in range(0, features.shape[1], CHUNK):
-        chunk = features[:, start : start + CHUNK].double()
+    for start in range(0, features.shape[1], COLUMNS):
+        chunk = features[:, start : start + COLUMNS].double()
         weights.append((chunk - chunk.mean(0)).T @ dual)
         shift += ((used.T @ chunk) * weights[-1].T).sum(1)
     own = torch.cat(weights).float() if weights else torch.zeros(0, dual.shape[1], device=device)

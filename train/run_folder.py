@@ -55,7 +55,7 @@ class RunFolder:
             raise BadInput(f"{self.path} exists and is not an empty folder; choose another --out")
         check_writable(self.path)
 
-    def check_same(self, recipe: Recipe) -> None:
+    def check_same(self, recipe: Recipe | ProbeRecipe) -> None:
         """Refuse to go on with a run under other settings; `epochs`-independent differences are all shown.
 
         Raises:
@@ -63,8 +63,8 @@ class RunFolder:
         """
         if not self.recipe.is_file():
             raise BadInput(f"{self.path} holds no run to resume (no recipe.yaml); start it without --resume")
-        before, now = _flat(load_recipe(self.recipe).model_dump()), _flat(recipe.model_dump())
-        free = {"strategy", "loader.workers", "batch.per_device"}  # how a run is computed, not what is computed
+        before, now = _flat(load_recipe(self.recipe, type(recipe)).model_dump()), _flat(recipe.model_dump())
+        free = {"strategy", "loader.workers", "batch.per_device", "memory"}  # how it is computed, not what
         changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         changed = [change for change in changed if change.partition(":")[0] not in free]
         if changed:
@@ -101,6 +101,18 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     if _is_probe(folder):
         raise BadInput(f"{path} is a probe, which train/probe.py has scored already; see {path / 'eval'}")
     return folder, load_recipe(folder.recipe)
+
+
+def open_probe(path: Path) -> ProbeRecipe:
+    """The recipe of an existing probe.
+
+    Raises:
+        BadInput: there is none.
+    """
+    folder = RunFolder(path)
+    if not folder.recipe.is_file() or not _is_probe(folder):
+        raise BadInput(f"{path} is no probe to resume; start it without --resume")
+    return load_recipe(folder.recipe, ProbeRecipe)
 
 
 def _is_probe(folder: RunFolder) -> bool:

@@ -9,7 +9,7 @@ import torch
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest, from_json_list
 from data_prep.progress import Progress
-from train.loader import Stimuli, evaluation_loader, rank_positions
+from train.loader import Stimuli, evaluation_loader, fingerprint, rank_positions
 from train.metrics import (
     ClassCounts,
     SiteMoments,
@@ -118,7 +118,7 @@ def _check_count(runtime: Runtime, seen: int, expected: int) -> None:
 
 def report(scored: Scored, stimuli: Stimuli, manifest: Manifest, split: str, ranks: int) -> dict[str, Any]:
     """The content of metrics.json."""
-    metrics = report_head(stimuli, manifest, split, ranks)
+    metrics = report_head(stimuli.stimulus_ids, stimuli.rates, manifest, split, ranks)
     if scored.moments is not None:
         metrics["regression"] = regression_block(scored.moments, scored.rates, stimuli.rates, manifest)
     if scored.counts is not None:
@@ -126,10 +126,12 @@ def report(scored: Scored, stimuli: Stimuli, manifest: Manifest, split: str, ran
     return metrics
 
 
-def report_head(stimuli: Stimuli, manifest: Manifest, split: str, ranks: int) -> dict[str, Any]:
+def report_head(
+    stimulus_ids: list[str], rates: np.ndarray | None, manifest: Manifest, split: str, ranks: int
+) -> dict[str, Any]:
     """What every metrics.json begins with: what was scored, and by how many processes."""
-    head = {"split": split, "stimuli": len(stimuli), "world_size": ranks, "recording": manifest.name}
-    head["fingerprint"] = stimuli.fingerprint()
+    head = {"split": split, "stimuli": len(stimulus_ids), "world_size": ranks, "recording": manifest.name}
+    head["fingerprint"] = fingerprint(stimulus_ids, rates)
     return head | ({"simulated": True} if manifest.simulated else {})
 
 

@@ -100,6 +100,11 @@ class _PassOn(nn.Module):
         return x
 
 
+def is_dropped(module: nn.Module) -> bool:
+    """Whether a module only stands where a dropped one stood."""
+    return isinstance(module, _PassOn) or (isinstance(module, nn.Sequential) and not len(module))
+
+
 class _Reached(Exception):
     def __init__(self, output: torch.Tensor):
         self.output = output

@@ -1,0 +1,98 @@
+"""What a probe leaves: scores and predictions, a table, and the figure of explained variance by layer."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_prep.manifest import to_json_list
+from train.figures import layer_figure
+from train.metrics import SiteMoments
+from train.monitor import Monitor
+from train.probe_preparation import Job
+from train.probing import Layer
+from train.run_folder import write_atomically, write_json, write_npz
+from train.scoring import regression_block, report_head
+
+
+def results(job: Job, found: Mapping[str, Layer], ranks: int) -> tuple[dict[str, Any], np.ndarray]:
+    """The content of metrics.json, and the predictions of the layer that each partition's inner folds chose."""
+    chosen = [
+        max(found, key=lambda layer: np.nan_to_num(found[layer].inner_r2[index], nan=-np.inf))
+        for index in range(len(job.partitions))
+    ]
+    best = np.full(job.rates.shape, np.nan, np.float32)
+    for layer, partition in zip(chosen, job.partitions, strict=True):
+        best[partition.held_out] = found[layer].prediction[partition.held_out]
+    ids, rates = job.stimulus_ids, job.rates[job.scored]
+    head = report_head([ids[i] for i in job.scored], rates, job.manifest, job.split, ranks)
+    layers = {layer: _layer_report(job, of) for layer, of in found.items()}
+    metrics = head | {
+        "regression": _block(job, best[job.scored]),
+        "layers": layers,
+        "chosen": max(found, key=chosen.count),
+        "selected_on": [_selected_on(job)],
+    }
+    if len(chosen) > 1:
+        metrics["chosen_by_fold"] = chosen
+    return metrics, best[job.scored]
+
+
+def _selected_on(job: Job) -> str:
+    inner = "leave-one-out" if job.recipe.readout == "ridge" else f"{job.recipe.inner_folds} folds"
+    return f"train, {inner}" if job.split != "cv" else f"the other folds, {inner}"
+
+
+def _block(job: Job, prediction: np.ndarray) -> dict[str, Any]:
+    rates = job.rates[job.scored]
+    moments = SiteMoments(prediction.shape[1])
+    moments.add(torch.from_numpy(prediction), torch.from_numpy(rates))
+    return regression_block(moments.state, prediction, rates, job.manifest)
+
+
+def _layer_report(job: Job, layer: Layer) -> dict[str, Any]:
+    block = {
+        "features": layer.features,
+        "regression": _block(job, layer.prediction[job.scored]),
+        "inner_r2": to_json_list([float(np.mean(layer.inner_r2))])[0],
+    }
+    if layer.penalty:
+        block["penalty"] = [to_json_list(penalty) for penalty in layer.penalty]
+    likeness = {"rsa": layer.rsa, "cka": layer.cka}
+    return block | {name: value for name, value in likeness.items() if np.isfinite(value)}
+
+
+def table(metrics: Mapping[str, Any]) -> str:
+    """The layers' scores as a Markdown table."""
+    lines = ["| layer | features | R2 | EV | r | inner R2 | RSA | CKA |", "|" + " --- |" * 8]
+    for layer, block in metrics["layers"].items():
+        regression = block["regression"]
+        low, high = regression["r2"]["ci95"] or (None, None)
+        scores = [regression[name]["mean"] for name in ("explained_variance", "pearson_r")]
+        scores += [block["inner_r2"], block.get("rsa"), block.get("cka")]
+        cells = [f"{_number(regression['r2']['mean'])} [{_number(low)}, {_number(high)}]", *map(_number, scores)]
+        mark = " (chosen)" if layer == metrics["chosen"] else ""
+        lines.append(f"| {layer}{mark} | {block['features']:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def write_results(job: Job, metrics: dict[str, Any], prediction: np.ndarray, monitor: Monitor) -> None:
+    """Write metrics.json, predictions.npz, the table and the figure of explained variance by layer."""
+    target, ids = job.folder.evaluation(job.split), job.stimulus_ids
+    write_npz(
+        target / "predictions.npz",
+        stimulus_id=np.array([ids[i] for i in job.scored]),
+        site_id=np.array(job.manifest.site_ids),
+        prediction=prediction,
+        target=job.rates[job.scored],
+    )
+    picture = layer_figure(metrics)
+    write_atomically(target / "layers.png", picture)
+    monitor.picture("explained variance by layer", picture)
+    write_atomically(target / "table.md", (table(metrics) + "\n").encode())
+    write_json(target / "metrics.json", metrics)  # last: it says that all is there
