@@ -4,6 +4,7 @@ accelerate launch [...] train/probe.py [RECIPE.yaml] --data DIR --out RUN --laye
 launch/local.sh -n 2    train/probe.py --data DIR --out RUN --layers pixels
 """
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,14 @@ def _parse_flags(words: list[str], defaults: ProbeRecipe) -> Probe:
     return parse(Probe, args=words, default=Probe.model_construct(**dict(defaults), **missing, **others))
 
 
+def scratch_folder(options: Probe) -> Path:
+    """Where activations go; a folder that several probes are given holds one for each."""
+    if options.scratch is None:
+        return options.out / "scratch"
+    out = options.out.resolve()
+    return options.scratch / f"{out.name}-{hashlib.sha256(str(out).encode()).hexdigest()[:8]}"
+
+
 def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     """Probe and write."""
     job.look.to(runtime.device)
@@ -87,7 +96,7 @@ def main() -> None:
             job.folder.claim(job.recipe, job.data, {"processes": runtime.describe(), "split": job.split})
         monitor = Monitor(job.folder, runtime.leads)
         try:
-            run(job, options.scratch or options.out / "scratch", runtime, monitor)
+            run(job, scratch_folder(options), runtime, monitor)
         finally:
             monitor.close()
 
