@@ -42,7 +42,7 @@ def ours(folder: Path, fit: int, components: int) -> dict[str, np.ndarray]:
     """Gram matrix in blocks, one eigendecomposition for both regressions."""
     import torch
 
-    from train.gram import COLUMNS, multiplied
+    from train.gram import COLUMNS, ROUNDING, multiplied
     from train.kernel_regression import Method, centred, regress
 
     features, rates = np.load(folder / "features.npy", mmap_mode="r"), np.load(folder / "rates.npy")
@@ -52,7 +52,7 @@ def ours(folder: Path, fit: int, components: int) -> dict[str, np.ndarray]:
         chunk -= chunk.mean(0, dtype=torch.float64).float()
         total += multiplied(chunk, "float32")
     everyone = np.arange(len(features))
-    gram = centred(total.numpy(), everyone[:fit], everyone[fit:])
+    gram = centred(total.numpy(), everyone[:fit], everyone[fit:], ROUNDING["float32"])
     return {kind: regress(gram, rates[:fit], Method(kind, components)).prediction for kind in ("ols", "ridge")}
 
 

@@ -2,11 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import spearmanr
 from sklearn.cross_decomposition import PLSRegression
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 
+from train.gram import ROUNDING, multiplied
 from train.kernel_regression import PENALTIES, Gram, Method, centred, folded_r2, regress
 from train.order import folds
 from train.similarity import cka, dissimilarities, rsa
@@ -79,6 +81,26 @@ def test_left_out_predictions_are_those_of_fits_without_the_stimulus():
         for site in range(2):
             model = Ridge(alpha=found.penalty[site] * unit, solver="svd").fit(features[others], rates[others, site])
             assert found.left_out[left, site] == pytest.approx(model.predict(features[[left]])[0], rel=1e-4)
+
+
+def test_rounding_errors_of_float32_products_are_no_components():
+    """Fewer features than stimuli: what lies beyond their number in the matrix is rounding, whatever it predicts."""
+    generator = np.random.default_rng(0)
+    features = (generator.normal(size=(120, 15)) + 3).astype(np.float32)
+    rates = features @ generator.normal(size=(15, 4)) + 0.01 * generator.normal(size=(120, 4))
+    centred_features = torch.from_numpy(features - features.mean(0, dtype=np.float64).astype(np.float32))
+    everyone = np.arange(120)
+    exact, rounded = (
+        regress(
+            centred(multiplied(centred_features, precision).numpy(), everyone, everyone, ROUNDING[precision]),
+            rates,
+            Method("ridge"),
+        )
+        for precision in ("float64", "float32")
+    )
+    np.testing.assert_allclose(rounded.inner_r2, exact.inner_r2, rtol=1e-5)
+    np.testing.assert_allclose(rounded.penalty, exact.penalty)
+    np.testing.assert_allclose(rounded.left_out, exact.left_out, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("latent", [2, 25])

@@ -197,6 +197,14 @@ IGNORED = {
         {"schedule": {"plateau_factor": 0.5}},
         "schedule.kind plateau",
     ),
+    "early_stopping.inner_fraction of no inner split": (
+        {"early_stopping": {"split": "val", "inner_fraction": 0.2}},
+        "early_stopping.split inner",
+    ),
+    "optimizer.momentum that is cycled": (
+        {"optimizer": {"momentum": 0.8}, "schedule": {"cycle_momentum": True}},
+        "schedule.cycle_momentum false",
+    ),
     "schedule.plateau_patience of another schedule": (
         {"schedule": {"kind": "constant", "plateau_patience": 9}},
         "schedule.kind plateau",

@@ -29,6 +29,8 @@ from train.runtime import Runtime
 COLUMNS = 8192  # in one product; beyond that, sums are in float64
 COPIES = 5  # of a block that exist at one time: read, packed, received, centred, and the product's own
 Precision = Literal["float64", "float32", "tf32", "bf16"]
+# Of sums of many products, relative to the largest eigenvalue of their matrix; see `train.kernel_regression.Gram`.
+ROUNDING: dict[Precision, float] = {"float64": 0.0, "float32": 2e-7, "tf32": 1e-5, "bf16": 1e-5}
 
 
 def feature_slice(own: torch.Tensor, runtime: Runtime, rows: Sequence[int]) -> torch.Tensor:

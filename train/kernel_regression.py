@@ -22,18 +22,22 @@ class Gram:
     Attributes:
         fit: (n, n).
         cross: (held out, n).
+        rounding: of the products, relative to the largest eigenvalue: components below it are rounding errors, and a
+            leave-one-out estimate that used them would be wrong.
     """
 
     fit: np.ndarray
     cross: np.ndarray
+    rounding: float = 0.0
 
 
-def centred(products: np.ndarray, fit: np.ndarray, held_out: np.ndarray) -> Gram:
+def centred(products: np.ndarray, fit: np.ndarray, held_out: np.ndarray, rounding: float = 0.0) -> Gram:
     """The Gram matrices of some stimuli, centred on those to fit.
 
     Args:
         products: float64 (N, N), inner products of all stimuli's features, centred anyhow or not at all.
         fit, held_out: positions among the N.
+        rounding: of the products, see `Gram`.
     """
     own, cross = products[np.ix_(fit, fit)], products[np.ix_(held_out, fit)]
     column = own.mean(axis=0)
@@ -41,6 +45,7 @@ def centred(products: np.ndarray, fit: np.ndarray, held_out: np.ndarray) -> Gram
     return Gram(
         fit=own - column - column[:, None] + overall,
         cross=cross - cross.mean(axis=1, keepdims=True) - column + overall,
+        rounding=rounding,
     )
 
 
@@ -126,14 +131,15 @@ def _subset(gram: Gram, there: np.ndarray) -> Gram:
     stacked = np.vstack([gram.fit, gram.cross])
     square = np.zeros((len(stacked), len(stacked)))
     square[:, : len(there)] = stacked
-    return centred(square, rows, np.arange(len(there), len(stacked)))
+    return centred(square, rows, np.arange(len(there), len(stacked)), gram.rounding)
 
 
 def _spectrum(gram: Gram, components: int | None) -> tuple[np.ndarray, np.ndarray]:
     """The leading eigenvalues, descending, and eigenvectors, without those that are rounding errors."""
     values, vectors = np.linalg.eigh(gram.fit)
     values, vectors = values[::-1], vectors[:, ::-1]
-    rank = int((values > max(values[0], 0) * len(values) * np.finfo(np.float64).eps).sum())
+    floor = max(len(values) * np.finfo(np.float64).eps, gram.rounding)
+    rank = int((values > max(values[0], 0) * floor).sum())
     kept = rank if components is None else min(rank, components)
     return values[:kept], vectors[:, :kept]
 
@@ -215,7 +221,12 @@ def _partial_least_squares(gram: Gram, rates: np.ndarray, components: int | None
 
 
 def folded_r2(
-    products: np.ndarray, stimuli: np.ndarray, rates: np.ndarray, method: Method, folds: Sequence[np.ndarray]
+    products: np.ndarray,
+    stimuli: np.ndarray,
+    rates: np.ndarray,
+    method: Method,
+    folds: Sequence[np.ndarray],
+    rounding: float = 0.0,
 ) -> np.ndarray:
     """R2 per site of predictions of stimuli from those of the other folds, float64 (sites,).
 
@@ -225,12 +236,13 @@ def folded_r2(
         rates: (n, sites) of these stimuli.
         method: of regression.
         folds: positions among the n, which together hold each once.
+        rounding: of the products, see `Gram`.
     """
     predicted = np.full(rates.shape, np.nan)
     everyone = np.arange(len(stimuli))
     for fold in folds:
         others = np.setdiff1d(everyone, fold)
-        gram = centred(products, stimuli[others], stimuli[fold])
+        gram = centred(products, stimuli[others], stimuli[fold], rounding)
         predicted[fold] = regress(gram, rates[others], method).prediction
     there = ~np.isnan(rates)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -13,7 +13,7 @@ import torch
 
 from train.feature_store import FeatureStore
 from train.features import LayerFeatures, PixelFeatures, activations
-from train.gram import inner_products
+from train.gram import ROUNDING, inner_products
 from train.kernel_regression import Method, centred, folded_r2, regress
 from train.loader import Stimuli
 from train.metrics import mean_score
@@ -196,16 +196,16 @@ class Probing:
         recipe = self._recipe
         method = Method(recipe.readout, recipe.latent if recipe.readout == "pls" else recipe.components)
         prediction = np.full(self._rates.shape, np.nan, np.float32)
-        inner_r2, penalty = [], []
+        inner_r2, penalty, rounding = [], [], ROUNDING[recipe.products]
         for partition in self._partitions:
             rates = self._rates[partition.fit]
-            found = regress(centred(products, partition.fit, partition.held_out), rates, method)
+            found = regress(centred(products, partition.fit, partition.held_out, rounding), rates, method)
             prediction[partition.held_out] = found.prediction
             if found.inner_r2 is not None:
                 inner_r2.append(mean_score(found.inner_r2))
                 penalty.append(found.penalty)
             else:
-                folded = folded_r2(products, partition.fit, rates, method, partition.inner_folds)
+                folded = folded_r2(products, partition.fit, rates, method, partition.inner_folds, rounding)
                 inner_r2.append(mean_score(folded))
         return Layer(features, prediction, inner_r2, penalty, *self._likeness(products))
 

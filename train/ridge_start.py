@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from train.features import extract
-from train.gram import COLUMNS, feature_slice, multiplied
+from train.gram import COLUMNS, ROUNDING, feature_slice, multiplied
 from train.kernel_regression import Fit, Method, centred, regress
 from train.loader import Stimuli, rank_positions
 from train.metrics import mean_score
@@ -69,7 +69,7 @@ def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> Fit
     if products is None:
         return runtime.gather_objects(None)[0]
     everyone = np.arange(len(features))
-    fit = regress(centred(products.cpu().numpy(), everyone, everyone), targets, Method("ridge"))
+    fit = regress(centred(products.cpu().numpy(), everyone, everyone, ROUNDING["float32"]), targets, Method("ridge"))
     return runtime.gather_objects(fit)[0]
 
 

@@ -99,6 +99,9 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
         raise BadInput(f"backbone.weights: {path} is not readable as plain tensors ({type(error).__name__})") from None
     if isinstance(content, dict):
         content = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), content)
-    if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
+    plain = isinstance(content, dict) and all(
+        isinstance(name, str) and isinstance(tensor, torch.Tensor) for name, tensor in content.items()
+    )
+    if not plain:
         raise BadInput(f"backbone.weights: {path} does not hold a state dict (tensors by name)")
     return content
