@@ -23,7 +23,7 @@ class SmallCnn(nn.Module):
         super().__init__()
         channels = (3, *WIDTHS[:layers])
         self.stages = nn.Sequential(*(_layer(before, after) for before, after in pairwise(channels)))
-        self.num_features = self.head_hidden_size = channels[-1]
+        self.num_features = channels[-1]
         self.pretrained_cfg = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "input_size": (3, 224, 224)}
         self.feature_info = [
             {"num_chs": width, "reduction": 4 ** (index + 1), "module": f"stages.{index}"}
