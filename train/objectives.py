@@ -5,6 +5,7 @@ every rank knows. The sum over ranks and micro-batches is the loss of the global
 NaN responses contribute nothing, and neither does padding (weight 0).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -21,7 +22,7 @@ SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
 LEAST_VARIANCE = 1e-4  # of a site's predictions over a batch, in squared standard deviations of its responses
 
 
-class ResponseLoss(nn.Module):
+class ResponseLoss(nn.Module, ABC):
     """What the outputs of a readout to the sites mean, and a loss on them.
 
     Attributes:
@@ -45,9 +46,9 @@ class ResponseLoss(nn.Module):
         """Outputs (b, sites) -> rates in the recording's units, float32."""
         return (outputs * self.rate_std + self.rate_mean).float()
 
+    @abstractmethod
     def part(self, outputs: torch.Tensor, batch: Batch, sum_over_ranks: SumOverRanks) -> torch.Tensor:
         """This micro-batch's part of the loss of its global batch."""
-        raise NotImplementedError  # abstract
 
 
 class SquaredError(ResponseLoss):

@@ -17,8 +17,8 @@ from train.order import inner_split
 from train.processes import rank, ranks_on_machine, uses_gpu, world_size
 from train.recipe import Recipe
 from train.run_folder import RunFolder
-from train.runtime import chosen_strategy, fill_deepspeed
 from train.scoring import check_not_empty
+from train.strategy import chosen_strategy, fill_deepspeed
 
 
 def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:

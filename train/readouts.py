@@ -6,6 +6,7 @@ All begin at each site's mean: whatever the picture, the outputs are 0.
 """
 
 import math
+from abc import ABC, abstractmethod
 
 import torch
 from torch import nn
@@ -110,7 +111,7 @@ class LowRank(nn.Module):
         self.sites.bias.copy_(mean - leading @ (leading.T @ (mean - bias)))
 
 
-class _Masked(nn.Module):
+class _Masked(nn.Module, ABC):
     """y_s = sum_c w_sc sum_p m_sp x_cp + b_s: a spatial mask m and channel weights w for each site.
 
     At the start all masks are alike.
@@ -120,9 +121,9 @@ class _Masked(nn.Module):
         super().__init__()
         self.sites = zero_linear(channels, sites)
 
+    @abstractmethod
     def masks(self) -> torch.Tensor:
         """(sites, positions)."""
-        raise NotImplementedError  # abstract
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(b, channels, rows, columns) -> (b, sites)."""
