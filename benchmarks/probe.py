@@ -1,26 +1,26 @@
 """Principal components and regression, ours against the scikit-learn recipe, side by side on the same features.
 
     python benchmarks/probe.py [--stimuli 2592] [--held-out 288] [--features 50176] [--sites 168] [--components 1000]
-                               [--repeats 3] [--exact]
+                               [--repeats 3] [--processes 1 2] [--exact]
 
-Every side runs in a process of its own (its peak memory is its own) from features that lie on disk, in turns; medians
-over the repeats, and how far the predictions are from those of the full singular value decomposition (where that fits,
-`--exact`).
+Every side runs in processes of its own (its peak memory is its own, the largest of its processes'), each with one
+thread, from features that lie on disk, in turns; medians over the repeats without the time of the imports, and how far
+the predictions are from those of the full singular value decomposition (where that fits, `--exact`).
 """
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-
-SIDES = ("ours", "scikit-learn")
 
 
 def make_problem(folder: Path, stimuli: int, features: int, sites: int) -> None:
@@ -38,66 +38,96 @@ def make_problem(folder: Path, stimuli: int, features: int, sites: int) -> None:
     np.save(folder / "rates.npy", rates.astype(np.float32))
 
 
-def ours(folder: Path, fit: int, components: int) -> dict[str, np.ndarray]:
-    """Gram matrix in blocks, one eigendecomposition for both regressions."""
+def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
+    """This process's share of the stimuli to fit and of those held out, as a probe has them on disk."""
     import torch
 
-    from train.gram import COLUMNS, ROUNDING, multiplied
+    from train.feature_store import FeatureStore
+    from train.order import share
+
+    stores, start = [], 0
+    for name, count in zip(("fit", "held_out"), counts, strict=True):
+        features = np.load(folder / "features.npy", mmap_mode="r")
+        store = FeatureStore(folder / f"{name}_{runtime.rank}_of_{runtime.ranks}", {"layer": features.shape[1]})
+        store.keep(0)
+        for position in share(np.arange(start, start + count), runtime.rank, runtime.ranks):
+            store.append({"layer": torch.from_numpy(np.array(features[position : position + 1]))})
+        stores.append(store)
+        start += count
+    return stores
+
+
+def ours(folder: Path, counts: tuple[int, int], components: int) -> None:
+    """The Gram matrix over all processes, one eigendecomposition for both regressions."""
+    from train.gram import ROUNDING, inner_products
     from train.kernel_regression import Method, centred, regress
+    from train.runtime import started
 
-    features, rates = np.load(folder / "features.npy", mmap_mode="r"), np.load(folder / "rates.npy")
-    total = torch.zeros(len(features), len(features), dtype=torch.float64)
-    for start in range(0, features.shape[1], COLUMNS):
-        chunk = torch.from_numpy(np.array(features[:, start : start + COLUMNS]))
-        chunk -= chunk.mean(0, dtype=torch.float64).float()
-        total += multiplied(chunk, "float32")
-    everyone = np.arange(len(features))
-    gram = centred(total.numpy(), everyone[:fit], everyone[fit:], ROUNDING["float32"])
-    return {kind: regress(gram, rates[:fit], Method(kind, components)).prediction for kind in ("ols", "ridge")}
+    with started(None, "fp32") as runtime:
+        stores, rates = own_stores(folder, counts, runtime), np.load(folder / "rates.npy")
+        runtime.barrier()
+        started_at = time.monotonic()
+        products = inner_products(stores, "layer", counts, runtime, memory=0.5, precision="float32", owner=0)
+        if runtime.leads:
+            everyone = np.arange(sum(counts))
+            gram = centred(products, everyone[: counts[0]], everyone[counts[0] :], ROUNDING["float32"])
+            fits = {kind: regress(gram, rates[: counts[0]], Method(kind, components)) for kind in ("ols", "ridge")}
+            seconds = time.monotonic() - started_at
+            np.savez(folder / f"ours_{runtime.ranks}.npz", **{kind: fit.prediction for kind, fit in fits.items()})
+        peaks = runtime.gather_objects(peak_memory())
+        if runtime.leads:
+            print(json.dumps({"seconds": seconds, "gib": max(peaks)}))
 
 
-def scikit_learn(folder: Path, fit: int, components: int, solver: str = "auto") -> dict[str, np.ndarray]:
+def scikit_learn(folder: Path, counts: tuple[int, int], components: int, solver: str = "auto") -> None:
     """PCA as everyone calls it, then LinearRegression and RidgeCV."""
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LinearRegression, RidgeCV
 
+    started_at, fit = time.monotonic(), counts[0]
     features, rates = np.load(folder / "features.npy"), np.load(folder / "rates.npy")
     pca = PCA(components, svd_solver=solver, random_state=0)
     scores, new = pca.fit_transform(features[:fit]), pca.transform(features[fit:])
     found = {"ols": LinearRegression().fit(scores, rates[:fit]).predict(new)}
+    regressed_at = time.monotonic()
     if solver == "auto":
         penalties = np.logspace(-6, 6, 49) * np.square(scores).sum() / fit
         ridge = RidgeCV(alphas=penalties, alpha_per_target=True, gcv_mode="eigen")
         found["ridge"] = ridge.fit(scores, rates[:fit]).predict(new)
-    return found
+    ended_at = time.monotonic()
+    np.savez(folder / f"{'exact' if solver == 'full' else 'scikit-learn'}.npz", **found)
+    ridge_seconds = ended_at - regressed_at
+    print(json.dumps({"seconds": ended_at - started_at, "gib": peak_memory(), "ridge_seconds": ridge_seconds}))
 
 
-def one(side: str, folder: Path, fit: int, components: int) -> None:
-    """Run a side and print its seconds and peak memory."""
-    started = time.monotonic()
-    match side:
-        case "ours":
-            found = ours(folder, fit, components)
-        case "exact":
-            found = scikit_learn(folder, fit, components, solver="full")
-        case _:
-            found = scikit_learn(folder, fit, components)
-    seconds = time.monotonic() - started
-    np.savez(folder / f"{side}.npz", **found)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": seconds, "gib": peak}))
+def peak_memory() -> float:
+    """GiB that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def run_side(side: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+    """A side in processes of its own: its seconds and GiB."""
+    processes = int(side.removeprefix("ours_")) if side.startswith("ours") else 1
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words += [__file__, "--one", side, "--folder", str(folder), "--components", str(options.components)]
+    words += ["--stimuli", str(options.stimuli), "--held-out", str(options.held_out)]
+    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **one_thread})
+    if done.returncode:
+        sys.exit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     """Run the sides in turns and print the comparison."""
-    sides = (*SIDES, "exact") if options.exact else SIDES
+    sides = [*(f"ours_{processes}" for processes in options.processes), "scikit-learn"]
     found: dict[str, list[dict]] = {side: [] for side in sides}
-    for repeat in range(options.repeats):
-        for side in sides if repeat == 0 else SIDES:
-            words = [sys.executable, __file__, "--one", side, "--folder", str(folder)]
-            words += ["--stimuli", str(options.stimuli), "--components", str(options.components)]
-            done = subprocess.run(words, capture_output=True, text=True, check=True)
-            found[side].append(json.loads(done.stdout.splitlines()[-1]))
+    for _ in range(options.repeats):
+        for side in sides:
+            found[side].append(run_side(side, folder, options))
+            print(f"{side:<14} {found[side][-1]}", flush=True)
+    if options.exact:
+        found["exact"] = [run_side("exact", folder, options)]
     medians = {side: statistics.median(run["seconds"] for run in runs) for side, runs in found.items()}
     for side, runs in found.items():
         seconds = [run["seconds"] for run in runs]
@@ -107,7 +137,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
         )
     if options.exact:
         exact = np.load(folder / "exact.npz")["ols"]
-        for side in SIDES:
+        for side in sides:
             error = np.abs(np.load(folder / f"{side}.npz")["ols"] - exact).max() / np.abs(exact).max()
             print(f"{side}: largest difference from the full decomposition {error:.1e} of the largest prediction")
 
@@ -119,12 +149,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--components", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        one(options.one, options.folder, options.stimuli, options.components)
+        sides = {"scikit-learn": scikit_learn, "exact": partial(scikit_learn, solver="full")}
+        sides.get(options.one, ours)(options.folder, (options.stimuli, options.held_out), options.components)
         return
     with tempfile.TemporaryDirectory() as folder:
         make_problem(Path(folder), options.stimuli + options.held_out, options.features, options.sites)

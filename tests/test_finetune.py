@@ -84,18 +84,6 @@ def test_training_ends_in_the_same_network_on_more_processes(recording, trained,
     assert largest_difference(weights(out), weights(trained)) < 1e-3  # Adam divides small sums by their own size
 
 
-@pytest.mark.parametrize("optimizer", ["nadam", "adamw"])
-def test_zero2_trains_the_same_model_as_ddp(recording, tmp_path, optimizer):
-    runs = {"ddp": tmp_path / "ddp", "ds_configs/zero2.json": tmp_path / "zero2"}
-    options = [*SMALL, "--optimizer.name", optimizer, "--batch.per-device", "10", "--optimizer.clip-norm", "0.5"]
-    for strategy, out in runs.items():
-        said = succeed(2, "train/finetune.py", "--data", recording, "--out", out, *options, "--strategy", strategy)
-        assert ("DeepSpeed" in said) == ("zero2" in strategy)
-    ddp, zero2 = runs.values()
-    assert losses(zero2) == pytest.approx(losses(ddp), rel=1e-5)
-    assert largest_difference(weights(zero2), weights(ddp)) < 1e-3
-
-
 def kill_after_an_epoch(processes: int, run, *options) -> None:
     """Start a run and SIGKILL all its processes when its first checkpoint is there."""
     launcher = start(processes, "train/finetune.py", "--out", run, *options)
@@ -125,20 +113,6 @@ def test_a_killed_run_resumes_and_ends_as_if_undisturbed(six_epochs, recording, 
     assert "resumed after epoch" in said
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert largest_difference(weights(tmp_path / "run"), weights(undisturbed)) == 0
-
-
-@pytest.mark.parametrize(
-    ("before", "after"),
-    [((2, "ds_configs/zero2.json"), (3, "ddp")), ((1, "ddp"), (2, "ds_configs/zero2.json"))],
-    ids=["ZeRO-2 on 2 to DDP on 3", "one process to ZeRO-2 on 2"],
-)
-def test_a_run_goes_on_under_another_strategy_and_number_of_processes(six_epochs, recording, tmp_path, before, after):
-    undisturbed, options = six_epochs
-    run = tmp_path / "run"
-    kill_after_an_epoch(before[0], run, *options, "--strategy", before[1])
-    succeed(after[0], "train/finetune.py", "--data", recording, "--out", run, "--resume", "--strategy", after[1])
-    assert losses(run) == pytest.approx(losses(undisturbed), rel=1e-3)
-    assert largest_difference(weights(run), weights(undisturbed)) < 5e-3
 
 
 def test_a_run_without_a_checkpoint_starts_again(trained, recording, tmp_path):

@@ -1,5 +1,7 @@
 """Controls and protocol: shuffled responses, seeds, running averages, and losses that refuse what they cannot mean."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import timm
@@ -15,6 +17,7 @@ from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
 from train import loop
 from train.ema import RunningAverage
+from train.engine import Engine
 from train.loader import Stimuli
 from train.preparation import training_stimuli
 from train.recipe import Recipe
@@ -174,8 +177,10 @@ def decay_after(step: int, decay: float) -> float:
 def test_the_running_average_is_the_moving_average_of_weights_and_statistics():
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
-    average = RunningAverage(network, 0.8)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    average = RunningAverage(network, 0.8)
+    runtime = SimpleNamespace(ranks=1, device=torch.device("cpu"))
+    average.follow(Engine(runtime, network, network, optimizer, pieces=1, clip_norm=None))
     expected = {name: x.double().clone() for name, x in network.state_dict().items()}
     for step in range(1, 60):
         optimizer.zero_grad()
@@ -203,7 +208,7 @@ def test_a_run_saves_the_moving_average_of_the_weights_after_each_step(data, tmp
     def watch(self, step):
         if not seen:
             seen.append({name: x.double().clone() for name, x in self.network.state_dict().items()})
-        seen.append({name: x.double().clone() for name, x in self._source.state_dict().items()})
+        seen.append({name: x.double().clone() for name, x in self._engine.network.state_dict().items()})
         update(self, step)
 
     monkeypatch.setattr(RunningAverage, "update", watch)
@@ -234,11 +239,11 @@ def test_an_interrupted_run_with_everything_random_ends_as_if_undisturbed(data, 
         if step == at_step:
             raise KeyboardInterrupt
 
-    def half_saved(folder, tensors, progress, best):
+    def half_saved(folder, tensors, progress, keep):
         if progress.epoch == 3:
             (folder / f".step_{progress.step}.tmp").mkdir()
             raise KeyboardInterrupt
-        save(folder, tensors, progress, best)
+        save(folder, tensors, progress, keep)
 
     save = loop.save_checkpoint
     with monkeypatch.context() as patched:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from data_prep.manifest import Manifest
 from train.checkpoint import Progress, load_tensors, save_checkpoint
+from train.engine import Engine
 from train.recipe import Recipe, Schedule
-from train.runtime import Engine
 from train.schedule import build_optimizer, momentum, plateaus, rate_factor, set_momentum
 from train.tasks import Network, parameter_groups
 
@@ -161,7 +161,7 @@ def test_what_is_frozen_is_in_no_group():
 def engine_of(name: str, *, clip_norm: float | None = None, **options) -> Engine:
     network, recipe = network_and_recipe(optimizer={"name": name, "lr": 1e-2, "weight_decay": 0.1, **options})
     optimizer = build_optimizer(recipe.optimizer, parameter_groups(network, recipe), CPU)
-    runtime = SimpleNamespace(deepspeed=False, ranks=1)
+    runtime = SimpleNamespace(ranks=1, device=CPU)
     return Engine(runtime, network, network, optimizer, pieces=1, clip_norm=clip_norm)
 
 
@@ -186,9 +186,10 @@ def test_an_optimizers_state_survives_a_checkpoint(name, tmp_path):
     )
     tensors = {"network": engine.network.state_dict(), "optimizer": engine.optimizer_tensors()}
     assert {key.partition("|")[0] for key in tensors["optimizer"]} == before.keys()
-    save_checkpoint(tmp_path / "checkpoints", tensors, progress, best=True)
+    save_checkpoint(tmp_path / "checkpoints", tensors, progress, keep=1)
     last = tmp_path / "checkpoints" / "last"
-    other.load(load_tensors(last, "network"), load_tensors(last, "optimizer"))
+    other.network.load_state_dict(load_tensors(last, "network"))
+    other.load_optimizer(load_tensors(last, "optimizer"))
     for each in (engine, other):
         step(each, 2)
     for key, x in engine.network.named_parameters():

@@ -11,6 +11,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -129,6 +130,10 @@ class Backbone(nn.Module):
         """Normalise by the statistics that came with the weights, also in training; scale and shift are trained."""
         self._batch_norm_trains = False
         self.train(self.training)
+
+    def sync_batch_norm(self) -> None:
+        """Normalise by the whole batch over all processes, which GPUs only can."""
+        convert_sync_batchnorm(self.net)
 
     @property
     def has_batch_norm(self) -> bool:

@@ -4,15 +4,21 @@
                                                 mean and standard deviation
     checkpoints/step_N/training.safetensors     the trained weights, where those above are their running average
     checkpoints/step_N/optimizer.safetensors    `<parameter>|<key>`, e.g. `heads.rates.sites.weight|exp_avg`
+    checkpoints/step_N/statistics.safetensors   `<file>|<name>`: BatchNorm's statistics of each rank, in mid-epoch
     checkpoints/step_N/progress.json            where the run stands, and what the network predicts
+    checkpoints/step_N/sha256.json              of the files above
     checkpoints/{last,best} -> step_N
 
 A checkpoint is written under a temporary name and renamed when it is whole; `last` and `best` are links that are
-replaced in one go. So `last` names a whole checkpoint at any moment.
+replaced in one go. What the disk does to it later, the sums find out: a run goes on from the newest whole checkpoint.
 """
 
+import contextlib
+import hashlib
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +30,8 @@ from safetensors.torch import load_file, save_file
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest
 
+SUMS = "sha256.json"
+
 
 class Progress(BaseModel):
     """Where a run stands.
@@ -31,7 +39,8 @@ class Progress(BaseModel):
     Attributes:
         epoch: epochs completed.
         step: optimizer steps done.
-        best: best value of the selection metric so far, and the epoch it was reached in (counted from 1).
+        losses: of the epoch under way, the sum over its steps so far of each rank's part; empty between epochs.
+        best: best value of the selection metric so far, and the epoch (counted from 1) and step it was reached in.
         improved: for each epoch, whether it was the best until then.
         recording: fingerprint of the shards, see `data_prep.manifest.Manifest.fingerprint`.
         selection_metric, selection_split: what chooses the best epoch, and on which stimuli.
@@ -44,8 +53,10 @@ class Progress(BaseModel):
 
     epoch: int = 0
     step: int = 0
+    losses: list[float] = []
     best: float | None = None
     best_epoch: int = 0
+    best_step: int = 0
     improved: list[bool] = []
     recording: str
     selection_metric: str
@@ -78,41 +89,52 @@ class Progress(BaseModel):
             raise BadInput(f"{where}: its {what} list is not the one the network was trained for: {first}")
 
 
-def save_checkpoint(folder: Path, tensors: dict[str, dict[str, torch.Tensor]], progress: Progress, best: bool) -> None:
-    """Write checkpoint `step_N`, make it `last` (and `best`), and remove those that neither names any more.
+Tensors = Mapping[str, Mapping[str, torch.Tensor]]  # by file and name
+
+
+def save_checkpoint(folder: Path, tensors: Tensors, progress: Progress, keep: int) -> None:
+    """Write checkpoint `step_N` and make it `last`, and `best` if it is; remove old ones.
 
     Args:
         folder: RUN/checkpoints.
-        tensors: by file ("network", "optimizer", "training") and name.
+        tensors: by file ("network", "optimizer", "training", "statistics") and name; a file without any is not written.
         progress: of the run.
-        best: whether this is the best so far.
+        keep: how many of the last to keep, beside the best of each.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints before are untouched.
     """
     folder.mkdir(exist_ok=True)
-    target, temporary = folder / f"step_{progress.step}", folder / f".step_{progress.step}.tmp"
-    for leftover in (target, temporary):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir()
+    target, temporary = _folder_of(folder, progress.step), folder / f".step_{progress.step}.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        _write(temporary, tensors, progress)
+        shutil.rmtree(target, ignore_errors=True)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    _point(folder / "last", target.name)
+    if progress.best_step == progress.step:
+        _point(folder / "best", target.name)
+    _remove_old(folder, keep)
+
+
+def _write(folder: Path, tensors: Tensors, progress: Progress) -> None:
+    folder.mkdir()
     for name, content in tensors.items():
-        save_file(_plain(content), temporary / f"{name}.safetensors")
-    (temporary / "progress.json").write_text(progress.model_dump_json(indent=1))
-    for file in temporary.iterdir():
-        _sync(file)
-    temporary.rename(target)
-    for name in ("last", "best") if best else ("last",):
-        _point(folder / name, target.name)
-    kept = {os.readlink(folder / name) for name in ("last", "best") if (folder / name).is_symlink()}
-    for old in folder.glob("step_*"):
-        if old.name not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+        if content:
+            plain = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
+            save_file(plain, folder / f"{name}.safetensors")
+    (folder / "progress.json").write_text(progress.model_dump_json(indent=1))
+    (folder / SUMS).write_text(json.dumps({file.name: _sum(file) for file in sorted(folder.iterdir())}, indent=1))
+    for file in folder.iterdir():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
 
 
-def _plain(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _sync(path: Path) -> None:
+def _sum(path: Path) -> str:
     with path.open("rb") as file:
-        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _point(link: Path, target: str) -> None:
@@ -120,6 +142,78 @@ def _point(link: Path, target: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
     temporary.replace(link)
+
+
+def _folder_of(folder: Path, step: int) -> Path:
+    return folder / f"step_{step}"
+
+
+def _newest_first(folder: Path) -> list[Path]:
+    found = (path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdigit())
+    return sorted(found, key=lambda path: -int(path.name.removeprefix("step_")))
+
+
+def _remove_old(folder: Path, keep: int) -> None:
+    last = _newest_first(folder)[:keep]
+    kept = {checkpoint.name for checkpoint in last}
+    for checkpoint in last:
+        with contextlib.suppress(BadInput):  # damaged: no run goes on from there
+            kept.add(f"step_{load_progress(checkpoint).best_step}")
+    for old in _newest_first(folder):
+        if old.name not in kept:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and a sentence for each newer one that is damaged.
+
+    Args:
+        folder: RUN/checkpoints.
+
+    Returns:
+        The newest one whose files are what was written; None where there is none.
+    """
+    faults = []
+    for checkpoint in _newest_first(folder):
+        try:
+            for file in _sums(checkpoint):
+                _check(checkpoint / file)
+        except BadInput as fault:
+            faults.append(str(fault))
+        else:
+            return checkpoint, faults
+    return None, faults
+
+
+def forget_newer(folder: Path, progress: Progress) -> None:
+    """Remove the checkpoints after the one that a run goes on from, which are damaged."""
+    for checkpoint in _newest_first(folder):
+        if int(checkpoint.name.removeprefix("step_")) > progress.step:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    _point(folder / "last", f"step_{progress.step}")
+    if progress.best_step:
+        _point(folder / "best", f"step_{progress.best_step}")
+
+
+def _sums(checkpoint: Path) -> dict[str, str]:
+    try:
+        return json.loads((checkpoint / SUMS).read_bytes())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{checkpoint} is no whole checkpoint ({SUMS}: {error})") from None
+
+
+def _check(path: Path) -> None:
+    """Refuse a file that is not what was written.
+
+    Raises:
+        BadInput: naming it.
+    """
+    try:
+        same = _sum(path) == _sums(path.parent).get(path.name)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror})") from None
+    if not same:
+        raise BadInput(f"{path} is damaged: its content is not what was written")
 
 
 def load_progress(checkpoint: Path) -> Progress:
@@ -138,12 +232,13 @@ def load_progress(checkpoint: Path) -> Progress:
 
 
 def load_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of "network", "training" or "optimizer".
+    """The tensors of "network", "training", "optimizer" or "statistics".
 
     Raises:
         BadInput: the file is missing or damaged.
     """
     path = checkpoint / f"{name}.safetensors"
+    _check(path)
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:

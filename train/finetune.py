@@ -13,18 +13,20 @@ import tyro
 from data_prep.command_line import parse
 from data_prep.errors import run_command
 from train.backbones import check_name
-from train.checkpoint import Progress
 from train.ema import RunningAverage
+from train.engine import Engine
 from train.loop import Training, evaluation_batch_size
 from train.monitor import Monitor
 from train.preparation import Job, prepare
 from train.readouts import parameter_count
 from train.recipe import Recipe, leading_recipe
+from train.resume import StartingPoint, starting_point
 from train.ridge_start import start_from_ridge
 from train.run_folder import open_run
 from train.runtime import Runtime, started
 from train.schedule import build_optimizer
 from train.tasks import Network, parameter_groups
+from train.zero import ZeroEngine
 
 
 class Finetune(Recipe):
@@ -64,43 +66,54 @@ def _parse_flags(words: list[str], defaults: Recipe) -> Finetune:
     return parse(Finetune, args=words, default=Finetune.model_construct(**dict(defaults), **missing, resume=False))
 
 
-def build(job: Job, runtime: Runtime) -> Training:
+def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     """Make network, optimizer and monitor, and claim the run's folder."""
-    recipe, manifest, loader = job.recipe, job.manifest, job.loader
-    network = Network(recipe if job.begins else recipe.for_checkpoint(), manifest, loader.stimuli.size)
-    network = network.to(runtime.device)
-    if not job.begins:
-        network.backbone.weights_from = "the run's checkpoint"
-    if not runtime.deepspeed:  # channels-last weights break the flattened views of ZeRO
-        network = network.to(memory_format=torch.channels_last)
+    recipe, loader, begins = job.recipe, job.loader, start.checkpoint is None
+    network = build_network(job, runtime, begins)
     ridge_scores = {}
-    if recipe.readout.start == "ridge" and job.begins:
+    if recipe.readout.start == "ridge" and begins:
         options = {"batch_size": evaluation_batch_size(recipe), "workers": job.workers}
         ridge_scores = start_from_ridge(network, loader.stimuli, runtime, **options)
     average = None if recipe.ema is None else RunningAverage(network, recipe.ema)
-    groups = parameter_groups(network, recipe)
-    engine = runtime.prepare(
-        network,
-        build_optimizer(recipe.optimizer, groups, runtime.device),
-        pieces=loader.pieces,
-        clip_norm=recipe.optimizer.clip_norm,
-    )
+    if not begins:
+        start.load_network(network, average, runtime)
+    engine = build_engine(job, network, runtime)
+    if not begins:
+        start.load_optimizer(engine)
+    if average is not None:
+        average.follow(engine)
     if runtime.leads and not job.resume:
         job.folder.claim(recipe, job.data, {"processes": runtime.describe()})
-    monitor = Monitor(job.folder, runtime.leads)
-    progress = Progress(
-        recording=manifest.fingerprint,
-        selection_metric=recipe.selection_metric,
-        selection_split=recipe.early_stopping.split,
-        site_ids=manifest.site_ids,
-        classes=manifest.classes if recipe.task.predicts_classes else None,
-        image_size=loader.stimuli.size,
-    )
+    monitor, what = Monitor(job.folder, runtime.leads), (loader, job.selection, job.workers)
     introduce(job, network, runtime, monitor)
     introduce_readouts(job, network, monitor, ridge_scores)
-    return Training(
-        recipe, job.folder, runtime, engine, network, average, loader, job.selection, job.workers, monitor, progress
-    )
+    return Training(recipe, job.folder, runtime, engine, network, average, *what, monitor, start.progress)
+
+
+def build_network(job: Job, runtime: Runtime, begins: bool) -> Network:
+    """The network of the recipe on this rank's device; with its first weights where the run begins."""
+    recipe = job.recipe
+    network = Network(recipe if begins else recipe.for_checkpoint(), job.manifest, job.loader.stimuli.size)
+    if recipe.backbone.batch_norm == "synced" and runtime.ranks > 1:
+        network.backbone.sync_batch_norm()
+    if runtime.deepspeed:  # channels-last weights break the flattened views of ZeRO
+        return network.to(runtime.device)
+    return network.to(runtime.device, memory_format=torch.channels_last)
+
+
+def build_engine(job: Job, network: Network, runtime: Runtime) -> Engine:
+    """The optimizer, and both as the strategy wraps them."""
+    settings = job.recipe.optimizer
+    optimizer = build_optimizer(settings, parameter_groups(network, job.recipe), runtime.device)
+    wrapped = runtime.wrap(network, optimizer)
+    options = {"pieces": job.loader.pieces, "clip_norm": settings.clip_norm}
+    if runtime.deepspeed:
+        engine = ZeroEngine(runtime, wrapped, network, optimizer, **options)
+    else:
+        engine = Engine(runtime, wrapped, network, optimizer, **options, scales_loss=job.recipe.precision == "fp16")
+    if job.recipe.compile:
+        engine.compile()
+    return engine
 
 
 def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) -> None:
@@ -149,10 +162,11 @@ def main() -> None:
     options, recipe = parse_command_line(sys.argv[1:])
     job = prepare(recipe, options.data, options.out, options.resume)
     with started(job.deepspeed, job.recipe.precision, job.recipe.deterministic) as runtime:
-        training = build(job, runtime)
+        start = starting_point(job, runtime)
+        training = build(job, start, runtime)
         try:
             if job.resume:
-                training.resume()
+                training.go_on(start)
             training.run()
         finally:
             training.monitor.close()

@@ -27,6 +27,7 @@ from train.order import share
 from train.runtime import Runtime
 
 COLUMNS = 8192  # in one product; beyond that, sums are in float64
+STRIPES, LEAST_STRIPE = 8, 256  # of a product: how many, and the fewest rows in each
 COPIES = 5  # of a block that exist at one time: read, packed, received, centred, and the product's own
 Precision = Literal["float64", "float32", "tf32", "bf16"]
 # Of sums of many products, relative to the largest eigenvalue of their matrix; see `train.kernel_regression.Gram`.
@@ -99,8 +100,7 @@ def inner_products(
     offsets = np.cumsum([0, *counts])
     held = np.concatenate([part + offset for parts in shares for part, offset in zip(parts, offsets, strict=False)])
     place = np.argsort(held)
-    products = summed.cpu().numpy()[np.ix_(place, place)]
-    return (products + products.T) / 2
+    return summed.cpu().numpy()[np.ix_(place, place)]
 
 
 def multiplied(features: torch.Tensor, precision: Precision) -> torch.Tensor:
@@ -112,10 +112,21 @@ def multiplied(features: torch.Tensor, precision: Precision) -> torch.Tensor:
             has it (1e-3 in each factor); bf16 likewise (4e-3). Factors are rounded, sums are float32 or better.
     """
     if precision == "float64":
-        features = features.double()
-        return features @ features.T
+        return _symmetric_product(features.double())
     with _float32_products(precision):
-        return (features @ features.T).double()
+        return _symmetric_product(features)
+
+
+def _symmetric_product(features: torch.Tensor) -> torch.Tensor:
+    """The upper triangle in blocks of rows, and its mirror image: little more than half of the multiplications."""
+    stimuli = len(features)
+    product = torch.empty(stimuli, stimuli, dtype=torch.float64, device=features.device)
+    height = max(-(-stimuli // STRIPES), LEAST_STRIPE)
+    for start in range(0, stimuli, height):
+        stripe = features[start : start + height] @ features[start:].T
+        product[start : start + height, start:] = stripe
+        product[start:, start : start + height] = stripe.T
+    return product
 
 
 @contextmanager

@@ -7,6 +7,7 @@ the dual weights. Each site is fitted on the stimuli it was recorded for.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -29,6 +30,20 @@ class Gram:
     fit: np.ndarray
     cross: np.ndarray
     rounding: float = 0.0
+
+    @cached_property
+    def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        """The eigenvalues of `fit`, descending, and its eigenvectors, without those that are rounding errors."""
+        values, vectors = np.linalg.eigh(self.fit)
+        values, vectors = values[::-1], vectors[:, ::-1]
+        floor = max(len(values) * np.finfo(np.float64).eps, self.rounding)
+        rank = int((values > max(values[0], 0) * floor).sum())
+        return values[:rank], vectors[:, :rank]
+
+    def leading(self, components: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """The first `components` of the spectrum, all where None."""
+        values, vectors = self.spectrum
+        return values[:components], vectors[:, :components]
 
 
 def centred(products: np.ndarray, fit: np.ndarray, held_out: np.ndarray, rounding: float = 0.0) -> Gram:
@@ -134,19 +149,9 @@ def _subset(gram: Gram, there: np.ndarray) -> Gram:
     return centred(square, rows, np.arange(len(there), len(stacked)), gram.rounding)
 
 
-def _spectrum(gram: Gram, components: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The leading eigenvalues, descending, and eigenvectors, without those that are rounding errors."""
-    values, vectors = np.linalg.eigh(gram.fit)
-    values, vectors = values[::-1], vectors[:, ::-1]
-    floor = max(len(values) * np.finfo(np.float64).eps, gram.rounding)
-    rank = int((values > max(values[0], 0) * floor).sum())
-    kept = rank if components is None else min(rank, components)
-    return values[:kept], vectors[:, :kept]
-
-
 def _least_squares(gram: Gram, rates: np.ndarray, components: int | None) -> Fit:
     """Ordinary least squares on principal component scores: a = U S^-2 U' y."""
-    values, vectors = _spectrum(gram, components)
+    values, vectors = gram.leading(components)
     mean = rates.mean(axis=0)
     dual = vectors @ ((vectors.T @ (rates - mean)) / values[:, None])
     return Fit(prediction=(gram.cross @ dual + mean).astype(np.float32), dual=dual, mean=mean)
@@ -158,7 +163,7 @@ def _ridge(gram: Gram, rates: np.ndarray, components: int | None) -> Fit:
     The leave-one-out residual of stimulus i is e_i / (1 - H_ii), H the hat matrix (PRESS, Allen 1974), so every penalty
     of a wide grid costs one product.
     """
-    values, vectors = _spectrum(gram, components)
+    values, vectors = gram.leading(components)
     mean = rates.mean(axis=0)
     centred_rates = rates - mean
     unit = np.trace(gram.fit) / len(gram.fit) or 1.0

@@ -5,19 +5,22 @@ import time
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 
 from data_prep import progress as show
-from data_prep.errors import BadInput, RunFailed
+from data_prep.errors import RunFailed
 from data_prep.manifest import to_json_list
 from train.augment import augment
-from train.checkpoint import Progress, checked_tensors, load_progress, load_tensors, save_checkpoint
+from train.checkpoint import Progress, forget_newer, save_checkpoint
 from train.ema import RunningAverage
+from train.engine import Engine, average_batch_statistics, batch_statistics
 from train.loader import Batch, Stimuli, TrainLoader
 from train.monitor import Monitor
 from train.order import stream_seed
 from train.recipe import Recipe
+from train.resume import StartingPoint
 from train.run_folder import RunFolder
-from train.runtime import Engine, Runtime
+from train.runtime import Runtime
 from train.schedule import momentum, plateaus, rate_factor, set_momentum
 from train.scoring import Scored, score
 from train.tasks import Network
@@ -80,7 +83,7 @@ class Training:
             scored = self._score()
             best = self._select(scored)
             self._tell(loss, scored, best, trained - started, time.monotonic() - trained)
-            self._save(best)
+            self._save()
         ended = "no improvement" if self._out_of_patience() else "all epochs done"
         best = math.nan if self.progress.best is None else self.progress.best
         self.monitor.say(
@@ -88,35 +91,61 @@ class Training:
             f"on {self.progress.selection_split} after epoch {self.progress.best_epoch}"
         )
 
+    @property
+    def _first_step(self) -> int:
+        """Steps of the epoch under way that are done."""
+        return self.progress.step - self.progress.epoch * self.loader.steps
+
     def _epoch(self) -> float:
-        """One pass over the training stimuli; returns the mean loss per step."""
+        """One pass over the training stimuli, or what is left of it; returns the mean loss per step."""
         self.network.train()
-        seed_everything(self.recipe.seed, self.progress.epoch, self.runtime.rank)
         drops = plateaus(self.recipe.schedule, self.progress.improved)
-        epoch_loss = torch.zeros((), dtype=torch.float64, device=self.runtime.device)
+        epoch_loss = torch.tensor(self._loss_so_far(), dtype=torch.float64, device=self.runtime.device)
         with show.Progress(
-            self.loader.steps, f"epoch {self.progress.epoch + 1}", "steps", silent=not self.runtime.leads
+            self.loader.steps - self._first_step,
+            f"epoch {self.progress.epoch + 1}",
+            "steps",
+            silent=not self.runtime.leads,
         ) as bar:
             waited = time.monotonic()
-            for micros in self.loader.epoch(self.progress.epoch):
+            for micros in self.loader.epoch(self.progress.epoch, self._first_step):
                 data_wait = time.monotonic() - waited
                 losses = self._step(micros, drops)
                 epoch_loss += losses["loss"]
                 if self.progress.step % STEPS_BETWEEN_SCALARS == 0:
                     self._scalars(losses, data_wait, time.monotonic() - waited)
                 bar.advance()
+                if self._saves_midway():
+                    self.progress.losses = self.runtime.all_gather(epoch_loss).tolist()
+                    self._check_finite(sum(self.progress.losses))
+                    self._save()
                 waited = time.monotonic()
-        self.progress.epoch += 1
         mean = float(self.runtime.sum(epoch_loss)) / self.loader.steps
-        if not math.isfinite(mean):
-            raise RunFailed(
-                f"the loss became {mean} in epoch {self.progress.epoch}; lower optimizer.lr or set optimizer.clip_norm "
-                "(the checkpoints of the epochs before are kept)"
-            )
+        self._check_finite(mean)
+        self.progress.epoch, self.progress.losses = self.progress.epoch + 1, []
         return mean
+
+    def _loss_so_far(self) -> float:
+        """This rank's part of the losses of the epoch under way; with another number of ranks, the first has all."""
+        losses, runtime = self.progress.losses, self.runtime
+        if len(losses) == runtime.ranks:
+            return losses[runtime.rank]
+        return sum(losses) if runtime.leads else 0.0
+
+    def _saves_midway(self) -> bool:
+        every = self.recipe.checkpoint.every_steps
+        return every is not None and self.progress.step % every == 0 and self._first_step < self.loader.steps
+
+    def _check_finite(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise RunFailed(
+                f"the loss became {loss} in epoch {self.progress.epoch + 1}; lower optimizer.lr or set "
+                "optimizer.clip_norm (the checkpoints before are kept)"
+            )
 
     def _step(self, micros: list[Batch], drops: int) -> dict[str, torch.Tensor]:
         """One optimizer step; returns this rank's part of its losses, which stay on the device."""
+        seed_everything(self.recipe.seed, self.progress.step, self.runtime.rank)
         self._set_rates(drops)
         pieces = [self._piece(piece, micro.to(self.runtime.device)) for piece, micro in enumerate(micros)]
         self.engine.step()
@@ -153,9 +182,10 @@ class Training:
     def _score(self) -> Scored:
         """Score the stimuli that select, with the network that is going to be saved."""
         network = self.scored_network
-        self.runtime.average_batch_statistics(network)
-        if network is not self.network:
-            self.runtime.average_batch_statistics(self.network)
+        average_batch_statistics(self.network, self.runtime)
+        if self.average is not None:
+            self.average.gather()
+            average_batch_statistics(network, self.runtime)
         options = {"batch_size": evaluation_batch_size(self.recipe), "workers": self.workers, "keep": False}
         responses = network.objective.responses
         if responses is not None and responses.ignores_offsets:
@@ -179,20 +209,45 @@ class Training:
         sign = -1 if self.progress.selection_metric in LOWER_IS_BETTER else 1
         improved = best is None or sign * value > sign * best
         if improved:
-            self.progress.best, self.progress.best_epoch = value, self.progress.epoch
+            self.progress.best = value
+            self.progress.best_epoch, self.progress.best_step = self.progress.epoch, self.progress.step
         self.progress.improved.append(improved)
         return improved
 
     def _out_of_patience(self) -> bool:
         return self.progress.epochs_without_improvement >= self.recipe.early_stopping.patience
 
-    def _save(self, best: bool) -> None:
-        tensors = {"network": self.scored_network.state_dict(), "optimizer": self.engine.optimizer_tensors()}
-        if self.average is not None:
-            tensors["training"] = self.network.state_dict()
+    def _save(self) -> None:
+        """Save a checkpoint; all ranks go on when it is whole, or end together.
+
+        Raises:
+            RunFailed: it cannot be written.
+        """
+        tensors = {"optimizer": self.engine.optimizer_tensors()}
+        if self.average is None:
+            tensors["network"] = self.engine.network_tensors()
+        else:
+            self.average.gather()
+            tensors |= {"network": self.average.network.state_dict(), "training": self.engine.network_tensors()}
+        tensors["statistics"] = self._statistics_of_ranks(tensors) if self.progress.losses else {}
+        failure = None
         if self.runtime.leads:
-            save_checkpoint(self.folder.checkpoints, tensors, self.progress, best)
-        self.runtime.barrier()
+            try:
+                save_checkpoint(self.folder.checkpoints, tensors, self.progress, self.recipe.checkpoint.keep)
+            except (OSError, SafetensorError) as error:
+                failure = f"checkpoint step_{self.progress.step} cannot be saved ({error}); those before are kept"
+        if failure := self.runtime.gather_objects(failure)[0]:
+            raise RunFailed(failure)
+
+    def _statistics_of_ranks(self, tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """In mid-epoch each rank has BatchNorm statistics of its own: all of them, and their mean in `tensors`."""
+        found = {}
+        for file in set(tensors) - {"optimizer"} if self.runtime.ranks > 1 else ():
+            network = self.network if file == "training" or self.average is None else self.average.network
+            for name, own in batch_statistics(network):
+                found[f"{file}|{name}"] = self.runtime.all_gather(own)
+                tensors[file][name] = self.runtime.mean(own).to(own)
+        return found
 
     def _tell(self, loss: float, scored: Scored, best: bool, train_seconds: float, score_seconds: float) -> None:
         progress, means = self.progress, scored.means()
@@ -218,32 +273,26 @@ class Training:
             }
         )
 
-    def resume(self) -> None:
-        """Go on from the last checkpoint, or from the start where no epoch was completed.
-
-        Raises:
-            BadInput: the checkpoint is damaged, or of a run on other data.
-        """
-        last = self.folder.checkpoints / "last"
-        if not last.exists():
-            self.monitor.rewind(epoch=0, step=0)
-            self.monitor.say("no epoch had been completed: starting from the beginning")
+    def go_on(self, start: StartingPoint) -> None:
+        """Say where the run begins again, and drop what was written after that."""
+        for fault in start.faults:
+            self.monitor.say(f"warning: {fault}; taking the checkpoint before")
+        self.monitor.rewind(self.progress.epoch, self.progress.step)
+        if start.checkpoint is None:
+            self.monitor.say("no checkpoint had been saved: starting from the beginning")
             return
-        before = load_progress(last)
-        if before.recording != self.progress.recording:
-            raise BadInput(f"{self.folder.path} was trained on other shards; resume it with the --data it began with")
-        self.progress = before
-        trained = "network" if self.average is None else "training"
-        self.engine.load(checked_tensors(self.network, last, trained), load_tensors(last, "optimizer"))
-        if self.average is not None:
-            self.average.network.load_state_dict(checked_tensors(self.network, last, "network"))
-        self.monitor.rewind(before.epoch, before.step)
-        self.monitor.say(f"resumed after epoch {before.epoch} (step {before.step})")
+        if self.runtime.leads:
+            forget_newer(self.folder.checkpoints, self.progress)
+        midway = f", step {self._first_step} of the next" if self._first_step else ""
+        self.monitor.say(f"resumed after epoch {self.progress.epoch}{midway} (step {self.progress.step})")
 
 
-def seed_everything(seed: int, epoch: int, rank: int) -> None:
-    """Seed what is random in a network (dropout, drop path) for an epoch, differently on every rank."""
-    torch.manual_seed(stream_seed(seed, epoch, rank))
+def seed_everything(seed: int, step: int, rank: int) -> None:
+    """Seed what is random in a network (dropout, drop path) for a step, differently on every rank.
+
+    In each step anew, so that a run can go on from any step without the generators' states.
+    """
+    torch.manual_seed(stream_seed(seed, step, rank))
 
 
 def evaluation_batch_size(recipe: Recipe) -> int:

@@ -18,7 +18,7 @@ from train.processes import rank, ranks_on_machine, uses_gpu, world_size
 from train.recipe import Recipe
 from train.run_folder import RunFolder
 from train.scoring import check_not_empty
-from train.strategy import chosen_strategy, fill_deepspeed
+from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
 
 
 def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:
@@ -60,6 +60,27 @@ def check_loss(recipe: Recipe, fit: Stimuli, pieces: int, site_ids: list[str]) -
         )
 
 
+def check_hardware(recipe: Recipe, stage: int | None, ranks: int) -> None:
+    """Refuse what this strategy or this machine cannot do.
+
+    Args:
+        recipe: of the run.
+        stage: of ZeRO, None for DDP.
+        ranks: processes.
+
+    Raises:
+        BadInput: naming the setting.
+    """
+    if recipe.precision == "fp16" and stage is not None:
+        raise BadInput("precision: fp16 scales its loss, which works with strategy ddp only; take bf16 or fp32")
+    if recipe.precision == "fp16" and not uses_gpu():
+        raise BadInput("precision: fp16 needs a GPU; on a CPU take bf16 or fp32")
+    if recipe.backbone.batch_norm == "synced" and ranks > 1 and not uses_gpu():
+        raise BadInput("backbone.batch_norm: synced needs GPUs, torch has it for no CPU; take live or frozen")
+    if recipe.compile and stage == 3:
+        raise BadInput("compile: ZeRO-3 gathers weights between modules, which cannot be compiled; take zero2 or ddp")
+
+
 @dataclass
 class Job:
     """A checked run.
@@ -85,11 +106,6 @@ class Job:
     selection: Stimuli
     workers: int
     deepspeed: dict[str, Any] | None
-
-    @property
-    def begins(self) -> bool:
-        """Whether there is no checkpoint to go on from."""
-        return not (self.resume and (self.folder.checkpoints / "last").exists())
 
 
 def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
@@ -123,6 +139,7 @@ def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
         for stimuli in (fit, selection):
             stimuli.shuffle_responses(recipe.seed)
     deepspeed = chosen_strategy(recipe.strategy)
+    check_hardware(recipe, zero_stage(deepspeed), ranks)
     if deepspeed is not None:
         deepspeed = fill_deepspeed(
             deepspeed,

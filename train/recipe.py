@@ -59,8 +59,9 @@ class Backbone(Source):
 
     trainable: Literal["all", "head"] = "all"
     """Train everything, or the readout alone on a frozen backbone."""
-    batch_norm: Literal["live", "frozen"] = "live"
-    """Normalise by the batch, or by the statistics that came with the weights (a frozen backbone always does)."""
+    batch_norm: Literal["live", "frozen", "synced"] = "live"
+    """Normalise by each process's own share of the batch; by the statistics that came with the weights (a frozen
+    backbone always does); or, on GPUs, by the whole batch over all processes."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
 
@@ -166,6 +167,15 @@ class EarlyStopping(Settings):
     """Stop after this many epochs in a row without improvement."""
 
 
+class Checkpoint(Settings):
+    """When a run is saved, and what of it is kept."""
+
+    every_steps: int | None = Field(None, ge=1)
+    """Save after every so many optimizer steps as well as after each epoch."""
+    keep: int = Field(2, ge=1)
+    """How many of the last checkpoints to keep, beside the best: a damaged one is passed over for the one before."""
+
+
 class Loader(Settings):
     """How pictures are read."""
 
@@ -186,11 +196,15 @@ class Recipe(Settings):
     schedule: Schedule = Schedule()
     batch: Batch = Batch()
     early_stopping: EarlyStopping = EarlyStopping()
+    checkpoint: Checkpoint = Checkpoint()
     loader: Loader = Loader()
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of the training forward pass: float32, or bfloat16 autocast over float32 weights. Evaluation is float32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Of the training forward pass: float32, or autocast over float32 weights, for fp16 (of a GPU, with ddp) with a
+    scaled loss. Evaluation is float32."""
     strategy: str | None = None
     """`ddp`, or a DeepSpeed JSON such as ds_configs/zero2.json; by default what the launcher asked for, else ddp."""
+    compile: bool = False
+    """Let torch compile the network: minutes at the start, then shorter steps. Not with ZeRO-3."""
     ema: float | None = Field(None, gt=0, lt=1)
     """Decay per step of a running average of the weights, which is then what is scored and saved (0.99, say)."""
     deterministic: bool = False
@@ -259,6 +273,7 @@ class Recipe(Settings):
             ("readout.rank", self.readout.kind == "low_rank", "readout.kind low_rank"),
             ("early_stopping.inner_fraction", self.early_stopping.split == "inner", "early_stopping.split inner"),
             ("optimizer.momentum", not self.schedule.cycle_momentum, "schedule.cycle_momentum false"),
+            ("backbone.batch_norm", whole or self.backbone.batch_norm == "frozen", "backbone.trainable all"),
             ("backbone.gradient_checkpointing", whole, "backbone.trainable all"),
             ("optimizer.backbone_lr_factor", whole, "backbone.trainable all"),
             ("schedule.cycle_momentum", self.schedule.kind == "onecycle", "schedule.kind onecycle"),

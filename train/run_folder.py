@@ -64,7 +64,8 @@ class RunFolder:
         if not self.recipe.is_file():
             raise BadInput(f"{self.path} holds no run to resume (no recipe.yaml); start it without --resume")
         before, now = _flat(load_recipe(self.recipe, type(recipe)).model_dump()), _flat(recipe.model_dump())
-        free = {"strategy", "loader.workers", "batch.per_device", "memory"}  # how it is computed, not what
+        # How it is computed, not what.
+        free = {"strategy", "loader.workers", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
         changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         changed = [change for change in changed if change.partition(":")[0] not in free]
         if changed:

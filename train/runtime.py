@@ -1,7 +1,6 @@
-"""Processes, devices, precision and DeepSpeed: the only file that knows Accelerate and DeepSpeed.
+"""Processes, devices, precision and DeepSpeed: the only file that starts Accelerate and DeepSpeed.
 
-`started(...)` finds out how many processes there are, joins them and gives a `Runtime`; `Runtime.prepare` turns network
-and optimizer into an `Engine` that steps in the same way under every strategy.
+`started(...)` finds out how many processes there are, joins them and gives a `Runtime`; `train/engine.py` steps.
 """
 
 import logging
@@ -10,7 +9,7 @@ import socket
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -29,22 +28,24 @@ from torch import nn
 
 from data_prep.errors import BadInput, RunFailed
 from train.processes import cpu_wanted, ranks_on_machine, uses_gpu, world_size
+from train.strategy import name_of
 
 STARTING_TIMEOUT = timedelta(minutes=30)
-SHARED_STATE = ("step", "mu_product")  # of an optimizer: numbers, not one per weight
 
 
 class Runtime:
     """This process among the others.
 
     Attributes:
+        deepspeed: whether DeepSpeed is the strategy.
         rank, ranks: which process this is, and of how many.
         device: where it computes.
     """
 
-    def __init__(self, accelerator: Accelerator, deepspeed: bool):
+    def __init__(self, accelerator: Accelerator, deepspeed: dict[str, Any] | None):
         self._accelerator = accelerator
-        self.deepspeed = deepspeed
+        self.deepspeed = deepspeed is not None
+        self._strategy = name_of(deepspeed, accelerator.num_processes)
         self.rank: int = accelerator.process_index
         self.ranks: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
@@ -61,9 +62,8 @@ class Runtime:
 
     def describe(self) -> str:
         """Processes, device and strategy, for the log."""
-        strategy = "DeepSpeed" if self.deepspeed else "DDP" if self.ranks > 1 else "one process"
         name = torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU, {torch.get_num_threads()} threads"
-        return f"{self.ranks} process{'es' * (self.ranks > 1)} ({name} each), {strategy}"
+        return f"{self.ranks} process{'es' * (self.ranks > 1)} ({name} each), {self._strategy}"
 
     # --- collectives: the same calls with one process and with many
 
@@ -88,6 +88,10 @@ class Runtime:
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         """The sum over ranks, in the order of the ranks."""
         return self.all_gather(tensor).sum(0)
+
+    def mean(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The mean over ranks, in float64."""
+        return self.all_gather(tensor).double().mean(0)
 
     def sum_to(self, tensor: torch.Tensor, rank: int) -> torch.Tensor | None:
         """The sum over ranks, on one rank; None on the others."""
@@ -116,17 +120,8 @@ class Runtime:
         """Wait for all ranks."""
         self._accelerator.wait_for_everyone()
 
-    def average_batch_statistics(self, network: nn.Module) -> None:
-        """Average BatchNorm's running statistics over ranks; they differ, as each rank normalises its own batches."""
-        if self.ranks == 1:
-            return
-        for module in network.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-                for statistic in (module.running_mean, module.running_var):
-                    statistic.copy_(self.all_gather(statistic).double().mean(0))
-
-    def prepare(self, network: nn.Module, optimizer: torch.optim.Optimizer, **options: Any) -> "Engine":
-        """Network and optimizer, ready to be stepped; `options` go to `Engine`.
+    def wrap(self, network: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+        """The network as the strategy wraps it, which joins it with those of the other ranks.
 
         Raises:
             RuntimeError: the strategy that was asked for is not the one that came out.
@@ -135,154 +130,15 @@ class Runtime:
             wrapped, _ = self._accelerator.prepare(network, optimizer)
             if type(wrapped).__name__ != "DeepSpeedEngine":
                 raise RuntimeError(f"asked for DeepSpeed, but accelerate prepared a {type(wrapped).__name__}")
-        else:
-            with warnings.catch_warnings():  # accelerate still passes `broadcast_buffers`, which torch is renaming
-                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
-                wrapped = self._accelerator.prepare(network) if self.ranks > 1 else network
-            if self.ranks > 1 and not isinstance(wrapped, nn.parallel.DistributedDataParallel):
-                raise RuntimeError(f"asked for DDP over {self.ranks} processes, but got a {type(wrapped).__name__}")
-        return Engine(self, wrapped, network, optimizer, **options)
-
-
-class Engine:
-    """Network and optimizer under any strategy.
-
-    Args:
-        runtime: this process.
-        wrapped: the network as the strategy wrapped it.
-        network: the network itself.
-        optimizer: the torch optimizer; its parameter groups hold the learning rates under every strategy.
-        pieces: micro-batches per optimizer step.
-        clip_norm: largest norm of the gradient, or None.
-    """
-
-    def __init__(
-        self,
-        runtime: Runtime,
-        wrapped: nn.Module,
-        network: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        *,
-        pieces: int,
-        clip_norm: float | None,
-    ):
-        self.runtime, self.network, self.optimizer = runtime, network, optimizer
-        self._wrapped, self._pieces, self._clip_norm = wrapped, pieces, clip_norm
-        self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The network's outputs for a micro-batch, in training."""
-        return self._wrapped(images)
-
-    def micro_batch(self, piece: int):
-        """Around forward and backward of a micro-batch: gradients travel between ranks with the last one only."""
-        ddp = isinstance(self._wrapped, nn.parallel.DistributedDataParallel)
-        return self._wrapped.no_sync() if ddp and piece < self._pieces - 1 else nullcontext()
-
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's gradients. `loss` is its part of the global batch's loss (see `train/objectives.py`).
-
-        DDP and DeepSpeed average over ranks, and DeepSpeed over micro-batches too; both are undone here, so that what
-        arrives is the sum of the parts.
-        """
-        if self.runtime.deepspeed:
-            self._wrapped.backward(loss * (self.runtime.ranks * self._pieces))
-            if not self._wrapped.is_gradient_accumulation_boundary():
-                self._wrapped.step()  # counts the micro-batch
-        else:
-            (loss * self.runtime.ranks).backward()
-
-    def step(self) -> None:
-        """One optimizer step with the gradients of a whole global batch; clears them."""
-        if self.runtime.deepspeed:
-            self._wrapped.step()
-            return
-        if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        """The optimizer's state as `<parameter>|<key>`, whole whatever the strategy; every rank must take part."""
-        if self.runtime.deepspeed:
-            return self._partitioned_optimizer_tensors()
-        state = self.optimizer.state
-        return {
-            f"{name}|{key}": value
-            for name, parameter in self.network.named_parameters()
-            for key, value in state.get(parameter, {}).items()
-        }
-
-    def _partitioned_optimizer_tensors(self) -> dict[str, torch.Tensor]:
-        tensors = {}
-        for state, names, parameters in self._partitions():
-            for key, value in state.items():
-                if key in SHARED_STATE:
-                    tensors |= {f"{name}|{key}": value.clone() for name in names}
-                    continue
-                whole = self.runtime.all_gather(value).flatten()  # ends in padding
-                parts = whole[: sum(p.numel() for p in parameters)].split([p.numel() for p in parameters])
-                tensors |= {
-                    f"{name}|{key}": part.view(parameter.shape).clone()
-                    for name, parameter, part in zip(names, parameters, parts, strict=True)
-                }
-        return tensors
-
-    def _partitions(self) -> Iterator[tuple[dict[str, torch.Tensor], list[str], list[nn.Parameter]]]:
-        """Per parameter group: the state of this rank's partition, and the parameters that lie flat in all partitions.
-
-        ZeRO-1 and -2 flatten a group's parameters in `round_robin_bit16_groups`' order and cut the result into equal
-        parts, one per rank.
-        """
-        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
-        zero = self._wrapped.optimizer
-        for partition, parameters in zip(
-            zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups, strict=True
-        ):
-            yield self.optimizer.state[partition], [names[id(p)] for p in parameters], parameters
-
-    def load(self, network: dict[str, torch.Tensor], optimizer: dict[str, torch.Tensor]) -> None:
-        """Go on from a checkpoint: the network's tensors, and the optimizer's as `optimizer_tensors` gave them."""
-        self.network.load_state_dict(network)
-        if self.runtime.deepspeed:
-            self._load_partitioned(optimizer)
-        else:
-            self._load_whole(optimizer)
-
-    def _load_whole(self, tensors: dict[str, torch.Tensor]) -> None:
-        names = {id(parameter): name for name, parameter in self.network.named_parameters()}
-        content = self.optimizer.state_dict()
-        for index, parameter in enumerate(self._parameters):
-            prefix = f"{names[id(parameter)]}|"
-            content["state"][index] = {
-                name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)
-            }
-        self.optimizer.load_state_dict(content)
-        for state in self.optimizer.state.values():
-            if "mu_product" in state:  # NAdam reads it on the host in every step; torch has moved it to the device
-                state["mu_product"] = state["mu_product"].cpu()
-
-    def _load_partitioned(self, tensors: dict[str, torch.Tensor]) -> None:
-        zero = self._wrapped.optimizer
-        zero.refresh_fp32_params()  # ZeRO steps copies of the weights, which have just been loaded
-        keys = {name.rpartition("|")[2] for name in tensors}
-        groups = zip(self.optimizer.param_groups, zero.single_partition_of_fp32_groups, self._partitions(), strict=True)
-        for group, partition, (state, names, _) in groups:
-            for key in keys:
-                parts = [tensors[f"{name}|{key}"] for name in names]
-                if key in SHARED_STATE:
-                    on_device = key == "step" and group.get("fused")
-                    state[key] = parts[0].to(partition.device if on_device else "cpu", copy=True)
-                    continue
-                whole = partition.new_zeros(partition.numel() * self.runtime.ranks)
-                flat = torch.cat([part.flatten() for part in parts])
-                whole[: flat.numel()] = flat.to(whole)
-                state[key] = whole.view(self.runtime.ranks, -1)[self.runtime.rank].clone()
-
-    def set_rate(self, factor: float) -> None:
-        """Set every group's learning rate to `factor` times its peak."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * factor
+            return wrapped
+        if self.ranks == 1:
+            return network
+        with warnings.catch_warnings():  # accelerate still passes `broadcast_buffers`, which torch is renaming
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            wrapped = self._accelerator.prepare(network)
+        if not isinstance(wrapped, nn.parallel.DistributedDataParallel):
+            raise RuntimeError(f"asked for DDP over {self.ranks} processes, but got a {type(wrapped).__name__}")
+        return wrapped
 
 
 @contextmanager
@@ -304,7 +160,7 @@ def started(deepspeed: dict[str, Any] | None, precision: str, deterministic: boo
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     try:
-        yield Runtime(_accelerator(deepspeed), deepspeed is not None)
+        yield Runtime(_accelerator(deepspeed), deepspeed)
     except RuntimeError as error:
         if "deterministic implementation" in str(error):
             raise RunFailed(f"deterministic: {' '.join(str(error).split('.')[0].split())}; set it to false") from None
@@ -339,10 +195,12 @@ def _accelerator(deepspeed: dict[str, Any] | None) -> Accelerator:
         handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=STARTING_TIMEOUT))
     if deepspeed is None:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
-        wanted = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU) if expected > 1 else (DistributedType.NO,)
+        wanted = [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
+        if expected == 1:
+            wanted.append(DistributedType.NO)  # or one of the above, if a launcher started the one process
     else:
         accelerator = _deepspeed_accelerator(deepspeed, cpu, handlers)
-        wanted = (DistributedType.DEEPSPEED,)
+        wanted = [DistributedType.DEEPSPEED]
     if accelerator.num_processes != expected or accelerator.distributed_type not in wanted:
         raise RuntimeError(
             f"{expected} processes were started, but accelerate joined {accelerator.num_processes} "

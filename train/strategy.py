@@ -44,13 +44,38 @@ def _read_deepspeed_json(path: Path) -> dict[str, Any]:
         ) from None
     except (OSError, ValueError) as error:
         raise BadInput(f"strategy: {path} is not readable as JSON ({error})") from None
-    stage = config.get("zero_optimization", {}).get("stage") if isinstance(config, dict) else None
-    if stage not in (1, 2):
-        raise BadInput(f"strategy: {path}: zero_optimization.stage must be 1 or 2, not {stage}")
-    for name in ("offload_optimizer", "offload_param", "parameter_alignment"):
-        if config["zero_optimization"].get(name):
-            raise BadInput(f"strategy: {path}: zero_optimization.{name} is not supported; remove it")
+    _check_zero(config.get("zero_optimization") if isinstance(config, dict) else None, path)
     return config
+
+
+def _check_zero(zero: Any, path: Path) -> None:
+    if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
+        stage = zero.get("stage") if isinstance(zero, dict) else None
+        raise BadInput(f"strategy: {path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage}")
+    for name, least_stage in (("offload_optimizer", 1), ("offload_param", 3)):
+        device = (zero.get(name) or {"device": "none"}).get("device")
+        if device not in ("cpu", "none"):
+            raise BadInput(f"strategy: {path}: zero_optimization.{name}.device must be cpu or none, not {device}")
+        if device == "cpu" and zero["stage"] < least_stage:
+            raise BadInput(f"strategy: {path}: zero_optimization.{name} needs stage {least_stage} or higher")
+    for name in ("parameter_alignment", "zero_quantized_weights", "zero_hpz_partition_size"):
+        if zero.get(name):
+            raise BadInput(f"strategy: {path}: zero_optimization.{name} is not supported; remove it")
+
+
+def zero_stage(config: dict[str, Any] | None) -> int | None:
+    """The ZeRO stage of a configuration, None for DDP."""
+    return None if config is None else config["zero_optimization"]["stage"]
+
+
+def name_of(config: dict[str, Any] | None, ranks: int) -> str:
+    """What a strategy is called, for the log."""
+    if config is None:
+        return "DDP" if ranks > 1 else "one process"
+    zero = config["zero_optimization"]
+    moved = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    away = [word for name, word in moved.items() if (zero.get(name) or {}).get("device") == "cpu"]
+    return f"DeepSpeed ZeRO-{zero['stage']}" + (f" with {' and '.join(away)} on the CPU" if away else "")
 
 
 def fill_deepspeed(config: dict[str, Any], *, share: int, pieces: int, ranks: int, clip_norm: float | None) -> dict:
@@ -73,13 +98,15 @@ def fill_deepspeed(config: dict[str, Any], *, share: int, pieces: int, ranks: in
         "gradient_clipping": clip_norm or 0.0,
         # NAdam and SGD are "untested" in DeepSpeed's words; the project's tests compare them with DDP.
         "zero_allow_untested_optimizer": True,
+        # With offload DeepSpeed would take its own Adam, whatever the recipe's optimizer is.
+        "zero_force_ds_cpu_optimizer": False,
     }
     for name, value in filled.items():
         if config.get(name, value) != value:
             raise BadInput(
                 f"strategy: {name} is {config[name]} in the file, but the recipe gives {value}; remove it there"
             )
-    for name in ("optimizer", "scheduler", "fp16", "bf16"):
+    for name in ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast", "data_types"):
         if name in config:
             raise BadInput(f"strategy: the file has a section {name!r}, which the recipe decides; remove it there")
     return config | filled

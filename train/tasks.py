@@ -29,7 +29,7 @@ class Network(nn.Module):
     def __init__(self, recipe: Recipe, manifest: Manifest, image_size: int):
         super().__init__()
         regresses, classifies = recipe.task.predicts_responses, recipe.task.predicts_classes
-        self._bf16 = recipe.precision == "bf16"
+        self._autocast = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[recipe.precision]
         self._reads_map = regresses and recipe.readout.kind != "linear"
         self._reads_pooled = classifies or not self._reads_map
         torch.manual_seed(stream_seed(recipe.seed, BACKBONE))
@@ -53,7 +53,8 @@ class Network(nn.Module):
         What "rates" mean, the objective knows (`ResponseLoss.in_units`). Training runs under the recipe's precision,
         evaluation in float32. The autocast is here and not around the call: DeepSpeed switches an outer one off.
         """
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self._bf16 and self.training):
+        lower = self._autocast is not None and self.training
+        with torch.autocast(images.device.type, self._autocast, enabled=lower):
             read = self.read(images)
             return {name: head(read[name]).float() for name, head in self.heads.items()}
 
@@ -69,9 +70,9 @@ class Network(nn.Module):
 def _train_what_the_recipe_says(backbone: Backbone, recipe: Recipe, image_size: int) -> None:
     if recipe.backbone.trainable == "head":
         backbone.freeze()
+    if recipe.backbone.batch_norm != "live" and not backbone.has_batch_norm:
+        raise BadInput(f"backbone.batch_norm: {recipe.backbone.name} has no BatchNorm; leave it at live")
     if recipe.backbone.batch_norm == "frozen":
-        if not backbone.has_batch_norm:
-            raise BadInput(f"backbone.batch_norm: {recipe.backbone.name} has no BatchNorm to freeze; leave it at live")
         backbone.freeze_batch_norm()
     if recipe.backbone.gradient_checkpointing:
         backbone.checkpoint_gradients(image_size)
