@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import run_command, run_here, start_command
 from launching import SMALL, metrics, predictions, succeed
+from sklearn.cross_decomposition import PLSRegression
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, RidgeCV
 
@@ -64,17 +65,49 @@ def test_ridge_on_pixels_equals_scikit_learn(recording, tmp_path):
     np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], np.array(expected).T, rtol=5e-4)
 
 
-def test_least_squares_on_principal_components_equals_scikit_learn(recording, tmp_path):
-    """In blocks of very few columns, so that the sum over blocks is what is tested."""
-    options = ["--layers", "pixels", "--images.size", "16", "--readout", "ols", "--components", "30"]
-    options += ["--products", "float64", "--memory", "0.0001"]
-    done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
-    assert done.returncode == 0, done.stderr
+def probe_pixels(recording, out, processes, *options):
+    """Predictions from pixels with products in float64, in blocks of very few columns, which must add up."""
+    words = ["train/probe.py", "--data", recording, "--out", out, "--layers", "pixels", "--images.size", "16"]
+    words += ["--products", "float64", "--memory", "0.0001", *options]
+    if processes > 1:
+        succeed(processes, *words)
+    else:
+        done = run_here(*words)
+        assert done.returncode == 0, done.stderr
+    return predictions(out)["prediction"]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_least_squares_on_principal_components_equals_scikit_learn(recording, tmp_path, processes):
+    found = probe_pixels(recording, tmp_path / "run", processes, "--readout", "ols", "--components", "30")
     pictures, rates = pixels_and_rates(recording, 16)
     pca = PCA(30, svd_solver="full").fit(pictures["train"])
     fit = LinearRegression().fit(pca.transform(pictures["train"]), rates["train"])
-    expected = fit.predict(pca.transform(pictures["val"]))
-    np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, rtol=2e-6)  # of float32 pixels
+    np.testing.assert_allclose(found, fit.predict(pca.transform(pictures["val"])), rtol=2e-6)  # of float32 pixels
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_partial_least_squares_equals_scikit_learn(recording, tmp_path, processes):
+    found = probe_pixels(recording, tmp_path / "run", processes, "--readout", "pls", "--latent", "6")
+    pictures, rates = pixels_and_rates(recording, 16)
+    fit = PLSRegression(6, scale=False, tol=1e-12, max_iter=5000).fit(pictures["train"], rates["train"])
+    np.testing.assert_allclose(found, fit.predict(pictures["val"]), rtol=1e-5)
+
+
+def test_the_network_of_a_run_is_probed_from_its_folder(recording, tmp_path):
+    """The study's re-trained classifier: other features than the random ones it began with, and the same as its own."""
+    run, options = tmp_path / "run", ["--backbone.name", "test_convnext", "--images.size", "32"]
+    finetuned = ["--task.kind", "classification", "--optimizer.lr", "1e-2", "--epochs", "3"]
+    assert run_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *finetuned).returncode == 0
+    found = {}
+    for name, weights in (("trained", run), ("file", run / "checkpoints/best/network.safetensors"), ("not", "random")):
+        out = tmp_path / name
+        words = ["--layers", "stages.3", "--backbone.weights", weights, *options]
+        done = run_here("train/probe.py", "--data", recording, "--out", out, *words)
+        assert done.returncode == 0, done.stderr
+        found[name] = predictions(out)["prediction"]
+    np.testing.assert_array_equal(found["trained"], found["file"])
+    assert np.abs(found["trained"] - found["not"]).max() > 0.1
 
 
 @pytest.mark.parametrize("by", ["random", "stratified", "grouped"])

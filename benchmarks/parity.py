@@ -1,0 +1,121 @@
+"""The full matrix of parity and resume: every strategy, number of processes, optimizer and precision, in real runs.
+
+    python benchmarks/parity.py [--processes 1 2 3] [--strategies ddp zero0 ...] [--optimizers nadam adamw sgd]
+                                [--precisions fp32 bf16] [--resume]
+
+Each run trains a small network without batch statistics for two epochs of five steps, with accumulation and clipping,
+and is compared with one process of DDP in the same precision: the largest relative difference of a loss and the
+largest absolute one of a weight. With `--resume` each strategy's run on two processes is stopped after step 8 and goes
+on under every strategy and number of processes. The tolerances: float32 sums in another order (1e-6 of a loss, 1e-5 of
+a weight); bf16 rounds each factor to 4e-3, and kernels round differently for other batch shapes (5e-3, 1e-2). Exits
+with 1 if one is exceeded.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[1]
+STRATEGIES = ["ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+TOLERANCE = {"fp32": (1e-6, 1e-5), "bf16": (5e-3, 1e-2)}
+RECIPE = [
+    *("--backbone.name", "test_convnext", "--backbone.weights", "random", "--epochs", "2", "--images.size", "32"),
+    *("--batch.global-size", "32", "--batch.per-device", "10", "--optimizer.clip-norm", "0.5"),
+    *("--optimizer.lr", "1e-3", "--loader.workers", "0", "--ema", "0.9"),
+    *("--checkpoint.every-steps", "4", "--checkpoint.keep", "100"),
+]
+
+
+def run(processes: int, *words: str | Path) -> None:
+    """A command of train/ on some processes, each with one thread."""
+    command = ["bash", "launch/local.sh", "-n", str(processes), *map(str, words)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+
+
+def strategy_flags(strategy: str) -> list[str]:
+    """How the command line names a strategy."""
+    return ["--strategy", strategy if strategy == "ddp" else f"ds_configs/{strategy}.json"]
+
+
+def train(data: Path, out: Path, processes: int, strategy: str, optimizer: str, precision: str) -> Path:
+    """A run, unless it is there."""
+    if not out.exists():
+        options = ["--optimizer.name", optimizer, "--precision", precision, *strategy_flags(strategy)]
+        run(processes, "train/finetune.py", "--data", data, "--out", out, *RECIPE, *options)
+    return out
+
+
+def go_on(data: Path, before: Path, out: Path, processes: int, strategy: str) -> Path:
+    """A copy of a run, stopped after step 8 of 10, that goes on."""
+    shutil.copytree(before, out, symlinks=True)
+    for checkpoint in (out / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > 8:
+            shutil.rmtree(checkpoint)
+    run(processes, "train/finetune.py", "--data", data, "--out", out, "--resume", *strategy_flags(strategy))
+    return out
+
+
+def differences(one: Path, other: Path) -> tuple[float, float]:
+    """The largest relative difference of a loss, and the largest absolute one of the averaged weights."""
+    losses = [[json.loads(line)["loss"] for line in (run / "history.jsonl").open()] for run in (one, other)]
+    weights = [load_file(run / "checkpoints" / "last" / "network.safetensors") for run in (one, other)]
+    return (
+        max(abs(a / b - 1) for a, b in zip(*losses, strict=True)),
+        max(float((x.double() - weights[1][name].double()).abs().max()) for name, x in weights[0].items()),
+    )
+
+
+def matrix(data: Path, folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, str, Path, Path]]:
+    """What each comparison is called, its precision, the run and the one it is compared with."""
+    for precision, optimizer in product(options.precisions, options.optimizers):
+        name = f"{precision}_{optimizer}"
+        reference = train(data, folder / f"{name}_ddp_1", 1, "ddp", optimizer, precision)
+        for strategy, processes in product(options.strategies, options.processes):
+            out = folder / f"{name}_{strategy}_{processes}"
+            label = f"{precision} {optimizer:<6} {strategy:<14} {processes}"
+            yield label, precision, train(data, out, processes, strategy, optimizer, precision), reference
+    if options.resume:
+        reference = train(data, folder / "fp32_nadam_ddp_1", 1, "ddp", "nadam", "fp32")
+        for before, after, processes in product(options.strategies, options.strategies, options.processes):
+            run_before = train(data, folder / f"fp32_nadam_{before}_2", 2, before, "nadam", "fp32")
+            out = folder / f"{before}_then_{after}_{processes}"
+            label = f"resume {before} on 2 -> {after} on {processes}"
+            yield label, "fp32", go_on(data, run_before, out, processes, after), reference
+
+
+def main() -> None:
+    """Make a recording, run the matrix, print it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--strategies", nargs="+", default=STRATEGIES, choices=STRATEGIES)
+    parser.add_argument("--optimizers", nargs="+", default=["nadam", "adamw", "sgd"])
+    parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(TOLERANCE))
+    parser.add_argument("--resume", action="store_true")
+    options = parser.parse_args()
+    exceeded = 0
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        simulated = ["--stimuli", "240", "--sites", "12", "--repetitions", "6", "--image-size", "48"]
+        pack = [sys.executable, "data_prep/pack.py", "simulated", "--out", folder / "data", *simulated]
+        subprocess.run(pack, cwd=ROOT, check=True, capture_output=True)
+        for label, precision, one, reference in matrix(folder / "data", folder, options):
+            loss, weight = differences(one, reference)
+            fine = loss <= TOLERANCE[precision][0] and weight <= TOLERANCE[precision][1]
+            exceeded += not fine
+            print(f"{label:<45} loss {loss:.0e}  weights {weight:.0e}  {'' if fine else 'EXCEEDED'}", flush=True)
+    sys.exit(1 if exceeded else 0)
+
+
+if __name__ == "__main__":
+    main()
