@@ -228,5 +228,9 @@ def _deepspeed_accelerator(config: dict[str, Any], cpu: bool, handlers: list[Any
     # With it set, accelerate drops DeepSpeed for DDP and says nothing.
     os.environ.pop("ACCELERATE_USE_CPU", None)
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-    plugin = DeepSpeedPlugin(hf_ds_config=config)
-    return Accelerator(mixed_precision="no", deepspeed_plugin=plugin, kwargs_handlers=handlers)
+    return Accelerator(
+        mixed_precision="no",
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        gradient_accumulation_steps=config["gradient_accumulation_steps"],
+        kwargs_handlers=handlers,
+    )
