@@ -65,13 +65,19 @@ class FeatureStore:
         """Features of a layer."""
         return self._widths[layer]
 
-    def columns(self, layer: str, start: int, stop: int) -> np.ndarray:
-        """Some features of all stimuli of this rank, float32 (own stimuli, stop - start); only these are read."""
-        width = self._widths[layer]
-        if not self._path(layer).stat().st_size:
-            return np.empty((0, stop - start), np.float32)
-        whole = np.memmap(self._path(layer), np.float32, "r").reshape(-1, width)
-        return np.array(whole[:, start:stop])
+    def read_columns(self, layer: str, start: int, stop: int, into: np.ndarray) -> None:
+        """Some features of all stimuli of this rank; only these are read, and nothing else is held.
+
+        Args:
+            layer: whose features.
+            start, stop: of the features.
+            into: float32 (own stimuli, stop - start), which is filled.
+        """
+        stride = self._widths[layer] * BYTES
+        with self._path(layer).open("rb", buffering=0) as file:
+            for row, features in enumerate(into):
+                file.seek(row * stride + start * BYTES)
+                file.readinto(memoryview(features).cast("B"))
 
     def discard(self, layer: str) -> None:
         """Free the space of a layer."""

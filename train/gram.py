@@ -28,7 +28,7 @@ from train.runtime import Runtime
 
 COLUMNS = 8192  # in one product; beyond that, sums are in float64
 STRIPES, LEAST_STRIPE = 8, 256  # of a product: how many, and the fewest rows in each
-COPIES = 5  # of a block that exist at one time: read, packed, received, centred, and the product's own
+COPIES = 4  # of a block that exist at one time: read, packed, received, and what the allocator keeps
 Precision = Literal["float64", "float32", "tf32", "bf16"]
 # Of sums of many products, relative to the largest eigenvalue of their matrix; see `train.kernel_regression.Gram`.
 ROUNDING: dict[Precision, float] = {"float64": 0.0, "float32": 2e-7, "tf32": 1e-5, "bf16": 1e-5}
@@ -85,12 +85,15 @@ def inner_products(
     ranks, stimuli, width = runtime.ranks, sum(counts), stores[0].width(layer)
     shares = [[share(np.arange(count), rank, ranks) for count in counts] for rank in range(ranks)]
     rows = [sum(map(len, parts)) for parts in shares]
+    own_rows = [len(part) for part in shares[runtime.rank]]
     block = max(int(memory * 2**30 / (4 * COPIES * stimuli)), 1) * ranks
     total = torch.zeros(stimuli, stimuli, dtype=torch.float64, device=runtime.device)
     for start in range(0, width, block):
-        own = np.concatenate([store.columns(layer, start, min(start + block, width)) for store in stores])
+        own = _own_columns(
+            stores, layer, [len(part) for part in shares[runtime.rank]], start, min(start + block, width)
+        )
         received = feature_slice(torch.from_numpy(own).to(runtime.device), runtime, rows)
-        received -= received.mean(0, dtype=torch.float64).float()
+        received -= received.mean(0)  # its rounding does not matter: who uses the products centres them
         for first in range(0, received.shape[1], COLUMNS):
             total += multiplied(received[:, first : first + COLUMNS], precision)
     summed = runtime.sum_to(total, owner)
@@ -101,6 +104,14 @@ def inner_products(
     held = np.concatenate([part + offset for parts in shares for part, offset in zip(parts, offsets, strict=False)])
     place = np.argsort(held)
     return summed.cpu().numpy()[np.ix_(place, place)]
+
+
+def _own_columns(stores: Sequence[FeatureStore], layer: str, rows: Sequence[int], start: int, stop: int) -> np.ndarray:
+    own, first = np.empty((sum(rows), stop - start), np.float32), 0
+    for store, count in zip(stores, rows, strict=True):
+        store.read_columns(layer, start, stop, own[first : first + count])
+        first += count
+    return own
 
 
 def multiplied(features: torch.Tensor, precision: Precision) -> torch.Tensor:
