@@ -7,66 +7,24 @@ the process, and what it was before the step. `--plain` switches gradient checkp
 """
 
 import argparse
-import resource
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
+from synthetic import GIB, finish, peak_bytes, synthetic_batch
 
-from data_prep.manifest import Image, Manifest, Rates, Shard, Split
-from train.loader import Batch
 from train.recipe import Recipe, load_recipe
 from train.schedule import build_optimizer
+from train.step_cost import paper_manifest
 from train.tasks import Network, parameter_groups
-
-GIB = 2**30
-
-
-def manifest_of(sites: int, side: int) -> Manifest:
-    """A recording that exists on paper only."""
-    shard = Shard(file="train-000000.tar", stimuli=1, bytes=1, sha256="0" * 64)
-    return Manifest(
-        name="synthetic",
-        simulated=True,
-        provenance={},
-        splits={"train": Split(stimuli=1, responses=True, shards=[shard])},
-        sites=[{"id": str(site)} for site in range(sites)],
-        classes=None,
-        image=Image(width=side, height=side, mode="RGB"),
-        rates=Rates(units="1", mean=[0.0] * sites, std=[1.0] * sites),
-        response_window_ms=None,
-    )
-
-
-def synthetic_batch(size: int, side: int, sites: int, device: torch.device) -> Batch:
-    """Random pictures and responses."""
-    draw = np.random.default_rng(0)
-    images = torch.from_numpy(draw.integers(0, 256, (size, 3, side, side), np.uint8))
-    return Batch(
-        images=images.contiguous(memory_format=torch.channels_last),
-        positions=torch.arange(size),
-        weight=torch.ones(size),
-        rates=torch.from_numpy(draw.normal(size=(size, sites)).astype(np.float32)),
-        labels=None,
-        draws=None,
-        stimuli=size,
-        observed=size * sites,
-    ).to(device)
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def step(recipe: Recipe, batch: int, sites: int) -> str:
     """Build everything, do two steps (the first makes the optimizer's state) and describe them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     side = recipe.images.size or 224
-    network = Network(recipe, manifest_of(sites, side), side).to(device, memory_format=torch.channels_last).train()
+    manifest = paper_manifest(sites, 0, side)
+    network = Network(recipe, manifest, side).to(device, memory_format=torch.channels_last).train()
     optimizer = build_optimizer(recipe.optimizer, parameter_groups(network, recipe), device)
     data, before = synthetic_batch(batch, side, sites, device), peak_bytes(device)
     seconds = []
@@ -75,8 +33,7 @@ def step(recipe: Recipe, batch: int, sites: int) -> str:
         network.objective.parts(network(data.images), data, lambda own: own)["loss"].backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        finish(device)
         seconds.append(time.monotonic() - started)
     checkpointing = "on" if recipe.backbone.gradient_checkpointing else "off"
     return (

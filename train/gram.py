@@ -89,9 +89,7 @@ def inner_products(
     block = max(int(memory * 2**30 / (4 * COPIES * stimuli)), 1) * ranks
     total = torch.zeros(stimuli, stimuli, dtype=torch.float64, device=runtime.device)
     for start in range(0, width, block):
-        own = _own_columns(
-            stores, layer, [len(part) for part in shares[runtime.rank]], start, min(start + block, width)
-        )
+        own = _own_columns(stores, layer, own_rows, start, min(start + block, width))
         received = feature_slice(torch.from_numpy(own).to(runtime.device), runtime, rows)
         received -= received.mean(0)  # its rounding does not matter: who uses the products centres them
         for first in range(0, received.shape[1], COLUMNS):
