@@ -8,7 +8,7 @@ and is compared with one process of DDP in the same precision: the largest relat
 largest absolute one of a weight. With `--resume` each strategy's run on two processes is stopped after step 8 and goes
 on under every strategy and number of processes. The tolerances: float32 sums in another order (1e-6 of a loss, 1e-5 of
 a weight); bf16 rounds each factor to 4e-3, and kernels round differently for other batch shapes (5e-3, 1e-2). Exits
-with 1 if one is exceeded.
+with 1 if one is exceeded or a run fails.
 """
 
 import argparse
@@ -18,7 +18,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -35,12 +36,20 @@ RECIPE = [
 ]
 
 
+class Failed(Exception):
+    """A run did not end well."""
+
+
 def run(processes: int, *words: str | Path) -> None:
-    """A command of train/ on some processes, each with one thread."""
+    """A command of train/ on some processes, each with one thread.
+
+    Raises:
+        Failed: with what it said.
+    """
     command = ["bash", "launch/local.sh", "-n", str(processes), *map(str, words)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stderr}")
+        raise Failed(f"{' '.join(command)}\n{done.stderr}")
 
 
 def strategy_flags(strategy: str) -> list[str]:
@@ -76,22 +85,42 @@ def differences(one: Path, other: Path) -> tuple[float, float]:
     )
 
 
-def matrix(data: Path, folder: Path, options: argparse.Namespace) -> Iterator[tuple[str, str, Path, Path]]:
-    """What each comparison is called, its precision, the run and the one it is compared with."""
+Comparison = tuple[str, str, Callable[[], Path], Callable[[], Path]]
+
+
+def matrix(data: Path, folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
+    """What each comparison is called, its precision, and what makes the run and the one it is compared with."""
+
+    def trained(precision: str, optimizer: str, strategy: str, processes: int) -> Path:
+        out = folder / f"{precision}_{optimizer}_{strategy}_{processes}"
+        return train(data, out, processes, strategy, optimizer, precision)
+
     for precision, optimizer in product(options.precisions, options.optimizers):
-        name = f"{precision}_{optimizer}"
-        reference = train(data, folder / f"{name}_ddp_1", 1, "ddp", optimizer, precision)
+        reference = partial(trained, precision, optimizer, "ddp", 1)
         for strategy, processes in product(options.strategies, options.processes):
-            out = folder / f"{name}_{strategy}_{processes}"
             label = f"{precision} {optimizer:<6} {strategy:<14} {processes}"
-            yield label, precision, train(data, out, processes, strategy, optimizer, precision), reference
+            yield label, precision, partial(trained, precision, optimizer, strategy, processes), reference
     if options.resume:
-        reference = train(data, folder / "fp32_nadam_ddp_1", 1, "ddp", "nadam", "fp32")
         for before, after, processes in product(options.strategies, options.strategies, options.processes):
-            run_before = train(data, folder / f"fp32_nadam_{before}_2", 2, before, "nadam", "fp32")
-            out = folder / f"{before}_then_{after}_{processes}"
+
+            def resumed(before: str = before, after: str = after, processes: int = processes) -> Path:
+                out = folder / f"{before}_then_{after}_{processes}"
+                return go_on(data, trained("fp32", "nadam", before, 2), out, processes, after)
+
             label = f"resume {before} on 2 -> {after} on {processes}"
-            yield label, "fp32", go_on(data, run_before, out, processes, after), reference
+            yield label, "fp32", resumed, partial(trained, "fp32", "nadam", "ddp", 1)
+
+
+def compare(label: str, precision: str, one: Callable[[], Path], reference: Callable[[], Path]) -> bool:
+    """Make the two runs and print how they differ; whether that is within the tolerance."""
+    try:
+        loss, weight = differences(one(), reference())
+    except Failed as failed:
+        print(f"{label:<45} FAILED: {failed}", flush=True)
+        return False
+    fine = loss <= TOLERANCE[precision][0] and weight <= TOLERANCE[precision][1]
+    print(f"{label:<45} loss {loss:.0e}  weights {weight:.0e}  {'' if fine else 'EXCEEDED'}", flush=True)
+    return fine
 
 
 def main() -> None:
@@ -103,18 +132,14 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["fp32", "bf16"], choices=list(TOLERANCE))
     parser.add_argument("--resume", action="store_true")
     options = parser.parse_args()
-    exceeded = 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         simulated = ["--stimuli", "240", "--sites", "12", "--repetitions", "6", "--image-size", "48"]
         pack = [sys.executable, "data_prep/pack.py", "simulated", "--out", folder / "data", *simulated]
         subprocess.run(pack, cwd=ROOT, check=True, capture_output=True)
-        for label, precision, one, reference in matrix(folder / "data", folder, options):
-            loss, weight = differences(one, reference)
-            fine = loss <= TOLERANCE[precision][0] and weight <= TOLERANCE[precision][1]
-            exceeded += not fine
-            print(f"{label:<45} loss {loss:.0e}  weights {weight:.0e}  {'' if fine else 'EXCEEDED'}", flush=True)
-    sys.exit(1 if exceeded else 0)
+        fine = [compare(*comparison) for comparison in matrix(folder / "data", folder, options)]
+    print(f"{sum(fine)} of {len(fine)} within the tolerance")
+    sys.exit(0 if all(fine) else 1)
 
 
 if __name__ == "__main__":

@@ -265,9 +265,7 @@ def test_the_recommendation_goes_from_ddp_over_zero_to_nothing_as_memory_shrinks
     for tenths in range(80, 5, -1):
         best = recommended(plan(tenths / 10))
         names.append(best.strategy if best else None)
-    assert list(dict.fromkeys(names)) == ["ddp", "zero1", "zero2", "zero2_offload", None]
-    order = [*memory_plan.SIMPLEST_FIRST, None]
-    assert [order.index(name) for name in names] == sorted(order.index(name) for name in names)
+    assert list(dict.fromkeys(names)) == [*memory_plan.SIMPLEST_FIRST, None]
 
 
 def test_the_largest_batch_that_fits_is_taken_and_one_more_would_not_fit():
