@@ -76,13 +76,21 @@ class Training:
             RunFailed: the loss became infinite or NaN.
         """
         while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
-            started = time.monotonic()
+            started, first_step = time.monotonic(), self.progress.step
             with self.runtime.fastest_kernels(self.recipe.deterministic):
                 loss = self._epoch()
             trained = time.monotonic()
             scored = self._score()
             best = self._select(scored)
-            self._tell(loss, scored, best, trained - started, time.monotonic() - trained)
+            speed = (self.progress.step - first_step) * self.loader.global_size / (trained - started)
+            self._tell(
+                loss,
+                scored,
+                best,
+                images_per_second=speed,
+                train_seconds=trained - started,
+                score_seconds=time.monotonic() - trained,
+            )
             self._save()
         ended = "no improvement" if self._out_of_patience() else "all epochs done"
         best = math.nan if self.progress.best is None else self.progress.best
@@ -241,21 +249,20 @@ class Training:
 
     def _statistics_of_ranks(self, tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """In mid-epoch each rank has BatchNorm statistics of its own: all of them, and their mean in `tensors`."""
+        networks = {"network": self.scored_network} | ({} if self.average is None else {"training": self.network})
         found = {}
-        for file in set(tensors) - {"optimizer"} if self.runtime.ranks > 1 else ():
-            network = self.network if file == "training" or self.average is None else self.average.network
+        for file, network in networks.items() if self.runtime.ranks > 1 else ():
             for name, own in batch_statistics(network):
                 found[f"{file}|{name}"] = self.runtime.all_gather(own)
                 tensors[file][name] = self.runtime.mean(own).to(own)
         return found
 
-    def _tell(self, loss: float, scored: Scored, best: bool, train_seconds: float, score_seconds: float) -> None:
+    def _tell(self, loss: float, scored: Scored, best: bool, **speeds: float) -> None:
         progress, means = self.progress, scored.means()
-        speed = self.loader.steps * self.loader.global_size / train_seconds
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         self.monitor.say(
             f"epoch {progress.epoch:>3}/{self.recipe.epochs}  loss {loss:.4f}  {progress.selection_split}: {shown}  "
-            f"{speed:,.0f} images/s{'  *' if best else ''}"
+            f"{speeds['images_per_second']:,.0f} images/s{'  *' if best else ''}"
         )
         charts = {f"{progress.selection_split}/{name}": value for name, value in means.items()}
         charts["selection/value"] = means[progress.selection_metric]
@@ -267,9 +274,7 @@ class Training:
                 "loss": loss,
                 progress.selection_split: dict(zip(means, to_json_list(means.values()), strict=True)),
                 "best": best,
-                "images_per_second": speed,
-                "train_seconds": train_seconds,
-                "score_seconds": score_seconds,
+                **speeds,
             }
         )
 
