@@ -153,7 +153,7 @@ class Training:
 
     def _step(self, micros: list[Batch], drops: int) -> dict[str, torch.Tensor]:
         """One optimizer step; returns this rank's part of its losses, which stay on the device."""
-        seed_everything(self.recipe.seed, self.progress.step, self.runtime.rank)
+        seed_everything(self.recipe.seed, self.progress.step, self.runtime.rank, self.runtime.device)
         self._set_rates(drops)
         pieces = [self._piece(piece, micro.to(self.runtime.device)) for piece, micro in enumerate(micros)]
         self.engine.step()
@@ -292,12 +292,15 @@ class Training:
         self.monitor.say(f"resumed after epoch {self.progress.epoch}{midway} (step {self.progress.step})")
 
 
-def seed_everything(seed: int, step: int, rank: int) -> None:
+def seed_everything(seed: int, step: int, rank: int, device: torch.device) -> None:
     """Seed what is random in a network (dropout, drop path) for a step, differently on every rank.
 
     In each step anew, so that a run can go on from any step without the generators' states.
     """
-    torch.manual_seed(stream_seed(seed, step, rank))
+    number = stream_seed(seed, step, rank)
+    torch.default_generator.manual_seed(number)  # `torch.manual_seed` would take a millisecond of each step
+    if device.type == "cuda":
+        torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
 
 
 def evaluation_batch_size(recipe: Recipe) -> int:

@@ -1,0 +1,250 @@
+"""Time of an optimizer step of our loop against that of a bare PyTorch loop, side by side in one process.
+
+    python benchmarks/overhead.py [--large] [--variants plain ddp zero0 ...] [--rounds 120] [--steps 2] [--json FILE]
+
+`ours` is `Training._step` as train/finetune.py builds it, on a batch that stays in memory. The bare loops pass the same
+batch through the same network and loss: forward, backward, step, zero_grad. `bare` has the optimizer as we build it
+(fused AdamW), `bare again` is the same once more (what it differs by is noise), `unfused` torch's default AdamW. `lean`
+is what a short script would do: the timm network itself, pictures normalised beforehand, `mse_loss`, fused AdamW.
+
+Each variant is a process of its own with one thread: one process without a strategy, the same under DDP over gloo,
+and under each stage of ZeRO (DeepSpeed over gloo). In each round every loop does a block of steps, in an order drawn
+anew. Times are medians over the blocks, in ms a step; differences and ratios are medians of those within a round, with
+their quartiles; by the clock on the wall, and by the CPU time of the process, which other programs disturb less.
+
+Networks: test_resnet at 64 px, batch 8; with `--large` resnet18 at 96 px, batch 32; bf16 autocast.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from synthetic import (
+    STRATEGIES,
+    first_step,
+    pack_simulated,
+    recipe_of,
+    result_of,
+    run_alone,
+    setting_of,
+    table,
+    training,
+)
+from torch import nn
+
+from train.engine import Engine
+from train.loader import Batch
+from train.loop import Training
+from train.recipe import Recipe
+from train.schedule import build_optimizer
+from train.tasks import Network, parameter_groups
+
+VARIANTS = ("plain", *(name for name in STRATEGIES if "offload" not in name))
+SMALL, LARGE = ("test_resnet", 64, 8), ("resnet18", 96, 32)  # network, px, stimuli
+WARM_UP = 5  # steps of each loop that do not count
+MOST_ADDED = 0.3  # ms that our loop may add to a bare step of the tiny network
+TIMEOUT = 600  # s for one variant
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # the second does not count what other programs take
+PAIRS = {
+    "ours - bare": ("ours", "bare"),
+    "ours - unfused": ("ours", "unfused"),
+    "ours - lean": ("ours", "lean"),
+    "noise": ("bare again", "bare"),
+}
+Step = Callable[[], object]
+
+
+def recipe_for(variant: str, large: bool) -> Recipe:
+    """What is trained in a variant."""
+    network, side, batch = LARGE if large else SMALL
+    strategy = setting_of("ddp" if variant == "plain" else variant)
+    return recipe_of(network, side, batch, strategy=strategy, optimizer={"name": "adamw"}, loader={"workers": 0})
+
+
+def ours(run: Training, batch: Batch) -> Step:
+    """Our loop's step."""
+    return lambda: run._step([batch], 0)
+
+
+def under_ddp(run: Training) -> Training:
+    """The run with its network in DDP, which one process alone would go without."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    wrapped = nn.parallel.DistributedDataParallel(run.network, gradient_as_bucket_view=True)
+    run.engine = Engine(run.runtime, wrapped, run.network, run.engine.optimizer, pieces=1, clip_norm=None)
+    return run
+
+
+def bare(run: Training, batch: Batch, *, fused: bool = True) -> Step:
+    """A loop with nothing but PyTorch around our network and loss."""
+    network = Network(run.recipe, manifest_of(run), run.loader.stimuli.size).to(memory_format=torch.channels_last)
+    groups = parameter_groups(network.train(), run.recipe)
+    optimizer = build_optimizer(run.recipe.optimizer, groups, run.runtime.device) if fused else unfused(groups)
+
+    def step() -> None:
+        loss = network.objective.parts(network(batch.images), batch, lambda own: own)["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def unfused(groups: list[dict]) -> torch.optim.Optimizer:
+    """AdamW as torch builds it when nothing is asked for."""
+    return torch.optim.AdamW(groups, lr=1e-3)
+
+
+def manifest_of(run: Training):
+    """The recording of a run."""
+    return run.loader.stimuli._split.manifest
+
+
+def lean(run: Training, batch: Batch) -> Step:
+    """The shortest loop there is."""
+    net = timm.create_model(run.recipe.backbone.name, num_classes=batch.rates.shape[1])
+    net = net.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
+    images = (batch.images.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
+    target = run.network.objective.responses.target(batch.rates)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = net(images)
+        F.mse_loss(predicted.float(), target).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def milliseconds(step: Step, steps: int) -> tuple[float, ...]:
+    """Time of a step in a block of some, by each of the clocks."""
+    started = [clock() for clock in CLOCKS.values()]
+    for _ in range(steps):
+        step()
+    return tuple((clock() - start) / steps * 1e3 for clock, start in zip(CLOCKS.values(), started, strict=True))
+
+
+def measure(loops: dict[str, Step], rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
+    """Milliseconds a step by each clock, of every loop in every round."""
+    for step in loops.values():
+        milliseconds(step, WARM_UP)
+    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in loops}
+    order, draw = list(loops), random.Random(0)
+    for _ in range(rounds):
+        draw.shuffle(order)
+        for name in order:
+            found[name].append(milliseconds(loops[name], steps))
+    return {
+        clock: {name: [times[index] for times in blocks] for name, blocks in found.items()}
+        for index, clock in enumerate(CLOCKS)
+    }
+
+
+def measure_variant(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """All loops of one variant, in this process."""
+    torch.set_num_threads(1)
+    recipe = recipe_for(options.one, options.large)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        training(recipe, options.data, Path(folder) / "run") as run,
+    ):
+        [batch] = first_step(run)
+        if options.one == "ddp":
+            run = under_ddp(run)
+        loops = {
+            "ours": ours(run, batch),
+            "bare": bare(run, batch),
+            "bare again": bare(run, batch),
+            "unfused": bare(run, batch, fused=False),
+            "lean": lean(run, batch),
+        }
+        return measure(loops, options.rounds, options.steps)
+
+
+def compared(found: dict[str, list[float]], one: str, other: str) -> dict[str, float]:
+    """By how much one loop is slower than another: quartiles of the differences in ms, and of the ratios."""
+    a, b = np.array(found[one]), np.array(found[other])
+    low, added, high = np.percentile(a - b, (25, 50, 75))
+    return {"added": added, "added_low": low, "added_high": high, "ratio": float(np.median(a / b))}
+
+
+def summary(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Medians, and what is compared with what."""
+    return {
+        "milliseconds": {name: float(np.median(times)) for name, times in found.items()},
+        **{name: compared(found, *pair) for name, pair in PAIRS.items()},
+    }
+
+
+def run_variant(variant: str, data: Path, options: argparse.Namespace) -> dict[str, dict]:
+    """Measure a variant in a process of its own; its summary by each clock."""
+    result = data.parent / f"{variant}.json"
+    words = [sys.executable, __file__, "--one", variant, "--data", data, "--json", result]
+    words += ["--rounds", options.rounds, "--steps", options.steps, *["--large"] * options.large]
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    code, said = run_alone(words, TIMEOUT, **environment)
+    if code != 0:
+        sys.exit(f"{variant} ended with {code}:\n{said}")
+    return {clock: summary(times) for clock, times in result_of(result).items()}
+
+
+def row(variant: str, found: dict[str, dict[str, float]]) -> list[str]:
+    """A variant's line of the table."""
+    cells = [variant, *(f"{found['milliseconds'][name]:.2f}" for name in ("ours", "bare", "unfused", "lean"))]
+    for name in PAIRS:
+        pair = found[name]
+        cells.append(
+            f"{pair['added']:+.2f} ({pair['added_low']:+.2f} to {pair['added_high']:+.2f}), {pair['ratio']:.3f}x"
+        )
+    return cells
+
+
+def verdict(plain: dict[str, dict[str, float]]) -> str:
+    """Whether the aims are reached."""
+    added, ratio = plain["ours - bare"]["added"], plain["ours - unfused"]["ratio"]
+    reached = {True: "reached", False: "MISSED"}
+    return (
+        f"aims, one process: at most {MOST_ADDED} ms over bare: {added:+.2f} ms, {reached[added <= MOST_ADDED]}; "
+        f"at most 1.00x of a bare loop with the default optimizer: {ratio:.3f}x, {reached[ratio <= 1]}"
+    )
+
+
+def main() -> None:
+    """Measure the variants one after the other and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
+    parser.add_argument("--large", action="store_true")
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=2, help="of a block")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        options.json.write_text(json.dumps(measure_variant(options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        data = pack_simulated(Path(folder) / "data", side=(LARGE if options.large else SMALL)[1])
+        found = {variant: run_variant(variant, data, options) for variant in options.variants}
+    for clock in CLOCKS:
+        header = [f"ms a step, {clock}", "ours", "bare", "unfused", "lean", *PAIRS]
+        print(table([header, *(row(variant, by_clock[clock]) for variant, by_clock in found.items())]))
+        if "plain" in found and not options.large:
+            print(verdict(found["plain"][clock]))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What several benchmarks are measured on: a recording packed on the spot, or on paper, and a training run over it."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+
+from train.loader import Batch
+from train.recipe import Recipe
+
+if TYPE_CHECKING:
+    from train.loop import Training
+
+ROOT = Path(__file__).resolve().parents[1]
+STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+GIB = 2**30
+
+
+def pack_simulated(out: Path, side: int, stimuli: int = 240) -> Path:
+    """A small simulated recording of 12 sites, made by the real command.
+
+    Args:
+        out: shard folder to make.
+        side: of its pictures, in pixels.
+        stimuli: of all splits together.
+    """
+    simulated = ["--stimuli", stimuli, "--sites", 12, "--repetitions", 6, "--image-size", side]
+    words = [sys.executable, "data_prep/pack.py", "simulated", "--out", out, *simulated]
+    subprocess.run([*map(str, words)], cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+def pack_jpegs(out: Path, pictures: int, stimuli: int) -> Path:
+    """A recording of smooth random JPEGs of 256 px, about 20 kB each, of 12 sites that respond at random.
+
+    Args:
+        out: shard folder to make.
+        pictures: that differ; they are drawn and encoded, which takes time.
+        stimuli: as which they are packed, in turns, which takes little.
+    """
+    source, draw = out.with_name(f"{out.name}_source"), np.random.default_rng(0)
+    source.mkdir()
+    for index in range(pictures):
+        coarse = Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).resize((256, 256), Image.BICUBIC)
+        noisy = np.asarray(coarse, np.float32) + draw.normal(0, 3, (256, 256, 3))
+        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(source / f"{index}.jpg", quality=90)
+    rows = [f"s{index},{index % pictures}.jpg,o{index % 8}" for index in range(stimuli)]
+    (source / "stimuli.csv").write_text("\n".join(["stimulus_id,image,object", *rows]) + "\n")
+    np.save(source / "rates.npy", draw.gamma(2, 5, (stimuli, 12)).astype(np.float32))
+    words = [sys.executable, "data_prep/pack.py", "folder", source, "--out", out, "--val-fraction", 0.05]
+    words += ["--test-fraction", 0.05, "--stimuli-per-shard", 2048]
+    subprocess.run([*map(str, words)], cwd=ROOT, check=True, capture_output=True)
+    return out
+
+
+def setting_of(strategy: str) -> str:
+    """What a recipe calls a strategy."""
+    return strategy if strategy == "ddp" else str(ROOT / "ds_configs" / f"{strategy}.json")
+
+
+def recipe_of(network: str, side: int, stimuli: int, **sections) -> Recipe:
+    """A recipe with random weights and so many epochs that no benchmark comes to the end of its schedule.
+
+    Args:
+        network: timm's name.
+        side: of the pictures it sees, in pixels.
+        stimuli: per optimizer step.
+        sections: of the recipe, over the above.
+    """
+    given = {
+        "backbone": {"name": network, "weights": "random"},
+        "images": {"size": side},
+        "batch": {"global_size": stimuli},
+        "epochs": 10**6,
+    }
+    recipe = Recipe(**given | sections)
+    recipe.check()
+    return recipe
+
+
+@contextmanager
+def training(recipe: Recipe, data: Path, out: Path) -> Iterator["Training"]:
+    """A run as train/finetune.py builds it, in training mode, before its first step.
+
+    Args:
+        recipe: of the run.
+        data: shard folder.
+        out: run folder to make.
+    """
+    # Imported late: it is hundreds of MiB that not every benchmark's process should hold.
+    from train.finetune import build
+    from train.preparation import prepare
+    from train.resume import starting_point
+    from train.runtime import started
+
+    job = prepare(recipe, data, out, resume=False)
+    with started(job.deepspeed, recipe.precision, recipe.deterministic) as runtime:
+        built = build(job, starting_point(job, runtime), runtime)
+        built.network.train()
+        try:
+            yield built
+        finally:
+            built.monitor.close()
+
+
+def first_step(run: "Training") -> list[Batch]:
+    """The micro-batches of a run's first optimizer step, on its device."""
+    return [micro.to(run.runtime.device) for micro in next(run.loader.epoch(0))]
+
+
+def synthetic_batch(size: int, side: int, sites: int, device: torch.device) -> Batch:
+    """Random pictures and responses, no run needed."""
+    draw = np.random.default_rng(0)
+    images = torch.from_numpy(draw.integers(0, 256, (size, 3, side, side), np.uint8))
+    return Batch(
+        images=images.contiguous(memory_format=torch.channels_last),
+        positions=torch.arange(size),
+        weight=torch.ones(size),
+        rates=torch.from_numpy(draw.normal(size=(size, sites)).astype(np.float32)),
+        labels=None,
+        draws=None,
+        stimuli=size,
+        observed=size * sites,
+    ).to(device)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory so far: of a GPU what torch allocated, of a CPU the largest resident set of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def finish(device: torch.device) -> None:
+    """Wait until a GPU has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def run_alone(words: Sequence[str | Path], seconds: float, **environment: str) -> tuple[int | None, str]:
+    """A command in a process group of its own, with which its children end too.
+
+    Args:
+        words: of the command, run in the repository's root.
+        seconds: until it is killed.
+        environment: on top of this process's.
+
+    Returns:
+        Its exit code, None where it was killed, and what it wrote.
+    """
+    process = subprocess.Popen(
+        [*map(str, words)],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    code = None
+    try:
+        said, _ = process.communicate(timeout=max(seconds, 0))
+        code = process.returncode
+    except subprocess.TimeoutExpired:
+        _end(process)
+        said, _ = process.communicate()
+    finally:
+        _end(process)
+    return code, said
+
+
+def _end(process: subprocess.Popen) -> None:
+    """Kill a process and its children."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def result_of(path: Path) -> dict | None:
+    """What a process left in a JSON file; None where it left none."""
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows, the first of which is the header, as a markdown table with aligned columns."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
+    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])

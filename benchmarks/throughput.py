@@ -1,0 +1,134 @@
+"""Images a second and peak memory of training a network, on a batch that stays on the device and fed by the loader.
+
+    python benchmarks/throughput.py --data DIR --network resnet50 [--side 224] [--batch 128] [--compile] [--seconds 6]
+                                    [--json FILE]
+
+The run is built as train/finetune.py does: random weights, bf16, channels-last, fused AdamW, one process. The batch is
+halved until the estimate of train/memory_plan.py fits into the GPU. `synthetic` repeats one batch, `fed` takes what the
+loader reads from DIR, epoch after epoch, `loader` is the loader with nobody who uses its batches. Peak memory is that
+of steps after the first ones, in which cuDNN tries kernels; on a CPU it is the process's largest resident set.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from synthetic import GIB, finish, first_step, peak_bytes, recipe_of, training
+
+from data_prep.manifest import load_manifest
+from train.loader import Batch
+from train.loop import Training
+from train.memory_plan import memory, read_strategy, usable
+from train.processes import uses_gpu
+from train.recipe import Recipe
+from train.step_cost import Needs, measure
+
+WARM_UP = 5  # steps
+TIMED = 3  # steps from which is told how many there are in some seconds
+
+
+def fitting_batch(needs: Needs, batch: int) -> int:
+    """A batch, halved until the estimate fits into this process's GPU, where there is one."""
+    if uses_gpu():
+        room = usable(torch.cuda.get_device_properties(0).total_memory)
+        while batch > 1 and estimated(needs, batch) > room:
+            batch //= 2
+    return batch
+
+
+def estimated(needs: Needs, batch: int) -> float:
+    """Bytes that the plan expects of one process."""
+    return memory(read_strategy("ddp"), needs, 1, batch, 1).total
+
+
+def seconds_for(run: Training, steps: Iterable[list[Batch]]) -> tuple[float, int]:
+    """Take optimizer steps; how long they took, and how many images they saw."""
+    finish(run.runtime.device)
+    started, images = time.perf_counter(), 0
+    for micros in steps:
+        run._step(micros, 0)
+        images += sum(len(micro.images) for micro in micros)
+    finish(run.runtime.device)
+    return time.perf_counter() - started, images
+
+
+def rate(run: Training, batches: Iterator[list[Batch]], seconds: float) -> float:
+    """Images a second over about so many seconds."""
+    seconds_for(run, islice(batches, WARM_UP))
+    each = seconds_for(run, islice(batches, TIMED))[0] / TIMED
+    took, images = seconds_for(run, islice(batches, max(math.ceil(seconds / each), TIMED)))
+    return images / took
+
+
+def epochs(run: Training) -> Iterator[list[Batch]]:
+    """What the loader reads, without end."""
+    for epoch in count():
+        yield from run.loader.epoch(epoch)
+
+
+def loader_rate(run: Training, seconds: float) -> float:
+    """Images a second that the loader reads."""
+    batches = epochs(run)
+    next(batches)
+    started, images = time.perf_counter(), 0
+    while (took := time.perf_counter() - started) < seconds:
+        images += sum(len(micro.images) for micro in next(batches))
+    return images / took
+
+
+def run_once(recipe: Recipe, options: argparse.Namespace, out: Path) -> dict[str, float]:
+    """Measure a run: images a second, and bytes."""
+    found = {}
+    with training(recipe, options.data, out) as run, run.runtime.fastest_kernels(recipe.deterministic):
+        device, fixed = run.runtime.device, first_step(run)
+        seconds_for(run, [fixed] * WARM_UP)
+        found["peak_trying"] = peak_bytes(device)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        found["synthetic"] = rate(run, iter(lambda: fixed, None), options.seconds)
+        found["peak"] = peak_bytes(device)
+        if not options.compile:
+            found["loader"] = loader_rate(run, options.seconds / 2)
+            found["fed"] = rate(run, epochs(run), options.seconds * 1.5)
+        found["loss"] = float(run._step(fixed, 0)["loss"])
+    return found
+
+
+def measured(options: argparse.Namespace) -> dict[str, float]:
+    """Estimate, then measure."""
+    settings = {"optimizer": {"name": "adamw"}, "compile": options.compile}
+    needs = measure(recipe_of(options.network, options.side, options.batch, **settings), load_manifest(options.data))
+    batch = fitting_batch(needs, options.batch)
+    recipe = recipe_of(options.network, options.side, batch, **settings)
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_once(recipe, options, Path(folder) / "run")
+    return {"batch": batch, "estimate": estimated(needs, batch)} | found
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="shard folder")
+    parser.add_argument("--network", required=True)
+    parser.add_argument("--side", type=int, default=224, help="px")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    found = measured(options)
+    for name, value in found.items():
+        in_gib = name.startswith(("peak", "estimate"))
+        print(f"{name:<12} {value / GIB:.2f} GiB" if in_gib else f"{name:<12} {value:,.4g}")
+    if options.json:
+        options.json.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
