@@ -158,11 +158,11 @@ def test_what_is_frozen_is_in_no_group():
 # ---- steps ---------------------------------------------------------------------------------------------------------
 
 
-def engine_of(name: str, *, clip_norm: float | None = None, **options) -> Engine:
+def engine_of(name: str, *, clip_norm: float | None = None, scales_loss: bool = False, **options) -> Engine:
     network, recipe = network_and_recipe(optimizer={"name": name, "lr": 1e-2, "weight_decay": 0.1, **options})
     optimizer = build_optimizer(recipe.optimizer, parameter_groups(network, recipe), CPU)
     runtime = SimpleNamespace(ranks=1, device=CPU)
-    return Engine(runtime, network, network, optimizer, pieces=1, clip_norm=clip_norm)
+    return Engine(runtime, network, network, optimizer, pieces=1, clip_norm=clip_norm, scales_loss=scales_loss)
 
 
 def step(engine: Engine, seed: int) -> None:
@@ -198,6 +198,31 @@ def test_an_optimizers_state_survives_a_checkpoint(name, tmp_path):
     fresh.network.load_state_dict(load_tensors(last, "network"))
     step(fresh, 2)
     assert not torch.equal(fresh.network.heads["rates"].sites.weight, engine.network.heads["rates"].sites.weight)
+
+
+def test_a_scaled_loss_takes_the_same_steps_and_finds_its_scale_again(tmp_path):
+    """As float16 needs it; an infinite gradient is no step and halves the scale, which a checkpoint keeps."""
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    plain, scaled, resumed = (
+        engine_of("adamw"),
+        engine_of("adamw", scales_loss=True),
+        engine_of("adamw", scales_loss=True),
+    )
+    for engine in (plain, scaled):
+        engine.set_rate(1.0)
+        for clip_norm in (None, 0.1):
+            engine._clip_norm = clip_norm
+            engine.backward(engine.forward(images)["rates"].square().sum() + 1)
+            engine.step()
+    for key, x in plain.network.named_parameters():
+        torch.testing.assert_close(scaled.network.get_parameter(key), x)
+    before = scaled._scaler.get_scale()
+    scaled.backward(scaled.forward(images)["rates"].sum() * torch.inf)
+    scaled.step()
+    assert scaled._scaler.get_scale() == before / 2
+    torch.testing.assert_close(scaled.network.heads["rates"].sites.bias, plain.network.heads["rates"].sites.bias)
+    resumed.load_optimizer(scaled.optimizer_tensors())
+    assert resumed._scaler.get_scale() == before / 2
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
