@@ -253,7 +253,7 @@ class ShardSplit:
         self.has_responses = manifest.splits[name].responses
         self._index = index
         self._files = [shard.file for shard in manifest.splits[name].shards]
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, memoryview] = {}
 
     def __len__(self) -> int:
         return len(self.stimulus_ids)
@@ -261,7 +261,27 @@ class ShardSplit:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
 
+    def fingerprint(self, purpose: str) -> str:
+        """A hash that changes when anything of the split may have changed, as 64 hexadecimal digits.
+
+        It takes in which files they are and when they were last written, so that a damaged copy differs as well.
+
+        Args:
+            purpose: what it is for; it is hashed too.
+        """
+        files = [self.folder.resolve() / file for file in self._files]
+        shards = self.manifest.splits[self.name].shards
+        known = [[str(path), path.stat().st_mtime_ns, shard.sha256] for path, shard in zip(files, shards, strict=True)]
+        found = hashlib.sha256(json.dumps([purpose, self.name, known]).encode())
+        for part in (self._index.shard, self._index.offset, self._index.size):
+            found.update(np.ascontiguousarray(part))
+        return found.hexdigest()
+
     def _bytes(self, position: int, kind: str) -> bytes | None:
+        view = self._view(position, kind)
+        return None if view is None else bytes(view)
+
+    def _view(self, position: int, kind: str) -> memoryview | None:
         column = MEMBERS.index(kind)
         offset, size = int(self._index.offset[position, column]), int(self._index.size[position, column])
         if offset < 0:
@@ -269,17 +289,17 @@ class ShardSplit:
         shard = int(self._index.shard[position])
         if shard not in self._maps:
             with (self.folder / self._files[shard]).open("rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._maps[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[shard][offset : offset + size]
 
     def place(self, position: int) -> str:
         """Where a stimulus lies, for messages: the tar and the id."""
         return f"{self.folder / self._files[int(self._index.shard[position])]}: {self.stimulus_ids[position]}"
 
-    def image(self, position: int) -> tuple[bytes, str]:
-        """The encoded picture and its encoding, "jpg" or "png"."""
+    def image(self, position: int) -> tuple[memoryview, str]:
+        """The encoded picture, as a view of the tar without a copy, and its encoding, "jpg" or "png"."""
         for kind in IMAGE_MEMBERS:
-            if (data := self._bytes(position, kind)) is not None:
+            if (data := self._view(position, kind)) is not None:
                 return data, kind
         raise BadInput(f"{self.place(position)} has no picture ({' or '.join(IMAGE_MEMBERS)})")
 

@@ -6,10 +6,32 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_prep.pictures import picture_size
+from data_prep.pictures import MAX_PIXELS, picture_size
+
+VERSION = 1  # raise it when the same bytes come to give other pixels: pictures that are kept are not mixed then
+_DIRECT = ("YCbCr", "RGB", "Gray")  # colours of a JPEG that libjpeg-turbo turns into RGB as Pillow does
 
 
-def decode(data: bytes, encoding: str) -> np.ndarray:
+def decode_into(place: np.ndarray, data: bytes | memoryview, encoding: str) -> None:
+    """Decode a picture to where it belongs; a JPEG that has the size already is written there and nowhere else.
+
+    Args:
+        place: uint8 (size, size, 3), contiguous, for instance a row of a batch. Undefined after an error.
+        data: the encoded picture.
+        encoding: "jpg" or "png".
+
+    Raises:
+        ValueError: as `decode`.
+    """
+    if encoding == "jpg":
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if (height, width) == place.shape[:2] and colours in _DIRECT:
+            simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=place)
+            return
+    place[:] = fit(decode(data, encoding), len(place))
+
+
+def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
     """Decode a picture to RGB as torchvision would: greyscale is repeated, CMYK converted, transparency dropped.
 
     Args:
@@ -22,9 +44,12 @@ def decode(data: bytes, encoding: str) -> np.ndarray:
     Raises:
         ValueError: a picture that is damaged, absurdly large, or of more than 8 bits.
     """
+    if encoding == "jpg":
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours in _DIRECT and height * width <= MAX_PIXELS:
+            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    data = bytes(data)
     picture_size(data)
-    if encoding == "jpg" and simplejpeg.decode_jpeg_header(data)[2] in ("YCbCr", "RGB", "Gray"):
-        return simplejpeg.decode_jpeg(data, colorspace="RGB")
     try:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     except (OSError, SyntaxError) as error:
