@@ -13,7 +13,8 @@ from data_prep.errors import BadInput
 from data_prep.packing import pack
 from data_prep.shards import MEMBERS, ShardFolder, index_shard
 from data_prep.sources.folder import Folder
-from train.decode import decode, fit
+from train.batch_memory import BatchMemory
+from train.decode import decode, decode_into, fit
 from train.loader import Batch, Stimuli, TrainLoader, evaluation_loader, rank_positions, workers_per_rank
 from train.order import global_batch
 from train.recipe import Recipe
@@ -276,6 +277,19 @@ def test_every_kind_of_picture_is_decoded_as_pillow_does(kind):
     assert np.ptp(pixels) > 50
     tolerance = 2 if encoding == "jpg" else 0  # grey levels; another build of libjpeg may round otherwise
     assert np.abs(pixels.astype(int) - expected).max() <= tolerance
+    for size in (33, 20, 48):
+        place = np.zeros((size, size, 3), np.uint8)
+        decode_into(place, memoryview(data), encoding)
+        assert np.array_equal(place, fit(pixels, size))
+
+
+@pytest.mark.parametrize("encoding", ["jpg", "png"])
+def test_a_picture_that_lacks_but_its_end_is_damaged(encoding):
+    for options in ({}, {"progressive": True}):
+        data = encoded(Image.fromarray(PICTURE), encoding, **options)
+        for end in range(len(data) - 12, len(data)):
+            with pytest.raises(ValueError, match=r"."):
+                decode_into(np.empty_like(PICTURE), memoryview(data)[:end], encoding)
 
 
 def test_16_bit_greyscale_is_scaled_or_refused_not_clipped_to_white():
@@ -342,3 +356,27 @@ def test_a_crop_that_needs_no_resizing_does_not_blur():
     picture = noise(32, 33)
     pixels = fit(picture, 32)
     assert any(np.array_equal(pixels, picture[:, left : left + 32]) for left in (0, 1))
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_used_again_only_when_no_view_of_a_batch_is_left():
+    memory, shape = BatchMemory(), (2, 4, 4, 3)
+    batch = memory.take(shape)
+    place, view = batch.data_ptr(), batch.permute(0, 3, 1, 2)[1:]
+    del batch
+    assert memory.take(shape).data_ptr() != place
+    array = view.numpy()
+    del view
+    assert memory.take(shape).data_ptr() != place
+    del array
+    several = [memory.take(shape) for _ in range(9)]
+    assert place in {batch.data_ptr() for batch in several}
+    assert len({batch.data_ptr() for batch in several}) == 9
+    assert memory.take((1, 4, 4, 3)).shape == (1, 4, 4, 3)
+
+
+def test_batches_that_are_kept_are_not_overwritten(stimuli):
+    loader = train_loader(stimuli)
+    assert_same_steps(list(loader.epoch(0)), [[loader.stimuli[work]] for work in loader._work(0, 0)])
