@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from helpers import ROOT
@@ -303,21 +304,51 @@ def test_descriptors_and_memory_stay_flat(shards):
     assert used() == start
 
 
-# A rank of a run: joins the cache, decodes everything, and then does as it is told.
+def test_resident_memory_stays_flat(shards):
+    """An epoch delivers 5 MB here: forgotten batches would show."""
+    stimuli = Stimuli(shards.split("train"), 256, caches=PictureCaches(Loader(cache="ram")))
+    loader = loader_of(stimuli)
+    for epoch in range(3):
+        pictures(loader, epoch)
+    before = psutil.Process().memory_info().rss
+    for epoch in range(3, 53):
+        pictures(loader, epoch)
+    assert psutil.Process().memory_info().rss - before < 40e6
+
+
+# A rank of a run: joins the cache, sees to it that all pictures are there, and then does as it is told. Without torch,
+# which takes seconds to import; a worker gets the cache in the way in which a DataLoader's workers do.
 RANK = """
-import os, sys, time
+import multiprocessing, sys, time
+import numpy as np
+from data_prep.processes import serve_parent
 from data_prep.shards import ShardFolder
-from train.loader import Stimuli, evaluation_loader
+from train.decode import decode_into
 from train.picture_cache import PictureCaches
 from train.recipe import Loader
 
+def fill(split, cache):
+    for place in range(len(split)):
+        picture = np.empty((1, 32, 32, 3), np.uint8)
+        if len(cache.read(np.array([place]), picture)):
+            decode_into(picture[0], *split.image(place))
+            cache.write(place, picture[0])
+
+def work(split, cache, done):
+    serve_parent()
+    fill(split, cache)
+    done.set()
+    time.sleep(600)
+
 if __name__ == "__main__":
-    folder, workers, end = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    stimuli = Stimuli(ShardFolder(folder).split("train"), 32, caches=PictureCaches(Loader(cache="ram")))
-    loader = evaluation_loader(stimuli, size=8, rank=0, ranks=1, workers=workers, pin=False)
-    batches = iter(loader)
-    for _ in range(4):
-        next(batches)
+    split, workers, end = ShardFolder(sys.argv[1]).split("train"), int(sys.argv[2]), sys.argv[3]
+    cache = PictureCaches(Loader(cache="ram")).of(split, 32)
+    context = multiprocessing.get_context("forkserver")
+    for _ in range(workers):
+        done = context.Event()
+        context.Process(target=work, args=(split, cache, done), daemon=True).start()
+        done.wait()
+    fill(split, cache)
     print("ready", flush=True)
     sys.stdin.readline()
     if end == "raise":

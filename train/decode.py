@@ -6,7 +6,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_prep.pictures import MAX_PIXELS, picture_size
+from data_prep.pictures import MAX_PIXELS, picture_size, raw_pixels
 
 VERSION = 1  # raise it when the same bytes come to give other pixels: pictures that are kept are not mixed then
 _DIRECT = ("YCbCr", "RGB", "Gray")  # colours of a JPEG that libjpeg-turbo turns into RGB as Pillow does
@@ -18,7 +18,7 @@ def decode_into(place: np.ndarray, data: bytes | memoryview, encoding: str) -> N
     Args:
         place: uint8 (size, size, 3), contiguous, for instance a row of a batch. Undefined after an error.
         data: the encoded picture.
-        encoding: "jpg" or "png".
+        encoding: "jpg", "png" or "image.npy" (raw pixels).
 
     Raises:
         ValueError: as `decode`.
@@ -36,7 +36,7 @@ def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
 
     Args:
         data: the encoded picture.
-        encoding: "jpg" or "png".
+        encoding: "jpg", "png" or "image.npy" (raw pixels).
 
     Returns:
         uint8 (height, width, 3).
@@ -48,6 +48,8 @@ def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours in _DIRECT and height * width <= MAX_PIXELS:
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    if encoding == "image.npy":
+        return raw_pixels(data)
     data = bytes(data)
     picture_size(data)
     try:
