@@ -3,12 +3,14 @@
 import io
 
 import numpy as np
+import PIL
 import simplejpeg
 from PIL import Image
 
 from data_prep.pictures import MAX_PIXELS, picture_size, raw_pixels
 
-VERSION = 1  # raise it when the same bytes come to give other pixels: pictures that are kept are not mixed then
+# What pixels depend on besides the encoded bytes; raise the number when this file comes to decode otherwise.
+VERSION = f"1, simplejpeg {simplejpeg.__version__}, Pillow {PIL.__version__}"
 _DIRECT = ("YCbCr", "RGB", "Gray")  # colours of a JPEG that libjpeg-turbo turns into RGB as Pillow does
 
 

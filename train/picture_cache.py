@@ -237,8 +237,9 @@ class _Holders:
             self._path.unlink()
             return
         text = "".join(f"{key} {pid} {descriptor}\n" for key, pid, descriptor in lines).encode()
-        os.pwrite(self._file, text, 0)
-        os.ftruncate(self._file, len(text))
+        with suppress(OSError):  # a full file system: then nothing more is shared, which is all
+            os.pwrite(self._file, text, 0)
+            os.ftruncate(self._file, len(text))
 
 
 def _open_of(key: str, pid: int, descriptor: int) -> int | None:
