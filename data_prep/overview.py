@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 
 from data_prep.errors import BadInput
 from data_prep.manifest import from_json_list
+from data_prep.pictures import raw_pixels
 from data_prep.shards import ShardFolder, ShardSplit
 
 
@@ -61,7 +62,9 @@ def contact_sheet(split: ShardSplit, columns: int = 8, rows: int = 6, tile: int 
     for place, position in enumerate(positions):
         x, y = place % columns * tile, place // columns * (tile + 14)
         try:
-            picture = Image.open(io.BytesIO(split.image(position)[0])).convert("RGB")
+            data, encoding = split.image(position)
+            raw = encoding == "image.npy"
+            picture = Image.fromarray(raw_pixels(data)) if raw else Image.open(io.BytesIO(data)).convert("RGB")
         except (OSError, SyntaxError, ValueError) as error:
             raise BadInput(f"{split.place(position)}: the picture cannot be decoded ({error})") from None
         sheet.paste(picture.resize((tile - 2, tile - 2)), (x, y))

@@ -13,6 +13,7 @@ PNG_LEVEL = 1  # zlib's quickest: three times as fast as Pillow's default for ab
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # 8 bits or fewer a channel, and PNG keeps them exactly
 
+_RAW_START = b"\x93NUMPY"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _PNG_END = b"IEND\xaeB`\x82"
 
@@ -32,6 +33,9 @@ def picture_size(data: bytes) -> tuple[int, int, str]:
     Raises:
         ValueError: not a picture in one of `FORMATS`, more than `MAX_PIXELS`, or a JPEG or PNG that was cut short.
     """
+    if data[: len(_RAW_START)] == _RAW_START:
+        height, width = raw_pixels(data).shape[:2]
+        return width, height, "RGB"
     with _open(data) as picture:
         width, height, mode = *picture.size, picture.mode
     if mode[0] in "IF":
@@ -39,6 +43,23 @@ def picture_size(data: bytes) -> tuple[int, int, str]:
     if not _is_whole(data):
         raise ValueError("the picture is cut short (its end marker is missing)")
     return width, height, mode
+
+
+def raw_pixels(data: bytes | memoryview) -> np.ndarray:
+    """The pixels of a picture that was saved raw, as .npy: uint8 (H, W, 3); grey ones are repeated.
+
+    Raises:
+        ValueError: no npy array, not of 8 bits, or of another shape than (H, W), (H, W, 1) or (H, W, 3).
+    """
+    try:
+        array = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"not a whole npy array ({error})") from None
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3) or 0 in array.shape:
+        raise ValueError(f"raw pixels must be uint8 (H, W, 3), not {array.dtype} {array.shape}")
+    return np.ascontiguousarray(np.broadcast_to(array, (*array.shape[:2], 3)))
 
 
 def encode_png(array: np.ndarray) -> bytes:

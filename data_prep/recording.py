@@ -20,7 +20,7 @@ class Stimulus:
     Attributes:
         id: unique in the recording; letters, digits, `_` and `-` only (it becomes a file name inside a tar).
         image: the encoded picture; the source's own bytes wherever it has an encoded file.
-        encoding: "jpg" or "png".
+        encoding: "jpg", "png", or "image.npy" for raw pixels, uint8 (H, W, 3).
         rates: float32 (sites,), trial-averaged responses; NaN = not recorded; None where the split has no responses.
         trials: float32 (repetitions, sites), single-trial responses padded with NaN; None without single trials.
         truth: float32 (sites,), the noise-free mean rates; known for simulated recordings only.

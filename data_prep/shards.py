@@ -3,7 +3,8 @@
 A shard is a plain WebDataset tar. Beside the tars lies `index.npz`, which tells for every stimulus where in its tar
 each member begins and how long it is, so that any stimulus can be read without scanning:
 
-    members               (members,)     the extensions that occur: jpg, png, rates.npy, trials.npy, truth.npy, json
+    members               (members,)     the extensions that occur: jpg, png, image.npy, rates.npy, trials.npy,
+                                         truth.npy, json
     <split>.stimulus_id   (stimuli,)     ids in the order of the shards
     <split>.shard         (stimuli,)     position of its tar in the manifest's list for the split
     <split>.offset        (stimuli, members)   byte offset of the member's data in the tar, -1 where it is absent
@@ -26,8 +27,8 @@ from data_prep.errors import BadInput
 from data_prep.manifest import Manifest, Shard, load_manifest
 from data_prep.recording import Stimulus
 
-MEMBERS = ("jpg", "png", "rates.npy", "trials.npy", "truth.npy", "json")
-IMAGE_MEMBERS = ("jpg", "png")
+MEMBERS = ("jpg", "png", "rates.npy", "trials.npy", "truth.npy", "json", "image.npy")
+IMAGE_MEMBERS = ("jpg", "png", "image.npy")
 
 
 # --------------------------------------------------------------------------------------------------------- writing
@@ -162,10 +163,11 @@ def _load_index(folder: Path, manifest: Manifest) -> dict[str, SplitIndex]:
     path = folder / "index.npz"
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            if tuple(arrays["members"]) != MEMBERS:
-                raise ValueError(f"it lists the members {', '.join(arrays['members'])}")
+            members = tuple(arrays["members"])
+            if members != MEMBERS[: len(members)]:  # those of older folders are fewer
+                raise ValueError(f"it lists the members {', '.join(members)}")
             index = {
-                name: SplitIndex(**{part: arrays[f"{name}.{part}"] for part in SplitIndex.__dataclass_fields__})
+                name: _widened(**{part: arrays[f"{name}.{part}"] for part in SplitIndex.__dataclass_fields__})
                 for name in manifest.splits
             }
     except FileNotFoundError:
@@ -177,6 +179,14 @@ def _load_index(folder: Path, manifest: Manifest) -> dict[str, SplitIndex]:
         if counts != [shard.stimuli for shard in split.shards]:
             raise BadInput(f"{path}: {name}: does not list the stimuli that manifest.json counts; pack again")
     return index
+
+
+def _widened(stimulus_id: np.ndarray, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> SplitIndex:
+    """An index with a column for every member that there may be by now."""
+    lacking = ((0, 0), (0, len(MEMBERS) - offset.shape[1]))
+    return SplitIndex(
+        stimulus_id, shard, np.pad(offset, lacking, constant_values=-1), np.pad(size, lacking, constant_values=0)
+    )
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -253,7 +263,7 @@ class ShardSplit:
         self.has_responses = manifest.splits[name].responses
         self._index = index
         self._files = [shard.file for shard in manifest.splits[name].shards]
-        self._maps: dict[int, mmap.mmap] = {}
+        self._maps: dict[int, memoryview] = {}
 
     def __len__(self) -> int:
         return len(self.stimulus_ids)
@@ -261,7 +271,27 @@ class ShardSplit:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
 
+    def fingerprint(self, purpose: str) -> str:
+        """A hash that changes when anything of the split may have changed, as 64 hexadecimal digits.
+
+        It takes in which files they are and when they were last written, so that a damaged copy differs as well.
+
+        Args:
+            purpose: what it is for; it is hashed too.
+        """
+        files = [self.folder.resolve() / file for file in self._files]
+        shards = self.manifest.splits[self.name].shards
+        known = [[str(path), path.stat().st_mtime_ns, shard.sha256] for path, shard in zip(files, shards, strict=True)]
+        found = hashlib.sha256(json.dumps([purpose, self.name, known]).encode())
+        for part in (self._index.shard, self._index.offset, self._index.size):
+            found.update(np.ascontiguousarray(part))
+        return found.hexdigest()
+
     def _bytes(self, position: int, kind: str) -> bytes | None:
+        view = self._view(position, kind)
+        return None if view is None else bytes(view)
+
+    def _view(self, position: int, kind: str) -> memoryview | None:
         column = MEMBERS.index(kind)
         offset, size = int(self._index.offset[position, column]), int(self._index.size[position, column])
         if offset < 0:
@@ -269,17 +299,17 @@ class ShardSplit:
         shard = int(self._index.shard[position])
         if shard not in self._maps:
             with (self.folder / self._files[shard]).open("rb") as file:
-                self._maps[shard] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._maps[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         return self._maps[shard][offset : offset + size]
 
     def place(self, position: int) -> str:
         """Where a stimulus lies, for messages: the tar and the id."""
         return f"{self.folder / self._files[int(self._index.shard[position])]}: {self.stimulus_ids[position]}"
 
-    def image(self, position: int) -> tuple[bytes, str]:
-        """The encoded picture and its encoding, "jpg" or "png"."""
+    def image(self, position: int) -> tuple[memoryview, str]:
+        """The encoded picture, as a view of the tar without a copy, and its encoding, one of IMAGE_MEMBERS."""
         for kind in IMAGE_MEMBERS:
-            if (data := self._bytes(position, kind)) is not None:
+            if (data := self._view(position, kind)) is not None:
                 return data, kind
         raise BadInput(f"{self.place(position)} has no picture ({' or '.join(IMAGE_MEMBERS)})")
 

@@ -10,10 +10,13 @@ from make_sources import make_folder, make_pictures
 from PIL import Image
 
 from data_prep.errors import BadInput
+from data_prep.overview import contact_sheet
 from data_prep.packing import pack
+from data_prep.recording import Recording, Stimulus
 from data_prep.shards import MEMBERS, ShardFolder, index_shard
 from data_prep.sources.folder import Folder
-from train.decode import decode, fit
+from train.batch_memory import BatchMemory
+from train.decode import decode, decode_into, fit
 from train.loader import Batch, Stimuli, TrainLoader, evaluation_loader, rank_positions, workers_per_rank
 from train.order import global_batch
 from train.recipe import Recipe
@@ -276,6 +279,81 @@ def test_every_kind_of_picture_is_decoded_as_pillow_does(kind):
     assert np.ptp(pixels) > 50
     tolerance = 2 if encoding == "jpg" else 0  # grey levels; another build of libjpeg may round otherwise
     assert np.abs(pixels.astype(int) - expected).max() <= tolerance
+    for size in (33, 20, 48):
+        place = np.zeros((size, size, 3), np.uint8)
+        decode_into(place, memoryview(data), encoding)
+        assert np.array_equal(place, fit(pixels, size))
+
+
+def npy(array: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def test_raw_pixels_are_taken_as_they_are():
+    grey = np.repeat(PICTURE[..., :1], 3, axis=2)
+    for array, expected in ((PICTURE, PICTURE), (grey[..., 0], grey), (grey[..., :1], grey), (PICTURE[::-1], None)):
+        place = np.empty_like(PICTURE)
+        decode_into(place, memoryview(npy(array)), "image.npy")
+        assert np.array_equal(place, array if expected is None else expected)
+
+
+@pytest.mark.parametrize(
+    "array", [PICTURE.astype(np.uint16), PICTURE / 255, PICTURE[..., :2], PICTURE[0, 0], PICTURE[:0]], ids=repr
+)
+def test_raw_pixels_of_another_kind_are_refused(array):
+    with pytest.raises(ValueError, match=r"raw pixels must be uint8 \(H, W, 3\), not (uint|float)"):
+        decode(npy(array), "image.npy")
+    with pytest.raises(ValueError, match="not a whole npy array"):
+        decode(npy(PICTURE)[:-1], "image.npy")
+
+
+class Raw(Recording):
+    """Pictures that are only there as pixels."""
+
+    name, provenance, sites = "raw", {}, [{"id": "n0"}]
+
+    def __init__(self, pictures: np.ndarray):
+        self.pictures, self.stimulus_ids = pictures, [f"s{number}" for number in range(len(pictures))]
+        self.splits = ["train"] * len(pictures)
+
+    def read(self, indices):
+        for index in indices:
+            rates = np.full(1, index, np.float32)
+            yield Stimulus(self.stimulus_ids[index], npy(self.pictures[index]), "image.npy", rates)
+
+
+def test_raw_members_are_packed_read_and_shown(tmp_path):
+    made = make_pictures(6, size=32)[0]
+    shards = pack(Raw(made), tmp_path / "shards", stimuli_per_shard=4, workers=1)
+    (batch,) = evaluation_loader(Stimuli(shards.split("train"), 32), size=6, rank=0, ranks=1, workers=0, pin=False)
+    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), made)
+    assert contact_sheet(shards.split("train"), 3, 2, 48).size == (144, 124)
+    assert all(fault is None for _, fault in shards.verify())
+
+
+def test_an_index_from_before_raw_members_is_read(recording, tmp_path):
+    shutil.copytree(recording.shards.folder, tmp_path / "shards")
+    with np.load(tmp_path / "shards" / "index.npz") as arrays:
+        old = {
+            name: array[..., :6] if name.endswith(("members", "offset", "size")) else array
+            for name, array in arrays.items()
+        }
+    np.savez(tmp_path / "shards" / "index.npz", **old)
+    stimuli = Stimuli(ShardFolder(tmp_path / "shards").split("train"), 32)
+    (batch,) = evaluation_loader(stimuli, size=30, rank=0, ranks=1, workers=0, pin=False)
+    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), recording.pictures[recording.train])
+    assert all(fault is None for _, fault in ShardFolder(tmp_path / "shards").verify())
+
+
+@pytest.mark.parametrize("encoding", ["jpg", "png"])
+def test_a_picture_that_lacks_but_its_end_is_damaged(encoding):
+    for options in ({}, {"progressive": True}):
+        data = encoded(Image.fromarray(PICTURE), encoding, **options)
+        for end in range(len(data) - 12, len(data)):
+            with pytest.raises(ValueError, match=r"."):
+                decode_into(np.empty_like(PICTURE), memoryview(data)[:end], encoding)
 
 
 def test_16_bit_greyscale_is_scaled_or_refused_not_clipped_to_white():
@@ -342,3 +420,27 @@ def test_a_crop_that_needs_no_resizing_does_not_blur():
     picture = noise(32, 33)
     pixels = fit(picture, 32)
     assert any(np.array_equal(pixels, picture[:, left : left + 32]) for left in (0, 1))
+
+
+# ---- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_memory_is_used_again_only_when_no_view_of_a_batch_is_left():
+    memory, shape = BatchMemory(), (2, 4, 4, 3)
+    batch = memory.take(shape)
+    place, view = batch.data_ptr(), batch.permute(0, 3, 1, 2)[1:]
+    del batch
+    assert memory.take(shape).data_ptr() != place
+    array = view.numpy()
+    del view
+    assert memory.take(shape).data_ptr() != place
+    del array
+    several = [memory.take(shape) for _ in range(9)]
+    assert place in {batch.data_ptr() for batch in several}
+    assert len({batch.data_ptr() for batch in several}) == 9
+    assert memory.take((1, 4, 4, 3)).shape == (1, 4, 4, 3)
+
+
+def test_batches_that_are_kept_are_not_overwritten(stimuli):
+    loader = train_loader(stimuli)
+    assert_same_steps(list(loader.epoch(0)), [[loader.stimuli[work]] for work in loader._work(0, 0)])

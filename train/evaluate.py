@@ -21,6 +21,7 @@ from data_prep.shards import ShardFolder
 from train.checkpoint import Progress, checked_tensors, load_progress
 from train.loader import Stimuli, workers_per_rank
 from train.loop import evaluation_batch_size
+from train.picture_cache import PictureCaches
 from train.processes import ranks_on_machine, world_size
 from train.recipe import Recipe
 from train.run_folder import RunFolder, check_writable, open_run, write_json, write_npz
@@ -77,7 +78,8 @@ def prepare(options: Evaluate) -> Job:
     split = shards.split(options.split)
     classes = recipe.task.predicts_classes
     responses = recipe.task.predicts_responses and split.has_responses
-    stimuli = Stimuli(split, progress.image_size, responses=responses, classes=classes)
+    caches = PictureCaches(recipe.loader, once=True)
+    stimuli = Stimuli(split, progress.image_size, responses=responses, classes=classes, caches=caches)
     check_not_empty(stimuli, ranks, options.split)
     return Job(options, folder, recipe, checkpoint, progress, shards.manifest, stimuli)
 

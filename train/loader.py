@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Dataset
 from data_prep.errors import BadInput
 from data_prep.processes import serve_parent
 from data_prep.shards import ShardSplit
-from train.decode import decode, fit
+from train.batch_memory import BatchMemory
+from train.decode import decode_into
 from train.order import (
     MicroBatch,
     accumulation,
@@ -27,6 +28,7 @@ from train.order import (
     share,
     steps_per_epoch,
 )
+from train.picture_cache import PictureCaches
 
 MAX_WORKERS = 8
 
@@ -87,6 +89,7 @@ class Stimuli(Dataset):
         subset: positions in the split that are used, int64; all of them by default. Everything below counts within it.
         responses: whether to read the responses.
         classes: whether to read the labels.
+        caches: where decoded pictures are kept; by default none are.
     """
 
     def __init__(
@@ -96,8 +99,11 @@ class Stimuli(Dataset):
         subset: np.ndarray | None = None,
         responses: bool = True,
         classes: bool = False,
+        caches: PictureCaches | None = None,
     ):
         self._split = split
+        self._memory = BatchMemory()
+        self._cache = None if caches is None else caches.of(split, size)
         self.size = size
         self.subset = np.arange(len(split)) if subset is None else subset
         self.stimulus_ids = [split.stimulus_ids[position] for position in self.subset]
@@ -115,7 +121,7 @@ class Stimuli(Dataset):
     def __getitem__(self, work: _Work) -> Batch | BadInput:
         positions = work.micro.positions
         try:
-            images = torch.from_numpy(np.stack([self._picture(position) for position in positions]))
+            images = self._pictures(self.subset[positions])
         except BadInput as error:
             return error
         return Batch(
@@ -129,11 +135,27 @@ class Stimuli(Dataset):
             observed=work.observed,
         )
 
-    def _picture(self, position: int) -> np.ndarray:
-        place = int(self.subset[position])
+    def _pictures(self, places: np.ndarray) -> torch.Tensor:
+        """The pictures at these places of the split, uint8 (b, size, size, 3)."""
+        images = self._memory.take((len(places), self.size, self.size, 3))
+        pixels = images.numpy()
+        missing = range(len(places)) if self._cache is None else self._cache.read(places, pixels)
+        decoded: dict[int, int] = {}
+        for row in missing:
+            place = int(places[row])
+            if place in decoded:  # padding repeats a stimulus
+                pixels[row] = pixels[decoded[place]]
+                continue
+            self._decode(place, pixels[row])
+            decoded[place] = row
+            if self._cache is not None:
+                self._cache.write(place, pixels[row])
+        return images
+
+    def _decode(self, place: int, pixels: np.ndarray) -> None:
         data, encoding = self._split.image(place)
         try:
-            return fit(decode(data, encoding), self.size)
+            decode_into(pixels, data, encoding)
         except ValueError as error:
             raise BadInput(f"{self._split.place(place)}.{encoding} cannot be decoded ({error})") from None
 

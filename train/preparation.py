@@ -14,6 +14,7 @@ from train.augment import KINDS
 from train.loader import Stimuli, TrainLoader, workers_per_rank
 from train.objectives import RESPONSE_LOSSES
 from train.order import inner_split
+from train.picture_cache import PictureCaches
 from train.processes import rank, ranks_on_machine, uses_gpu, world_size
 from train.recipe import Recipe
 from train.run_folder import RunFolder
@@ -24,7 +25,11 @@ from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
 def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:
     """The stimuli to fit and the stimuli that select, as `early_stopping.split` says."""
     size = recipe.images.size or shards.manifest.image.side
-    wanted = {"responses": recipe.task.predicts_responses, "classes": recipe.task.predicts_classes}
+    wanted = {
+        "responses": recipe.task.predicts_responses,
+        "classes": recipe.task.predicts_classes,
+        "caches": PictureCaches(recipe.loader),
+    }
     train = shards.split("train")
     if recipe.early_stopping.split == "val":
         return Stimuli(train, size, **wanted), Stimuli(shards.split("val"), size, **wanted)

@@ -16,6 +16,7 @@ from train.checkpoint import load_progress
 from train.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
 from train.loader import Stimuli, workers_per_rank
 from train.order import folds
+from train.picture_cache import PictureCaches
 from train.probing import Partition
 from train.processes import ranks_on_machine, world_size
 from train.recipe import ProbeRecipe
@@ -116,7 +117,8 @@ def _splits_and_partitions(
     shards: ShardFolder, split: str, recipe: ProbeRecipe, size: int
 ) -> tuple[dict[str, Stimuli], list[Partition]]:
     names = ["train", split] if split != "cv" else [name for name in shards.manifest.splits if _responds(shards, name)]
-    splits = {name: Stimuli(shards.split(name), size) for name in names}
+    caches = PictureCaches(recipe.loader, once=True)  # their activations are kept instead
+    splits = {name: Stimuli(shards.split(name), size, caches=caches) for name in names}
     count = [len(stimuli) for stimuli in splits.values()]
     everyone = np.arange(sum(count))
     key = recipe.cross_validation.key if split == "cv" else shards.manifest.group_by

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.errors import BadInput
 
@@ -181,6 +181,17 @@ class Loader(Settings):
 
     workers: int | None = Field(None, ge=0)
     """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
+    cache: Literal["off", "ram", "disk", "auto"] = "auto"
+    """Keep decoded pictures for the next epoch, once per machine for all its processes: in memory, in a nameless file
+    in the temporary folder (TMPDIR), or nowhere; auto is ram unless pictures are read only once."""
+    cache_gib: float | None = Field(None, ge=0)
+    """Most that is kept of them on a machine; by default half of the memory (disk: space) that is free at the start.
+    What does not fit is decoded each time."""
+
+    @field_validator("cache", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any) -> Any:
+        return "off" if value is False else value  # which is what YAML makes of a bare off
 
 
 class Recipe(Settings):

@@ -65,7 +65,8 @@ class RunFolder:
             raise BadInput(f"{self.path} holds no run to resume (no recipe.yaml); start it without --resume")
         before, now = _flat(load_recipe(self.recipe, type(recipe)).model_dump()), _flat(recipe.model_dump())
         # How it is computed, not what.
-        free = {"strategy", "loader.workers", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
+        free = {"strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
+        free |= {"loader.workers", "loader.cache", "loader.cache_gib"}
         changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         changed = [change for change in changed if change.partition(":")[0] not in free]
         if changed:

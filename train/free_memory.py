@@ -1,0 +1,49 @@
+"""How much memory this process may still take: the machine's, and what its control group leaves of it."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+CONTROL_GROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
+
+
+def free_memory(groups: Path = CONTROL_GROUPS, own: Path = OWN_GROUPS) -> int:
+    """Bytes that can be taken without swapping or being killed for it.
+
+    Containers and batch systems limit memory by control groups, which the machine's own figures do not show.
+
+    Args:
+        groups: where control groups are mounted.
+        own: the list of those that this process is in.
+    """
+    return min([psutil.virtual_memory().available, *_left_by_groups(groups, own)])
+
+
+def _left_by_groups(groups: Path, own: Path) -> Iterator[int]:
+    try:
+        lines = own.read_text().splitlines()
+    except OSError:  # not Linux
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            yield from _left(groups, path, "memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = groups / "memory"
+            yield from _left(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _left(root: Path, path: str, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
+    """What each group above the process leaves; the page cache of files counts as used and is given back at need."""
+    group = root / path.lstrip("/")
+    for folder in (group, *group.parents):
+        if not folder.is_relative_to(root):
+            return
+        try:
+            most, used = int((folder / limit).read_text()), int((folder / usage).read_text())
+            statistics = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
+            yield max(most - used + int(statistics.get(reclaimable, 0)), 0)
+        except (OSError, ValueError):  # "max" means no limit; a container may not see the groups above its own
+            continue
