@@ -89,7 +89,7 @@ def test_plateaus_are_torchs(scores, patience):
     """Which waits for one bad epoch more than its patience."""
     optimizer = optimizer_of("sgd", 1.0)
     reference = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, mode="max", factor=0.5, patience=patience - 1, threshold=0
+        optimizer, mode="max", factor=0.5, patience=patience - 1, threshold=0, eps=0
     )
     recipe, improved, best = Schedule(kind="plateau", plateau_patience=patience, plateau_factor=0.5), [], -1
     optimizer.param_groups[0]["lr"] = 1.0
