@@ -47,11 +47,14 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
 
     stores, start = [], 0
     for name, count in zip(("fit", "held_out"), counts, strict=True):
-        features = np.load(folder / "features.npy", mmap_mode="r")
-        store = FeatureStore(folder / f"{name}_{runtime.rank}_of_{runtime.ranks}", {"layer": features.shape[1]})
+        whole = np.load(folder / "features.npy", mmap_mode="r")
+        width = whole.shape[1]
+        store = FeatureStore(folder / f"{name}_{runtime.rank}_of_{runtime.ranks}", {"layer": width})
         store.keep(0)
         for position in share(np.arange(start, start + count), runtime.rank, runtime.ranks):
-            store.append({"layer": torch.from_numpy(np.array(features[position : position + 1]))})
+            # Not through the map: its pages would count as this process's memory.
+            row = np.fromfile(whole.filename, np.float32, width, offset=whole.offset + int(position) * width * 4)
+            store.append({"layer": torch.from_numpy(row[None])})
         stores.append(store)
         start += count
     return stores

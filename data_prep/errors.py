@@ -4,6 +4,9 @@ import os
 import sys
 from collections.abc import Callable
 
+BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
+
 
 class BadInput(Exception):
     """What the user gave cannot be used. The message names the file, the field and what would be right.
@@ -15,6 +18,10 @@ class BadInput(Exception):
     alone = False
 
 
+class Stopped(Exception):
+    """The work was told to stop before it was done; what is needed to go on is saved. The message says by what."""
+
+
 class RunFailed(Exception):
     """The input was fine, and yet the work cannot go on. The message says why and what would help."""
 
@@ -22,7 +29,7 @@ class RunFailed(Exception):
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; what is known to go wrong ends in one sentence on standard error, without a traceback.
 
-    The exit code is 2 for bad input, 1 for a failure and 130 for Ctrl-C.
+    The exit code is 2 for bad input, 1 for a failure, 75 for work that was told to stop and 130 for Ctrl-C.
     Under a launcher most faults are found by every process; the lowest one on each machine speaks for all.
     """
     try:
@@ -30,11 +37,15 @@ def run_command(main: Callable[[], None]) -> None:
     except (BadInput, RunFailed) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "alone", False):
             print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2 if isinstance(error, BadInput) else 1)
+        sys.exit(BAD_INPUT if isinstance(error, BadInput) else FAILURE)
+    except Stopped as stop:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"{stop}; the same command goes on (see docs/recovering.md)", file=sys.stderr, flush=True)
+        sys.exit(STOPPED)
     except KeyboardInterrupt:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print("interrupted", file=sys.stderr, flush=True)
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, `head` say, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

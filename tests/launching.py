@@ -20,7 +20,7 @@ SMALL = [
 
 
 def start(processes: int, *command, **environment: str) -> subprocess.Popen:
-    """launch/local.sh -n PROCESSES COMMAND, as the leader of a process group of its own."""
+    """launch/local.sh -n PROCESSES COMMAND (options of local.sh first), as the leader of a process group of its own."""
     return subprocess.Popen(
         ["bash", "launch/local.sh", "-n", str(processes), *map(str, command)],
         cwd=ROOT,
@@ -34,7 +34,11 @@ def start(processes: int, *command, **environment: str) -> subprocess.Popen:
 
 def launch(processes: int, *command, timeout: float = 300, **environment: str) -> CompletedProcess:
     """`start` and wait."""
-    process = start(processes, *command, **environment)
+    return finish_started(start(processes, *command, **environment), timeout)
+
+
+def finish_started(process: subprocess.Popen, timeout: float = 300) -> CompletedProcess:
+    """Wait for what `start` began."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:

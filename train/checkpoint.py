@@ -40,6 +40,7 @@ class Progress(BaseModel):
         epoch: epochs completed.
         step: optimizer steps done.
         losses: of the epoch under way, the sum over its steps so far of each rank's part; empty between epochs.
+        left_out: steps of the epoch under way whose loss or gradient was not finite.
         best: best value of the selection metric so far, and the epoch (counted from 1) and step it was reached in.
         improved: for each epoch, whether it was the best until then.
         recording: fingerprint of the shards, see `data_prep.manifest.Manifest.fingerprint`.
@@ -54,6 +55,7 @@ class Progress(BaseModel):
     epoch: int = 0
     step: int = 0
     losses: list[float] = []
+    left_out: int = 0
     best: float | None = None
     best_epoch: int = 0
     best_step: int = 0

@@ -65,14 +65,53 @@ class Engine:
         """
         self._scaler.scale(loss * self.runtime.ranks).backward()
 
-    def step(self) -> None:
-        """One optimizer step with the gradients of a whole global batch; clears them."""
+    def step(self) -> torch.Tensor:
+        """One optimizer step with the gradients of a whole global batch; clears them.
+
+        Returns:
+            Whether it was left out because the gradient is not finite: bool (), the same on every rank, on the device.
+        """
+        if self._scaler.is_enabled():
+            left_out = self._scaled_step()
+        else:
+            left_out = ~self._gradient_is_finite()
+            if self._clip_norm is not None:
+                nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+            self._step_unless(left_out)
+        self.optimizer.zero_grad(set_to_none=True)
+        return left_out
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+
+    def _gradient_is_finite(self) -> torch.Tensor:
+        return torch.isfinite(torch.stack(torch._foreach_norm(self._gradients(), torch.inf))).all()
+
+    def _step_unless(self, left_out: torch.Tensor) -> None:
+        """Step, or do not; on a GPU the host does not wait to know.
+
+        A fused optimizer takes the answer along. Another one there steps with a gradient of 0 instead, which moves the
+        weights by what momentum it has.
+        """
+        if left_out.device.type == "cpu":
+            if not left_out:
+                self.optimizer.step()
+            return
+        if all(group.get("fused") for group in self.optimizer.param_groups):
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, left_out.float()
+        else:
+            for gradient in self._gradients():
+                gradient.masked_fill_(left_out, 0)
+        self.optimizer.step()
+
+    def _scaled_step(self) -> torch.Tensor:
+        """With a scaled loss a gradient that overflows is nothing bad: it is how the scale is found."""
         if self._clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        return torch.zeros((), dtype=torch.bool, device=self.runtime.device)
 
     def set_rate(self, factor: float) -> None:
         """Set every group's learning rate to `factor` times its peak."""

@@ -125,14 +125,13 @@ def write_results(job: Job, scored: Scored, ranks: int) -> Path:
 def main() -> None:
     """Parse, check, score, write."""
     job = prepare(parse(Evaluate, args=sys.argv[1:]))
-    with started(None, "fp32", job.recipe.deterministic) as runtime:
+    with started(None, "fp32", job.recipe.deterministic, timeout=job.recipe.faults.timeout) as runtime:
         scored = evaluate(job, runtime)
         if runtime.leads:
             target = write_results(job, scored, runtime.ranks)
             means = scored.means()
             shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items()) or "no responses to compare with"
             print(f"{job.options.split}: {len(job.stimuli):,} stimuli  {shown}\nwritten to {target}", flush=True)
-        runtime.barrier()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ launch/local.sh -n 2    train/finetune.py [RECIPE.yaml] --data DIR --out RUN [--
 """
 
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from train.readouts import parameter_count
 from train.recipe import Recipe, leading_recipe
 from train.resume import StartingPoint, starting_point
 from train.ridge_start import start_from_ridge
-from train.run_folder import open_run
+from train.run_folder import begun_by_this_job, open_run
 from train.runtime import Runtime, started
 from train.schedule import build_optimizer
 from train.tasks import Network, parameter_groups
@@ -40,7 +41,7 @@ class Finetune(Recipe):
     out: Path
     """Run folder to make."""
     resume: bool = False
-    """Go on with the run in --out from its last checkpoint."""
+    """Go on with the run in --out from its last checkpoint; a job that is started again (SPIKETUNE_JOB) does so."""
 
 
 def parse_command_line(words: list[str]) -> tuple[Finetune, Recipe]:
@@ -53,8 +54,10 @@ def parse_command_line(words: list[str]) -> tuple[Finetune, Recipe]:
     """
     recipe, words = leading_recipe(words, Recipe)
     options = _parse_flags(words, recipe or Recipe())
-    if options.resume and recipe is None:
+    resume = options.resume or begun_by_this_job(options.out)
+    if resume and recipe is None:
         options = _parse_flags(words, open_run(options.out)[1])
+    options.resume = resume
     recipe = Recipe(**{name: getattr(options, name) for name in Recipe.model_fields})
     recipe.check()
     check_name(recipe.backbone.name)
@@ -161,15 +164,14 @@ def main() -> None:
     """Parse, check, build, train, close."""
     options, recipe = parse_command_line(sys.argv[1:])
     job = prepare(recipe, options.data, options.out, options.resume)
-    with started(job.deepspeed, job.recipe.precision, job.recipe.deterministic) as runtime:
+    recipe = job.recipe
+    with started(job.deepspeed, recipe.precision, recipe.deterministic, timeout=recipe.faults.timeout) as runtime:
         start = starting_point(job, runtime)
         training = build(job, start, runtime)
-        try:
+        with closing(training.monitor), job.folder.keeping_failures(runtime.rank):
             if job.resume:
                 training.go_on(start)
             training.run()
-        finally:
-            training.monitor.close()
 
 
 if __name__ == "__main__":

@@ -8,24 +8,27 @@ import torch
 from safetensors import SafetensorError
 
 from data_prep import progress as show
-from data_prep.errors import RunFailed
+from data_prep.errors import RunFailed, Stopped
 from data_prep.manifest import to_json_list
 from train.augment import augment
 from train.checkpoint import Progress, forget_newer, save_checkpoint
 from train.ema import RunningAverage
 from train.engine import Engine, average_batch_statistics, batch_statistics
+from train.finite import FiniteSteps
 from train.loader import Batch, Stimuli, TrainLoader
 from train.monitor import Monitor
 from train.order import stream_seed
+from train.pace import Pace
 from train.recipe import Recipe
 from train.resume import StartingPoint
 from train.run_folder import RunFolder
 from train.runtime import Runtime
 from train.schedule import momentum, plateaus, rate_factor, set_momentum
 from train.scoring import Scored, score
+from train.step_clock import StepClock
 from train.tasks import Network
 
-STEPS_BETWEEN_SCALARS = 10
+STEPS_BETWEEN_LOOKS = 10
 LOWER_IS_BETTER = ("mse",)
 
 
@@ -59,6 +62,14 @@ class Training:
     monitor: Monitor
     progress: Progress
 
+    def __post_init__(self):
+        self._clock = StepClock(self.runtime.device)
+        self._finite = FiniteSteps(
+            self.network, self.loader.stimuli, self.runtime, self.recipe.faults.bad_steps, self.monitor.say
+        )
+        self._epoch_loss = torch.zeros((), dtype=torch.float64)  # this rank's part, of the epoch under way
+        self._pace, self._waited = Pace(), 0.0
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
@@ -73,16 +84,23 @@ class Training:
         """Train until the epochs or the patience are used up.
 
         Raises:
-            RunFailed: the loss became infinite or NaN.
+            Stopped: a process was told to stop; a checkpoint is saved.
+            RunFailed: the loss stayed infinite or NaN, or a checkpoint cannot be saved.
         """
         while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
             started, first_step = time.monotonic(), self.progress.step
-            with self.runtime.fastest_kernels(self.recipe.deterministic):
-                loss = self._epoch()
-            trained = time.monotonic()
-            scored = self._score()
+            try:
+                with self.runtime.fastest_kernels(self.recipe.deterministic):
+                    loss = self._epoch()
+                trained = time.monotonic()
+                scored = self._score()
+            except Stopped as stop:
+                self._save_midway()
+                raise Stopped(f"{stop} after step {self.progress.step}; saved") from None
+            self._finish_epoch()
             best = self._select(scored)
-            speed = (self.progress.step - first_step) * self.loader.global_size / (trained - started)
+            steps = self.progress.step - first_step
+            speed = steps * self.loader.global_size / (trained - started)
             self._tell(
                 loss,
                 scored,
@@ -91,6 +109,7 @@ class Training:
                 train_seconds=trained - started,
                 score_seconds=time.monotonic() - trained,
             )
+            self._remark(steps, trained - started)
             self._save()
         ended = "no improvement" if self._out_of_patience() else "all epochs done"
         best = math.nan if self.progress.best is None else self.progress.best
@@ -105,33 +124,47 @@ class Training:
         return self.progress.step - self.progress.epoch * self.loader.steps
 
     def _epoch(self) -> float:
-        """One pass over the training stimuli, or what is left of it; returns the mean loss per step."""
+        """One pass over the training stimuli, or what is left of it; returns the mean loss of the steps that were done.
+
+        Raises:
+            RunFailed: there were none, or too many in a row were left out.
+        """
         self.network.train()
         drops = plateaus(self.recipe.schedule, self.progress.improved)
-        epoch_loss = torch.tensor(self._loss_so_far(), dtype=torch.float64, device=self.runtime.device)
+        self._epoch_loss = torch.tensor(self._loss_so_far(), dtype=torch.float64, device=self.runtime.device)
         with show.Progress(
             self.loader.steps - self._first_step,
             f"epoch {self.progress.epoch + 1}",
             "steps",
             silent=not self.runtime.leads,
         ) as bar:
-            waited = time.monotonic()
+            waited, self._waited = time.monotonic(), 0.0
             for micros in self.loader.epoch(self.progress.epoch, self._first_step):
                 data_wait = time.monotonic() - waited
+                self._waited += data_wait
+                self.runtime.beat(data_wait + self._clock.seconds.get("forward", 0.0))
                 losses = self._step(micros, drops)
-                epoch_loss += losses["loss"]
-                if self.progress.step % STEPS_BETWEEN_SCALARS == 0:
+                if self.progress.step % STEPS_BETWEEN_LOOKS == 0:
+                    self._look()
                     self._scalars(losses, data_wait, time.monotonic() - waited)
                 bar.advance()
                 if self._saves_midway():
-                    self.progress.losses = self.runtime.all_gather(epoch_loss).tolist()
-                    self._check_finite(sum(self.progress.losses))
-                    self._save()
+                    self._save_midway()
                 waited = time.monotonic()
-        mean = float(self.runtime.sum(epoch_loss)) / self.loader.steps
-        self._check_finite(mean)
-        self.progress.epoch, self.progress.losses = self.progress.epoch + 1, []
-        return mean
+        self._look()
+        if self.progress.left_out == self.loader.steps:
+            raise RunFailed(
+                f"no step of epoch {self.progress.epoch + 1} had a finite loss and gradient; lower optimizer.lr or set "
+                "optimizer.clip_norm (the checkpoints before are kept)"
+            )
+        return float(self.runtime.sum(self._epoch_loss)) / (self.loader.steps - self.progress.left_out)
+
+    def _finish_epoch(self) -> None:
+        self.progress.epoch, self.progress.losses, self.progress.left_out = self.progress.epoch + 1, [], 0
+
+    def _look(self) -> None:
+        """See whether the steps were finite, and name those that were not; the only host sync beside the charts'."""
+        self.progress.left_out += self._finite.look()
 
     def _loss_so_far(self) -> float:
         """This rank's part of the losses of the epoch under way; with another number of ranks, the first has all."""
@@ -144,23 +177,28 @@ class Training:
         every = self.recipe.checkpoint.every_steps
         return every is not None and self.progress.step % every == 0 and self._first_step < self.loader.steps
 
-    def _check_finite(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise RunFailed(
-                f"the loss became {loss} in epoch {self.progress.epoch + 1}; lower optimizer.lr or set "
-                "optimizer.clip_norm (the checkpoints before are kept)"
-            )
+    def _save_midway(self) -> None:
+        """Save between two epochs' ends, where an epoch's losses so far belong to what is saved."""
+        self._look()
+        if self.progress.step:
+            self.progress.losses = self.runtime.all_gather(self._epoch_loss).tolist()
+            self._save()
 
     def _step(self, micros: list[Batch], drops: int) -> dict[str, torch.Tensor]:
         """One optimizer step; returns this rank's part of its losses, which stay on the device."""
         seed_everything(self.recipe.seed, self.progress.step, self.runtime.rank, self.runtime.device)
         self._set_rates(drops)
         pieces = [self._piece(piece, micro.to(self.runtime.device)) for piece, micro in enumerate(micros)]
-        self.engine.step()
+        with self._clock.part("optimizer"):
+            left_out = self.engine.step()
+        self._clock.finish_step()
         self.progress.step += 1
         if self.average is not None:
             self.average.update(self.progress.step)
-        return {name: torch.stack([piece[name] for piece in pieces]).sum() for name in pieces[0]}
+        losses = {name: torch.stack([piece[name] for piece in pieces]).sum() for name in pieces[0]}
+        self._finite.note(self.progress.step, micros, losses["loss"], left_out)
+        self._epoch_loss += torch.where(left_out.to(self.runtime.device), 0.0, losses["loss"])
+        return losses
 
     def _set_rates(self, drops: int) -> None:
         schedule, step = self.recipe.schedule, self.progress.step
@@ -171,10 +209,13 @@ class Training:
     def _piece(self, piece: int, batch: Batch) -> dict[str, torch.Tensor]:
         """Forward and backward of one micro-batch."""
         with self.engine.micro_batch(piece):
-            images = batch.images if batch.draws is None else augment(batch.images, batch.draws, self.recipe.augment)
-            outputs = self.engine.forward(images)
-            parts = self.network.objective.parts(outputs, batch, self.runtime.sum)
-            self.engine.backward(parts["loss"])
+            with self._clock.part("forward"):
+                augments = batch.draws is not None
+                images = augment(batch.images, batch.draws, self.recipe.augment) if augments else batch.images
+                outputs = self.engine.forward(images)
+                parts = self.network.objective.parts(outputs, batch, self.runtime.sum)
+            with self._clock.part("backward"):
+                self.engine.backward(parts["loss"])
         return {name: part.detach() for name, part in parts.items()}
 
     def _scalars(self, losses: dict[str, torch.Tensor], data_wait: float, seconds: float) -> None:
@@ -185,6 +226,7 @@ class Training:
         charts |= {name: float(value) for name, value in self.network.objective.learned_weights().items()}
         charts["speed/images_per_second"] = self.loader.global_size / seconds
         charts["speed/data_wait_seconds"] = data_wait
+        charts |= {f"speed/{part}_seconds": seconds for part, seconds in self._clock.seconds.items()}
         self.monitor.scalars(charts, self.progress.step)
 
     def _score(self) -> Scored:
@@ -277,6 +319,12 @@ class Training:
                 **speeds,
             }
         )
+
+    def _remark(self, steps: int, seconds: float) -> None:
+        if steps:
+            facts = {"busy": self.runtime.pulse.busy.tolist(), "hosts": self.runtime.hosts}
+            for sentence in self._pace.remarks(waited=self._waited, trained=seconds, steps=steps, **facts):
+                self.monitor.say(sentence)
 
     def go_on(self, start: StartingPoint) -> None:
         """Say where the run begins again, and drop what was written after that."""

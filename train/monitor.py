@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from data_prep.errors import RunFailed
 from train.run_folder import RunFolder, write_atomically
 
 LAYOUT = {
@@ -21,6 +23,23 @@ LAYOUT = {
         "images per second": ["Multiline", ["speed/images_per_second"]],
     }
 }
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt, which a run can do without: when it cannot be written, that is said once."""
+
+    failed = False
+
+    def flush(self) -> None:
+        try:
+            super().flush()
+        except OSError:
+            self.handleError(None)
+
+    def handleError(self, record: logging.LogRecord | None) -> None:
+        if not self.failed:
+            self.failed = True
+            print(f"warning: {self.baseFilename} cannot be written ({sys.exception()})", file=sys.stderr, flush=True)
 
 
 class Monitor:
@@ -42,7 +61,7 @@ class Monitor:
         self._board: SummaryWriter | None = None
         if leads:
             self._add_handler(logging.StreamHandler(sys.stdout), "%(message)s")
-            self._add_handler(logging.FileHandler(folder.log), "%(asctime)s %(message)s")
+            self._add_handler(_LogFile(folder.log), "%(asctime)s %(message)s")
             self._board = SummaryWriter(str(folder.tensorboard))
             self._board.add_custom_scalars(LAYOUT)
 
@@ -56,25 +75,42 @@ class Monitor:
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         """Points in TensorBoard's charts."""
-        if self._board is not None:
-            for name, value in values.items():
-                self._board.add_scalar(name, value, step)
+        self._chart(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
+
+    def _chart(self, write: Callable[[SummaryWriter], Any]) -> None:
+        """Write to TensorBoard, where there is one; a run can do without: when it fails, that is said once."""
+        if self._board is None:
+            return
+        try:
+            write(self._board)
+        except OSError as error:
+            self._board = None
+            self.say(
+                f"warning: {self._folder.tensorboard} cannot be written ({error.strerror}); going on without charts"
+            )
 
     def picture(self, name: str, png: bytes) -> None:
         """A picture in TensorBoard."""
-        if self._board is not None:
-            pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
-            self._board.add_image(name, pixels, dataformats="HWC")
+        pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+        self._chart(lambda board: board.add_image(name, pixels, dataformats="HWC"))
 
     def epoch(self, facts: dict[str, Any]) -> None:
-        """A line of history.jsonl."""
-        if self._leads:
+        """A line of history.jsonl.
+
+        Raises:
+            RunFailed: it cannot be written.
+        """
+        if not self._leads:
+            return
+        try:
             with self._folder.history.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(facts) + "\n")
+        except OSError as error:
+            raise RunFailed(f"{self._folder.history} cannot be written ({error.strerror})") from None
 
     def rewind(self, epoch: int, step: int) -> None:
         """Drop what was written after `epoch` and `step`: a resumed run writes it again."""
-        if self._board is None:
+        if not self._leads:
             return
         self._board.close()
         self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1)
@@ -84,8 +120,7 @@ class Monitor:
 
     def close(self) -> None:
         """Write out what is still in memory."""
-        if self._board is not None:
-            self._board.close()
+        self._chart(SummaryWriter.close)
         for handler in self._log.handlers:
             handler.close()
 

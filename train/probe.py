@@ -6,6 +6,7 @@ launch/local.sh -n 2    train/probe.py --data DIR --out RUN --layers pixels
 
 import hashlib
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from train.probe_preparation import Job, prepare
 from train.probe_results import results, table, write_results
 from train.probing import Probing
 from train.recipe import ProbeRecipe, leading_recipe
-from train.run_folder import open_probe
+from train.run_folder import begun_by_this_job, open_probe
 from train.runtime import Runtime, started
 
 
@@ -38,7 +39,7 @@ class Probe(ProbeRecipe):
     scratch: Path | None = None
     """Folder for activations while the probe runs; by default in the run folder."""
     resume: bool = False
-    """Go on with a probe that was interrupted."""
+    """Go on with a probe that was interrupted; a job that is started again (SPIKETUNE_JOB) does so."""
 
 
 def parse_command_line(words: list[str]) -> tuple[Probe, ProbeRecipe]:
@@ -48,8 +49,10 @@ def parse_command_line(words: list[str]) -> tuple[Probe, ProbeRecipe]:
     """
     recipe, words = leading_recipe(words, ProbeRecipe)
     options = _parse_flags(words, recipe or ProbeRecipe())
-    if options.resume and recipe is None:
+    resume = options.resume or begun_by_this_job(options.out)
+    if resume and recipe is None:
         options = _parse_flags(words, open_probe(options.out))
+    options.resume = resume
     recipe = ProbeRecipe(**{name: getattr(options, name) for name in ProbeRecipe.model_fields})
     recipe.check()
     check_name(recipe.backbone.name)
@@ -91,14 +94,11 @@ def main() -> None:
     """Parse, check, probe."""
     options, recipe = parse_command_line(sys.argv[1:])
     job = prepare(recipe, options.data, options.out, options.split, options.resume)
-    with started(None, "fp32") as runtime:
+    with started(None, "fp32", timeout=recipe.timeout) as runtime:
         if runtime.leads and not job.resume:
             job.folder.claim(job.recipe, job.data, {"processes": runtime.describe(), "split": job.split})
-        monitor = Monitor(job.folder, runtime.leads)
-        try:
+        with closing(Monitor(job.folder, runtime.leads)) as monitor, job.folder.keeping_failures(runtime.rank):
             run(job, scratch_folder(options), runtime, monitor)
-        finally:
-            monitor.close()
 
 
 if __name__ == "__main__":

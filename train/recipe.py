@@ -176,6 +176,15 @@ class Checkpoint(Settings):
     """How many of the last checkpoints to keep, beside the best: a damaged one is passed over for the one before."""
 
 
+class Faults(Settings):
+    """What a run puts up with."""
+
+    timeout: float = Field(300.0, ge=1)
+    """Seconds that processes wait for each other, from the second step on, before they give one up as lost."""
+    bad_steps: int = Field(10, ge=1)
+    """A step whose loss or gradient is not finite is left out; after so many in a row the run ends."""
+
+
 class Loader(Settings):
     """How pictures are read."""
 
@@ -208,6 +217,7 @@ class Recipe(Settings):
     batch: Batch = Batch()
     early_stopping: EarlyStopping = EarlyStopping()
     checkpoint: Checkpoint = Checkpoint()
+    faults: Faults = Faults()
     loader: Loader = Loader()
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the training forward pass: float32, or autocast over float32 weights, for fp16 (of a GPU, with ddp) with a
@@ -334,6 +344,8 @@ class ProbeRecipe(Settings):
     batch_size: int = Field(64, ge=1)
     """Stimuli in one forward pass."""
     loader: Loader = Loader()
+    timeout: float = Field(1800.0, ge=1)
+    """Seconds that processes wait for each other: one decomposes a matrix while the others have nothing to do."""
     seed: int = Field(0, ge=0)
     """Of random weights."""
 

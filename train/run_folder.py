@@ -3,6 +3,7 @@
 RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
 RUN/checkpoints/{last,best} -> step_N/     see train/checkpoint.py
 RUN/eval/<split>/{metrics.json,predictions.npz}
+RUN/failures/rank_N.txt                    what ended a process by surprise
 """
 
 import contextlib
@@ -13,7 +14,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +25,7 @@ import numpy as np
 import torch
 import yaml
 
-from data_prep.errors import BadInput, RunFailed
+from data_prep.errors import BadInput, RunFailed, Stopped
 from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
@@ -43,12 +47,25 @@ class RunFolder:
         """Where the results on a split go; those of another checkpoint than the best lie beside it."""
         return self.path / "eval" / (split if checkpoint == "best" else f"{split}_{checkpoint}")
 
+    def is_of_this_job(self) -> bool:
+        """Whether it was made by the job that this process is of, which has then been started again.
+
+        A job has a name that outlives its restarts, in the environment as SPIKETUNE_JOB; launch/ sets it.
+        """
+        job = os.environ.get("SPIKETUNE_JOB")
+        try:
+            return bool(job) and json.loads(self.env.read_text())["job"] == job
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def check_free(self) -> None:
         """Refuse a folder that holds something already.
 
         Raises:
             BadInput: it does.
         """
+        if not self.recipe.exists() and self.is_of_this_job():
+            return  # it ended between the two files that `claim` writes
         if self.recipe.exists():
             raise BadInput(f"{self.path} holds a run already; choose another --out (or finetune --resume to go on)")
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -66,7 +83,7 @@ class RunFolder:
         before, now = _flat(load_recipe(self.recipe, type(recipe)).model_dump()), _flat(recipe.model_dump())
         # How it is computed, not what.
         free = {"strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
-        free |= {"loader.workers", "loader.cache", "loader.cache_gib"}
+        free |= {"loader.workers", "loader.cache", "loader.cache_gib", "timeout", "faults.timeout", "faults.bad_steps"}
         changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         changed = [change for change in changed if change.partition(":")[0] not in free]
         if changed:
@@ -83,12 +100,33 @@ class RunFolder:
         save_recipe(recipe, temporary)
         temporary.replace(self.recipe)
 
+    @contextmanager
+    def keeping_failures(self, rank: int) -> Iterator[None]:
+        """Around a rank's work: what ends it by surprise is added to RUN/failures/rank_N.txt, with its traceback."""
+        try:
+            yield
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                folder = self.path / "failures"
+                folder.mkdir(exist_ok=True)
+                with (folder / f"rank_{rank}.txt").open("a", encoding="utf-8") as file:
+                    file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {traceback.format_exc()}\n")
+            raise
+
     def data_folder(self) -> Path:
         """The shard folder the run was trained on."""
         try:
             return Path(json.loads(self.env.read_text())["data"])
         except (OSError, ValueError, KeyError):
             raise BadInput(f"{self.env} does not tell the run's shard folder; name it with --data") from None
+
+
+def begun_by_this_job(path: Path) -> bool:
+    """Whether a folder holds a run that this job has begun and can go on with."""
+    folder = RunFolder(path)
+    return folder.recipe.is_file() and folder.is_of_this_job()
 
 
 def open_run(path: Path) -> tuple[RunFolder, Recipe]:
@@ -143,6 +181,7 @@ def environment() -> dict[str, Any]:
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         or [f"CPU, {os.cpu_count()} cores"],
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "job": os.environ.get("SPIKETUNE_JOB"),
     }
 
 

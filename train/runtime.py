@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,9 +29,13 @@ from torch import nn
 
 from data_prep.errors import BadInput, RunFailed
 from train.processes import cpu_wanted, ranks_on_machine, uses_gpu, world_size
+from train.pulse import Pulse
 from train.strategy import name_of
 
-STARTING_TIMEOUT = timedelta(minutes=30)
+STARTING_TIMEOUT = timedelta(minutes=30)  # until the first step is done: compilation, reading weights from far away
+
+SIGNS_OF_ABSENCE = ("closed by peer", "reset by peer", "imed out", "timeout", "Broken pipe")  # in what gloo raises
+ROLL_CALL_SECONDS = 3.0
 
 
 class Runtime:
@@ -40,15 +45,25 @@ class Runtime:
         deepspeed: whether DeepSpeed is the strategy.
         rank, ranks: which process this is, and of how many.
         device: where it computes.
+        hosts: the machine of each rank.
+        pulse: what the ranks tell each other with every step.
+
+    Args:
+        accelerator: joined.
+        deepspeed: a filled configuration, or None.
+        timeout: seconds, see `beat`.
     """
 
-    def __init__(self, accelerator: Accelerator, deepspeed: dict[str, Any] | None):
+    def __init__(self, accelerator: Accelerator, deepspeed: dict[str, Any] | None, timeout: float):
         self._accelerator = accelerator
         self.deepspeed = deepspeed is not None
         self._strategy = name_of(deepspeed, accelerator.num_processes)
         self.rank: int = accelerator.process_index
         self.ranks: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
+        self.hosts: list[str] = self.gather_objects(socket.gethostname())
+        self.pulse = Pulse(self.ranks, STARTING_TIMEOUT)
+        self._timeout, self._beats = timedelta(seconds=timeout), 0
 
     @property
     def leads(self) -> bool:
@@ -64,6 +79,35 @@ class Runtime:
         """Processes, device and strategy, for the log."""
         name = torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU, {torch.get_num_threads()} threads"
         return f"{self.ranks} process{'es' * (self.ranks > 1)} ({name} each), {self._strategy}"
+
+    def beat(self, busy: float | None = None) -> None:
+        """Hear from the other ranks, once in every step of whatever they do together; see `train/pulse.py`.
+
+        From the second time on, when a whole step is behind all of them, they wait for each other at most `timeout`.
+
+        Raises:
+            Stopped: a rank was told to stop; all ranks raise it at the same beat.
+        """
+        self.pulse.beat(busy)
+        self._beats += 1
+        if self._beats == 2 and self.ranks > 1:
+            for group in dist.distributed_c10d._world.pg_map:  # DeepSpeed's and the pulse's as well
+                dist.set_timeout(self._timeout, group)
+
+    def absent(self) -> list[int]:
+        """The ranks that do not say within three seconds that they have noticed a failure too.
+
+        Raises:
+            RuntimeError: nor can the machine be reached where that is said.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
+        store.set(f"roll call/{self.rank}", "here")
+        deadline, missing = time.monotonic() + ROLL_CALL_SECONDS, list(range(self.ranks))
+        while missing and time.monotonic() < deadline:
+            missing = [rank for rank in missing if not store.check([f"roll call/{rank}"])]
+            time.sleep(0.1)
+        return missing
 
     # --- collectives: the same calls with one process and with many
 
@@ -142,16 +186,20 @@ class Runtime:
 
 
 @contextmanager
-def started(deepspeed: dict[str, Any] | None, precision: str, deterministic: bool = False) -> Iterator[Runtime]:
+def started(
+    deepspeed: dict[str, Any] | None, precision: str, deterministic: bool = False, *, timeout: float = 300.0
+) -> Iterator[Runtime]:
     """Join the processes of this run; they part again on every way out.
 
     Args:
         deepspeed: a filled configuration, or None.
         precision: of the recipe, compared with what the launcher was told.
         deterministic: use only kernels that repeat bitwise.
+        timeout: seconds that the processes wait for each other, once they are under way.
 
     Raises:
         BadInput: the launcher's settings contradict the recipe or the machine.
+        RunFailed: another process has ended or does not answer.
         RuntimeError: not as many processes were joined as were started.
     """
     _check_launcher(precision)
@@ -159,17 +207,34 @@ def started(deepspeed: dict[str, Any] | None, precision: str, deterministic: boo
     torch.use_deterministic_algorithms(deterministic)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
+    runtime = None
     try:
-        yield Runtime(_accelerator(deepspeed), deepspeed)
+        runtime = Runtime(_accelerator(deepspeed), deepspeed, timeout)
+        with runtime.pulse.listening():
+            yield runtime
     except RuntimeError as error:
         if "deterministic implementation" in str(error):
             raise RunFailed(f"deterministic: {' '.join(str(error).split('.')[0].split())}; set it to false") from None
-        if "closed by peer" in str(error) or "reset by peer" in str(error):
-            raise RunFailed("another process of this run has ended; its message says why") from None
+        if any(sign in str(error) for sign in SIGNS_OF_ABSENCE):
+            raise RunFailed(_who_is_absent(runtime)) from None
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _who_is_absent(runtime: Runtime | None) -> str:
+    """A sentence about the processes that have ended or hang, for those that have noticed."""
+    if runtime is None:
+        return "the processes could not be joined: one has ended, or cannot be reached; its message says why"
+    try:
+        absent = runtime.absent()
+    except RuntimeError:
+        return "this process has lost the others: the machine that keeps their addresses cannot be reached"
+    if not absent:
+        return "the processes have lost each other, though all of them run: look at the network between them"
+    named = ", ".join(f"rank {rank} on {runtime.hosts[rank]}" for rank in absent)
+    return f"{named} has ended or hangs; where it ended, its message says why"
 
 
 def _check_launcher(precision: str) -> None:

@@ -68,6 +68,7 @@ def score(
         label: of the progress bar; no bar without one.
 
     Raises:
+        Stopped: a process was told to stop.
         RuntimeError: the ranks together did not see every stimulus once.
     """
     was_training = network.training
@@ -88,6 +89,7 @@ def score(
     seen = 0
     with Progress(len(stimuli), label, silent=not (label and runtime.leads)) as progress:
         for batch in loader:
+            runtime.beat()
             there = int(batch.weight.sum())
             batch = batch.to(device)
             outputs = network(batch.images)

@@ -56,9 +56,18 @@ class ZeroEngine(Engine):
         if not self._wrapped.is_gradient_accumulation_boundary():
             self._wrapped.step()  # counts the micro-batch
 
-    def step(self) -> None:
-        """One optimizer step with the gradients of a whole global batch; clears them."""
-        self._wrapped.step()
+    def step(self) -> torch.Tensor:
+        """One optimizer step with the gradients of a whole global batch; clears them. See `Engine.step`."""
+        if self._stage == 0:
+            left_out = ~self._gradient_is_finite()
+            if left_out:
+                self._wrapped.zero_grad()
+                self._wrapped.micro_steps += 1  # all that is left of the step
+            else:
+                self._wrapped.step()
+            return left_out
+        self._wrapped.step()  # DeepSpeed looks at the gradient's norm itself
+        return torch.tensor(self._wrapped.optimizer.overflow)
 
     def network_tensors(self) -> dict[str, torch.Tensor]:
         """The network's tensors by name; every rank must take part."""

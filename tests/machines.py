@@ -1,0 +1,91 @@
+"""Machines on this machine: network namespaces joined by a bridge, each with an address of its own."""
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from helpers import ROOT
+
+
+@dataclass
+class Machine:
+    """One of them.
+
+    Attributes:
+        name: of its namespace.
+        address: of its only network device, which the others reach.
+        hub: namespace of the bridge.
+        port: the other end of its cable there.
+    """
+
+    name: str
+    address: str
+    hub: str
+    port: str
+
+    def start(self, *command, **environment: str) -> subprocess.Popen:
+        """Start a command there, as the leader of a process group of its own."""
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.name, *map(str, command)],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def pids(self) -> list[int]:
+        """Its processes."""
+        return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
+
+    def cut(self) -> None:
+        """Pull the cable."""
+        _ip("-n", self.hub, "link", "set", self.port, "down")
+
+
+def reason_against() -> str | None:
+    """Why there can be no such machines here."""
+    if not shutil.which("ip"):
+        return "there is no `ip` command (package iproute2)"
+    if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        return "this kernel or user may not make network namespaces"
+    return None
+
+
+@contextmanager
+def machines(count: int) -> Iterator[list[Machine]]:
+    """So many machines in a network of their own; what runs there is killed at the end."""
+    tag = uuid.uuid4().hex[:6]
+    hub, made = f"hub{tag}", []
+    try:
+        _ip("netns", "add", hub)
+        _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
+        _ip("-n", hub, "link", "set", "bridge", "up")
+        for number in range(count):
+            made.append(_machine(hub, f"m{number}{tag}", f"10.77.0.{number + 1}", number))
+        yield made
+    finally:
+        for name in [machine.name for machine in made] + [hub]:
+            for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
+                subprocess.run(["kill", "-KILL", pid], capture_output=True)
+            subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def _machine(hub: str, name: str, address: str, number: int) -> Machine:
+    _ip("netns", "add", name)
+    _ip("-n", hub, "link", "add", f"port{number}", "type", "veth", "peer", "name", "eth0", "netns", name)
+    _ip("-n", hub, "link", "set", f"port{number}", "master", "bridge", "up")
+    _ip("-n", name, "address", "add", f"{address}/24", "dev", "eth0")
+    for device in ("eth0", "lo"):
+        _ip("-n", name, "link", "set", device, "up")
+    return Machine(name, address, hub, f"port{number}")
+
+
+def _ip(*words: str) -> str:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=True)
+    return done.stdout
