@@ -11,7 +11,7 @@ import tyro
 from pydantic import BaseModel, Field
 
 from data_prep.errors import BadInput
-from data_prep.pictures import convert_to_png, picture_size, sniff_encoding
+from data_prep.pictures import packable, sniff_encoding
 from data_prep.recording import SPLITS, Recording, Stimulus, trial_average
 from data_prep.responses import Responses, check_finite, check_shape, float32, open_npy, open_rates
 from data_prep.splits import assign_splits
@@ -246,13 +246,7 @@ class FolderRecording(Recording):
         """The encoded picture, its encoding, and a note where it had to be converted."""
         path = self.root / self.images[i]
         try:
-            data = path.read_bytes()
-            encoding = sniff_encoding(data)
-            picture_size(data)
-            if encoding is not None:
-                return data, encoding, {}
-            png, was = convert_to_png(data)
-            return png, "png", {"converted_from": was}
+            return packable(path.read_bytes())
         except (OSError, ValueError) as error:
             raise BadInput(f"{path} (picture of stimulus {self.stimulus_ids[i]}): {error}") from error
 
