@@ -30,8 +30,8 @@ def summary(folder: ShardFolder) -> str:
     if manifest.classes:
         shown = ", ".join(manifest.classes[:6]) + (", ..." if len(manifest.classes) > 6 else "")
         lines.append(f"  objects {len(manifest.classes)}: {shown}")
-    if manifest.ceiling:
-        rho = from_json_list(manifest.ceiling.reliability)
+    rho = from_json_list(manifest.ceiling.reliability if manifest.ceiling else ())
+    if np.isfinite(rho).any():
         lines.append(
             f"  reliability of the trial average (split-half, Spearman-Brown): median {np.nanmedian(rho):.3f}, "
             f"mean {np.nanmean(rho):.3f} over {manifest.ceiling.stimuli:,} stimuli "

@@ -1,6 +1,6 @@
 """Pack a recording into a folder of WebDataset shards.
 
-    python data_prep/pack.py {simulated,folder,it-h5} [SOURCE] --out DIR [...]
+    python data_prep/pack.py {simulated,folder,it-h5,brainio,nwb,tvsd,mbs-h5,joined} [SOURCE] --out DIR [...]
 
 `python data_prep/pack.py folder --help` lists the options of a source.
 """
@@ -16,9 +16,14 @@ from data_prep.command_line import parse
 from data_prep.errors import run_command
 from data_prep.overview import summary
 from data_prep.packing import pack
+from data_prep.sources.brainio import Brainio
 from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
+from data_prep.sources.joined import Joined
+from data_prep.sources.mbs_h5 import MbsH5
+from data_prep.sources.nwb import Nwb
 from data_prep.sources.simulated import Simulated
+from data_prep.sources.tvsd import Tvsd
 
 
 class Pack(BaseModel):
@@ -30,6 +35,11 @@ class Pack(BaseModel):
         Annotated[Simulated, tyro.conf.subcommand("simulated")]
         | Annotated[Folder, tyro.conf.subcommand("folder")]
         | Annotated[ItH5, tyro.conf.subcommand("it-h5")]
+        | Annotated[Brainio, tyro.conf.subcommand("brainio")]
+        | Annotated[Nwb, tyro.conf.subcommand("nwb")]
+        | Annotated[Tvsd, tyro.conf.subcommand("tvsd")]
+        | Annotated[MbsH5, tyro.conf.subcommand("mbs-h5")]
+        | Annotated[Joined, tyro.conf.subcommand("joined")]
     )
     out: Path
     """The shard folder to make; it must not exist yet."""
