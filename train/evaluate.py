@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -123,8 +123,8 @@ def evaluate(job: Job, runtime: Runtime) -> Scored:
     )
 
 
-def write_results(job: Job, scored: Scored, ranks: int) -> Path:
-    """Write predictions.npz and, where there is something to compare with, metrics.json; returns their folder."""
+def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str, Any]]:
+    """Write predictions.npz and, where there is something to compare with, metrics.json; returns folder and metrics."""
     target = job.folder.evaluation(job.options.split, job.options.checkpoint)
     if scored.rates is not None:
         arrays = {
@@ -135,6 +135,7 @@ def write_results(job: Job, scored: Scored, ranks: int) -> Path:
         if job.stimuli.rates is not None:
             arrays["target"] = job.stimuli.rates
         write_npz(target / "predictions.npz", **arrays)
+    metrics: dict[str, Any] = {}
     if scored.moments is not None or scored.counts is not None:
         metrics = report(scored, job.stimuli, job.manifest, job.options.split, ranks)
         metrics |= {"checkpoint": job.options.checkpoint, "epoch": job.progress.epoch, "step": job.progress.step}
@@ -144,7 +145,15 @@ def write_results(job: Job, scored: Scored, ranks: int) -> Path:
         if job.recipe.task.shuffle_responses:
             metrics["control"] = "shuffled responses"
         write_json(target / "metrics.json", metrics)
-    return target
+    return target, metrics
+
+
+def shown_scores(scored: Scored, metrics: dict[str, Any]) -> str:
+    """The means over sites for a line of text, those relative to a ceiling included."""
+    found = metrics.get("regression", {})
+    ceiled = {name: found[name]["mean"] for name in ("ceiled_explained_variance", "feve") if name in found}
+    means = scored.means() | {name: mean for name, mean in ceiled.items() if mean is not None}
+    return "  ".join(f"{name} {value:.4f}" for name, value in means.items()) or "no responses to compare with"
 
 
 def main() -> None:
@@ -154,9 +163,8 @@ def main() -> None:
         scored = evaluate(job, runtime)
         if runtime.leads:
             warn_of_unseen_classes(job)
-            target = write_results(job, scored, runtime.ranks)
-            means = scored.means()
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items()) or "no responses to compare with"
+            target, metrics = write_results(job, scored, runtime.ranks)
+            shown = shown_scores(scored, metrics)
             print(f"{job.options.split}: {len(job.stimuli):,} stimuli  {shown}\nwritten to {target}", flush=True)
         runtime.barrier()
 
