@@ -8,7 +8,7 @@ from make_sources import make_folder
 
 from data_prep.errors import BadInput
 from data_prep.packing import pack
-from data_prep.rates import per_second, raster_counts, spike_counts, z_score_within
+from data_prep.rates import SessionScale, per_second, raster_counts, spike_counts, z_score_within
 from data_prep.recording import trial_average
 from data_prep.sources.folder import Folder
 
@@ -65,6 +65,17 @@ def test_z_scores_are_those_of_each_session():
         np.testing.assert_allclose(scored[rows][:, :2], expected[:, :2], rtol=1e-10)
     assert np.isnan(scored[10:20, 2]).all()
     assert np.isnan(scored[3, 1])
+
+
+def test_sessions_may_be_taken_in_block_by_block():
+    rng = np.random.default_rng(0)
+    responses, session = rng.normal(1000, 2, (40, 3)), rng.integers(0, 2, 40)
+    whole, parts = SessionScale(2, 3), SessionScale(2, 3)
+    whole.add(responses, session)
+    for start in range(0, 40, 7):
+        parts.add(responses[start : start + 7], session[start : start + 7])
+    np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(parts.std, whole.std, rtol=1e-10)
 
 
 # ---- the source `folder` -------------------------------------------------------------------------------------------
