@@ -66,7 +66,8 @@ DATASETS: dict[DatasetName, Dataset] = {
                 "stimulus_hvm-public.zip": "8aa44e038d7b551efa8077467622f9d48d72e473",
             }
         ),
-        pack="brainio {folder}",
+        pack="brainio {folder}/assy_dicarlo_MajajHong2015_public.nc --stimuli {folder}/stimulus_hvm-public.csv "
+        "--pictures {folder}/stimulus_hvm-public.zip",
     ),
     "freemanziemba2013": Dataset(
         title="Freeman, Ziemba et al. 2013: macaque V1 and V2, single units, texture and noise (public part)",
@@ -80,7 +81,8 @@ DATASETS: dict[DatasetName, Dataset] = {
                 "stimulus_FreemanZiemba2013_aperture-public.zip": "3a6fec1fc28c212882d6833e267ea8654d289611",
             }
         ),
-        pack="brainio {folder}",
+        pack="brainio {folder}/assy_movshon_FreemanZiemba2013_public.nc --stimuli {folder}/stimulus_FreemanZiemba2013_aperture-public.csv "
+        "--pictures {folder}/stimulus_FreemanZiemba2013_aperture-public.zip",
     ),
     "tvsd": Dataset(
         title="TVSD, THINGS ventral stream spiking dataset: macaque V1, V4 and IT, multi-unit activity",
@@ -91,7 +93,7 @@ DATASETS: dict[DatasetName, Dataset] = {
             for monkey in "FN"
             for name in ("THINGS_normMUA.mat", "_logs/things_imgs.mat")
         ),
-        pack="tvsd {folder}",
+        pack="tvsd {folder}/monkeyF/THINGS_normMUA.mat --pictures THINGS",
         note="The pictures are not part of it: download THINGS (Hebart et al. 2019) from "
         "https://things-initiative.org, under its own terms.",
     ),

@@ -378,7 +378,8 @@ def test_the_command_cites_and_says_how_to_go_on(server, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     for words in ("doi:10.1523/JNEUROSCI.5181-14.2015", "licence", "Pictures are elsewhere."):
         assert words in done.stdout
-    assert f"data_prep/pack.py brainio '{out}' --out data/majaj2015" in done.stdout
+    assert f"data_prep/pack.py brainio '{out}'/assy_dicarlo" in done.stdout
+    assert done.stdout.endswith(" --out data/majaj2015\n")
     assert left(out) == ["a.nc", "b"]
 
 
