@@ -81,7 +81,8 @@ DATASETS: dict[DatasetName, Dataset] = {
                 "stimulus_FreemanZiemba2013_aperture-public.zip": "3a6fec1fc28c212882d6833e267ea8654d289611",
             }
         ),
-        pack="brainio {folder}/assy_movshon_FreemanZiemba2013_public.nc --stimuli {folder}/stimulus_FreemanZiemba2013_aperture-public.csv "
+        pack="brainio {folder}/assy_movshon_FreemanZiemba2013_public.nc "
+        "--stimuli {folder}/stimulus_FreemanZiemba2013_aperture-public.csv "
         "--pictures {folder}/stimulus_FreemanZiemba2013_aperture-public.zip",
     ),
     "tvsd": Dataset(
