@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from data_prep.command_line import parse
+from data_prep.division import Division
 from data_prep.errors import run_command
 from data_prep.overview import summary
 from data_prep.packing import pack
@@ -26,10 +27,8 @@ from data_prep.sources.simulated import Simulated
 from data_prep.sources.tvsd import Tvsd
 
 
-class Pack(BaseModel):
+class Pack(Division):
     """Pack a recording into a folder of WebDataset shards."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     source: (
         Annotated[Simulated, tyro.conf.subcommand("simulated")]
@@ -53,7 +52,7 @@ def main() -> None:
     """Parse the command line, pack, and say what was packed."""
     omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
     options = parse(Pack, config=omit)
-    folder = pack(options.source.open(), options.out, options.stimuli_per_shard, options.workers)
+    folder = pack(options.open(options.source), options.out, options.stimuli_per_shard, options.workers)
     print(summary(folder))
 
 

@@ -100,9 +100,9 @@ def test_splits_that_contradict_each_other_need_new_ones(parts, tmp_path):
     source = tmp_path / "other"
     make_folder(source, n=N)
     other = pack(Folder(source=source).open(), tmp_path / "shards", 50, 1).folder
-    with pytest.raises(BadInput, match=r"stimulus 'stim\d+' is for .* in .*--split new"):
+    with pytest.raises(BadInput, match=r"stimulus 'stim\d+' is for .* in .*--new-split"):
         Joined(source=(folder_a, other)).open()
-    recording = Joined(source=(folder_a, other), split="new", val_fraction=0.2, test_fraction=0).open()
+    recording = Joined(source=(folder_a, other), new_split=True, val_fraction=0.2, test_fraction=0).open()
     assert recording.splits.count("val") == 6
     assert len(list(recording.read(range(N)))) == N
     with pytest.raises(BadInput, match="--val-fraction would be ignored"):

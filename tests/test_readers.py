@@ -17,7 +17,6 @@ from data_prep import hdf5, presentations
 from data_prep.errors import BadInput
 from data_prep.picture_files import PictureFiles
 from data_prep.presentations import gather_trials, rows_by_stimulus, safe_ids
-from data_prep.rates import counts_in_windows
 from data_prep.recording import Recording, Stimulus, trial_average
 from data_prep.shards import ShardFolder
 from data_prep.sources.brainio import Brainio
@@ -313,7 +312,7 @@ BAD_SESSIONS = {
     "onset": ({"onset_column": "flash"}, "no column flash; .*start_time.*--onset-column"),
     "region": ({"region": ("V1",)}, "'V1'.*IT, V4"),
     "region column": ({"region_column": "depth"}, "no column depth.*quality.*--region-column"),
-    "window": ({"window_ms": ((170.0, 70.0),)}, "--window-ms"),
+    "window": ({"window_ms": ((170.0, 70.0),)}, "a window must start before it ends"),
     "blank": ({"ignore": ()}, "1 of 21 stimuli have no picture there, 'blank'"),
     "picture column": ({"picture_column": "file"}, "--picture-column: 'file' is not known"),
 }
@@ -338,14 +337,6 @@ def test_links_and_other_files_are_refused(tmp_path, session):
     refused(tmp_path, ("units is a link",), "nwb", tmp_path / "a.nwb", "--pictures", folder / "stimuli")
     (tmp_path / "b.nwb").write_bytes(b"no HDF5")
     refused(tmp_path, ("not a readable HDF5 file",), "nwb", tmp_path / "b.nwb", "--pictures", folder / "stimuli")
-
-
-def test_counting_in_windows():
-    spikes = np.array([0.3, 0.17, 0.1, 0.07, 1.1])
-    counts = counts_in_windows(spikes, np.array([0.0, 1.0, np.nan]), [(70, 170), (0, 400)])
-    assert counts.dtype == np.float32
-    assert np.array_equal(counts, [[2, 4], [1, 1], [np.nan, np.nan]], equal_nan=True)
-    assert np.array_equal(counts_in_windows(np.array([]), np.array([0.5]), [(0, 100)]), [[0]])
 
 
 # ---- tvsd ----------------------------------------------------------------------------------------------------------

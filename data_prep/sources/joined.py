@@ -7,7 +7,7 @@ recording that does not hold a stimulus have NaN there.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import tyro
@@ -26,8 +26,8 @@ class Joined(HeldOut):
 
     source: tyro.conf.Positional[tuple[Path, ...]]
     """Shard folders made by data_prep/pack.py."""
-    split: Literal["packed", "new"] = "packed"
-    """The splits: as packed, which must agree on the stimuli that are shared, or new ones at random."""
+    new_split: bool = False
+    """Divide anew at random. By default the splits are as packed, and must agree on the stimuli that are shared."""
     subjects: tuple[str, ...] = ()
     """The subject of each folder's sites, one name per folder. Default: as the folders say."""
     regions: tuple[str, ...] = ()
@@ -51,11 +51,9 @@ class Joined(HeldOut):
         sites, keep = self._sites(folders)
         meta = [_merged_meta(stimulus, parts, found) for stimulus, found in places.items()]
         splits, rule = self._splits(places, meta)
-        answered = {
-            split
-            for split, found in zip(splits, places.values(), strict=True)
-            if any(parts[folder][packed].has_responses for folder, (packed, _) in found.items())
-        }
+        answered = dict.fromkeys(splits, False)
+        for split, found in zip(splits, places.values(), strict=True):
+            answered[split] |= any(parts[folder][packed].has_responses for folder, (packed, _) in found.items())
         manifests = [folder.manifest for folder in folders]
         return JoinedRecording(
             name=self.name or "+".join(manifest.name for manifest in manifests),
@@ -76,7 +74,7 @@ class Joined(HeldOut):
             stimulus_ids=list(places),
             splits=splits,
             objects=objects_of(meta),
-            group_by=self.group_by if self.split == "new" else _common([m.group_by for m in manifests]),
+            group_by=self.group_by if self.new_split else _common([m.group_by for m in manifests]),
             parts=parts,
             places=list(places.values()),
             meta=meta,
@@ -102,9 +100,9 @@ class Joined(HeldOut):
         return sites, select_sites(sites, "region", self.region, "--region", "joined")
 
     def _splits(self, places: dict[str, dict[int, Place]], meta: list[dict[str, Any]]) -> tuple[list[str], Any]:
-        if self.split == "new":
+        if self.new_split:
             return self.deal(meta, self.source[0])
-        self.refuse_options("the splits are as packed unless you say --split new")
+        self.refuse_options("the splits are as packed unless you say --new-split")
         splits = []
         for stimulus, found in places.items():
             names = {split for split, _ in found.values()}
@@ -112,7 +110,7 @@ class Joined(HeldOut):
                 said = ", ".join(f"{self.source[folder]} in {split}" for folder, (split, _) in found.items())
                 raise BadInput(
                     f"stimulus {stimulus!r} is for {said}; pack them with the same split, "
-                    "or split anew with --split new"
+                    "or divide anew with --new-split"
                 )
             splits.append(names.pop())
         return splits, "as packed"
@@ -125,9 +123,7 @@ class JoinedRecording(Recording):
     Attributes (beside those of `Recording`):
         parts: of each folder, its splits; they open their files in the process that reads.
         places: of each stimulus, {folder: where it is there}.
-        meta: what the folders say of each stimulus.
         columns: the sites that are kept, of those of all folders side by side.
-        answered: the splits with responses.
     """
 
     name: str
@@ -142,9 +138,9 @@ class JoinedRecording(Recording):
     group_by: str | None
     parts: list[dict[str, ShardSplit]]
     places: list[dict[int, Place]]
-    meta: list[dict[str, Any]]
     columns: np.ndarray
-    answered: set[str]
+    meta: list[dict[str, Any]]
+    answered: dict[str, bool]
 
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
         """Yield the stimuli at `indices`, one at a time.
@@ -156,7 +152,7 @@ class JoinedRecording(Recording):
             found = {folder: self.parts[folder][split] for folder, (split, _) in self.places[i].items()}
             image, encoding = self._picture(i, found)
             rates = trials = None
-            if self.splits[i] in self.answered:
+            if self.answered[self.splits[i]]:
                 rates, trials = self._responses(i, found)
             yield Stimulus(self.stimulus_ids[i], image, encoding, rates, trials, meta=self.meta[i])
 

@@ -78,7 +78,7 @@ class MbsH5(HeldOutVal):
             origin = _origin(rows, self.source)
             pictures, picture_names = self._pictures(file, origin)
             sites = [site for part in parts for site in part.describe(file)]
-            answered = {split for split in split_names for part in parts if part.path(split) in file}
+            recorded = {split for split in split_names if any(part.path(split) in file for part in parts)}
         names = list(origin)
         ids = safe_ids(names)
         training = [i for i, name in enumerate(names) if origin[name] == "train"]
@@ -110,7 +110,8 @@ class MbsH5(HeldOutVal):
             parts=parts,
             rows=rows,
             origin=list(origin.items()),
-            answered=answered,
+            recorded=recorded,
+            answered={split: source in recorded for split, source in zip(splits, origin.values(), strict=True)},
         )
 
     def _parts(self, file: h5py.File, split_names: Sequence[str]) -> list["Part"]:
@@ -192,14 +193,14 @@ class MbsH5Recording(PresentedRecording):
         parts: the subjects' regions, in the order of the sites.
         rows: {(split, subject): {stimulus: its rows}}.
         origin: each stimulus's id in the file and the split it is in there.
-        answered: the splits of the file that have responses.
+        recorded: the splits of the file that have responses.
     """
 
     path: Path
     parts: list[Part]
     rows: Rows
     origin: list[tuple[str, str]]
-    answered: set[str]
+    recorded: set[str]
 
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
         """Yield rates and trials; NaN for the sites of a subject that did not see the stimulus."""
@@ -208,7 +209,7 @@ class MbsH5Recording(PresentedRecording):
         with hdf5.reading(self.path) as file:
             for split, run in groupby(indices, key=lambda i: self.origin[i][1]):
                 run = list(run)
-                if split not in self.answered:
+                if split not in self.recorded:
                     yield from ((None, None) for _ in run)
                     continue
                 for start in range(0, len(run), block):

@@ -18,7 +18,7 @@ from data_prep import hdf5
 from data_prep.errors import BadInput
 from data_prep.picture_files import PictureFiles
 from data_prep.presentations import TRIALS_BYTES, rates_and_trials, rows_by_stimulus, safe_ids, select_sites
-from data_prep.rates import counts_in_windows
+from data_prep.rates import check_windows, spike_counts
 from data_prep.recording import Recording
 from data_prep.sources.presented import HeldOut, PresentedRecording, objects_of
 from data_prep.tables import present
@@ -64,9 +64,7 @@ class Nwb(HeldOut):
         Raises:
             BadInput: naming the file, the table, column or option, and what would be right.
         """
-        for start, end in self.window_ms:
-            if not start < end:
-                raise BadInput(f"--window-ms: a window must start before it ends, not {start:g} {end:g}")
+        check_windows(self.window_ms)
         with hdf5.reading(self.source) as file:
             table = self._table(file)
             onset = _column(table, (self.onset_column,), "--onset-column")
@@ -192,15 +190,15 @@ class NwbRecording(PresentedRecording):
 
     def _rates(self, file: h5py.File, onsets: np.ndarray) -> np.ndarray:
         """The rates of all sites in some presentations: float32 (presentations, sites). One unit is held at a time."""
-        seconds = np.array([end - start for start, end in self.windows]) / 1000
+        windows = np.array(self.windows) / 1000
         spikes = hdf5.numbers(file, "units/spike_times", 1)
         observed = _observed(hdf5.subgroup(file, "units"))
         rates = np.empty((len(onsets), len(self.spans), len(self.windows)), np.float32)
         for k, (unit, (begin, end)) in enumerate(self.spans.items()):
-            counts = counts_in_windows(spikes[begin:end], onsets, self.windows)
+            counts = spike_counts(np.sort(spikes[begin:end]), onsets, windows)
             if observed is not None:
-                counts[~_within(observed(unit), onsets, self.windows)] = np.nan
-            rates[:, k] = counts / seconds
+                counts[~_within(observed(unit), onsets, windows)] = np.nan
+            rates[:, k] = counts / (windows[:, 1] - windows[:, 0])
         return rates.reshape(len(onsets), -1)
 
 
@@ -313,10 +311,9 @@ def _observed(units: h5py.Group) -> Any:
     return lambda unit: intervals[slice(*spans[unit])]
 
 
-def _within(intervals: np.ndarray, onsets: np.ndarray, windows: Windows) -> np.ndarray:
-    """Whether each window of each presentation lies within one of the intervals: bool (presentations, windows)."""
-    edges = np.array(windows) / 1000
-    start, end = onsets[:, None] + edges[:, 0], onsets[:, None] + edges[:, 1]
+def _within(intervals: np.ndarray, onsets: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Whether each window (seconds) of each presentation lies within an interval: bool (presentations, windows)."""
+    start, end = onsets[:, None] + windows[:, 0], onsets[:, None] + windows[:, 1]
     inside = np.zeros(start.shape, bool)
     for first, last in intervals:
         inside |= (start >= first) & (end <= last)

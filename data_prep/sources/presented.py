@@ -91,7 +91,6 @@ class PresentedRecording(Recording):
     Attributes (beside those of `Recording`):
         pictures: where they lie.
         picture_names: each stimulus's, for `pictures`.
-        meta: what is known of each stimulus.
     """
 
     name: str
@@ -103,9 +102,10 @@ class PresentedRecording(Recording):
     splits: list[str]
     objects: list[str] | None = None
     group_by: str | None = None
+    meta: list[dict[str, Any]]
+    answered: dict[str, bool] | None = None
     pictures: Pictures
     picture_names: list[str]
-    meta: list[dict[str, Any]]
 
     @abstractmethod
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
