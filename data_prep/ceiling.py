@@ -1,8 +1,231 @@
-"""How well any model could do: the reliability of trial-averaged responses."""
+"""How well any model could do: what of trial-averaged responses is signal, and what is noise that no picture explains.
+
+With n repetitions of each of S stimuli, s^2 the variance of a site's mean rates over stimuli and v that of its single
+trials about them, the reliability of the trial average is rho = s^2 / (s^2 + v / n). Two ways lead to it:
+
+- variance components (analysis of variance): V, the variance of the trial averages, estimates s^2 + v / n, and the
+  variance of the repetitions about their average estimates v. `VarianceComponents` has everything that follows.
+- split halves: the repetitions are split at random, the half averages correlated, and the correlation corrected to all
+  repetitions (Spearman 1910; Brown 1910).
+
+rho bounds R2 and explained variance; its square root bounds Pearson's r. docs/metrics.md compares their biases.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.manifest import Ceiling, to_json_list
+
 CONSTANT = 1e-24  # a variance below this part of the squared mean is what float64 rounding makes of a constant
+LEAST_STIMULI = 4  # with two repetitions; the unbiased estimate needs more than three
+RESAMPLES, BOOTSTRAP_SEED = 1000, 0
+_RESAMPLES_AT_ONCE = 100
+
+UNBIASED = "variance components of repetitions and stimuli, unbiased"
+RANDOM_SPLITS, SPLIT_SEED = 100, 0
+
+
+def estimate_ceiling(trials: np.ndarray) -> Ceiling | None:
+    """All that a manifest says of ceilings; None where no stimulus has two repetitions.
+
+    Args:
+        trials: float (stimuli, repetitions, sites), NaN = missing.
+    """
+    statistics = TrialStatistics.of(trials)
+    repetitions = statistics.count.max(axis=1)
+    repetitions = repetitions[repetitions >= 2]
+    if not repetitions.size:
+        return None
+    found = variance_components(statistics)
+    resampled = bootstrap_reliability(statistics)
+    return Ceiling(
+        method=UNBIASED,
+        random_splits=RANDOM_SPLITS,
+        seed=SPLIT_SEED,
+        stimuli=len(repetitions),
+        repetitions={"min": repetitions.min(), "mean": repetitions.mean(), "max": repetitions.max()},
+        reliability=to_json_list(found.reliability),
+        ci95=[percentile_interval(site) for site in resampled.T],
+        mean_ci95=percentile_interval(_mean_over_sites(resampled)),
+        split_half=to_json_list(split_half_reliability(trials, RANDOM_SPLITS, SPLIT_SEED)),
+        ncsnr=to_json_list(found.ncsnr),
+        noise_ceiling=to_json_list(found.noise_ceiling),
+        explainable_share=to_json_list(found.explainable_share),
+    )
+
+
+def _mean_over_sites(values: np.ndarray) -> np.ndarray:
+    known = ~np.isnan(values)
+    with np.errstate(invalid="ignore"):
+        return np.where(known, values, 0).sum(axis=1) / known.sum(axis=1)
+
+
+def percentile_interval(values: np.ndarray) -> list[float] | None:
+    """The central 95 % of bootstrap values; None where there are none."""
+    values = values[np.isfinite(values)]
+    return [float(bound) for bound in np.percentile(values, (2.5, 97.5))] if values.size else None
+
+
+# ------------------------------------------------------------------------------------------- variance components
+
+
+@dataclass(frozen=True)
+class TrialStatistics:
+    """What ceilings need to know of single trials; all float64 (stimuli, sites).
+
+    Attributes:
+        average: over the repetitions; NaN where there are none.
+        variance: of the repetitions about their average, unbiased (dividing by n - 1); NaN for fewer than two.
+        count: repetitions, n.
+    """
+
+    average: np.ndarray
+    variance: np.ndarray
+    count: np.ndarray
+
+    @classmethod
+    def of(cls, trials: Iterable[np.ndarray]) -> "TrialStatistics":
+        """From the trials of each stimulus, float (repetitions, sites), NaN = missing."""
+        rows = [_one_stimulus(stimulus) for stimulus in trials]
+        return cls(*(np.stack(part) for part in zip(*rows, strict=True)))
+
+    def noise_of_average(self) -> np.ndarray:
+        """The noise variance in each trial average, v / n: float64 (stimuli, sites).
+
+        A stimulus with one repetition is given the site's mean v over the others; NaN where there is no repetition, and
+        for sites without any stimulus that has two.
+        """
+        known = ~np.isnan(self.variance)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            site_mean = np.where(known, self.variance, 0).sum(axis=0) / known.sum(axis=0)
+            return np.where(known, self.variance, site_mean) / np.where(self.count > 0, self.count, np.nan)
+
+
+def _one_stimulus(trials: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    trials = trials.astype(np.float64)
+    there = ~np.isnan(trials)
+    count = there.sum(axis=0).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        average = np.where(there, trials, 0).sum(axis=0) / count
+        squares = (np.where(there, trials - average, 0) ** 2).sum(axis=0)
+        return average, np.where(count >= 2, squares / (count - 1), np.nan), count
+
+
+@dataclass(frozen=True)
+class VarianceComponents:
+    """Signal and noise, over the stimuli with at least two repetitions; all float64 (..., sites).
+
+    Attributes:
+        stimuli: S, how many there are.
+        total: V, the variance of the trial averages over stimuli, unbiased; NaN where they do not vary.
+        noise: v, the mean variance of single trials about their average.
+        noise_of_average: the mean of v / n over stimuli.
+        mean_inverse_count: the mean of 1 / n over stimuli.
+    """
+
+    stimuli: np.ndarray
+    total: np.ndarray
+    noise: np.ndarray
+    noise_of_average: np.ndarray
+    mean_inverse_count: np.ndarray
+
+    @property
+    def reliability(self) -> np.ndarray:
+        """rho = 1 - (S - 3) / (S - 1) * (v / n) / V; NaN for fewer than `LEAST_STIMULI` stimuli.
+
+        The factor takes away the bias of the ratio: for normal responses 1 / V is on average (S - 1) / (S - 3) times
+        one over its expectation (the mean of an inverse chi-squared variable), so that this estimate is exactly right
+        on average. It can be negative where the reliability is near 0.
+        """
+        with np.errstate(invalid="ignore", divide="ignore"):
+            rho = 1 - (self.stimuli - 3) / (self.stimuli - 1) * self.noise_of_average / self.total
+        return np.where(self.stimuli >= LEAST_STIMULI, rho, np.nan)
+
+    @property
+    def signal(self) -> np.ndarray:
+        """s^2 = V - v / n, unbiased; negative where there is little."""
+        return self.total - self.noise_of_average
+
+    @property
+    def ncsnr(self) -> np.ndarray:
+        """NSD's noise ceiling signal-to-noise ratio (Allen et al. 2022): s / sqrt(v), with s^2 at least 0."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.sqrt(np.maximum(self.signal, 0) / self.noise)
+
+    @property
+    def noise_ceiling(self) -> np.ndarray:
+        """NSD's noise ceiling (Allen et al. 2022) as a share, 0..1: ncsnr^2 / (ncsnr^2 + mean of 1 / n)."""
+        signal = np.maximum(self.signal, 0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return signal / (signal + self.noise * self.mean_inverse_count)
+
+    @property
+    def explainable_share(self) -> np.ndarray:
+        """The share of the single trials' variance that pictures can explain, s^2 / (s^2 + v) (Cadena et al. 2019)."""
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return self.signal / (self.signal + self.noise)
+
+
+def variance_components(statistics: TrialStatistics) -> VarianceComponents:
+    """Signal and noise of each site; attributes are float64 (sites,)."""
+    columns, centre = _columns(statistics)
+    return _components(columns.sum(axis=1), centre, resampled_from=None)
+
+
+def bootstrap_reliability(
+    statistics: TrialStatistics, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
+) -> np.ndarray:
+    """The reliability on bootstrap resamples of the stimuli (Efron 1979), the same ones for all sites.
+
+    The variance of a resample's averages is on average (S - 1) / S of that of all stimuli; this is corrected.
+
+    Returns:
+        float64 (resamples, sites); NaN for sites without an estimate.
+    """
+    columns, centre = _columns(statistics)
+    rows, stimuli, sites = columns.shape
+    flat = columns.transpose(1, 0, 2).reshape(stimuli, rows * sites)
+    whole = columns[0].sum(axis=0)
+    generator, found = np.random.default_rng(seed), []
+    for _ in range(-(-resamples // _RESAMPLES_AT_ONCE)):
+        times = generator.multinomial(stimuli, np.full(stimuli, 1 / stimuli), size=_RESAMPLES_AT_ONCE)
+        sums = (times.astype(np.float64) @ flat).reshape(-1, rows, sites).transpose(1, 0, 2)
+        found.append(_components(sums, centre, resampled_from=whole).reliability)
+    undefined = np.isnan(_components(columns.sum(axis=1), centre, resampled_from=None).reliability)
+    return np.where(undefined, np.nan, np.concatenate(found)[:resamples])
+
+
+def _columns(statistics: TrialStatistics) -> tuple[np.ndarray, np.ndarray]:
+    """Of each stimulus with two repetitions or more 1, m - c, (m - c)^2, v, v / n and 1 / n; and the centre c.
+
+    Centred on the averages' mean over stimuli, so that the sums lose nothing to cancellation.
+
+    Returns:
+        float64 (6, stimuli, sites), zeros for the others; and c, (sites,).
+    """
+    usable = statistics.count >= 2
+    n = np.where(usable, statistics.count, 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centre = np.where(usable, statistics.average, 0).sum(axis=0) / usable.sum(axis=0)
+        deviation = statistics.average - centre
+    parts = (np.ones_like(n), deviation, deviation**2, statistics.variance, statistics.variance / n, 1 / n)
+    return np.stack([np.where(usable, part, 0) for part in parts]), centre
+
+
+def _components(sums: np.ndarray, centre: np.ndarray, resampled_from: np.ndarray | None) -> VarianceComponents:
+    stimuli, deviation, squares, noise, noise_of_average, inverse = sums
+    with np.errstate(invalid="ignore", divide="ignore"):
+        total = (squares - deviation**2 / stimuli) / (stimuli - 1)
+        if resampled_from is not None:
+            total = total * resampled_from / (resampled_from - 1)
+        varies = total > CONSTANT * centre**2 * stimuli
+        means = (part / stimuli for part in (noise, noise_of_average, inverse))
+        return VarianceComponents(stimuli, np.where(varies, total, np.nan), *means)
+
+
+# ---------------------------------------------------------------------------------------------------- split halves
 
 
 def split_half_reliability(trials: np.ndarray, random_splits: int = 100, seed: int = 0) -> np.ndarray:
@@ -22,14 +245,19 @@ def split_half_reliability(trials: np.ndarray, random_splits: int = 100, seed: i
     Returns:
         float64 (sites,); NaN where fewer than three stimuli have two repetitions or the responses do not vary.
     """
+    r = split_half_correlations(trials, random_splits, seed)
+    defined = ~np.isnan(r)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(defined, 2 * r / (1 + r), 0).sum(axis=0) / defined.sum(axis=0)
+
+
+def split_half_correlations(trials: np.ndarray, random_splits: int = 100, seed: int = 0) -> np.ndarray:
+    """The uncorrected correlations r of `split_half_reliability`: float64 (random_splits, sites)."""
     generator = np.random.default_rng(seed)
     present = ~np.isnan(trials)
     values = np.where(present, trials, 0.0)
     count = present.sum(axis=1)
-    rhos = np.array([_one_split(generator, values, present, count) for _ in range(random_splits)])
-    defined = ~np.isnan(rhos)
-    with np.errstate(invalid="ignore"):
-        return np.where(defined, rhos, 0).sum(axis=0) / defined.sum(axis=0)
+    return np.array([_one_split(generator, values, present, count) for _ in range(random_splits)])
 
 
 def _one_split(generator: np.random.Generator, values: np.ndarray, present: np.ndarray, count: np.ndarray):
@@ -41,8 +269,7 @@ def _one_split(generator: np.random.Generator, values: np.ndarray, present: np.n
     total, first_total = values.sum(axis=1, dtype=np.float64), np.where(first, values, 0).sum(axis=1, dtype=np.float64)
     usable = count >= 2
     with np.errstate(invalid="ignore", divide="ignore"):
-        r = _correlation(first_total / first_size, (total - first_total) / (count - first_size), usable)
-        return 2 * r / (1 + r)
+        return _correlation(first_total / first_size, (total - first_total) / (count - first_size), usable)
 
 
 def _correlation(a: np.ndarray, b: np.ndarray, usable: np.ndarray) -> np.ndarray:

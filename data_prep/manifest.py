@@ -59,7 +59,20 @@ class Rates(_Part):
 
 
 class Ceiling(_Part):
-    """Per-site reliability of the trial average (see `data_prep/ceiling.py`); null where it has no estimate."""
+    """What trials tell of the best a model could do (see `data_prep/ceiling.py`); null where a site has no estimate.
+
+    Attributes:
+        method: what `reliability` is.
+        random_splits, seed: of `split_half`.
+        stimuli: with at least two repetitions.
+        repetitions: "min", "mean" and "max" of those.
+        reliability: of the trial average, per site: what scores are compared with.
+        ci95: per site, over stimuli; `mean_ci95` of the mean over sites. Folders packed before have neither, and
+            their reliability is the split-half one.
+        split_half: another estimate of the reliability, by Spearman and Brown.
+        ncsnr, noise_ceiling: of Allen et al. 2022; the ceiling as a share, 0..1.
+        explainable_share: of the variance of single trials, Cadena et al. 2019.
+    """
 
     method: str
     random_splits: int
@@ -67,6 +80,16 @@ class Ceiling(_Part):
     stimuli: int
     repetitions: dict[str, float]
     reliability: list[float | None]
+    ci95: list[list[float] | None] | None = None
+    mean_ci95: list[float] | None = None
+    split_half: list[float | None] | None = None
+    ncsnr: list[float | None] | None = None
+    noise_ceiling: list[float | None] | None = None
+    explainable_share: list[float | None] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a score that rests on the reliability says of it."""
+        return {"method": self.method} | ({} if self.mean_ci95 is None else {"ci95": self.mean_ci95})
 
 
 class Manifest(_Part):

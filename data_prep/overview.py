@@ -1,12 +1,13 @@
 """What a shard folder holds, for people: a summary in words and a contact sheet of its pictures."""
 
 import io
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from data_prep.errors import BadInput
-from data_prep.manifest import from_json_list
+from data_prep.manifest import Ceiling, Manifest, from_json_list
 from data_prep.pictures import raw_pixels
 from data_prep.shards import ShardFolder, ShardSplit
 
@@ -21,6 +22,7 @@ def summary(folder: ShardFolder) -> str:
         size = sum(shard.bytes for shard in split.shards) / 1e6
         responses = "with responses" if split.responses else "without responses"
         lines.append(f"  {name:<6} {split.stimuli:>6,} stimuli {responses}, {len(split.shards)} shards, {size:,.1f} MB")
+    lines.append(_split_line(manifest))
     image = manifest.image
     size = f"{image.width} x {image.height} px {image.mode}"
     lines.append(f"  images {'up to ' if image.mixed else ''}{size}")
@@ -31,14 +33,54 @@ def summary(folder: ShardFolder) -> str:
         shown = ", ".join(manifest.classes[:6]) + (", ..." if len(manifest.classes) > 6 else "")
         lines.append(f"  objects {len(manifest.classes)}: {shown}")
     if manifest.ceiling:
-        rho = from_json_list(manifest.ceiling.reliability)
-        lines.append(
-            f"  reliability of the trial average (split-half, Spearman-Brown): median {np.nanmedian(rho):.3f}, "
-            f"mean {np.nanmean(rho):.3f} over {manifest.ceiling.stimuli:,} stimuli "
-            f"with {manifest.ceiling.repetitions['mean']:.1f} repetitions on average"
-        )
-    lines += [f"  warning: {text}" for text in manifest.provenance.get("warnings", [])]
+        lines += _ceiling_lines(manifest.ceiling)
+    lines += [f"  warning: {text}" for text in [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]]
     return "\n".join(lines)
+
+
+def _split_line(manifest: Manifest) -> str:
+    """How the stimuli were divided, e.g. "grouped, split_by object, split_seed 0"."""
+    rule = manifest.provenance.get("split", "not told")
+    if isinstance(rule, dict):
+        settings = (f"{name} {value}" for name, value in rule.items() if name != "method" and value is not None)
+        rule = ", ".join([str(rule.get("method", "random")), *settings])
+    return f"  division  {rule}"
+
+
+def _shared_groups(manifest: Manifest) -> Iterator[str]:
+    """What it means that groups of stimuli are in train and held out as well."""
+    for fact, found in manifest.provenance.get("straddling", {}).items():
+        count = f"{found['groups']} of {found['of']} values of {fact!r} are both in train and held out"
+        if fact == manifest.group_by:
+            yield f"{count}, though the stimuli were divided by it: scores do not hold for a new {fact}"
+        else:
+            yield (
+                f"{count}: scores hold for new pictures of them, not for a new {fact} "
+                f"(pack with --split grouped --split-by {fact} for that)"
+            )
+
+
+def _ceiling_lines(ceiling: Ceiling) -> list[str]:
+    """Reliability with its interval and method, and what else trials tell."""
+    rho = from_json_list(ceiling.reliability)
+    if np.isnan(rho).all():
+        return [f"  ceiling  none: no site has enough repetitions and variance ({ceiling.method})"]
+    interval = "" if ceiling.mean_ci95 is None else " [{:.3f}, {:.3f}]".format(*ceiling.mean_ci95)
+    lines = [
+        f"  reliability of the trial average: median {np.nanmedian(rho):.3f}, mean {np.nanmean(rho):.3f}{interval} "
+        f"over {ceiling.stimuli:,} stimuli with {ceiling.repetitions['mean']:.1f} repetitions on average",
+        f"    ({ceiling.method})",
+    ]
+    others = {
+        "split-half (Spearman-Brown)": ceiling.split_half,
+        "ncsnr": ceiling.ncsnr,
+        "noise ceiling": ceiling.noise_ceiling,
+        "explainable share of single trials": ceiling.explainable_share,
+    }
+    medians = (f"{name} {np.nanmedian(from_json_list(v)):.3f}" for name, v in others.items() if v and any(v))
+    if text := ", ".join(medians):
+        lines.append(f"    medians over sites: {text}")
+    return lines
 
 
 def _rates_line(folder: ShardFolder) -> str:

@@ -1,6 +1,6 @@
 """Pack a recording into a folder of WebDataset shards.
 
-    python data_prep/pack.py {simulated,folder,it-h5} [SOURCE] --out DIR [...]
+    python data_prep/pack.py {simulated,folder,it-h5,brainio,nwb,tvsd,mbs-h5,joined} [SOURCE] --out DIR [...]
 
 `python data_prep/pack.py folder --help` lists the options of a source.
 """
@@ -10,26 +10,35 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from data_prep.command_line import parse
+from data_prep.division import Division
 from data_prep.errors import run_command
 from data_prep.overview import summary
 from data_prep.packing import pack
+from data_prep.sources.brainio import Brainio
 from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
+from data_prep.sources.joined import Joined
+from data_prep.sources.mbs_h5 import MbsH5
+from data_prep.sources.nwb import Nwb
 from data_prep.sources.simulated import Simulated
+from data_prep.sources.tvsd import Tvsd
 
 
-class Pack(BaseModel):
+class Pack(Division):
     """Pack a recording into a folder of WebDataset shards."""
-
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     source: (
         Annotated[Simulated, tyro.conf.subcommand("simulated")]
         | Annotated[Folder, tyro.conf.subcommand("folder")]
         | Annotated[ItH5, tyro.conf.subcommand("it-h5")]
+        | Annotated[Brainio, tyro.conf.subcommand("brainio")]
+        | Annotated[Nwb, tyro.conf.subcommand("nwb")]
+        | Annotated[Tvsd, tyro.conf.subcommand("tvsd")]
+        | Annotated[MbsH5, tyro.conf.subcommand("mbs-h5")]
+        | Annotated[Joined, tyro.conf.subcommand("joined")]
     )
     out: Path
     """The shard folder to make; it must not exist yet."""
@@ -43,7 +52,7 @@ def main() -> None:
     """Parse the command line, pack, and say what was packed."""
     omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
     options = parse(Pack, config=omit)
-    folder = pack(options.source.open(), options.out, options.stimuli_per_shard, options.workers)
+    folder = pack(options.open(options.source), options.out, options.stimuli_per_shard, options.workers)
     print(summary(folder))
 
 

@@ -12,7 +12,7 @@ import re
 import shutil
 import signal
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.ceiling import split_half_reliability
+from data_prep.ceiling import estimate_ceiling
 from data_prep.errors import BadInput
 from data_prep.manifest import Ceiling, Image, Manifest, Rates, Shard, Split, to_json_list
 from data_prep.pictures import picture_size
@@ -30,8 +30,8 @@ from data_prep.processes import serve_parent
 from data_prep.progress import Progress
 from data_prep.recording import SPLITS, Recording, Stimulus
 from data_prep.shards import ShardFolder, write_index, write_shard
+from data_prep.splits import grouping_facts, straddling
 
-CEILING_SPLITS, CEILING_SEED = 100, 0
 NEVER_UINT8 = 0.1  # a rounding error above this part of a grey level is no float16 noise: the picture was resampled
 
 
@@ -137,6 +137,7 @@ class _PackedShard:
     rates: np.ndarray | None
     image_sizes: set[tuple[int, int, str]]
     rounding_error: float | None
+    groups: dict[str, set[str]]
 
 
 @dataclass
@@ -210,16 +211,17 @@ def _watch(futures: list[Future], finished: Any, progress: Progress) -> None:
 
 
 def _write_one(path: Path, indices: list[int]) -> _PackedShard:
-    watcher = _Watcher(len(_recording.sites))
+    watcher = _Watcher(len(_recording.sites), grouping_facts(_recording.group_by))
     shard = write_shard(path, watcher.watch(_recording.read(indices)))
-    return _PackedShard(shard, watcher.rates(), watcher.image_sizes, watcher.rounding_error)
+    return _PackedShard(shard, watcher.rates(), watcher.image_sizes, watcher.rounding_error, watcher.groups)
 
 
 class _Watcher:
     """Looks at the stimuli on their way into a shard and keeps what the manifest has to say of them."""
 
-    def __init__(self, sites: int):
+    def __init__(self, sites: int, facts: Iterable[str]):
         self.sites = sites
+        self.groups: dict[str, set[str]] = {fact: set() for fact in facts}
         self.image_sizes: set[tuple[int, int, str]] = set()
         self.rounding_error: float | None = None
         self._rates: list[np.ndarray | None] = []
@@ -230,6 +232,9 @@ class _Watcher:
             self._check(stimulus)
             self.image_sizes.add(picture_size(stimulus.image))
             self._rates.append(stimulus.rates)
+            for fact, seen in self.groups.items():
+                if fact in stimulus.meta:
+                    seen.add(str(stimulus.meta[fact]))
             if (error := stimulus.meta.get("uint8_rounding_error")) is not None:
                 self.rounding_error = max(error, self.rounding_error or 0.0)
             with _finished.get_lock():
@@ -283,7 +288,9 @@ def _split(shards: list[_PackedShard]) -> Split:
 
 def _findings(recording: Recording, packed: _Packed) -> dict[str, Any]:
     """The recording's provenance with what was found while it was packed."""
-    provenance = dict(recording.provenance)
+    provenance = {"split": {"method": "source"}} | recording.provenance
+    if shared := straddling({split: [shard.groups for shard in shards] for split, shards in packed.shards.items()}):
+        provenance["straddling"] = shared
     if "val" not in packed.shards:
         absent = (
             f"no stimulus fell to val (of {len(recording.stimulus_ids)}), which evaluate and probe score by default"
@@ -322,23 +329,11 @@ def _rates(recording: Recording, train: np.ndarray) -> Rates:
 
 
 def _ceiling(folder: ShardFolder) -> Ceiling | None:
-    """The reliability of each site over all stimuli that have single trials, whatever their split."""
+    """The ceiling of each site over all stimuli that have single trials, whatever their split."""
     splits = [folder.split(name) for name in folder.manifest.splits]
     parts = [trials for split in splits if (trials := split.trials()) is not None]
     if not parts:
         return None
     depth = max(part.shape[1] for part in parts)
     padded = [np.pad(part, ((0, 0), (0, depth - part.shape[1]), (0, 0)), constant_values=np.nan) for part in parts]
-    trials = np.concatenate(padded)
-    repetitions = (~np.isnan(trials)).any(axis=2).sum(axis=1)
-    repetitions = repetitions[repetitions >= 2]
-    if not repetitions.size:
-        return None
-    return Ceiling(
-        method="split-half correlation over stimuli, Spearman-Brown corrected",
-        random_splits=CEILING_SPLITS,
-        seed=CEILING_SEED,
-        stimuli=len(repetitions),
-        repetitions={"min": repetitions.min(), "mean": repetitions.mean(), "max": repetitions.max()},
-        reliability=to_json_list(split_half_reliability(trials, CEILING_SPLITS, CEILING_SEED)),
-    )
+    return estimate_ceiling(np.concatenate(padded))

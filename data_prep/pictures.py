@@ -94,6 +94,23 @@ def convert_to_png(data: bytes) -> tuple[bytes, str]:
         return _to_png(picture), picture.format.lower()
 
 
+def packable(data: bytes) -> tuple[bytes, str, dict[str, str]]:
+    """A picture as it goes into a shard: JPEG and PNG as they are, anything else as lossless PNG.
+
+    Returns:
+        the bytes, their encoding, and for the stimulus's facts a note where the picture had to be converted.
+
+    Raises:
+        ValueError: as `picture_size` and `convert_to_png`.
+    """
+    encoding = sniff_encoding(data)
+    picture_size(data)
+    if encoding is not None:
+        return data, encoding, {}
+    png, was = convert_to_png(data)
+    return png, "png", {"converted_from": was}
+
+
 def _open(data: bytes) -> Image.Image:
     try:
         with warnings.catch_warnings():

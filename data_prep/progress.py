@@ -13,7 +13,7 @@ class Progress:
     what took longer than that; quick work is silent.
 
     Args:
-        total: number of items.
+        total: number of items; None where nobody knows.
         label: what is being done, e.g. "packing".
         unit: name of one item.
         silent: show nothing, as on every rank but the first.
@@ -21,7 +21,7 @@ class Progress:
 
     SECONDS_BETWEEN_LINES = 10.0
 
-    def __init__(self, total: int, label: str, unit: str = "stimuli", silent: bool = False):
+    def __init__(self, total: int | None, label: str, unit: str = "stimuli", silent: bool = False):
         self.total, self.label, self.unit, self.silent = total, label, unit, silent
         self.done = 0
         self._started = self._last_line = time.monotonic()
@@ -45,7 +45,8 @@ class Progress:
         elapsed = self._last_line - self._started
         rate = self.done / elapsed if elapsed > 0 else 0.0
         tail = f", {note}" if note else ""
-        print(f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:,.0f}/s{tail}", file=sys.stderr, flush=True)
+        of = "" if self.total is None else f"/{self.total}"
+        print(f"{self.label}: {self.done}{of} {self.unit}, {rate:,.0f}/s{tail}", file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self

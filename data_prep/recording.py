@@ -53,6 +53,8 @@ class Recording(ABC):
         objects: the object shown, per stimulus; None where the source has no labels.
         group_by: the fact in `meta` that says which stimuli were kept together in one split; None where none were.
         truth: facts known only of a simulation, e.g. `{"reliability": [...]}` per site.
+        meta: per stimulus what is known of it before it is read, a part of `Stimulus.meta`; None where nothing is.
+        answered: per split, whether its stimuli have responses; None where all have.
     """
 
     name: str
@@ -66,6 +68,8 @@ class Recording(ABC):
     objects: list[str] | None = None
     group_by: str | None = None
     truth: dict[str, Any] | None = None
+    meta: list[dict[str, Any]] | None = None
+    answered: dict[str, bool] | None = None
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:

@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 from helpers import DATA
 
-from data_prep.ceiling import split_half_reliability
+from data_prep.ceiling import (
+    TrialStatistics,
+    bootstrap_reliability,
+    estimate_ceiling,
+    split_half_correlations,
+    split_half_reliability,
+    variance_components,
+)
+from data_prep.sources.simulated import Simulated
 
 STIMULI, SITES = 2000, 24
 TOLERANCE = 0.015  # of the mean over SITES sites; its standard error is about 0.004 at these sizes
@@ -119,9 +127,101 @@ def test_more_random_splits_steady_the_estimate():
     assert many < 0.4 * few
 
 
+# ---- variance components -------------------------------------------------------------------------------------------
+
+
+def components(trials):
+    return variance_components(TrialStatistics.of(trials))
+
+
+@pytest.mark.parametrize("stimuli", [8, 21, 240])
+@pytest.mark.parametrize("repetitions", [2, 3, 4, 10, 50])
+def test_the_reliability_is_unbiased(stimuli, repetitions):
+    """Mean error over many sites; three standard errors of it are allowed."""
+    sites = 8000 if stimuli < 100 else 600
+    rho = components(simulate(repetitions, repetitions, stimuli, sites)).reliability
+    assert abs(rho.mean() - 0.5) < 3 * rho.std() / np.sqrt(sites)
+
+
+def test_split_halves_are_too_low_with_few_stimuli():
+    """Why they are not the default: their bias is far beyond its own uncertainty where the components have none."""
+    trials = simulate(4, 4, stimuli=21, sites=1000)
+    r = split_half_correlations(trials, random_splits=10)
+    of_mean = 2 * r.mean(axis=0) / (1 + r.mean(axis=0))
+    assert split_half_reliability(trials, random_splits=10).mean() < of_mean.mean() < 0.5 - 0.02
+    assert components(trials).reliability.mean() == pytest.approx(0.5, abs=0.02)
+
+
+def test_unequal_repetitions_bias_nothing():
+    counts = np.array([2, 3, 4, 9] * 10)
+    rho = components(drop(simulate(9, 4, stimuli=40, sites=4000), counts)).reliability
+    expected = 1 / (1 + 4 * np.mean(1 / counts))
+    assert rho.mean() == pytest.approx(expected, abs=4 * rho.std() / np.sqrt(len(rho)) + 0.002)
+
+
+def test_the_simulated_recording_has_its_true_reliability():
+    recording = Simulated(stimuli=256, sites=40, repetitions=8, image_size=32).open()
+    trials = np.stack([stimulus.trials for stimulus in recording.read(range(256))])
+    found = components(trials)
+    truth = np.array(recording.truth["reliability"])
+    assert found.reliability.mean() == pytest.approx(truth.mean(), abs=0.015)
+    # Closed forms: rho = ncsnr^2 / (ncsnr^2 + 1 / n), and the share of single trials is that of n = 1.
+    ncsnr2 = truth / (1 - truth) / 8
+    np.testing.assert_allclose(found.noise_ceiling.mean(), truth.mean(), atol=0.015)
+    np.testing.assert_allclose((found.ncsnr**2).mean(), ncsnr2.mean(), rtol=0.08)
+    np.testing.assert_allclose(found.explainable_share.mean(), (ncsnr2 / (ncsnr2 + 1)).mean(), atol=0.015)
+
+
+def test_nsds_formula():
+    """Allen et al. 2022, as written there for equal repetitions, on responses whose total variance is known."""
+    found = components(simulate(3, 4, stimuli=4000))
+    assert found.ncsnr.mean() == pytest.approx(0.5, abs=0.01)  # signal sd 1, noise sd 2
+    np.testing.assert_allclose(found.noise_ceiling, found.ncsnr**2 / (found.ncsnr**2 + 1 / 3), rtol=1e-12)
+
+
+def test_components_of_too_little_data_are_not_invented():
+    trials = simulate(4, 1, stimuli=20, sites=5)
+    trials[:, :, 1] = np.nan  # never recorded
+    trials[:, 1:, 2] = np.nan  # one repetition of each stimulus
+    trials[3:, :, 3] = np.nan  # three stimuli
+    trials[:, :, 4] = 0.1  # always the same
+    found = components(trials)
+    assert np.isnan(found.reliability).tolist() == [False, True, True, True, True]
+    ceiling = estimate_ceiling(trials)
+    assert [value is None for value in ceiling.reliability] == [False, True, True, True, True]
+    assert [value is None for value in ceiling.ci95] == [False, True, True, True, True]
+
+
+def test_noise_free_and_pure_noise_components():
+    assert components(np.repeat(simulate(2, 1, stimuli=50)[:, :1], 5, axis=1)).reliability == pytest.approx(1)
+    noise = np.random.default_rng(0).normal(size=(60, 6, 2000))
+    assert abs(components(noise).reliability.mean()) < 0.02
+    assert components(noise).noise_ceiling.min() == 0
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says():
+    held = []
+    for seed in range(40):
+        resampled = bootstrap_reliability(TrialStatistics.of(simulate(4, 4, 100, 5, seed)), resamples=300)
+        low, high = np.percentile(resampled, (2.5, 97.5), axis=0)
+        held += ((low <= 0.5) & (high >= 0.5)).tolist()
+    assert 0.88 < np.mean(held) < 0.99
+
+
+def test_the_noise_of_an_average_seen_once_is_that_of_the_others():
+    trials = simulate(4, 2, stimuli=50, sites=3)
+    trials[0, 1:] = np.nan
+    noise = TrialStatistics.of(trials).noise_of_average()
+    rest = np.nanvar(trials[1:], axis=1, ddof=1)
+    np.testing.assert_allclose(noise[1:], rest / 4)
+    np.testing.assert_allclose(noise[0], rest.mean(axis=0))
+
+
 @pytest.mark.skipif(not (DATA / "v4_hvm640").is_dir(), reason="the real recordings are not here")
 def test_the_known_reliability_of_a_real_recording():
     rho = split_half_reliability(np.load(DATA / "v4_hvm640" / "trials.npy"), random_splits=20)
     assert rho.shape == (50,)
     assert np.median(rho) == pytest.approx(0.75, abs=0.02)
     assert rho.max() < 1
+    unbiased = components(np.load(DATA / "v4_hvm640" / "trials.npy")).reliability
+    assert np.median(unbiased) == pytest.approx(0.75, abs=0.02)

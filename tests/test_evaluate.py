@@ -4,9 +4,9 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import run_command
+from helpers import run_command, run_here
 from launching import SMALL, launch, metrics, predictions, succeed
-from make_sources import make_it_h5
+from make_sources import make_folder, make_it_h5
 from sklearn.metrics import explained_variance_score, mean_squared_error, r2_score
 
 from data_prep.shards import ShardFolder
@@ -62,7 +62,11 @@ def test_metrics_name_what_they_rest_on(evaluated):
     found = metrics(evaluated[1])
     assert found["simulated"] is True
     assert found["selected_on"] == ["inner"]
-    assert "Spearman-Brown" in found["regression"]["ceiling"]["method"]
+    method = found["regression"]["ceiling"]["method"]
+    assert "variance components" in method
+    for name in ("ceiled_explained_variance", "ceiled_pearson_r"):
+        assert found["regression"][name]["ceiling"] == method
+    assert "repetitions" in found["regression"]["feve"]["ceiling"]
     low, high = found["regression"]["r2"]["ci95"]
     assert low < found["regression"]["r2"]["mean"] < high
 
@@ -102,3 +106,17 @@ def test_other_sites_than_the_run_was_trained_for_are_refused(trained, tmp_path)
     assert done.returncode == 2
     assert "site list" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_classes_that_no_training_stimulus_shows_are_warned_of(tmp_path):
+    make_folder(tmp_path / "src", n=60, n_objects=6)
+    words = ["--split", "grouped", "--split-by", "object", "--split-fractions", "0.3", "0.1"]
+    packed = run_here("data_prep/pack.py", "folder", tmp_path / "src", "--out", tmp_path / "shards", *words)
+    assert packed.returncode == 0, packed.stderr
+    run = tmp_path / "run"
+    task = ["--task.kind", "classification", "--epochs", "1"]
+    assert run_here("train/finetune.py", "--data", tmp_path / "shards", "--out", run, *SMALL, *task).returncode == 0
+    done = run_here("train/evaluate.py", run)
+    assert "by construction" in done.stderr
+    assert metrics(run)["classification"]["classes_not_in_train"] == 2
+    assert metrics(run)["classification"]["top1"] == 0

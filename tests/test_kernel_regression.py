@@ -8,9 +8,9 @@ from sklearn.cross_decomposition import PLSRegression
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 
+from data_prep.splits import folds
 from train.gram import ROUNDING, multiplied
 from train.kernel_regression import PENALTIES, Gram, Method, centred, folded_r2, regress
-from train.order import folds
 from train.similarity import cka, dissimilarities, rsa
 
 FIT, HELD_OUT, FEATURES, SITES = 90, 31, 400, 6

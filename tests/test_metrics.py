@@ -23,6 +23,7 @@ from train.metrics import (
     SiteMoments,
     bootstrap_means,
     classification_report,
+    fraction_of_explainable_variance,
     merge_all,
     percentile_interval,
     regression_report,
@@ -325,6 +326,32 @@ def test_a_perfect_model_of_noisy_responses_reaches_its_ceiling():
     block = report(truth, responses, np.full(SITES, 0.5))
     assert block["ceiled_explained_variance"]["mean"] == pytest.approx(1, abs=0.03)
     assert block["ceiled_pearson_r"]["mean"] == pytest.approx(1, abs=0.02)
+
+
+def test_feve_of_single_trials_and_of_averages_are_the_same():
+    """Cadena et al. 2019 define it on single trials: 1 - (MSE - noise) / (Var - noise), noise within stimuli."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(0, 1, (500, SITES))
+    trials = truth[:, None] + rng.normal(0, 2, (500, 6, SITES))
+    prediction = (0.8 * truth + 0.1).astype(np.float32)
+    target = trials.mean(axis=1).astype(np.float32)
+    noise = trials.var(axis=1, ddof=1) / 6
+    block = regression_report(moments(prediction, target), prediction, target, SITE_IDS, None, noise=noise)
+    within = trials.var(axis=1, ddof=1).mean(axis=0)
+    error = np.square(trials - prediction[:, None]).mean(axis=(0, 1))
+    explainable = target.astype(np.float64).var(axis=0, ddof=1) - within / 6
+    np.testing.assert_allclose(block["feve"]["per_site"], 1 - (error - within) / explainable, rtol=1e-5)
+    low, high = block["feve"]["ci95"]
+    assert low < block["feve"]["mean"] < high
+    perfect = fraction_of_explainable_variance(moments(truth.astype(np.float32), target), noise.mean(axis=0))
+    assert perfect.mean() == pytest.approx(1, abs=0.03)
+
+
+def test_sites_without_explainable_variance_have_no_feve():
+    rng = np.random.default_rng(0)
+    target = rng.normal(0, 1, (200, 2)).astype(np.float32)
+    found = fraction_of_explainable_variance(moments(0 * target, target), np.array([0.5, 0.99]))
+    assert np.isnan(found).tolist() == [False, True]
 
 
 # ---- classification ------------------------------------------------------------------------------------------------

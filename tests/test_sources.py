@@ -313,7 +313,7 @@ BAD_FOLDERS = {
     "empty object": (lambda f: edit_stimuli(f, object={0: ""}), {}, "line 2: .*'object' is empty"),
     "no training": (lambda f: None, {"val_fraction": 0.5, "test_fraction": 0.5}, "none to train on"),
     "window": (lambda f: None, {"window_ms": (170.0, 70.0)}, "--window-ms"),
-    "no responses": (lambda f: (f / "rates.npy").unlink(), {}, "no responses.*--rates or --trials"),
+    "no responses": (lambda f: (f / "rates.npy").unlink(), {}, "no responses.*--rates, --trials or --rasters"),
     "two rates": (lambda f: (f / "rates.csv").write_text("a\n1\n"), {}, r"rates\.npy and rates\.csv.*--rates"),
     "no such rates": (lambda f: None, {"rates": Path("r.npy")}, "--rates r.npy: no such file"),
     "other rates": (lambda f: (f / "r.mat").touch(), {"rates": Path("r.mat")}, r"\.npy, \.csv or \.parquet"),

@@ -8,6 +8,7 @@ import simplejpeg
 from PIL import Image
 
 from data_prep.pictures import MAX_PIXELS, picture_size, raw_pixels
+from train.predictor import fit
 
 # What pixels depend on besides the encoded bytes; raise the number when this file comes to decode otherwise.
 VERSION = f"1, simplejpeg {simplejpeg.__version__}, Pillow {PIL.__version__}"
@@ -58,17 +59,3 @@ def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
         return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     except (OSError, SyntaxError) as error:
         raise ValueError(str(error)) from None
-
-
-def fit(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Bring a picture to (size, size, 3): the shorter side resized bicubically, the longer one cropped centrally.
-
-    A picture that has the size already is returned as it is.
-    """
-    height, width = pixels.shape[:2]
-    if (height, width) == (size, size):
-        return pixels
-    side = min(height, width)
-    left, top = (width - side) // 2, (height - side) // 2
-    box = (left, top, left + side, top + side)
-    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))

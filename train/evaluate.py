@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tyro
@@ -58,8 +58,13 @@ class Job:
     recipe: Recipe
     checkpoint: Path
     progress: Progress
-    manifest: Manifest
+    shards: ShardFolder
     stimuli: Stimuli
+
+    @property
+    def manifest(self) -> Manifest:
+        """Of the shards."""
+        return self.shards.manifest
 
 
 def prepare(options: Evaluate) -> Job:
@@ -81,7 +86,25 @@ def prepare(options: Evaluate) -> Job:
     caches = PictureCaches(recipe.loader, once=True)
     stimuli = Stimuli(split, progress.image_size, responses=responses, classes=classes, caches=caches)
     check_not_empty(stimuli, ranks, options.split)
-    return Job(options, folder, recipe, checkpoint, progress, shards.manifest, stimuli)
+    return Job(options, folder, recipe, checkpoint, progress, shards, stimuli)
+
+
+def unseen_classes(job: Job) -> int:
+    """How many of the scored classes no training stimulus shows: a network cannot name those."""
+    if job.stimuli.labels is None:
+        return 0
+    return len(np.setdiff1d(job.stimuli.labels, job.shards.split("train").labels()))
+
+
+def warn_of_unseen_classes(job: Job) -> None:
+    """Say so where a division by object leaves nothing to be named right."""
+    if unseen := unseen_classes(job):
+        shown = len(np.unique(job.stimuli.labels))
+        print(
+            f"warning: {unseen} of the {shown} classes in {job.options.split} are not in train, so their pictures "
+            "count as wrong by construction; classification needs a division that is not grouped by object",
+            file=sys.stderr,
+        )
 
 
 def evaluate(job: Job, runtime: Runtime) -> Scored:
@@ -100,8 +123,8 @@ def evaluate(job: Job, runtime: Runtime) -> Scored:
     )
 
 
-def write_results(job: Job, scored: Scored, ranks: int) -> Path:
-    """Write predictions.npz and, where there is something to compare with, metrics.json; returns their folder."""
+def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str, Any]]:
+    """Write predictions.npz and, where there is something to compare with, metrics.json; returns folder and metrics."""
     target = job.folder.evaluation(job.options.split, job.options.checkpoint)
     if scored.rates is not None:
         arrays = {
@@ -112,14 +135,25 @@ def write_results(job: Job, scored: Scored, ranks: int) -> Path:
         if job.stimuli.rates is not None:
             arrays["target"] = job.stimuli.rates
         write_npz(target / "predictions.npz", **arrays)
+    metrics: dict[str, Any] = {}
     if scored.moments is not None or scored.counts is not None:
         metrics = report(scored, job.stimuli, job.manifest, job.options.split, ranks)
         metrics |= {"checkpoint": job.options.checkpoint, "epoch": job.progress.epoch, "step": job.progress.step}
         metrics["selected_on"] = [job.progress.selection_split]
+        if unseen := unseen_classes(job):
+            metrics["classification"]["classes_not_in_train"] = unseen
         if job.recipe.task.shuffle_responses:
             metrics["control"] = "shuffled responses"
         write_json(target / "metrics.json", metrics)
-    return target
+    return target, metrics
+
+
+def shown_scores(scored: Scored, metrics: dict[str, Any]) -> str:
+    """The means over sites for a line of text, those relative to a ceiling included."""
+    found = metrics.get("regression", {})
+    ceiled = {name: found[name]["mean"] for name in ("ceiled_explained_variance", "feve") if name in found}
+    means = scored.means() | {name: mean for name, mean in ceiled.items() if mean is not None}
+    return "  ".join(f"{name} {value:.4f}" for name, value in means.items()) or "no responses to compare with"
 
 
 def main() -> None:
@@ -128,9 +162,9 @@ def main() -> None:
     with started(None, "fp32", job.recipe.deterministic, timeout=job.recipe.faults.timeout) as runtime:
         scored = evaluate(job, runtime)
         if runtime.leads:
-            target = write_results(job, scored, runtime.ranks)
-            means = scored.means()
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items()) or "no responses to compare with"
+            warn_of_unseen_classes(job)
+            target, metrics = write_results(job, scored, runtime.ranks)
+            shown = shown_scores(scored, metrics)
             print(f"{job.options.split}: {len(job.stimuli):,} stimuli  {shown}\nwritten to {target}", flush=True)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from data_prep.ceiling import TrialStatistics
 from data_prep.errors import BadInput
 from data_prep.processes import serve_parent
 from data_prep.shards import ShardSplit
@@ -117,6 +118,20 @@ class Stimuli(Dataset):
     def fingerprint(self) -> str:
         """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
         return fingerprint(self.stimulus_ids, self.rates)
+
+    def noise_of_rates(self) -> np.ndarray | None:
+        """The noise variance of each response that is an average over trials: float64 (stimuli, sites).
+
+        None where there are no responses or no single trials, or where the responses are no average of the trials.
+        """
+        if self.rates is None:
+            return None
+        trials = [self._split.array(int(position), "trials.npy") for position in self.subset]
+        if any(part is None for part in trials):
+            return None
+        statistics = TrialStatistics.of(trials)
+        same = np.isclose(statistics.average, self.rates, rtol=1e-4, atol=1e-5, equal_nan=True).all()
+        return statistics.noise_of_average() if same else None
 
     def __getitem__(self, work: _Work) -> Batch | BadInput:
         positions = work.micro.positions

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.ceiling import percentile_interval
 from data_prep.errors import RunFailed
 from data_prep.manifest import to_json_list
 
@@ -108,6 +109,49 @@ def site_scores(moments: torch.Tensor) -> dict[str, np.ndarray]:
         }
 
 
+def ceiled_scores(scores: dict[str, np.ndarray], reliability: np.ndarray) -> dict[str, np.ndarray]:
+    """Scores relative to the reliability rho, per site: EV / rho and r / sqrt(rho).
+
+    Sites below `LEAST_RELIABILITY` would be divided by next to nothing; they are NaN.
+    """
+    rho = np.where(reliability >= LEAST_RELIABILITY, reliability, np.nan)
+    return {
+        "ceiled_explained_variance": scores["explained_variance"] / rho,
+        "ceiled_pearson_r": scores["pearson_r"] / np.sqrt(rho),
+    }
+
+
+def fraction_of_explainable_variance(
+    moments: torch.Tensor, noise: np.ndarray, least: float = LEAST_RELIABILITY
+) -> np.ndarray:
+    """FEVE per site, float64 (sites,): 1 - (MSE - noise) / (Var(y) - noise) (Cadena et al. 2019).
+
+    Unlike EV / rho it charges a wrong mean, and takes the noise of the very stimuli that are scored.
+
+    Args:
+        moments: of responses and predictions.
+        noise: the mean noise variance of these trial averages, (sites,).
+        least: NaN where less than this share of Var(y) is explainable.
+    """
+    n, _, _, mean_e, m2_y, _, m2_e, _ = moments.cpu().numpy()
+    with np.errstate(invalid="ignore", divide="ignore"):
+        variance, error = m2_y / (n - 1), m2_e / n + mean_e**2
+        explainable = variance - noise
+        return np.where(explainable > least * variance, 1 - (error - noise) / explainable, np.nan)
+
+
+def all_scores(
+    moments: torch.Tensor, reliability: np.ndarray | None, noise: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """`site_scores`, and those relative to a ceiling where it is known."""
+    scores = site_scores(moments)
+    if reliability is not None:
+        scores |= ceiled_scores(scores, reliability)
+    if noise is not None:
+        scores["feve"] = fraction_of_explainable_variance(moments, noise)
+    return scores
+
+
 def mean_score(per_site: np.ndarray) -> float:
     """The plain mean over the sites that have a score; NaN where none has."""
     return float(np.nanmean(per_site)) if np.isfinite(per_site).any() else float("nan")
@@ -117,16 +161,24 @@ def mean_score(per_site: np.ndarray) -> float:
 
 
 def bootstrap_means(
-    prediction: np.ndarray, target: np.ndarray, resamples: int = BOOTSTRAP_RESAMPLES, seed: int = BOOTSTRAP_SEED
+    prediction: np.ndarray,
+    target: np.ndarray,
+    resamples: int = BOOTSTRAP_RESAMPLES,
+    seed: int = BOOTSTRAP_SEED,
+    reliability: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """The mean over sites of each metric on bootstrap resamples of the stimuli (Efron 1979).
 
-    All sites of a resample see the same stimuli, so that what sites share is in the spread.
+    All sites of a resample see the same stimuli, so that what sites share is in the spread. A reliability is taken as
+    known: the spread is that of the score, not of its ceiling.
 
     Args:
         prediction, target: (stimuli, sites); NaN targets are left out.
         resamples: how many.
         seed: of the resampling.
+        reliability: (sites,), for the scores relative to it.
+        noise: (stimuli, sites), noise variance of each response, for FEVE.
 
     Returns:
         Per metric float64 (resamples,).
@@ -137,18 +189,31 @@ def bootstrap_means(
     # Centred on the responses' means: the sums of squares below then lose nothing to cancellation.
     y = np.where(there, target - centre, 0).astype(np.float64)
     p = np.where(there, prediction - centre, 0).astype(np.float64)
-    columns = np.concatenate([there.astype(np.float64), y, p, y * y, p * p, y * p], axis=1)
+    parts = [there.astype(np.float64), y, p, y * y, p * p, y * p]
+    if noise is not None:
+        parts.append(np.where(there, noise, 0))
+    columns = np.concatenate(parts, axis=1)
     whole = SiteMoments(target.shape[1])
     whole.add(torch.from_numpy(prediction), torch.from_numpy(target))
-    undefined = {name: np.isnan(scores) for name, scores in site_scores(whole.state).items()}
+    found = all_scores(whole.state, reliability, mean_noise(noise, target))
+    undefined = {name: np.isnan(scores) for name, scores in found.items()}
     generator = np.random.default_rng(seed)
-    means: dict[str, list[float]] = {name: [] for name in METRICS}
+    means: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(-(-resamples // 100)):
         times = generator.multinomial(len(y), np.full(len(y), 1 / len(y)), size=100).astype(np.float64)
-        for sums in (times @ columns).reshape(100, 6, -1):
-            for name, scores in site_scores(_moments_of_sums(sums)).items():
+        for sums in (times @ columns).reshape(100, len(parts), -1):
+            of_averages = None if noise is None else sums[6] / np.maximum(sums[0], 1)
+            for name, scores in all_scores(_moments_of_sums(sums[:6]), reliability, of_averages).items():
                 means[name].append(mean_score(np.where(undefined[name], np.nan, scores)))
     return {name: np.array(values[:resamples]) for name, values in means.items()}
+
+
+def mean_noise(noise: np.ndarray | None, target: np.ndarray) -> np.ndarray | None:
+    """The mean noise variance of each site's recorded responses, (sites,), from (stimuli, sites)."""
+    if noise is None:
+        return None
+    there = ~np.isnan(target)
+    return np.where(there, noise, 0).sum(axis=0) / np.maximum(there.sum(axis=0), 1)
 
 
 def _moments_of_sums(sums: np.ndarray) -> torch.Tensor:
@@ -160,12 +225,6 @@ def _moments_of_sums(sums: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.stack(rows))
 
 
-def percentile_interval(values: np.ndarray) -> list[float] | None:
-    """The central 95 % of bootstrap values; None where there are none."""
-    values = values[np.isfinite(values)]
-    return [float(bound) for bound in np.percentile(values, (2.5, 97.5))] if values.size else None
-
-
 # --------------------------------------------------------------------------------------------------------- reports
 
 
@@ -174,8 +233,9 @@ def regression_report(
     prediction: np.ndarray,
     target: np.ndarray,
     site_ids: list[str],
-    ceiling: np.ndarray | None,
+    reliability: np.ndarray | None,
     trained: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """The `regression` block of metrics.json.
 
@@ -183,8 +243,9 @@ def regression_report(
         moments: merged over all ranks.
         prediction, target: (stimuli, sites), for the intervals.
         site_ids: names of the sites.
-        ceiling: reliability per site, float64 (sites,), or None.
+        reliability: of the trial average, float64 (sites,), or None.
         trained: bool (sites,), the sites that a model can have predictions for; by default all.
+        noise: noise variance of each response, float64 (stimuli, sites), or None.
 
     Raises:
         RunFailed: a prediction is NaN or infinite.
@@ -192,14 +253,19 @@ def regression_report(
     expected = slice(None) if trained is None else trained
     if not np.isfinite(prediction[:, expected]).all():
         raise RunFailed("the predictions hold NaN or infinity; the model diverged")
-    scores = site_scores(moments)
-    resampled = bootstrap_means(prediction, target) if len(target) > 1 else dict.fromkeys(METRICS, np.empty(0))
-    report = {name: _summary(scores[name], resampled[name]) for name in METRICS}
+    scores = all_scores(moments, reliability, mean_noise(noise, target))
+    resampled = dict.fromkeys(scores, np.empty(0))
+    if len(target) > 1:
+        resampled = bootstrap_means(prediction, target, reliability=reliability, noise=noise)
+    report: dict[str, Any] = {name: _summary(scores[name], resampled[name]) for name in scores}
     undefined = np.isnan(scores["r2"])
     if undefined.any():
         report["sites_without_r2"] = [site_ids[site] for site in np.flatnonzero(undefined)]
-    if ceiling is not None:
-        report |= _ceiled(scores, ceiling, site_ids)
+    if reliability is not None:
+        report |= {"ceiling": _summary(reliability), "least_reliability": LEAST_RELIABILITY}
+        unreliable = ~(reliability >= LEAST_RELIABILITY)
+        if unreliable.any():
+            report["unreliable_sites"] = [site_ids[site] for site in np.flatnonzero(unreliable)]
     return report
 
 
@@ -209,26 +275,6 @@ def _summary(per_site: np.ndarray, resampled: np.ndarray | None = None) -> dict[
     if resampled is not None:
         block["ci95"] = percentile_interval(resampled)
     return block | {"per_site": to_json_list(per_site)}
-
-
-def _ceiled(scores: dict[str, np.ndarray], ceiling: np.ndarray, site_ids: list[str]) -> dict[str, Any]:
-    """Scores relative to the reliability rho: EV / rho and r / sqrt(rho).
-
-    Sites below `LEAST_RELIABILITY` would be divided by next to nothing; they are listed and left out of these two.
-    """
-    reliable = ceiling >= LEAST_RELIABILITY
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ceiled_ev = np.where(reliable, scores["explained_variance"] / ceiling, np.nan)
-        ceiled_r = np.where(reliable, scores["pearson_r"] / np.sqrt(ceiling), np.nan)
-    block: dict[str, Any] = {
-        "ceiling": _summary(ceiling),
-        "ceiled_explained_variance": _summary(ceiled_ev),
-        "ceiled_pearson_r": _summary(ceiled_r),
-        "least_reliability": LEAST_RELIABILITY,
-    }
-    if not reliable.all():
-        block["unreliable_sites"] = [site_ids[site] for site in np.flatnonzero(~reliable)]
-    return block
 
 
 @dataclass

@@ -104,36 +104,6 @@ def evaluation_batches(stimuli: int, rank: int, ranks: int, size: int) -> list[M
     return batches
 
 
-def folds(groups: np.ndarray, count: int, seed: int, *, stratified: bool = False) -> list[np.ndarray]:
-    """Deal stimuli out to folds.
-
-    Args:
-        groups: a label per stimulus.
-        count: folds.
-        seed: of the division.
-        stratified: deal the stimuli of each group out evenly; by default the stimuli of a group stay together (unique
-            labels give a plain random division).
-
-    Returns:
-        Positions of each fold, ascending; each stimulus is in one, and none is empty where there are enough groups.
-    """
-    labels, group_of = np.unique(groups, return_inverse=True)
-    random = np.random.default_rng([seed, len(groups), count])
-    if stratified:
-        order = np.concatenate([random.permutation(np.flatnonzero(group_of == g)) for g in range(len(labels))])
-        fold_of = np.empty(len(groups), np.int64)
-        fold_of[order] = np.arange(len(groups)) % count
-    else:
-        # Large groups first, each to the fold that is smallest so far.
-        sizes, filled, fold_of_group = np.bincount(group_of), np.zeros(count), np.empty(len(labels), np.int64)
-        shuffled = random.permutation(len(labels))
-        for group in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
-            fold_of_group[group] = np.argmin(filled)
-            filled[fold_of_group[group]] += sizes[group]
-        fold_of = fold_of_group[group_of]
-    return [np.flatnonzero(fold_of == fold) for fold in range(count)]
-
-
 def inner_split(groups: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Divide the training stimuli into a fitting part and an inner part that selects, by whole groups.
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
+from data_prep.splits import folds
 from train.backbones import Backbone
 from train.checkpoint import load_progress
 from train.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
 from train.loader import Stimuli, workers_per_rank
-from train.order import folds
 from train.picture_cache import PictureCaches
 from train.probing import Partition
 from train.processes import ranks_on_machine, world_size
@@ -80,6 +81,12 @@ class Job:
     def rates(self) -> np.ndarray:
         """Of all stimuli, float32 (stimuli, sites)."""
         return np.concatenate([stimuli.rates for stimuli in self.splits.values()])
+
+    @cached_property
+    def noise(self) -> np.ndarray | None:
+        """Noise variance of the responses that are scored, float64 (stimuli, sites); None without single trials."""
+        parts = [stimuli.noise_of_rates() for stimuli in self.splits.values()]
+        return None if any(part is None for part in parts) else np.concatenate(parts)[self.scored]
 
 
 def prepare(recipe: ProbeRecipe, data: Path, out: Path, split: str, resume: bool) -> Job:

@@ -15,6 +15,8 @@ from train.probing import Layer
 from train.run_folder import write_atomically, write_json, write_npz
 from train.scoring import regression_block, report_head
 
+CEILED = {"ceiled EV": "ceiled_explained_variance", "FEVE": "feve"}
+
 
 def results(job: Job, found: Mapping[str, Layer], ranks: int) -> tuple[dict[str, Any], np.ndarray]:
     """The content of metrics.json, and the predictions of the layer that each partition's inner folds chose."""
@@ -48,7 +50,7 @@ def _block(job: Job, prediction: np.ndarray) -> dict[str, Any]:
     rates = job.rates[job.scored]
     moments = SiteMoments(prediction.shape[1])
     moments.add(torch.from_numpy(prediction), torch.from_numpy(rates))
-    return regression_block(moments.state, prediction, rates, job.manifest)
+    return regression_block(moments.state, prediction, rates, job.manifest, job.noise)
 
 
 def _layer_report(job: Job, layer: Layer) -> dict[str, Any]:
@@ -65,16 +67,20 @@ def _layer_report(job: Job, layer: Layer) -> dict[str, Any]:
 
 def table(metrics: Mapping[str, Any]) -> str:
     """The layers' scores as a Markdown table."""
-    lines = ["| layer | features | R2 | EV | r | inner R2 | RSA | CKA |", "|" + " --- |" * 8]
+    ceiled = [(name, key) for name, key in CEILED.items() if key in metrics["regression"]]
+    titles = ["layer", "features", "R2", "EV", "r", *(name for name, _ in ceiled), "inner R2", "RSA", "CKA"]
+    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for layer, block in metrics["layers"].items():
         regression = block["regression"]
         low, high = regression["r2"]["ci95"] or (None, None)
-        scores = [regression[name]["mean"] for name in ("explained_variance", "pearson_r")]
+        shown = ["explained_variance", "pearson_r", *(key for _, key in ceiled)]
+        scores = [regression[name]["mean"] for name in shown]
         scores += [block["inner_r2"], block.get("rsa"), block.get("cka")]
         cells = [f"{_number(regression['r2']['mean'])} [{_number(low)}, {_number(high)}]", *map(_number, scores)]
         mark = " (chosen)" if layer == metrics["chosen"] else ""
         lines.append(f"| {layer}{mark} | {block['features']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+    named = {f"{name}: relative to {metrics['regression'][key]['ceiling']}" for name, key in ceiled}
+    return "\n".join([*lines, *(["", *sorted(named)] if named else [])])
 
 
 def _number(value: float | None) -> str:

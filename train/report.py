@@ -24,6 +24,8 @@ COLUMNS = {
     "MSE": "mse",
     "Pearson r": "pearson_r",
     "ceiled EV": "ceiled_explained_variance",
+    "ceiled r": "ceiled_pearson_r",
+    "FEVE": "feve",
 }
 
 
@@ -120,11 +122,22 @@ def table(rows: list[Row]) -> str:
     ]
     if ceiling:
         notes.append(f"Ceiling: {ceiling['method']}; it bounds R2 and EV, its square root bounds r.")
+    notes += _ceiling_notes(rows)
     if any(split in row.metrics.get("selected_on", []) for row in rows):
         notes.append(f"A model selected on {split} is flattered by its score there.")
     if any(row.metrics.get("simulated") for row in rows):
         notes.append("The recording is SIMULATED: no brain took part.")
     return "\n".join([*lines, "", *notes])
+
+
+def _ceiling_notes(rows: list[Row]) -> list[str]:
+    """What the ceiled scores in the table are relative to."""
+    names: dict[str, list[str]] = {}
+    for name, key in COLUMNS.items():
+        found = {row.regression[key]["ceiling"] for row in rows if "ceiling" in row.regression.get(key, {})}
+        for against in sorted(found):
+            names.setdefault(against, []).append(name)
+    return [f"{' and '.join(columns)}: relative to {against}." for against, columns in names.items()]
 
 
 def _line(cells: list[str]) -> str:
@@ -148,7 +161,8 @@ def _ceiling_line(ceiling: dict[str, Any], columns: list[str]) -> str:
     count = sum(value is not None for value in ceiling["per_site"])
     if not count:
         return _line(["*ceiling*", *["-"] * (len(columns) + 1)])
-    values = {"R2": reliability, "EV": reliability, "Pearson r": root / count, "ceiled EV": 1.0}
+    values = {"R2": reliability, "EV": reliability, "Pearson r": root / count}
+    values |= dict.fromkeys(("ceiled EV", "ceiled r", "FEVE"), 1.0)
     return _line(["*ceiling*", *(f"{values[name]:.3f}" if name in values else "-" for name in columns), "-"])
 
 

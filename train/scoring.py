@@ -22,6 +22,8 @@ from train.metrics import (
 from train.runtime import Runtime
 from train.tasks import Network
 
+NOISE_OF_SCORED = "noise variance of the scored stimuli's repetitions"
+
 
 @dataclass
 class Scored:
@@ -122,7 +124,8 @@ def report(scored: Scored, stimuli: Stimuli, manifest: Manifest, split: str, ran
     """The content of metrics.json."""
     metrics = report_head(stimuli.stimulus_ids, stimuli.rates, manifest, split, ranks)
     if scored.moments is not None:
-        metrics["regression"] = regression_block(scored.moments, scored.rates, stimuli.rates, manifest)
+        noise = stimuli.noise_of_rates()
+        metrics["regression"] = regression_block(scored.moments, scored.rates, stimuli.rates, manifest, noise)
     if scored.counts is not None:
         metrics["classification"] = classification_report(scored.counts, manifest.classes or [])
     return metrics
@@ -138,15 +141,26 @@ def report_head(
 
 
 def regression_block(
-    moments: torch.Tensor, prediction: np.ndarray, target: np.ndarray, manifest: Manifest
+    moments: torch.Tensor, prediction: np.ndarray, target: np.ndarray, manifest: Manifest, noise: np.ndarray | None
 ) -> dict[str, Any]:
-    """The `regression` block of metrics.json, with the ceiling named where the manifest has one."""
+    """The `regression` block of metrics.json; every score that rests on a ceiling names it.
+
+    Args:
+        moments: of responses and predictions, merged over ranks.
+        prediction, target: (stimuli, sites).
+        manifest: has the reliability of each site where there are single trials.
+        noise: (stimuli, sites), noise variance of the targets, see `Stimuli.noise_of_rates`; or None.
+    """
     ceiling = manifest.ceiling
     reliability = None if ceiling is None else from_json_list(ceiling.reliability)
     trained = np.array([mean is not None for mean in manifest.rates.mean])
-    block = regression_report(moments, prediction, target, manifest.site_ids, reliability, trained)
+    block = regression_report(moments, prediction, target, manifest.site_ids, reliability, trained, noise)
     if ceiling is not None:
-        block["ceiling"]["method"] = ceiling.method
+        block["ceiling"] |= ceiling.facts()
+        for name in ("ceiled_explained_variance", "ceiled_pearson_r"):
+            block[name]["ceiling"] = ceiling.method
+    if noise is not None:
+        block["feve"]["ceiling"] = NOISE_OF_SCORED
     return block
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import tyro
 from pydantic import BaseModel, Field
 
+from data_prep.derived import counted, z_scored
 from data_prep.errors import BadInput
-from data_prep.pictures import convert_to_png, picture_size, sniff_encoding
+from data_prep.pictures import packable, sniff_encoding
 from data_prep.recording import SPLITS, Recording, Stimulus, trial_average
 from data_prep.responses import Responses, check_finite, check_shape, float32, open_npy, open_rates
 from data_prep.splits import assign_splits
@@ -34,6 +35,18 @@ class Folder(BaseModel, extra="forbid"):
     """Responses (stimuli x sites), .npy, .csv or .parquet. Default: SOURCE/rates.*, else the mean of the trials."""
     trials: Path | None = None
     """Single trials (stimuli x repetitions x sites), .npy, NaN-padded. Default: SOURCE/trials.npy if it is there."""
+    rasters: Path | None = None
+    """Spikes per millisecond (stimuli x repetitions x sites x ms), .npy, -1 = missing, to count in --window-ms instead
+    of giving trials. Default: SOURCE/rasters.npy if it is there."""
+    raster_start_ms: float = 0.0
+    """When the rasters begin, in ms after stimulus onset; negative: before it."""
+    baseline_ms: tuple[float, float] | None = None
+    """Window of the rasters whose rate is subtracted from each trial's response, in ms after stimulus onset."""
+    z_score: bool = False
+    """Turn responses into z-scores, for each site over all presentations (of a session, see --sessions)."""
+    sessions: str | None = None
+    """Sessions to z-score within: a column of the stimulus table, or a .npy file of integers (stimuli x repetitions).
+    Default: all is one session."""
     sites: Path | None = None
     """Table of sites, one row each, with a column id. Default: SOURCE/sites.csv if it is there."""
     object_column: str = "object"
@@ -71,7 +84,7 @@ class Folder(BaseModel, extra="forbid"):
         images = _image_paths(table, self.source)
         objects = self._objects(table)
         splits, split_rule = self._splits(table)
-        rates, trials, site_ids = self._responses(ids)
+        rates, trials, site_ids = self._responses(table)
         sites = self._sites(rates if rates is not None else trials, site_ids)
         labels = [site["id"] for site in sites]
         if trials is not None:
@@ -88,6 +101,7 @@ class Folder(BaseModel, extra="forbid"):
             "stimuli": stimuli_path.name,
             "responses": [responses.path.name for responses in (rates, trials) if responses is not None],
             "rates": "as given" if rates is not None else "mean over repetitions",
+            **self._derivation(),
             "split": split_rule,
             "warnings": _shared_pictures(images, splits),
         }
@@ -98,7 +112,7 @@ class Folder(BaseModel, extra="forbid"):
             provenance=provenance,
             sites=sites,
             response_window_ms=self.window_ms,
-            units=self.units or "as recorded",
+            units=self.units or self._default_units(),
             stimulus_ids=ids,
             splits=splits,
             objects=objects,
@@ -128,7 +142,8 @@ class Folder(BaseModel, extra="forbid"):
         if "split" not in table.columns:
             held_out = {"val": self.val_fraction, "test": self.test_fraction}
             fractions = {"train": 1.0 - self.val_fraction - self.test_fraction, **held_out}
-            rule = {"seed": self.seed, "group_by": self.group_by, **held_out}
+            method = "random" if groups is None else "grouped"
+            rule = {"method": method, "seed": self.seed, "group_by": self.group_by, **held_out}
             return assign_splits(len(table), fractions, self.seed, groups), rule
         for option in ("val_fraction", "test_fraction", "seed"):
             if getattr(self, option) != type(self).model_fields[option].default:
@@ -141,16 +156,39 @@ class Folder(BaseModel, extra="forbid"):
                 raise BadInput(f"{table.at(i)}: split must be one of {', '.join(SPLITS)}, not {split!r}")
         return list(table.columns["split"]), "column split"
 
-    def _responses(self, ids: list[str]) -> tuple[Responses | None, Responses | None, list[str] | None]:
+    def _responses(self, table: Table) -> tuple[Responses | None, Responses | None, list[str] | None]:
         """Rates, trials (one of them may be None) and the site ids, where the rates' file names them."""
+        rates, trials, site_ids = self._recorded(table.columns["stimulus_id"])
+        if not self.z_score:
+            if self.sessions is not None:
+                raise BadInput("--sessions would be ignored without --z-score")
+            return rates, trials, site_ids
+        if rates is not None and trials is not None:
+            raise BadInput(f"--z-score: {rates.path} and {trials.path} would become different z-scores; remove one")
+        sessions = self.sessions
+        if sessions is not None and sessions.endswith(".npy"):
+            sessions = str(_find(self.source, Path(sessions), (), "--sessions"))
+        scored = z_scored(rates or trials, sessions, table)
+        return (scored, None, site_ids) if rates is not None else (None, scored, site_ids)
+
+    def _recorded(self, ids: list[str]) -> tuple[Responses | None, Responses | None, list[str] | None]:
+        """As `_responses`, before z-scoring."""
         rates_path = _find(self.source, self.rates, RATES_FILES, "--rates")
         trials_path = _find(self.source, self.trials, ("trials.npy",), "--trials")
-        if rates_path is None and trials_path is None:
+        rasters_path = _find(self.source, self.rasters, ("rasters.npy",), "--rasters")
+        if rates_path is None and trials_path is None and rasters_path is None:
             raise BadInput(
-                f"{self.source}: no responses; put {', '.join(RATES_FILES)} or trials.npy there, "
-                "or name a file with --rates or --trials"
+                f"{self.source}: no responses; put {', '.join(RATES_FILES)}, trials.npy or rasters.npy there, "
+                "or name a file with --rates, --trials or --rasters"
             )
         rates = trials = site_ids = None
+        if rasters_path is not None:
+            if other := rates_path or trials_path:
+                raise BadInput(f"{rasters_path} would give other responses than {other}; remove one of them")
+            trials = counted(rasters_path, len(ids), self.raster_start_ms, self.window_ms, self.baseline_ms)
+        elif self.baseline_ms is not None or self.raster_start_ms:
+            flag = "--baseline-ms" if self.baseline_ms is not None else "--raster-start-ms"
+            raise BadInput(f"{flag} is for rasters, of which there are none (--rasters)")
         if trials_path is not None:
             trials = open_npy(trials_path)
             check_shape(trials, len(ids), "(stimuli, repetitions, sites)", 3)
@@ -163,6 +201,22 @@ class Folder(BaseModel, extra="forbid"):
                 "they must have the same sites in the same order"
             )
         return rates, trials, site_ids
+
+    def _derivation(self) -> dict[str, Any]:
+        """What was done to the responses, for the manifest."""
+        done: dict[str, Any] = {}
+        if self.baseline_ms is not None:
+            done["baseline_ms_subtracted"] = self.baseline_ms
+        if self.z_score:
+            done["z_scored_within"] = self.sessions or "the recording"
+        return done
+
+    def _default_units(self) -> str:
+        if self.z_score:
+            return "z-score within sessions" if self.sessions else "z-score"
+        if _find(self.source, self.rasters, ("rasters.npy",), "--rasters") is None:
+            return "as recorded"
+        return "spikes/s" if self.baseline_ms is None else "spikes/s above baseline"
 
     def _sites(self, responses: Responses, site_ids: list[str] | None) -> list[dict[str, Any]]:
         """One dict per site in the order of the responses."""
@@ -246,13 +300,7 @@ class FolderRecording(Recording):
         """The encoded picture, its encoding, and a note where it had to be converted."""
         path = self.root / self.images[i]
         try:
-            data = path.read_bytes()
-            encoding = sniff_encoding(data)
-            picture_size(data)
-            if encoding is not None:
-                return data, encoding, {}
-            png, was = convert_to_png(data)
-            return png, "png", {"converted_from": was}
+            return packable(path.read_bytes())
         except (OSError, ValueError) as error:
             raise BadInput(f"{path} (picture of stimulus {self.stimulus_ids[i]}): {error}") from error
 

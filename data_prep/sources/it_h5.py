@@ -5,7 +5,6 @@ back to the uint8 they were made from; how far the values are from whole numbers
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import tyro
 from pydantic import BaseModel
 
+from data_prep import hdf5
 from data_prep.errors import BadInput
 from data_prep.pictures import encode_png
 from data_prep.recording import SPLITS, Recording, Stimulus
@@ -28,7 +28,6 @@ RANGE_TOLERANCE = 0.5
 PROBES = 4  # pictures per split that `open` looks at
 
 _BLOCK_PICTURES = 16
-_BLOCK_BYTES = 64 * 2**20
 
 
 class ItH5(BaseModel, extra="forbid"):
@@ -47,19 +46,19 @@ class ItH5(BaseModel, extra="forbid"):
         """
         if not self.source.is_file():
             raise BadInput(f"{self.source}: no such file; SOURCE must be the course's IT_data.h5")
-        with _reading(self.source) as file:
-            size = {split: _check_pictures(_dataset(file, f"stimulus_{split}")) for split in SPLITS}
+        with hdf5.reading(self.source) as file:
+            size = {split: _check_pictures(hdf5.dataset(file, f"stimulus_{split}")) for split in SPLITS}
             _check_equal(self.source, "picture sizes", {split: shape[1:] for split, shape in size.items()})
             count = {split: shape[0] for split, shape in size.items()}
-            objects = {split: _objects(_dataset(file, f"object_{split}"), count[split]) for split in SPLITS}
+            objects = {split: _objects(hdf5.dataset(file, f"object_{split}"), count[split]) for split in SPLITS}
             sites, answered = {}, {}
             for split in SPLITS:
                 if split == "test" and "spikes_test" not in file:
                     answered[split] = False
                     continue
-                sites[split], answered[split] = _check_spikes(_dataset(file, f"spikes_{split}"), count[split])
+                sites[split], answered[split] = _check_spikes(hdf5.dataset(file, f"spikes_{split}"), count[split])
             _check_equal(self.source, "numbers of sites", sites)
-            error = max(_probe(_dataset(file, f"stimulus_{split}")) for split in SPLITS)
+            error = max(_probe(hdf5.dataset(file, f"stimulus_{split}")) for split in SPLITS)
         height, width = size["train"][2:]
         provenance = {
             "source": "it-h5",
@@ -109,14 +108,14 @@ class ItH5Recording(Recording):
             BadInput: a picture with NaN or with values that cannot be ImageNet-normalised.
         """
         first = {split: self.splits.index(split) for split in set(self.splits)}
-        with _reading(self.path) as file:
+        with hdf5.reading(self.path) as file:
             for run in self._blocks(file, indices, first):
                 split = self.splits[run[0]]
                 rows = slice(run[0] - first[split], run[-1] + 1 - first[split])
-                pictures = _dataset(file, f"stimulus_{split}")[rows]
+                pictures = hdf5.dataset(file, f"stimulus_{split}")[rows]
                 rates = None
                 if self.answered[split]:
-                    rates = _dataset(file, f"spikes_{split}")[rows].astype(np.float32)
+                    rates = hdf5.dataset(file, f"spikes_{split}")[rows].astype(np.float32)
                 for k, i in enumerate(run):
                     where = f"{self.path}: picture {rows.start + k} of stimulus_{split}"
                     uint8, error = denormalise(pictures[k], where)
@@ -130,7 +129,7 @@ class ItH5Recording(Recording):
 
     def _blocks(self, file: h5py.File, indices: Sequence[int], first: dict[str, int]) -> Iterator[list[int]]:
         """Cut `indices` into runs of consecutive stimuli of one split that lie in one block of the file."""
-        length = {split: _block_length(_dataset(file, f"stimulus_{split}")) for split in first}
+        length = {split: _block_length(hdf5.dataset(file, f"stimulus_{split}")) for split in first}
         run: list[int] = []
         for i in indices:
             split = self.splits[i]
@@ -184,36 +183,6 @@ def _to_steps(picture: np.ndarray) -> np.ndarray:
 # ---- the file's structure ------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[h5py.File]:
-    """Open for reading, with a chunk cache that holds a block; what HDF5 cannot read is bad input."""
-    try:
-        with h5py.File(path, "r", rdcc_nbytes=_BLOCK_BYTES) as file:
-            yield file
-    except (OSError, RuntimeError, KeyError) as error:
-        raise BadInput(f"{path}: not a readable HDF5 file, or damaged ({error})") from error
-
-
-def _dataset(file: h5py.File, name: str) -> h5py.Dataset:
-    """A dataset whose data are in this very file: a link or outside storage could name any file of the machine."""
-    path = file.filename
-    link = file.get(name, getlink=True)
-    if link is None:
-        raise BadInput(f"{path}: there is no dataset {name!r}; it holds {', '.join(sorted(file)) or 'nothing'}")
-    if not isinstance(link, h5py.HardLink):
-        raise BadInput(f"{path}: {name} is a link to elsewhere; the dataset itself must be in the file")
-    dataset = file[name]
-    if not isinstance(dataset, h5py.Dataset):
-        raise BadInput(f"{path}: {name} is a group; it must be a dataset")
-    if dataset.external or dataset.is_virtual:
-        raise BadInput(f"{path}: {name} keeps its data in other files; the data must be in the file itself")
-    return dataset
-
-
-def _at(dataset: h5py.Dataset) -> str:
-    return f"{dataset.file.filename}: {dataset.name.lstrip('/')}"
-
-
 def _check_equal(path: Path, what: str, values: dict[str, Any]) -> None:
     if len(set(values.values())) > 1:
         raise BadInput(f"{path}: the splits have different {what}: {values}")
@@ -223,7 +192,7 @@ def _check_pictures(dataset: h5py.Dataset) -> tuple[int, ...]:
     """The shape (N, 3, H, W) of a dataset of pictures."""
     shape = dataset.shape or ()
     if dataset.dtype.kind != "f" or len(shape) != 4 or shape[1] != 3 or not all(shape):
-        raise BadInput(f"{_at(dataset)} is {dataset.dtype} {shape}; expected is float (stimuli, 3, height, width)")
+        raise BadInput(f"{hdf5.at(dataset)} is {dataset.dtype} {shape}; expected is float (stimuli, 3, height, width)")
     return shape
 
 
@@ -231,26 +200,30 @@ def _check_spikes(dataset: h5py.Dataset, n: int) -> tuple[int, bool]:
     """The number of sites, and whether anything was recorded."""
     shape = dataset.shape or ()
     if dataset.dtype.kind not in "fiu" or len(shape) != 2 or shape[0] != n or not all(shape):
-        raise BadInput(f"{_at(dataset)} is {dataset.dtype} {shape}; expected are numbers, shape ({n}, sites)")
+        raise BadInput(f"{hdf5.at(dataset)} is {dataset.dtype} {shape}; expected are numbers, shape ({n}, sites)")
     with np.errstate(over="ignore"):
         rates = dataset[()].astype(np.float32)
     if np.isinf(rates).any():
         row, site = np.argwhere(np.isinf(rates))[0]
-        raise BadInput(f"{_at(dataset)}: the response of site {site} to stimulus {row} is infinite; use NaN if missing")
+        raise BadInput(
+            f"{hdf5.at(dataset)}: the response of site {site} to stimulus {row} is infinite; use NaN if missing"
+        )
     return shape[1], not bool(np.isnan(rates).all())
 
 
 def _objects(dataset: h5py.Dataset, n: int) -> list[str]:
     """The object names: latin-1 bytes, unless the file itself declares UTF-8."""
-    if dataset.dtype.kind != "S" and h5py.check_string_dtype(dataset.dtype) is None:
-        raise BadInput(f"{_at(dataset)} is of type {dataset.dtype}; expected are latin-1 strings, shape ({n},)")
+    if not hdf5.is_text(dataset):
+        raise BadInput(f"{hdf5.at(dataset)} is of type {dataset.dtype}; expected are latin-1 strings, shape ({n},)")
     if dataset.shape not in ((n,), (n, 1)):
-        raise BadInput(f"{_at(dataset)} has the shape {dataset.shape}; expected is ({n},), one name per picture")
+        raise BadInput(f"{hdf5.at(dataset)} has the shape {dataset.shape}; expected is ({n},), one name per picture")
     declared = h5py.check_string_dtype(dataset.dtype)
     encoding = "utf-8" if declared and declared.encoding == "utf-8" else "latin-1"
     names = [bytes(n).decode(encoding, "replace").strip("\x00 \t\r\n") for n in dataset[()].reshape(-1)]
     if "" in names:
-        raise BadInput(f"{_at(dataset)}: the object of stimulus {names.index('')} is empty; every picture needs one")
+        raise BadInput(
+            f"{hdf5.at(dataset)}: the object of stimulus {names.index('')} is empty; every picture needs one"
+        )
     return names
 
 
@@ -259,7 +232,7 @@ def _block_length(dataset: h5py.Dataset) -> int:
     picture_bytes = max(1, dataset.dtype.itemsize * int(np.prod(dataset.shape[1:])))
     chunk = dataset.chunks[0] if dataset.chunks else 1
     length = chunk * -(-_BLOCK_PICTURES // chunk)
-    return max(1, min(length, _BLOCK_BYTES // picture_bytes))
+    return max(1, min(length, hdf5.BLOCK_BYTES // picture_bytes))
 
 
 def _probe(dataset: h5py.Dataset) -> float:
@@ -272,14 +245,15 @@ def _probe(dataset: h5py.Dataset) -> float:
     rows = np.unique(np.linspace(0, len(dataset) - 1, PROBES).round().astype(int))
     pictures = np.stack([dataset[int(row)] for row in rows]).astype(np.float32)
     error = max(
-        denormalise(picture, f"{_at(dataset)}: picture {row}")[1] for row, picture in zip(rows, pictures, strict=True)
+        denormalise(picture, f"{hdf5.at(dataset)}: picture {row}")[1]
+        for row, picture in zip(rows, pictures, strict=True)
     )
     if error > ROUNDING_WARNING:
         in_unit = pictures.min() >= 0 and pictures.max() <= 1
         if in_unit or (np.abs(pictures).max() <= 1 and _distance_to_whole(pictures * 127.5 + 127.5) < 0.01):
             raise BadInput(
-                f"{_at(dataset)} cannot be ImageNet-normalised: its values lie in {'0..1' if in_unit else '-1..1'}; "
-                "expected is (x / 255 - mean) / std per channel"
+                f"{hdf5.at(dataset)} cannot be ImageNet-normalised: its values lie in "
+                f"{'0..1' if in_unit else '-1..1'}; expected is (x / 255 - mean) / std per channel"
             )
     return error
 

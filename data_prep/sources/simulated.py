@@ -280,6 +280,7 @@ class SimulatedRecording(Recording):
         raw = raw_drives(population, np.arange(stimuli) % len(OBJECTS), poses)
         self.mean_rates = mean_rates(population, raw | {"picture": picture_drive(population, features)})
         self.sites = [{"id": f"simulated_site_{s:03d}", "region": "IT (simulated)"} for s in range(options.sites)]
+        self.meta = [{"object": shown, "category": shown.split("_")[0]} for shown in self.objects]
         self.truth = {
             "reliability": true_reliability(self.mean_rates, options.repetitions).tolist(),
             "variance_shares": dict(zip(SHARES, population.shares.T.tolist(), strict=True)),
@@ -287,6 +288,7 @@ class SimulatedRecording(Recording):
         self.provenance = {
             "source": "simulated by Spiketune: drawn pictures and model neurons, no brain took part",
             "options": options.model_dump(),
+            "split": {"method": "random", "seed": seed, **fractions},
         }
 
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
@@ -296,7 +298,6 @@ class SimulatedRecording(Recording):
             rates = self.mean_rates[index]
             rng = np.random.default_rng([self.options.seed, NOISE, index])
             trials = draw_trials(rates, self.options.repetitions, rng)
-            shown = self.objects[index]
             pose = {name: round(value, 4) for name, value in asdict(pose_of(self.options.seed, index)).items()}
             yield Stimulus(
                 id=self.stimulus_ids[index],
@@ -305,7 +306,7 @@ class SimulatedRecording(Recording):
                 rates=trial_average(trials),
                 trials=trials,
                 truth=rates,
-                meta={"object": shown, "category": shown.split("_")[0], **pose},
+                meta=self.meta[index] | pose,
             )
 
 

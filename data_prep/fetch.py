@@ -1,0 +1,56 @@
+"""Download a public recording.
+
+    python data_prep/fetch.py {majaj2015,freemanziemba2013,tvsd,it-course} --out DIR
+
+What came of a broken download stays, and the next call goes on from there.
+"""
+
+import shlex
+from pathlib import Path
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_prep.catalogue import DATASETS, Dataset, DatasetName
+from data_prep.command_line import parse
+from data_prep.downloads import Downloader
+from data_prep.errors import run_command
+
+
+class Fetch(BaseModel):
+    """Download a public recording."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    dataset: tyro.conf.Positional[DatasetName]
+    """Which one."""
+    out: Path
+    """Folder for the files; what is there already is not downloaded again."""
+    mirror: str | None = None
+    """Address of a folder (http or https) that has the same files under the same names, e.g. of your institute."""
+    retries: int = Field(5, ge=0)
+    """How many times in a row a file may fail to come on before it is given up."""
+    timeout: float = Field(60.0, gt=0)
+    """Seconds of silence after which a connection is given up and tried again."""
+
+
+def _introduce(dataset: Dataset) -> None:
+    print(f"{dataset.title}\n  cite:    {dataset.citation}\n  licence: {dataset.licence}", flush=True)
+    if dataset.note:
+        print(f"  note:    {dataset.note}", flush=True)
+
+
+def main() -> None:
+    """Parse the command line, download, and say how to go on."""
+    options = parse(Fetch)
+    dataset = DATASETS[options.dataset]
+    downloader = Downloader(options.mirror, options.retries, options.timeout, say=lambda text: print(text, flush=True))
+    _introduce(dataset)
+    for file in dataset.files:
+        downloader.fetch(file, options.out)
+    words = dataset.pack.format(folder=shlex.quote(str(options.out)))
+    print(f"go on with:\n  python data_prep/pack.py {words} --out data/{options.dataset}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,104 @@
+"""Predict responses to pictures with an exported network; needs torch, numpy and Pillow, and nothing of Spiketune.
+
+    from predictor import Predictor
+
+    predictor = Predictor()                       # the files beside this one
+    rates = predictor.predict(["a.jpg", "b.png"])  # (2, sites), in the recording's units
+    predictor.site_ids, predictor.units
+
+train/export.py writes this file, `network.pt2` (the network, by torch.export) and `predictor.json` into one folder.
+Load networks only from people you trust: they are programs.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+Picture = str | Path | Image.Image | np.ndarray
+
+
+def fit(pixels: np.ndarray, size: int) -> np.ndarray:
+    """Bring a picture to (size, size, 3): the shorter side resized bicubically, the longer one cropped centrally.
+
+    A picture that has the size already is returned as it is.
+    """
+    height, width = pixels.shape[:2]
+    if (height, width) == (size, size):
+        return pixels
+    side = min(height, width)
+    left, top = (width - side) // 2, (height - side) // 2
+    box = (left, top, left + side, top + side)
+    return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+class Predictor:
+    """An exported network.
+
+    Args:
+        folder: with `network.pt2` and `predictor.json`; by default the one of this file.
+        device: for torch, e.g. "cuda".
+
+    Attributes:
+        site_ids: of the predicted rates, in order.
+        classes: of the logits, in order; None for a network that names no objects.
+        units: of the rates.
+        image_size: side in pixels of the pictures that the network sees.
+    """
+
+    def __init__(self, folder: str | Path | None = None, device: str = "cpu"):
+        import torch
+
+        folder = Path(__file__).resolve().parent if folder is None else Path(folder)
+        facts = json.loads((folder / "predictor.json").read_text(encoding="utf-8"))
+        self.site_ids: list[str] | None = facts["site_ids"]
+        self.classes: list[str] | None = facts["classes"]
+        self.units: str = facts["units"]
+        self.image_size: int = facts["image_size"]
+        self._torch, self._device = torch, device
+        self._network = torch.export.load(folder / "network.pt2").module().to(device)
+
+    def predict(self, pictures: Sequence[Picture] | np.ndarray, batch_size: int = 32) -> np.ndarray:
+        """The rates of all sites.
+
+        Args:
+            pictures: file names, PIL pictures, or uint8 arrays (height, width, 3) of any size, or all in one array
+                (pictures, height, width, 3).
+            batch_size: pictures in one forward pass.
+
+        Returns:
+            float32 (pictures, sites), in `units`.
+        """
+        if self.site_ids is None:
+            raise ValueError("this network predicts classes only; use predict_classes")
+        return self._run(pictures, batch_size, "rates")
+
+    def predict_classes(self, pictures: Sequence[Picture] | np.ndarray, batch_size: int = 32) -> np.ndarray:
+        """Probabilities of all `classes`: float32 (pictures, classes)."""
+        if self.classes is None:
+            raise ValueError("this network predicts rates only; use predict")
+        logits = self._torch.from_numpy(self._run(pictures, batch_size, "classes"))
+        return logits.softmax(1).numpy()
+
+    def _run(self, pictures: Sequence[Picture] | np.ndarray, batch_size: int, output: str) -> np.ndarray:
+        found = []
+        for start in range(0, len(pictures), batch_size):
+            batch = np.stack([self._pixels(picture) for picture in pictures[start : start + batch_size]])
+            images = self._torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
+            with self._torch.no_grad():
+                found.append(self._network(images)[output].cpu().numpy())
+        return np.concatenate(found) if found else np.empty((0, len(self.site_ids or self.classes)), np.float32)
+
+    def _pixels(self, picture: Any) -> np.ndarray:
+        """uint8 (size, size, 3)."""
+        if isinstance(picture, (str, Path)):
+            with Image.open(picture) as opened:
+                picture = opened.convert("RGB")
+        if isinstance(picture, Image.Image):
+            picture = np.asarray(picture.convert("RGB"))
+        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+            raise ValueError(f"a picture must be uint8 (height, width, 3), not {picture.dtype} {picture.shape}")
+        return fit(picture, self.image_size)
