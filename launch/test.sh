@@ -1,11 +1,18 @@
 #!/usr/bin/env bash
 # Set up, check the style, run all tests. Further words go to pytest: launch/test.sh -k metrics
+# `launch/test.sh --slurm` runs those on a real Slurm instead, and installs it (Debian's packages, as root).
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+if [ "${1:-}" = --slurm ]; then
+    shift
+    command -v slurmctld sbatch munged >/dev/null || { apt-get update -q && apt-get install -y -q slurm-wlm munge; }
+    SPIKETUNE_SLURM=1 OMP_NUM_THREADS=1 exec "$python" -m pytest tests/test_slurm.py "$@"
+fi
 
 "$python" -m ruff check .
 "$python" -m ruff format --check .
 # Most of the time goes into starting processes that compute little: as many files at a time as there are cores, up to
 # four, and one thread each.
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
-OMP_NUM_THREADS=1 exec "$python" -m pytest --numprocesses "$workers" --dist loadfile "$@"
+OMP_NUM_THREADS=1 exec "$python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"

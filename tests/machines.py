@@ -30,7 +30,8 @@ class Machine:
     def start(self, *command, **environment: str) -> subprocess.Popen:
         """Start a command there, as the leader of a process group of its own."""
         return subprocess.Popen(
-            ["ip", "netns", "exec", self.name, *map(str, command)],
+            # Not `ip netns exec`, which hides the control groups that Slurm looks for.
+            ["nsenter", f"--net=/var/run/netns/{self.name}", *map(str, command)],
             cwd=ROOT,
             env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
             stdout=subprocess.PIPE,

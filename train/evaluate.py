@@ -159,7 +159,7 @@ def shown_scores(scored: Scored, metrics: dict[str, Any]) -> str:
 def main() -> None:
     """Parse, check, score, write."""
     job = prepare(parse(Evaluate, args=sys.argv[1:]))
-    with started(None, "fp32", job.recipe.deterministic, timeout=job.recipe.faults.timeout) as runtime:
+    with started(None, "fp32", job.recipe.deterministic, timeouts=job.recipe.faults.timeouts) as runtime:
         scored = evaluate(job, runtime)
         if runtime.leads:
             warn_of_unseen_classes(job)

@@ -165,7 +165,7 @@ def main() -> None:
     options, recipe = parse_command_line(sys.argv[1:])
     job = prepare(recipe, options.data, options.out, options.resume)
     recipe = job.recipe
-    with started(job.deepspeed, recipe.precision, recipe.deterministic, timeout=recipe.faults.timeout) as runtime:
+    with started(job.deepspeed, recipe.precision, recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
         start = starting_point(job, runtime)
         training = build(job, start, runtime)
         with closing(training.monitor), job.folder.keeping_failures(runtime.rank):

@@ -181,8 +181,15 @@ class Faults(Settings):
 
     timeout: float = Field(300.0, ge=1)
     """Seconds that processes wait for each other, from the second step on, before they give one up as lost."""
+    start_timeout: float = Field(1800.0, ge=1)
+    """The same for joining and for the first step, which may compile, or read weights from far away."""
     bad_steps: int = Field(10, ge=1)
     """A step whose loss or gradient is not finite is left out; after so many in a row the run ends."""
+
+    @property
+    def timeouts(self) -> tuple[float, float]:
+        """Seconds, until the first step is done and from then on."""
+        return self.start_timeout, self.timeout
 
 
 class Loader(Settings):

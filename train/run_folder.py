@@ -83,7 +83,8 @@ class RunFolder:
         before, now = _flat(load_recipe(self.recipe, type(recipe)).model_dump()), _flat(recipe.model_dump())
         # How it is computed, not what.
         free = {"strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
-        free |= {"loader.workers", "loader.cache", "loader.cache_gib", "timeout", "faults.timeout", "faults.bad_steps"}
+        free |= {"loader.workers", "loader.cache", "loader.cache_gib"}
+        free |= {"timeout", "faults.timeout", "faults.start_timeout", "faults.bad_steps"}
         changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         changed = [change for change in changed if change.partition(":")[0] not in free]
         if changed:

@@ -32,7 +32,7 @@ from train.processes import cpu_wanted, ranks_on_machine, uses_gpu, world_size
 from train.pulse import Pulse
 from train.strategy import name_of
 
-STARTING_TIMEOUT = timedelta(minutes=30)  # until the first step is done: compilation, reading weights from far away
+TIMEOUTS = (1800.0, 300.0)  # seconds, until the first step is done and from then on
 
 SIGNS_OF_ABSENCE = ("closed by peer", "reset by peer", "imed out", "timeout", "Broken pipe")  # in what gloo raises
 ROLL_CALL_SECONDS = 3.0
@@ -51,10 +51,10 @@ class Runtime:
     Args:
         accelerator: joined.
         deepspeed: a filled configuration, or None.
-        timeout: seconds, see `beat`.
+        timeouts: seconds, see `beat`.
     """
 
-    def __init__(self, accelerator: Accelerator, deepspeed: dict[str, Any] | None, timeout: float):
+    def __init__(self, accelerator: Accelerator, deepspeed: dict[str, Any] | None, timeouts: tuple[float, float]):
         self._accelerator = accelerator
         self.deepspeed = deepspeed is not None
         self._strategy = name_of(deepspeed, accelerator.num_processes)
@@ -62,8 +62,8 @@ class Runtime:
         self.ranks: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.hosts: list[str] = self.gather_objects(socket.gethostname())
-        self.pulse = Pulse(self.ranks, STARTING_TIMEOUT)
-        self._timeout, self._beats = timedelta(seconds=timeout), 0
+        self.pulse = Pulse(self.ranks, timedelta(seconds=timeouts[0]))
+        self._timeout, self._beats = timedelta(seconds=timeouts[1]), 0
 
     @property
     def leads(self) -> bool:
@@ -83,7 +83,8 @@ class Runtime:
     def beat(self, busy: float | None = None) -> None:
         """Hear from the other ranks, once in every step of whatever they do together; see `train/pulse.py`.
 
-        From the second time on, when a whole step is behind all of them, they wait for each other at most `timeout`.
+        From the second time on, when a whole step is behind all of them, the second time-out
+        holds for all that they wait for each other.
 
         Raises:
             Stopped: a rank was told to stop; all ranks raise it at the same beat.
@@ -187,7 +188,11 @@ class Runtime:
 
 @contextmanager
 def started(
-    deepspeed: dict[str, Any] | None, precision: str, deterministic: bool = False, *, timeout: float = 300.0
+    deepspeed: dict[str, Any] | None,
+    precision: str,
+    deterministic: bool = False,
+    *,
+    timeouts: tuple[float, float] = TIMEOUTS,
 ) -> Iterator[Runtime]:
     """Join the processes of this run; they part again on every way out.
 
@@ -195,7 +200,7 @@ def started(
         deepspeed: a filled configuration, or None.
         precision: of the recipe, compared with what the launcher was told.
         deterministic: use only kernels that repeat bitwise.
-        timeout: seconds that the processes wait for each other, once they are under way.
+        timeouts: seconds that the processes wait for each other, until their first step is done and from then on.
 
     Raises:
         BadInput: the launcher's settings contradict the recipe or the machine.
@@ -209,7 +214,7 @@ def started(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     runtime = None
     try:
-        runtime = Runtime(_accelerator(deepspeed), deepspeed, timeout)
+        runtime = Runtime(_accelerator(deepspeed, timeouts[0]), deepspeed, timeouts)
         with runtime.pulse.listening():
             yield runtime
     except RuntimeError as error:
@@ -249,7 +254,7 @@ def _check_launcher(precision: str) -> None:
         )
 
 
-def _accelerator(deepspeed: dict[str, Any] | None) -> Accelerator:
+def _accelerator(deepspeed: dict[str, Any] | None, timeout: float) -> Accelerator:
     expected = world_size()
     cpu = not uses_gpu()
     handlers: list[Any] = [
@@ -257,7 +262,7 @@ def _accelerator(deepspeed: dict[str, Any] | None) -> Accelerator:
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
     if expected > 1 or deepspeed is not None:
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=STARTING_TIMEOUT))
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(seconds=timeout)))
     if deepspeed is None:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
         wanted = [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]

@@ -15,6 +15,7 @@ run_job() {
     local host port name code=0
     export SPIKETUNE_JOB="slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
     host=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    host=$(scontrol show node "$host" --oneliner | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
     port=$((20000 + SLURM_JOB_ID % 20000))
     on_signal 'scancel --signal=USR1 "$SLURM_JOB_ID"'
     srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 \

@@ -1,0 +1,130 @@
+"""Runs whose processes are killed, stopped and told to stop at random moments: each must end as if undisturbed.
+
+    python benchmarks/chaos.py [--runs 50] [--processes 2] [--seed 0] [--epochs 12] [--json FILE]
+
+Each run is one job, `launch/local.sh -n P --max-restarts 5 train/finetune.py ...` and then train/evaluate.py, started
+again whenever it ends with exit code 75 (told to stop) or by a signal. While it runs, one to three faults strike: a
+SIGKILL, SIGTERM or SIGSTOP each, to a random process of it at a random moment of its usual length. At the end weights,
+losses and scores are compared, bit by bit, with those of a run that nothing disturbed.
+"""
+
+import argparse
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+from safetensors.torch import load_file
+from synthetic import ROOT, pack_simulated
+
+FAULTS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
+STOPPED = 75
+STARTS = 12  # of one job, before it counts as lost
+NETWORK = [
+    *("--backbone.name", "test_convnext", "--backbone.weights", "random", "--precision", "fp32"),
+    *("--batch.global-size", "16", "--images.size", "32", "--checkpoint.every-steps", "7", "--faults.timeout", "5"),
+    *("--faults.start-timeout", "60"),
+]
+
+
+class Job:
+    """One job: its commands, started again until they are done."""
+
+    def __init__(self, folder: Path, name: str, data: Path, options: argparse.Namespace):
+        self.run = folder / name
+        self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "SPIKETUNE_JOB": name, "PYTHON": sys.executable}
+        launcher = ["bash", "launch/local.sh", "-n", str(options.processes), "--max-restarts", "5"]
+        finetune = ["train/finetune.py", "--data", data, "--out", self.run, "--epochs", options.epochs, *NETWORK]
+        self._commands = [[*launcher, *finetune], [*launcher, "train/evaluate.py", self.run]]
+        self._log = folder / f"{name}.txt"
+
+    def finish(self, faults: list[tuple[float, signal.Signals]], draw: random.Random) -> str | None:
+        """Run to the end while faults (seconds after the start, signal) strike; returns what went wrong, or None."""
+        began, faults, starts = time.monotonic(), sorted(faults), 0
+        for command in self._commands:
+            while True:
+                starts += 1
+                if starts > STARTS:
+                    return f"not done after {STARTS} starts"
+                code = self._run(command, began, faults, draw)
+                if code == 0:
+                    break
+                if code != STOPPED and code < 128:
+                    return f"{command[6]} ended with exit code {code}"
+        return None
+
+    def _run(self, command: list, began: float, faults: list, draw: random.Random) -> int:
+        with self._log.open("a") as log:
+            process = subprocess.Popen(
+                [*map(str, command)], cwd=ROOT, env=self._environment, stdout=log, stderr=log, start_new_session=True
+            )
+        while process.poll() is None:
+            if faults and time.monotonic() - began > faults[0][0]:
+                self._strike(faults.pop(0)[1], draw)
+            time.sleep(0.05)
+        return process.returncode
+
+    def _strike(self, fault: signal.Signals, draw: random.Random) -> None:
+        own = [
+            process
+            for process in psutil.process_iter(["cmdline"])
+            if str(self.run) in (process.info["cmdline"] or []) and "processes.py" not in process.info["cmdline"][1]
+        ]
+        if own:
+            with suppress(psutil.Error):
+                draw.choice(own).send_signal(fault)
+
+    def result(self) -> tuple:
+        """What must be the same: losses, weights, scores."""
+        history = [json.loads(line)["loss"] for line in (self.run / "history.jsonl").read_text().splitlines()]
+        tensors = load_file(self.run / "checkpoints" / "last" / "network.safetensors")
+        metrics = json.loads((self.run / "eval" / "val" / "metrics.json").read_text())
+        return history, {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metrics["regression"]
+
+
+def main() -> int:
+    """Parse, run undisturbed, run disturbed, count."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=50)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    draw, outcomes, struck = random.Random(options.seed), [], Counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        data = pack_simulated(folder / "data", 48)
+        began = time.monotonic()
+        undisturbed = Job(folder, "undisturbed", data, options)
+        assert undisturbed.finish([], draw) is None, (folder / "undisturbed.txt").read_text()
+        length, expected = time.monotonic() - began, undisturbed.result()
+        for number in range(options.runs):
+            job = Job(folder, f"run_{number}", data, options)
+            faults = [(draw.uniform(2, length), draw.choice(FAULTS)) for _ in range(draw.randint(1, 3))]
+            wrong = job.finish(list(faults), draw)
+            if wrong is None and job.result() != expected:
+                wrong = "another result"
+            struck.update(fault.name for _, fault in faults)
+            outcomes.append(wrong)
+            told = ", ".join(f"{fault.name} at {at:.0f} s" for at, fault in sorted(faults))
+            print(f"{number + 1}/{options.runs}: {wrong or 'as undisturbed'} ({told})", flush=True)
+            if wrong:
+                print((folder / f"run_{number}.txt").read_text()[-3000:], flush=True)
+    good = outcomes.count(None)
+    print(f"{good} of {options.runs} runs ended as if undisturbed; faults: {dict(struck)}")
+    if options.json:
+        options.json.write_text(json.dumps({"runs": options.runs, "as undisturbed": good, "faults": struck}, indent=1))
+    return int(good < options.runs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

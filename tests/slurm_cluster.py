@@ -1,0 +1,140 @@
+"""A Slurm of two nodes on this machine, each a network namespace with a slurmd of its own."""
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers import ROOT
+from machines import Machine, machines, reason_against
+
+CONFIGURATION = """
+ClusterName=test
+SlurmctldHost={host}({controller})
+SlurmUser=root
+AuthInfo=socket={folder}/munge.socket
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+SelectType=select/cons_tres
+MpiDefault=none
+SlurmdParameters=config_overrides
+ReturnToService=2
+KillWait=120
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd-%n.log
+{nodes}
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+"""
+
+
+def reason_against_slurm() -> str | None:
+    """Why there can be no such cluster here."""
+    missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)]
+    if missing:
+        return f"there is no {missing[0]} (launch/test.sh --slurm installs it)"
+    return reason_against()
+
+
+@dataclass
+class Cluster:
+    """A running one.
+
+    Attributes:
+        folder: its configuration and logs.
+        nodes: its machines; commands are given on the first.
+    """
+
+    folder: Path
+    nodes: list[Machine]
+
+    def run(self, *command, **environment: str) -> str:
+        """A command on the first node that must end well; returns what it printed."""
+        settings = {"SLURM_CONF": str(self.folder / "slurm.conf"), **environment}
+        process = self.nodes[0].start(*command, **settings)
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, out + err
+        return out
+
+    def submit(self, *words, **environment: str) -> str:
+        """sbatch; returns the job's number."""
+        return self.run("sbatch", "--parsable", f"--chdir={ROOT}", *words, **environment).strip().split(";")[0]
+
+    def state(self, job: str) -> str:
+        """RUNNING, COMPLETED ..."""
+        told = self.run("scontrol", "show", "job", job, "--oneliner")
+        return next(word.partition("=")[2] for word in told.split() if word.startswith("JobState="))
+
+    def wait_for(self, job: str, *states: str, seconds: float = 240) -> str:
+        """Until the job is in one of the states."""
+        deadline = time.monotonic() + seconds
+        while (state := self.state(job)) not in states:
+            assert time.monotonic() < deadline, f"job {job} is still {state}, not {states}"
+            time.sleep(0.5)
+        return state
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[Cluster]:
+    """Start a cluster; all of it is gone at the end."""
+    with machines(2) as nodes:
+        _configure(folder, nodes)
+        environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
+        started = [_munge(folder)]
+        try:
+            started.append(nodes[0].start("slurmctld", "-D", "-c", SLURM_CONF=environment["SLURM_CONF"]))
+            for number, node in enumerate(nodes):
+                started.append(node.start("slurmd", "-D", "-N", f"n{number}", SLURM_CONF=environment["SLURM_CONF"]))
+            made = Cluster(folder, nodes)
+            _wait_until_idle(made)
+            yield made
+        finally:
+            for process in started:
+                process.kill()
+
+
+def _configure(folder: Path, nodes: list[Machine]) -> None:
+    host = os.uname().nodename
+    (folder / "state").mkdir()
+    lines = [
+        f"NodeName=n{number} NodeHostname={host} NodeAddr={node.address} Port={17001 + number} CPUs={os.cpu_count()}"
+        for number, node in enumerate(nodes)
+    ]
+    content = CONFIGURATION.format(host=host, controller=nodes[0].address, folder=folder, nodes="\n".join(lines))
+    (folder / "slurm.conf").write_text(content)
+
+
+def _munge(folder: Path) -> subprocess.Popen:
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o600)
+    files = {name: folder / f"munge.{name}" for name in ("socket", "pid", "log", "seed")}
+    options = ["--foreground", "--force", f"--key-file={folder / 'munge.key'}"]
+    options += [f"--{'socket' if name == 'socket' else f'{name}-file'}={path}" for name, path in files.items()]
+    process = subprocess.Popen(["munged", *options], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while not files["socket"].exists():
+        assert process.poll() is None, "munged ended at once"
+        assert time.monotonic() < deadline, "munged did not start"
+        time.sleep(0.1)
+    return process
+
+
+def _wait_until_idle(made: Cluster) -> None:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        try:
+            if made.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"]:
+                return
+        except AssertionError:  # the controller is not there yet
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"the cluster did not come up; see {made.folder}")
