@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
+DIVERGED = "the training diverged: "  # begins the sentence of a failure that trying again would not help
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
 
 

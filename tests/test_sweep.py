@@ -90,7 +90,7 @@ def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
     assert [row["state"] for row in table] == ["done", "done", "failed", "failed"]
     assert [float(row["optimizer.lr"]) for row in table] == [1e-3, 1e-3, 1e12, 1e12]
     assert float(table[0]["r2 on inner"]) >= float(table[1]["r2 on inner"])
-    assert all("the loss became" in row["reason"] for row in table[2:])
+    assert all("the training diverged" in row["reason"] for row in table[2:])
     text = (out / "table.md").read_text()
     assert "val and test chose nothing" in text
     assert f"Reported on val, which chose nothing: trial {table[0]['trial']}: R2" in text
@@ -241,7 +241,7 @@ def test_a_sampled_search_is_the_same_with_the_same_seed(worker, tmp_path):
 
 
 def test_a_failed_run_is_tried_once_more_and_a_diverged_one_is_not(worker):
-    ends = {1e-3: Outcome("failed", "killed by SIGKILL"), 3e-3: Outcome("diverged", "the loss became nan in epoch 1")}
+    ends = {1e-3: Outcome("failed", "killed by SIGKILL"), 3e-3: Outcome("diverged", "the training diverged: step 1")}
     one = worker(GRID, lambda recipe: ends[recipe.optimizer.lr] if recipe.optimizer.name == "sgd" else 0.5)
     one.work()
     started = [
@@ -252,7 +252,7 @@ def test_a_failed_run_is_tried_once_more_and_a_diverged_one_is_not(worker):
     assert [entry.state for entry in entries] == ["done", "done", "failed", "failed"]
     assert {entry.settings["optimizer.lr"]: entry.reason for entry in entries[2:]} == {
         1e-3: "killed by SIGKILL",
-        3e-3: "the loss became nan in epoch 1",
+        3e-3: "the training diverged: step 1",
     }
 
 
@@ -301,7 +301,7 @@ def test_a_trial_without_a_sign_of_life_is_picked_up_and_its_first_worker_record
 def test_settings_are_ranked_by_their_mean_over_seeds(worker, tmp_path):
     """A setting that is best with one seed, or failed with another, does not win."""
     values = {(1e-2, 0): 0.9, (1e-2, 1): 0.1, (1e-3, 0): 0.6, (1e-3, 1): 0.5, (1e-4, 0): 0.8}
-    diverged = Outcome("diverged", "the loss became nan in epoch 1")
+    diverged = Outcome("diverged", "the training diverged: step 1")
     grid = {"optimizer.lr": [1e-2, 1e-3, 1e-4], "seed": [0, 1]}
     one = worker({"grid": grid}, lambda recipe: values.get((recipe.optimizer.lr, recipe.seed), diverged))
     one.work()
@@ -449,8 +449,8 @@ def test_presets_are_valid(path):
         (1, "error: no such\n  exitcode  : -15 (pid: 1)\n  exitcode  : 2 (pid: 2)", Outcome("bad input", "no such")),
         (
             1,
-            "error: the loss became nan in epoch 3\nexit status 1.",
-            Outcome("diverged", "the loss became nan in epoch 3"),
+            "error: the training diverged: step 3\nexit status 1.",
+            Outcome("diverged", "the training diverged: step 3"),
         ),
         (1, "error: the disk is full\nexit status 1.", Outcome("failed", "the disk is full")),
         (

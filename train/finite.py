@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from data_prep.errors import RunFailed
+from data_prep.errors import DIVERGED, RunFailed
 from train.engine import batch_statistics
 from train.loader import Batch, Stimuli
 from train.runtime import Runtime
@@ -76,8 +76,8 @@ class FiniteSteps:
             self._in_a_row = self._in_a_row + 1 if bad else 0
             if self._in_a_row >= self._limit:
                 raise RunFailed(
-                    f"{self._in_a_row} steps in a row had a loss or a gradient that is not finite; lower optimizer.lr "
-                    "or set optimizer.clip_norm (the checkpoints before are kept)"
+                    f"{DIVERGED}{self._in_a_row} steps in a row had a loss or a gradient that is not finite; lower "
+                    "optimizer.lr or set optimizer.clip_norm (the checkpoints before are kept)"
                 )
         return sum(left_out)
 

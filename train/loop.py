@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 
 from data_prep import progress as show
-from data_prep.errors import RunFailed, Stopped
+from data_prep.errors import DIVERGED, RunFailed, Stopped
 from data_prep.manifest import to_json_list
 from train.augment import augment
 from train.checkpoint import Progress, forget_newer, save_checkpoint
@@ -154,8 +154,8 @@ class Training:
         self._look()
         if self.progress.left_out == self.loader.steps:
             raise RunFailed(
-                f"no step of epoch {self.progress.epoch + 1} had a finite loss and gradient; lower optimizer.lr or set "
-                "optimizer.clip_norm (the checkpoints before are kept)"
+                f"{DIVERGED}no step of epoch {self.progress.epoch + 1} had a finite loss and gradient; lower "
+                "optimizer.lr or set optimizer.clip_norm (the checkpoints before are kept)"
             )
         return float(self.runtime.sum(self._epoch_loss)) / (self.loader.steps - self.progress.left_out)
 
@@ -250,6 +250,8 @@ class Training:
             RunFailed: the selection metric cannot be computed.
         """
         value, best = scored.value(self.progress.selection_metric), self.progress.best
+        if math.isnan(value) and scored.moments is not None and not bool(torch.isfinite(scored.moments).all()):
+            raise RunFailed(f"{DIVERGED}its predictions are not finite; lower optimizer.lr or set optimizer.clip_norm")
         if math.isnan(value):
             raise RunFailed(
                 f"{self.progress.selection_metric} has no value on the {len(self.selection)} stimuli of "

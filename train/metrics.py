@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from data_prep.ceiling import percentile_interval
-from data_prep.errors import RunFailed
+from data_prep.errors import DIVERGED, RunFailed
 from data_prep.manifest import to_json_list
 
 METRICS = ("r2", "explained_variance", "mse", "pearson_r")
@@ -252,7 +252,7 @@ def regression_report(
     """
     expected = slice(None) if trained is None else trained
     if not np.isfinite(prediction[:, expected]).all():
-        raise RunFailed("the predictions hold NaN or infinity; the model diverged")
+        raise RunFailed(f"{DIVERGED}the predictions hold NaN or infinity")
     scores = all_scores(moments, reliability, mean_noise(noise, target))
     resampled = dict.fromkeys(scores, np.empty(0))
     if len(target) > 1:

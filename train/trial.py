@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 import yaml
 
-from data_prep.errors import BadInput
+from data_prep.errors import DIVERGED, BadInput
 from train.keeper import Beat, run_kept
 from train.processes import uses_gpu
 from train.run_folder import write_atomically
@@ -114,7 +114,7 @@ def outcome(code: int, printed: str, log: Path) -> Outcome:
     reason = sentences[-1] if sentences else f"{_last_exception(printed) or _exit(codes or {code})}; see {log}"
     if 2 in codes | {code}:
         return Outcome("bad input", reason)
-    if diverged := [sentence for sentence in sentences if sentence.startswith("the loss became")]:
+    if diverged := [sentence for sentence in sentences if sentence.startswith(DIVERGED)]:
         return Outcome("diverged", diverged[-1])
     return Outcome("failed", reason)
 
