@@ -27,33 +27,45 @@ UNBIASED = "variance components of repetitions and stimuli, unbiased"
 RANDOM_SPLITS, SPLIT_SEED = 100, 0
 
 
-def estimate_ceiling(trials: np.ndarray) -> Ceiling | None:
+def estimate_ceiling(blocks: Iterable[np.ndarray]) -> Ceiling | None:
     """All that a manifest says of ceilings; None where no stimulus has two repetitions.
 
     Args:
-        trials: float (stimuli, repetitions, sites), NaN = missing.
+        blocks: of sites, one after the other: float (stimuli, repetitions, sites), NaN = missing. A site's estimates
+            are the same however the sites are cut into blocks.
     """
-    statistics = TrialStatistics.of(trials)
-    repetitions = statistics.count.max(axis=1)
+    estimates = [_estimate(trials) for trials in blocks]
+    repetitions = np.max([found.pop("repetitions") for found in estimates], axis=0)
     repetitions = repetitions[repetitions >= 2]
     if not repetitions.size:
         return None
-    found = variance_components(statistics)
-    resampled = bootstrap_reliability(statistics)
+    found = {name: np.concatenate([part[name] for part in estimates], axis=-1) for name in estimates[0]}
+    resampled = found.pop("resampled")
     return Ceiling(
         method=UNBIASED,
         random_splits=RANDOM_SPLITS,
         seed=SPLIT_SEED,
         stimuli=len(repetitions),
         repetitions={"min": repetitions.min(), "mean": repetitions.mean(), "max": repetitions.max()},
-        reliability=to_json_list(found.reliability),
         ci95=[percentile_interval(site) for site in resampled.T],
         mean_ci95=percentile_interval(_mean_over_sites(resampled)),
-        split_half=to_json_list(split_half_reliability(trials, RANDOM_SPLITS, SPLIT_SEED)),
-        ncsnr=to_json_list(found.ncsnr),
-        noise_ceiling=to_json_list(found.noise_ceiling),
-        explainable_share=to_json_list(found.explainable_share),
+        **{name: to_json_list(values) for name, values in found.items()},
     )
+
+
+def _estimate(trials: np.ndarray) -> dict[str, np.ndarray]:
+    """The estimates of a block of sites, under their names in the manifest; the sites are the last axis."""
+    statistics = TrialStatistics.of(trials)
+    found = variance_components(statistics)
+    return {
+        "repetitions": statistics.count.max(axis=1),
+        "resampled": bootstrap_reliability(statistics),
+        "reliability": found.reliability,
+        "split_half": split_half_reliability(trials, RANDOM_SPLITS, SPLIT_SEED),
+        "ncsnr": found.ncsnr,
+        "noise_ceiling": found.noise_ceiling,
+        "explainable_share": found.explainable_share,
+    }
 
 
 def _mean_over_sites(values: np.ndarray) -> np.ndarray:

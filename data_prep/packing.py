@@ -29,9 +29,10 @@ from data_prep.pictures import picture_size
 from data_prep.processes import serve_parent
 from data_prep.progress import Progress
 from data_prep.recording import SPLITS, Recording, Stimulus
-from data_prep.shards import ShardFolder, write_index, write_shard
+from data_prep.shards import ShardFolder, ShardSplit, write_index, write_shard
 from data_prep.splits import grouping_facts, straddling
 
+CEILING_BYTES = 32 * 2**20  # of trials whose ceilings are estimated at once, which takes about ten times as much
 NEVER_UINT8 = 0.1  # a rounding error above this part of a grey level is no float16 noise: the picture was resampled
 
 
@@ -331,9 +332,15 @@ def _rates(recording: Recording, train: np.ndarray) -> Rates:
 def _ceiling(folder: ShardFolder) -> Ceiling | None:
     """The ceiling of each site over all stimuli that have single trials, whatever their split."""
     splits = [folder.split(name) for name in folder.manifest.splits]
-    parts = [trials for split in splits if (trials := split.trials()) is not None]
-    if not parts:
+    sites, size = len(folder.manifest.sites), sum(split.trials_bytes for split in splits)
+    if not size:
         return None
+    width = max(1, sites * CEILING_BYTES // size)
+    return estimate_ceiling(_trials(splits, slice(first, first + width)) for first in range(0, sites, width))
+
+
+def _trials(splits: Sequence[ShardSplit], sites: slice) -> np.ndarray:
+    parts = [trials for split in splits if (trials := split.trials(sites)) is not None]
     depth = max(part.shape[1] for part in parts)
     padded = [np.pad(part, ((0, 0), (0, depth - part.shape[1]), (0, 0)), constant_values=np.nan) for part in parts]
-    return estimate_ceiling(np.concatenate(padded))
+    return np.concatenate(padded)

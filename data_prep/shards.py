@@ -359,17 +359,33 @@ class ShardSplit:
             raise BadInput(f"{self.place(int(wrong[0]))}.rates.npy holds an infinite rate")
         return rates
 
-    def trials(self) -> np.ndarray | None:
-        """All single trials: float32 (stimuli, repetitions, sites), padded with NaN; None where there are none."""
-        parts = [self.array(position, "trials.npy") for position in range(len(self))]
+    @property
+    def trials_bytes(self) -> int:
+        """How large the single trials are; 0 where there are none."""
+        return int(self._index.size[:, MEMBERS.index("trials.npy")].sum())
+
+    def trials(self, sites: slice = slice(None)) -> np.ndarray | None:
+        """The single trials of all stimuli: float32 (stimuli, repetitions, sites), padded with NaN.
+
+        Args:
+            sites: read these only; never more than they take is held.
+
+        Returns:
+            the trials, or None where there are none.
+        """
+        parts = [self._trials_of(position, sites) for position in range(len(self))]
         depth = max((len(part) for part in parts if part is not None), default=0)
         if depth == 0:
             return None
-        trials = np.full((len(self), depth, len(self.manifest.sites)), np.nan, np.float32)
+        trials = np.full((len(self), depth, len(self.manifest.sites[sites])), np.nan, np.float32)
         for position, part in enumerate(parts):
             if part is not None:
                 trials[position, : len(part)] = part
         return trials
+
+    def _trials_of(self, position: int, sites: slice) -> np.ndarray | None:
+        whole = self.array(position, "trials.npy")
+        return None if whole is None else whole[:, sites].copy()
 
     def labels(self) -> np.ndarray:
         """The class of each stimulus, int64 (stimuli,): its position in the manifest's `classes`.

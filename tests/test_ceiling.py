@@ -187,9 +187,21 @@ def test_components_of_too_little_data_are_not_invented():
     trials[:, :, 4] = 0.1  # always the same
     found = components(trials)
     assert np.isnan(found.reliability).tolist() == [False, True, True, True, True]
-    ceiling = estimate_ceiling(trials)
+    ceiling = estimate_ceiling([trials])
     assert [value is None for value in ceiling.reliability] == [False, True, True, True, True]
     assert [value is None for value in ceiling.ci95] == [False, True, True, True, True]
+
+
+def test_blocks_of_sites_have_the_ceilings_that_all_sites_have_at_once():
+    trials = simulate(4, 2, stimuli=40, sites=7)
+    trials[::3, -1] = np.nan
+    trials[:, 1:, 2] = np.nan
+    blocks = (trials[:, :, first : first + 3] for first in range(0, 7, 3))
+    whole, cut = (estimate_ceiling(parts).model_dump() for parts in ([trials], blocks))
+    for name in ("reliability", "split_half", "ncsnr", "noise_ceiling", "explainable_share", "mean_ci95"):
+        assert cut[name] == pytest.approx(whole[name], rel=1e-9, nan_ok=True), name
+    assert cut["repetitions"] == whole["repetitions"]
+    assert [interval is None for interval in cut["ci95"]] == [k == 2 for k in range(7)]
 
 
 def test_noise_free_and_pure_noise_components():

@@ -1,5 +1,6 @@
 """The sources `brainio`, `nwb`, `tvsd` and `mbs-h5` on files as the field writes them."""
 
+import importlib
 import io
 import pickle
 import zipfile
@@ -8,13 +9,14 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from helpers import assert_refused, run_here
-from make_field_files import Written, make_assembly, make_mbs, make_nwb, make_tvsd, write_pictures
-from make_sources import write_csv
+from helpers import ROOT, assert_refused, run_here
+from make_field_files import Written, make_assembly, make_mbs, make_nwb, make_trials, make_tvsd, write_pictures
+from make_sources import make_pictures, write_csv
 from PIL import Image
 
 from data_prep import hdf5, presentations
 from data_prep.errors import BadInput
+from data_prep.packing import pack
 from data_prep.picture_files import PictureFiles
 from data_prep.presentations import gather_trials, rows_by_stimulus, safe_ids
 from data_prep.recording import Recording, Stimulus, trial_average
@@ -581,3 +583,20 @@ def test_a_locked_archive_is_refused(tmp_path):
     (tmp_path / "p.zip").write_bytes(data)
     with PictureFiles(tmp_path / "p.zip").reading() as load, pytest.raises(BadInput, match=r"one\.png.*password"):
         load("one.png")
+
+
+def test_the_source_that_the_documentation_adds(tmp_path, monkeypatch):
+    """The worked example of docs/data_format.md, packed as it stands there."""
+    text = (ROOT / "docs" / "data_format.md").read_text()
+    (tmp_path / "npz_source.py").write_text(text.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    source = importlib.import_module("npz_source")
+    pictures, _ = make_pictures(20)
+    trials = make_trials(pictures, 3, 4)
+    names = [f"im {k}" for k in range(20)]
+    write_pictures(tmp_path / "pictures", [f"{name}.png" for name in names], pictures)
+    np.savez(tmp_path / "session.npz", stimulus_id=names, site_id=list("abcd"), trials=trials)
+    recording = source.Npz(source=tmp_path / "session.npz", pictures=tmp_path / "pictures").open()
+    folder = pack(recording, tmp_path / "shards", 10, 1)
+    check_pack(folder, Written(names, pictures, [], trials, [], []))
+    assert folder.manifest.site_ids == list("abcd")
