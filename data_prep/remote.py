@@ -251,6 +251,8 @@ class _Download:
 
     def _go_on(self) -> None:
         """Fetch what is missing, or until something is wrong."""
+        if self._cancelled():
+            raise Cancelled
         if self._there == self._known.bytes:
             return
         for block in self._source.read(self._file, self._there, self._known.bytes):

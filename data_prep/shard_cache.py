@@ -70,12 +70,8 @@ class ShardCache:
 
     def __init__(self, root: Path, gib: float | None):
         self.root = root
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            with self._turn():
-                used = sum(kept.path.stat().st_size for kept in self._kept())
-        except OSError as error:
-            raise self._unusable(error) from None
+        with self._turn():
+            used = sum(kept.size for kept in self._kept())
         free = shutil.disk_usage(root).free
         self.budget = int(DEFAULT_SHARE * (free + used)) if gib is None else int(gib * GIB)
 
@@ -170,7 +166,7 @@ class ShardCache:
             os.close(part)
 
     def _discard(self, known: Known) -> None:
-        with suppress(OSError), self._turn():
+        with suppress(OSError, BadInput), self._turn():
             self._part(known).unlink()
 
     def path(self, known: Known) -> Path:
@@ -182,7 +178,11 @@ class ShardCache:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        except OSError as error:
+            raise self._unusable(error) from None
         try:
             fcntl.flock(lock, fcntl.LOCK_EX)
             yield
