@@ -28,6 +28,13 @@ class Shard(_Part):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
+class Table(_Part):
+    """A table beside the shards: index.npz, targets.npz."""
+
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class Split(_Part):
     """The shards of one split; `responses` tells whether its stimuli carry rates."""
 
@@ -109,6 +116,7 @@ class Manifest(_Part):
     group_by: str | None = None
     ceiling: Ceiling | None = None
     truth: dict[str, Any] | None = None
+    files: dict[Literal["index.npz", "targets.npz"], Table] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -138,8 +146,21 @@ def load_manifest(folder: Path) -> Manifest:
         raise BadInput(f"{folder} is not a folder; give a shard folder made by data_prep/pack.py")
     if not path.is_file():
         raise BadInput(f"{folder} has no manifest.json, so it is not a (finished) shard folder of data_prep/pack.py")
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(content: bytes, path: Path | str) -> Manifest:
+    """Check the content of a manifest.json.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+
+    Raises:
+        BadInput: it is damaged or of another format version.
+    """
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"]) or "the file"
@@ -148,7 +169,7 @@ def load_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _check_lengths(manifest: Manifest, path: Path) -> None:
+def _check_lengths(manifest: Manifest, path: Path | str) -> None:
     sites = len(manifest.sites)
     ids = [site.get("id") for site in manifest.sites]
     if None in ids or len(set(map(str, ids))) != sites:

@@ -90,15 +90,19 @@ def _rates_line(folder: ShardFolder) -> str:
     return f"  rates  {np.nanmin(mean):.3g} to {np.nanmax(mean):.3g} on average per site ({rates.units}{when})"
 
 
-def contact_sheet(split: ShardSplit, columns: int = 8, rows: int = 6, tile: int = 112) -> Image.Image:
+def contact_sheet(
+    split: ShardSplit, columns: int = 8, rows: int = 6, tile: int = 112, among: np.ndarray | None = None
+) -> Image.Image:
     """Evenly spaced pictures of a split, each with its object's name.
 
     Args:
         split: to take pictures from.
         columns, rows: of the sheet.
         tile: pixels of one picture's side.
+        among: positions to choose from; by default all.
     """
-    positions = np.unique(np.linspace(0, len(split) - 1, columns * rows).astype(int))
+    among = np.arange(len(split)) if among is None else among
+    positions = among[np.unique(np.linspace(0, len(among) - 1, columns * rows).astype(int))]
     sheet = Image.new("RGB", (columns * tile, -(-len(positions) // columns) * (tile + 14)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, position in enumerate(positions):

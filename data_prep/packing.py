@@ -31,6 +31,7 @@ from data_prep.progress import Progress
 from data_prep.recording import SPLITS, Recording, Stimulus
 from data_prep.shards import ShardFolder, write_index, write_shard
 from data_prep.splits import grouping_facts, straddling
+from data_prep.targets import write_targets
 
 NEVER_UINT8 = 0.1  # a rounding error above this part of a grey level is no float16 noise: the picture was resampled
 
@@ -53,7 +54,9 @@ def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) 
         manifest = _manifest(recording, packed)
         write_index(folder, manifest)
         manifest.save(folder / "manifest.json")
-        manifest.ceiling = _ceiling(ShardFolder(folder))
+        shards = ShardFolder(folder)
+        manifest.ceiling = _ceiling(shards)
+        manifest.files = write_targets(folder, shards)
         manifest.save(folder / "manifest.json")
     return ShardFolder(out)
 

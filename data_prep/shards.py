@@ -14,7 +14,6 @@ each member begins and how long it is, so that any stimulus can be read without 
 import hashlib
 import io
 import json
-import mmap
 import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,8 +23,12 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import BadInput
-from data_prep.manifest import Manifest, Shard, load_manifest
+from data_prep.files import Files, LocalFiles, files_at
+from data_prep.manifest import Manifest, Shard
 from data_prep.recording import Stimulus
+from data_prep.remote import FetchSettings, RemoteFiles, WrongBytes
+from data_prep.targets import Targets, load_targets
+from data_prep.url import FolderUrl, place_of
 
 MEMBERS = ("jpg", "png", "rates.npy", "trials.npy", "truth.npy", "json", "image.npy")
 IMAGE_MEMBERS = ("jpg", "png", "image.npy")
@@ -159,10 +162,10 @@ def write_index(folder: Path, manifest: Manifest) -> None:
     np.savez(folder / "index.npz", **arrays)
 
 
-def _load_index(folder: Path, manifest: Manifest) -> dict[str, SplitIndex]:
+def _load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> dict[str, SplitIndex]:
     path = folder / "index.npz"
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with files.table("index.npz", manifest) as file, np.load(file, allow_pickle=False) as arrays:
             members = tuple(arrays["members"])
             if members != MEMBERS[: len(members)]:  # those of older folders are fewer
                 raise ValueError(f"it lists the members {', '.join(members)}")
@@ -170,8 +173,8 @@ def _load_index(folder: Path, manifest: Manifest) -> dict[str, SplitIndex]:
                 name: _widened(**{part: arrays[f"{name}.{part}"] for part in SplitIndex.__dataclass_fields__})
                 for name in manifest.splits
             }
-    except FileNotFoundError:
-        raise BadInput(f"{folder} has no index.npz; pack the recording again") from None
+    except BadInput:
+        raise
     except Exception as error:  # numpy raises many kinds for a damaged file
         raise BadInput(f"{path} cannot be read ({error}); pack the recording again") from None
     for name, split in manifest.splits.items():
@@ -195,29 +198,37 @@ def _widened(stimulus_id: np.ndarray, shard: np.ndarray, offset: np.ndarray, siz
 class ShardFolder:
     """An opened shard folder.
 
-    Opening reads the manifest and the index and checks that every tar is there with the size the manifest gives.
+    Opening reads the manifest and the index. Of a folder of this machine it checks that every tar is there with the
+    size the manifest gives; of a remote one, tars are fetched and verified when they are read.
 
     Args:
-        folder: as written by data_prep/pack.py.
+        folder: as written by data_prep/pack.py, or its URL.
+        fetch: how remote shards are fetched and kept.
 
     Raises:
         BadInput: anything missing, damaged or contradictory that can be known without reading the tars.
     """
 
-    def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        self.manifest = load_manifest(self.folder)
-        self._check_files()
-        self._index = _load_index(self.folder, self.manifest)
+    def __init__(self, folder: Path | str | FolderUrl, fetch: FetchSettings | None = None):
+        self.folder = place_of(folder)
+        self._files = files_at(self.folder, fetch)
+        self.manifest = self._files.manifest()
+        self._files.check(self.manifest)
+        self._index = _load_index(self.folder, self._files, self.manifest)
+        self._targets: dict[str, Targets] = {}
+        if self.is_remote and self.has_targets:
+            table = self._files.table("targets.npz", self.manifest)
+            self._targets = load_targets(table, str(self.folder / "targets.npz"), self.manifest)
 
-    def _check_files(self) -> None:
-        for split in self.manifest.splits.values():
-            for shard in split.shards:
-                path = self.folder / shard.file
-                if not path.is_file():
-                    raise BadInput(f"{path} is missing, though manifest.json lists it; copy or pack the folder again")
-                if (size := path.stat().st_size) != shard.bytes:
-                    raise BadInput(f"{path} has {size} bytes, manifest.json says {shard.bytes}; copy or pack it again")
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards have to be fetched."""
+        return isinstance(self._files, RemoteFiles)
+
+    @property
+    def has_targets(self) -> bool:
+        """Whether the responses can be had without the shards."""
+        return "targets.npz" in self.manifest.files
 
     def split(self, name: str) -> "ShardSplit":
         """One split for reading.
@@ -227,7 +238,7 @@ class ShardFolder:
         """
         if name not in self.manifest.splits:
             raise BadInput(f"{self.folder} has no split {name!r}; it has {', '.join(self.manifest.splits)}")
-        return ShardSplit(self.folder, name, self.manifest, self._index[name])
+        return ShardSplit(self.folder, name, self.manifest, self._index[name], self._files, self._targets.get(name))
 
     def verify(self) -> Iterable[tuple[Shard, str | None]]:
         """Rehash every tar and index it anew; yield each shard with what is wrong with it, or None."""
@@ -236,11 +247,15 @@ class ShardFolder:
                 yield shard, self._fault(name, number, shard)
 
     def _fault(self, split: str, number: int, shard: Shard) -> str | None:
-        path = self.folder / shard.file
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
-                return "its bytes are not those that were packed (sha256 differs)"
-        stored, fresh = self._index[split], index_shard(path)
+        try:
+            with self._files.local(shard) as path:
+                with path.open("rb") as file:
+                    if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+                        raise WrongBytes
+                fresh = index_shard(path)
+        except WrongBytes:
+            return "its bytes are not those that were packed (sha256 differs)"
+        stored = self._index[split]
         rows = stored.shard == number
         same = all(
             np.array_equal(getattr(stored, part)[rows], getattr(fresh, part))
@@ -252,42 +267,53 @@ class ShardFolder:
 class ShardSplit:
     """The stimuli of one split, readable in any order by position.
 
-    Instances can be pickled or forked into worker processes; each opens its own memory maps.
+    Instances can be pickled or forked into worker processes.
     """
 
-    def __init__(self, folder: Path, name: str, manifest: Manifest, index: SplitIndex):
+    def __init__(
+        self,
+        folder: Path | FolderUrl,
+        name: str,
+        manifest: Manifest,
+        index: SplitIndex,
+        files: LocalFiles | RemoteFiles,
+        targets: Targets | None = None,
+    ):
         self.folder = folder
         self.name = name
         self.manifest = manifest
         self.stimulus_ids: list[str] = index.stimulus_id.tolist()
         self.has_responses = manifest.splits[name].responses
         self._index = index
-        self._files = [shard.file for shard in manifest.splits[name].shards]
-        self._maps: dict[int, memoryview] = {}
+        self.files = files
+        self.shards = manifest.splits[name].shards
+        self._targets = targets
 
     def __len__(self) -> int:
         return len(self.stimulus_ids)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_maps": {}}
+        return self.__dict__ | {"_targets": None}  # those who read pictures can do without
 
     def fingerprint(self, purpose: str) -> str:
         """A hash that changes when anything of the split may have changed, as 64 hexadecimal digits.
 
-        It takes in which files they are and when they were last written, so that a damaged copy differs as well.
+        Of files of this machine it takes in which they are and when they were last written, so that a damaged copy
+        differs as well.
 
         Args:
             purpose: what it is for; it is hashed too.
         """
-        files = [self.folder.resolve() / file for file in self._files]
-        shards = self.manifest.splits[self.name].shards
-        known = [[str(path), path.stat().st_mtime_ns, shard.sha256] for path, shard in zip(files, shards, strict=True)]
+        known = [self.files.state(shard) for shard in self.shards]
         found = hashlib.sha256(json.dumps([purpose, self.name, known]).encode())
         for part in (self._index.shard, self._index.offset, self._index.size):
             found.update(np.ascontiguousarray(part))
         return found.hexdigest()
 
-    def _bytes(self, position: int, kind: str) -> bytes | None:
+    def member(self, position: int, kind: str) -> bytes | None:
+        """A member's bytes, one of MEMBERS; None where the stimulus lacks it."""
+        if kind == "json" and self._targets is not None:
+            return self._targets.meta(position)
         view = self._view(position, kind)
         return None if view is None else bytes(view)
 
@@ -296,15 +322,20 @@ class ShardSplit:
         offset, size = int(self._index.offset[position, column]), int(self._index.size[position, column])
         if offset < 0:
             return None
-        shard = int(self._index.shard[position])
-        if shard not in self._maps:
-            with (self.folder / self._files[shard]).open("rb") as file:
-                self._maps[shard] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-        return self._maps[shard][offset : offset + size]
+        return self.files.member(self.shards[int(self._index.shard[position])], offset, size)
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its shards have to be fetched."""
+        return isinstance(self.files, RemoteFiles)
+
+    def shards_of(self, positions: np.ndarray) -> np.ndarray:
+        """The numbers of the tars that stimuli lie in, int32."""
+        return self._index.shard[positions]
 
     def place(self, position: int) -> str:
         """Where a stimulus lies, for messages: the tar and the id."""
-        return f"{self.folder / self._files[int(self._index.shard[position])]}: {self.stimulus_ids[position]}"
+        return f"{self.folder / self.shards[int(self._index.shard[position])].file}: {self.stimulus_ids[position]}"
 
     def image(self, position: int) -> tuple[memoryview, str]:
         """The encoded picture, as a view of the tar without a copy, and its encoding, one of IMAGE_MEMBERS."""
@@ -316,7 +347,7 @@ class ShardSplit:
     def meta(self, position: int) -> dict[str, Any]:
         """The stimulus's JSON member."""
         try:
-            return json.loads(self._bytes(position, "json") or b"{}")
+            return json.loads(self.member(position, "json") or b"{}")
         except ValueError as error:
             raise BadInput(f"{self.place(position)}.json is not readable as JSON ({error})") from None
 
@@ -326,7 +357,7 @@ class ShardSplit:
         Raises:
             BadInput: an array of another type or for another number of sites.
         """
-        data = self._bytes(position, kind)
+        data = self.member(position, kind)
         if data is None:
             return None
         try:
@@ -349,14 +380,18 @@ class ShardSplit:
         """
         if not self.has_responses:
             raise BadInput(f"{self.folder}: the split {self.name!r} has no responses (rates.npy)")
+        rates = self._rates_of_shards() if self._targets is None else self._targets.rates
+        if (wrong := np.flatnonzero(np.isinf(rates).any(axis=1))).size:
+            raise BadInput(f"{self.place(int(wrong[0]))}.rates.npy holds an infinite rate")
+        return rates
+
+    def _rates_of_shards(self) -> np.ndarray:
         rates = np.empty((len(self), len(self.manifest.sites)), np.float32)
         for position in range(len(self)):
             row = self.array(position, "rates.npy")
             if row is None:
                 raise BadInput(f"{self.place(position)} has no rates.npy, though the split {self.name!r} has responses")
             rates[position] = row
-        if (wrong := np.flatnonzero(np.isinf(rates).any(axis=1))).size:
-            raise BadInput(f"{self.place(int(wrong[0]))}.rates.npy holds an infinite rate")
         return rates
 
     def trials(self) -> np.ndarray | None:

@@ -88,6 +88,7 @@ def test_the_command_says_what_it_packed(packed):
     assert {path.name for path in packed.path.iterdir()} == {
         "manifest.json",
         "index.npz",
+        "targets.npz",
         *(f"train-{number:06d}.tar" for number in range(3)),
         "val-000000.tar",
         "test-000000.tar",
