@@ -3,8 +3,7 @@
 A shard is a plain WebDataset tar. Beside the tars lies `index.npz`, which tells for every stimulus where in its tar
 each member begins and how long it is, so that any stimulus can be read without scanning:
 
-    members               (members,)     the extensions that occur: jpg, png, image.npy, rates.npy, trials.npy,
-                                         truth.npy, json
+    members               (members,)     the extensions that may occur: MEMBERS in data_prep/members.py
     <split>.stimulus_id   (stimuli,)     ids in the order of the shards
     <split>.shard         (stimuli,)     position of its tar in the manifest's list for the split
     <split>.offset        (stimuli, members)   byte offset of the member's data in the tar, -1 where it is absent
@@ -15,8 +14,7 @@ import hashlib
 import io
 import json
 import mmap
-import tarfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +22,11 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import BadInput
+from data_prep.foreign import is_foreign, open_foreign
 from data_prep.manifest import Manifest, Shard, load_manifest
+from data_prep.members import ABSENT, BLOCK, IMAGE_MEMBERS, MEMBERS, member_table, read_array, read_json, read_label
 from data_prep.recording import Stimulus
-
-MEMBERS = ("jpg", "png", "rates.npy", "trials.npy", "truth.npy", "json", "image.npy")
-IMAGE_MEMBERS = ("jpg", "png", "image.npy")
-
+from data_prep.writing import write_whole
 
 # --------------------------------------------------------------------------------------------------------- writing
 
@@ -58,7 +55,7 @@ class _HashingFile:
         return self._hash.hexdigest()
 
 
-def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> Shard:
+def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> "tuple[Shard, SplitIndex]":
     """Write one WebDataset tar; equal stimuli give equal bytes (owner and time are fixed).
 
     Args:
@@ -66,20 +63,39 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> Shard:
         stimuli: in the order in which they are to lie in the tar.
 
     Returns:
-        The shard's entry in the manifest.
+        The shard's entry in the manifest, and its index.
     """
     import webdataset  # here, because it imports torch: a second that only those who write should pay
 
     file = _HashingFile(path)
-    count = 0
+    ids: list[str] = []
+    places: list[list[tuple[int, int]]] = []
     try:
         with webdataset.TarWriter(file, encoder=False, mtime=0, user="spiketune", group="spiketune") as writer:
             for stimulus in stimuli:
-                writer.write(_members_of(stimulus))
-                count += 1
+                members, start = _members_of(stimulus), writer.tarstream.offset
+                writer.write(members)
+                ids.append(stimulus.id)
+                places.append(_places(members, start, writer.tarstream.offset))
     finally:
         file.close()
-    return Shard(file=path.name, stimuli=count, bytes=file.bytes, sha256=file.sha256)
+    index = SplitIndex.of_tar(ids, np.array(places, dtype=np.int64))
+    return Shard(file=path.name, stimuli=len(ids), bytes=file.bytes, sha256=file.sha256), index
+
+
+def _places(members: dict[str, Any], start: int, end: int) -> list[tuple[int, int]]:
+    """Offset and size of each of MEMBERS in a tar where these were written from `start` to `end`.
+
+    The writer puts them in alphabetical order, each behind a header of one block and filled up to whole blocks.
+    """
+    found, offset = {}, start
+    for kind in sorted(members.keys() - {"__key__"}):
+        size = len(members[kind])
+        found[kind] = (offset + BLOCK, size)
+        offset += BLOCK + -(-size // BLOCK) * BLOCK
+    if offset != end:
+        raise RuntimeError("webdataset's writer lays tars out in another way than it used to; use another version")
+    return [found.get(kind, ABSENT) for kind in MEMBERS]
 
 
 def _members_of(stimulus: Stimulus) -> dict[str, Any]:
@@ -108,77 +124,92 @@ class SplitIndex:
     offset: np.ndarray
     size: np.ndarray
 
+    @classmethod
+    def of_tar(cls, ids: list[str], places: np.ndarray) -> "SplitIndex":
+        """The index of one tar, from offset and size of each member: int64 (stimuli, members, 2)."""
+        places = places.reshape(len(ids), len(MEMBERS), 2)
+        return cls(np.array(ids), np.zeros(len(ids), np.int32), places[..., 0], places[..., 1])
+
+    @classmethod
+    def joined(cls, tars: "Sequence[SplitIndex]") -> "SplitIndex":
+        """The index of a split, from those of its tars."""
+        return cls(
+            stimulus_id=np.concatenate([tar.stimulus_id for tar in tars]),
+            shard=np.repeat(np.arange(len(tars), dtype=np.int32), [len(tar.shard) for tar in tars]),
+            offset=np.concatenate([tar.offset for tar in tars]),
+            size=np.concatenate([tar.size for tar in tars]),
+        )
+
 
 def index_shard(path: Path) -> SplitIndex:
-    """Find every member of one tar by walking its headers.
+    """Find every member of one tar.
 
     Raises:
-        BadInput: a damaged tar, a member of a kind that is not plain data, or members of one stimulus that lie apart.
+        BadInput: as `member_table`.
     """
-    ids: list[str] = []
-    places: list[dict[str, tuple[int, int]]] = []
-    seen: set[str] = set()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                stimulus_id, _, kind = member.name.partition(".")
-                if not member.isfile() or kind not in MEMBERS:
-                    raise BadInput(f"{path}: {member.name}: not a member of plain data ({', '.join(MEMBERS)})")
-                if not ids or ids[-1] != stimulus_id:
-                    if stimulus_id in seen:
-                        raise BadInput(f"{path}: {stimulus_id}: twice in the tar, or its members do not lie together")
-                    ids.append(stimulus_id)
-                    seen.add(stimulus_id)
-                    places.append({})
-                places[-1][kind] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise BadInput(f"{path} is not a whole tar file ({error}); pack or copy it again") from None
-    absent = (-1, 0)
-    table = np.array([[place.get(kind, absent) for kind in MEMBERS] for place in places], dtype=np.int64)
-    table = table.reshape(len(ids), len(MEMBERS), 2)
-    return SplitIndex(np.array(ids), np.zeros(len(ids), np.int32), table[..., 0], table[..., 1])
+    return SplitIndex.of_tar(*member_table(path))
 
 
-def index_split(folder: Path, shards: Iterable[Shard]) -> SplitIndex:
-    """Index the tars of one split and join the tables."""
-    parts = [index_shard(folder / shard.file) for shard in shards]
-    return SplitIndex(
-        stimulus_id=np.concatenate([part.stimulus_id for part in parts]),
-        shard=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.shard) for part in parts]),
-        offset=np.concatenate([part.offset for part in parts]),
-        size=np.concatenate([part.size for part in parts]),
-    )
+def write_index(folder: Path, splits: Mapping[str, SplitIndex]) -> None:
+    """Write `index.npz`.
 
-
-def write_index(folder: Path, manifest: Manifest) -> None:
-    """Write `index.npz` for the tars that the manifest lists."""
+    Raises:
+        BadInput: the folder cannot be written.
+    """
     arrays: dict[str, np.ndarray] = {"members": np.array(MEMBERS)}
-    for name, split in manifest.splits.items():
-        index = index_split(folder, split.shards)
+    for name, index in splits.items():
         arrays |= {f"{name}.{part}": getattr(index, part) for part in SplitIndex.__dataclass_fields__}
-    np.savez(folder / "index.npz", **arrays)
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    try:
+        write_whole(folder / "index.npz", content.getvalue())
+    except OSError as error:
+        raise BadInput(f"{folder / 'index.npz'} cannot be written ({error.strerror})") from None
+
+
+def reindex(folder: Path) -> None:
+    """Read the tars of a folder anew and write its index, whoever wrote the tars.
+
+    Raises:
+        BadInput: a damaged tar, or a folder that is neither packed nor holds tars.
+    """
+    if is_foreign(folder):
+        open_foreign(folder, anew=True)
+    else:
+        splits = load_manifest(folder).splits.items()
+        write_index(
+            folder,
+            {
+                name: SplitIndex.joined([index_shard(folder / shard.file) for shard in split.shards])
+                for name, split in splits
+            },
+        )
 
 
 def _load_index(folder: Path, manifest: Manifest) -> dict[str, SplitIndex]:
     path = folder / "index.npz"
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            members = tuple(arrays["members"])
-            if members != MEMBERS[: len(members)]:  # those of older folders are fewer
-                raise ValueError(f"it lists the members {', '.join(members)}")
-            index = {
-                name: _widened(**{part: arrays[f"{name}.{part}"] for part in SplitIndex.__dataclass_fields__})
-                for name in manifest.splits
-            }
+            index = _index_of(arrays, manifest)
     except FileNotFoundError:
-        raise BadInput(f"{folder} has no index.npz; pack the recording again") from None
+        raise BadInput(f"{folder} has no index.npz; data_prep/show.py {folder} --index makes one") from None
     except Exception as error:  # numpy raises many kinds for a damaged file
-        raise BadInput(f"{path} cannot be read ({error}); pack the recording again") from None
+        raise BadInput(f"{path} cannot be read ({error}); data_prep/show.py {folder} --index makes it anew") from None
     for name, split in manifest.splits.items():
         counts = np.bincount(index[name].shard, minlength=len(split.shards)).tolist()
         if counts != [shard.stimuli for shard in split.shards]:
             raise BadInput(f"{path}: {name}: does not list the stimuli that manifest.json counts; pack again")
     return index
+
+
+def _index_of(arrays: Mapping[str, np.ndarray], manifest: Manifest) -> dict[str, SplitIndex]:
+    members = tuple(arrays["members"])
+    if members != MEMBERS[: len(members)]:  # those of older folders are fewer
+        raise ValueError(f"it lists the members {', '.join(members)}")
+    return {
+        name: _widened(**{part: arrays[f"{name}.{part}"] for part in SplitIndex.__dataclass_fields__})
+        for name in manifest.splits
+    }
 
 
 def _widened(stimulus_id: np.ndarray, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> SplitIndex:
@@ -195,10 +226,11 @@ def _widened(stimulus_id: np.ndarray, shard: np.ndarray, offset: np.ndarray, siz
 class ShardFolder:
     """An opened shard folder.
 
-    Opening reads the manifest and the index and checks that every tar is there with the size the manifest gives.
+    Opening reads the manifest and the index and checks that every tar is there with the size the manifest gives. Of a
+    folder of tars without a manifest both are derived, see data_prep/foreign.py.
 
     Args:
-        folder: as written by data_prep/pack.py.
+        folder: as written by data_prep/pack.py, or with tars that others wrote.
 
     Raises:
         BadInput: anything missing, damaged or contradictory that can be known without reading the tars.
@@ -206,9 +238,13 @@ class ShardFolder:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        self.manifest = load_manifest(self.folder)
-        self._check_files()
-        self._index = _load_index(self.folder, self.manifest)
+        if is_foreign(self.folder):
+            self.manifest, arrays = open_foreign(self.folder)
+            self._index = _index_of(arrays, self.manifest)
+        else:
+            self.manifest = load_manifest(self.folder)
+            self._check_files()
+            self._index = _load_index(self.folder, self.manifest)
 
     def _check_files(self) -> None:
         for split in self.manifest.splits.values():
@@ -271,6 +307,11 @@ class ShardSplit:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_maps": {}}
 
+    @property
+    def tars(self) -> list[Path]:
+        """Where the stimuli lie, in the order of the manifest."""
+        return [self.folder / file for file in self._files]
+
     def fingerprint(self, purpose: str) -> str:
         """A hash that changes when anything of the split may have changed, as 64 hexadecimal digits.
 
@@ -286,10 +327,6 @@ class ShardSplit:
         for part in (self._index.shard, self._index.offset, self._index.size):
             found.update(np.ascontiguousarray(part))
         return found.hexdigest()
-
-    def _bytes(self, position: int, kind: str) -> bytes | None:
-        view = self._view(position, kind)
-        return None if view is None else bytes(view)
 
     def _view(self, position: int, kind: str) -> memoryview | None:
         column = MEMBERS.index(kind)
@@ -314,38 +351,34 @@ class ShardSplit:
         raise BadInput(f"{self.place(position)} has no picture ({' or '.join(IMAGE_MEMBERS)})")
 
     def meta(self, position: int) -> dict[str, Any]:
-        """The stimulus's JSON member."""
-        try:
-            return json.loads(self._bytes(position, "json") or b"{}")
-        except ValueError as error:
-            raise BadInput(f"{self.place(position)}.json is not readable as JSON ({error})") from None
+        """The stimulus's JSON member; empty where it has none."""
+        return read_json(self._view(position, "json"), self.place(position))
+
+    def label(self, position: int) -> str | None:
+        """The class of the stimulus, by name; None where nothing tells."""
+        place = self.place(position)
+        return read_label(self._view(position, "cls"), self.meta(position), place)
 
     def array(self, position: int, kind: str) -> np.ndarray | None:
         """A float32 array member: "rates.npy" (sites,), "trials.npy" (repetitions, sites) or "truth.npy" (sites,).
 
         Raises:
-            BadInput: an array of another type or for another number of sites.
+            BadInput: no plain array of numbers, or one for another number of sites.
         """
-        data = self._bytes(position, kind)
+        data = self._view(position, kind)
         if data is None:
             return None
-        try:
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-        except ValueError as error:
-            raise BadInput(f"{self.place(position)}.{kind} is not a plain npy array ({error})") from None
-        sites = len(self.manifest.sites)
-        if array.dtype != np.float32 or array.shape[-1:] != (sites,) or array.ndim != (2 if "trials" in kind else 1):
-            raise BadInput(
-                f"{self.place(position)}.{kind} holds {array.dtype} of shape {array.shape}; "
-                f"it must be float32 for {sites} sites"
-            )
+        place = f"{self.place(position)}.{kind}"
+        array, sites = read_array(data, place), len(self.manifest.sites)
+        if array.shape[-1:] != (sites,) or array.ndim != (2 if "trials" in kind else 1):
+            raise BadInput(f"{place} has the shape {array.shape}; it must be for {sites} sites")
         return array
 
     def rates(self) -> np.ndarray:
         """All trial-averaged responses: float32 (stimuli, sites), NaN = not recorded.
 
         Raises:
-            BadInput: the split has no responses, or a stimulus of it has none, or one is infinite.
+            BadInput: the split has no responses, or a stimulus of it has none.
         """
         if not self.has_responses:
             raise BadInput(f"{self.folder}: the split {self.name!r} has no responses (rates.npy)")
@@ -355,8 +388,6 @@ class ShardSplit:
             if row is None:
                 raise BadInput(f"{self.place(position)} has no rates.npy, though the split {self.name!r} has responses")
             rates[position] = row
-        if (wrong := np.flatnonzero(np.isinf(rates).any(axis=1))).size:
-            raise BadInput(f"{self.place(int(wrong[0]))}.rates.npy holds an infinite rate")
         return rates
 
     def trials(self) -> np.ndarray | None:
@@ -382,8 +413,8 @@ class ShardSplit:
         position_of = {name: position for position, name in enumerate(self.manifest.classes)}
         labels = np.empty(len(self), np.int64)
         for position in range(len(self)):
-            name = self.meta(position).get("object")
+            name = self.label(position)
             if name not in position_of:
-                raise BadInput(f"{self.place(position)}.json: object {name!r} is not among the manifest's classes")
+                raise BadInput(f"{self.place(position)}: object {name!r} is not among the manifest's classes")
             labels[position] = position_of[name]
         return labels

@@ -1,6 +1,6 @@
 """Print what a shard folder holds, and draw a contact sheet of its pictures.
 
-python data_prep/show.py DIR [--verify] [--contact-sheet PNG]
+python data_prep/show.py DIR [--index] [--verify] [--contact-sheet PNG]
 """
 
 import sys
@@ -13,7 +13,7 @@ from data_prep.command_line import parse
 from data_prep.errors import BadInput, run_command
 from data_prep.overview import contact_sheet, summary
 from data_prep.progress import Progress
-from data_prep.shards import ShardFolder
+from data_prep.shards import ShardFolder, reindex
 
 
 class Show(BaseModel):
@@ -22,7 +22,9 @@ class Show(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     folder: tyro.conf.Positional[Path]
-    """A shard folder made by data_prep/pack.py."""
+    """A shard folder made by data_prep/pack.py, or a folder of tars that others wrote."""
+    index: bool = False
+    """Read the tars anew and write the index. Not needed for tars of others: that happens when they have changed."""
     verify: bool = False
     """Rehash every shard and compare it with the manifest and the index."""
     contact_sheet: Path | None = None
@@ -45,17 +47,20 @@ def _verify(folder: ShardFolder) -> None:
 
 
 def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
-    sheet = contact_sheet(folder.split("train"))
+    split = next(iter(folder.manifest.splits))
+    sheet = contact_sheet(folder.split(split))
     try:
         sheet.save(path, format="PNG")
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}); choose another --contact-sheet") from None
-    print(f"  contact sheet of the train split: {path}")
+    print(f"  contact sheet of the {split} split: {path}")
 
 
 def main() -> None:
     """Parse the command line, print, draw and verify."""
     options = parse(Show)
+    if options.index:
+        reindex(options.folder)
     folder = ShardFolder(options.folder)
     print(summary(folder))
     if options.verify:

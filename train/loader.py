@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.errors import BadInput
+from data_prep.errors import BadInput, RunFailed
 from data_prep.processes import serve_parent
 from data_prep.shards import ShardSplit
 from train.batch_memory import BatchMemory
@@ -114,25 +114,36 @@ class Stimuli(Dataset):
     def __len__(self) -> int:
         return len(self.subset)
 
+    @property
+    def split(self) -> ShardSplit:
+        """Where they lie."""
+        return self._split
+
     def fingerprint(self) -> str:
         """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
         return fingerprint(self.stimulus_ids, self.rates)
 
     def __getitem__(self, work: _Work) -> Batch | BadInput:
-        positions = work.micro.positions
         try:
-            images = self._pictures(self.subset[positions])
+            images = self._pictures(self.subset[work.micro.positions])
         except BadInput as error:
             return error
+        return self.batch(images, work.micro, work.stimuli, work.observed, work.draws)
+
+    def batch(
+        self, images: torch.Tensor, micro: MicroBatch, stimuli: int, observed: int, draws: np.ndarray | None
+    ) -> Batch:
+        """Pictures, uint8 (b, size, size, 3), with what is known of their stimuli; the rest as in `Batch`."""
+        positions = micro.positions
         return Batch(
             images=images.permute(0, 3, 1, 2),
             positions=torch.from_numpy(positions),
-            weight=torch.from_numpy(work.micro.weight),
+            weight=torch.from_numpy(micro.weight),
             rates=None if self.rates is None else torch.from_numpy(self.rates[positions]),
             labels=None if self.labels is None else torch.from_numpy(self.labels[positions]),
-            draws=None if work.draws is None else torch.from_numpy(work.draws),
-            stimuli=work.stimuli,
-            observed=work.observed,
+            draws=None if draws is None else torch.from_numpy(draws),
+            stimuli=stimuli,
+            observed=observed,
         )
 
     def _pictures(self, places: np.ndarray) -> torch.Tensor:
@@ -207,7 +218,7 @@ class TrainLoader:
         draws: int = 0,
     ):
         self.stimuli, self.seed, self.rank, self.ranks = stimuli, seed, rank, ranks
-        self._draws = draws
+        self.draws = draws
         self.global_size = min(global_size, len(stimuli))
         if self.global_size < ranks:
             raise BadInput(
@@ -217,8 +228,11 @@ class TrainLoader:
         self.pieces = accumulation(self.global_size, ranks, per_device)
         self.largest_piece = -(-self.global_size // (ranks * self.pieces))
         self.steps = steps_per_epoch(len(stimuli), self.global_size)
+        self._open(workers, pin)
+
+    def _open(self, workers: int, pin: bool) -> None:
         self._schedule = _Schedule()
-        self._batches = _data_loader(stimuli, self._schedule, workers, pin)
+        self._batches = data_loader(self.stimuli, self._schedule, workers, pin)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Yield each global step's micro-batches, `pieces` of them, from `first_step` on."""
@@ -231,7 +245,7 @@ class TrainLoader:
         work = []
         for step in range(first_step, self.steps):
             batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli))
-            draws = augmentation_draws(self.seed, epoch, step, len(batch), self._draws) if self._draws else None
+            draws = augmentation_draws(self.seed, epoch, step, len(batch), self.draws) if self.draws else None
             work += [
                 self.stimuli.work(micro, batch, draws)
                 for micro in micro_batches(batch, self.rank, self.ranks, self.pieces)
@@ -248,18 +262,33 @@ def evaluation_loader(
     """
     batches = evaluation_batches(len(stimuli), rank, ranks, size)[skip:]
     work = [stimuli.work(micro, micro.positions[micro.weight > 0]) for micro in batches]
-    return _data_loader(stimuli, work, workers, pin)
+    return data_loader(stimuli, work, workers, pin)
 
 
 class _Batches(DataLoader):
-    """Raises what a worker found wrong with the input, which torch would wrap in the worker's traceback."""
+    """Raises what a worker found wrong with the input, which torch would wrap in the worker's traceback.
+
+    Raises:
+        RunFailed: a worker was killed.
+    """
 
     def __iter__(self):
-        for batch in super().__iter__():
-            if isinstance(batch, BadInput):
-                batch.alone = True
-                raise batch
-            yield batch
+        try:
+            for batch in super().__iter__():
+                if isinstance(batch, BadInput):
+                    batch.alone = True
+                    raise batch
+                yield batch
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise _worker_killed() from None
+
+
+def _worker_killed() -> RunFailed:
+    failure = RunFailed("a decoding process was killed (out of memory?); lower loader.workers or loader.cache_gib")
+    failure.alone = True
+    return failure
 
 
 class _Schedule:
@@ -277,11 +306,12 @@ class _Schedule:
         return len(self.items)
 
 
-def _data_loader(stimuli: Stimuli, work, workers: int, pin: bool) -> "DataLoader[Batch]":
+def data_loader(source: Dataset, work, workers: int, pin: bool) -> "DataLoader[Batch]":
+    """Batches that workers read from `source`, as `work` tells; None where the source tells itself."""
     # Workers are forked from a server that has imported torch, so that starting some takes no seconds.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["train.loader"])
     return _Batches(
-        stimuli,
+        source,
         batch_size=None,  # an item is a whole batch
         sampler=work,
         num_workers=workers,

@@ -20,6 +20,7 @@ from train.recipe import Recipe
 from train.run_folder import RunFolder
 from train.scoring import check_not_empty
 from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
+from train.streaming import StreamLoader
 
 
 def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:
@@ -30,13 +31,14 @@ def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stim
         "classes": recipe.task.predicts_classes,
         "caches": PictureCaches(recipe.loader),
     }
+    to_fit = wanted | ({"caches": None} if recipe.loader.engine == "webdataset" else {})  # it reads them each time
     train = shards.split("train")
     if recipe.early_stopping.split == "val":
-        return Stimuli(train, size, **wanted), Stimuli(shards.split("val"), size, **wanted)
+        return Stimuli(train, size, **to_fit), Stimuli(shards.split("val"), size, **wanted)
     key = shards.manifest.group_by
     groups = [str(train.meta(i).get(key)) for i in range(len(train))] if key else train.stimulus_ids
     fit, inner = inner_split(groups, recipe.early_stopping.inner_fraction, recipe.seed)
-    return Stimuli(train, size, fit, **wanted), Stimuli(train, size, inner, **wanted)
+    return Stimuli(train, size, fit, **to_fit), Stimuli(train, size, inner, **wanted)
 
 
 def check_loss(recipe: Recipe, fit: Stimuli, pieces: int, site_ids: list[str]) -> None:
@@ -128,7 +130,8 @@ def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
     fit, selection = training_stimuli(shards, recipe)
     check_not_empty(selection, ranks, recipe.early_stopping.split)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
-    loader = TrainLoader(
+    loader_type = StreamLoader if recipe.loader.engine == "webdataset" else TrainLoader
+    loader = loader_type(
         fit,
         seed=recipe.seed,
         global_size=recipe.batch.global_size,

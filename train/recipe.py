@@ -179,6 +179,9 @@ class Checkpoint(Settings):
 class Loader(Settings):
     """How pictures are read."""
 
+    engine: Literal["indexed", "webdataset"] = "indexed"
+    """`indexed` reads any stimulus from its tar; `webdataset` streams whole tars to train, drawn with replacement, and
+    promises less (see docs/data_format.md). Scores are always taken with `indexed`."""
     workers: int | None = Field(None, ge=0)
     """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
     cache: Literal["off", "ram", "disk", "auto"] = "auto"
@@ -343,6 +346,11 @@ class ProbeRecipe(Settings):
         Raises:
             BadInput: naming what is wrong.
         """
+        if self.loader.engine != "indexed":
+            raise BadInput(
+                f"loader.engine: {self.loader.engine} draws stimuli with replacement, which is for training only; "
+                "leave it at indexed, which reads the same tars and every stimulus once"
+            )
         if "pixels" in self.layers and len(self.layers) > 1:
             raise BadInput("layers: pixels are no layer of a network; probe them in a run of their own")
         if self.readout == "pls" and self.components != type(self).model_fields["components"].default:

@@ -5,7 +5,6 @@ RUN/checkpoints/{last,best} -> step_N/     see train/checkpoint.py
 RUN/eval/<split>/{metrics.json,predictions.npz}
 """
 
-import contextlib
 import importlib.metadata
 import io
 import json
@@ -22,6 +21,7 @@ import torch
 import yaml
 
 from data_prep.errors import BadInput, RunFailed
+from data_prep.writing import write_whole
 from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
@@ -174,19 +174,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         RunFailed: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise RunFailed(f"{path} cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
