@@ -128,8 +128,8 @@ def test_nothing_of_a_rank_is_left(shards, ranks, end):
     assert segments_of(rank) == []
     assert pid not in memory_of_pictures(shards)[1]
     if "worker" in end:
-        assert [line for line in said.splitlines() if line.startswith("error: ")] == said.splitlines()
-        assert "a decoding process was killed" in said
+        assert said.startswith("error: a decoding process was killed")
+        assert len(said.splitlines()) == 1
 
 
 def test_when_all_have_ended_their_pictures_are_freed(shards, ranks):
@@ -140,7 +140,7 @@ def test_when_all_have_ended_their_pictures_are_freed(shards, ranks):
 
 
 def test_epochs_with_workers_leave_memory_and_descriptors_flat(shards):
-    stimuli = Stimuli(shards.split("train"), 128, caches=PictureCaches(Loader(cache="ram")))
+    stimuli = Stimuli(shards.split("train"), 256, caches=PictureCaches(Loader(cache="ram")))
     loader = TrainLoader(stimuli, seed=0, global_size=4, per_device=None, rank=0, ranks=1, workers=2, pin=False)
 
     def after(epochs: range) -> tuple[int, int]:
@@ -151,7 +151,7 @@ def test_epochs_with_workers_leave_memory_and_descriptors_flat(shards):
         family = [this, *this.children(recursive=True)]
         return sum(process.memory_full_info().uss for process in family), sum(process.num_fds() for process in family)
 
-    memory, descriptors = after(range(5))
-    memory_later, descriptors_later = after(range(5, 55))
+    memory, descriptors = after(range(10))
+    memory_later, descriptors_later = after(range(10, 60))
     assert descriptors_later - descriptors < 20  # batches under way; an epoch has six, each with one
-    assert memory_later - memory < 20e6  # 50 epochs deliver 55 MB
+    assert memory_later - memory < 80e6  # 50 epochs deliver 236 MB

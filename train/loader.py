@@ -279,10 +279,19 @@ class _Batches(DataLoader):
                     batch.alone = True
                     raise batch
                 yield batch
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, OSError, EOFError) as error:
+            if self.num_workers == 0 or not _tells_of_a_death(error):
                 raise
             raise _worker_killed() from None
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Torch's word that a worker is gone, or what becomes of fetching a batch's memory from one."""
+    said = str(error)
+    if said.startswith("Caught "):  # by a worker that lives
+        return False
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "ancdata" in said
+    return lost or said.startswith("DataLoader worker (pid")
 
 
 def _worker_killed() -> RunFailed:

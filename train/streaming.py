@@ -12,6 +12,7 @@ Every rank takes the same number of steps. Nothing is ever evaluated this way.
 """
 
 import itertools
+import os
 import random
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -59,6 +60,8 @@ class _Stream(IterableDataset):
         self.stimuli, self.seed, self.draws = loader.stimuli, loader.seed, loader.draws
         self.rank, self.ranks, self.global_size = loader.rank, loader.ranks, loader.global_size
         self.memory = BatchMemory()
+        shards = self.stimuli.split.manifest.splits[self.stimuli.split.name].shards
+        self.sizes = {str(tar): shard.bytes for tar, shard in zip(self.stimuli.split.tars, shards, strict=True)}
         self.dealt = micro_batches(np.arange(self.global_size), self.rank, self.ranks, self.pieces)
         observed = self.stimuli.observed
         self.observed = 0 if observed is None else round(self.global_size * float(observed.mean()))
@@ -79,7 +82,7 @@ class _Stream(IterableDataset):
         """Pictures to fit, encoded, in the order in which this one of all ranks' workers takes them."""
         seed = stream_seed(self.seed, self.first_step)
         tars = webdataset.ResampledShards(
-            [str(tar) for tar in self.stimuli.split.tars],
+            list(self.sizes),
             seed=seed,
             worker_seed=lambda: 0,  # the same list for all, of which each takes its share
             deterministic=True,
@@ -88,12 +91,32 @@ class _Stream(IterableDataset):
             webdataset.DataPipeline(
                 tars,
                 lambda drawn: itertools.islice(drawn, consumer, None, consumers),
-                _pictures,
+                self._pictures,
                 group_by_keys,
                 self._to_fit,
                 webdataset.shuffle(SHUFFLED, initial=SHUFFLED, rng=random.Random(stream_seed(seed, consumer))),
             )
         )
+
+    def _pictures(self, tars: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The members of the tars that are pictures; responses and labels are in memory already.
+
+        Files are opened as such: webdataset's own `gopen` would run a shell for some names.
+        """
+        for tar in tars:
+            try:
+                with open(tar["url"], "rb") as stream:
+                    self._check_same(tar["url"], stream.fileno())
+                    yield from _pictures_of(tar_file_expander([tar | {"stream": stream}]), tar["url"])
+            except (OSError, tarfile.TarError) as error:
+                reason = getattr(error, "strerror", None) or error.args[0]
+                raise BadInput(f"{tar['url']} cannot be read to its end ({reason}); copy it again") from None
+
+    def _check_same(self, tar: str, descriptor: int) -> None:
+        """Refuse a tar that was cut or replaced: the end of a stream tells nothing of what is missing."""
+        size, expected = os.fstat(descriptor).st_size, self.sizes[tar]
+        if size != expected:
+            raise BadInput(f"{tar} has {size} bytes by now, and had {expected} when it was indexed; copy it again")
 
     def _to_fit(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The samples without those that are held out of the split, each with its position."""
@@ -123,26 +146,16 @@ class _Stream(IterableDataset):
         return augmentation_draws(self.seed, epoch, step, self.global_size, self.draws)[dealt.places]
 
 
-def _pictures(tars: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """The members of the tars that are pictures; responses and labels are in memory already.
-
-    Files are opened as such: webdataset's own `gopen` would run a shell for some names.
-    """
-    for tar in tars:
-        try:
-            with open(tar["url"], "rb") as stream:
-                for member in tar_file_expander([tar | {"stream": stream}]):
-                    if not member:  # the mark that a tar ends
-                        yield member
-                        continue
-                    found = key_and_kind(member["fname"])
-                    if found is None:
-                        raise not_plain(tar["url"], member["fname"])
-                    if found[1] in IMAGE_MEMBERS:
-                        yield member | {"fname": ".".join(found)}
-        except (OSError, tarfile.TarError) as error:
-            reason = getattr(error, "strerror", None) or error.args[0]
-            raise BadInput(f"{tar['url']} cannot be read to its end ({reason}); copy it again") from None
+def _pictures_of(members: Iterable[dict[str, Any]], tar: str) -> Iterator[dict[str, Any]]:
+    for member in members:
+        if not member:  # the mark that a tar ends
+            yield member
+            continue
+        found = key_and_kind(member["fname"])
+        if found is None:
+            raise not_plain(tar, member["fname"])
+        if found[1] in IMAGE_MEMBERS:
+            yield member | {"fname": ".".join(found)}
 
 
 def _decode(sample: dict[str, Any], place: np.ndarray) -> None:
