@@ -10,7 +10,6 @@ are the bare JPEG decoder and a copy of decoded pictures in memory.
 """
 
 import argparse
-import csv
 import json
 import os
 import shutil
@@ -25,7 +24,7 @@ import simplejpeg
 import torch
 import torchvision
 import webdataset
-from PIL import Image
+from synthetic import write_pictures
 from torch.utils.data import DataLoader
 
 from data_prep.packing import pack
@@ -35,24 +34,7 @@ from train.loader import Stimuli, TrainLoader
 from train.picture_cache import PictureCaches
 from train.recipe import Loader
 
-GRAIN, NOISE = 10, 10  # pixels between the knots of the smooth part; amplitude of the rest, grey levels
 DECODE, DEFAULT = "bare JPEG decode", "WebDataset, its default (pil)"
-
-
-def write_pictures(folder: Path, stimuli: int, size: int) -> None:
-    """A recording for the source `folder`; its pictures also lie as torchvision's ImageFolder wants them."""
-    draw = np.random.default_rng(0)
-    (folder / "images" / "only_class").mkdir(parents=True)
-    names = [f"images/only_class/{number:05d}.jpg" for number in range(stimuli)]
-    for name in names:
-        knots = draw.integers(0, 256, (size // GRAIN, size // GRAIN, 3), dtype=np.uint8)
-        smooth = np.asarray(Image.fromarray(knots).resize((size, size), Image.Resampling.BICUBIC), np.int16)
-        picture = (smooth + draw.integers(-NOISE, NOISE + 1, smooth.shape, np.int16)).clip(0, 255).astype(np.uint8)
-        (folder / name).write_bytes(simplejpeg.encode_jpeg(picture, quality=90, colorsubsampling="420"))
-    with (folder / "stimuli.csv").open("w", newline="") as file:
-        rows = [[Path(name).stem, name, "train"] for name in names]
-        csv.writer(file).writerows([["stimulus_id", "image", "split"], *rows])
-    np.save(folder / "rates.npy", draw.normal(size=(stimuli, 4)).astype(np.float32))
 
 
 def count(batches: Iterable[torch.Tensor]) -> int:

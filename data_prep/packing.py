@@ -157,9 +157,14 @@ _finished: Any
 
 
 def _start_process(recording: Recording, finished: Any) -> None:
+    _prepare(recording, finished)
+    serve_parent()
+
+
+def _prepare(recording: Recording, finished: Any) -> None:
+    """Tell this process what it packs, and where to count."""
     global _recording, _finished
     _recording, _finished = recording, finished
-    serve_parent()
 
 
 def _write_shards(recording: Recording, folder: Path, stimuli_per_shard: int, workers: int) -> _Packed:

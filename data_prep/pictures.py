@@ -130,6 +130,8 @@ def _open(data: bytes) -> Image.Image:
 def _is_whole(data: bytes) -> bool:
     """False for a JPEG or PNG without its end. Inside a JPEG's pixel data neither marker can occur by chance."""
     encoding = sniff_encoding(data)
+    if encoding == "jpg" and data.endswith(_JPEG_END):
+        return True
     if encoding == "jpg":  # the end of a thumbnail lies before the picture's own scan
         return data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)
     return encoding is None or data.rfind(_PNG_END) >= 0

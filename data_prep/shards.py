@@ -69,7 +69,7 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> "tuple[Shard, SplitI
 
     file = _HashingFile(path)
     ids: list[str] = []
-    places: list[list[tuple[int, int]]] = []
+    places: list[list[tuple[int, int]] | None] = []
     try:
         with webdataset.TarWriter(file, encoder=False, mtime=0, user="spiketune", group="spiketune") as writer:
             for stimulus in stimuli:
@@ -79,23 +79,22 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> "tuple[Shard, SplitI
                 places.append(_places(members, start, writer.tarstream.offset))
     finally:
         file.close()
-    index = SplitIndex.of_tar(ids, np.array(places, dtype=np.int64))
+    index = index_shard(path) if None in places else SplitIndex.of_tar(ids, np.array(places, dtype=np.int64))
     return Shard(file=path.name, stimuli=len(ids), bytes=file.bytes, sha256=file.sha256), index
 
 
-def _places(members: dict[str, Any], start: int, end: int) -> list[tuple[int, int]]:
+def _places(members: dict[str, Any], start: int, end: int) -> list[tuple[int, int]] | None:
     """Offset and size of each of MEMBERS in a tar where these were written from `start` to `end`.
 
-    The writer puts them in alphabetical order, each behind a header of one block and filled up to whole blocks.
+    The writer puts them in alphabetical order, each behind a header of one block and filled up to whole blocks. None
+    where that does not lead to `end`: a name that is too long for one block gets several.
     """
     found, offset = {}, start
     for kind in sorted(members.keys() - {"__key__"}):
         size = len(members[kind])
         found[kind] = (offset + BLOCK, size)
         offset += BLOCK + -(-size // BLOCK) * BLOCK
-    if offset != end:
-        raise RuntimeError("webdataset's writer lays tars out in another way than it used to; use another version")
-    return [found.get(kind, ABSENT) for kind in MEMBERS]
+    return None if offset != end else [found.get(kind, ABSENT) for kind in MEMBERS]
 
 
 def _members_of(stimulus: Stimulus) -> dict[str, Any]:

@@ -11,9 +11,9 @@ import pytest
 from helpers import assert_refused, finish, run_command, start_command
 from make_sources import make_folder
 
-from data_prep import shards
 from data_prep.packing import pack
 from data_prep.processes import usable_cores
+from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
 
 PACK = "data_prep/pack.py"
@@ -108,10 +108,14 @@ def test_a_killed_worker_is_one_sentence_and_leaves_nothing(source, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_writer_that_lays_tars_out_otherwise_is_noticed(source, tmp_path, monkeypatch):
-    """The index is told from how webdataset writes; it is checked as it is written."""
-
-    recording = Folder(source=source).open()
-    monkeypatch.setattr(shards, "BLOCK", 1024)
-    with pytest.raises(RuntimeError, match="lays tars out in another way"):
-        shards.write_shard(tmp_path / "a.tar", recording.read([0, 1]))
+@pytest.mark.parametrize("length", [90, 97, 300])
+def test_names_that_are_too_long_for_a_plain_header_are_found_too(source, tmp_path, length):
+    made = make_folder(tmp_path / "src", n=9, splits=True)
+    table = tmp_path / "src" / "stimuli.csv"
+    lines = table.read_text().splitlines()
+    table.write_text("\n".join([lines[0], *(f"{'x' * length}{line}" for line in lines[1:])]))
+    split = pack(Folder(source=tmp_path / "src").open(), tmp_path / "out", 4, workers=1).split("train")
+    rows = [row for row, name in enumerate(made.splits) if name == "train"]
+    assert split.stimulus_ids == ["x" * length + made.ids[row] for row in rows]
+    assert np.array_equal(split.rates(), made.rates[rows])
+    assert [fault for _, fault in ShardFolder(tmp_path / "out").verify()] == [None] * 4
