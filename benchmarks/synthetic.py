@@ -43,19 +43,20 @@ def pack_simulated(out: Path, side: int, stimuli: int = 240) -> Path:
     return out
 
 
-def pack_jpegs(out: Path, pictures: int, stimuli: int) -> Path:
-    """A recording of smooth random JPEGs of 256 px, about 20 kB each, of 12 sites that respond at random.
+def pack_jpegs(out: Path, pictures: int, stimuli: int, side: int = 256) -> Path:
+    """A recording of smooth random JPEGs, at 256 px about 20 kB each, of 12 sites that respond at random.
 
     Args:
         out: shard folder to make.
         pictures: that differ; they are drawn and encoded, which takes time.
         stimuli: as which they are packed, in turns, which takes little.
+        side: of the pictures, in pixels.
     """
     source, draw = out.with_name(f"{out.name}_source"), np.random.default_rng(0)
     source.mkdir()
     for index in range(pictures):
-        coarse = Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).resize((256, 256), Image.BICUBIC)
-        noisy = np.asarray(coarse, np.float32) + draw.normal(0, 3, (256, 256, 3))
+        coarse = Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).resize((side, side), Image.BICUBIC)
+        noisy = np.asarray(coarse, np.float32) + draw.normal(0, 3, (side, side, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(source / f"{index}.jpg", quality=90)
     rows = [f"s{index},{index % pictures}.jpg,o{index % 8}" for index in range(stimuli)]
     (source / "stimuli.csv").write_text("\n".join(["stimulus_id,image,object", *rows]) + "\n")
