@@ -5,8 +5,8 @@
 The run is built as train/finetune.py does: random weights, bf16, channels-last, one process, no decoding processes of
 its own, so that decoding and training share one thread: the hardest case for a loader. `synthetic` repeats a batch;
 `cold` decodes every picture each time (loader.cache off), `warm` has them decoded already. Each takes some steps in
-turn, counted per second of processor time; medians over the turns, ratios within a turn. The aims are 0.97 cold and 0.99
-warm. `again` is the synthetic side a second time: how far two equal things differ here.
+turn, counted per second of processor time; medians over the turns, ratios within a turn. The aims are 0.97 cold and
+0.99 warm. `again` is the synthetic side a second time: how far two equal things differ here.
 """
 
 import argparse
