@@ -91,7 +91,8 @@ class LocalFiles:
         try:
             return (self._folder / file).open("rb")
         except FileNotFoundError:
-            raise BadInput(f"{self._folder} has no {file}; pack the recording again") from None
+            makes = f"data_prep/show.py {self._folder} --index makes one"
+            raise BadInput(f"{self._folder} has no {file}; {makes}") from None
 
     def member(self, shard: Shard, offset: int, size: int) -> memoryview:
         """Bytes of a shard, without a copy."""

@@ -28,7 +28,8 @@ def summary(folder: ShardFolder) -> str:
     lines.append(f"  images {'up to ' if image.mixed else ''}{size}")
     regions = sorted({str(site["region"]) for site in manifest.sites if "region" in site})
     lines.append(f"  sites  {len(manifest.sites)}{' in ' + ', '.join(regions) if regions else ''}")
-    lines.append(_rates_line(folder))
+    if manifest.sites:
+        lines.append(_rates_line(folder))
     if manifest.classes:
         shown = ", ".join(manifest.classes[:6]) + (", ..." if len(manifest.classes) > 6 else "")
         lines.append(f"  objects {len(manifest.classes)}: {shown}")
@@ -114,7 +115,5 @@ def contact_sheet(
         except (OSError, SyntaxError, ValueError) as error:
             raise BadInput(f"{split.place(position)}: the picture cannot be decoded ({error})") from None
         sheet.paste(picture.resize((tile - 2, tile - 2)), (x, y))
-        draw.text(
-            (x + 2, y + tile), str(split.meta(position).get("object", split.stimulus_ids[position])), fill="black"
-        )
+        draw.text((x + 2, y + tile), split.label(position) or split.stimulus_ids[position], fill="black")
     return sheet

@@ -1,38 +1,28 @@
-"""Writing, indexing, reading and verifying a shard folder.
+"""Writing, reading and verifying a shard folder.
 
-A shard is a plain WebDataset tar. Beside the tars lies `index.npz`, which tells for every stimulus where in its tar
-each member begins and how long it is, so that any stimulus can be read without scanning:
-
-    members               (members,)     the extensions that occur: jpg, png, image.npy, rates.npy, trials.npy,
-                                         truth.npy, json
-    <split>.stimulus_id   (stimuli,)     ids in the order of the shards
-    <split>.shard         (stimuli,)     position of its tar in the manifest's list for the split
-    <split>.offset        (stimuli, members)   byte offset of the member's data in the tar, -1 where it is absent
-    <split>.size          (stimuli, members)   bytes
+A shard is a plain WebDataset tar. Beside the tars lies `index.npz` (see data_prep/index.py), so that any stimulus can
+be read without scanning.
 """
 
 import hashlib
 import io
 import json
-import tarfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.errors import BadInput
-from data_prep.files import Files, LocalFiles, files_at
-from data_prep.manifest import Manifest, Shard
+from data_prep.files import LocalFiles, files_at
+from data_prep.foreign import is_foreign, open_foreign
+from data_prep.index import SplitIndex, index_of, index_shard, load_index, write_index
+from data_prep.manifest import Manifest, Shard, load_manifest
+from data_prep.members import ABSENT, BLOCK, IMAGE_MEMBERS, MEMBERS, read_array, read_json, read_label
 from data_prep.recording import Stimulus
 from data_prep.remote import FetchSettings, RemoteFiles, WrongBytes
-from data_prep.targets import Targets, load_targets
+from data_prep.targets import Targets, load_targets, write_targets
 from data_prep.url import FolderUrl, place_of
-
-MEMBERS = ("jpg", "png", "rates.npy", "trials.npy", "truth.npy", "json", "image.npy")
-IMAGE_MEMBERS = ("jpg", "png", "image.npy")
-
 
 # --------------------------------------------------------------------------------------------------------- writing
 
@@ -61,7 +51,7 @@ class _HashingFile:
         return self._hash.hexdigest()
 
 
-def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> Shard:
+def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> tuple[Shard, SplitIndex]:
     """Write one WebDataset tar; equal stimuli give equal bytes (owner and time are fixed).
 
     Args:
@@ -69,20 +59,38 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> Shard:
         stimuli: in the order in which they are to lie in the tar.
 
     Returns:
-        The shard's entry in the manifest.
+        The shard's entry in the manifest, and its index.
     """
     import webdataset  # here, because it imports torch: a second that only those who write should pay
 
     file = _HashingFile(path)
-    count = 0
+    ids: list[str] = []
+    places: list[list[tuple[int, int]] | None] = []
     try:
         with webdataset.TarWriter(file, encoder=False, mtime=0, user="spiketune", group="spiketune") as writer:
             for stimulus in stimuli:
-                writer.write(_members_of(stimulus))
-                count += 1
+                members, start = _members_of(stimulus), writer.tarstream.offset
+                writer.write(members)
+                ids.append(stimulus.id)
+                places.append(_places(members, start, writer.tarstream.offset))
     finally:
         file.close()
-    return Shard(file=path.name, stimuli=count, bytes=file.bytes, sha256=file.sha256)
+    index = index_shard(path) if None in places else SplitIndex.of_tar(ids, np.array(places, dtype=np.int64))
+    return Shard(file=path.name, stimuli=len(ids), bytes=file.bytes, sha256=file.sha256), index
+
+
+def _places(members: dict[str, Any], start: int, end: int) -> list[tuple[int, int]] | None:
+    """Offset and size of each of MEMBERS in a tar where these were written from `start` to `end`.
+
+    The writer puts them in alphabetical order, each behind a header of one block and filled up to whole blocks. None
+    where that does not lead to `end`: a name that is too long for one block gets several.
+    """
+    found, offset = {}, start
+    for kind in sorted(members.keys() - {"__key__"}):
+        size = len(members[kind])
+        found[kind] = (offset + BLOCK, size)
+        offset += BLOCK + -(-size // BLOCK) * BLOCK
+    return None if offset != end else [found.get(kind, ABSENT) for kind in MEMBERS]
 
 
 def _members_of(stimulus: Stimulus) -> dict[str, Any]:
@@ -99,99 +107,6 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-# -------------------------------------------------------------------------------------------------------- indexing
-
-
-@dataclass(frozen=True)
-class SplitIndex:
-    """Where the members of a split's stimuli lie; the arrays are described at the top of this file."""
-
-    stimulus_id: np.ndarray
-    shard: np.ndarray
-    offset: np.ndarray
-    size: np.ndarray
-
-
-def index_shard(path: Path) -> SplitIndex:
-    """Find every member of one tar by walking its headers.
-
-    Raises:
-        BadInput: a damaged tar, a member of a kind that is not plain data, or members of one stimulus that lie apart.
-    """
-    ids: list[str] = []
-    places: list[dict[str, tuple[int, int]]] = []
-    seen: set[str] = set()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                stimulus_id, _, kind = member.name.partition(".")
-                if not member.isfile() or kind not in MEMBERS:
-                    raise BadInput(f"{path}: {member.name}: not a member of plain data ({', '.join(MEMBERS)})")
-                if not ids or ids[-1] != stimulus_id:
-                    if stimulus_id in seen:
-                        raise BadInput(f"{path}: {stimulus_id}: twice in the tar, or its members do not lie together")
-                    ids.append(stimulus_id)
-                    seen.add(stimulus_id)
-                    places.append({})
-                places[-1][kind] = (member.offset_data, member.size)
-    except tarfile.TarError as error:
-        raise BadInput(f"{path} is not a whole tar file ({error}); pack or copy it again") from None
-    absent = (-1, 0)
-    table = np.array([[place.get(kind, absent) for kind in MEMBERS] for place in places], dtype=np.int64)
-    table = table.reshape(len(ids), len(MEMBERS), 2)
-    return SplitIndex(np.array(ids), np.zeros(len(ids), np.int32), table[..., 0], table[..., 1])
-
-
-def index_split(folder: Path, shards: Iterable[Shard]) -> SplitIndex:
-    """Index the tars of one split and join the tables."""
-    parts = [index_shard(folder / shard.file) for shard in shards]
-    return SplitIndex(
-        stimulus_id=np.concatenate([part.stimulus_id for part in parts]),
-        shard=np.repeat(np.arange(len(parts), dtype=np.int32), [len(part.shard) for part in parts]),
-        offset=np.concatenate([part.offset for part in parts]),
-        size=np.concatenate([part.size for part in parts]),
-    )
-
-
-def write_index(folder: Path, manifest: Manifest) -> None:
-    """Write `index.npz` for the tars that the manifest lists."""
-    arrays: dict[str, np.ndarray] = {"members": np.array(MEMBERS)}
-    for name, split in manifest.splits.items():
-        index = index_split(folder, split.shards)
-        arrays |= {f"{name}.{part}": getattr(index, part) for part in SplitIndex.__dataclass_fields__}
-    np.savez(folder / "index.npz", **arrays)
-
-
-def _load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> dict[str, SplitIndex]:
-    path = folder / "index.npz"
-    try:
-        with files.table("index.npz", manifest) as file, np.load(file, allow_pickle=False) as arrays:
-            members = tuple(arrays["members"])
-            if members != MEMBERS[: len(members)]:  # those of older folders are fewer
-                raise ValueError(f"it lists the members {', '.join(members)}")
-            index = {
-                name: _widened(**{part: arrays[f"{name}.{part}"] for part in SplitIndex.__dataclass_fields__})
-                for name in manifest.splits
-            }
-    except BadInput:
-        raise
-    except Exception as error:  # numpy raises many kinds for a damaged file
-        raise BadInput(f"{path} cannot be read ({error}); pack the recording again") from None
-    for name, split in manifest.splits.items():
-        counts = np.bincount(index[name].shard, minlength=len(split.shards)).tolist()
-        if counts != [shard.stimuli for shard in split.shards]:
-            raise BadInput(f"{path}: {name}: does not list the stimuli that manifest.json counts; pack again")
-    return index
-
-
-def _widened(stimulus_id: np.ndarray, shard: np.ndarray, offset: np.ndarray, size: np.ndarray) -> SplitIndex:
-    """An index with a column for every member that there may be by now."""
-    lacking = ((0, 0), (0, len(MEMBERS) - offset.shape[1]))
-    return SplitIndex(
-        stimulus_id, shard, np.pad(offset, lacking, constant_values=-1), np.pad(size, lacking, constant_values=0)
-    )
-
-
 # --------------------------------------------------------------------------------------------------------- reading
 
 
@@ -199,10 +114,11 @@ class ShardFolder:
     """An opened shard folder.
 
     Opening reads the manifest and the index. Of a folder of this machine it checks that every tar is there with the
-    size the manifest gives; of a remote one, tars are fetched and verified when they are read.
+    size the manifest gives; of a remote one, tars are fetched and verified when they are read. Of a folder of tars
+    without a manifest both are derived, see data_prep/foreign.py.
 
     Args:
-        folder: as written by data_prep/pack.py, or its URL.
+        folder: as written by data_prep/pack.py, or its URL, or with tars that others wrote.
         fetch: how remote shards are fetched and kept.
 
     Raises:
@@ -212,10 +128,14 @@ class ShardFolder:
     def __init__(self, folder: Path | str | FolderUrl, fetch: FetchSettings | None = None):
         self.folder = place_of(folder)
         self._files = files_at(self.folder, fetch)
+        self._targets: dict[str, Targets] = {}
+        if isinstance(self.folder, Path) and is_foreign(self.folder):
+            self.manifest, arrays = open_foreign(self.folder)
+            self._index = index_of(arrays, self.manifest)
+            return
         self.manifest = self._files.manifest()
         self._files.check(self.manifest)
-        self._index = _load_index(self.folder, self._files, self.manifest)
-        self._targets: dict[str, Targets] = {}
+        self._index = load_index(self.folder, self._files, self.manifest)
         if self.is_remote and self.has_targets:
             table = self._files.table("targets.npz", self.manifest)
             self._targets = load_targets(table, str(self.folder / "targets.npz"), self.manifest)
@@ -345,45 +265,37 @@ class ShardSplit:
         raise BadInput(f"{self.place(position)} has no picture ({' or '.join(IMAGE_MEMBERS)})")
 
     def meta(self, position: int) -> dict[str, Any]:
-        """The stimulus's JSON member."""
-        try:
-            return json.loads(self.member(position, "json") or b"{}")
-        except ValueError as error:
-            raise BadInput(f"{self.place(position)}.json is not readable as JSON ({error})") from None
+        """The stimulus's JSON member; empty where it has none."""
+        return read_json(self.member(position, "json"), self.place(position))
+
+    def label(self, position: int) -> str | None:
+        """The class of the stimulus, by name; None where nothing tells."""
+        return read_label(self.member(position, "cls"), self.meta(position), self.place(position))
 
     def array(self, position: int, kind: str) -> np.ndarray | None:
         """A float32 array member: "rates.npy" (sites,), "trials.npy" (repetitions, sites) or "truth.npy" (sites,).
 
         Raises:
-            BadInput: an array of another type or for another number of sites.
+            BadInput: no plain array of numbers, or one for another number of sites.
         """
         data = self.member(position, kind)
         if data is None:
             return None
-        try:
-            array = np.load(io.BytesIO(data), allow_pickle=False)
-        except ValueError as error:
-            raise BadInput(f"{self.place(position)}.{kind} is not a plain npy array ({error})") from None
-        sites = len(self.manifest.sites)
-        if array.dtype != np.float32 or array.shape[-1:] != (sites,) or array.ndim != (2 if "trials" in kind else 1):
-            raise BadInput(
-                f"{self.place(position)}.{kind} holds {array.dtype} of shape {array.shape}; "
-                f"it must be float32 for {sites} sites"
-            )
+        place = f"{self.place(position)}.{kind}"
+        array, sites = read_array(data, place), len(self.manifest.sites)
+        if array.shape[-1:] != (sites,) or array.ndim != (2 if "trials" in kind else 1):
+            raise BadInput(f"{place} has the shape {array.shape}; it must be for {sites} sites")
         return array
 
     def rates(self) -> np.ndarray:
         """All trial-averaged responses: float32 (stimuli, sites), NaN = not recorded.
 
         Raises:
-            BadInput: the split has no responses, or a stimulus of it has none, or one is infinite.
+            BadInput: the split has no responses, or a stimulus of it has none.
         """
         if not self.has_responses:
             raise BadInput(f"{self.folder}: the split {self.name!r} has no responses (rates.npy)")
-        rates = self._rates_of_shards() if self._targets is None else self._targets.rates
-        if (wrong := np.flatnonzero(np.isinf(rates).any(axis=1))).size:
-            raise BadInput(f"{self.place(int(wrong[0]))}.rates.npy holds an infinite rate")
-        return rates
+        return self._rates_of_shards() if self._targets is None else self._targets.rates
 
     def _rates_of_shards(self) -> np.ndarray:
         rates = np.empty((len(self), len(self.manifest.sites)), np.float32)
@@ -417,8 +329,36 @@ class ShardSplit:
         position_of = {name: position for position, name in enumerate(self.manifest.classes)}
         labels = np.empty(len(self), np.int64)
         for position in range(len(self)):
-            name = self.meta(position).get("object")
+            name = self.label(position)
             if name not in position_of:
-                raise BadInput(f"{self.place(position)}.json: object {name!r} is not among the manifest's classes")
+                raise BadInput(f"{self.place(position)}: object {name!r} is not among the manifest's classes")
             labels[position] = position_of[name]
         return labels
+
+
+def reindex(place: Path | str | FolderUrl) -> None:
+    """Read the tars of a folder anew and write its tables, whoever wrote the tars.
+
+    Of a packed folder that is index.npz, targets.npz, and what the manifest says of both.
+
+    Raises:
+        BadInput: a damaged tar, a folder that is neither packed nor holds tars, that cannot be written, or a URL.
+    """
+    folder = place_of(place)
+    if isinstance(folder, FolderUrl):
+        raise BadInput(f"{folder}: tars are indexed where they lie; use --index there and copy the folder again")
+    if is_foreign(folder):
+        open_foreign(folder, anew=True)
+        return
+    manifest = load_manifest(folder)
+    LocalFiles(folder).check(manifest)
+    index = {
+        name: SplitIndex.joined([index_shard(folder / shard.file) for shard in split.shards])
+        for name, split in manifest.splits.items()
+    }
+    try:
+        write_index(folder, index)
+        manifest.files = write_targets(folder, ShardFolder(folder))
+        manifest.save(folder / "manifest.json")
+    except OSError as error:
+        raise BadInput(f"{folder} cannot be written ({error.strerror})") from None

@@ -1,6 +1,6 @@
 """Print what a shard folder holds, and draw a contact sheet of its pictures.
 
-python data_prep/show.py DIR [--verify] [--contact-sheet PNG]
+python data_prep/show.py DIR [--index] [--verify] [--contact-sheet PNG]
 python data_prep/show.py URL [--verify] [--contact-sheet PNG] [--shard-cache DIR]
 """
 
@@ -16,7 +16,7 @@ from data_prep.errors import BadInput, run_command
 from data_prep.overview import contact_sheet, summary
 from data_prep.progress import Progress
 from data_prep.remote import FetchSettings
-from data_prep.shards import ShardFolder
+from data_prep.shards import ShardFolder, reindex
 
 
 class Show(BaseModel):
@@ -25,7 +25,10 @@ class Show(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     folder: tyro.conf.Positional[Place]
-    """A shard folder made by data_prep/pack.py, or its URL."""
+    """A shard folder made by data_prep/pack.py, or its URL, or a folder of tars that others wrote."""
+    index: bool = False
+    """Read the tars anew and write the tables beside them, on this machine only. Not needed for tars of others: that
+    happens when they have changed."""
     verify: bool = False
     """Rehash every shard and compare it with the manifest and the index. Remote shards of which there is no verified
     copy are fetched."""
@@ -53,7 +56,8 @@ def _verify(folder: ShardFolder) -> None:
 
 
 def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
-    split, what = folder.split("train"), "the train split"
+    name = next(iter(folder.manifest.splits))
+    split, what = folder.split(name), f"the {name} split"
     positions = np.arange(len(split))
     if folder.is_remote:  # pictures of all shards would be the whole split
         positions, what = positions[split.shards_of(positions) == 0], f"{split.shards[0].file}"
@@ -68,6 +72,8 @@ def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
 def main() -> None:
     """Parse the command line, print, draw and verify."""
     options = parse(Show)
+    if options.index:
+        reindex(options.folder)
     folder = ShardFolder(options.folder, FetchSettings(options.shard_cache, options.shard_cache_gib))
     print(summary(folder))
     if options.verify:

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest, Table
+from data_prep.writing import write_arrays
 
 if TYPE_CHECKING:
     from data_prep.shards import ShardFolder
@@ -50,7 +51,7 @@ def write_targets(folder: Path, shards: "ShardFolder") -> dict[str, Table]:
         arrays[f"{name}.json_end"] = np.cumsum([len(part) for part in parts], dtype=np.int64)
         if split.has_responses:
             arrays[f"{name}.rates"] = split.rates()
-    np.savez(folder / "targets.npz", **arrays)
+    write_arrays(folder / "targets.npz", arrays)
     return {file: _table(folder / file) for file in ("index.npz", "targets.npz")}
 
 
@@ -83,4 +84,6 @@ def load_targets(file: BinaryIO, name: str, manifest: Manifest) -> dict[str, Tar
         shape = rates.shape if rates is not None else expected if not facts.responses else None
         if shape != expected or found[split].json_end.shape != expected[:1]:
             raise BadInput(f"{name}: {split}: is not of the stimuli that manifest.json counts; pack again")
+        if rates is not None and np.isinf(rates).any():
+            raise BadInput(f"{name}: {split}: holds an infinite rate; NaN stands for what was not recorded")
     return found

@@ -62,7 +62,10 @@ def transport(url: FolderUrl, timeout: float) -> Transport:
 def refusal(url: FolderUrl, file: str, status: int) -> BadInput | OSError:
     """What an HTTP status says of a file."""
     if status in (404, 410):
-        return BadInput(f"{url / file} is not there (HTTP {status}); is {url} a shard folder of data_prep/pack.py?")
+        return BadInput(
+            f"{url / file} is not there (HTTP {status}); a URL must be that of a shard folder of data_prep/pack.py, as "
+            "tars that others wrote are read on this machine only"
+        )
     if status in (401, 403, 407):
         return BadInput(f"{url / file}: no permission to read it (HTTP {status}); are the credentials right?")
     if status == 416:

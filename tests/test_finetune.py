@@ -131,7 +131,7 @@ def test_a_damaged_picture_in_another_processs_share_is_named(recording, tmp_pat
     split = ShardFolder(broken).split("train")
     for position in range(len(split)):
         offset = split._index.offset[position, 0]
-        with (broken / split._files[split._index.shard[position]]).open("r+b") as tar:
+        with (broken / split.shards[split._index.shard[position]].file).open("r+b") as tar:
             tar.seek(int(offset) + 2)
             tar.write(bytes(200))
     for processes in (1, 2):

@@ -327,5 +327,5 @@ def test_what_the_order_makes_no_use_of_is_refused(tmp_path):
         load_recipe(written(tmp_path, "loader: {block_shards: 4}")).check()
     load_recipe(written(tmp_path, "loader: {order: blocks, block_shards: 4}")).check()
     for setting in ("order: blocks", "block_shards: 4"):
-        with pytest.raises(BadInput, match=r"loader\.\w+ has an effect in training only"):
+        with pytest.raises(BadInput, match=r"loader\.\w+ is for training only"):
             load_recipe(written(tmp_path, f"loader: {{{setting}}}"), ProbeRecipe).check()

@@ -489,6 +489,41 @@ def test_a_url_that_cannot_be_read_is_refused_in_a_sentence(packed, tmp_path, ca
         assert_refused(show(url.format(url=web.url), cache), *words)
 
 
+def test_tars_of_others_are_refused_behind_a_url(packed, tmp_path, cache):
+    """They have no manifest that would tell what to fetch, and to derive one all of them would have to be read."""
+    for tar in packed.glob("*.tar"):
+        (tmp_path / "tars" / tar.name).parent.mkdir(exist_ok=True)
+        shutil.copy(tar, tmp_path / "tars")
+    assert len(ShardFolder(tmp_path / "tars").split("train")) == 60
+    with serve(tmp_path / "tars") as web:
+        assert_refused(show(web.url, cache), f"{web.url}/manifest.json is not there", "others wrote")
+
+
+def test_tables_that_were_made_anew_are_those_that_are_fetched(packed, tmp_path, cache):
+    """The manifest tells their hashes, so that it has to follow them."""
+    folder = tmp_path / "copy"
+    shutil.copytree(packed, folder)
+    (folder / "index.npz").unlink()
+    (folder / "targets.npz").unlink()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"files": {}}))
+    assert run_here(SHOW, folder, "--index").returncode == 0
+    for file in ("index.npz", "targets.npz", "manifest.json"):
+        assert (folder / file).read_bytes() == (packed / file).read_bytes()
+    with serve(folder) as web:
+        assert_same(read(loader_of(opened(web.url, cache))), read(loader_of(ShardFolder(packed))))
+        assert_refused(show(web.url, cache, "--index"), web.url, "where they lie")
+
+
+def test_the_streaming_engine_is_for_folders_of_this_machine(web, tmp_path):
+    stream = ["--loader.engine", "webdataset"]
+    refused = run_here("train/finetune.py", "--out", tmp_path / "out", *SMALL, *stream, "--data", web.url)
+    assert_refused(refused, "loader.engine", web.url, "blocks")
+    blocks = ["--loader.order", "blocks"]
+    refused = run_here("train/finetune.py", "--out", tmp_path / "out", *SMALL, *stream, *blocks, "--data", web.url)
+    assert_refused(refused, "loader.order (blocks)", "loader.engine indexed")
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_no_permission_is_told_and_not_asked_for_again(web, cache, status):
     web.always["manifest.json"] = ("status", status)

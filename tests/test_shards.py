@@ -430,7 +430,8 @@ def test_a_truncated_tar_is_refused_at_once(copied, cut):
     }[cut]
     os.truncate(tar, place)
     if cut == "at a member's border":
-        assert len(index_shard(tar).stimulus_id) == 8  # nothing in the tar itself tells that its end is gone
+        with pytest.raises(BadInput, match="without an end mark"):
+            index_shard(tar)
     with pytest.raises(BadInput, match=r"train-000001\.tar has .* bytes"):
         ShardFolder(copied)
     assert_refused(run_here(SHOW, copied), "train-000001.tar")
@@ -522,7 +523,7 @@ def write_tar(path: Path, members: list[str]) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", ["a.pyd", "a.pkl", "a.pth", "a.rates.npy.gz", "a.cls", "a"])
+@pytest.mark.parametrize("name", ["a.pyd", "a.pkl", "a.pth", "a.rates.npy.gz", "a.txt", "a"])
 def test_anything_but_plain_data_is_refused_by_name(tmp_path, name):
     with pytest.raises(BadInput, match=f": {name}: not a member of plain data"):
         index_shard(write_tar(tmp_path / "foreign.tar", ["a.png", name]))

@@ -128,6 +128,11 @@ def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) ->
         f"{name}: {len(loader.stimuli):,} stimuli to fit, {len(job.selection):,} of {recipe.early_stopping.split} "
         f"to select the epoch, {len(manifest.sites)} sites, pictures of {loader.stimuli.size} px"
     )
+    if recipe.loader.engine == "webdataset":
+        monitor.say(
+            f"loader.engine webdataset: pictures stream from {len(loader.stimuli.split.shards)} tars that are drawn "
+            "with replacement, so an epoch is a number of steps and not every stimulus once"
+        )
     monitor.say(
         f"{recipe.backbone.name}{f' cut after {recipe.backbone.cut}' if recipe.backbone.cut else ''}, "
         f"weights: {network.backbone.weights_from}; "

@@ -7,7 +7,7 @@ everything else happens on the device, in the network.
 import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -122,6 +122,11 @@ class Stimuli(Dataset):
     def __len__(self) -> int:
         return len(self.subset)
 
+    @property
+    def split(self) -> ShardSplit:
+        """Where they lie."""
+        return self._split
+
     def fingerprint(self) -> str:
         """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
         return fingerprint(self.stimulus_ids, self.rates)
@@ -141,20 +146,26 @@ class Stimuli(Dataset):
         return statistics.noise_of_average() if same else None
 
     def __getitem__(self, work: _Work) -> Batch | BadInput | RunFailed:
-        positions = work.micro.positions
         try:
-            images = self._pictures(positions)
+            images = self._pictures(work.micro.positions)
         except (BadInput, RunFailed) as error:
             return error
+        return self.batch(images, work.micro, work.stimuli, work.observed, work.draws)
+
+    def batch(
+        self, images: torch.Tensor, micro: MicroBatch, stimuli: int, observed: int, draws: np.ndarray | None
+    ) -> Batch:
+        """Pictures, uint8 (b, size, size, 3), with what is known of their stimuli; the rest as in `Batch`."""
+        positions = micro.positions
         return Batch(
             images=images.permute(0, 3, 1, 2),
             positions=torch.from_numpy(positions),
-            weight=torch.from_numpy(work.micro.weight),
+            weight=torch.from_numpy(micro.weight),
             rates=None if self.rates is None else torch.from_numpy(self.rates[positions]),
             labels=None if self.labels is None else torch.from_numpy(self.labels[positions]),
-            draws=None if work.draws is None else torch.from_numpy(work.draws),
-            stimuli=work.stimuli,
-            observed=work.observed,
+            draws=None if draws is None else torch.from_numpy(draws),
+            stimuli=stimuli,
+            observed=observed,
         )
 
     def _pictures(self, positions: np.ndarray) -> torch.Tensor:
@@ -260,7 +271,7 @@ class TrainLoader:
         block_shards: int | None = None,
     ):
         self.stimuli, self.seed, self.rank, self.ranks = stimuli, seed, rank, ranks
-        self._draws = draws
+        self.draws = draws
         self._blocks = None if block_shards is None else stimuli.blocks(block_shards)
         self.global_size = min(global_size, len(stimuli))
         if self.global_size < ranks:
@@ -271,8 +282,11 @@ class TrainLoader:
         self.pieces = accumulation(self.global_size, ranks, per_device)
         self.largest_piece = -(-self.global_size // (ranks * self.pieces))
         self.steps = steps_per_epoch(len(stimuli), self.global_size)
+        self._open(workers, pin)
+
+    def _open(self, workers: int, pin: bool) -> None:
         self._schedule = _Schedule()
-        self._batches = _data_loader(stimuli, self._schedule, workers, pin)
+        self._batches = data_loader(self.stimuli, self._schedule, workers, pin)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Yield each global step's micro-batches, `pieces` of them, from `first_step` on."""
@@ -285,7 +299,7 @@ class TrainLoader:
         work = []
         for step in range(first_step, self.steps):
             batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli), self._blocks)
-            draws = augmentation_draws(self.seed, epoch, step, len(batch), self._draws) if self._draws else None
+            draws = augmentation_draws(self.seed, epoch, step, len(batch), self.draws) if self.draws else None
             work += [
                 self.stimuli.work(micro, batch, draws)
                 for micro in micro_batches(batch, self.rank, self.ranks, self.pieces)
@@ -302,20 +316,50 @@ def evaluation_loader(
     """
     batches = evaluation_batches(len(stimuli), rank, ranks, size)[skip:]
     work = [stimuli.work(micro, micro.positions[micro.weight > 0]) for micro in batches]
-    return _data_loader(stimuli, work, workers, pin)
+    return data_loader(stimuli, work, workers, pin)
 
 
 class _Batches(DataLoader):
-    """Raises what a worker found wrong with the input, which torch would wrap in the worker's traceback."""
+    """Raises what a worker found wrong with the input, which torch would wrap in the worker's traceback.
+
+    Raises:
+        RunFailed: a worker was killed.
+    """
 
     def __iter__(self):
-        with self.dataset.fetched_ahead(self.sampler) as passed:
-            for batch in super().__iter__():
-                if isinstance(batch, BadInput | RunFailed):
-                    batch.alone = True
-                    raise batch
-                passed()
-                yield batch
+        with self._fetched_ahead() as passed:
+            try:
+                for batch in super().__iter__():
+                    if isinstance(batch, BadInput | RunFailed):
+                        batch.alone = True
+                        raise batch
+                    passed()
+                    yield batch
+            except (RuntimeError, OSError, EOFError) as error:
+                if self.num_workers == 0 or not _tells_of_a_death(error):
+                    raise
+                raise _worker_killed() from None
+
+    def _fetched_ahead(self) -> AbstractContextManager[Callable[[], None]]:
+        """As of `Stimuli`; a stream says nothing of what it is going to read."""
+        if isinstance(self.dataset, Stimuli):
+            return self.dataset.fetched_ahead(self.sampler)
+        return nullcontext(lambda: None)
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Torch's word that a worker is gone, or what becomes of fetching a batch's memory from one."""
+    said = str(error)
+    if said.startswith("Caught "):  # by a worker that lives
+        return False
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "ancdata" in said
+    return lost or said.startswith("DataLoader worker (pid")
+
+
+def _worker_killed() -> RunFailed:
+    failure = RunFailed("a decoding process was killed (out of memory?); lower loader.workers or loader.cache_gib")
+    failure.alone = True
+    return failure
 
 
 class _Schedule:
@@ -333,11 +377,12 @@ class _Schedule:
         return len(self.items)
 
 
-def _data_loader(stimuli: Stimuli, work, workers: int, pin: bool) -> "DataLoader[Batch]":
+def data_loader(source: Dataset, work, workers: int, pin: bool) -> "DataLoader[Batch]":
+    """Batches that workers read from `source`, as `work` tells; None where the source tells itself."""
     # Workers are forked from a server that has imported torch, so that starting some takes no seconds.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["train.loader"])
     return _Batches(
-        stimuli,
+        source,
         batch_size=None,  # an item is a whole batch
         sampler=work,
         num_workers=workers,

@@ -21,6 +21,7 @@ from train.recipe import Loader, Recipe
 from train.run_folder import RunFolder
 from train.scoring import check_not_empty
 from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
+from train.streaming import StreamLoader
 
 
 def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:
@@ -35,15 +36,16 @@ def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stim
         "classes": recipe.task.predicts_classes,
         "caches": PictureCaches(recipe.loader),
     }
+    to_fit = wanted | ({"caches": None} if recipe.loader.engine == "webdataset" else {})  # it reads them each time
     train = shards.split("train")
     if recipe.early_stopping.split == "val":
         selection = Stimuli(shards.split("val"), size, **wanted)
-        return Stimuli(train, size, **wanted), selection
+        return Stimuli(train, size, **to_fit), selection
     key = shards.manifest.group_by
     groups = [str(train.meta(i).get(key)) for i in range(len(train))] if key else train.stimulus_ids
     fit, inner = inner_split(groups, recipe.early_stopping.inner_fraction, recipe.seed)
     selection = Stimuli(train, size, inner, **wanted, apart=recipe.loader.order == "blocks")
-    return Stimuli(train, size, fit, **wanted), selection
+    return Stimuli(train, size, fit, **to_fit), selection
 
 
 def check_loss(recipe: Recipe, fit: Stimuli, pieces: int, site_ids: list[str]) -> None:
@@ -144,6 +146,19 @@ def remarks_on(shards: ShardFolder, loader: Loader) -> list[str]:
     return found
 
 
+def check_engine(shards: ShardFolder, loader: Loader) -> None:
+    """Refuse to stream what has to be fetched.
+
+    Raises:
+        BadInput: remote shards, and another engine than `indexed`.
+    """
+    if shards.is_remote and loader.engine != "indexed":
+        raise BadInput(
+            f"loader.engine: {loader.engine} reads tars of this machine only, and {shards.folder} is remote; leave it "
+            "at indexed, which reads shard by shard under loader.order blocks"
+        )
+
+
 def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
     """Open the data and check that recipe, data, folder and processes fit together.
 
@@ -156,10 +171,12 @@ def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
     else:
         folder.check_free()
     shards = ShardFolder(data, recipe.loader.fetch)
+    check_engine(shards, recipe.loader)
     fit, selection = training_stimuli(shards, recipe)
     check_not_empty(selection, ranks, recipe.early_stopping.split)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
-    loader = TrainLoader(
+    loader_type = StreamLoader if recipe.loader.engine == "webdataset" else TrainLoader
+    loader = loader_type(
         fit,
         seed=recipe.seed,
         global_size=recipe.batch.global_size,

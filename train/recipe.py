@@ -189,6 +189,9 @@ class Faults(Settings):
 class Loader(Settings):
     """How pictures are read."""
 
+    engine: Literal["indexed", "webdataset"] = "indexed"
+    """`indexed` reads any stimulus from its tar; `webdataset` streams whole tars to train, drawn with replacement, and
+    promises less (see docs/data_format.md). Scores are always taken with `indexed`."""
     workers: int | None = Field(None, ge=0)
     """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
     cache: Literal["off", "ram", "disk", "auto"] = "auto"
@@ -320,6 +323,7 @@ class Recipe(Settings):
             ("schedule.cycle_momentum", self.schedule.kind == "onecycle", "schedule.kind onecycle"),
             ("schedule.plateau_factor", self.schedule.kind == "plateau", "schedule.kind plateau"),
             ("schedule.plateau_patience", self.schedule.kind == "plateau", "schedule.kind plateau"),
+            ("loader.order", self.loader.engine == "indexed", "loader.engine indexed"),
             ("loader.block_shards", self.loader.order == "blocks", "loader.order blocks"),
         ):
             section, name = setting.split(".")
@@ -384,9 +388,9 @@ class ProbeRecipe(Settings):
             raise BadInput("components has an effect with readout ridge and ols only; pls has `latent`")
         if self.readout != "pls" and self.latent != type(self).model_fields["latent"].default:
             raise BadInput(f"latent has an effect with readout pls only; {self.readout} has `components`")
-        for name in ("order", "block_shards"):
-            if getattr(self.loader, name) != Loader.model_fields[name].default:
-                raise BadInput(f"loader.{name} has an effect in training only; a probe reads shard after shard")
+        for name in ("engine", "order", "block_shards"):
+            if getattr(self.loader, name) != (default := Loader.model_fields[name].default):
+                raise BadInput(f"loader.{name} is for training only; a probe reads in order: leave it at {default}")
 
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, ProbeRecipe)

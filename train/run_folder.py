@@ -27,6 +27,7 @@ import yaml
 
 from data_prep.errors import BadInput, RunFailed, Stopped
 from data_prep.url import is_url, recorded, without_secrets
+from data_prep.writing import write_whole
 from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
@@ -85,7 +86,6 @@ class RunFolder:
         # How it is computed, not what.
         free = {"strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
         free |= {"loader.workers", "loader.cache", "loader.cache_gib", "timeout", "faults.timeout", "faults.bad_steps"}
-        free |= {"loader.workers", "loader.cache", "loader.cache_gib"}
         free |= {"data", "loader.shard_cache", "loader.shard_cache_gib", "loader.fetch_timeout"}
         changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         changed = [change for change in changed if change.partition(":")[0] not in free]
@@ -220,19 +220,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         RunFailed: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise RunFailed(f"{path} cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
