@@ -198,12 +198,12 @@ def test_other_tars_are_read_anew(folder, change):
 
 
 def test_a_folder_that_cannot_be_written_has_its_index_elsewhere_or_in_memory(folder, tmp_path, monkeypatch, capfd):
-    def write(path, content, write=foreign.write_whole):
+    def write(path, arrays, write=foreign.write_arrays):
         if folder in path.parents or nowhere:
             raise OSError(30, "Read-only file system")
-        write(path, content)
+        write(path, arrays)
 
-    monkeypatch.setattr(foreign, "write_whole", write)
+    monkeypatch.setattr(foreign, "write_arrays", write)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for nowhere in (True, False):
         assert len(ShardFolder(folder).split("train")) == 14

@@ -45,7 +45,7 @@ def test_any_number_of_workers_writes_the_same_bytes(source, tmp_path):
         folders.append(pack(recording, tmp_path / str(workers), stimuli_per_shard=64, workers=workers))
         assert [fault for _, fault in folders[-1].verify()] == [None] * 10  # walking the tars finds the same index
     first = contents(tmp_path / "1")
-    assert len(first) == 11
+    assert len(first) == 12
     assert contents(tmp_path / "2") == contents(tmp_path / "5") == first
     for name in ("train", "val", "test"):
         splits = [folder.split(name) for folder in folders]
