@@ -1,32 +1,32 @@
 """Pictures per second on one core: our loader cold and warm, its limits, and what others reach on the same pictures.
 
-    python benchmarks/loader.py [--stimuli 3200] [--size 256] [--batch 64] [--repeats 5] [--json FILE]
+    python benchmarks/loader.py [--stimuli 3200] [--size 256] [--batch 64] [--repeats 5] [--json FILE] [--figure PNG]
 
 The pictures are JPEGs of smooth noise, quality 90, about 20 kB each, written as a shard folder and as a folder of
 files; all are delivered in batches, at their own size. Everything runs in one thread of this process, with the files
 in the page cache, and is counted per second of processor time, which what else runs on the machine disturbs less. All
 sides take turns, so that a change of the machine's speed meets all of them; medians over the repeats. The two limits
-are the bare JPEG decoder and a copy of decoded pictures in memory.
+are the bare JPEG decoder and a copy of decoded pictures in memory. Whatever says PIL delivers float32 as its
+documentation does, all others uint8. Libraries that are not installed are named; see benchmarks/rivals.py.
 """
 
 import argparse
-import csv
+import contextlib
+import importlib.metadata
 import json
 import os
 import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
 import torch
-import torchvision
-import webdataset
-from PIL import Image
-from torch.utils.data import DataLoader
+from rivals import DEFAULT, Read, count, rivals
+from synthetic import write_pictures
 
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
@@ -35,29 +35,11 @@ from train.loader import Stimuli, TrainLoader
 from train.picture_cache import PictureCaches
 from train.recipe import Loader
 
-GRAIN, NOISE = 10, 10  # pixels between the knots of the smooth part; amplitude of the rest, grey levels
-DECODE, DEFAULT = "bare JPEG decode", "WebDataset, its default (pil)"
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
-
-def write_pictures(folder: Path, stimuli: int, size: int) -> None:
-    """A recording for the source `folder`; its pictures also lie as torchvision's ImageFolder wants them."""
-    draw = np.random.default_rng(0)
-    (folder / "images" / "only_class").mkdir(parents=True)
-    names = [f"images/only_class/{number:05d}.jpg" for number in range(stimuli)]
-    for name in names:
-        knots = draw.integers(0, 256, (size // GRAIN, size // GRAIN, 3), dtype=np.uint8)
-        smooth = np.asarray(Image.fromarray(knots).resize((size, size), Image.Resampling.BICUBIC), np.int16)
-        picture = (smooth + draw.integers(-NOISE, NOISE + 1, smooth.shape, np.int16)).clip(0, 255).astype(np.uint8)
-        (folder / name).write_bytes(simplejpeg.encode_jpeg(picture, quality=90, colorsubsampling="420"))
-    with (folder / "stimuli.csv").open("w", newline="") as file:
-        rows = [[Path(name).stem, name, "train"] for name in names]
-        csv.writer(file).writerows([["stimulus_id", "image", "split"], *rows])
-    np.save(folder / "rates.npy", draw.normal(size=(stimuli, 4)).astype(np.float32))
-
-
-def count(batches: Iterable[torch.Tensor]) -> int:
-    """Read everything; returns how many pictures there were."""
-    return sum(len(images) for images in batches)
+DECODE, COPY = "bare JPEG decode", "copy in memory"
+LIMITS, LIMIT = (DECODE, COPY), "0.6"
 
 
 class Ours:
@@ -89,25 +71,8 @@ class Ours:
         return count(batch.images for step in self._loader.epoch(self._epoch) for batch in step)
 
 
-def webdataset_of(shards: ShardFolder, batch: int, *decoders) -> Callable[[], int]:
-    """WebDataset's pipeline as in its documentation; float32 from `pil`, uint8 from a decoder of one's own."""
-    urls = [str(path) for path in sorted(shards.folder.glob("train-*.tar"))]
-    change = torchvision.transforms.ToTensor() if decoders == ("pil",) else torch.from_numpy
-
-    def read() -> int:
-        dataset = webdataset.WebDataset(urls, shardshuffle=False).decode(*decoders).to_tuple("jpg").map_tuple(change)
-        return count(images for (images,) in dataset.batched(batch))
-
-    return read
-
-
-def quick_decoder(key: str, data: bytes) -> np.ndarray | None:
-    """A decoder for WebDataset."""
-    return simplejpeg.decode_jpeg(data) if key.endswith("jpg") else None
-
-
-def contenders(folder: Path, shards: ShardFolder, size: int, batch: int) -> dict[str, Callable[[], int]]:
-    """What is compared: each reads all pictures once and returns how many it has read."""
+def ours_and_limits(folder: Path, shards: ShardFolder, size: int, batch: int) -> dict[str, Read]:
+    """Our loader, and what no loader can beat: each reads all pictures once and returns how many it has read."""
     split = shards.split("train")
     encoded = [bytes(split.image(position)[0]) for position in range(len(split))]
     decoded = np.ones((len(split), size, size, 3), np.uint8)
@@ -125,20 +90,16 @@ def contenders(folder: Path, shards: ShardFolder, size: int, batch: int) -> dict
         filling.forget()
         return filling()
 
-    files = torchvision.datasets.ImageFolder(folder / "images", torchvision.transforms.ToTensor())
     return {
         DECODE: lambda: count(simplejpeg.decode_jpeg(data)[None] for data in encoded),
-        "copy in memory": copy,
+        COPY: copy,
         "ours, cold (cache off)": Ours(shards, size, batch, "off"),
         "ours, cold, filling the cache": fill,
         "ours, warm": Ours(shards, size, batch, "ram"),
-        DEFAULT: webdataset_of(shards, batch, "pil"),
-        "WebDataset + simplejpeg": webdataset_of(shards, batch, quick_decoder),
-        "torchvision ImageFolder (PIL)": lambda: count(images for images, _ in DataLoader(files, batch)),
     }
 
 
-def measure(sides: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
+def measure(sides: dict[str, Read], repeats: int) -> dict[str, list[float]]:
     """Pictures per second of every side, in turns; the first turn, which fills caches, does not count."""
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
@@ -163,6 +124,34 @@ def table(speeds: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
+def versions() -> str:
+    """Of what is compared."""
+    found = []
+    for package in ("torch", "webdataset", "torchvision", "simplejpeg", "mosaicml-streaming", "litdata"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(found)
+
+
+def chart(speeds: dict[str, list[float]], title: str) -> "Figure":
+    """A bar for every side, as long as its median, with its range; ours stand out."""
+    from matplotlib.figure import Figure
+
+    names = sorted(speeds, key=lambda name: statistics.median(speeds[name]))
+    medians = [statistics.median(speeds[name]) for name in names]
+    spread = [[m - min(speeds[n]) for n, m in zip(names, medians, strict=True)]]
+    spread += [[max(speeds[n]) - m for n, m in zip(names, medians, strict=True)]]
+    figure = Figure(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    colours = ["#d55e00" if name.startswith("ours") else LIMIT if name in LIMITS else "#0072b2" for name in names]
+    axes.barh(names, medians, xerr=spread, color=colours, error_kw={"elinewidth": 1, "ecolor": "0.3"})
+    for place, median in enumerate(medians):
+        axes.text(median * 1.12, place, f"{median:,.0f}", va="center", fontsize=8)
+    axes.set(xscale="log", xlabel="images/s on one core (logarithmic)", title=title)
+    axes.set_xlim(right=axes.get_xlim()[1] * 2)
+    return figure
+
+
 def main() -> None:
     """Make the pictures, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -171,6 +160,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
+    parser.add_argument("--figure", type=Path, help="draw a bar chart, .png")
     options = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
@@ -179,10 +169,19 @@ def main() -> None:
         shards = pack(Folder(source=folder).open(), folder / "shards", stimuli_per_shard=1000, workers=1)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        speeds = measure(contenders(folder, shards, options.size, options.batch), options.repeats)
+        sides = ours_and_limits(folder, shards, options.size, options.batch)
+        others, missing = rivals(folder / "images", sorted(shards.folder.glob("*.tar")), folder, options.batch)
+        speeds = measure(sides | others, options.repeats)
+    print(f"load average {os.getloadavg()[0]:.1f}, {versions()}")
     print(table(speeds))
+    for name, reason in missing.items():
+        print(f"{name}: {reason}")
     if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "images_per_second": speeds}))
+        shown = {name: str(value) for name, value in vars(options).items()}
+        options.json.write_text(json.dumps({"options": shown, "images_per_second": speeds, "missing": missing}))
+    if options.figure:
+        title = f"Reading {options.stimuli:,} JPEGs of {options.size} px in batches of {options.batch}"
+        chart(speeds, title).savefig(options.figure, dpi=130)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What several benchmarks are measured on: a recording packed on the spot, or on paper, and a training run over it."""
 
+import csv
 import json
 import os
 import resource
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+import simplejpeg
 import torch
 from PIL import Image
 
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 GIB = 2**30
+GRAIN, NOISE = 10, 10  # pixels between the knots of the smooth part; amplitude of the rest, grey levels
 
 
 def pack_simulated(out: Path, side: int, stimuli: int = 240) -> Path:
@@ -40,19 +43,20 @@ def pack_simulated(out: Path, side: int, stimuli: int = 240) -> Path:
     return out
 
 
-def pack_jpegs(out: Path, pictures: int, stimuli: int) -> Path:
-    """A recording of smooth random JPEGs of 256 px, about 20 kB each, of 12 sites that respond at random.
+def pack_jpegs(out: Path, pictures: int, stimuli: int, side: int = 256) -> Path:
+    """A recording of smooth random JPEGs, at 256 px about 20 kB each, of 12 sites that respond at random.
 
     Args:
         out: shard folder to make.
         pictures: that differ; they are drawn and encoded, which takes time.
         stimuli: as which they are packed, in turns, which takes little.
+        side: of the pictures, in pixels.
     """
     source, draw = out.with_name(f"{out.name}_source"), np.random.default_rng(0)
     source.mkdir()
     for index in range(pictures):
-        coarse = Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).resize((256, 256), Image.BICUBIC)
-        noisy = np.asarray(coarse, np.float32) + draw.normal(0, 3, (256, 256, 3))
+        coarse = Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).resize((side, side), Image.BICUBIC)
+        noisy = np.asarray(coarse, np.float32) + draw.normal(0, 3, (side, side, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(source / f"{index}.jpg", quality=90)
     rows = [f"s{index},{index % pictures}.jpg,o{index % 8}" for index in range(stimuli)]
     (source / "stimuli.csv").write_text("\n".join(["stimulus_id,image,object", *rows]) + "\n")
@@ -61,6 +65,22 @@ def pack_jpegs(out: Path, pictures: int, stimuli: int) -> Path:
     words += ["--test-fraction", 0.05, "--stimuli-per-shard", 2048]
     subprocess.run([*map(str, words)], cwd=ROOT, check=True, capture_output=True)
     return out
+
+
+def write_pictures(folder: Path, stimuli: int, size: int) -> None:
+    """A recording for the source `folder`; its pictures also lie as torchvision's ImageFolder wants them."""
+    draw = np.random.default_rng(0)
+    (folder / "images" / "only_class").mkdir(parents=True)
+    names = [f"images/only_class/{number:05d}.jpg" for number in range(stimuli)]
+    for name in names:
+        knots = draw.integers(0, 256, (size // GRAIN, size // GRAIN, 3), dtype=np.uint8)
+        smooth = np.asarray(Image.fromarray(knots).resize((size, size), Image.Resampling.BICUBIC), np.int16)
+        picture = (smooth + draw.integers(-NOISE, NOISE + 1, smooth.shape, np.int16)).clip(0, 255).astype(np.uint8)
+        (folder / name).write_bytes(simplejpeg.encode_jpeg(picture, quality=90, colorsubsampling="420"))
+    with (folder / "stimuli.csv").open("w", newline="") as file:
+        rows = [[Path(name).stem, name, "train"] for name in names]
+        csv.writer(file).writerows([["stimulus_id", "image", "split"], *rows])
+    np.save(folder / "rates.npy", draw.normal(size=(stimuli, 4)).astype(np.float32))
 
 
 def setting_of(strategy: str) -> str:

@@ -4,13 +4,15 @@ import contextlib
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
 from data_prep.errors import BadInput
 
 Parsed = TypeVar("Parsed")
+Place = Annotated[str, tyro.conf.arg(metavar="PATH|URL")]
+"""The type of an option that takes a shard folder."""
 
 
 def parse(

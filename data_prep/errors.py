@@ -24,7 +24,13 @@ class Stopped(Exception):
 
 
 class RunFailed(Exception):
-    """The input was fine, and yet the work cannot go on. The message says why and what would help."""
+    """The input was fine, and yet the work cannot go on. The message says why and what would help.
+
+    Attributes:
+        alone: as of `BadInput`.
+    """
+
+    alone = False
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -36,7 +42,7 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except (BadInput, RunFailed) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "alone", False):
+        if os.environ.get("LOCAL_RANK", "0") == "0" or error.alone:
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT if isinstance(error, BadInput) else FAILURE)
     except Stopped as stop:

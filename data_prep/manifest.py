@@ -11,6 +11,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.errors import BadInput
+from data_prep.writing import write_whole
 
 FORMAT_VERSION = 1
 
@@ -22,8 +23,15 @@ class _Part(BaseModel):
 class Shard(_Part):
     """One tar file of a split."""
 
-    file: str = Field(pattern=r"^[A-Za-z0-9_.-]+\.tar$")
+    file: str = Field(pattern=r"^(?:[A-Za-z0-9_-][A-Za-z0-9_.-]*/)?[A-Za-z0-9_.-]+\.tar$")
     stimuli: int = Field(ge=1)
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Table(_Part):
+    """A table beside the shards: index.npz, targets.npz."""
+
     bytes: int = Field(ge=1)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
@@ -49,6 +57,13 @@ class Image(_Part):
         """Side in pixels of the square that a network sees of the largest picture, if nothing else is asked for."""
         return min(self.width, self.height)
 
+    @classmethod
+    def of(cls, pictures: set[tuple[int, int, str]]) -> "Image":
+        """What there is to say of pictures of these widths, heights and modes."""
+        widths, heights, modes = zip(*pictures, strict=True)
+        mode = modes[0] if len(set(modes)) == 1 else "mixed"
+        return cls(width=max(widths), height=max(heights), mode=mode, mixed=len(pictures) > 1)
+
 
 class Rates(_Part):
     """Per-site mean and standard deviation over the train split; null for a site never recorded there."""
@@ -56,6 +71,16 @@ class Rates(_Part):
     units: str
     mean: list[float | None]
     std: list[float | None]
+
+    @classmethod
+    def of(cls, train: np.ndarray, units: str) -> "Rates":
+        """The statistics of responses, float32 (stimuli, sites), NaN = not recorded."""
+        present = ~np.isnan(train)
+        count = present.sum(axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = np.where(present, train, 0).sum(axis=0, dtype=np.float64) / count
+            variance = np.square(np.where(present, train - mean, 0)).sum(axis=0) / count
+        return cls(units=units, mean=to_json_list(mean), std=to_json_list(np.sqrt(variance)))
 
 
 class Ceiling(_Part):
@@ -101,7 +126,7 @@ class Manifest(_Part):
     simulated: bool
     provenance: dict[str, Any]
     splits: dict[Literal["train", "val", "test"], Split]
-    sites: list[dict[str, Any]] = Field(min_length=1)
+    sites: list[dict[str, Any]]  # none where there are labels only
     classes: list[str] | None
     image: Image
     rates: Rates
@@ -109,6 +134,7 @@ class Manifest(_Part):
     group_by: str | None = None
     ceiling: Ceiling | None = None
     truth: dict[str, Any] | None = None
+    files: dict[Literal["index.npz", "targets.npz"], Table] = {}
 
     @property
     def fingerprint(self) -> str:
@@ -124,7 +150,7 @@ class Manifest(_Part):
     def save(self, path: Path) -> None:
         """Write the manifest as JSON; fields that do not apply are absent."""
         text = json.dumps(self.model_dump(mode="json", exclude_none=False), indent=1, allow_nan=False)
-        path.write_text(text + "\n", encoding="utf-8")
+        write_whole(path, f"{text}\n".encode())
 
 
 def load_manifest(folder: Path) -> Manifest:
@@ -137,9 +163,24 @@ def load_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give a shard folder made by data_prep/pack.py")
     if not path.is_file():
-        raise BadInput(f"{folder} has no manifest.json, so it is not a (finished) shard folder of data_prep/pack.py")
+        raise BadInput(
+            f"{folder} has no manifest.json, so it is no (finished) shard folder, nor are there tars that others wrote"
+        )
+    return parse_manifest(path.read_bytes(), path)
+
+
+def parse_manifest(content: bytes, path: Path | str) -> Manifest:
+    """Check the content of a manifest.json.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+
+    Raises:
+        BadInput: it is damaged or of another format version.
+    """
     try:
-        manifest = Manifest.model_validate_json(path.read_bytes())
+        manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"]) or "the file"
@@ -148,7 +189,7 @@ def load_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def _check_lengths(manifest: Manifest, path: Path) -> None:
+def _check_lengths(manifest: Manifest, path: Path | str) -> None:
     sites = len(manifest.sites)
     ids = [site.get("id") for site in manifest.sites]
     if None in ids or len(set(map(str, ids))) != sites:

@@ -28,7 +28,8 @@ def summary(folder: ShardFolder) -> str:
     lines.append(f"  images {'up to ' if image.mixed else ''}{size}")
     regions = sorted({str(site["region"]) for site in manifest.sites if "region" in site})
     lines.append(f"  sites  {len(manifest.sites)}{' in ' + ', '.join(regions) if regions else ''}")
-    lines.append(_rates_line(folder))
+    if manifest.sites:
+        lines.append(_rates_line(folder))
     if manifest.classes:
         shown = ", ".join(manifest.classes[:6]) + (", ..." if len(manifest.classes) > 6 else "")
         lines.append(f"  objects {len(manifest.classes)}: {shown}")
@@ -90,15 +91,19 @@ def _rates_line(folder: ShardFolder) -> str:
     return f"  rates  {np.nanmin(mean):.3g} to {np.nanmax(mean):.3g} on average per site ({rates.units}{when})"
 
 
-def contact_sheet(split: ShardSplit, columns: int = 8, rows: int = 6, tile: int = 112) -> Image.Image:
+def contact_sheet(
+    split: ShardSplit, columns: int = 8, rows: int = 6, tile: int = 112, among: np.ndarray | None = None
+) -> Image.Image:
     """Evenly spaced pictures of a split, each with its object's name.
 
     Args:
         split: to take pictures from.
         columns, rows: of the sheet.
         tile: pixels of one picture's side.
+        among: positions to choose from; by default all.
     """
-    positions = np.unique(np.linspace(0, len(split) - 1, columns * rows).astype(int))
+    among = np.arange(len(split)) if among is None else among
+    positions = among[np.unique(np.linspace(0, len(among) - 1, columns * rows).astype(int))]
     sheet = Image.new("RGB", (columns * tile, -(-len(positions) // columns) * (tile + 14)), "white")
     draw = ImageDraw.Draw(sheet)
     for place, position in enumerate(positions):
@@ -110,7 +115,5 @@ def contact_sheet(split: ShardSplit, columns: int = 8, rows: int = 6, tile: int 
         except (OSError, SyntaxError, ValueError) as error:
             raise BadInput(f"{split.place(position)}: the picture cannot be decoded ({error})") from None
         sheet.paste(picture.resize((tile - 2, tile - 2)), (x, y))
-        draw.text(
-            (x + 2, y + tile), str(split.meta(position).get("object", split.stimulus_ids[position])), fill="black"
-        )
+        draw.text((x + 2, y + tile), split.label(position) or split.stimulus_ids[position], fill="black")
     return sheet

@@ -5,7 +5,6 @@
 `python data_prep/pack.py folder --help` lists the options of a source.
 """
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,7 @@ from data_prep.division import Division
 from data_prep.errors import run_command
 from data_prep.overview import summary
 from data_prep.packing import pack
+from data_prep.processes import usable_cores
 from data_prep.sources.brainio import Brainio
 from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
@@ -44,8 +44,8 @@ class Pack(Division):
     """The shard folder to make; it must not exist yet."""
     stimuli_per_shard: int = Field(256, ge=1)
     """Stimuli in one tar file."""
-    workers: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
-    """Processes that read, encode and write."""
+    workers: int = Field(default_factory=usable_cores, ge=1)
+    """Processes that read, encode and write; by default one for each core that this process may use."""
 
 
 def main() -> None:

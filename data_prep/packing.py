@@ -23,14 +23,16 @@ from typing import Any
 import numpy as np
 
 from data_prep.ceiling import estimate_ceiling
-from data_prep.errors import BadInput
-from data_prep.manifest import Ceiling, Image, Manifest, Rates, Shard, Split, to_json_list
+from data_prep.errors import BadInput, RunFailed
+from data_prep.index import SplitIndex, write_index
+from data_prep.manifest import Ceiling, Image, Manifest, Rates, Shard, Split
 from data_prep.pictures import picture_size
 from data_prep.processes import serve_parent
 from data_prep.progress import Progress
 from data_prep.recording import SPLITS, Recording, Stimulus
-from data_prep.shards import ShardFolder, ShardSplit, write_index, write_shard
+from data_prep.shards import ShardFolder, ShardSplit, write_shard
 from data_prep.splits import grouping_facts, straddling
+from data_prep.targets import write_targets
 
 CEILING_BYTES = 32 * 2**20  # of trials whose ceilings are estimated at once, which takes about ten times as much
 NEVER_UINT8 = 0.1  # a rounding error above this part of a grey level is no float16 noise: the picture was resampled
@@ -47,15 +49,16 @@ def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) 
 
     Raises:
         BadInput: `out` exists, the recording contradicts itself, or a stimulus of it cannot be read.
+        RunFailed: the disk is full, or a packing process was killed.
     """
     _check_recording(recording)
     with _whole_or_nothing(out) as folder:
         packed = _write_shards(recording, folder, stimuli_per_shard, workers)
         manifest = _manifest(recording, packed)
-        write_index(folder, manifest)
-        manifest.save(folder / "manifest.json")
-        manifest.ceiling = _ceiling(ShardFolder(folder))
-        manifest.save(folder / "manifest.json")
+        try:
+            _write_tables(folder, manifest, packed)
+        except OSError as error:
+            raise RunFailed(f"{out}: {error.strerror}; nothing was packed") from None
     return ShardFolder(out)
 
 
@@ -135,6 +138,7 @@ class _PackedShard:
     """What a packing process tells of the shard it wrote."""
 
     shard: Shard
+    index: SplitIndex
     rates: np.ndarray | None
     image_sizes: set[tuple[int, int, str]]
     rounding_error: float | None
@@ -155,14 +159,20 @@ _finished: Any
 
 
 def _start_process(recording: Recording, finished: Any) -> None:
+    _prepare(recording, finished)
+    serve_parent()
+
+
+def _prepare(recording: Recording, finished: Any) -> None:
+    """Tell this process what it packs, and where to count."""
     global _recording, _finished
     _recording, _finished = recording, finished
-    serve_parent()
 
 
 def _write_shards(recording: Recording, folder: Path, stimuli_per_shard: int, workers: int) -> _Packed:
     jobs = _shard_jobs(recording.splits, stimuli_per_shard)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["data_prep.packing", "webdataset"])  # whose import takes seconds: once for all
     finished = context.Value("q", 0)
     with (
         Progress(len(recording.stimulus_ids), "packing") as progress,
@@ -173,7 +183,7 @@ def _write_shards(recording: Recording, folder: Path, stimuli_per_shard: int, wo
         try:
             _watch(futures, finished, progress)
         except BrokenProcessPool:
-            raise RuntimeError("a packing process was killed (out of memory?); nothing was packed") from None
+            raise RunFailed("a packing process was killed (out of memory?); nothing was packed") from None
         finally:
             for future in futures:
                 future.cancel()
@@ -213,8 +223,11 @@ def _watch(futures: list[Future], finished: Any, progress: Progress) -> None:
 
 def _write_one(path: Path, indices: list[int]) -> _PackedShard:
     watcher = _Watcher(len(_recording.sites), grouping_facts(_recording.group_by))
-    shard = write_shard(path, watcher.watch(_recording.read(indices)))
-    return _PackedShard(shard, watcher.rates(), watcher.image_sizes, watcher.rounding_error, watcher.groups)
+    try:
+        shard, index = write_shard(path, watcher.watch(_recording.read(indices)))
+    except OSError as error:
+        raise RunFailed(f"{error.filename or path.name}: {error.strerror}; nothing was packed") from None
+    return _PackedShard(shard, index, watcher.rates(), watcher.image_sizes, watcher.rounding_error, watcher.groups)
 
 
 class _Watcher:
@@ -260,6 +273,18 @@ class _Watcher:
 # ------------------------------------------------------------------------------------------------------- manifest
 
 
+def _write_tables(folder: Path, manifest: Manifest, packed: _Packed) -> None:
+    """Write the index, the targets and the manifest, and estimate the ceiling on the way."""
+    write_index(
+        folder, {split: SplitIndex.joined([tar.index for tar in tars]) for split, tars in packed.shards.items()}
+    )
+    manifest.save(folder / "manifest.json")
+    shards = ShardFolder(folder)
+    manifest.ceiling = _ceiling(shards)
+    manifest.files = write_targets(folder, shards)
+    manifest.save(folder / "manifest.json")
+
+
 def _manifest(recording: Recording, packed: _Packed) -> Manifest:
     train = [shard.rates for shard in packed.shards["train"]]
     if any(rates is None for rates in train):
@@ -271,7 +296,7 @@ def _manifest(recording: Recording, packed: _Packed) -> Manifest:
         splits={split: _split(shards) for split, shards in packed.shards.items()},
         sites=recording.sites,
         classes=sorted(set(recording.objects)) if recording.objects else None,
-        image=_image(packed),
+        image=Image.of(set().union(*(shard.image_sizes for shard in packed.all()))),
         rates=_rates(recording, np.concatenate(train)),
         response_window_ms=recording.response_window_ms,
         group_by=recording.group_by,
@@ -311,22 +336,10 @@ def _findings(recording: Recording, packed: _Packed) -> dict[str, Any]:
     return provenance
 
 
-def _image(packed: _Packed) -> Image:
-    sizes = set().union(*(shard.image_sizes for shard in packed.all()))
-    widths, heights, modes = zip(*sizes, strict=True)
-    mode = modes[0] if len(set(modes)) == 1 else "mixed"
-    return Image(width=max(widths), height=max(heights), mode=mode, mixed=len(sizes) > 1)
-
-
 def _rates(recording: Recording, train: np.ndarray) -> Rates:
-    present = ~np.isnan(train)
-    count = present.sum(axis=0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(present, train, 0).sum(axis=0, dtype=np.float64) / count
-        variance = np.square(np.where(present, train - mean, 0)).sum(axis=0) / count
-    if not count.any():
+    if np.isnan(train).all():
         raise BadInput(f"{recording.name}: every train rate is NaN; there is nothing to fit a model on")
-    return Rates(units=recording.units, mean=to_json_list(mean), std=to_json_list(np.sqrt(variance)))
+    return Rates.of(train, recording.units)
 
 
 def _ceiling(folder: ShardFolder) -> Ceiling | None:

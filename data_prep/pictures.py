@@ -4,6 +4,7 @@ import io
 import warnings
 
 import numpy as np
+import simplejpeg
 from PIL import Image
 
 MAX_PIXELS = 100_000_000  # a header that claims more is damaged or made to exhaust memory
@@ -15,6 +16,7 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # 8 bits or fewer a channel, a
 
 _RAW_START = b"\x93NUMPY"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
+_JPEG_MODES = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "L"}  # by the colours that libjpeg-turbo finds
 _PNG_END = b"IEND\xaeB`\x82"
 
 
@@ -36,13 +38,29 @@ def picture_size(data: bytes) -> tuple[int, int, str]:
     if data[: len(_RAW_START)] == _RAW_START:
         height, width = raw_pixels(data).shape[:2]
         return width, height, "RGB"
-    with _open(data) as picture:
-        width, height, mode = *picture.size, picture.mode
+    width, height, mode = _jpeg_size(data) or _other_size(data)
     if mode[0] in "IF":
         raise ValueError(f"pixels of mode {mode} have more than 8 bits; save it as an 8-bit RGB or grey picture")
     if not _is_whole(data):
         raise ValueError("the picture is cut short (its end marker is missing)")
     return width, height, mode
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int, str] | None:
+    """What Pillow would tell of a JPEG, in a tenth of the time; None for anything that is out of the ordinary."""
+    if sniff_encoding(data) != "jpg":
+        return None
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    ordinary = colours in _JPEG_MODES and height * width <= MAX_PIXELS
+    return (width, height, _JPEG_MODES[colours]) if ordinary else None
+
+
+def _other_size(data: bytes) -> tuple[int, int, str]:
+    with _open(data) as picture:
+        return *picture.size, picture.mode
 
 
 def raw_pixels(data: bytes | memoryview) -> np.ndarray:
@@ -129,6 +147,8 @@ def _open(data: bytes) -> Image.Image:
 def _is_whole(data: bytes) -> bool:
     """False for a JPEG or PNG without its end. Inside a JPEG's pixel data neither marker can occur by chance."""
     encoding = sniff_encoding(data)
+    if encoding == "jpg" and data.endswith(_JPEG_END):
+        return True
     if encoding == "jpg":  # the end of a thumbnail lies before the picture's own scan
         return data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)
     return encoding is None or data.rfind(_PNG_END) >= 0

@@ -7,6 +7,11 @@ import signal
 import threading
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, which a job scheduler can make fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def serve_parent(*_: object) -> None:
     """Called first in a helper process: leave Ctrl-C to the parent, and end when the parent is gone.
 

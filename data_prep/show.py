@@ -1,19 +1,22 @@
 """Print what a shard folder holds, and draw a contact sheet of its pictures.
 
-python data_prep/show.py DIR [--verify] [--contact-sheet PNG]
+python data_prep/show.py DIR [--index] [--verify] [--contact-sheet PNG]
+python data_prep/show.py URL [--verify] [--contact-sheet PNG] [--shard-cache DIR]
 """
 
 import sys
 from pathlib import Path
 
+import numpy as np
 import tyro
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.command_line import parse
+from data_prep.command_line import Place, parse
 from data_prep.errors import BadInput, run_command
 from data_prep.overview import contact_sheet, summary
 from data_prep.progress import Progress
-from data_prep.shards import ShardFolder
+from data_prep.remote import FetchSettings
+from data_prep.shards import ShardFolder, reindex
 
 
 class Show(BaseModel):
@@ -21,12 +24,20 @@ class Show(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    folder: tyro.conf.Positional[Path]
-    """A shard folder made by data_prep/pack.py."""
+    folder: tyro.conf.Positional[Place]
+    """A shard folder made by data_prep/pack.py, or its URL, or a folder of tars that others wrote."""
+    index: bool = False
+    """Read the tars anew and write the tables beside them, on this machine only. Not needed for tars of others: that
+    happens when they have changed."""
     verify: bool = False
-    """Rehash every shard and compare it with the manifest and the index."""
+    """Rehash every shard and compare it with the manifest and the index. Remote shards of which there is no verified
+    copy are fetched."""
     contact_sheet: Path | None = None
-    """Where to put the contact sheet; by default contact_sheet.png in the folder."""
+    """Where to put the contact sheet; by default contact_sheet.png in the folder, of a URL in the working folder."""
+    shard_cache: Path | None = None
+    """Of remote shards: folder for copies; by default in ~/.cache."""
+    shard_cache_gib: float | None = Field(None, gt=0)
+    """Of remote shards: the most that is kept in that folder; by default half of what is free on its disk."""
 
 
 def _verify(folder: ShardFolder) -> None:
@@ -45,22 +56,30 @@ def _verify(folder: ShardFolder) -> None:
 
 
 def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
-    sheet = contact_sheet(folder.split("train"))
+    name = next(iter(folder.manifest.splits))
+    split, what = folder.split(name), f"the {name} split"
+    positions = np.arange(len(split))
+    if folder.is_remote:  # pictures of all shards would be the whole split
+        positions, what = positions[split.shards_of(positions) == 0], f"{split.shards[0].file}"
+    sheet = contact_sheet(split, among=positions)
     try:
         sheet.save(path, format="PNG")
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}); choose another --contact-sheet") from None
-    print(f"  contact sheet of the train split: {path}")
+    print(f"  contact sheet of {what}: {path}")
 
 
 def main() -> None:
     """Parse the command line, print, draw and verify."""
     options = parse(Show)
-    folder = ShardFolder(options.folder)
+    if options.index:
+        reindex(options.folder)
+    folder = ShardFolder(options.folder, FetchSettings(options.shard_cache, options.shard_cache_gib))
     print(summary(folder))
     if options.verify:
         _verify(folder)
-    _draw_contact_sheet(folder, options.contact_sheet or options.folder / "contact_sheet.png")
+    beside = Path() if folder.is_remote else folder.folder
+    _draw_contact_sheet(folder, options.contact_sheet or beside / "contact_sheet.png")
 
 
 if __name__ == "__main__":

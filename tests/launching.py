@@ -3,10 +3,12 @@
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import numpy as np
+import psutil
 import torch
 from helpers import ROOT
 from safetensors.torch import load_file
@@ -44,6 +46,18 @@ def finish_started(process: subprocess.Popen, timeout: float = 300) -> Completed
     finally:
         process.kill()
     return CompletedProcess(process.args, process.returncode, out, err)
+
+
+def kill_after_an_epoch(processes: int, run: Path, *options) -> None:
+    """Start a run and SIGKILL all its processes when its first checkpoint is there."""
+    launcher = start(processes, "train/finetune.py", "--out", run, *options)
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "last").exists() and time.monotonic() < deadline and launcher.poll() is None:
+        time.sleep(0.01)
+    for process in psutil.process_iter(["cmdline"]):
+        if str(run) in (process.info["cmdline"] or []):
+            process.kill()
+    launcher.communicate()
 
 
 def succeed(processes: int, *command, **environment: str) -> str:

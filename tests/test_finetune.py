@@ -1,14 +1,12 @@
 """Training does not depend on the number of processes, on accumulation or on the strategy."""
 
 import shutil
-import time
 
 import numpy as np
-import psutil
 import pytest
 import torch
 from helpers import run_command
-from launching import SMALL, largest_difference, launch, losses, metrics, start, succeed, weights
+from launching import SMALL, kill_after_an_epoch, largest_difference, launch, losses, metrics, succeed, weights
 
 from data_prep.shards import ShardFolder
 from train.checkpoint import load_progress
@@ -84,19 +82,6 @@ def test_training_ends_in_the_same_network_on_more_processes(recording, trained,
     assert largest_difference(weights(out), weights(trained)) < 1e-3  # Adam divides small sums by their own size
 
 
-def kill_after_an_epoch(processes: int, run, *options) -> None:
-    """Start a run and SIGKILL all its processes when its first checkpoint is there."""
-    launcher = start(processes, "train/finetune.py", "--out", run, *options)
-    deadline = time.monotonic() + 120
-    while not (run / "checkpoints" / "last").exists() and time.monotonic() < deadline and launcher.poll() is None:
-        time.sleep(0.01)
-    for process in psutil.process_iter(["cmdline"]):
-        if str(run) in (process.info["cmdline"] or []):
-            process.kill()
-    launcher.communicate()
-    assert load_progress(run / "checkpoints" / "last").epoch < 6, "the run was over before it could be killed"
-
-
 @pytest.fixture(scope="module")
 def six_epochs(recording, tmp_path_factory):
     """A run of six epochs on two processes that nothing disturbs, and its options."""
@@ -109,6 +94,7 @@ def six_epochs(recording, tmp_path_factory):
 def test_a_killed_run_resumes_and_ends_as_if_undisturbed(six_epochs, recording, tmp_path):
     undisturbed, options = six_epochs
     kill_after_an_epoch(2, tmp_path / "run", *options, "--loader.workers", "1")  # which must end with their rank
+    assert load_progress(tmp_path / "run" / "checkpoints" / "last").epoch < 6, "it was over before it could be killed"
     said = succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", "--resume")
     assert "resumed after epoch" in said
     assert losses(tmp_path / "run") == losses(undisturbed)
@@ -145,7 +131,7 @@ def test_a_damaged_picture_in_another_processs_share_is_named(recording, tmp_pat
     split = ShardFolder(broken).split("train")
     for position in range(len(split)):
         offset = split._index.offset[position, 0]
-        with (broken / split._files[split._index.shard[position]]).open("r+b") as tar:
+        with (broken / split.shards[split._index.shard[position]].file).open("r+b") as tar:
             tar.seek(int(offset) + 2)
             tar.write(bytes(200))
     for processes in (1, 2):

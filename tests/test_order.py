@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from train.order import (
+    Blocks,
     accumulation,
     epoch_order,
     evaluation_batches,
@@ -52,7 +53,7 @@ def test_an_epoch_shows_each_stimulus_once_but_for_those_that_fill_no_batch(seed
 def test_the_order_depends_on_seed_and_epoch_alone(seed, epoch):
     order = epoch_order(seed, epoch, 50)
     assert sorted(order) == list(range(50))
-    assert np.array_equal(order, epoch_order(seed, epoch, 50))
+    assert np.array_equal(order, epoch_order.__wrapped__(seed, epoch, 50))  # not the cached one
     others = [epoch_order(*other, 50) for other in ((seed, epoch + 1), (seed + 1, epoch), (seed + 1, epoch + 1))]
     assert len({tuple(other) for other in (order, *others)}) == 4
 
@@ -61,6 +62,95 @@ def test_no_stimulus_is_left_out_for_good():
     """10 of 50 stimuli fill no batch; which ones changes from epoch to epoch."""
     shown = [np.concatenate(epoch_of(0, epoch, 40, 50)) for epoch in range(20)]
     assert set(np.concatenate(shown).tolist()) == set(range(50))
+
+
+# ---- blocks --------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def stored(draw):
+    """How stimuli lie in shards of uneven sizes, and how many of these are mixed at a time."""
+    sizes = tuple(draw(st.lists(st.integers(1, 40), min_size=1, max_size=25)))
+    return Blocks(sizes, draw(st.integers(1, 30)))
+
+
+def begun_and_not_finished(order, blocks):
+    """At each place of an order, how many shards have had a stimulus by then and have one to come, there included."""
+    shard = np.repeat(np.arange(len(blocks.sizes)), blocks.sizes)[order]
+    first = [np.flatnonzero(shard == number)[0] for number in range(len(blocks.sizes))]
+    last = [np.flatnonzero(shard == number)[-1] for number in range(len(blocks.sizes))]
+    return [sum(a <= place <= b for a, b in zip(first, last, strict=True)) for place in range(len(order))]
+
+
+@given(seeds, epochs, stored())
+def test_the_order_by_blocks_takes_each_stimulus_once(seed, epoch, blocks):
+    order = epoch_order(seed, epoch, sum(blocks.sizes), blocks)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(sum(blocks.sizes)))
+    assert np.array_equal(order, epoch_order.__wrapped__(seed, epoch, sum(blocks.sizes), blocks))  # not the cached one
+
+
+@given(seeds, epochs, stored())
+def test_no_more_shards_are_open_than_are_mixed(seed, epoch, blocks):
+    """So each is read in one stretch, and once: those that are finished are not needed again."""
+    order = epoch_order(seed, epoch, sum(blocks.sizes), blocks)
+    assert max(begun_and_not_finished(order, blocks)) <= blocks.together
+
+
+@given(seeds, epochs, stored(), counts)
+def test_a_batch_needs_few_shards(seed, epoch, blocks, size):
+    """Those open at its beginning, those open at its end, and what is so small that it lies in it whole."""
+    stimuli = sum(blocks.sizes)
+    shard = np.repeat(np.arange(len(blocks.sizes)), blocks.sizes)
+    for step in range(steps_per_epoch(stimuli, size)):
+        taken = np.bincount(shard[global_batch(seed, epoch, step, size, stimuli, blocks)], minlength=len(blocks.sizes))
+        assert np.sum((taken > 0) & (taken < blocks.sizes)) <= 2 * blocks.together
+
+
+@given(seeds, epochs, stored())
+def test_mixing_all_shards_is_the_full_shuffle(seed, epoch, blocks):
+    stimuli, everything = sum(blocks.sizes), Blocks(blocks.sizes, len(blocks.sizes))
+    assert np.array_equal(epoch_order(seed, epoch, stimuli, everything), epoch_order(seed, epoch, stimuli))
+
+
+def test_shards_come_in_another_order_in_each_epoch_and_are_mixed_all_along():
+    blocks = Blocks((50,) * 40, 8)
+    shard = np.repeat(np.arange(40), 50)
+    orders = [shard[epoch_order(0, epoch, 2000, blocks)] for epoch in range(5)]
+    assert len({tuple(order) for order in orders}) == 5
+    assert len({order[0] for order in orders}) > 1
+    for order in orders:
+        assert min(len(set(batch)) for batch in order.reshape(-1, 50)) >= 4  # half of them at the ends
+
+
+# ---- from step to step ---------------------------------------------------------------------------------------------
+
+
+@st.composite
+def runs(draw):
+    """Stimuli in shards, shuffled or by blocks, a batch, and two numbers of processes with a step to change at."""
+    blocks = draw(stored())
+    stimuli = sum(blocks.sizes)
+    size = draw(st.integers(1, stimuli))
+    step = draw(st.integers(0, steps_per_epoch(stimuli, size)))
+    return stimuli, draw(st.none() | st.just(blocks)), size, draw(ranks_), draw(ranks_), step, draw(st.integers(1, 9))
+
+
+@given(seeds, epochs, runs())
+def test_a_run_that_goes_on_elsewhere_repeats_and_skips_nothing(seed, epoch, run):
+    """Whatever the order and the processes, micro-batches and workers before and after."""
+    stimuli, blocks, size, before, after, changed, workers = run
+    shown = []
+    for step in range(steps_per_epoch(stimuli, size)):
+        batch = global_batch(seed, epoch, step, size, stimuli, blocks)
+        ranks = before if step < changed else after
+        pieces = accumulation(len(batch), ranks, workers)
+        dealt = [counted(micro_batches(batch, rank, ranks, pieces)) for rank in range(ranks)]
+        assert sum(map(len, dealt)) == size
+        shown.append(np.concatenate(dealt))
+    together = np.concatenate(shown)
+    assert np.array_equal(together, epoch_order(seed, epoch, stimuli, blocks)[: len(together)])
+    assert len(together) == stimuli // size * size
 
 
 # ---- ranks ---------------------------------------------------------------------------------------------------------

@@ -317,3 +317,15 @@ def test_a_probes_recipe_is_read_and_refused_likewise(tmp_path):
             load_recipe(written(tmp_path, text), ProbeRecipe)
     with pytest.raises(BadInput, match="pixels"):
         ProbeRecipe(layers=["pixels", "layer3"]).check()
+
+
+# ---- the loader's order --------------------------------------------------------------------------------------------
+
+
+def test_what_the_order_makes_no_use_of_is_refused(tmp_path):
+    with pytest.raises(BadInput, match=r"loader\.block_shards \(4\) has an effect with loader\.order blocks only"):
+        load_recipe(written(tmp_path, "loader: {block_shards: 4}")).check()
+    load_recipe(written(tmp_path, "loader: {order: blocks, block_shards: 4}")).check()
+    for setting in ("order: blocks", "block_shards: 4"):
+        with pytest.raises(BadInput, match=r"loader\.\w+ is for training only"):
+            load_recipe(written(tmp_path, f"loader: {{{setting}}}"), ProbeRecipe).check()

@@ -14,7 +14,7 @@ import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.command_line import parse
+from data_prep.command_line import Place, parse
 from data_prep.errors import run_command
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
@@ -41,8 +41,10 @@ class Evaluate(BaseModel):
     """Which stimuli to predict; on a split without responses the predictions alone are written."""
     checkpoint: Literal["best", "last"] = "best"
     """Which epoch's weights."""
-    data: Path | None = None
-    """Shard folder; by default the one the run was trained on."""
+    data: Place | None = None
+    """Shard folder or its URL; by default the one the run was trained on."""
+    shard_cache: str | None = None
+    """Of remote shards: folder for copies; by default the recipe's."""
     batch_size: int | None = Field(None, ge=1)
     """Stimuli per forward pass; by default the recipe's."""
     workers: int | None = Field(None, ge=0)
@@ -78,7 +80,9 @@ def prepare(options: Evaluate) -> Job:
     check_writable(folder.path)
     checkpoint = folder.checkpoints / options.checkpoint
     progress = load_progress(checkpoint)
-    shards = ShardFolder(options.data or folder.data_folder())
+    if options.shard_cache is not None:
+        recipe.loader.shard_cache = options.shard_cache
+    shards = ShardFolder(options.data or folder.data_folder(), recipe.loader.fetch)
     progress.check_fits(shards.manifest, str(shards.folder))
     split = shards.split(options.split)
     classes = recipe.task.predicts_classes

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from data_prep.command_line import parse
+from data_prep.command_line import Place, parse
 from data_prep.errors import run_command
 from train.backbones import check_name
 from train.ema import RunningAverage
@@ -36,8 +36,8 @@ class Finetune(Recipe):
     A recipe (.yaml) as the first word gives the defaults: train/finetune.py [RECIPE.yaml] --data DIR --out RUN ...
     """
 
-    data: Path
-    """Shard folder made by data_prep/pack.py."""
+    data: Place
+    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     out: Path
     """Run folder to make."""
     resume: bool = False
@@ -53,7 +53,7 @@ def parse_command_line(words: list[str]) -> tuple[Finetune, Recipe]:
         BadInput: anything in it that is unknown, out of bounds or contradictory.
     """
     recipe, words = leading_recipe(words, Recipe)
-    options = _parse_flags(words, recipe or Recipe())
+    options = _parse_flags(words, recipe or Recipe(data="" if "--resume" in words else None))
     resume = options.resume or begun_by_this_job(options.out)
     if resume and recipe is None:
         options = _parse_flags(words, open_run(options.out)[1])
@@ -65,8 +65,8 @@ def parse_command_line(words: list[str]) -> tuple[Finetune, Recipe]:
 
 
 def _parse_flags(words: list[str], defaults: Recipe) -> Finetune:
-    missing = dict.fromkeys(("data", "out"), tyro.MISSING)
-    return parse(Finetune, args=words, default=Finetune.model_construct(**dict(defaults), **missing, resume=False))
+    missing = {"data": tyro.MISSING if defaults.data is None else defaults.data, "out": tyro.MISSING}
+    return parse(Finetune, args=words, default=Finetune.model_construct(**(dict(defaults) | missing), resume=False))
 
 
 def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
@@ -128,6 +128,11 @@ def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) ->
         f"{name}: {len(loader.stimuli):,} stimuli to fit, {len(job.selection):,} of {recipe.early_stopping.split} "
         f"to select the epoch, {len(manifest.sites)} sites, pictures of {loader.stimuli.size} px"
     )
+    if recipe.loader.engine == "webdataset":
+        monitor.say(
+            f"loader.engine webdataset: pictures stream from {len(loader.stimuli.split.shards)} tars that are drawn "
+            "with replacement, so an epoch is a number of steps and not every stimulus once"
+        )
     monitor.say(
         f"{recipe.backbone.name}{f' cut after {recipe.backbone.cut}' if recipe.backbone.cut else ''}, "
         f"weights: {network.backbone.weights_from}; "
@@ -151,6 +156,8 @@ def introduce_readouts(job: Job, network: Network, monitor: Monitor, ridge_score
             "note: the ridge saw features under BatchNorm's own statistics, training normalises by the batch; "
             "backbone.batch_norm frozen keeps what the ridge saw"
         )
+    for remark in job.remarks:
+        monitor.say(remark)
     if recipe.task.shuffle_responses:
         monitor.say("CONTROL: the training responses are shuffled over stimuli; the scores must be at chance")
     if recipe.task.predicts_classes and (unseen := set(job.selection.labels) - set(job.loader.stimuli.labels)):

@@ -6,7 +6,8 @@ everything else happens on the device, in the network.
 
 import hashlib
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -14,12 +15,14 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.ceiling import TrialStatistics
-from data_prep.errors import BadInput
+from data_prep.errors import BadInput, RunFailed
 from data_prep.processes import serve_parent
 from data_prep.shards import ShardSplit
 from train.batch_memory import BatchMemory
 from train.decode import decode_into
+from train.fetch_ahead import FetchAhead
 from train.order import (
+    Blocks,
     MicroBatch,
     accumulation,
     augmentation_draws,
@@ -91,6 +94,8 @@ class Stimuli(Dataset):
         responses: whether to read the responses.
         classes: whether to read the labels.
         caches: where decoded pictures are kept; by default none are.
+        apart: keep the subset's pictures apart from the split's others: what is read in every epoch, though little of
+            the split, then stays where not all of them fit in.
     """
 
     def __init__(
@@ -101,12 +106,14 @@ class Stimuli(Dataset):
         responses: bool = True,
         classes: bool = False,
         caches: PictureCaches | None = None,
+        apart: bool = False,
     ):
         self._split = split
         self._memory = BatchMemory()
-        self._cache = None if caches is None else caches.of(split, size)
         self.size = size
         self.subset = np.arange(len(split)) if subset is None else subset
+        self._kept_as = np.arange(len(self.subset)) if apart else self.subset
+        self._cache = None if caches is None else caches.of(split, size, self.subset if apart else None)
         self.stimulus_ids = [split.stimulus_ids[position] for position in self.subset]
         self.rates = split.rates()[self.subset] if responses else None
         self.labels = split.labels()[self.subset] if classes else None
@@ -114,6 +121,11 @@ class Stimuli(Dataset):
 
     def __len__(self) -> int:
         return len(self.subset)
+
+    @property
+    def split(self) -> ShardSplit:
+        """Where they lie."""
+        return self._split
 
     def fingerprint(self) -> str:
         """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
@@ -133,38 +145,44 @@ class Stimuli(Dataset):
         same = np.isclose(statistics.average, self.rates, rtol=1e-4, atol=1e-5, equal_nan=True).all()
         return statistics.noise_of_average() if same else None
 
-    def __getitem__(self, work: _Work) -> Batch | BadInput:
-        positions = work.micro.positions
+    def __getitem__(self, work: _Work) -> Batch | BadInput | RunFailed:
         try:
-            images = self._pictures(self.subset[positions])
-        except BadInput as error:
+            images = self._pictures(work.micro.positions)
+        except (BadInput, RunFailed) as error:
             return error
+        return self.batch(images, work.micro, work.stimuli, work.observed, work.draws)
+
+    def batch(
+        self, images: torch.Tensor, micro: MicroBatch, stimuli: int, observed: int, draws: np.ndarray | None
+    ) -> Batch:
+        """Pictures, uint8 (b, size, size, 3), with what is known of their stimuli; the rest as in `Batch`."""
+        positions = micro.positions
         return Batch(
             images=images.permute(0, 3, 1, 2),
             positions=torch.from_numpy(positions),
-            weight=torch.from_numpy(work.micro.weight),
+            weight=torch.from_numpy(micro.weight),
             rates=None if self.rates is None else torch.from_numpy(self.rates[positions]),
             labels=None if self.labels is None else torch.from_numpy(self.labels[positions]),
-            draws=None if work.draws is None else torch.from_numpy(work.draws),
-            stimuli=work.stimuli,
-            observed=work.observed,
+            draws=None if draws is None else torch.from_numpy(draws),
+            stimuli=stimuli,
+            observed=observed,
         )
 
-    def _pictures(self, places: np.ndarray) -> torch.Tensor:
-        """The pictures at these places of the split, uint8 (b, size, size, 3)."""
-        images = self._memory.take((len(places), self.size, self.size, 3))
-        pixels = images.numpy()
-        missing = range(len(places)) if self._cache is None else self._cache.read(places, pixels)
+    def _pictures(self, positions: np.ndarray) -> torch.Tensor:
+        """The pictures of these stimuli, uint8 (b, size, size, 3)."""
+        images = self._memory.take((len(positions), self.size, self.size, 3))
+        pixels, kept_as = images.numpy(), self._kept_as[positions]
+        missing = range(len(positions)) if self._cache is None else self._cache.read(kept_as, pixels)
         decoded: dict[int, int] = {}
         for row in missing:
-            place = int(places[row])
-            if place in decoded:  # padding repeats a stimulus
-                pixels[row] = pixels[decoded[place]]
+            position = int(positions[row])
+            if position in decoded:  # padding repeats a stimulus
+                pixels[row] = pixels[decoded[position]]
                 continue
-            self._decode(place, pixels[row])
-            decoded[place] = row
+            self._decode(int(self.subset[position]), pixels[row])
+            decoded[position] = row
             if self._cache is not None:
-                self._cache.write(place, pixels[row])
+                self._cache.write(int(kept_as[row]), pixels[row])
         return images
 
     def _decode(self, place: int, pixels: np.ndarray) -> None:
@@ -173,6 +191,35 @@ class Stimuli(Dataset):
             decode_into(pixels, data, encoding)
         except ValueError as error:
             raise BadInput(f"{self._split.place(place)}.{encoding} cannot be decoded ({error})") from None
+
+    def blocks(self, together: int) -> Blocks:
+        """How the stimuli lie in shards, for an order that mixes `together` of these at a time."""
+        shards = self._split.shards_of(self.subset)
+        if (np.diff(shards) < 0).any():
+            raise ValueError("stimuli that are read shard by shard must be in the order in which they are stored")
+        return Blocks(tuple(np.unique(shards, return_counts=True)[1].tolist()), together)
+
+    @contextmanager
+    def fetched_ahead(self, schedule: Iterable[_Work]) -> Iterator[Callable[[], None]]:
+        """Fetch remote shards in the background while the block runs.
+
+        Args:
+            schedule: what is going to be read, in order.
+
+        Yields:
+            What is to be called when the next part of it has been read.
+        """
+        if not self._split.is_remote:
+            yield lambda: None
+            return
+        with FetchAhead(self._split, [self._shards_for(work.micro.positions) for work in schedule]) as ahead:
+            yield ahead.passed
+
+    def _shards_for(self, positions: np.ndarray) -> np.ndarray:
+        """The shards that pictures have to be read from, those that are kept left out."""
+        if self._cache is not None:
+            positions = positions[~self._cache.holds(self._kept_as[positions])]
+        return np.unique(self._split.shards_of(self.subset[positions]))
 
     def shuffle_responses(self, seed: int) -> None:
         """Give each stimulus the responses of another, whole rows at a time: what is left to predict is chance."""
@@ -206,6 +253,7 @@ class TrainLoader:
         workers: decoding processes.
         pin: page-lock the batches.
         draws: random numbers per stimulus, for augmentation.
+        block_shards: shards that are mixed at a time; by default all stimuli are shuffled.
     """
 
     def __init__(
@@ -220,9 +268,11 @@ class TrainLoader:
         workers: int,
         pin: bool,
         draws: int = 0,
+        block_shards: int | None = None,
     ):
         self.stimuli, self.seed, self.rank, self.ranks = stimuli, seed, rank, ranks
-        self._draws = draws
+        self.draws = draws
+        self._blocks = None if block_shards is None else stimuli.blocks(block_shards)
         self.global_size = min(global_size, len(stimuli))
         if self.global_size < ranks:
             raise BadInput(
@@ -232,8 +282,11 @@ class TrainLoader:
         self.pieces = accumulation(self.global_size, ranks, per_device)
         self.largest_piece = -(-self.global_size // (ranks * self.pieces))
         self.steps = steps_per_epoch(len(stimuli), self.global_size)
+        self._open(workers, pin)
+
+    def _open(self, workers: int, pin: bool) -> None:
         self._schedule = _Schedule()
-        self._batches = _data_loader(stimuli, self._schedule, workers, pin)
+        self._batches = data_loader(self.stimuli, self._schedule, workers, pin)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Yield each global step's micro-batches, `pieces` of them, from `first_step` on."""
@@ -245,8 +298,8 @@ class TrainLoader:
     def _work(self, epoch: int, first_step: int) -> list[_Work]:
         work = []
         for step in range(first_step, self.steps):
-            batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli))
-            draws = augmentation_draws(self.seed, epoch, step, len(batch), self._draws) if self._draws else None
+            batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli), self._blocks)
+            draws = augmentation_draws(self.seed, epoch, step, len(batch), self.draws) if self.draws else None
             work += [
                 self.stimuli.work(micro, batch, draws)
                 for micro in micro_batches(batch, self.rank, self.ranks, self.pieces)
@@ -263,18 +316,50 @@ def evaluation_loader(
     """
     batches = evaluation_batches(len(stimuli), rank, ranks, size)[skip:]
     work = [stimuli.work(micro, micro.positions[micro.weight > 0]) for micro in batches]
-    return _data_loader(stimuli, work, workers, pin)
+    return data_loader(stimuli, work, workers, pin)
 
 
 class _Batches(DataLoader):
-    """Raises what a worker found wrong with the input, which torch would wrap in the worker's traceback."""
+    """Raises what a worker found wrong with the input, which torch would wrap in the worker's traceback.
+
+    Raises:
+        RunFailed: a worker was killed.
+    """
 
     def __iter__(self):
-        for batch in super().__iter__():
-            if isinstance(batch, BadInput):
-                batch.alone = True
-                raise batch
-            yield batch
+        with self._fetched_ahead() as passed:
+            try:
+                for batch in super().__iter__():
+                    if isinstance(batch, BadInput | RunFailed):
+                        batch.alone = True
+                        raise batch
+                    passed()
+                    yield batch
+            except (RuntimeError, OSError, EOFError) as error:
+                if self.num_workers == 0 or not _tells_of_a_death(error):
+                    raise
+                raise _worker_killed() from None
+
+    def _fetched_ahead(self) -> AbstractContextManager[Callable[[], None]]:
+        """As of `Stimuli`; a stream says nothing of what it is going to read."""
+        if isinstance(self.dataset, Stimuli):
+            return self.dataset.fetched_ahead(self.sampler)
+        return nullcontext(lambda: None)
+
+
+def _tells_of_a_death(error: Exception) -> bool:
+    """Torch's word that a worker is gone, or what becomes of fetching a batch's memory from one."""
+    said = str(error)
+    if said.startswith("Caught "):  # by a worker that lives
+        return False
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "ancdata" in said
+    return lost or said.startswith("DataLoader worker (pid")
+
+
+def _worker_killed() -> RunFailed:
+    failure = RunFailed("a decoding process was killed (out of memory?); lower loader.workers or loader.cache_gib")
+    failure.alone = True
+    return failure
 
 
 class _Schedule:
@@ -292,11 +377,12 @@ class _Schedule:
         return len(self.items)
 
 
-def _data_loader(stimuli: Stimuli, work, workers: int, pin: bool) -> "DataLoader[Batch]":
+def data_loader(source: Dataset, work, workers: int, pin: bool) -> "DataLoader[Batch]":
+    """Batches that workers read from `source`, as `work` tells; None where the source tells itself."""
     # Workers are forked from a server that has imported torch, so that starting some takes no seconds.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["train.loader"])
     return _Batches(
-        stimuli,
+        source,
         batch_size=None,  # an item is a whole batch
         sampler=work,
         num_workers=workers,

@@ -25,17 +25,58 @@ def stream_seed(*numbers: int) -> int:
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Of an order that mixes the stimuli of a few shards at a time.
+
+    At no point of an epoch are more than `together` shards begun and not finished, so that each is read in one stretch
+    and is not needed again before the next epoch.
+
+    Attributes:
+        sizes: stimuli in each shard, in the order in which they are stored.
+        together: shards that are mixed; all of them give the full shuffle.
+    """
+
+    sizes: tuple[int, ...]
+    together: int
+
+
 @lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, stimuli: int) -> np.ndarray:
-    """The order of the stimuli in an epoch: a permutation of range(stimuli), int64, by numpy's PCG64."""
-    order = np.random.default_rng([seed, epoch]).permutation(stimuli)
+def epoch_order(seed: int, epoch: int, stimuli: int, blocks: Blocks | None = None) -> np.ndarray:
+    """The order of the stimuli in an epoch: a permutation of range(stimuli), int64, by numpy's PCG64.
+
+    Args:
+        seed, epoch: name the permutation.
+        stimuli: how many.
+        blocks: how they lie in shards, for an order that reads a few of these at a time; a full shuffle without.
+    """
+    if blocks is None or blocks.together >= len(blocks.sizes):
+        order = np.random.default_rng([seed, epoch]).permutation(stimuli)
+    else:
+        order = _mixed(blocks, np.random.default_rng([seed, epoch, _OF_BLOCKS]))
     order.flags.writeable = False
     return order
 
 
-def global_batch(seed: int, epoch: int, step: int, global_size: int, stimuli: int) -> np.ndarray:
+_OF_BLOCKS = 1  # names their stream of random numbers
+
+
+def _mixed(blocks: Blocks, random: np.random.Generator) -> np.ndarray:
+    """Shards at random places 0, 1, 2 ..., each stimulus at a random moment at most together/2 from its shard's middle.
+
+    (As in MosaicML Streaming's `py1e`.) Moment t lies within the reach of no more than `together` middles 0.5, 1.5 ...
+    """
+    count, reach = len(blocks.sizes), blocks.together / 2
+    middle = np.repeat(random.permutation(count) + 0.5, blocks.sizes)
+    moment = random.uniform(np.maximum(middle - reach, 0), np.minimum(middle + reach, count))
+    return np.argsort(moment, kind="stable")
+
+
+def global_batch(
+    seed: int, epoch: int, step: int, global_size: int, stimuli: int, blocks: Blocks | None = None
+) -> np.ndarray:
     """The stimuli of global step `step` (counted within its epoch), int64, in order."""
-    return epoch_order(seed, epoch, stimuli)[step * global_size : (step + 1) * global_size].copy()
+    return epoch_order(seed, epoch, stimuli, blocks)[step * global_size : (step + 1) * global_size].copy()
 
 
 def augmentation_draws(seed: int, epoch: int, step: int, size: int, kinds: int) -> np.ndarray:
@@ -98,7 +139,9 @@ def evaluation_batches(stimuli: int, rank: int, ranks: int, size: int) -> list[M
     batches = []
     for start in range(0, largest_share, size):
         positions = own[start : start + size]
-        padding = np.zeros(size - len(positions), np.int64)
+        padding = np.full(
+            size - len(positions), own[-1] if len(own) else 0
+        )  # one that lies near, not the split's first
         weight = np.repeat(np.array([1, 0], np.float32), [len(positions), len(padding)])
         batches.append(MicroBatch(np.concatenate([positions, padding]), weight, np.arange(size)))
     return batches

@@ -12,6 +12,7 @@ The file is filled by whoever decodes a picture first. Two processes may write t
 """
 
 import fcntl
+import hashlib
 import mmap
 import os
 import re
@@ -40,9 +41,10 @@ PAGE = 4096
 _KEY_BYTES, _FULL_AT = 64, 72
 
 
-def pixel_key(split: ShardSplit, size: int) -> str:
-    """64 hexadecimal digits that name all that a split's pixels depend on."""
-    return split.fingerprint(f"pictures of {size} px, decoder {VERSION}")
+def pixel_key(split: ShardSplit, size: int, subset: np.ndarray | None = None) -> str:
+    """64 hexadecimal digits that name all that the pixels of a split, or of a subset of it, depend on."""
+    part = "" if subset is None else f", of {hashlib.sha256(np.ascontiguousarray(subset, np.int64)).hexdigest()}"
+    return split.fingerprint(f"pictures of {size} px, decoder {VERSION}{part}")
 
 
 class PictureCache:
@@ -85,14 +87,19 @@ class PictureCache:
             The rows of `out` whose pictures are not there, int64.
         """
         rows = out.reshape(len(places), self._bytes)
-        there = places < self.capacity
-        there[there] = self._there[places[there]]
+        there = self.holds(places)
         if there.all():
             np.take(self._pixels, places, axis=0, out=rows, mode="clip")  # any other mode copies twice
             return np.empty(0, np.int64)
         for row in np.flatnonzero(there):
             rows[row] = self._pixels[places[row]]
         return np.flatnonzero(~there)
+
+    def holds(self, places: np.ndarray) -> np.ndarray:
+        """Which pictures are there, bool (b,)."""
+        there = places < self.capacity
+        there[there] = self._there[places[there]]
+        return there
 
     def write(self, place: int, picture: np.ndarray) -> None:
         """Keep a picture, uint8 (size, size, 3), contiguous, if there is room for it."""
@@ -135,17 +142,20 @@ class PictureCaches:
         self._left = 0 if self._mode == "off" else _budget(self._mode, settings.cache_gib)
         self._open: dict[str, PictureCache] = {}
 
-    def of(self, split: ShardSplit, size: int) -> PictureCache | None:
-        """The cache of a split's pictures at `size` px, shared with all who have it open; None where none are kept."""
+    def of(self, split: ShardSplit, size: int, subset: np.ndarray | None = None) -> PictureCache | None:
+        """The cache of a split's pictures at `size` px, shared with all who have it open; None where none are kept.
+
+        Of a subset (positions in the split), the pictures are kept apart from the split's others, by place within it.
+        """
         if self._mode == "off":
             return None
-        key = pixel_key(split, size)
+        key = pixel_key(split, size, subset)
         if key not in self._open:
             try:
                 with _holders() as holders:
                     descriptor = holders.open(key)
                     if descriptor is None:
-                        descriptor = self._make(key, len(split), size)
+                        descriptor = self._make(key, len(split) if subset is None else len(subset), size)
                     holders.add(key, descriptor)
                 cache = PictureCache(descriptor, size, listed=True)
             except OSError as error:

@@ -6,14 +6,15 @@ python train/plan.py [RECIPE.yaml] --gpus 8 --memory 24 [--machines 1] [--data D
 
 import shlex
 import sys
-from pathlib import Path
 
 import tyro
 from pydantic import Field
 
-from data_prep.command_line import parse
+from data_prep.command_line import Place, parse
 from data_prep.errors import BadInput, run_command
-from data_prep.manifest import Manifest, load_manifest
+from data_prep.files import files_at
+from data_prep.manifest import Manifest
+from data_prep.url import place_of
 from train.backbones import check_name
 from train.memory_plan import CONTEXT, GIB, HEADROOM, Choice, choices, recommended, usable
 from train.recipe import Recipe, leading_recipe
@@ -40,8 +41,8 @@ class Plan(Recipe):
     """Memory of each GPU in GiB."""
     machines: int = Field(1, ge=1)
     """Machines, each with the same number of GPUs."""
-    data: Path | None = None
-    """Shard folder, for the numbers of sites and classes and the size of the pictures."""
+    data: Place | None = None
+    """Shard folder or its URL, for the numbers of sites and classes and the size of the pictures."""
     sites: int | None = Field(None, ge=1)
     """Sites, where there is no shard folder; by default 168."""
     classes: int | None = Field(None, ge=1)
@@ -56,7 +57,7 @@ def parse_command_line(words: list[str]) -> tuple[Plan, Recipe]:
     """
     before, words = leading_recipe(words, Recipe)
     missing = dict.fromkeys(("gpus", "memory"), tyro.MISSING)
-    own = {"machines": 1, "data": None, "sites": None, "classes": None}
+    own = {"machines": 1, "sites": None, "classes": None}
     options = parse(Plan, args=words, default=Plan.model_construct(**dict(before or Recipe()), **missing, **own))
     recipe = Recipe(**{name: getattr(options, name) for name in Recipe.model_fields})
     recipe.check()
@@ -71,7 +72,7 @@ def parse_command_line(words: list[str]) -> tuple[Plan, Recipe]:
 def manifest_of(options: Plan) -> Manifest:
     """The recording that is planned for: that of --data, or one on paper."""
     if options.data is not None:
-        return load_manifest(options.data)
+        return files_at(options.data).manifest()
     return paper_manifest(options.sites or SITES, options.classes or CLASSES, SIDE)
 
 
@@ -103,7 +104,7 @@ def table(found: list[Choice], gpus_per_machine: int) -> str:
 
 def command(choice: Choice, options: Plan, words: list[str]) -> str:
     """The command line that trains as recommended, with the recipe and the settings that the plan was given."""
-    data = shlex.quote(str(options.data)) if options.data else "DIR"
+    data = shlex.quote(str(place_of(options.data))) if options.data else "DIR"
     strategy = "" if options.strategy is None else f" --strategy {_strategy_setting(choice.strategy)}"
     recipe, flags = ([words[0]], words[1:]) if words[0].endswith((".yaml", ".yml")) else ([], words)
     return (

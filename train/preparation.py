@@ -9,6 +9,7 @@ import numpy as np
 
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest
+from data_prep.shard_cache import GIB
 from data_prep.shards import ShardFolder
 from train.augment import KINDS
 from train.loader import Stimuli, TrainLoader, workers_per_rank
@@ -16,27 +17,35 @@ from train.objectives import RESPONSE_LOSSES
 from train.order import inner_split
 from train.picture_cache import PictureCaches
 from train.processes import rank, ranks_on_machine, uses_gpu, world_size
-from train.recipe import Recipe
+from train.recipe import Loader, Recipe
 from train.run_folder import RunFolder
 from train.scoring import check_not_empty
 from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
+from train.streaming import StreamLoader
 
 
 def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:
-    """The stimuli to fit and the stimuli that select, as `early_stopping.split` says."""
+    """The stimuli to fit and the stimuli that select, as `early_stopping.split` says.
+
+    The few that select are opened first, so that their pictures are kept before all others; under order blocks, where
+    the split need not fit into memory, apart from them: or all shards would be read again for the inner part.
+    """
     size = recipe.images.size or shards.manifest.image.side
     wanted = {
         "responses": recipe.task.predicts_responses,
         "classes": recipe.task.predicts_classes,
         "caches": PictureCaches(recipe.loader),
     }
+    to_fit = wanted | ({"caches": None} if recipe.loader.engine == "webdataset" else {})  # it reads them each time
     train = shards.split("train")
     if recipe.early_stopping.split == "val":
-        return Stimuli(train, size, **wanted), Stimuli(shards.split("val"), size, **wanted)
+        selection = Stimuli(shards.split("val"), size, **wanted)
+        return Stimuli(train, size, **to_fit), selection
     key = shards.manifest.group_by
     groups = [str(train.meta(i).get(key)) for i in range(len(train))] if key else train.stimulus_ids
     fit, inner = inner_split(groups, recipe.early_stopping.inner_fraction, recipe.seed)
-    return Stimuli(train, size, fit, **wanted), Stimuli(train, size, inner, **wanted)
+    selection = Stimuli(train, size, inner, **wanted, apart=recipe.loader.order == "blocks")
+    return Stimuli(train, size, fit, **to_fit), selection
 
 
 def check_loss(recipe: Recipe, fit: Stimuli, pieces: int, site_ids: list[str]) -> None:
@@ -92,7 +101,7 @@ class Job:
 
     Attributes:
         recipe: its settings.
-        data: shard folder.
+        data: shard folder, or its URL.
         manifest: of the shards.
         folder: where it is going to be written.
         resume: whether it goes on.
@@ -100,10 +109,11 @@ class Job:
         selection: the stimuli that choose the best epoch.
         workers: decoding processes per rank.
         deepspeed: configuration with all its numbers; None for DDP.
+        remarks: what to say of the data at the start.
     """
 
     recipe: Recipe
-    data: Path
+    data: Path | str
     manifest: Manifest
     folder: RunFolder
     resume: bool
@@ -111,9 +121,45 @@ class Job:
     selection: Stimuli
     workers: int
     deepspeed: dict[str, Any] | None
+    remarks: list[str]
 
 
-def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
+def remarks_on(shards: ShardFolder, loader: Loader) -> list[str]:
+    """What to say of remote data that is slow to read as it is."""
+    if not shards.is_remote:
+        return []
+    found, train = [], shards.split("train")
+    if not shards.has_targets:
+        found.append(
+            f"note: {shards.folder} has no targets.npz, so all shards were read for their responses; pack again"
+        )
+    budget, sizes = train.files.cache.budget, sorted((shard.bytes for shard in train.shards), reverse=True)
+    needed = sum(sizes[: loader.block_shards + 1] if loader.order == "blocks" else sizes)
+    if needed > budget:
+        advice = (
+            "lower loader.block_shards" if loader.order == "blocks" else "loader.order blocks fetches each about once"
+        )
+        found.append(
+            f"note: loader.order {loader.order} needs {needed / GIB:.3g} GiB of shards at a time and "
+            f"loader.shard_cache_gib keeps {budget / GIB:.3g}, so shards are fetched several times an epoch; {advice}"
+        )
+    return found
+
+
+def check_engine(shards: ShardFolder, loader: Loader) -> None:
+    """Refuse to stream what has to be fetched.
+
+    Raises:
+        BadInput: remote shards, and another engine than `indexed`.
+    """
+    if shards.is_remote and loader.engine != "indexed":
+        raise BadInput(
+            f"loader.engine: {loader.engine} reads tars of this machine only, and {shards.folder} is remote; leave it "
+            "at indexed, which reads shard by shard under loader.order blocks"
+        )
+
+
+def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
     """Open the data and check that recipe, data, folder and processes fit together.
 
     Raises:
@@ -124,11 +170,13 @@ def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
         folder.check_same(recipe)
     else:
         folder.check_free()
-    shards = ShardFolder(data)
+    shards = ShardFolder(data, recipe.loader.fetch)
+    check_engine(shards, recipe.loader)
     fit, selection = training_stimuli(shards, recipe)
     check_not_empty(selection, ranks, recipe.early_stopping.split)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
-    loader = TrainLoader(
+    loader_type = StreamLoader if recipe.loader.engine == "webdataset" else TrainLoader
+    loader = loader_type(
         fit,
         seed=recipe.seed,
         global_size=recipe.batch.global_size,
@@ -138,6 +186,7 @@ def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
         workers=workers,
         pin=uses_gpu(),
         draws=KINDS if recipe.augment.is_on else 0,
+        block_shards=recipe.loader.block_shards if recipe.loader.order == "blocks" else None,
     )
     check_loss(recipe, fit, loader.pieces, shards.manifest.site_ids)
     if recipe.task.shuffle_responses:
@@ -153,4 +202,5 @@ def prepare(recipe: Recipe, data: Path, out: Path, resume: bool) -> Job:
             ranks=ranks,
             clip_norm=recipe.optimizer.clip_norm,
         )
-    return Job(recipe, data, shards.manifest, folder, resume, loader, selection, workers, deepspeed)
+    remarks = remarks_on(shards, recipe.loader)
+    return Job(recipe, data, shards.manifest, folder, resume, loader, selection, workers, deepspeed, remarks)

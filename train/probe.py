@@ -12,7 +12,7 @@ from typing import Literal
 
 import tyro
 
-from data_prep.command_line import parse
+from data_prep.command_line import Place, parse
 from data_prep.errors import run_command
 from train.backbones import check_name
 from train.monitor import Monitor
@@ -30,8 +30,8 @@ class Probe(ProbeRecipe):
     A recipe (.yaml) as the first word gives the defaults: train/probe.py [RECIPE.yaml] --data DIR --out RUN ...
     """
 
-    data: Path
-    """Shard folder made by data_prep/pack.py."""
+    data: Place
+    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     out: Path
     """Run folder to make."""
     split: Literal["val", "test", "cv"] = "val"
@@ -48,7 +48,7 @@ def parse_command_line(words: list[str]) -> tuple[Probe, ProbeRecipe]:
     With --resume and no recipe, the probe's own recipe gives the defaults.
     """
     recipe, words = leading_recipe(words, ProbeRecipe)
-    options = _parse_flags(words, recipe or ProbeRecipe())
+    options = _parse_flags(words, recipe or ProbeRecipe(data="" if "--resume" in words else None))
     resume = options.resume or begun_by_this_job(options.out)
     if resume and recipe is None:
         options = _parse_flags(words, open_probe(options.out))
@@ -60,9 +60,9 @@ def parse_command_line(words: list[str]) -> tuple[Probe, ProbeRecipe]:
 
 
 def _parse_flags(words: list[str], defaults: ProbeRecipe) -> Probe:
-    missing = dict.fromkeys(("data", "out"), tyro.MISSING)
+    missing = {"data": tyro.MISSING if defaults.data is None else defaults.data, "out": tyro.MISSING}
     others = {"split": "val", "scratch": None, "resume": False}
-    return parse(Probe, args=words, default=Probe.model_construct(**dict(defaults), **missing, **others))
+    return parse(Probe, args=words, default=Probe.model_construct(**(dict(defaults) | missing), **others))
 
 
 def scratch_folder(options: Probe) -> Path:

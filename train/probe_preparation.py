@@ -31,7 +31,7 @@ class Job:
 
     Attributes:
         recipe: its settings.
-        data: shard folder.
+        data: shard folder, or its URL.
         split: val, test or cv.
         resume: whether it goes on.
         manifest: of the shards.
@@ -44,7 +44,7 @@ class Job:
     """
 
     recipe: ProbeRecipe
-    data: Path
+    data: Path | str
     split: str
     resume: bool
     manifest: Manifest
@@ -89,7 +89,7 @@ class Job:
         return None if any(part is None for part in parts) else np.concatenate(parts)[self.scored]
 
 
-def prepare(recipe: ProbeRecipe, data: Path, out: Path, split: str, resume: bool) -> Job:
+def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume: bool) -> Job:
     """Open data and network and check that everything fits together.
 
     Raises:
@@ -100,7 +100,7 @@ def prepare(recipe: ProbeRecipe, data: Path, out: Path, split: str, resume: bool
         folder.check_same(recipe)
     else:
         folder.check_free()
-    shards = ShardFolder(data)
+    shards = ShardFolder(data, recipe.loader.fetch)
     size = recipe.images.size or _trained_on(Path(recipe.backbone.weights)) or shards.manifest.image.side
     splits, partitions = _splits_and_partitions(shards, split, recipe, size)
     for name, stimuli in splits.items():

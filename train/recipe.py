@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.errors import BadInput
+from data_prep.remote import FetchSettings
 
 LEAST_CORRELATED = 3  # stimuli in a batch, for a correlation to tell anything
 
@@ -195,6 +196,9 @@ class Faults(Settings):
 class Loader(Settings):
     """How pictures are read."""
 
+    engine: Literal["indexed", "webdataset"] = "indexed"
+    """`indexed` reads any stimulus from its tar; `webdataset` streams whole tars to train, drawn with replacement, and
+    promises less (see docs/data_format.md). Scores are always taken with `indexed`."""
     workers: int | None = Field(None, ge=0)
     """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
     cache: Literal["off", "ram", "disk", "auto"] = "auto"
@@ -203,6 +207,23 @@ class Loader(Settings):
     cache_gib: float | None = Field(None, ge=0)
     """Most that is kept of them on a machine; by default half of the memory (disk: space) that is free at the start.
     What does not fit is decoded each time."""
+    order: Literal["shuffled", "blocks"] = "shuffled"
+    """Of the training stimuli: any after any; or, for data larger than memory or than the copies of remote shards, the
+    stimuli of a few shards mixed at a time, so that each shard is read in one stretch."""
+    block_shards: int = Field(16, ge=1)
+    """Of order blocks: shards that are mixed at a time. More mix better, and need more room."""
+    shard_cache: str | None = None
+    """Of remote shards: folder for copies, shared by all runs on the machine; by default in ~/.cache."""
+    shard_cache_gib: float | None = Field(None, gt=0)
+    """Of remote shards: the most that is kept in that folder; by default half of what is free on its disk."""
+    fetch_timeout: float = Field(30.0, gt=0)
+    """Of remote shards: seconds without an answer after which a connection is given up and made anew."""
+
+    @property
+    def fetch(self) -> FetchSettings:
+        """How remote shards are fetched and kept."""
+        folder = None if self.shard_cache is None else Path(self.shard_cache).expanduser()
+        return FetchSettings(folder, self.shard_cache_gib, self.fetch_timeout)
 
     @field_validator("cache", mode="before")
     @classmethod
@@ -226,6 +247,8 @@ class Recipe(Settings):
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     loader: Loader = Loader()
+    data: str | None = None
+    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the training forward pass: float32, or autocast over float32 weights, for fp16 (of a GPU, with ddp) with a
     scaled loss. Evaluation is float32."""
@@ -307,6 +330,8 @@ class Recipe(Settings):
             ("schedule.cycle_momentum", self.schedule.kind == "onecycle", "schedule.kind onecycle"),
             ("schedule.plateau_factor", self.schedule.kind == "plateau", "schedule.kind plateau"),
             ("schedule.plateau_patience", self.schedule.kind == "plateau", "schedule.kind plateau"),
+            ("loader.order", self.loader.engine == "indexed", "loader.engine indexed"),
+            ("loader.block_shards", self.loader.order == "blocks", "loader.order blocks"),
         ):
             section, name = setting.split(".")
             value = getattr(getattr(self, section), name)
@@ -350,6 +375,8 @@ class ProbeRecipe(Settings):
     images: Images = Images()
     batch_size: int = Field(64, ge=1)
     """Stimuli in one forward pass."""
+    data: str | None = None
+    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     loader: Loader = Loader()
     timeout: float = Field(1800.0, ge=1)
     """Seconds that processes wait for each other: one decomposes a matrix while the others have nothing to do."""
@@ -368,6 +395,9 @@ class ProbeRecipe(Settings):
             raise BadInput("components has an effect with readout ridge and ols only; pls has `latent`")
         if self.readout != "pls" and self.latent != type(self).model_fields["latent"].default:
             raise BadInput(f"latent has an effect with readout pls only; {self.readout} has `components`")
+        for name in ("engine", "order", "block_shards"):
+            if getattr(self.loader, name) != (default := Loader.model_fields[name].default):
+                raise BadInput(f"loader.{name} is for training only; a probe reads in order: leave it at {default}")
 
 
 AnyRecipe = TypeVar("AnyRecipe", Recipe, ProbeRecipe)

@@ -26,6 +26,8 @@ import torch
 import yaml
 
 from data_prep.errors import BadInput, RunFailed, Stopped
+from data_prep.url import is_url, recorded, without_secrets
+from data_prep.writing import write_whole
 from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
@@ -85,6 +87,7 @@ class RunFolder:
         free = {"strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
         free |= {"loader.workers", "loader.cache", "loader.cache_gib"}
         free |= {"timeout", "faults.timeout", "faults.start_timeout", "faults.bad_steps"}
+        free |= {"data", "loader.shard_cache", "loader.shard_cache_gib", "loader.fetch_timeout"}
         changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
         changed = [change for change in changed if change.partition(":")[0] not in free]
         if changed:
@@ -92,10 +95,14 @@ class RunFolder:
                 f"{self.path} was started with another recipe ({'; '.join(changed)}); resume it with its own"
             )
 
-    def claim(self, recipe: Recipe | ProbeRecipe, data: Path, facts: Mapping[str, Any]) -> None:
-        """Make the folder and write down what the run is: settings, versions, hardware, command."""
+    def claim(self, recipe: Recipe | ProbeRecipe, data: Path | str, facts: Mapping[str, Any]) -> None:
+        """Make the folder and write down what the run is: settings, versions, hardware, command.
+
+        Of the data, the recipe gets the URL alone: a path means nothing elsewhere.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
-        env = environment() | {"data": str(data.resolve())} | dict(facts)
+        env = environment() | {"data": recorded(data)} | dict(facts)
+        recipe = recipe.model_copy(update={"data": recorded(data) if is_url(data) else None})
         write_atomically(self.env, json.dumps(env, indent=1).encode())
         temporary = self.recipe.with_suffix(".tmp")
         save_recipe(recipe, temporary)
@@ -116,10 +123,10 @@ class RunFolder:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {traceback.format_exc()}\n")
             raise
 
-    def data_folder(self) -> Path:
-        """The shard folder the run was trained on."""
+    def data_folder(self) -> str:
+        """The shard folder the run was trained on, or its URL without the secrets it may need."""
         try:
-            return Path(json.loads(self.env.read_text())["data"])
+            return str(json.loads(self.env.read_text())["data"])
         except (OSError, ValueError, KeyError):
             raise BadInput(f"{self.env} does not tell the run's shard folder; name it with --data") from None
 
@@ -174,7 +181,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def environment() -> dict[str, Any]:
     """What a row of a table needs to be made again: command, versions, commit, hardware."""
     return {
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])],
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
@@ -214,19 +221,10 @@ def write_atomically(path: Path, content: bytes) -> None:
     Raises:
         RunFailed: it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise RunFailed(f"{path} cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:

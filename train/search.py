@@ -177,6 +177,8 @@ def _check_kind(sweep: Sweep) -> None:
 
 
 def _check_key(section: str, key: str) -> None:
+    if key == "data":
+        raise BadInput(f"{section}: data is the same for all trials; give it to the sweep with --data")
     names = _setting_names(Recipe)
     if key in names:
         return

@@ -17,9 +17,11 @@ from typing import Any
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.command_line import parse
+from data_prep.command_line import Place, parse
 from data_prep.errors import BadInput, RunFailed, run_command
-from data_prep.manifest import Manifest, load_manifest
+from data_prep.files import files_at
+from data_prep.manifest import Manifest
+from data_prep.url import passed_on
 from train.backbones import check_name
 from train.checkpoint import load_progress
 from train.keeper import POLL_SECONDS, Beat, turn
@@ -45,8 +47,8 @@ class SweepCommand(BaseModel):
 
     sweep: tyro.conf.Positional[Path]
     """What is searched (SWEEP.yaml), see docs/sweeps.md."""
-    data: Path
-    """Shard folder made by data_prep/pack.py."""
+    data: Place
+    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     out: Path
     """Folder of the search, to make or to join."""
     processes: int | None = Field(None, ge=1)
@@ -90,7 +92,7 @@ class Worker:
     """One of the processes that work on a search.
 
     Attributes:
-        data: shard folder.
+        data: shard folder, or its URL without secrets.
         plan: what is searched.
         manifest: of the data.
         folder: of the search.
@@ -99,7 +101,7 @@ class Worker:
         stop: whether this worker was asked to end.
     """
 
-    data: Path
+    data: str
     plan: Plan
     manifest: Manifest
     folder: SweepFolder
@@ -261,14 +263,14 @@ def prepare(options: SweepCommand, stop: Stop) -> Worker:
     Raises:
         BadInput: something cannot be used; nothing has been written then.
     """
-    plan, manifest = load_plan(options.sweep), load_manifest(options.data)
+    plan, manifest = load_plan(options.sweep), files_at(options.data).manifest()
     check_names(options.sweep, plan)
     launcher, smallest = Launcher(options.processes), min(plan.values("batch.global_size"))
     if smallest < launcher.processes:
         raise BadInput(f"{launcher.processes} processes cannot share a global batch of {smallest} (batch.global_size)")
     folder = SweepFolder(options.out)
     study = open_study(folder, plan, manifest)
-    return Worker(options.data, plan, manifest, folder, study, launcher, stop)
+    return Worker(passed_on(options.data), plan, manifest, folder, study, launcher, stop)
 
 
 def main() -> None:

@@ -1,0 +1,118 @@
+"""How much of the speed of training is left when the loader feeds it, cold and warm, against tensors that are there.
+
+    python benchmarks/feed.py [--network resnet18] [--side 96] [--batch 32] [--steps 10] [--repeats 9] [--json FILE]
+
+The run is built as train/finetune.py does: random weights, bf16, channels-last, one process, no decoding processes of
+its own, so that decoding and training share one thread: the hardest case for a loader. `synthetic` repeats a batch;
+`cold` decodes every picture each time (loader.cache off), `warm` has them decoded already. Each takes some steps in
+turn, counted per second of processor time; medians over the turns, ratios within a turn. The aims are 0.97 cold and
+0.99 warm. `again` is the synthetic side a second time: how far two equal things differ here.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from itertools import count, islice
+from pathlib import Path
+
+import torch
+from synthetic import first_step, pack_jpegs, recipe_of, training
+
+from data_prep.shards import ShardFolder
+from train.loader import Batch, TrainLoader
+from train.loop import Training
+from train.preparation import training_stimuli
+from train.recipe import Recipe
+
+WARM_UP = 3  # steps
+STIMULI = 640
+
+
+def endless(loader: TrainLoader) -> Iterator[list[Batch]]:
+    """What a loader reads, epoch after epoch."""
+    for epoch in count():
+        yield from loader.epoch(epoch)
+
+
+def loader_of(recipe: Recipe, data: Path, cache: str) -> TrainLoader:
+    """The run's loader over again, with decoded pictures kept or not."""
+    settings = recipe.loader.model_copy(update={"cache": cache})
+    fit, _ = training_stimuli(ShardFolder(data), recipe.model_copy(update={"loader": settings}))
+    size = recipe.batch.global_size
+    return TrainLoader(fit, seed=0, global_size=size, per_device=None, rank=0, ranks=1, workers=0, pin=False)
+
+
+def images_per_second(run: Training, batches: Iterator[list[Batch]], steps: int) -> float:
+    """Over some optimizer steps, by processor time: of one thread that computes all the time, the clock undisturbed."""
+    started, images = time.process_time(), 0
+    for micros in islice(batches, steps):
+        run._step(micros, 0)
+        images += sum(len(micro.images) for micro in micros)
+    return images / (time.process_time() - started)
+
+
+def measure(recipe: Recipe, data: Path, out: Path, steps: int, repeats: int) -> dict[str, list[float]]:
+    """Images per second of every side, in turns."""
+    with ExitStack() as stack:
+        run = stack.enter_context(training(recipe, data, out))
+        stack.enter_context(run.runtime.fastest_kernels(recipe.deterministic))
+        fixed = first_step(run)
+        warm = loader_of(recipe, data, "ram")
+        for _ in warm.epoch(0):  # every picture that an epoch shows is decoded; what it leaves out, the next shows
+            pass
+        sides = {
+            "synthetic": iter(lambda: fixed, None),
+            "cold": endless(loader_of(recipe, data, "off")),
+            "warm": endless(warm),
+            "again": iter(lambda: fixed, None),
+        }
+        found: dict[str, list[float]] = {name: [] for name in sides}
+        for batches in sides.values():
+            images_per_second(run, batches, WARM_UP)
+        for _ in range(repeats):
+            for name, batches in sides.items():
+                found[name].append(images_per_second(run, batches, steps))
+    return found
+
+
+def table(found: dict[str, list[float]]) -> str:
+    """Medians, ranges, and ratios to the synthetic side within each turn."""
+    lines = [f"{'':12}{'images/s':>10}{'range':>16}{'of synthetic':>14}"]
+    for name, speeds in found.items():
+        ratio = statistics.median(mine / other for mine, other in zip(speeds, found["synthetic"], strict=True))
+        spread = f"{min(speeds):,.1f}-{max(speeds):,.1f}"
+        lines.append(f"{name:12}{statistics.median(speeds):10,.1f}{spread:>16}{ratio:14.3f}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Pack, measure, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--network", default="resnet18")
+    parser.add_argument("--side", type=int, default=96, help="px; the packed pictures have as many")
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=10, help="of a side in its turn")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="write every measurement to this file")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = {"optimizer": {"name": "adamw"}, "loader": {"workers": 0}}
+    recipe = recipe_of(options.network, options.side, options.batch, **settings)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        data = pack_jpegs(folder / "shards", STIMULI, STIMULI, options.side)
+        found = measure(recipe, data, folder / "run", options.steps, options.repeats)
+    print(f"{options.network} at {options.side} px, batch {options.batch}, load average {os.getloadavg()[0]:.1f}")
+    print(table(found))
+    if options.json:
+        shown = {name: str(value) for name, value in vars(options).items()}
+        options.json.write_text(json.dumps({"options": shown, "images_per_second": found}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Other libraries' loaders for benchmarks/loader.py, each as its documentation shows it, in one process.
+
+None of them is needed for anything else. MosaicML streaming and LitData ask for older numpy and transformers than the
+project has been tested with, so give them an environment of their own:
+
+    python -m venv rivals && rivals/bin/pip install -r requirements.txt mosaicml-streaming litdata
+    rivals/bin/python benchmarks/loader.py
+"""
+
+import importlib.util
+import io
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+import torch
+import torchvision
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader
+
+DEFAULT = "WebDataset, its default (pil)"
+NOT_BUILT = {"FFCV": "pip builds it where OpenCV 4 and libjpeg-turbo have their headers; it is not measured"}
+
+Read = Callable[[], int]
+Decode = Callable[[bytes], torch.Tensor]
+
+
+def by_pillow(data: bytes) -> torch.Tensor:
+    """float32 (3, H, W), as everyone does it."""
+    return torchvision.transforms.functional.to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def by_simplejpeg(data: bytes) -> torch.Tensor:
+    """uint8 (H, W, 3), by the decoder that ours uses."""
+    return torch.from_numpy(simplejpeg.decode_jpeg(data))
+
+
+DECODERS = {"PIL": by_pillow, "simplejpeg": by_simplejpeg}
+
+
+def count(batches: Iterable[torch.Tensor]) -> int:
+    """Read everything; returns how many pictures there were."""
+    return sum(len(images) for images in batches)
+
+
+def of_webdataset(tars: list[Path], batch: int, *decoders) -> Read:
+    """WebDataset's pipeline as in its documentation; float32 from `pil`, uint8 from a decoder of one's own."""
+    urls = [str(tar) for tar in tars]
+    change = torchvision.transforms.ToTensor() if decoders == ("pil",) else torch.from_numpy
+
+    def read() -> int:
+        dataset = webdataset.WebDataset(urls, shardshuffle=False).decode(*decoders).to_tuple("jpg").map_tuple(change)
+        return count(images for (images,) in dataset.batched(batch))
+
+    return read
+
+
+def quick_decoder(key: str, data: bytes) -> np.ndarray | None:
+    """A decoder for WebDataset."""
+    return simplejpeg.decode_jpeg(data) if key.endswith("jpg") else None
+
+
+def of_torchvision(images: Path, batch: int) -> Read:
+    """A folder of files, read by PIL."""
+    files = torchvision.datasets.ImageFolder(images, torchvision.transforms.ToTensor())
+    return lambda: count(images for images, _ in DataLoader(files, batch))
+
+
+def of_mosaicml(files: list[Path], folder: Path, batch: int, decode: Decode) -> Read:
+    """MosaicML streaming: encoded pictures in MDS shards of this machine."""
+    from streaming import MDSWriter, StreamingDataset
+
+    if not folder.exists():
+        with MDSWriter(out=str(folder), columns={"image": "bytes"}) as writer:
+            for file in files:
+                writer.write({"image": file.read_bytes()})
+
+    class Pictures(StreamingDataset):
+        def __getitem__(self, index):
+            return decode(super().__getitem__(index)["image"])
+
+    dataset = Pictures(local=str(folder), batch_size=batch, shuffle=False)
+    return lambda: count(DataLoader(dataset, batch))
+
+
+def as_it_is(file: str) -> dict[str, bytes]:
+    """What LitData stores of a picture."""
+    return {"image": Path(file).read_bytes()}
+
+
+def of_litdata(files: list[Path], folder: Path, batch: int, decode: Decode) -> Read:
+    """LitData: encoded pictures in chunks of this machine."""
+    import litdata
+
+    if not folder.exists():
+        names = [str(file) for file in files]
+        litdata.optimize(fn=as_it_is, inputs=names, output_dir=str(folder), chunk_bytes="64MB", num_workers=1)
+
+    class Pictures(litdata.StreamingDataset):
+        def __getitem__(self, index):
+            return decode(super().__getitem__(index)["image"])
+
+    dataset = Pictures(str(folder), shuffle=False)
+    return lambda: count(litdata.StreamingDataLoader(dataset, batch_size=batch))
+
+
+LIBRARIES = {"MosaicML streaming": ("streaming", of_mosaicml), "LitData": ("litdata", of_litdata)}
+
+
+def rivals(images: Path, tars: list[Path], folder: Path, batch: int) -> tuple[dict[str, Read], dict[str, str]]:
+    """What is there to compare with, and what is not, with the reason.
+
+    Args:
+        images: folder of classes with JPEGs.
+        tars: the same pictures as shards.
+        folder: for what the libraries write.
+        batch: pictures at a time.
+    """
+    files = sorted(images.rglob("*.jpg"))
+    found = {
+        DEFAULT: of_webdataset(tars, batch, "pil"),
+        "WebDataset + simplejpeg": of_webdataset(tars, batch, quick_decoder),
+        "torchvision ImageFolder (PIL)": of_torchvision(images, batch),
+    }
+    missing = dict(NOT_BUILT)
+    for name, (module, prepare) in LIBRARIES.items():
+        if importlib.util.find_spec(module) is None:
+            missing[name] = "not installed"
+            continue
+        for decoder, decode in DECODERS.items():
+            found[f"{name} ({decoder})"] = prepare(files, folder / module, batch, decode)
+    return found, missing
