@@ -198,7 +198,7 @@ class Loader(Settings):
 
     engine: Literal["indexed", "webdataset"] = "indexed"
     """`indexed` reads any stimulus from its tar; `webdataset` streams whole tars to train, drawn with replacement, and
-    promises less (see docs/data_format.md). Scores are always taken with `indexed`."""
+    promises less (see docs/loading.md). Scores are always taken with `indexed`."""
     workers: int | None = Field(None, ge=0)
     """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
     cache: Literal["off", "ram", "disk", "auto"] = "auto"
