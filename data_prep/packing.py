@@ -34,7 +34,7 @@ from data_prep.shards import ShardFolder, ShardSplit, write_shard
 from data_prep.splits import grouping_facts, straddling
 from data_prep.targets import write_targets
 
-CEILING_BYTES = 32 * 2**20  # of trials whose ceilings are estimated at once, which takes about ten times as much
+CEILING_BYTES = 64 * 2**20  # of trials whose ceilings are estimated at once, which takes about four times as much
 NEVER_UINT8 = 0.1  # a rounding error above this part of a grey level is no float16 noise: the picture was resampled
 
 
