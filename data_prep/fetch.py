@@ -48,8 +48,9 @@ def main() -> None:
     _introduce(dataset)
     for file in dataset.files:
         downloader.fetch(file, options.out)
-    words = dataset.pack.format(folder=shlex.quote(str(options.out)))
-    print(f"go on with:\n  python data_prep/pack.py {words} --out data/{options.dataset}")
+    print("go on with:")
+    for name, words in dataset.pack.items():
+        print(f"  python data_prep/pack.py {words.format(folder=shlex.quote(str(options.out)))} --out data/{name}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@
 `python data_prep/pack.py folder --help` lists the options of a source.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -48,10 +49,15 @@ class Pack(Division):
     """Processes that read, encode and write; by default one for each core that this process may use."""
 
 
+def options_of(words: Sequence[str] | None = None) -> Pack:
+    """The options in the words of a command line, by default this process's."""
+    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
+    return parse(Pack, words, config=omit)
+
+
 def main() -> None:
     """Parse the command line, pack, and say what was packed."""
-    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
-    options = parse(Pack, config=omit)
+    options = options_of()
     folder = pack(options.open(options.source), options.out, options.stimuli_per_shard, options.workers)
     print(summary(folder))
 

@@ -349,7 +349,14 @@ def _ceiling(folder: ShardFolder) -> Ceiling | None:
     if not size:
         return None
     width = max(1, sites * CEILING_BYTES // size)
-    return estimate_ceiling(_trials(splits, slice(first, first + width)) for first in range(0, sites, width))
+    with Progress(sites, "noise ceilings", "sites") as progress:
+        return estimate_ceiling(_blocks_of_sites(splits, sites, width, progress))
+
+
+def _blocks_of_sites(splits: Sequence[ShardSplit], sites: int, width: int, progress: Progress) -> Iterator[np.ndarray]:
+    for first in range(0, sites, width):
+        yield _trials(splits, slice(first, first + width))
+        progress.advance(min(width, sites - first))
 
 
 def _trials(splits: Sequence[ShardSplit], sites: slice) -> np.ndarray:

@@ -279,8 +279,9 @@ class ShardSplit:
             BadInput: no plain array of numbers, or one for another number of sites.
         """
         data = self.member(position, kind)
-        if data is None:
-            return None
+        return None if data is None else self._array(data, position, kind)
+
+    def _array(self, data: bytes, position: int, kind: str) -> np.ndarray:
         place = f"{self.place(position)}.{kind}"
         array, sites = read_array(data, place), len(self.manifest.sites)
         if array.shape[-1:] != (sites,) or array.ndim != (2 if "trials" in kind else 1):
@@ -320,7 +321,7 @@ class ShardSplit:
         Returns:
             the trials, or None where there are none.
         """
-        parts = [self._trials_of(position, sites) for position in range(len(self))]
+        parts = self._trials_of_stimuli(sites)
         depth = max((len(part) for part in parts if part is not None), default=0)
         if depth == 0:
             return None
@@ -330,9 +331,20 @@ class ShardSplit:
                 trials[position, : len(part)] = part
         return trials
 
-    def _trials_of(self, position: int, sites: slice) -> np.ndarray | None:
-        whole = self.array(position, "trials.npy")
-        return None if whole is None else whole[:, sites].copy()
+    def _trials_of_stimuli(self, sites: slice) -> list[np.ndarray | None]:
+        """float32 (repetitions, sites) of each stimulus, None where it has none.
+
+        Tars are read here, not mapped: the pages of a mapped file count as this process's memory.
+        """
+        column, found = MEMBERS.index("trials.npy"), [None] * len(self)
+        for number in np.unique(self._index.shard[self._index.offset[:, column] >= 0]):
+            with self.files.local(self.shards[number]) as path, path.open("rb") as tar:
+                for position in np.flatnonzero(self._index.shard == number):
+                    offset, size = int(self._index.offset[position, column]), int(self._index.size[position, column])
+                    if offset >= 0:
+                        tar.seek(offset)
+                        found[position] = self._array(tar.read(size), position, "trials.npy")[:, sites].copy()
+        return found
 
     def labels(self) -> np.ndarray:
         """The class of each stimulus, int64 (stimuli,): its position in the manifest's `classes`.
