@@ -4,9 +4,9 @@
 
 Each run is one job, `launch/local.sh -n P --max-restarts 5 train/finetune.py ...` and then train/evaluate.py, started
 again whenever it ends with exit code 75 (told to stop) or by a signal. While it runs, one to three faults strike: a
-SIGKILL, SIGTERM or SIGSTOP each, to a random process of it at a random moment of its usual length; those that come when
-the job is over, or has no process just then, are not counted. At the end weights, losses and scores are compared, bit
-by bit, with those of a run that nothing disturbed. A machine so busy that one process lets another wait for longer than
+SIGKILL, SIGTERM or SIGSTOP each, to a random process of it at a random moment of its usual length, or as soon as it has
+one; those for which the job is over before are not counted. At the end weights, losses and scores are compared, bit by
+bit, with those of a run that nothing disturbed. A machine so busy that one process lets another wait for longer than
 the time-out needs a longer one.
 """
 
@@ -75,21 +75,23 @@ class Job:
                 [*map(str, command)], cwd=ROOT, env=self._environment, stdout=log, stderr=log, start_new_session=True
             )
         while process.poll() is None:
-            if faults and (now := time.monotonic() - began) > faults[0][0]:
-                self._strike(faults.pop(0)[1], now, draw)
+            now = time.monotonic() - began
+            if faults and now > faults[0][0] and self._strike(faults[0][1], draw):
+                self.struck.append(f"{faults.pop(0)[1].name} at {now:.0f} s")
             time.sleep(0.05)
         return process.returncode
 
-    def _strike(self, fault: signal.Signals, now: float, draw: random.Random) -> None:
+    def _strike(self, fault: signal.Signals, draw: random.Random) -> bool:
+        """Send a signal to one of the job's processes; returns whether there was one."""
         own = [
             process
             for process in psutil.process_iter(["cmdline"])
             if str(self.run) in (process.info["cmdline"] or []) and "processes.py" not in process.info["cmdline"][1]
         ]
-        if own:
-            with suppress(psutil.Error):
-                draw.choice(own).send_signal(fault)
-                self.struck.append(f"{fault.name} at {now:.0f} s")
+        with suppress(psutil.Error, IndexError):
+            draw.choice(own).send_signal(fault)
+            return True
+        return False
 
     def result(self) -> tuple:
         """What must be the same: losses, weights, scores."""
