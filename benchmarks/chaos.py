@@ -5,9 +5,10 @@
 Each run is one job, `launch/local.sh -n P --max-restarts 5 train/finetune.py ...` and then train/evaluate.py, started
 again whenever it ends with exit code 75 (told to stop) or by a signal. While it runs, one to three faults strike: a
 SIGKILL, SIGTERM or SIGSTOP each, to a random process of it at a random moment of its usual length, or as soon as it has
-one; those for which the job is over before are not counted. At the end weights, losses and scores are compared, bit by
-bit, with those of a run that nothing disturbed. A machine so busy that one process lets another wait for longer than
-the time-out needs a longer one.
+one; of its last process that runs, SIGSTOP waits for another, since nobody would be left to notice. Faults for which
+the job is over before are not counted. At the end weights, losses and scores are compared, bit by bit, with those of a
+run that nothing disturbed. A machine so busy that one process lets another wait for longer than the time-out needs a
+longer one.
 """
 
 import argparse
@@ -85,9 +86,13 @@ class Job:
         """Send a signal to one of the job's processes; returns whether there was one."""
         own = [
             process
-            for process in psutil.process_iter(["cmdline"])
-            if str(self.run) in (process.info["cmdline"] or []) and "processes.py" not in process.info["cmdline"][1]
+            for process in psutil.process_iter(["cmdline", "status"])
+            if str(self.run) in (process.info["cmdline"] or [])
+            and "processes.py" not in process.info["cmdline"][1]
+            and process.info["status"] != psutil.STATUS_STOPPED
         ]
+        if fault == signal.SIGSTOP and len(own) < 2:
+            return False  # nobody would be left to notice
         with suppress(psutil.Error, IndexError):
             draw.choice(own).send_signal(fault)
             return True

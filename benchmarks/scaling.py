@@ -1,6 +1,6 @@
 """How long a step takes on more processes and slower links: measured, compared with a model, extrapolated to GPUs.
 
-    python benchmarks/scaling.py [--processes 1 2 4 8] [--megabits 0 1000 300 100] [--strategies ddp zero1 zero2 zero3]
+    python benchmarks/scaling.py [--processes 1 2 4 8] [--megabits 0 1000 500 200] [--strategies ddp zero1 zero2 zero3]
                                  [--steps 8] [--json FILE] [--figure PNG] [--from FILE]
 
 Each process is on a machine of its own, a network namespace (needs root), whose link sends so many Mbit/s (`tc tbf`;
@@ -26,7 +26,6 @@ and the case that nothing is hidden. Computing takes as long as one GPU alone ne
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -44,7 +43,7 @@ from train.step_cost import Needs, measure, paper_manifest
 sys.path.append(str(ROOT / "tests"))
 from machines import Machine, machines, reason_against
 
-NETWORK, SIDE, SHARE = "test_convnext2", 32, 16  # px, stimuli of a process in a step
+NETWORK, SIDE, SHARE = "convnext_atto", 32, 8  # px, stimuli of a process in a step
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3")
 WARM_UP = 2  # steps at each bandwidth that do not count
 PARTS = ("forward", "backward", "optimizer", "communication")
@@ -68,13 +67,13 @@ def work(options: argparse.Namespace) -> None:
     with training(recipe, options.data, options.data.with_name(options.one)) as run:
         batch = first_step(run)
         for megabits in options.megabits:
-            if machine is not None:
+            if machine is not None and megabits:
                 machine.limit(megabits)
             steps = [one_step(run, batch, machine) for _ in range(WARM_UP + options.steps)][WARM_UP:]
             own = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
             ranks = run.runtime.gather_objects(own)
             # All take the same time; the one that is never late tells best what travelling takes.
-            found[megabits] = {name: statistics.mean(rank[name] for rank in ranks) for name in own}
+            found[f"{megabits:g}"] = {name: statistics.mean(rank[name] for rank in ranks) for name in own}
         if run.runtime.leads:
             options.json.write_text(json.dumps(found))
 
@@ -98,7 +97,7 @@ def measured(strategy: str, processes: int, data: Path, options: argparse.Namesp
     result = data.with_name(f"{name}.json")
     words = [sys.executable, __file__, "--one", name, "--data", data, "--json", result, "--steps", options.steps]
     words += ["--strategies", strategy, "--processes", processes]
-    megabits = options.megabits if processes > 1 else [0]
+    megabits = sorted(options.megabits) if processes > 1 else [0]  # without a limit first
     words += ["--megabits", *megabits]
     with machines(processes) as hosts:
         started = []
@@ -305,7 +304,7 @@ def main() -> None:
     """Measure, compare, extrapolate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--megabits", type=float, nargs="+", default=[0, 1000, 300, 100])
+    parser.add_argument("--megabits", type=float, nargs="+", default=[0, 1000, 500, 200])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--json", type=Path)
@@ -341,7 +340,7 @@ def measure_all(options: argparse.Namespace) -> dict:
         sys.exit(reason)
     found = {}
     with tempfile.TemporaryDirectory() as folder:
-        data = pack_simulated(Path(folder) / "data", SIDE, stimuli=max(options.processes) * SHARE * 2)
+        data = pack_simulated(Path(folder) / "data", SIDE)
         for strategy in options.strategies:
             found[strategy] = {}
             for processes in options.processes:

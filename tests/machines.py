@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from helpers import ROOT
 
-PACKET = 64 * 1024  # bytes that the kernel hands to a device at once, at most
+PACKET = 68 * 1024  # bytes that the kernel hands to a device at once, at most, and their headers
 
 
 @dataclass
@@ -50,9 +50,9 @@ class Machine:
     def limit(self, megabits: float) -> None:
         """Let it send so many Mbit a second; what it receives is limited by who sends.
 
-        The bucket holds what is sent in 2 ms, at least some packets; what waits may be 64 MB, so that nothing is lost.
+        The bucket holds what is sent in 2 ms, at least a packet; what waits may be 64 MB, so that nothing is lost.
         """
-        burst = max(int(megabits * 1e6 / 8 * 0.002), 4 * PACKET)
+        burst = max(int(megabits * 1e6 / 8 * 0.002), PACKET)
         shape = ["rate", f"{megabits}mbit", "burst", str(burst), "limit", str(64 * 2**20)]
         words = ["tc", "-n", self.name, "qdisc", "replace", "dev", "eth0", "root", "tbf", *shape]
         subprocess.run(words, capture_output=True, text=True, check=True)
