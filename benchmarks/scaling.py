@@ -135,7 +135,9 @@ def error_of(rows: list[dict]) -> str:
     limited = [row for row in rows if row["megabits"]]
     errors = sorted(row["predicted"] / row["step"] - 1 for row in limited)
     middle, worst = statistics.median(map(abs, errors)), max(errors, key=abs)
-    return f"model against {len(limited)} measurements under a limit: off by {middle:.1%} in the median, {worst:+.1%} at worst"
+    return (
+        f"the model's step under a limit is off by {middle:.1%} in the median of {len(limited)}, {worst:+.1%} at worst"
+    )
 
 
 @dataclass(frozen=True)
@@ -324,9 +326,9 @@ def main() -> None:
     print(measured_table(rows), error_of(rows), sep="\n\n")
     gpus, images = REFERENCE
     print(
-        f"\nEXTRAPOLATED: {RESNET.network}, batch {RESNET.batch} and {RESNET.images:,} images/s per GPU; share of ideal "
-        f"scaling, in brackets if nothing is hidden (for comparison, {gpus} GPUs by NVIDIA's table: "
-        f"{images / gpus / RESNET.images:.1%})\n",
+        f"\nEXTRAPOLATED: {RESNET.network}, batch {RESNET.batch} and {RESNET.images:,} images/s per GPU\n"
+        "share of ideal scaling; in brackets if nothing is hidden behind computing "
+        f"({gpus} GPUs by NVIDIA's own table: {images / gpus / RESNET.images:.1%})\n",
         extrapolated_table(far),
         sep="\n",
     )

@@ -104,7 +104,11 @@ class Engine:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _gradient_is_finite(self) -> torch.Tensor:
-        return torch.isfinite(torch.stack(torch._foreach_norm(self._gradients(), torch.inf))).all()
+        device = self.runtime.device
+        found, factor = torch.zeros((), device=device), torch.ones((), device=device)
+        # GradScaler's own look, one pass over all gradients; on a CPU a norm of each takes thirty times as long.
+        torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), found, factor)
+        return found == 0
 
     def _step_unless(self, left_out: torch.Tensor) -> None:
         """Step, or do not; on a GPU the host does not wait to know.
