@@ -104,6 +104,13 @@ def careful_agent(exit_codes: list[int]) -> type:
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
     class CarefulAgent(LocalElasticAgent):
+        def _start_workers(self, worker_group):
+            started = super()._start_workers(worker_group)
+            # When one has failed, torchrun gives the others 30 seconds, which one that hangs would use up.
+            close = self._pcontext.close
+            self._pcontext.close = lambda death_sig=None, timeout=GRACE_AFTER_DEATH_SECONDS: close(death_sig, timeout)
+            return started
+
         def _monitor_workers(self, worker_group):
             result = super()._monitor_workers(worker_group)
             failed = {rank: failure.exitcode for rank, failure in result.failures.items()}

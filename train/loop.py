@@ -25,7 +25,6 @@ from train.run_folder import RunFolder
 from train.runtime import Runtime
 from train.schedule import momentum, plateaus, rate_factor, set_momentum
 from train.scoring import Scored, score
-from train.step_clock import StepClock
 from train.tasks import Network
 
 STEPS_BETWEEN_LOOKS = 10
@@ -63,7 +62,6 @@ class Training:
     progress: Progress
 
     def __post_init__(self):
-        self._clock = StepClock(self.runtime.device)
         self._finite = FiniteSteps(
             self.network, self.loader.stimuli, self.runtime, self.recipe.faults.bad_steps, self.monitor.say
         )
@@ -142,7 +140,7 @@ class Training:
             for micros in self.loader.epoch(self.progress.epoch, self._first_step):
                 data_wait = time.monotonic() - waited
                 self._waited += data_wait
-                self.runtime.beat(data_wait + self._clock.seconds.get("forward", 0.0))
+                self.runtime.beat(data_wait + self.engine.clock.seconds.get("forward", 0.0))
                 losses = self._step(micros, drops)
                 if self.progress.step % STEPS_BETWEEN_LOOKS == 0:
                     self._look()
@@ -189,9 +187,9 @@ class Training:
         seed_everything(self.recipe.seed, self.progress.step, self.runtime.rank, self.runtime.device)
         self._set_rates(drops)
         pieces = [self._piece(piece, micro.to(self.runtime.device)) for piece, micro in enumerate(micros)]
-        with self._clock.part("optimizer"):
+        with self.engine.clock.part("optimizer"):
             left_out = self.engine.step()
-        self._clock.finish_step()
+        self.engine.clock.finish_step()
         self.progress.step += 1
         if self.average is not None:
             self.average.update(self.progress.step)
@@ -209,14 +207,19 @@ class Training:
     def _piece(self, piece: int, batch: Batch) -> dict[str, torch.Tensor]:
         """Forward and backward of one micro-batch."""
         with self.engine.micro_batch(piece):
-            with self._clock.part("forward"):
+            with self.engine.clock.part("forward"):
                 augments = batch.draws is not None
                 images = augment(batch.images, batch.draws, self.recipe.augment) if augments else batch.images
                 outputs = self.engine.forward(images)
-                parts = self.network.objective.parts(outputs, batch, self.runtime.sum)
-            with self._clock.part("backward"):
+                parts = self.network.objective.parts(outputs, batch, self._sum)
+            with self.engine.clock.part("backward"):
                 self.engine.backward(parts["loss"])
         return {name: part.detach() for name, part in parts.items()}
+
+    def _sum(self, own: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, within a step."""
+        with self.engine.clock.part("communication"):
+            return self.runtime.sum(own)
 
     def _scalars(self, losses: dict[str, torch.Tensor], data_wait: float, seconds: float) -> None:
         names = list(losses)
@@ -226,7 +229,7 @@ class Training:
         charts |= {name: float(value) for name, value in self.network.objective.learned_weights().items()}
         charts["speed/images_per_second"] = self.loader.global_size / seconds
         charts["speed/data_wait_seconds"] = data_wait
-        charts |= {f"speed/{part}_seconds": seconds for part, seconds in self._clock.seconds.items()}
+        charts |= {f"speed/{part}_seconds": seconds for part, seconds in self.engine.clock.seconds.items()}
         self.monitor.scalars(charts, self.progress.step)
 
     def _score(self) -> Scored:

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,12 @@ class _LogFile(logging.FileHandler):
         except OSError:
             self.handleError(None)
 
+    def close(self) -> None:
+        try:
+            super().close()
+        except OSError:  # what could not be written before is tried again
+            self.handleError(None)
+
     def handleError(self, record: logging.LogRecord | None) -> None:
         if not self.failed:
             self.failed = True
@@ -62,8 +69,9 @@ class Monitor:
         if leads:
             self._add_handler(logging.StreamHandler(sys.stdout), "%(message)s")
             self._add_handler(_LogFile(folder.log), "%(asctime)s %(message)s")
-            self._board = SummaryWriter(str(folder.tensorboard))
-            self._board.add_custom_scalars(LAYOUT)
+            threading.excepthook = _hear
+            self._open_board()
+            self._chart(lambda board: board.add_custom_scalars(LAYOUT))
 
     def _add_handler(self, handler: logging.Handler, layout: str) -> None:
         handler.setFormatter(logging.Formatter(layout, datefmt="%Y-%m-%d %H:%M:%S"))
@@ -77,6 +85,16 @@ class Monitor:
         """Points in TensorBoard's charts."""
         self._chart(lambda board: [board.add_scalar(name, value, step) for name, value in values.items()])
 
+    def _open_board(self, **options: Any) -> None:
+        try:
+            self._board = SummaryWriter(str(self._folder.tensorboard), **options)
+        except OSError as error:
+            self._lose_board(error)
+
+    def _lose_board(self, error: OSError) -> None:
+        self._board = None
+        self.say(f"warning: {self._folder.tensorboard} cannot be written ({error.strerror}); going on without charts")
+
     def _chart(self, write: Callable[[SummaryWriter], Any]) -> None:
         """Write to TensorBoard, where there is one; a run can do without: when it fails, that is said once."""
         if self._board is None:
@@ -84,10 +102,7 @@ class Monitor:
         try:
             write(self._board)
         except OSError as error:
-            self._board = None
-            self.say(
-                f"warning: {self._folder.tensorboard} cannot be written ({error.strerror}); going on without charts"
-            )
+            self._lose_board(error)
 
     def picture(self, name: str, png: bytes) -> None:
         """A picture in TensorBoard."""
@@ -112,8 +127,9 @@ class Monitor:
         """Drop what was written after `epoch` and `step`: a resumed run writes it again."""
         if not self._leads:
             return
-        self._board.close()
-        self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1)
+        self._chart(SummaryWriter.close)
+        if self._board is not None:
+            self._open_board(purge_step=step + 1)
         if self._folder.history.exists():
             kept = [line for line in _lines(self._folder.history) if json.loads(line)["epoch"] <= epoch]
             write_atomically(self._folder.history, "".join(kept).encode())
@@ -123,6 +139,12 @@ class Monitor:
         self._chart(SummaryWriter.close)
         for handler in self._log.handlers:
             handler.close()
+
+
+def _hear(failure: threading.ExceptHookArgs) -> None:
+    """Print what ended a thread, but for TensorBoard's own, which hands it on to who writes next: `_chart` says it."""
+    if type(failure.thread).__name__ != "_AsyncWriterThread":
+        threading.__excepthook__(failure)
 
 
 def _lines(path: Path) -> list[str]:

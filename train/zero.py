@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from train.collectives import time_collectives
 from train.engine import SHARED_STATE, Engine, state_of
 from train.runtime import Runtime
 
@@ -38,6 +39,7 @@ class ZeroEngine(Engine):
     ):
         super().__init__(runtime, wrapped, network, optimizer, pieces=pieces, clip_norm=clip_norm)
         self._stage: int = wrapped.zero_optimization_stage()
+        time_collectives(self.clock)
         if self._stage == 3:
             for parameter in network.parameters():
                 if parameter.ds_persist:  # small ones stay whole; the losses' own are read outside of a forward pass
