@@ -6,6 +6,7 @@ is the percentile interval with the expanded tails of Hesterberg (2015, "What te
 section 4.3), which undo that resamples spread less than samples do when stimuli are few.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -73,9 +74,11 @@ def leads(
     order = [k for k, score in enumerate(scores) if score is not None]
     order.sort(key=lambda k: -sign * scores[k])
     found = []
-    for of, over in zip(order, order[1:], strict=False):
+    for of, over in itertools.pairwise(order):
         pair = [None if resampled[k] is None else resampled[k].get(metric) for k in (of, over)]
-        interval = None if any(values is None for values in pair) else paired_interval(sign * (pair[0] - pair[1]), stimuli)
+        interval = (
+            None if any(values is None for values in pair) else paired_interval(sign * (pair[0] - pair[1]), stimuli)
+        )
         found.append(Lead(of, over, sign * (scores[of] - scores[over]), interval))
     return found
 

@@ -174,7 +174,12 @@ def draw_layers(
         body.set(facecolor=VERMILLION if layer == chosen else BLUE, alpha=0.4, edgecolor="none")
     lines = {name: {"color": "0.25", "linewidth": 1} for name in ("boxprops", "whiskerprops", "capprops")}
     axes.boxplot(
-        scores, positions=places, widths=0.12, showfliers=False, medianprops={"color": "0.25", "linewidth": 1.5}, **lines
+        scores,
+        positions=places,
+        widths=0.12,
+        showfliers=False,
+        medianprops={"color": "0.25", "linewidth": 1.5},
+        **lines,
     )
     means = [values.mean() for values in scores]
     axes.plot(places, means, "-", color="0.25", linewidth=1)

@@ -22,6 +22,7 @@ from train.figures import (
     new_figure,
     plain,
 )
+from train.prediction_figures import draw_confusion, short
 from train.report_rows import Row
 from train.report_tables import Group
 
@@ -53,7 +54,9 @@ class Picture:
     files: dict[str, bytes]
 
 
-def pictures(groups: Sequence[Group], rows: Sequence[Row], pair: tuple[Row, Row] | None) -> Iterator[tuple[Group | None, Picture]]:
+def pictures(
+    groups: Sequence[Group], rows: Sequence[Row], pair: tuple[Row, Row] | None
+) -> Iterator[tuple[Group | None, Picture]]:
     """Draw everything that there is data for, each with the group it belongs to.
 
     Args:
@@ -75,7 +78,11 @@ def pictures(groups: Sequence[Group], rows: Sequence[Row], pair: tuple[Row, Row]
 
 
 def _of_group(group: Group, pair: tuple[Row, Row] | None) -> Iterator[tuple[str, str, "Figure"]]:
-    yield "sites", f"R2 of every site (dots), its mean with the 95 % interval over stimuli (ring). {group.title}.", sites(group)
+    yield (
+        "sites",
+        f"R2 of every site (dots), its mean with the 95 % interval over stimuli (ring). {group.title}.",
+        sites(group),
+    )
     for row in group.rows:
         if len(row.metrics.layers) > 1:
             scores = {name: block.regression.explained_variance.per_site for name, block in row.metrics.layers.items()}
@@ -113,7 +120,9 @@ def sites(group: Group) -> "Figure":
         if row.regression.r2.ci95:
             axes.plot(row.regression.r2.ci95, [place, place], color="black", linewidth=2, solid_capstyle="butt")
         if row.regression.r2.mean is not None:
-            axes.plot(max(row.regression.r2.mean, low), place, "o", color="white", markeredgecolor="black", markersize=6)
+            axes.plot(
+                max(row.regression.r2.mean, low), place, "o", color="white", markeredgecolor="black", markersize=6
+            )
     axes.axvline(0, color="0.7", linewidth=0.6, zorder=0)
     if (ceiling := group.ceiling_of(group.columns[0])) is not None:
         axes.axvline(ceiling, color="black", linestyle="--", linewidth=1)
@@ -124,11 +133,6 @@ def sites(group: Group) -> "Figure":
     axes.grid(axis="x", color="0.92", zorder=0)
     axes.set_axisbelow(True)
     return finished(figure, axes, "")
-
-
-def short(title: str, most: int = 42) -> str:
-    """A title that leaves room for the figure."""
-    return title if len(title) <= most else f"{title[: most - 9]}…{title[-8:]}"
 
 
 def _foot(values: Sequence[float]) -> float:
@@ -152,8 +156,12 @@ def site_by_site(group: Group, below: Row, above: Row) -> "Figure":
     for part, colour, marker in ((better, VERMILLION, "o"), (~better, BLUE, "s")):
         places = np.maximum(x[part], low), np.maximum(y[part], low)
         axes.scatter(*places, s=22, color=colour, alpha=0.65, marker=marker, linewidths=0)
-    axes.text(0.04, 0.96, f"better at {better.sum()} sites", transform=axes.transAxes, va="top", color=VERMILLION, fontsize=9)
-    axes.text(0.96, 0.04, f"better at {(x > y).sum()} sites", transform=axes.transAxes, ha="right", color=BLUE, fontsize=9)
+    axes.text(
+        0.04, 0.96, f"better at {better.sum()} sites", transform=axes.transAxes, va="top", color=VERMILLION, fontsize=9
+    )
+    axes.text(
+        0.96, 0.04, f"better at {(x > y).sum()} sites", transform=axes.transAxes, ha="right", color=BLUE, fontsize=9
+    )
     axes.set(xlim=ends, ylim=ends, aspect="equal")
     axes.set_xlabel(f"R², {plain(short(below.title, 34))}")
     axes.set_ylabel(f"R², {plain(short(above.title, 34))}")
@@ -167,9 +175,15 @@ def learning_curves(rows: Sequence[Row]) -> "Figure":
     left, right = figure.subplots(1, 2)
     for number, row in enumerate(shown):
         style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
-        _curve(left, [(line["epoch"], line.get("loss")) for line in row.epochs], **style, label=plain(short(row.name, 40)))
+        _curve(
+            left, [(line["epoch"], line.get("loss")) for line in row.epochs], **style, label=plain(short(row.name, 40))
+        )
         _curve(right, _selection(row), **style)
-        best = [(line["epoch"], value) for line, (_, value) in zip(row.epochs, _selection(row), strict=True) if line.get("best")]
+        best = [
+            (line["epoch"], value)
+            for line, (_, value) in zip(row.epochs, _selection(row), strict=True)
+            if line.get("best")
+        ]
         if best and best[-1][1] is not None:
             right.plot(*best[-1], "o", color="white", markeredgecolor=style["color"], markersize=6, zorder=4)
     _limit(right)
@@ -207,7 +221,9 @@ def _selection(row: Row) -> list[tuple[int, float | None]]:
     split, metric = _selecting(row)
     scores = [line.get(split) for line in row.epochs]
     values = [score.get(metric) if isinstance(score, dict) else None for score in scores]
-    return [(line["epoch"], v if isinstance(v, int | float) else None) for line, v in zip(row.epochs, values, strict=True)]
+    return [
+        (line["epoch"], v if isinstance(v, int | float) else None) for line, v in zip(row.epochs, values, strict=True)
+    ]
 
 
 def _selection_label(rows: Sequence[Row]) -> str:
@@ -231,29 +247,3 @@ def confusion(row: Row) -> "Figure":
     """Which object was named for which, as shares of those shown."""
     names, shown, named = (row.classes[key] for key in ("class_id", "class", "predicted_class"))
     return draw_confusion([str(name) for name in names], shown, named, row.name)
-
-
-def draw_confusion(names: Sequence[str], shown: np.ndarray, named: np.ndarray, title: str) -> "Figure":
-    """A matrix of shares, a row per object that was shown.
-
-    Args:
-        names: of the classes, in label order.
-        shown, named: int (stimuli,), labels.
-        title: of the picture.
-    """
-    counts = np.zeros((len(names), len(names)))
-    np.add.at(counts, (shown, named), 1)
-    seen = np.flatnonzero(counts.sum(1) + counts.sum(0))
-    counts = counts[np.ix_(seen, seen)]
-    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(2.2 + 0.16 * len(seen), 10)
-    figure = new_figure(side + 1, side)
-    axes = figure.add_subplot()
-    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    labels = [plain(short(names[place], 18)) for place in seen]
-    size = 8 if len(seen) <= 30 else 5
-    axes.set_xticks(range(len(seen)), labels, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(seen)), labels, fontsize=size)
-    axes.set(xlabel="named", ylabel="shown")
-    figure.colorbar(image, ax=axes, label="share of those shown", shrink=0.8)
-    return finished(figure, axes, title)

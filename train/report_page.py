@@ -93,7 +93,10 @@ def _head(content: Content, title: str) -> str:
         parts.append(f'<p class="lead">No run has been scored on {_text(content.split)} yet.</p>')
     if content.unscored:
         lines = "".join(f"<li><b>{_text(row.name)}</b>: {_text(row.state)}</li>" for row in content.unscored)
-        parts.append(f'<div class="mark">Not in the tables, because not scored on {_text(content.split)} yet:<ul>{lines}</ul></div>')
+        parts.append(
+            f'<div class="mark">Not in the tables, because not scored on {_text(content.split)} yet:'
+            f"<ul>{lines}</ul></div>"
+        )
     parts.append("<nav>" + "".join(f'<a href="#{anchor}">{_text(label)}</a>' for anchor, label in links) + "</nav>")
     return "<header>" + "\n".join(parts) + "</header>"
 
@@ -130,8 +133,8 @@ def _table(header: Iterable[str], body: Iterable[str], foot: str = "", caption: 
     foot = f"<tfoot>{foot}</tfoot>" if foot else ""
     rows = "\n".join(body)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>{caption}<thead><tr>{"".join(header)}'
-        f"</tr></thead>\n<tbody>{rows}</tbody>{foot}</table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>{caption}'
+        f"<thead><tr>{''.join(header)}</tr></thead>\n<tbody>{rows}</tbody>{foot}</table></div>"
     )
 
 
@@ -180,7 +183,8 @@ def _ceiling(group: Group, columns: Sequence[Column]) -> str:
     if not group.ceiling:
         return ""
     cells = "".join(f"<td>{number(group.ceiling_of(column))}</td>" for column in columns)
-    return f'<tr><th scope="row" class="text">ceiling</th><td class="family"></td>{cells}<td></td><td></td><td></td><td></td></tr>'
+    name = '<th scope="row" class="text">ceiling</th><td class="family"></td>'
+    return f"<tr>{name}{cells}{'<td></td>' * 4}</tr>"
 
 
 def _leads(group: Group) -> str:
@@ -260,16 +264,17 @@ def _figures(content: Content, group: Group | None) -> str:
 def _image(data: bytes, kind: str, caption: str, name: str = "") -> str:
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     saved = f' <span class="soft">figures/{_text(name)}.pdf, .svg, .png</span>' if name else ""
-    return (
-        f'<figure><img src="{source}" alt="{_text(caption)}"><figcaption>{_squared(caption)}{saved}</figcaption></figure>'
-    )
+    image = f'<img src="{source}" alt="{_text(caption)}">'
+    return f"<figure>{image}<figcaption>{_squared(caption)}{saved}</figcaption></figure>"
 
 
 # ------------------------------------------------------------------------------------------------------------ runs
 
 
 def _runs(content: Content) -> str:
-    intro = "<p>What reproduces each row: the commands as they were typed, from the project's folder, and all settings.</p>"
+    intro = (
+        "<p>What reproduces each row: the commands as they were typed, from the project's folder, and all settings.</p>"
+    )
     details = [_run(row, number) for number, row in enumerate(content.rows, 1)]
     return _section("runs", "Commands and versions", intro, *details)
 
@@ -291,11 +296,14 @@ def _run(row: Row, place: int) -> str:
         "parameters": sized(row),
         "training": duration(row.seconds),
     }
-    lines = "".join(f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value not in (None, "-"))
+    lines = "".join(
+        f"<dt>{name}</dt><dd>{_text(value)}</dd>" for name, value in facts.items() if value not in (None, "-")
+    )
     commands = "\n".join(row.commands) or "the run does not tell (no env.json)"
     recipe = yaml.safe_dump(row.recipe, sort_keys=False, allow_unicode=True) if row.recipe else "no recipe.yaml"
     return (
-        f'<details id="run-{place}" open><summary>{_text(row.title)}<span class="what">{_text(row.what)}</span></summary>'
+        f'<details id="run-{place}" open><summary>{_text(row.title)}'
+        f'<span class="what">{_text(row.what)}</span></summary>'
         f"<pre>{_text(commands)}</pre><dl>{lines}</dl>"
         f"<details><summary>recipe.yaml</summary><pre>{_text(recipe)}</pre></details></details>"
     )

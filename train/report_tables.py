@@ -130,7 +130,8 @@ class Group:
         split, sites = self.first.metrics.split, self.first.sites
         stimuli = self.first.metrics.stimuli
         notes = [
-            f"Mean over {sites} sites on the {stimuli:,} stimuli of {split}; in brackets the 95 % interval over stimuli."
+            f"Mean over {sites} sites on the {stimuli:,} stimuli of {split}; "
+            "in brackets the 95 % interval over stimuli."
         ]
         if len(self.rows) > 1:
             notes.append(
@@ -141,13 +142,17 @@ class Group:
             notes.append(f"Ceiling: {self.ceiling.method}; it bounds R2 and EV, its square root bounds r.")
         notes += self._ceilings()
         if left_out := self.first.regression.unreliable_sites:
-            notes.append(f"{len(left_out)} of the {sites} sites are too unreliable for ceiled scores and left out of them.")
+            notes.append(
+                f"{len(left_out)} of the {sites} sites are too unreliable for ceiled scores and left out of them."
+            )
         if without := self.first.regression.sites_without_r2:
             notes.append(f"{len(without)} of the {sites} sites have no R2 (constant responses) and are left out.")
         if any(split in row.metrics.selected_on for row in self.rows):
             notes.append(f"A model selected on {split} is flattered by its score there.")
         if unpaired := [row.title for row, there in zip(self.rows, self.paired, strict=True) if not there]:
-            notes.append(f"Without predictions.npz of the same stimuli, so not compared in pairs: {', '.join(unpaired)}.")
+            notes.append(
+                f"Without predictions.npz of the same stimuli, so not compared in pairs: {', '.join(unpaired)}."
+            )
         if self.simulated:
             notes.append("The recording is SIMULATED: no brain took part.")
         return notes
@@ -242,7 +247,9 @@ def _markdown_group(group: Group) -> str:
             text = f"{number(score.mean)} {interval(score.ci95)}".strip() if score else "-"
             cells.append(f"**{text}**" if group.is_bold(index, column) else text)
         facts = [sized(row), duration(row.seconds), row.hardware, chosen_on(row)]
-        lines.append(_line([_in_markdown(cell) for cell in (row.title, row.family)] + cells + list(map(_in_markdown, facts))))
+        lines.append(
+            _line([_in_markdown(cell) for cell in (row.title, row.family)] + cells + list(map(_in_markdown, facts)))
+        )
     if group.ceiling:
         cells = [number(group.ceiling_of(column)) for column in group.columns]
         lines.append(_line(["*ceiling*", "", *cells, "", "", "", ""]))
@@ -294,12 +301,23 @@ def _facts(row: Row) -> dict[str, object]:
     metrics, size = row.metrics, row.parameters or ("", "")
     named = row.classification
     return {
-        **{"recording": metrics.recording, "simulated": metrics.simulated, "split": metrics.split},
-        **{"stimuli": metrics.stimuli, "sites": row.sites or "", "model": row.title, "family": row.family},
-        **{"what": row.what, "run": str(row.path), "parameters": size[0], "parameters_fitted": size[1]},
-        **{"training_seconds": "" if row.seconds is None else row.seconds, "hardware": row.hardware},
-        **{"selected_on": ", ".join(metrics.selected_on), "control": metrics.control or ""},
-        **{"git_commit": row.environment.git_commit or "", "data": row.environment.data or ""},
+        "recording": metrics.recording,
+        "simulated": metrics.simulated,
+        "split": metrics.split,
+        "stimuli": metrics.stimuli,
+        "sites": row.sites or "",
+        "model": row.title,
+        "family": row.family,
+        "what": row.what,
+        "run": str(row.path),
+        "parameters": size[0],
+        "parameters_fitted": size[1],
+        "training_seconds": "" if row.seconds is None else row.seconds,
+        "hardware": row.hardware,
+        "selected_on": chosen_on(row),
+        "control": metrics.control or "",
+        "git_commit": row.environment.git_commit or "",
+        "data": row.environment.data or "",
         "command": row.commands[0] if row.commands else "",
         **({} if named is None else named.model_dump(include={"top1", "top5", "balanced_accuracy"})),
     }
@@ -363,7 +381,9 @@ def sentence(group: Group, lead: Lead, metric: str = "R2") -> str:
     """A lead in words."""
     of, over = group.rows[lead.of].title, group.rows[lead.over].title
     if lead.interval is None:
-        return f"{of} is ahead of {over} by {lead.difference:.3f} in {metric}; there are no predictions to test that with."
+        return (
+            f"{of} is ahead of {over} by {lead.difference:.3f} in {metric}; there are no predictions to test that with."
+        )
     verdict = "beyond" if lead.is_certain else "within"
     return (
         f"{of} is ahead of {over} by {lead.difference:.3f} in {metric}, 95 % interval {interval(lead.interval)}: "
