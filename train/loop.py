@@ -227,7 +227,10 @@ class Training:
     def _scalars(self, losses: dict[str, torch.Tensor], data_wait: float, seconds: float) -> None:
         names = list(losses)
         totals = self.runtime.sum(torch.stack([losses[name] for name in names]))
-        charts = {f"train/{name}": total for name, total in zip(names, totals.tolist(), strict=True)}
+        charts = {
+            "train/loss" if name == "loss" else f"train/loss_{name}": total
+            for name, total in zip(names, totals.tolist(), strict=True)
+        }
         charts |= {f"rate/{group['part']}": group["lr"] for group in self.engine.optimizer.param_groups}
         charts |= {name: float(value) for name, value in self.network.objective.learned_weights().items()}
         charts["speed/images_per_second"] = self.loader.global_size / seconds
