@@ -207,9 +207,11 @@ def duration(seconds: float | None) -> str:
     return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
 
 
-def millions(parameters: int) -> str:
-    """A number of parameters: 0.08 M, 25.6 M."""
-    return f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e6:.2g} M"
+def size_of(parameters: int) -> str:
+    """A number of parameters: 840, 84 k, 25.6 M."""
+    if parameters >= 1e6:
+        return f"{parameters / 1e6:.1f} M"
+    return f"{parameters / 1e3:.0f} k" if parameters >= 1e4 else f"{parameters:,}"
 
 
 def sized(row: Row) -> str:
@@ -217,7 +219,7 @@ def sized(row: Row) -> str:
     if row.parameters is None:
         return "-"
     whole, fitted = row.parameters
-    return millions(whole) if whole == fitted else f"{millions(whole)} ({millions(fitted)} fitted)"
+    return size_of(whole) if whole == fitted else f"{size_of(whole)} ({size_of(fitted)} fitted)"
 
 
 def chosen_on(row: Row) -> str:
