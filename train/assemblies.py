@@ -44,11 +44,14 @@ def read_predictions(path: Path) -> dict[str, np.ndarray]:
     """
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+            found = {name: arrays[name] for name in arrays.files}
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; score the run on that split first (train/evaluate.py)") from None
     except Exception as error:  # numpy raises many kinds for a damaged file
         raise BadInput(f"{path} cannot be read ({error}); score the run again") from None
+    if "prediction" not in found:
+        raise BadInput(f"{path} holds no predicted responses: the network names objects; export it as timm, say")
+    return found
 
 
 def assemble(predictions: Mapping[str, np.ndarray], shards: ShardFolder | None, split: str) -> Assembly:

@@ -21,6 +21,7 @@ from data_prep.shards import ShardFolder
 from train.checkpoint import Progress, checked_tensors, load_progress
 from train.loader import Stimuli, workers_per_rank
 from train.loop import evaluation_batch_size
+from train.monitor import Board
 from train.picture_cache import PictureCaches
 from train.processes import ranks_on_machine, world_size
 from train.recipe import Recipe
@@ -28,6 +29,7 @@ from train.run_folder import RunFolder, check_writable, open_run, write_json, wr
 from train.runtime import Runtime, started
 from train.scoring import Scored, check_not_empty, report, score
 from train.tasks import Network
+from train.watching import draw_numbers, draw_pictures
 
 
 class Evaluate(BaseModel):
@@ -127,18 +129,22 @@ def evaluate(job: Job, runtime: Runtime) -> Scored:
     )
 
 
+def predictions(job: Job, scored: Scored) -> dict[str, np.ndarray]:
+    """What was predicted, and what is known of it: responses, and where the network names objects, classes."""
+    arrays = {"stimulus_id": np.array(job.stimuli.stimulus_ids)}
+    if scored.rates is not None:
+        arrays |= {"site_id": np.array(job.manifest.site_ids), "prediction": scored.rates}
+        arrays |= {} if job.stimuli.rates is None else {"target": job.stimuli.rates}
+    if scored.named is not None:
+        arrays |= {"class_id": np.array(job.manifest.classes), "predicted_class": scored.named}
+        arrays |= {} if job.stimuli.labels is None else {"class": job.stimuli.labels}
+    return arrays
+
+
 def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str, Any]]:
     """Write predictions.npz and, where there is something to compare with, metrics.json; returns folder and metrics."""
     target = job.folder.evaluation(job.options.split, job.options.checkpoint)
-    if scored.rates is not None:
-        arrays = {
-            "stimulus_id": np.array(job.stimuli.stimulus_ids),
-            "site_id": np.array(job.manifest.site_ids),
-            "prediction": scored.rates,
-        }
-        if job.stimuli.rates is not None:
-            arrays["target"] = job.stimuli.rates
-        write_npz(target / "predictions.npz", **arrays)
+    write_npz(target / "predictions.npz", **predictions(job, scored))
     metrics: dict[str, Any] = {}
     if scored.moments is not None or scored.counts is not None:
         metrics = report(scored, job.stimuli, job.manifest, job.options.split, ranks)
@@ -150,6 +156,16 @@ def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str,
             metrics["control"] = "shuffled responses"
         write_json(target / "metrics.json", metrics)
     return target, metrics
+
+
+def chart(job: Job, scored: Scored) -> None:
+    """Add the scores, the sites and the stimuli to the run's TensorBoard, at the step that was scored."""
+    board = Board(job.folder.tensorboard, lambda message: print(message, file=sys.stderr, flush=True))
+    split, step = job.options.split, job.progress.step
+    board.scalars({f"{split}/{name}": value for name, value in scored.means().items()}, step)
+    draw_numbers(board, split, scored, step)
+    draw_pictures(board, split, scored, job.stimuli, step)
+    board.close()
 
 
 def shown_scores(scored: Scored, metrics: dict[str, Any]) -> str:
@@ -168,6 +184,7 @@ def main() -> None:
         if runtime.leads:
             warn_of_unseen_classes(job)
             target, metrics = write_results(job, scored, runtime.ranks)
+            chart(job, scored)
             shown = shown_scores(scored, metrics)
             print(f"{job.options.split}: {len(job.stimuli):,} stimuli  {shown}\nwritten to {target}", flush=True)
 

@@ -17,7 +17,7 @@ from train.backbones import check_name
 from train.ema import RunningAverage
 from train.engine import Engine
 from train.loop import Training, evaluation_batch_size
-from train.monitor import Monitor
+from train.monitor import Monitor, layout
 from train.preparation import Job, prepare
 from train.readouts import parameter_count
 from train.recipe import Recipe, leading_recipe
@@ -73,6 +73,7 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     """Make network, optimizer and monitor, and claim the run's folder."""
     recipe, loader, begins = job.recipe, job.loader, start.checkpoint is None
     network = build_network(job, runtime, begins)
+    size = {"all": parameter_count(network), "trained": parameter_count(network, trainable_only=True)}
     ridge_scores = {}
     if recipe.readout.start == "ridge" and begins:
         options = {"batch_size": evaluation_batch_size(recipe), "workers": job.workers}
@@ -86,9 +87,11 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     if average is not None:
         average.follow(engine)
     if runtime.leads and not job.resume:
-        job.folder.claim(recipe, job.data, {"processes": runtime.describe()})
+        job.folder.claim(recipe, job.data, {"processes": runtime.describe(), "parameters": size})
     monitor, what = Monitor(job.folder, runtime.leads), (loader, job.selection, job.workers)
-    introduce(job, network, runtime, monitor)
+    if monitor.board is not None:
+        monitor.board.lay_out(layout(recipe.task.predicts_responses, recipe.task.predicts_classes))
+    introduce(job, network, size, runtime, monitor)
     introduce_readouts(job, network, monitor, ridge_scores)
     return Training(recipe, job.folder, runtime, engine, network, average, *what, monitor, start.progress)
 
@@ -119,11 +122,10 @@ def build_engine(job: Job, network: Network, runtime: Runtime) -> Engine:
     return engine
 
 
-def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) -> None:
+def introduce(job: Job, network: Network, size: dict[str, int], runtime: Runtime, monitor: Monitor) -> None:
     """Say what is trained, on what, and how."""
     manifest, loader, recipe = job.manifest, job.loader, job.recipe
     name = f"{manifest.name} (SIMULATED)" if manifest.simulated else manifest.name
-    trained, held = parameter_count(network, trainable_only=True), parameter_count(network)
     monitor.say(
         f"{name}: {len(loader.stimuli):,} stimuli to fit, {len(job.selection):,} of {recipe.early_stopping.split} "
         f"to select the epoch, {len(manifest.sites)} sites, pictures of {loader.stimuli.size} px"
@@ -136,7 +138,7 @@ def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) ->
     monitor.say(
         f"{recipe.backbone.name}{f' cut after {recipe.backbone.cut}' if recipe.backbone.cut else ''}, "
         f"weights: {network.backbone.weights_from}; "
-        f"{trained:,} of {held:,} parameters are trained"
+        f"{size['trained']:,} of {size['all']:,} parameters are trained"
     )
     monitor.say(
         f"{runtime.describe()}, {recipe.precision}; {loader.steps} steps an epoch of {loader.global_size} stimuli, "

@@ -147,7 +147,7 @@ class Stimuli(Dataset):
 
     def __getitem__(self, work: _Work) -> Batch | BadInput | RunFailed:
         try:
-            images = self._pictures(work.micro.positions)
+            images = self.pictures(work.micro.positions)
         except (BadInput, RunFailed) as error:
             return error
         return self.batch(images, work.micro, work.stimuli, work.observed, work.draws)
@@ -168,7 +168,7 @@ class Stimuli(Dataset):
             observed=observed,
         )
 
-    def _pictures(self, positions: np.ndarray) -> torch.Tensor:
+    def pictures(self, positions: np.ndarray) -> torch.Tensor:
         """The pictures of these stimuli, uint8 (b, size, size, 3)."""
         images = self._memory.take((len(positions), self.size, self.size, 3))
         pixels, kept_as = images.numpy(), self._kept_as[positions]
@@ -184,6 +184,11 @@ class Stimuli(Dataset):
             if self._cache is not None:
                 self._cache.write(int(kept_as[row]), pixels[row])
         return images
+
+    def names(self) -> list[str]:
+        """What each stimulus shows, or its id where nothing tells."""
+        found = zip(self.subset, self.stimulus_ids, strict=True)
+        return [self._split.label(int(place)) or name for place, name in found]
 
     def _decode(self, place: int, pixels: np.ndarray) -> None:
         data, encoding = self._split.image(place)

@@ -26,6 +26,7 @@ from train.runtime import Runtime
 from train.schedule import momentum, plateaus, rate_factor, set_momentum
 from train.scoring import Scored, score
 from train.tasks import Network
+from train.watching import Watch
 
 STEPS_BETWEEN_LOOKS = 10
 LOWER_IS_BETTER = ("mse",)
@@ -67,6 +68,8 @@ class Training:
         )
         self._epoch_loss = torch.zeros((), dtype=torch.float64)  # this rank's part, of the epoch under way
         self._pace, self._waited = Pace(), 0.0
+        split = self.progress.selection_split
+        self._watch = Watch(self.network, self.runtime, self.monitor, self.selection, split)
 
     @property
     def total_steps(self) -> int:
@@ -90,7 +93,7 @@ class Training:
             try:
                 with self.runtime.fastest_kernels(self.recipe.deterministic):
                     loss = self._epoch()
-                trained = time.monotonic()
+                trained, as_trained = time.monotonic(), self._watch.train_means()
                 scored = self._score()
             except Stopped as stop:
                 self._save_midway()
@@ -101,12 +104,14 @@ class Training:
             speed = steps * self.loader.global_size / (trained - started)
             self._tell(
                 loss,
+                as_trained,
                 scored,
                 best,
                 images_per_second=speed,
                 train_seconds=trained - started,
                 score_seconds=time.monotonic() - trained,
             )
+            self._watch.epoch(scored, self.progress.step, time.monotonic() - started)
             self._remark(steps, trained - started)
             self._save()
         ended = "no improvement" if self._out_of_patience() else "all epochs done"
@@ -212,6 +217,7 @@ class Training:
                 images = augment(batch.images, batch.draws, self.recipe.augment) if augments else batch.images
                 outputs = self.engine.forward(images)
                 parts = self.network.objective.parts(outputs, batch, self._sum)
+            self._watch.note(outputs, batch)
             with self.engine.clock.part("backward"):
                 self.engine.backward(parts["loss"])
         return {name: part.detach() for name, part in parts.items()}
@@ -224,7 +230,10 @@ class Training:
     def _scalars(self, losses: dict[str, torch.Tensor], data_wait: float, seconds: float) -> None:
         names = list(losses)
         totals = self.runtime.sum(torch.stack([losses[name] for name in names]))
-        charts = {f"train/{name}": total for name, total in zip(names, totals.tolist(), strict=True)}
+        charts = {
+            "train/loss" if name == "loss" else f"train/loss_{name}": total
+            for name, total in zip(names, totals.tolist(), strict=True)
+        }
         charts |= {f"rate/{group['part']}": group["lr"] for group in self.engine.optimizer.param_groups}
         charts |= {name: float(value) for name, value in self.network.objective.learned_weights().items()}
         charts["speed/images_per_second"] = self.loader.global_size / seconds
@@ -239,12 +248,12 @@ class Training:
         if self.average is not None:
             self.average.gather()
             average_batch_statistics(network, self.runtime)
-        options = {"batch_size": evaluation_batch_size(self.recipe), "workers": self.workers, "keep": False}
+        options = {"batch_size": evaluation_batch_size(self.recipe), "workers": self.workers}
         responses = network.objective.responses
         if responses is not None and responses.ignores_offsets:
             responses.reset()
-            responses.calibrate(score(network, self.loader.stimuli, self.runtime, **options).moments)
-        return score(network, self.selection, self.runtime, **options)
+            responses.calibrate(score(network, self.loader.stimuli, self.runtime, **options, keep=False).moments)
+        return score(network, self.selection, self.runtime, **options, keep=True)
 
     def _select(self, scored: Scored) -> bool:
         """Compare with the best epoch so far; all ranks see the same reduced numbers and decide alike.
@@ -304,7 +313,7 @@ class Training:
                 tensors[file][name] = self.runtime.mean(own).to(own)
         return found
 
-    def _tell(self, loss: float, scored: Scored, best: bool, **speeds: float) -> None:
+    def _tell(self, loss: float, as_trained: dict[str, float], scored: Scored, best: bool, **speeds: float) -> None:
         progress, means = self.progress, scored.means()
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         self.monitor.say(
@@ -312,6 +321,7 @@ class Training:
             f"{speeds['images_per_second']:,.0f} images/s{'  *' if best else ''}"
         )
         charts = {f"{progress.selection_split}/{name}": value for name, value in means.items()}
+        charts |= {f"train/{name}": value for name, value in as_trained.items()}
         charts["selection/value"] = means[progress.selection_metric]
         self.monitor.scalars(charts, progress.step)
         self.monitor.epoch(

@@ -99,6 +99,6 @@ def write_results(job: Job, metrics: dict[str, Any], prediction: np.ndarray, mon
     )
     picture = layer_figure(metrics)
     write_atomically(target / "layers.png", picture)
-    monitor.picture("explained variance by layer", picture)
+    monitor.board.picture("explained variance by layer", picture, step=0)
     write_atomically(target / "table.md", (table(metrics) + "\n").encode())
     write_json(target / "metrics.json", metrics)  # last: it says that all is there

@@ -34,11 +34,13 @@ class Scored:
         counts: right answers per class, summed over ranks; None for a network without classes.
         rates: predictions of all stimuli in order, float32 (stimuli, sites), in the recording's units; None where they
             were not kept or the network predicts none.
+        named: the likeliest class of all stimuli in order, int64 (stimuli,); None as for `rates`.
     """
 
     moments: torch.Tensor | None
     counts: torch.Tensor | None
     rates: np.ndarray | None
+    named: np.ndarray | None = None
 
     def value(self, metric: str) -> float:
         """The mean over sites of a metric, or "top1"."""
@@ -88,6 +90,7 @@ def score(
         else None
     )
     kept = torch.empty(len(own) if keep else 0, sites, device=device)
+    named = torch.empty(len(own) if keep else 0, dtype=torch.int64, device=device)
     seen = 0
     with Progress(len(stimuli), label, silent=not (label and runtime.leads)) as progress:
         for batch in loader:
@@ -103,6 +106,8 @@ def score(
                     kept[seen : seen + there] = rates[:there]
             if counts is not None:
                 counts.add(outputs["classes"], batch.labels, batch.weight)
+            if keep and "classes" in outputs:
+                named[seen : seen + there] = outputs["classes"][:there].argmax(1)
             seen += there
             progress.advance(min(there * runtime.ranks, len(stimuli) - progress.done))
     network.train(was_training)
@@ -111,6 +116,7 @@ def score(
         moments=None if moments is None else merge_all(runtime.all_gather(moments.state)),
         counts=None if counts is None else runtime.sum(counts.stacked()),
         rates=runtime.gather_rows(kept) if keep and responses is not None else None,
+        named=runtime.gather_rows(named) if keep and "classes" in network.heads else None,
     )
 
 
