@@ -85,8 +85,8 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
         start.load_optimizer(engine)
     if average is not None:
         average.follow(engine)
-    if runtime.leads and not job.resume:
-        job.folder.claim(recipe, job.data, {"processes": runtime.describe()})
+    if not job.resume:
+        runtime.lead(lambda: job.folder.claim(recipe, job.data, {"processes": runtime.describe()} | job.facts))
     monitor, what = Monitor(job.folder, runtime.leads), (loader, job.selection, job.workers)
     introduce(job, network, runtime, monitor)
     introduce_readouts(job, network, monitor, ridge_scores)
@@ -172,7 +172,10 @@ def main() -> None:
     options, recipe = parse_command_line(sys.argv[1:])
     job = prepare(recipe, options.data, options.out, options.resume)
     recipe = job.recipe
-    with started(job.deepspeed, recipe.precision, recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
+    settings = (job.deepspeed, recipe.precision, recipe.deterministic)
+    with started(*settings, timeouts=recipe.faults.timeouts) as runtime, closing(job.folder):
+        if job.resume:
+            runtime.lead(job.folder.hold)
         start = starting_point(job, runtime)
         training = build(job, start, runtime)
         with closing(training.monitor), job.folder.keeping_failures(runtime.rank):

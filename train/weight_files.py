@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_prep.errors import BadInput
-from train.checkpoint import load_tensors
+from train.checkpoint import current, load_tensors
 
 # What other trainers put around a state dict, and what wrappers put before its names.
 CONTAINERS = ("state_dict", "model", "model_state_dict")
@@ -83,7 +83,7 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
     Raises:
         BadInput: no such file, one that is damaged, or one that holds more than tensors.
     """
-    best = source / "checkpoints" / "best"
+    best = current(source / "checkpoints", "best")
     return _named_as_in_timm(load_tensors(best, "network") if best.is_dir() else _read(source))
 
 
