@@ -107,10 +107,11 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for place, position in enumerate(positions):
         x, y = place % columns * tile, place // columns * (tile + 14)
+        data, encoding = split.image(position)
         try:
-            picture = rgb_picture(*split.image(position))
+            picture = rgb_picture(data, encoding)
         except ValueError as error:
-            raise BadInput(f"{split.place(position)}: the picture cannot be decoded ({error})") from None
+            raise BadInput(f"{split.place(position)}.{encoding} cannot be decoded ({error})") from None
         sheet.paste(picture.resize((tile - 2, tile - 2)), (x, y))
         draw.text((x + 2, y + tile), split.label(position) or split.stimulus_ids[position], fill="black")
     return sheet
