@@ -55,6 +55,11 @@ def _parquet_bomb(source: Path, _: Kit) -> None:
     pq.write_table(pa.table({"n0": column}), source / "rates.parquet")
 
 
+def _archived_rates(source: Path, _: Kit) -> None:
+    with (source / "rates.npy").open("wb") as file:
+        np.savez(file, np.zeros((10, 3)))
+
+
 def _piped_picture(source: Path, _: Kit) -> None:
     (source / "images" / "stim0003.png").unlink()
     os.mkfifo(source / "images" / "stim0003.png")
@@ -88,7 +93,7 @@ FOLDERS: dict[str, Case] = {
     "rates that are all NaN": (_rates(npy(np.full((10, 3), np.nan))), ("rates.npy", "NaN")),
     "rates that are transposed": (_rates(npy(np.zeros((3, 10)))), ("rates.npy", "transposed")),
     "rates of more numbers than a float": (_rates(npy(np.full((10, 3), 1e300))), ("rates.npy", "infinite")),
-    "rates as an archive": (_folder(lambda source, _: np.savez(source / "rates.npy", 1)), ("src",)),
+    "rates as an archive": (_folder(_archived_rates), ("rates.npy", ".npz archive")),
     "a parquet bomb": (_folder(_parquet_bomb), ("rates.parquet",)),
     "an absolute picture": (_cell("images/stim0000.png", "/etc/passwd"), ("line 2", "inside")),
     "a picture outside": (_cell("images/stim0000.png", "images/../../x.png"), ("line 2", "inside")),
@@ -295,7 +300,7 @@ HDF5: dict[str, Case] = {
         ("spike_times", "claims"),
     ),
     "a session's spikes before the first": (
-        _hdf5("nwb", lambda file, _: file["units/spike_times_index"].__setitem__(0, 10**9)),
+        _hdf5("nwb", lambda file, _: file["units/spike_times_index"].__setitem__(0, 2**16 - 1)),
         ("spike_times_index", "damaged"),
     ),
     "an assembly cut short": (_assembly(lambda path: os.truncate(path, 3000)), (".nc",)),

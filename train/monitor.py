@@ -5,15 +5,14 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from data_prep.errors import BadInput, RunFailed
-from train.run_folder import RunFolder, write_atomically
+from data_prep.errors import RunFailed
+from train.run_folder import RunFolder, epoch_of, write_atomically
 
 LAYOUT = {
     "first look": {
@@ -115,7 +114,7 @@ class Monitor:
         self._board.close()
         self._board = SummaryWriter(str(self._folder.tensorboard), purge_step=step + 1)
         if self._folder.history.exists():
-            kept = [line for line in _lines(self._folder.history) if epoch_of(line, self._folder.history) <= epoch]
+            kept = [line for line in self._folder.epochs() if epoch_of(line, self._folder.history) <= epoch]
             write_atomically(self._folder.history, "".join(kept).encode())
 
     def close(self) -> None:
@@ -123,21 +122,3 @@ class Monitor:
         self._chart(SummaryWriter.close)
         for handler in self._log.handlers:
             handler.close()
-
-
-def epoch_of(line: str, path: Path) -> int:
-    """The epoch that a line of history.jsonl is about.
-
-    Raises:
-        BadInput: the line is damaged.
-    """
-    try:
-        return int(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise BadInput(f"{path}: the line {line[:60].strip()!r} tells no epoch; remove it") from None
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file: a crash can leave half of one at its end."""
-    text = path.read_text(encoding="utf-8", errors="replace")
-    return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]

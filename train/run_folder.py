@@ -88,6 +88,8 @@ class RunFolder:
         if not self.recipe.is_file():
             raise BadInput(f"{self.path} holds no run to resume (no recipe.yaml); start it without --resume")
         check_no_links(self.path)
+        for line in self.epochs():
+            epoch_of(line, self.history)
         before, now = _flat(load_recipe(self.recipe, type(recipe)).model_dump()), _flat(recipe.model_dump())
         # How it is computed, not what.
         free = {"strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
@@ -166,12 +168,31 @@ class RunFolder:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {traceback.format_exc()}\n")
             raise
 
+    def epochs(self) -> list[str]:
+        """The whole lines of history.jsonl: a crash can leave half of one at its end."""
+        if not self.history.exists():
+            return []
+        text = self.history.read_text(encoding="utf-8", errors="replace")
+        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
     def data_folder(self) -> str:
         """The shard folder the run was trained on, or its URL without the secrets it may need."""
         try:
             return str(parse_json(read_regular(self.env))["data"])
         except (OSError, ValueError, KeyError, TypeError):
             raise BadInput(f"{self.env} does not tell the run's shard folder; name it with --data") from None
+
+
+def epoch_of(line: str, path: Path) -> int:
+    """The epoch that a line of history.jsonl is about.
+
+    Raises:
+        BadInput: the line is damaged.
+    """
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadInput(f"{path}: the line {line[:60].strip()!r} tells no epoch; remove it") from None
 
 
 def begun_by_this_job(path: Path) -> bool:

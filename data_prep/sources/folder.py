@@ -59,7 +59,7 @@ class Folder(BaseModel, extra="forbid"):
     """Share of the stimuli for validation, when the table has no column split."""
     test_fraction: float = Field(0.10, ge=0, lt=1)
     """Share of the stimuli for testing, when the table has no column split."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of the split, when the table has no column split."""
     name: str | None = None
     """Name of the recording. Default: the folder's name."""
