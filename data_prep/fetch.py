@@ -28,9 +28,9 @@ class Fetch(BaseModel):
     """Folder for the files; what is there already is not downloaded again."""
     mirror: str | None = None
     """Address of a folder (http or https) that has the same files under the same names, e.g. of your institute."""
-    retries: int = Field(5, ge=0)
+    retries: int = Field(5, ge=0, le=1000)
     """How many times in a row a file may fail to come on before it is given up."""
-    timeout: float = Field(60.0, gt=0)
+    timeout: float = Field(60.0, gt=0, le=86_400)
     """Seconds of silence after which a connection is given up and tried again."""
 
 

@@ -1,6 +1,5 @@
 """What a shard folder holds, for people: a summary in words and a contact sheet of its pictures."""
 
-import io
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from data_prep.errors import BadInput
 from data_prep.manifest import Ceiling, Manifest, from_json_list
-from data_prep.pictures import raw_pixels
+from data_prep.pictures import rgb_picture
 from data_prep.shards import ShardFolder, ShardSplit
 
 
@@ -108,12 +107,11 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for place, position in enumerate(positions):
         x, y = place % columns * tile, place // columns * (tile + 14)
+        data, encoding = split.image(position)
         try:
-            data, encoding = split.image(position)
-            raw = encoding == "image.npy"
-            picture = Image.fromarray(raw_pixels(data)) if raw else Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadInput(f"{split.place(position)}: the picture cannot be decoded ({error})") from None
+            picture = rgb_picture(data, encoding)
+        except ValueError as error:
+            raise BadInput(f"{split.place(position)}.{encoding} cannot be decoded ({error})") from None
         sheet.paste(picture.resize((tile - 2, tile - 2)), (x, y))
         draw.text((x + 2, y + tile), split.label(position) or split.stimulus_ids[position], fill="black")
     return sheet

@@ -43,9 +43,9 @@ class Pack(Division):
     )
     out: Path
     """The shard folder to make; it must not exist yet."""
-    stimuli_per_shard: int = Field(256, ge=1)
+    stimuli_per_shard: int = Field(256, ge=1, le=1_000_000)
     """Stimuli in one tar file."""
-    workers: int = Field(default_factory=usable_cores, ge=1)
+    workers: int = Field(default_factory=usable_cores, ge=1, le=1024)
     """Processes that read, encode and write; by default one for each core that this process may use."""
 
 

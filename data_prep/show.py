@@ -36,7 +36,7 @@ class Show(BaseModel):
     """Where to put the contact sheet; by default contact_sheet.png in the folder, of a URL in the working folder."""
     shard_cache: Path | None = None
     """Of remote shards: folder for copies; by default in ~/.cache."""
-    shard_cache_gib: float | None = Field(None, gt=0)
+    shard_cache_gib: float | None = Field(None, gt=0, le=1e6)
     """Of remote shards: the most that is kept in that folder; by default half of what is free on its disk."""
 
 

@@ -15,10 +15,10 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.command_line import Place, parse
-from data_prep.errors import run_command
+from data_prep.errors import BadInput, run_command
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
-from train.checkpoint import Progress, checked_tensors, load_progress
+from train.checkpoint import Progress, checked_tensors, current, load_progress
 from train.loader import Stimuli, workers_per_rank
 from train.loop import evaluation_batch_size
 from train.monitor import Board
@@ -28,6 +28,7 @@ from train.recipe import Recipe
 from train.run_folder import RunFolder, check_writable, open_run, write_json, write_npz
 from train.runtime import Runtime, started
 from train.scoring import Scored, check_not_empty, report, score
+from train.screening import Screening
 from train.tasks import Network
 from train.watching import draw_numbers, draw_pictures
 
@@ -47,10 +48,13 @@ class Evaluate(BaseModel):
     """Shard folder or its URL; by default the one the run was trained on."""
     shard_cache: str | None = None
     """Of remote shards: folder for copies; by default the recipe's."""
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(None, ge=1, le=1_000_000)
     """Stimuli per forward pass; by default the recipe's."""
-    workers: int | None = Field(None, ge=0)
+    workers: int | None = Field(None, ge=0, le=256)
     """Decoding processes per rank; by default the recipe's."""
+    on_bad_sample: Literal["stop", "skip"] | None = None
+    """Whether a stimulus that cannot be read stops the evaluation or is left out, which metrics.json then says; by
+    default the recipe's."""
 
 
 @dataclass
@@ -64,6 +68,7 @@ class Job:
     progress: Progress
     shards: ShardFolder
     stimuli: Stimuli
+    screening: Screening
 
     @property
     def manifest(self) -> Manifest:
@@ -80,26 +85,32 @@ def prepare(options: Evaluate) -> Job:
     ranks = world_size()
     folder, recipe = open_run(options.run)
     check_writable(folder.path)
-    checkpoint = folder.checkpoints / options.checkpoint
+    checkpoint = current(folder.checkpoints, options.checkpoint)
     progress = load_progress(checkpoint)
     if options.shard_cache is not None:
         recipe.loader.shard_cache = options.shard_cache
+    if options.on_bad_sample is not None:
+        recipe.loader.on_bad_sample = options.on_bad_sample
     shards = ShardFolder(options.data or folder.data_folder(), recipe.loader.fetch)
     progress.check_fits(shards.manifest, str(shards.folder))
     split = shards.split(options.split)
     classes = recipe.task.predicts_classes
     responses = recipe.task.predicts_responses and split.has_responses
     caches = PictureCaches(recipe.loader, once=True)
-    stimuli = Stimuli(split, progress.image_size, responses=responses, classes=classes, caches=caches)
+    screening, wanted = Screening(recipe.loader), {"responses": responses, "classes": classes}
+    usable = screening.usable(split, progress.image_size, **wanted)
+    stimuli = Stimuli(split, progress.image_size, usable, **wanted, caches=caches)
     check_not_empty(stimuli, ranks, options.split)
-    return Job(options, folder, recipe, checkpoint, progress, shards, stimuli)
+    return Job(options, folder, recipe, checkpoint, progress, shards, stimuli, screening)
 
 
 def unseen_classes(job: Job) -> int:
     """How many of the scored classes no training stimulus shows: a network cannot name those."""
     if job.stimuli.labels is None:
         return 0
-    return len(np.setdiff1d(job.stimuli.labels, job.shards.split("train").labels()))
+    train = job.shards.split("train")
+    usable = Screening(job.recipe.loader).usable(train, None, responses=False, classes=True)
+    return len(np.setdiff1d(job.stimuli.labels, train.labels(usable)))
 
 
 def warn_of_unseen_classes(job: Job) -> None:
@@ -114,7 +125,16 @@ def warn_of_unseen_classes(job: Job) -> None:
 
 
 def evaluate(job: Job, runtime: Runtime) -> Scored:
-    """Load the network and score the split over all ranks."""
+    """Load the network and score the split over all ranks.
+
+    Raises:
+        BadInput: the run goes on, and ranks have found different checkpoints.
+    """
+    if len(found := set(runtime.gather_objects(job.checkpoint.name))) > 1:
+        raise BadInput(
+            f"{job.folder.path} goes on: {job.options.checkpoint} was {' and '.join(sorted(found))} for different "
+            "processes; start again"
+        )
     network = Network(job.recipe.for_evaluation(), job.manifest, job.stimuli.size)
     network.load_state_dict(checked_tensors(network, job.checkpoint, "network"))
     setting = job.recipe.loader.workers if job.options.workers is None else job.options.workers
@@ -150,6 +170,7 @@ def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str,
         metrics = report(scored, job.stimuli, job.manifest, job.options.split, ranks)
         metrics |= {"checkpoint": job.options.checkpoint, "epoch": job.progress.epoch, "step": job.progress.step}
         metrics["selected_on"] = [job.progress.selection_split]
+        metrics |= job.screening.facts()
         if unseen := unseen_classes(job):
             metrics["classification"]["classes_not_in_train"] = unseen
         if job.recipe.task.shuffle_responses:
@@ -187,6 +208,8 @@ def main() -> None:
             chart(job, scored)
             shown = shown_scores(scored, metrics)
             print(f"{job.options.split}: {len(job.stimuli):,} stimuli  {shown}\nwritten to {target}", flush=True)
+            for warning in job.screening.warnings():
+                print(warning, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -86,8 +86,9 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
         start.load_optimizer(engine)
     if average is not None:
         average.follow(engine)
-    if runtime.leads and not job.resume:
-        job.folder.claim(recipe, job.data, {"processes": runtime.describe(), "parameters": size})
+    if not job.resume:
+        facts = {"processes": runtime.describe(), "parameters": size} | job.facts
+        runtime.lead(lambda: job.folder.claim(recipe, job.data, facts))
     monitor, what = Monitor(job.folder, runtime.leads), (loader, job.selection, job.workers)
     if monitor.board is not None:
         monitor.board.lay_out(layout(recipe.task.predicts_responses, recipe.task.predicts_classes))
@@ -174,7 +175,10 @@ def main() -> None:
     options, recipe = parse_command_line(sys.argv[1:])
     job = prepare(recipe, options.data, options.out, options.resume)
     recipe = job.recipe
-    with started(job.deepspeed, recipe.precision, recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
+    settings = (job.deepspeed, recipe.precision, recipe.deterministic)
+    with started(*settings, timeouts=recipe.faults.timeouts) as runtime, closing(job.folder):
+        if job.resume:
+            runtime.lead(job.folder.hold)
         start = starting_point(job, runtime)
         training = build(job, start, runtime)
         with closing(training.monitor), job.folder.keeping_failures(runtime.rank):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.errors import RunFailed
-from train.run_folder import RunFolder, write_atomically
+from train.run_folder import RunFolder, epoch_of, write_atomically
 
 
 def layout(responses: bool, classes: bool) -> dict[str, dict[str, list[Any]]]:
@@ -164,7 +164,7 @@ class Monitor:
         self.board.close()
         self.board = Board(self._folder.tensorboard, self.say, rewound_to=step)
         if self._folder.history.exists():
-            kept = [line for line in _lines(self._folder.history) if json.loads(line)["epoch"] <= epoch]
+            kept = [line for line in self._folder.epochs() if epoch_of(line, self._folder.history) <= epoch]
             write_atomically(self._folder.history, "".join(kept).encode())
 
     def close(self) -> None:
@@ -179,8 +179,3 @@ def _hear(failure: threading.ExceptHookArgs) -> None:
     """Print what ended a thread, but for TensorBoard's own, which hands it on to who writes next: `Board` says it."""
     if type(failure.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failure)
-
-
-def _lines(path: Path) -> list[str]:
-    """The whole lines of a file: a crash can leave half of one at its end."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]

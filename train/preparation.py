@@ -20,16 +20,21 @@ from train.processes import rank, ranks_on_machine, uses_gpu, world_size
 from train.recipe import Loader, Recipe
 from train.run_folder import RunFolder
 from train.scoring import check_not_empty
+from train.screening import Screening
 from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
 from train.streaming import StreamLoader
 
 
-def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:
+def training_stimuli(
+    shards: ShardFolder, recipe: Recipe, screening: Screening | None = None
+) -> tuple[Stimuli, Stimuli]:
     """The stimuli to fit and the stimuli that select, as `early_stopping.split` says.
 
     The few that select are opened first, so that their pictures are kept before all others; under order blocks, where
     the split need not fit into memory, apart from them: or all shards would be read again for the inner part.
+    Stimuli that are left out leave their place in the division empty, so that it is the one of all stimuli.
     """
+    screening = screening or Screening(recipe.loader)
     size = recipe.images.size or shards.manifest.image.side
     wanted = {
         "responses": recipe.task.predicts_responses,
@@ -37,13 +42,19 @@ def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stim
         "caches": PictureCaches(recipe.loader),
     }
     to_fit = wanted | ({"caches": None} if recipe.loader.engine == "webdataset" else {})  # it reads them each time
+    needed = {name: wanted[name] for name in ("responses", "classes")}
     train = shards.split("train")
+    usable = screening.usable(train, size, **needed)
     if recipe.early_stopping.split == "val":
-        selection = Stimuli(shards.split("val"), size, **wanted)
-        return Stimuli(train, size, **to_fit), selection
+        val = shards.split("val")
+        selection = Stimuli(val, size, screening.usable(val, size, **needed), **wanted)
+        return Stimuli(train, size, usable, **to_fit), selection
     key = shards.manifest.group_by
-    groups = [str(train.meta(i).get(key)) for i in range(len(train))] if key else train.stimulus_ids
-    fit, inner = inner_split(groups, recipe.early_stopping.inner_fraction, recipe.seed)
+    groups = list(train.stimulus_ids)
+    for i in usable.tolist() if key else ():
+        groups[i] = str(train.meta(i).get(key))
+    parts = inner_split(groups, recipe.early_stopping.inner_fraction, recipe.seed)
+    fit, inner = (np.intersect1d(part, usable) for part in parts)
     selection = Stimuli(train, size, inner, **wanted, apart=recipe.loader.order == "blocks")
     return Stimuli(train, size, fit, **to_fit), selection
 
@@ -110,6 +121,7 @@ class Job:
         workers: decoding processes per rank.
         deepspeed: configuration with all its numbers; None for DDP.
         remarks: what to say of the data at the start.
+        facts: what env.json says of the stimuli that are left out.
     """
 
     recipe: Recipe
@@ -122,6 +134,7 @@ class Job:
     workers: int
     deepspeed: dict[str, Any] | None
     remarks: list[str]
+    facts: dict[str, Any]
 
 
 def remarks_on(shards: ShardFolder, loader: Loader) -> list[str]:
@@ -172,7 +185,8 @@ def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
         folder.check_free()
     shards = ShardFolder(data, recipe.loader.fetch)
     check_engine(shards, recipe.loader)
-    fit, selection = training_stimuli(shards, recipe)
+    screening = Screening(recipe.loader)
+    fit, selection = training_stimuli(shards, recipe, screening)
     check_not_empty(selection, ranks, recipe.early_stopping.split)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
     loader_type = StreamLoader if recipe.loader.engine == "webdataset" else TrainLoader
@@ -202,5 +216,6 @@ def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
             ranks=ranks,
             clip_norm=recipe.optimizer.clip_norm,
         )
-    remarks = remarks_on(shards, recipe.loader)
-    return Job(recipe, data, shards.manifest, folder, resume, loader, selection, workers, deepspeed, remarks)
+    remarks = [*screening.warnings(), *remarks_on(shards, recipe.loader)]
+    facts = screening.facts()
+    return Job(recipe, data, shards.manifest, folder, resume, loader, selection, workers, deepspeed, remarks, facts)

@@ -97,10 +97,9 @@ def main() -> None:
     """Parse, check, probe."""
     options, recipe = parse_command_line(sys.argv[1:])
     job = prepare(recipe, options.data, options.out, options.split, options.resume)
-    with started(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime:
-        if runtime.leads and not job.resume:
-            facts = {"processes": runtime.describe(), "split": job.split, "parameters": {"all": job.look.parameters}}
-            job.folder.claim(job.recipe, job.data, facts)
+    with started(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime, closing(job.folder):
+        facts = {"processes": runtime.describe(), "split": job.split, "parameters": {"all": job.look.parameters}}
+        runtime.lead(job.folder.hold if job.resume else lambda: job.folder.claim(job.recipe, job.data, facts))
         with closing(Monitor(job.folder, runtime.leads)) as monitor, job.folder.keeping_failures(runtime.rank):
             run(job, scratch_folder(options), runtime, monitor)
 

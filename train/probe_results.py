@@ -36,6 +36,7 @@ def results(job: Job, found: Mapping[str, Layer], ranks: int) -> tuple[dict[str,
         "chosen": max(found, key=chosen.count),
         "selected_on": [_selected_on(job)],
     }
+    metrics |= job.screening.facts()
     if len(chosen) > 1:
         metrics["chosen_by_fold"] = chosen
     return metrics, best[job.scored]

@@ -56,7 +56,7 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
     """Where this run begins; every rank must take part, and all find the same.
 
     Raises:
-        BadInput: no checkpoint is whole, or they are of a run on other data.
+        BadInput: no checkpoint is whole, or they are of a run on other data, or on other sites.
     """
     fresh = Progress(
         recording=job.manifest.fingerprint,
@@ -75,4 +75,5 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
     progress = load_progress(checkpoint)
     if progress.recording != fresh.recording:
         raise BadInput(f"{job.folder.path} was trained on other shards; resume it with the --data it began with")
+    progress.check_fits(job.manifest, str(job.data))
     return StartingPoint(checkpoint, progress, faults)
