@@ -210,7 +210,7 @@ def travel(strategy: Strategy, needs: Needs, gpus: int, cluster: Cluster) -> Tra
         case None | 0:
             bytes_, rounds = (0.0, total, 0.0), (0, 2 * one_way, 0)
         case 1 | 2:
-            bytes_, rounds = (0.0, total / 2, total / 2), (0, one_way, one_way)
+            bytes_, rounds = (0.0, total * 2 / 3, total / 3), (0, 2 * one_way, one_way)
         case _:
             forward = total * needs.weights / (2 * needs.weights + needs.trainable)
             bytes_, rounds = (forward, total - forward, 0.0), (one_way, 2 * one_way, 0)
