@@ -5,8 +5,9 @@
 
 Each process is on a machine of its own, a network namespace (needs root), whose link sends so many Mbit/s (`tc tbf`;
 0: no limit; netem, which could add latency, is not needed). All train together, each on the same number of stimuli
-(weak scaling), as train/finetune.py would. On 2 cores, 4 and 8 processes take turns, which is seen in what they compute
-and not in what travels. `--from` draws the tables of an earlier run's JSON again.
+(weak scaling), as train/finetune.py would. Of the steps at each bandwidth the quickest counts, which other programs
+disturbed least, and of it the mean over processes. On 2 cores, 4 and 8 processes take turns, which is seen in what they
+compute and not in what travels. `--from` draws the tables of an earlier run's JSON again.
 
 The model. Bytes that a process sends in a step are those of train/memory_plan.py; in a ring of p they go round in
 2 (p - 1) rounds for an all-reduce, p - 1 for a reduce-scatter or an all-gather (Patarasuk & Yuan 2009, "Bandwidth
@@ -15,9 +16,8 @@ optimal all-reduce algorithms for clusters of workstations"), so that travelling
     bytes / bandwidth + rounds * latency
 
 Measured here: computing and what else does not depend on the bandwidth (latency, gloo's own work, waiting for those
-that are late) are the step without a limit; the model says what a limit adds. gloo has no reduce-scatter and makes an
-all-reduce of it, so that for ZeRO-1 to -3 the bytes that the link has counted are given to the model, and printed
-beside those that NCCL would send.
+that are late) are the step without a limit; the model says what a limit adds. The bytes that the link has counted are
+shown beside those of the plan.
 
 On GPUs: what may travel during the forward or backward pass is hidden behind it, but for the last bucket of gradients
 (Li et al. 2020, "PyTorch Distributed: Experiences on accelerating data parallel training", section 3.2); shown is that
@@ -70,10 +70,9 @@ def work(options: argparse.Namespace) -> None:
             if machine is not None and megabits:
                 machine.limit(megabits)
             steps = [one_step(run, batch, machine) for _ in range(WARM_UP + options.steps)][WARM_UP:]
-            own = {name: statistics.median(step[name] for step in steps) for name in steps[0]}
-            ranks = run.runtime.gather_objects(own)
-            # All take the same time; the one that is never late tells best what travelling takes.
-            found[f"{megabits:g}"] = {name: statistics.mean(rank[name] for rank in ranks) for name in own}
+            by_step = zip(*run.runtime.gather_objects(steps), strict=True)
+            means = [{name: statistics.mean(rank[name] for rank in ranks) for name in ranks[0]} for ranks in by_step]
+            found[f"{megabits:g}"] = min(means, key=lambda step: step["step"])
         if run.runtime.leads:
             options.json.write_text(json.dumps(found))
 
@@ -123,10 +122,10 @@ def compared(found: dict, needs: Needs) -> list[dict]:
         for processes, by_limit in by_processes.items():
             free = by_limit["0"]
             for megabits, step in by_limit.items():
-                theory = sent(read_strategy(strategy), needs, int(processes), 1) if int(processes) > 1 else 0.0
-                travelled = step["bytes"] / (float(megabits) * 1e6 / 8) if float(megabits) else 0.0
+                planned = sent(read_strategy(strategy), needs, int(processes), 1) if int(processes) > 1 else 0.0
+                travelled = planned / (float(megabits) * 1e6 / 8) if float(megabits) else 0.0
                 row = {"strategy": strategy, "processes": int(processes), "megabits": float(megabits), **step}
-                rows.append(row | {"theory": theory, "predicted": free["step"] + travelled})
+                rows.append(row | {"planned": planned, "predicted": free["step"] + travelled})
     return rows
 
 
@@ -211,7 +210,7 @@ def travel(strategy: Strategy, needs: Needs, gpus: int, cluster: Cluster) -> Tra
         case None | 0:
             bytes_, rounds = (0.0, total, 0.0), (0, 2 * one_way, 0)
         case 1 | 2:
-            bytes_, rounds = (0.0, total / 2, total / 2), (0, one_way, one_way)
+            bytes_, rounds = (0.0, total * 2 / 3, total / 3), (0, 2 * one_way, one_way)
         case _:
             forward = total * needs.weights / (2 * needs.weights + needs.trainable)
             bytes_, rounds = (forward, total - forward, 0.0), (one_way, 2 * one_way, 0)
@@ -258,7 +257,7 @@ def measured_table(rows: list[dict]) -> str:
         computing = sum(row[part] for part in PARTS[:3])
         limit = f"{row['megabits']:g}" if row["megabits"] else "no limit"
         times = [f"{1e3 * seconds:.0f}" for seconds in (computing, row["communication"], row["step"], row["predicted"])]
-        volumes = [f"{volume / 1e6:.2f}" for volume in (row["bytes"], row["theory"])]
+        volumes = [f"{volume / 1e6:.2f}" for volume in (row["bytes"], row["planned"])]
         cells = [row["strategy"], str(row["processes"]), limit if row["processes"] > 1 else "-", *times, *volumes]
         lines.append(cells)
     return table(lines)

@@ -49,6 +49,7 @@ class Engine:
         self._wrapped, self._pieces, self._clip_norm = wrapped, pieces, clip_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
+        self._unscaled = torch.ones((), device=runtime.device)
         self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=scales_loss)
 
     def compile(self) -> None:
@@ -93,7 +94,7 @@ class Engine:
         if self._scaler.is_enabled():
             left_out = self._scaled_step()
         else:
-            left_out = ~self._gradient_is_finite()
+            left_out = self._gradient_is_not_finite()
             if self._clip_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
             self._step_unless(left_out)
@@ -103,12 +104,11 @@ class Engine:
     def _gradients(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
-    def _gradient_is_finite(self) -> torch.Tensor:
-        device = self.runtime.device
-        found, factor = torch.zeros((), device=device), torch.ones((), device=device)
+    def _gradient_is_not_finite(self) -> torch.Tensor:
+        found = torch.zeros((), device=self.runtime.device)
         # GradScaler's own look, one pass over all gradients; on a CPU a norm of each takes thirty times as long.
-        torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), found, factor)
-        return found == 0
+        torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), found, self._unscaled)
+        return found.bool()
 
     def _step_unless(self, left_out: torch.Tensor) -> None:
         """Step, or do not; on a GPU the host does not wait to know.

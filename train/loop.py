@@ -66,7 +66,7 @@ class Training:
         self._finite = FiniteSteps(
             self.network, self.loader.stimuli, self.runtime, self.recipe.faults.bad_steps, self.monitor.say
         )
-        self._epoch_loss = torch.zeros((), dtype=torch.float64)  # this rank's part, of the epoch under way
+        self._epoch_loss = 0.0  # this rank's part, of the epoch under way, up to the last look
         self._pace, self._waited = Pace(), 0.0
         split = self.progress.selection_split
         self._watch = Watch(self.network, self.runtime, self.monitor, self.selection, split)
@@ -134,7 +134,7 @@ class Training:
         """
         self.network.train()
         drops = plateaus(self.recipe.schedule, self.progress.improved)
-        self._epoch_loss = torch.tensor(self._loss_so_far(), dtype=torch.float64, device=self.runtime.device)
+        self._epoch_loss = self._loss_so_far()
         with show.Progress(
             self.loader.steps - self._first_step,
             f"epoch {self.progress.epoch + 1}",
@@ -160,14 +160,23 @@ class Training:
                 f"{DIVERGED}no step of epoch {self.progress.epoch + 1} had a finite loss and gradient; lower "
                 "optimizer.lr or set optimizer.clip_norm (the checkpoints before are kept)"
             )
-        return float(self.runtime.sum(self._epoch_loss)) / (self.loader.steps - self.progress.left_out)
+        return sum(self._epoch_losses()) / (self.loader.steps - self.progress.left_out)
 
     def _finish_epoch(self) -> None:
         self.progress.epoch, self.progress.losses, self.progress.left_out = self.progress.epoch + 1, [], 0
 
     def _look(self) -> None:
         """See whether the steps were finite, and name those that were not; the only host sync beside the charts'."""
-        self.progress.left_out += self._finite.look()
+        for loss in self._finite.look():
+            if loss is None:
+                self.progress.left_out += 1
+            else:
+                self._epoch_loss += loss
+
+    def _epoch_losses(self) -> list[float]:
+        """Each rank's part of the epoch's loss."""
+        own = torch.tensor(self._epoch_loss, dtype=torch.float64, device=self.runtime.device)
+        return self.runtime.all_gather(own).tolist()
 
     def _loss_so_far(self) -> float:
         """This rank's part of the losses of the epoch under way; with another number of ranks, the first has all."""
@@ -184,7 +193,7 @@ class Training:
         """Save between two epochs' ends, where an epoch's losses so far belong to what is saved."""
         self._look()
         if self.progress.step:
-            self.progress.losses = self.runtime.all_gather(self._epoch_loss).tolist()
+            self.progress.losses = self._epoch_losses()
             self._save()
 
     def _step(self, micros: list[Batch], drops: int) -> dict[str, torch.Tensor]:
@@ -198,9 +207,10 @@ class Training:
         self.progress.step += 1
         if self.average is not None:
             self.average.update(self.progress.step)
-        losses = {name: torch.stack([piece[name] for piece in pieces]).sum() for name in pieces[0]}
+        losses = pieces[0]
+        if len(pieces) > 1:
+            losses = {name: torch.stack([piece[name] for piece in pieces]).sum() for name in losses}
         self._finite.note(self.progress.step, micros, losses["loss"], left_out)
-        self._epoch_loss += torch.where(left_out.to(self.runtime.device), 0.0, losses["loss"])
         return losses
 
     def _set_rates(self, drops: int) -> None:

@@ -61,7 +61,7 @@ class ZeroEngine(Engine):
     def step(self) -> torch.Tensor:
         """One optimizer step with the gradients of a whole global batch; clears them. See `Engine.step`."""
         if self._stage == 0:
-            left_out = ~self._gradient_is_finite()
+            left_out = self._gradient_is_not_finite()
             if left_out:
                 self._wrapped.zero_grad()
                 self._wrapped.micro_steps += 1  # all that is left of the step
