@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +56,7 @@ from train.weight_files import read_weights
 
 SECONDS_AN_INPUT = 10
 GIB_AN_INPUT = 2
+INSTRUMENTED = ("data_prep", "train", "tarfile", "zipfile", "yaml")  # modules whose lines guide atheris
 BATCH = 50  # inputs that hypothesis makes in one go
 RELATIVES = 20  # of each of them
 
@@ -392,6 +394,14 @@ def with_atheris(name: str, seconds: int, keep: Path) -> int:
     return int(counts[-1]) if counts else 0
 
 
+def _functions_of(module: Any, name: str) -> Iterator[types.FunctionType]:
+    """The functions that a module defines, and the methods of its classes."""
+    for value in list(vars(module).values()):
+        if getattr(value, "__module__", None) == name:
+            members = list(vars(value).values()) if isinstance(value, type) else [value]
+            yield from (member for member in members if isinstance(member, types.FunctionType))
+
+
 def fuzz_here(judge: Judge, seconds: int, folder: Path) -> None:
     """Be the process that `with_atheris` starts; libFuzzer ends it."""
     import atheris
@@ -400,15 +410,10 @@ def fuzz_here(judge: Judge, seconds: int, folder: Path) -> None:
     seeds.mkdir()
     for number, data in enumerate(judge.target.seeds):
         (seeds / str(number)).write_bytes(data)
-    for module in ("data_prep", "train", "tarfile", "zipfile", "yaml", "numpy.lib._format_impl"):
-        for loaded in [sys.modules[key] for key in list(sys.modules) if key.split(".")[0] == module or key == module]:
-            for value in vars(loaded).copy().values():
-                if (
-                    callable(value)
-                    and getattr(value, "__module__", None) == loaded.__name__
-                    and hasattr(value, "__code__")
-                ):
-                    atheris.instrument_func(value)
+    for name, module in list(sys.modules.items()):
+        if name.split(".")[0] in INSTRUMENTED:
+            for function in _functions_of(module, name):
+                atheris.instrument_func(function)
     longest = max(map(len, judge.target.seeds)) * 2
     options = [f"-max_total_time={seconds}", "-print_final_stats=1", f"-max_len={longest}", "-rss_limit_mb=8192"]
     atheris.Setup([sys.argv[0], *options, "-verbosity=0", str(seeds)], lambda data: judge(bytes(data)))
