@@ -4,6 +4,7 @@ python data_prep/show.py DIR [--index] [--verify] [--contact-sheet PNG]
 python data_prep/show.py URL [--verify] [--contact-sheet PNG] [--shard-cache DIR]
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data_prep.overview import contact_sheet, summary
 from data_prep.progress import Progress
 from data_prep.remote import FetchSettings
 from data_prep.shards import ShardFolder, reindex
+from data_prep.writing import write_whole
 
 
 class Show(BaseModel):
@@ -61,9 +63,10 @@ def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
     positions = np.arange(len(split))
     if folder.is_remote:  # pictures of all shards would be the whole split
         positions, what = positions[split.shards_of(positions) == 0], f"{split.shards[0].file}"
-    sheet = contact_sheet(split, among=positions)
+    content = io.BytesIO()
+    contact_sheet(split, among=positions).save(content, format="PNG")
     try:
-        sheet.save(path, format="PNG")
+        write_whole(path, content.getvalue())
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}); choose another --contact-sheet") from None
     print(f"  contact sheet of {what}: {path}")

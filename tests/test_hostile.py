@@ -80,5 +80,21 @@ def test_bad_input_is_refused_by_name(kit, case, monkeypatch):
     assert time.monotonic() - started < SECONDS
 
 
+def test_a_contact_sheet_that_leads_elsewhere_overwrites_nothing(kit):
+    """What a stranger's folder links to stays as it is, and the sheet takes the link's place."""
+    folder, precious = kit.shards(), kit.write("precious", "mine")
+    (folder / "contact_sheet.png").symlink_to(precious)
+    assert run_here("data_prep/show.py", folder).returncode == 0
+    assert precious.read_text() == "mine"
+    assert not (folder / "contact_sheet.png").is_symlink()
+    assert (folder / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_more_processes_than_stimuli_are_refused(kit, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    done = run_here("train/finetune.py", "--data", kit.packed, "--out", kit.folder / "out", *SMALL)
+    assert_refused(done, "64 processes cannot share")
+
+
 def test_there_are_many():
-    assert len(CASES) >= 120
+    assert len(CASES) >= 300

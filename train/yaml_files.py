@@ -64,7 +64,7 @@ def _check_keys(node: yaml.MappingNode) -> None:
 def describe(error: ValidationError, model: type[BaseModel]) -> str:
     """The first fault that pydantic found, in a sentence with the nearest valid name."""
     fault = error.errors()[0]
-    *sections, name = (str(part) for part in fault["loc"])
+    *sections, name = [str(part) for part in fault["loc"]] or ["the file"]
     where = ".".join((*sections, name))
     if fault["type"] != "extra_forbidden":
         return f"{where}: {fault['msg']} (not {_SHOWN.repr(fault.get('input'))})"
