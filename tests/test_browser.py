@@ -76,7 +76,7 @@ def test_a_heading_sorts_the_table(browser, page, width):
         values.append([float(value) for value in browser.value(COLUMN.format(2))])
     assert values[0] == sorted(values[0], reverse=True)
     assert values[1] == sorted(values[0])
-    assert len(set(values[0])) == 4
+    assert len(set(values[0])) > 2
     assert browser.value("document.querySelectorAll('table th')[2].getAttribute('aria-sort')") == "ascending"
     browser.value("document.querySelectorAll('table th > button')[0].click()")
     names = browser.value(COLUMN.format(0))
