@@ -118,8 +118,8 @@ def test_families_are_the_studys_and_facts_are_told(reported):
 def test_bold_is_the_best_where_the_next_is_clearly_behind(reported, tmp_path):
     folder, _ = reported
     text = (folder / "out" / "table.md").read_text()
-    assert next(line for line in text.splitlines() if line.startswith("| whole")).count("**") == 2 * 5
-    assert text.count("**") == 2 * 5
+    assert next(line for line in text.splitlines() if line.startswith("| whole")).count("**") == 2 * 6
+    assert text.count("**") == 2 * 6
     target = responses()
     for name, seed in (("one", 5), ("two", 6)):
         make_run(tmp_path / name, target, guess(target, 0.5, seed))
@@ -229,7 +229,7 @@ def test_the_best_trial_of_a_search_takes_part(tmp_path):
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "out" / "report.html").read_text()
     assert "2 of 2 trials ended" in text
-    assert "0001: best" in (tmp_path / "out" / "table.md").read_text()
+    assert "sweep: best" in (tmp_path / "out" / "table.md").read_text()
     assert text.count("<script") == 1
 
 

@@ -44,9 +44,9 @@ def collect(options: Report) -> tuple[list[Row], list[SweepResults]]:
         BadInput: a folder holds no run, or is named twice.
     """
     sweeps = {run: read_sweep(run) for run in options.runs if is_sweep(run)}
-    runs = {sweeps[run].best if run in sweeps else run: run for run in options.runs}
-    runs.pop(None, None)
-    if len({run.resolve() for run in runs}) < len(runs):
+    pairs = [(sweeps[run].best if run in sweeps else run, run) for run in options.runs]
+    runs = {run: given for run, given in pairs if run is not None}
+    if len({run.resolve() for run in runs}) < sum(run is not None for run, _ in pairs):
         raise BadInput("a run is named twice; name each once")
     if not runs:
         return [], list(sweeps.values())

@@ -371,12 +371,10 @@ def in_terminal(groups: Sequence[Group], classifiers: Sequence[Row], unscored: S
 
 
 def _lead_lines(group: Group) -> list[str]:
-    ahead = group.leads["r2"]
-    if not ahead:
-        return []
-    return ["", f"{sentence(group, ahead[0])}"] + [
-        note for note in group.notes() if note.startswith(("A model selected", "The recording is SIM"))
-    ]
+    """Who is ahead, and what to beware of."""
+    warnings = [note for note in group.notes() if note.startswith(("A model selected", "The recording is SIMULATED"))]
+    said = [sentence(group, lead) for lead in group.leads["r2"][:1]] + warnings
+    return ["", *said] if said else []
 
 
 def sentence(group: Group, lead: Lead, metric: str = "R2") -> str:
