@@ -289,6 +289,10 @@ def draw(rows: list[dict], far: list[dict], path: Path) -> None:
     ends = [min(row["step"] for row in limited), max(row["step"] for row in limited)]
     left.loglog(ends, ends, color="0.5", linewidth=1)
     left.set(xlabel="measured step, s", ylabel="step by the model, s", title="CPU processes over gloo, measured")
+    ticks = [0.25, 0.5, 1, 2, 4]
+    for axis in (left.xaxis, left.yaxis):
+        axis.set_ticks(ticks, labels=[f"{tick:g}" for tick in ticks])
+        axis.set_minor_formatter("")
     left.legend(frameon=False)
     for axes, cluster in zip(right, CLUSTERS, strict=True):
         for strategy, colour in colours.items():
@@ -298,6 +302,8 @@ def draw(rows: list[dict], far: list[dict], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set(xticks=GPUS, xticklabels=GPUS, ylim=(0, 1.05), xlabel="A100 GPUs", title=cluster.name)
     right[0].set_ylabel("share of ideal scaling, EXTRAPOLATED\n(dotted: nothing hidden)")
+    for axes in (left, *right):
+        axes.title.set_fontsize(10)
     figure.savefig(path, dpi=150)
 
 

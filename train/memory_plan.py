@@ -14,8 +14,8 @@ An all-reduce in a ring is a reduce-scatter and an all-gather, in each of which 
 ZeRO-0 and -1 reduce gradients with the last micro-batch, ZeRO-2 and -3 with every one; ZeRO-1 and -2 gather weights
 once a step, ZeRO-3 in every forward and backward pass (Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward
 training trillion parameter models", sections 5 and 7). The paper's ZeRO-1 and -2 scatter gradients as they reduce them;
-DeepSpeed reduces whole buckets for all (`use_multi_rank_bucket_allreduce`), which benchmarks/scaling.py counted. Offload keeps optimizer state, the copy of the weights and
-gradients (`zero3_offload`: the weights too) on the host.
+DeepSpeed reduces whole buckets for all (`use_multi_rank_bucket_allreduce`), as benchmarks/scaling.py counted. Offload
+keeps optimizer state, the copy of the weights and gradients (`zero3_offload`: the weights too) on the host.
 """
 
 import json
