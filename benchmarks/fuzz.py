@@ -374,10 +374,9 @@ def with_hypothesis(judge: Judge, seconds: float, derandomize: bool = False) -> 
     until = time.monotonic() + seconds
     for data in judge.target.seeds:
         judge(data)
-    while time.monotonic() < until:
+    batch()
+    while time.monotonic() < until and not derandomize:
         batch()
-        if derandomize:
-            return
 
 
 # ---- atheris -------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from data_prep.plain import read_regular
 
-LARGEST = 2**18  # bytes
-MOST_VALUES = 100_000  # with aliases written out, by which a few lines can stand for billions
+LARGEST = 2**17  # bytes
+MOST_VALUES = 10_000  # with aliases written out, by which a few lines can stand for billions
 
 _SHOWN = reprlib.Repr()  # of a bad value
 _SHOWN.maxstring = _SHOWN.maxother = 200
