@@ -160,7 +160,7 @@ def test_the_commands_are_found():
 
 
 def test_readmes_way_from_a_recording_to_a_report(desk):
-    """In the order of the text, in a folder where README's `my_recording` lies; each on one process, by plain python."""
+    """In the order of the text, in a folder where README's `my_recording` lies; one process each."""
     make_folder(desk / "my_recording", n=60, sites=4, noise=0.5)
     wanted = [command for command in commands() if command.page.name == "README.md"]
     wanted = [command for command in wanted if not command.text.startswith((*SETS_UP, "tensorboard"))]
