@@ -9,14 +9,14 @@ from data_prep.errors import BadInput
 from data_prep.manifest import Ceiling, Manifest, from_json_list
 from data_prep.pictures import rgb_picture
 from data_prep.shards import ShardFolder, ShardSplit
+from data_prep.terminal import bold, histogram, printable
 
 
 def summary(folder: ShardFolder) -> str:
     """What a shard folder holds, as text for a terminal."""
     manifest = folder.manifest
-    lines = [
-        f"{manifest.name}{'  (SIMULATED: no brain was recorded)' if manifest.simulated else ''}  in {folder.folder}"
-    ]
+    simulated = "  (SIMULATED: no brain was recorded)" if manifest.simulated else ""
+    lines = [f"{bold(printable(manifest.name))}{simulated}  in {folder.folder}"]
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards) / 1e6
         responses = "with responses" if split.responses else "without responses"
@@ -70,6 +70,7 @@ def _ceiling_lines(ceiling: Ceiling) -> list[str]:
         f"  reliability of the trial average: median {np.nanmedian(rho):.3f}, mean {np.nanmean(rho):.3f}{interval} "
         f"over {ceiling.stimuli:,} stimuli with {ceiling.repetitions['mean']:.1f} repetitions on average",
         f"    ({ceiling.method})",
+        f"    sites by reliability: 0 {histogram(rho[np.isfinite(rho)], 0, 1)} 1",
     ]
     others = {
         "split-half (Spearman-Brown)": ceiling.split_half,

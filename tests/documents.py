@@ -9,9 +9,7 @@ from pathlib import Path
 from helpers import ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BEGINNING = re.compile(
-    r"([A-Z_]+=\S+ )*(python|bash|source|pip|tensorboard|torchrun|accelerate|sbatch|launch/\w+\.sh)\s"
-)
+BEGINNING = re.compile(r"([A-Z_]+=\S+ )*(python|bash|pip|tensorboard|torchrun|accelerate|sbatch|launch/\w+\.sh)\s")
 INLINE = re.compile(r"`((?:python |bash |pip |tensorboard |(?:train/|data_prep/)?\w+\.py )[^`]*)`")
 
 
@@ -52,8 +50,7 @@ def _of_page(text: str) -> Iterator[str]:
             following = lines[number + 1] if number + 1 < len(lines) else ""
             more = following.strip() if following.startswith(" " * 8) and line[4] != " " else ""
             yield re.sub(r"\s+# .*", "", f"{line.strip()} {more}".strip())
-        for inline in INLINE.findall(line):
-            yield inline
+        yield from INLINE.findall(line)
 
 
 def fenced(page: str, language: str) -> list[str]:

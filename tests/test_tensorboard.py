@@ -120,6 +120,15 @@ def test_train_scores_are_those_of_the_predictions_that_training_made(recording,
     assert r2 == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
+def test_a_probe_draws_its_layers(recording, tmp_path):
+    words = ["--layers", "stages.1", "stages.2", "--images.size", "32", "--loader.workers", "0"]
+    network = ["--backbone.name", "test_convnext", "--backbone.weights", "random"]
+    done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "probe", *network, *words)
+    assert done.returncode == 0, done.stderr
+    with served(tmp_path) as board:
+        assert list(board("plugin/images/tags")["probe/tensorboard"]) == ["explained variance by layer"]
+
+
 def test_a_short_training_draws_nothing_but_an_evaluation_does(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True)
