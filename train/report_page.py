@@ -129,12 +129,11 @@ def _squared(text: str) -> str:
     return re.sub(r"\bR2\b", "R²", _text(text))
 
 
-def _table(header: Iterable[str], body: Iterable[str], foot: str = "", caption: str = "") -> str:
-    caption = f"<caption>{caption}</caption>" if caption else ""
+def _table(header: Iterable[str], body: Iterable[str], foot: str = "") -> str:
     foot = f"<tfoot>{foot}</tfoot>" if foot else ""
     rows = "\n".join(body)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>{caption}'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>'
         f"<thead><tr>{''.join(header)}</tr></thead>\n<tbody>{rows}</tbody>{foot}</table></div>"
     )
 

@@ -377,15 +377,13 @@ def _lead_lines(group: Group) -> list[str]:
     return ["", *said] if said else []
 
 
-def sentence(group: Group, lead: Lead, metric: str = "R2") -> str:
+def sentence(group: Group, lead: Lead) -> str:
     """A lead in words."""
     of, over = group.rows[lead.of].title, group.rows[lead.over].title
     if lead.interval is None:
-        return (
-            f"{of} is ahead of {over} by {lead.difference:.3f} in {metric}; there are no predictions to test that with."
-        )
+        return f"{of} is ahead of {over} by {lead.difference:.3f} in R2; there are no predictions to test that with."
     verdict = "beyond" if lead.is_certain else "within"
     return (
-        f"{of} is ahead of {over} by {lead.difference:.3f} in {metric}, 95 % interval {interval(lead.interval)}: "
+        f"{of} is ahead of {over} by {lead.difference:.3f} in R2, 95 % interval {interval(lead.interval)}: "
         f"{verdict} what other stimuli would change."
     )
