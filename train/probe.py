@@ -76,7 +76,7 @@ def scratch_folder(options: Probe) -> Path:
 
 def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     """Probe and write."""
-    started = time.monotonic()
+    begun = time.monotonic()
     job.look.to(runtime.device)
     monitor.say(job.describe())
     probing = Probing(
@@ -86,7 +86,7 @@ def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     if runtime.leads:
         metrics, prediction = results(job, found, runtime.ranks)
         write_results(job, metrics, prediction, monitor)
-        monitor.epoch({"seconds": time.monotonic() - started})
+        monitor.epoch({"seconds": time.monotonic() - begun})
         monitor.say(table(metrics))
         monitor.say(f"written to {job.folder.evaluation(job.split)}")
     runtime.barrier()

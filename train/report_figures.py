@@ -37,6 +37,7 @@ WIDTH = 7.0  # inches, two columns of a journal
 MOST_CURVES = 12
 LEAST_SHOWN = -0.5  # R2 has no lower bound: a hopeless site must not make all others look alike
 MOST_CLASSES = 80
+CONFUSION = "confusion"  # begins the names of such figures
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def pictures(
     for row in rows:
         if row.classes is not None and len(row.classes["class_id"]) <= MOST_CLASSES:
             caption = f"{row.name}: which object was named for which; rows add up to 1."
-            yield None, _picture(f"confusion_{file_name(row.name)}", caption, confusion(row))
+            yield None, _picture(f"{CONFUSION}_{file_name(row.name)}", caption, confusion(row))
 
 
 def _of_group(group: Group, pair: tuple[Row, Row] | None) -> Iterator[tuple[str, str, "Figure"]]:

@@ -18,7 +18,7 @@ import yaml
 
 from train import published
 from train.comparison import LOWER_IS_BETTER
-from train.report_figures import Picture
+from train.report_figures import CONFUSION, Picture
 from train.report_rows import Row
 from train.report_sweeps import SweepResults
 from train.report_tables import Column, Group, chosen_on, duration, interval, number, sentence, sized
@@ -64,7 +64,8 @@ def page(content: Content) -> str:
     parts = [_head(content, title)]
     parts += [_group(group, content) for group in content.groups]
     parts += [_classifiers(content)] if content.classifiers else []
-    parts += [_section("training", "Training", _figures(content, None))] if _of(content, None) else []
+    curves = [picture for picture in _of(content, None) if not picture.name.startswith(CONFUSION)]
+    parts += [_section("training", "Training", _figures(curves))] if curves else []
     parts += [_sweep(sweep, number) for number, sweep in enumerate(content.sweeps, 1)]
     parts += [_published(), _runs(content), f"<footer>{_text(content.made)}</footer>"]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -82,7 +83,7 @@ def _section(anchor: str, title: str, *content: str) -> str:
 def _head(content: Content, title: str) -> str:
     links = [(f"data-{_number(content, group)}", group.title) for group in content.groups]
     links += [("classes", "Naming objects")] * bool(content.classifiers)
-    links += [("training", "Training")] * bool(_of(content, None))
+    links += [("training", "Training")] * any(not p.name.startswith(CONFUSION) for p in _of(content, None))
     links += [(f"sweep-{n}", f"Search {sweep.name}") for n, sweep in enumerate(content.sweeps, 1)]
     links += [("published", "Published numbers"), ("runs", "Commands and versions")]
     parts = [f"<h1>{_text(title)}</h1>"]
@@ -128,12 +129,11 @@ def _squared(text: str) -> str:
     return re.sub(r"\bR2\b", "R²", _text(text))
 
 
-def _table(header: Iterable[str], body: Iterable[str], foot: str = "", caption: str = "") -> str:
-    caption = f"<caption>{caption}</caption>" if caption else ""
+def _table(header: Iterable[str], body: Iterable[str], foot: str = "") -> str:
     foot = f"<tfoot>{foot}</tfoot>" if foot else ""
     rows = "\n".join(body)
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>{caption}'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="table"><table>'
         f"<thead><tr>{''.join(header)}</tr></thead>\n<tbody>{rows}</tbody>{foot}</table></div>"
     )
 
@@ -147,12 +147,12 @@ def _group(group: Group, content: Content) -> str:
     header += [_header("parameters"), _header("training"), _header("hardware", "ascending", text=True)]
     header += [_header("selected on", "ascending", text=True)]
     body = [_row(group, index, row, columns, content) for index, row in enumerate(group.rows)]
-    notes = "".join(f"<li>{_squared(note)}</li>" for note in group.notes())
+    notes = "".join(f"<li>{_squared(note)}</li>" for note in group.notes(in_short=True))
     notes += '<li class="sorting">A heading sorts the table by its column.</li>'
     anchor = f"data-{_number(content, group)}"
     parts = [_table(header, body, _ceiling(group, columns)), f'<ul class="notes">{notes}</ul>']
     parts += [_leads(group)] if len(group.rows) > 1 else []
-    return _section(anchor, group.title, *parts, _figures(content, group))
+    return _section(anchor, group.title, *parts, _figures(_of(content, group)))
 
 
 def _row(group: Group, index: int, row: Row, columns: Sequence[Column], content: Content) -> str:
@@ -219,7 +219,8 @@ def _classifiers(content: Content) -> str:
             f'<td class="text">{_text(row.metrics.recording)}</td><td>{row.metrics.stimuli:,}</td>{scores}'
             f'<td class="text">{_text(chosen_on(row))}</td></tr>'
         )
-    return _section("classes", "Naming the object", _table(header, body))
+    drawn = [picture for picture in _of(content, None) if picture.name.startswith(CONFUSION)]
+    return _section("classes", "Naming the object", _table(header, body), _figures(drawn))
 
 
 def _sweep(sweep: SweepResults, place: int) -> str:
@@ -256,8 +257,8 @@ def _of(content: Content, group: Group | None) -> list[Picture]:
     return [picture for of, picture in content.pictures if of is group]
 
 
-def _figures(content: Content, group: Group | None) -> str:
-    shown = "".join(_image(p.files["svg"], "svg+xml", p.caption, p.name) for p in _of(content, group))
+def _figures(drawn: Sequence[Picture]) -> str:
+    shown = "".join(_image(p.files["svg"], "svg+xml", p.caption, p.name) for p in drawn)
     return f'<div class="figures">{shown}</div>' if shown else ""
 
 

@@ -125,8 +125,8 @@ class Group:
         known = [value for value in self.ceiling.per_site if value is not None] if self.ceiling else []
         return None if column.ceiling is None or not known else float(np.mean([column.ceiling(rho) for rho in known]))
 
-    def notes(self) -> list[str]:
-        """What the numbers mean and what to beware of, in sentences."""
+    def notes(self, in_short: bool = False) -> list[str]:
+        """What the numbers mean and what to beware of, in sentences; `in_short` of the columns that are in short."""
         split, sites = self.first.metrics.split, self.first.sites
         stimuli = self.first.metrics.stimuli
         notes = [
@@ -140,7 +140,7 @@ class Group:
             )
         if self.ceiling:
             notes.append(f"Ceiling: {self.ceiling.method}; it bounds R2 and EV, its square root bounds r.")
-        notes += self._ceilings()
+        notes += self._ceilings([column for column in self.columns if column.in_short or not in_short])
         if left_out := self.first.regression.unreliable_sites:
             notes.append(
                 f"{len(left_out)} of the {sites} sites are too unreliable for ceiled scores and left out of them."
@@ -157,13 +157,13 @@ class Group:
             notes.append("The recording is SIMULATED: no brain took part.")
         return notes
 
-    def _ceilings(self) -> list[str]:
+    def _ceilings(self, columns: Sequence[Column]) -> list[str]:
         """What the ceiled scores are relative to."""
-        columns: dict[str, list[str]] = {}
-        for column in self.columns:
+        found: dict[str, list[str]] = {}
+        for column in columns:
             for against in sorted({s.ceiling for row in self.rows if (s := self.score(row, column)) and s.ceiling}):
-                columns.setdefault(against, []).append(column.title)
-        return [f"{' and '.join(titles)}: relative to {against}." for against, titles in columns.items()]
+                found.setdefault(against, []).append(column.title)
+        return [f"{' and '.join(titles)}: relative to {against}." for against, titles in found.items()]
 
 
 def groups_of(rows: Sequence[Row]) -> list[Group]:
@@ -377,15 +377,13 @@ def _lead_lines(group: Group) -> list[str]:
     return ["", *said] if said else []
 
 
-def sentence(group: Group, lead: Lead, metric: str = "R2") -> str:
+def sentence(group: Group, lead: Lead) -> str:
     """A lead in words."""
     of, over = group.rows[lead.of].title, group.rows[lead.over].title
     if lead.interval is None:
-        return (
-            f"{of} is ahead of {over} by {lead.difference:.3f} in {metric}; there are no predictions to test that with."
-        )
+        return f"{of} is ahead of {over} by {lead.difference:.3f} in R2; there are no predictions to test that with."
     verdict = "beyond" if lead.is_certain else "within"
     return (
-        f"{of} is ahead of {over} by {lead.difference:.3f} in {metric}, 95 % interval {interval(lead.interval)}: "
+        f"{of} is ahead of {over} by {lead.difference:.3f} in R2, 95 % interval {interval(lead.interval)}: "
         f"{verdict} what other stimuli would change."
     )
