@@ -30,7 +30,7 @@ from data_prep.index import SplitIndex, checksums, index_of
 from data_prep.manifest import Image, Manifest, Rates, Shard, Split, parse_manifest
 from data_prep.members import IMAGE_MEMBERS, LABEL_FIELDS, MEMBERS, member_table, read_array, read_json, read_label
 from data_prep.pictures import picture_size, sniff_encoding
-from data_prep.plain import npz_arrays
+from data_prep.plain import LONGEST_NAME, npz_arrays, printable
 from data_prep.progress import Progress
 from data_prep.recording import SPLITS
 from data_prep.writing import write_arrays
@@ -298,7 +298,7 @@ def _manifest(folder: Path, splits: dict[str, list[_Tar]], rates: dict[str, np.n
     pictures = set().union(*(tar.pictures for found in splits.values() for tar in found))
     labels = {label for found in splits.values() for tar in found for label in tar.labels if label is not None}
     return Manifest(
-        name=folder.resolve().name,
+        name=printable(folder.resolve().name)[:LONGEST_NAME] or "tars",
         simulated=False,
         provenance={"source": "tars", "path": str(folder.resolve()), "warnings": _warnings(splits, pictures)},
         splits={

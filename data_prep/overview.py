@@ -8,6 +8,7 @@ from PIL import Image, ImageDraw
 from data_prep.errors import BadInput
 from data_prep.manifest import Ceiling, Manifest, from_json_list
 from data_prep.pictures import rgb_picture
+from data_prep.plain import printable
 from data_prep.shards import ShardFolder, ShardSplit
 from data_prep.terminal import bold, histogram, printable
 
@@ -35,7 +36,7 @@ def summary(folder: ShardFolder) -> str:
     if manifest.ceiling:
         lines += _ceiling_lines(manifest.ceiling)
     lines += [f"  warning: {text}" for text in [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]]
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))  # others' words must not steer the terminal
 
 
 def _split_line(manifest: Manifest) -> str:

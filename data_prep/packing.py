@@ -27,6 +27,7 @@ from data_prep.errors import BadInput, RunFailed
 from data_prep.index import SplitIndex, write_index
 from data_prep.manifest import Ceiling, Image, Manifest, Rates, Shard, Split
 from data_prep.pictures import picture_size
+from data_prep.plain import is_name
 from data_prep.processes import serve_parent
 from data_prep.progress import Progress
 from data_prep.recording import SPLITS, Recording, Stimulus
@@ -66,6 +67,14 @@ def _check_recording(recording: Recording) -> None:
     ids, splits = recording.stimulus_ids, recording.splits
     if not ids:
         raise BadInput(f"{recording.name}: holds no stimuli")
+    for what, names in (
+        ("the name of the recording", [recording.name]),
+        ("the id of a site", [str(site["id"]) for site in recording.sites]),
+        ("an object", sorted(set(recording.objects or ()))),
+        ("the units", [recording.units]),
+    ):
+        if (odd := next((name for name in names if not is_name(name)), None)) is not None:
+            raise BadInput(f"{recording.name}: {what} is {odd[:100]!r}; it must be one printable line")
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(name for name in ids if name in seen or seen.add(name))

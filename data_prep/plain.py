@@ -8,6 +8,7 @@ import json
 import math
 import os
 import stat
+import unicodedata
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -126,7 +127,8 @@ def check_claim(claimed: int, there: int) -> None:
 
 def is_name(text: str) -> bool:
     """Whether a text from a file may be shown and compared as a name: one printable line, and not endless."""
-    return 0 < len(text) <= LONGEST_NAME and text.isprintable()
+    shown = (c.isprintable() or unicodedata.category(c) == "Zs" for c in text)  # spaces of all kinds
+    return 0 < len(text) <= LONGEST_NAME and (text.isprintable() or all(shown))
 
 
 def printable(text: str) -> str:

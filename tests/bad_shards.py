@@ -85,6 +85,7 @@ MANIFESTS: dict[str, Case] = {
     "repetitions of another kind": (with_manifest(ceiling__repetitions={"touch": 1}), ("ceiling.repetitions",)),
     "pictures as wide as the moon": (with_manifest(image__width=10**9), ("image.width",)),
     "warnings that are none": (with_manifest(provenance__warnings=7), ("provenance", "sentences")),
+    "a group of no name": (with_manifest(group_by=""), ("group_by", "printable")),
     "groups that are none": (with_manifest(provenance__straddling={"object": 3}), ("provenance", "straddling")),
 }
 

@@ -105,6 +105,11 @@ FOLDERS: dict[str, Case] = {
     "a program as a picture": (_picture(b"%!PS-Adobe-3.0 EPSF\n(touch canary) run"), ("stim0000", "readable picture")),
     "an id that is a path": (_cell("stim0000,", "../stim,"), ("line 2", "stimulus_id")),
     "an id that steers the terminal": (_cell("stim0000,", "\x1b[2J,"), ("line 2", "stimulus_id")),
+    "an object that steers the terminal": (_cell("apple", "\x1b[2J"), ("an object", "printable")),
+    "a name that steers the terminal": (
+        _folder(lambda source, _: None, "--name", "\x1b[2J"),
+        ("the name of the recording", "printable"),
+    ),
     "an id twice": (_cell("stim0000,", "stim0001,"), ("line 3", "must be unique")),
     "a table with a broken quote": (_cell("stim0004", '"stim0004'), ("stimuli.csv",)),
     "a table that is no text": (

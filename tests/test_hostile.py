@@ -9,7 +9,7 @@ import bad_shards
 import bad_sources
 import pytest
 from helpers import assert_refused, run_here
-from hostile import Case, Kit
+from hostile import Case, Kit, edit, sealed
 from launching import SMALL
 from make_sources import make_folder
 
@@ -88,6 +88,20 @@ def test_a_contact_sheet_that_leads_elsewhere_overwrites_nothing(kit):
     assert precious.read_text() == "mine"
     assert not (folder / "contact_sheet.png").is_symlink()
     assert (folder / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_shown_of_a_stranger_does_not_steer_the_terminal(kit):
+    folder = sealed(kit.shards())
+
+    def change(content: dict) -> None:
+        content["sites"][0]["region"] = content["provenance"]["split"] = "\x1b[2J\x07"
+        content["provenance"]["warnings"] = ["\x1b]0;owned\x07\nerror: all is well"]
+
+    edit(folder / "manifest.json", change)
+    done = run_here("data_prep/show.py", folder)
+    assert done.returncode == 0, done.stderr
+    assert all(line.isprintable() for line in done.stdout.splitlines())
+    assert "\\x1b]0;owned" in done.stdout
 
 
 def test_more_processes_than_stimuli_are_refused(kit, monkeypatch):

@@ -129,9 +129,12 @@ class RunFolder:
             seconds: to wait for a process that is just ending.
 
         Raises:
-            BadInput: another process is at it.
+            BadInput: another process is at it, or the folder cannot be written.
         """
-        self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be written ({error.strerror})") from None
         deadline = time.monotonic() + seconds
         while True:
             try:
