@@ -10,14 +10,14 @@ from data_prep.manifest import Ceiling, Manifest, from_json_list
 from data_prep.pictures import rgb_picture
 from data_prep.plain import printable
 from data_prep.shards import ShardFolder, ShardSplit
-from data_prep.terminal import bold, histogram, printable
+from data_prep.terminal import bold, histogram
 
 
 def summary(folder: ShardFolder) -> str:
     """What a shard folder holds, as text for a terminal."""
     manifest = folder.manifest
     simulated = "  (SIMULATED: no brain was recorded)" if manifest.simulated else ""
-    lines = [f"{bold(printable(manifest.name))}{simulated}  in {folder.folder}"]
+    lines = []
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards) / 1e6
         responses = "with responses" if split.responses else "without responses"
@@ -36,7 +36,8 @@ def summary(folder: ShardFolder) -> str:
     if manifest.ceiling:
         lines += _ceiling_lines(manifest.ceiling)
     lines += [f"  warning: {text}" for text in [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]]
-    return "\n".join(map(printable, lines))  # others' words must not steer the terminal
+    title = f"{bold(printable(manifest.name))}{simulated}  in {printable(str(folder.folder))}"
+    return "\n".join([title, *map(printable, lines)])  # others' words must not steer the terminal
 
 
 def _split_line(manifest: Manifest) -> str:

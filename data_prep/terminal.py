@@ -8,11 +8,6 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
-def printable(text: str) -> str:
-    """A text in a line of its own that moves no cursor and changes no colours, whoever wrote it."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
-
 def bold(text: str) -> str:
     """The text, bold on a terminal and plain in a file."""
     return f"\x1b[1m{text}\x1b[0m" if sys.stdout.isatty() else text

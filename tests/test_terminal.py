@@ -4,7 +4,8 @@ import sys
 
 import pytest
 
-from data_prep.terminal import aligned, bar, bold, histogram, printable
+from data_prep.plain import printable
+from data_prep.terminal import aligned, bar, bold, histogram
 
 
 def test_columns_are_under_each_other_and_numbers_to_the_right():
@@ -43,5 +44,5 @@ def test_every_value_is_in_a_histogram_whose_least_block_is_seen():
     assert histogram([], 0, 1, 3) == "   "
 
 
-def test_what_moves_a_cursor_is_not_printed():
-    assert printable("a\x1b[2Jb\nc\u202e") == "a [2Jb c "
+def test_what_moves_a_cursor_is_shown_and_not_done():
+    assert printable("a\x1b[2Jb\nc\u202e") == r"a\x1b[2Jb\nc\u202e"

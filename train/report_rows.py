@@ -17,7 +17,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from data_prep.errors import BadInput
-from data_prep.terminal import printable
+from data_prep.plain import printable
 from train.comparison import Predictions
 from train.run_folder import RunFolder
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.errors import BadInput
-from data_prep.terminal import printable
+from data_prep.plain import printable
 from train.search import SweepFolder
 
 MOST_ROWS = 50
