@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from data_prep.errors import BadInput
-from data_prep.plain import printable
+from data_prep.plain import npz_arrays, printable
 from train.comparison import Predictions
 from train.run_folder import RunFolder
+from train.yaml_files import read_yaml
 
 LINEAR, TASK_DRIVEN, DATA_DRIVEN, HYBRID, CLASSIFIERS, OTHER = FAMILIES = (
     "Linear regression",
@@ -312,13 +312,8 @@ def _span(seconds: float) -> str:
 def _arrays(path: Path) -> dict[str, np.ndarray] | None:
     """Arrays of plain numbers and texts; None where there are none, or the file is not whole."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, SyntaxError):
-        return None
-    except Exception as error:  # zipfile's, whose class tells little: a file that is being copied
-        if type(error).__module__ not in ("zipfile", "zlib"):
-            raise
+        found = npz_arrays(path)
+    except (OSError, ValueError):
         return None
     good = all(array.dtype.kind in "fiuU" for array in found.values())
     return found if good and len({len(found[n]) for n in found if n not in ("site_id", "class_id")}) <= 1 else None
@@ -361,9 +356,9 @@ def _recipe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is not readable as YAML: {error}") from None
     return content if isinstance(content, dict) else {}
 
 
