@@ -36,6 +36,7 @@ class Stimulus:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass(kw_only=True, eq=False)
 class Recording(ABC):
     """Pictures, sites and responses of one recording, read lazily.
 

@@ -25,15 +25,13 @@ def run_command(args: Sequence, **kw) -> CompletedProcess:
 
 def start_command(args: Sequence, **kw) -> subprocess.Popen:
     """Start `python ARGS` in the repository's root as the leader of a process group of its own."""
-    return subprocess.Popen(
-        [sys.executable, *map(str, args)],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **kw,
-    )
+    return start_group([sys.executable, *args], **kw)
+
+
+def start_group(words: Sequence, **kw) -> subprocess.Popen:
+    """Start any command in the repository's root as the leader of a process group of its own."""
+    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([*map(str, words)], cwd=ROOT, start_new_session=True, **piped, **kw)
 
 
 def finish(process: subprocess.Popen, timeout: float = 120) -> CompletedProcess:

@@ -12,7 +12,7 @@ from subprocess import CompletedProcess
 import numpy as np
 import psutil
 import torch
-from helpers import ROOT
+from helpers import ROOT, start_group
 from safetensors.torch import load_file
 
 # A network without batch statistics, in float32: then the number of processes must not matter.
@@ -25,15 +25,8 @@ SMALL = [
 
 def start(processes: int, *command, **environment: str) -> subprocess.Popen:
     """launch/local.sh -n PROCESSES COMMAND (options of local.sh first), as the leader of a process group of its own."""
-    return subprocess.Popen(
-        ["bash", "launch/local.sh", "-n", str(processes), *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    words = ["bash", "launch/local.sh", "-n", processes, *command]
+    return start_group(words, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 def launch(processes: int, *command, timeout: float = 300, **environment: str) -> CompletedProcess:

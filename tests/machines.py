@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from helpers import ROOT
+from helpers import start_group
 
 PACKET = 68 * 1024  # bytes that the kernel hands to a device at once, at most, and their headers
 
@@ -32,16 +32,9 @@ class Machine:
 
     def start(self, *command, **environment: str) -> subprocess.Popen:
         """Start a command there, as the leader of a process group of its own."""
-        return subprocess.Popen(
-            # Not `ip netns exec`, which hides the control groups that Slurm looks for.
-            ["nsenter", f"--net=/var/run/netns/{self.name}", *map(str, command)],
-            cwd=ROOT,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        # Not `ip netns exec`, which hides the control groups that Slurm looks for.
+        words = ["nsenter", f"--net=/var/run/netns/{self.name}", *command]
+        return start_group(words, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
     def pids(self) -> list[int]:
         """Its processes."""

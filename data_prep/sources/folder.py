@@ -253,27 +253,14 @@ class FolderRecording(Recording):
     Attributes (beside those of `Recording`):
         root: the folder that `images` are relative to.
         images: path of each stimulus's picture.
-        meta: what the table says of each stimulus.
         rates: (stimuli, sites), or None where they are the average of the trials.
         trials: (stimuli, repetitions, sites), or None.
-        answered: per split, whether anything was recorded.
     """
 
-    name: str
-    provenance: dict[str, Any]
-    sites: list[dict[str, Any]]
-    response_window_ms: tuple[float, float] | None
-    units: str
-    stimulus_ids: list[str]
-    splits: list[str]
-    objects: list[str] | None
-    group_by: str | None
     root: Path
     images: list[str]
-    meta: list[dict[str, Any]]
     rates: Responses | None
     trials: Responses | None
-    answered: dict[str, bool]
 
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
         """Yield the stimuli at `indices`, one picture file at a time.

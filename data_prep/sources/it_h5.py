@@ -85,19 +85,10 @@ class ItH5Recording(Recording):
 
     Attributes (beside those of `Recording`):
         path: the HDF5 file.
-        answered: per split, whether there are responses.
     """
 
-    name: str
-    provenance: dict[str, Any]
-    sites: list[dict[str, Any]]
-    stimulus_ids: list[str]
-    splits: list[str]
-    objects: list[str]
     path: Path
-    answered: dict[str, bool]
     response_window_ms: tuple[float, float] | None = (70.0, 170.0)
-    units: str = "as recorded"
 
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
         """Yield the stimuli at `indices`; consecutive ones are read from the file in small blocks.

@@ -126,21 +126,9 @@ class JoinedRecording(Recording):
         columns: the sites that are kept, of those of all folders side by side.
     """
 
-    name: str
-    provenance: dict[str, Any]
-    simulated: bool
-    sites: list[dict[str, Any]]
-    response_window_ms: tuple[float, float] | None
-    units: str
-    stimulus_ids: list[str]
-    splits: list[str]
-    objects: list[str] | None
-    group_by: str | None
     parts: list[dict[str, ShardSplit]]
     places: list[dict[int, Place]]
     columns: np.ndarray
-    meta: list[dict[str, Any]]
-    answered: dict[str, bool]
 
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
         """Yield the stimuli at `indices`, one at a time.

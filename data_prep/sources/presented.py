@@ -93,17 +93,6 @@ class PresentedRecording(Recording):
         picture_names: each stimulus's, for `pictures`.
     """
 
-    name: str
-    provenance: dict[str, Any]
-    sites: list[dict[str, Any]]
-    response_window_ms: tuple[float, float] | None = None
-    units: str = "as recorded"
-    stimulus_ids: list[str]
-    splits: list[str]
-    objects: list[str] | None = None
-    group_by: str | None = None
-    meta: list[dict[str, Any]]
-    answered: dict[str, bool] | None = None
     pictures: Pictures
     picture_names: list[str]
 
