@@ -8,14 +8,14 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.command_line import Place, parse
-from data_prep.errors import run_command
+from data_prep.errors import BadInput, run_command
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
 from train.checkpoint import Progress, checked_tensors, load_progress
@@ -24,6 +24,7 @@ from train.loop import evaluation_batch_size
 from train.picture_cache import PictureCaches
 from train.processes import ranks_on_machine, world_size
 from train.recipe import Recipe
+from train.recordings import Recordings
 from train.run_folder import RunFolder, check_writable, open_run, write_json, write_npz
 from train.runtime import Runtime, started
 from train.scoring import Scored, check_not_empty, report, score
@@ -41,8 +42,9 @@ class Evaluate(BaseModel):
     """Which stimuli to predict; on a split without responses the predictions alone are written."""
     checkpoint: Literal["best", "last"] = "best"
     """Which epoch's weights."""
-    data: Place | None = None
-    """Shard folder or its URL; by default the one the run was trained on."""
+    data: Annotated[list[Place], Field(min_length=1)] | None = None
+    """Shard folder or its URL; by default the one the run was trained on. Of a run of several recordings those that are
+    to be scored; by default all."""
     shard_cache: str | None = None
     """Of remote shards: folder for copies; by default the recipe's."""
     batch_size: int | None = Field(None, ge=1)
@@ -53,13 +55,25 @@ class Evaluate(BaseModel):
 
 @dataclass
 class Job:
-    """An evaluation that is checked as far as it can be before its processes are joined."""
+    """An evaluation on one recording that is checked as far as it can be before its processes are joined.
+
+    Attributes:
+        options: of the command line.
+        folder: of the run.
+        recipe: of the run.
+        checkpoint: folder.
+        progress: of the checkpoint.
+        recording: the one that is scored, of a run of several; else None.
+        shards: of that recording.
+        stimuli: to predict.
+    """
 
     options: Evaluate
     folder: RunFolder
     recipe: Recipe
     checkpoint: Path
     progress: Progress
+    recording: str | None
     shards: ShardFolder
     stimuli: Stimuli
 
@@ -69,28 +83,35 @@ class Job:
         return self.shards.manifest
 
 
-def prepare(options: Evaluate) -> Job:
-    """Open run and data and check that they fit together.
+def prepare(options: Evaluate) -> list[Job]:
+    """Open run and data and check that they fit together; one job for each recording.
 
     Raises:
         BadInput: they do not.
     """
-    ranks = world_size()
     folder, recipe = open_run(options.run)
     check_writable(folder.path)
     checkpoint = folder.checkpoints / options.checkpoint
     progress = load_progress(checkpoint)
     if options.shard_cache is not None:
         recipe.loader.shard_cache = options.shard_cache
-    shards = ShardFolder(options.data or folder.data_folder(), recipe.loader.fetch)
-    progress.check_fits(shards.manifest, str(shards.folder))
-    split = shards.split(options.split)
-    classes = recipe.task.predicts_classes
-    responses = recipe.task.predicts_responses and split.has_responses
-    caches = PictureCaches(recipe.loader, once=True)
-    stimuli = Stimuli(split, progress.image_size, responses=responses, classes=classes, caches=caches)
-    check_not_empty(stimuli, ranks, options.split)
-    return Job(options, folder, recipe, checkpoint, progress, shards, stimuli)
+    shards = [ShardFolder(place, recipe.loader.fetch) for place in options.data or folder.data_folders()]
+    if len(shards) > 1 and not progress.is_of_several:
+        raise BadInput(f"data: {options.run} was trained on one recording; name one shard folder")
+    jobs, caches = [], PictureCaches(recipe.loader, once=True)
+    for opened in Recordings(shards).folders:
+        where, recording, own = str(opened.folder), None, progress
+        if progress.is_of_several:
+            recording = opened.manifest.name
+            own = progress.of(recording, where)
+        own.check_fits(opened.manifest, where)
+        split = opened.split(options.split)
+        responses = recipe.task.predicts_responses and split.has_responses
+        wanted = {"responses": responses, "classes": recipe.task.predicts_classes, "caches": caches}
+        stimuli = Stimuli(split, progress.image_size, **wanted)
+        check_not_empty(stimuli, world_size(), options.split)
+        jobs.append(Job(options, folder, recipe, checkpoint, progress, recording, opened, stimuli))
+    return jobs
 
 
 def unseen_classes(job: Job) -> int:
@@ -114,7 +135,8 @@ def warn_of_unseen_classes(job: Job) -> None:
 def evaluate(job: Job, runtime: Runtime) -> Scored:
     """Load the network and score the split over all ranks."""
     network = Network(job.recipe.for_evaluation(), job.manifest, job.stimuli.size)
-    network.load_state_dict(checked_tensors(network, job.checkpoint, "network"))
+    rows = slice(None) if job.recording is None else job.progress.rows_of(job.recording, str(job.shards.folder))
+    network.load_state_dict(checked_tensors(network, job.checkpoint, "network", rows))
     setting = job.recipe.loader.workers if job.options.workers is None else job.options.workers
     return score(
         network.to(runtime.device),
@@ -123,13 +145,13 @@ def evaluate(job: Job, runtime: Runtime) -> Scored:
         batch_size=job.options.batch_size or evaluation_batch_size(job.recipe),
         workers=workers_per_rank(setting, ranks_on_machine(), os.cpu_count() or 1),
         keep=True,
-        label=f"evaluating {job.options.split}",
+        label=f"evaluating {job.options.split}{f' of {job.recording}' if job.recording else ''}",
     )
 
 
 def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str, Any]]:
     """Write predictions.npz and, where there is something to compare with, metrics.json; returns folder and metrics."""
-    target = job.folder.evaluation(job.options.split, job.options.checkpoint)
+    target = job.folder.evaluation(job.options.split, job.options.checkpoint, job.recording)
     if scored.rates is not None:
         arrays = {
             "stimulus_id": np.array(job.stimuli.stimulus_ids),
@@ -144,6 +166,8 @@ def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str,
         metrics = report(scored, job.stimuli, job.manifest, job.options.split, ranks)
         metrics |= {"checkpoint": job.options.checkpoint, "epoch": job.progress.epoch, "step": job.progress.step}
         metrics["selected_on"] = [job.progress.selection_split]
+        if job.recording is not None:
+            metrics["trained_on"] = list(job.progress.recordings)
         if unseen := unseen_classes(job):
             metrics["classification"]["classes_not_in_train"] = unseen
         if job.recipe.task.shuffle_responses:
@@ -160,16 +184,23 @@ def shown_scores(scored: Scored, metrics: dict[str, Any]) -> str:
     return "  ".join(f"{name} {value:.4f}" for name, value in means.items()) or "no responses to compare with"
 
 
+def tell(job: Job, scored: Scored, target: Path, metrics: dict[str, Any]) -> None:
+    """Say what was found and where it is."""
+    warn_of_unseen_classes(job)
+    of = "" if job.recording is None else f"{job.recording}, "
+    shown = shown_scores(scored, metrics)
+    print(f"{of}{job.options.split}: {len(job.stimuli):,} stimuli  {shown}\nwritten to {target}", flush=True)
+
+
 def main() -> None:
     """Parse, check, score, write."""
-    job = prepare(parse(Evaluate, args=sys.argv[1:]))
-    with started(None, "fp32", job.recipe.deterministic, timeouts=job.recipe.faults.timeouts) as runtime:
-        scored = evaluate(job, runtime)
-        if runtime.leads:
-            warn_of_unseen_classes(job)
-            target, metrics = write_results(job, scored, runtime.ranks)
-            shown = shown_scores(scored, metrics)
-            print(f"{job.options.split}: {len(job.stimuli):,} stimuli  {shown}\nwritten to {target}", flush=True)
+    jobs = prepare(parse(Evaluate, args=sys.argv[1:]))
+    recipe = jobs[0].recipe
+    with started(None, "fp32", recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
+        for job in jobs:
+            scored = evaluate(job, runtime)
+            if runtime.leads:
+                tell(job, scored, *write_results(job, scored, runtime.ranks))
 
 
 if __name__ == "__main__":

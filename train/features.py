@@ -13,7 +13,8 @@ from torch import nn
 from data_prep.errors import BadInput
 from data_prep.progress import Progress
 from train.backbones import Backbone, channels_first
-from train.loader import Stimuli, evaluation_loader
+from train.batches import StimulusSet
+from train.loader import evaluation_loader
 from train.runtime import Runtime
 from train.truncation import is_dropped
 
@@ -152,7 +153,7 @@ class LayerFeatures:
 @torch.no_grad()
 def activations(
     features: Features,
-    stimuli: Stimuli,
+    stimuli: StimulusSet,
     runtime: Runtime,
     *,
     batch_size: int,
@@ -185,7 +186,7 @@ def activations(
             progress.advance(min(there * runtime.ranks, len(stimuli) - progress.done))
 
 
-def extract(features: Features, stimuli: Stimuli, runtime: Runtime, **options: Any) -> dict[str, torch.Tensor]:
+def extract(features: Features, stimuli: StimulusSet, runtime: Runtime, **options: Any) -> dict[str, torch.Tensor]:
     """All that `activations` yields, in memory: by name float32 (own stimuli, features)."""
     batches = list(activations(features, stimuli, runtime, **options))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

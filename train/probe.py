@@ -96,7 +96,7 @@ def main() -> None:
     job = prepare(recipe, options.data, options.out, options.split, options.resume)
     with started(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime:
         if runtime.leads and not job.resume:
-            job.folder.claim(job.recipe, job.data, {"processes": runtime.describe(), "split": job.split})
+            job.folder.claim(job.recipe, [job.data], {"processes": runtime.describe(), "split": job.split})
         with closing(Monitor(job.folder, runtime.leads)) as monitor, job.folder.keeping_failures(runtime.rank):
             run(job, scratch_folder(options), runtime, monitor)
 

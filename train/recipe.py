@@ -247,8 +247,12 @@ class Recipe(Settings):
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     loader: Loader = Loader()
-    data: str | None = None
-    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
+    data: str | list[str] | None = None
+    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...); a list trains one
+    backbone on several recordings, with a readout for each."""
+    mix: Literal["proportional", "equal"] = "proportional"
+    """Of several recordings: every stimulus once an epoch, and the mean over all responses; or equally many stimuli of
+    each in a step, until the smallest has no more, and the mean over recordings of each one's mean."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the training forward pass: float32, or autocast over float32 weights, for fp16 (of a GPU, with ddp) with a
     scaled loss. Evaluation is float32."""
@@ -264,6 +268,11 @@ class Recipe(Settings):
     """Passes over the training stimuli; the schedule is laid out for all of them."""
     seed: int = Field(0, ge=0)
     """Of the initial weights, the order of the stimuli and the inner split."""
+
+    @property
+    def places(self) -> list[str]:
+        """The shard folders of `data`."""
+        return [self.data] if isinstance(self.data, str) else self.data or []
 
     @property
     def selection_metric(self) -> str:

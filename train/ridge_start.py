@@ -8,10 +8,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from train.batches import StimulusSet
 from train.features import extract
 from train.gram import COLUMNS, ROUNDING, feature_slice, multiplied
 from train.kernel_regression import Fit, Method, centred, regress
-from train.loader import Stimuli, rank_positions
+from train.loader import rank_positions
 from train.metrics import mean_score
 from train.runtime import Runtime
 from train.tasks import Network
@@ -20,13 +21,15 @@ SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of t
 
 
 def start_from_ridge(
-    network: Network, stimuli: Stimuli, runtime: Runtime, *, batch_size: int, workers: int
+    network: Network, stimuli: StimulusSet, runtime: Runtime, *, batch_size: int, workers: int
 ) -> dict[str, float]:
     """Set the readouts to the ridge solution on the stimuli to fit.
 
     Responses: the target is what the outputs should be (z-scored rates), and a readout that is not linear in all its
     parameters takes the solution in its own way (`start_from`). Classes: the targets are 0 and 1; the predictions of
     the stimuli left out one at a time tell how sharp the logits must be to minimise the cross-entropy.
+
+    The sites of each recording have a ridge of their own, on its stimuli; the classes have one on all stimuli.
 
     Args:
         network: on the runtime's device.
@@ -36,7 +39,8 @@ def start_from_ridge(
         workers: decoding processes.
 
     Returns:
-        By readout, the leave-one-out score of its ridge: R2, mean over sites, of "rates"; top1 of "classes".
+        By readout, the leave-one-out score of its ridge: R2, mean over sites (and then over recordings), of "rates";
+        top1 of "classes".
     """
     training = network.training
     network.eval()
@@ -94,16 +98,32 @@ def _primal(features: torch.Tensor, found: Fit, runtime: Runtime) -> tuple[torch
     return weight, bias.float()
 
 
-def _start_rates(network: Network, features: torch.Tensor, stimuli: Stimuli, runtime: Runtime) -> float:
-    rates = torch.from_numpy(stimuli.rates).to(runtime.device)
-    found = _solve(features, network.objective.responses.target(rates).cpu().numpy(), runtime)
-    weight, bias = _primal(features, found, runtime)
-    outputs = torch.from_numpy(np.nan_to_num(found.prediction)).to(weight)
-    network.heads["rates"].start_from(weight, bias, outputs)
-    return mean_score(found.inner_r2)
+def _start_rates(network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
+    rates = stimuli.rates_of(np.arange(len(stimuli))).to(runtime.device)
+    targets = network.objective.responses.target(rates).cpu().numpy()
+    sizes = [len(part) for part in stimuli.parts]
+    own_targets = np.split(targets, np.cumsum(sizes)[:-1])
+    ridges, scores = [], []
+    for part, own, wanted in zip(stimuli.parts, features.split(sizes), own_targets, strict=True):
+        found = _solve(own, wanted[:, part.columns], runtime)
+        ridges.append(_primal(own, found, runtime))
+        scores.append(mean_score(found.inner_r2))
+    weight, bias = map(torch.cat, zip(*ridges, strict=True))
+    network.heads["rates"].start_from(weight, bias, _outputs(features, weight, bias, runtime))
+    return float(np.mean(scores))
 
 
-def _start_classes(head: torch.nn.Linear, features: torch.Tensor, stimuli: Stimuli, runtime: Runtime) -> float:
+def _outputs(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """What weights (outputs, features) and bias make of all stimuli, float32 (stimuli, outputs)."""
+    first = runtime.rank * weight.shape[1] // runtime.ranks
+    own = weight[:, first : first + features.shape[1]].double()
+    total = torch.zeros(len(features), len(weight), dtype=torch.float64, device=features.device)
+    for start in range(0, features.shape[1], COLUMNS):
+        total += features[:, start : start + COLUMNS].double() @ own[:, start : start + COLUMNS].T
+    return (runtime.sum(total) + bias).float()
+
+
+def _start_classes(head: torch.nn.Linear, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
     labels = stimuli.labels
     found = _solve(features, np.eye(head.out_features, dtype=np.float32)[labels], runtime)
     sharpness = min(SHARPNESS, key=lambda factor: _mean_cross_entropy(factor * found.left_out, labels))

@@ -2,7 +2,7 @@
 
 RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
 RUN/checkpoints/{last,best} -> step_N/     see train/checkpoint.py
-RUN/eval/<split>/{metrics.json,predictions.npz}
+RUN/eval/<split>/{metrics.json,predictions.npz}                of a run of several recordings: <split>/<recording>/
 RUN/failures/rank_N.txt                    what ended a process by surprise
 """
 
@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,13 @@ class RunFolder:
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
 
-    def evaluation(self, split: str, checkpoint: str = "best") -> Path:
-        """Where the results on a split go; those of another checkpoint than the best lie beside it."""
-        return self.path / "eval" / (split if checkpoint == "best" else f"{split}_{checkpoint}")
+    def evaluation(self, split: str, checkpoint: str = "best", recording: str | None = None) -> Path:
+        """Where the results on a split go; those of another checkpoint than the best lie beside it.
+
+        Of a run of several recordings, each has a folder of its own in there.
+        """
+        folder = self.path / "eval" / (split if checkpoint == "best" else f"{split}_{checkpoint}")
+        return folder if recording is None else folder / recording
 
     def is_of_this_job(self) -> bool:
         """Whether it was made by the job that this process is of, which has then been started again.
@@ -95,14 +99,16 @@ class RunFolder:
                 f"{self.path} was started with another recipe ({'; '.join(changed)}); resume it with its own"
             )
 
-    def claim(self, recipe: Recipe | ProbeRecipe, data: Path | str, facts: Mapping[str, Any]) -> None:
+    def claim(self, recipe: Recipe | ProbeRecipe, data: Sequence[Path | str], facts: Mapping[str, Any]) -> None:
         """Make the folder and write down what the run is: settings, versions, hardware, command.
 
-        Of the data, the recipe gets the URL alone: a path means nothing elsewhere.
+        Of the data, the recipe gets URLs alone: a path means nothing elsewhere.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        env = environment() | {"data": recorded(data)} | dict(facts)
-        recipe = recipe.model_copy(update={"data": recorded(data) if is_url(data) else None})
+        places = [recorded(place) for place in data]
+        places = places if len(places) > 1 else places[0]
+        env = environment() | {"data": places} | dict(facts)
+        recipe = recipe.model_copy(update={"data": places if all(map(is_url, data)) else None})
         write_atomically(self.env, json.dumps(env, indent=1).encode())
         temporary = self.recipe.with_suffix(".tmp")
         save_recipe(recipe, temporary)
@@ -123,12 +129,20 @@ class RunFolder:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {traceback.format_exc()}\n")
             raise
 
-    def data_folder(self) -> str:
-        """The shard folder the run was trained on, or its URL without the secrets it may need."""
+    def data_folders(self) -> list[str]:
+        """The shard folders the run was trained on, or their URLs without the secrets they may need."""
         try:
-            return str(json.loads(self.env.read_text())["data"])
+            places = json.loads(self.env.read_text())["data"]
         except (OSError, ValueError, KeyError):
             raise BadInput(f"{self.env} does not tell the run's shard folder; name it with --data") from None
+        return list(map(str, places)) if isinstance(places, list) else [str(places)]
+
+    def recordings(self) -> list[str]:
+        """The names of the recordings that the run was trained on, in the order of `data_folders`, if several."""
+        try:
+            return list(json.loads(self.env.read_text()).get("recordings", []))
+        except (OSError, ValueError):
+            return []
 
 
 def begun_by_this_job(path: Path) -> bool:

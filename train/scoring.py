@@ -9,6 +9,7 @@ import torch
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest, from_json_list
 from data_prep.progress import Progress
+from train.batches import StimulusSet
 from train.loader import Stimuli, evaluation_loader, fingerprint, rank_positions
 from train.metrics import (
     ClassCounts,
@@ -54,6 +55,37 @@ class Scored:
         return found | ({"top1": self.value("top1")} if self.counts is not None else {})
 
 
+@dataclass
+class Scores:
+    """Of several recordings, or of one, each on its own stimuli.
+
+    Attributes:
+        of: by the name of the recording.
+    """
+
+    of: dict[str, Scored]
+
+    def value(self, metric: str) -> float:
+        """The mean over recordings of a metric; NaN where one has no value."""
+        return float(np.mean([scored.value(metric) for scored in self.of.values()]))
+
+    def means(self) -> dict[str, float]:
+        """All metrics there are, as means over recordings."""
+        each = [scored.means() for scored in self.of.values()]
+        return {name: float(np.mean([means[name] for means in each])) for name in each[0]}
+
+    @property
+    def moments(self) -> torch.Tensor | None:
+        """Of the sites of all recordings, in order."""
+        each = [scored.moments for scored in self.of.values()]
+        return None if each[0] is None else torch.cat(each, dim=1)
+
+
+def score_each(network: Network, stimuli: StimulusSet, runtime: Runtime, **options: Any) -> Scores:
+    """`score` the stimuli of each recording."""
+    return Scores({part.recording: score(network, part, runtime, **options) for part in stimuli.parts})
+
+
 @torch.no_grad()
 def score(
     network: Network, stimuli: Stimuli, runtime: Runtime, *, batch_size: int, workers: int, keep: bool, label: str = ""
@@ -62,7 +94,7 @@ def score(
 
     Args:
         network: on the runtime's device.
-        stimuli: to predict.
+        stimuli: of one recording, to predict; of the outputs, their `columns` are scored.
         runtime: this process.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
@@ -80,7 +112,7 @@ def score(
         stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu
     )
     responses = network.objective.responses
-    sites = 0 if responses is None else responses.rate_mean.numel()
+    sites = 0 if responses is None else responses.rate_mean[stimuli.columns].numel()
     moments = SiteMoments(sites, device) if responses is not None and stimuli.rates is not None else None
     counts = (
         ClassCounts.zeros(network.heads["classes"].out_features, device)
@@ -96,7 +128,7 @@ def score(
             batch = batch.to(device)
             outputs = network(batch.images)
             if "rates" in outputs:
-                rates = responses.in_units(outputs["rates"])
+                rates = responses.in_units(outputs["rates"])[:, stimuli.columns]
                 if moments is not None:
                     moments.add(rates, batch.rates, batch.weight)
                 if keep:

@@ -1,0 +1,229 @@
+"""The recordings that a run is trained on, one or several: checked against each other, as one, and divided.
+
+A stimulus that one recording holds out is not trained on in another: see `Recordings.divide`.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from data_prep.errors import BadInput
+from data_prep.manifest import Image, Manifest, Rates, Split
+from data_prep.shards import ShardFolder, ShardSplit
+from train.order import inner_splits
+from train.recipe import Recipe
+
+Pictures = set[tuple[str, int]]  # told by the stimulus's id and the bytes of the file
+
+
+@dataclass
+class Divided:
+    """What of a recording is trained on, and what selects.
+
+    Attributes:
+        train: the split that is trained on.
+        fit: positions in it.
+        selects: the split that holds the stimuli that select.
+        selection: positions in it.
+        left_out: train stimuli that are in neither, because another recording holds them out.
+    """
+
+    train: ShardSplit
+    fit: np.ndarray
+    selects: ShardSplit
+    selection: np.ndarray
+    left_out: int = 0
+
+
+class Recordings:
+    """Opened shard folders, in the order in which their sites follow each other in the readout.
+
+    Args:
+        folders: one or several.
+
+    Raises:
+        BadInput: two have one name, or one has a name that no folder can have.
+    """
+
+    def __init__(self, folders: Sequence[ShardFolder]):
+        self.folders = list(folders)
+        self.names = [folder.manifest.name for folder in folders]
+        if len(folders) > 1:
+            self._check_names()
+
+    def _check_names(self) -> None:
+        for number, (folder, name) in enumerate(zip(self.folders, self.names, strict=True)):
+            if name in self.names[:number]:
+                other = self.folders[self.names.index(name)].folder
+                raise BadInput(
+                    f"data: {other} and {folder.folder} are both called {name!r}, and recordings are told apart by "
+                    "name; give one another (`name` in manifest.json; a folder of tars has its own name)"
+                )
+            if "/" in name or name.startswith(".") or not name:
+                raise BadInput(
+                    f"data: {folder.folder} is called {name!r}, but its scores go into a folder of that name; give it "
+                    "another (`name` in manifest.json)"
+                )
+
+    def __len__(self) -> int:
+        return len(self.folders)
+
+    @property
+    def manifests(self) -> list[Manifest]:
+        """Of each recording."""
+        return [folder.manifest for folder in self.folders]
+
+    @cached_property
+    def manifest(self) -> Manifest:
+        """Of all of them as one recording, whose sites are those of one after the other."""
+        return joined(self.manifests)
+
+    @property
+    def sites(self) -> dict[str, int]:
+        """The number of sites of each, by name."""
+        return {manifest.name: len(manifest.sites) for manifest in self.manifests}
+
+    @property
+    def columns(self) -> list[slice]:
+        """Where the sites of each are in the outputs."""
+        ends = np.cumsum(list(self.sites.values())).tolist()
+        return [slice(end - sites, end) for end, sites in zip(ends, self.sites.values(), strict=True)]
+
+    def check(self, recipe: Recipe) -> None:
+        """Refuse settings that have no meaning for these recordings.
+
+        Raises:
+            BadInput: naming the setting.
+        """
+        if len(self) == 1:
+            if recipe.mix != (default := Recipe.model_fields["mix"].default):
+                raise BadInput(f"mix ({recipe.mix}) has an effect with several recordings only; leave it at {default}")
+            return
+        if recipe.loader.engine != "indexed":
+            raise BadInput(f"loader.engine: {recipe.loader.engine} streams one recording; leave it at indexed")
+        if recipe.mix == "equal" and recipe.batch.global_size < len(self):
+            raise BadInput(
+                f"batch.global_size ({recipe.batch.global_size}) must be at least {len(self)} for mix equal, so that "
+                "each recording is in every step"
+            )
+        if recipe.task.predicts_classes:
+            self._check_alike("classes", f"task.kind {recipe.task.kind} has one readout to them")
+        if recipe.task.predicts_responses and recipe.loss.responses == "poisson":
+            self._check_alike("rates.units", "loss.responses poisson is in these; take mse")
+
+    def _check_alike(self, field: str, why: str) -> None:
+        values = [_get(manifest, field) for manifest in self.manifests]
+        for folder, value in zip(self.folders, values, strict=True):
+            if value != values[0]:
+                raise BadInput(f"data: {self.folders[0].folder} and {folder.folder} differ in their {field}, and {why}")
+
+    def divide(self, recipe: Recipe) -> list[Divided]:
+        """Each recording's stimuli to fit and those that select, as `early_stopping.split` says.
+
+        Alone each would be divided in the same way, but for what they share: a stimulus that is inner in one is inner
+        in all, and one that is held out in one (val, test or inner) is fitted in none.
+        """
+        settings, found = recipe.early_stopping, []
+        trains = [folder.split("train") for folder in self.folders]
+        if settings.split == "val":
+            for folder, train in zip(self.folders, trains, strict=True):
+                val = folder.split("val")
+                found.append(Divided(train, np.arange(len(train)), val, np.arange(len(val))))
+        else:
+            groups = [_groups(train) for train in trains]
+            for train, (fit, inner) in zip(
+                trains, inner_splits(groups, settings.inner_fraction, recipe.seed), strict=True
+            ):
+                found.append(Divided(train, fit, train, inner))
+        self._hold_out(found)
+        return found
+
+    def _hold_out(self, divided: list[Divided]) -> None:
+        """Leave out of each recording what others hold out."""
+        reported = [self._reported(folder) for folder in self.folders]
+        selecting = [_pictures(part.selects, part.selection) for part in divided]
+        for number, part in enumerate(divided):
+            of_others = set().union(*(held for k, held in enumerate(reported) if k != number))
+            part.selection, missing = _without(part.selects, part.selection, of_others)
+            of_others = of_others.union(*(held for k, held in enumerate(selecting) if k != number))
+            part.fit, unfitted = _without(part.train, part.fit, of_others)
+            part.left_out = unfitted + (missing if part.selects is part.train else 0)
+
+    def _reported(self, folder: ShardFolder) -> Pictures:
+        names = [name for name in folder.manifest.splits if name != "train"] if len(self) > 1 else []
+        return set().union(*(_pictures(folder.split(name)) for name in names))
+
+
+def _pictures(split: ShardSplit, positions: np.ndarray | None = None) -> Pictures:
+    told = list(zip(split.stimulus_ids, split.picture_sizes.tolist(), strict=True))
+    return set(told if positions is None else [told[position] for position in positions])
+
+
+def _without(split: ShardSplit, positions: np.ndarray, held: Pictures) -> tuple[np.ndarray, int]:
+    """Positions whose pictures are not held out, and how many are."""
+    sizes = split.picture_sizes
+    there = np.array([(split.stimulus_ids[k], int(sizes[k])) not in held for k in positions], bool)
+    return positions[there], int((~there).sum())
+
+
+def _groups(train: ShardSplit) -> tuple[np.ndarray, Sequence[Hashable]]:
+    """The groups of the stimuli that must not be torn apart, and what tells these in other recordings."""
+    key = train.manifest.group_by
+    if key is None:
+        return np.array(train.stimulus_ids), list(zip(train.stimulus_ids, train.picture_sizes.tolist(), strict=True))
+    groups = [str(train.meta(position).get(key)) for position in range(len(train))]
+    return np.array(groups), [(key, group) for group in groups]
+
+
+def joined(manifests: Sequence[Manifest]) -> Manifest:
+    """What several recordings are as one: their sites one after the other, each with its own scale.
+
+    Site ids are as they were, so they may come twice. One manifest is returned as it is.
+    """
+    if len(manifests) == 1:
+        return manifests[0]
+    splits: dict[str, list[Split]] = {}
+    for manifest in manifests:
+        for name, split in manifest.splits.items():
+            splits.setdefault(name, []).append(split)
+    return Manifest(
+        name=" + ".join(manifest.name for manifest in manifests),
+        simulated=any(manifest.simulated for manifest in manifests),
+        provenance={},
+        splits={name: _one_split(parts) for name, parts in splits.items()},
+        sites=[site for manifest in manifests for site in manifest.sites],
+        classes=_common([manifest.classes for manifest in manifests]),
+        image=_largest([manifest.image for manifest in manifests]),
+        rates=Rates(
+            units=_common([manifest.rates.units for manifest in manifests]) or "differ between the recordings",
+            mean=[mean for manifest in manifests for mean in manifest.rates.mean],
+            std=[std for manifest in manifests for std in manifest.rates.std],
+        ),
+        response_window_ms=_common([manifest.response_window_ms for manifest in manifests]),
+    )
+
+
+def _one_split(parts: list[Split]) -> Split:
+    return Split(
+        stimuli=sum(part.stimuli for part in parts),
+        responses=all(part.responses for part in parts),
+        shards=[shard for part in parts for shard in part.shards],
+    )
+
+
+def _largest(images: list[Image]) -> Image:
+    return max(images, key=lambda image: image.side)
+
+
+def _common(values: list[Any]) -> Any:
+    """The value that all have, else None."""
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def _get(manifest: Manifest, field: str) -> Any:
+    for name in field.split("."):
+        manifest = getattr(manifest, name)
+    return manifest
