@@ -195,13 +195,13 @@ def inner_split(groups: np.ndarray, fraction: float, seed: int) -> tuple[np.ndar
     return np.flatnonzero(~inner), np.flatnonzero(inner)
 
 
-def _drawn(groups: np.ndarray, wanted: float, seed: int) -> np.ndarray:
-    """Draw whole groups until they hold `wanted` stimuli, and one at least: bool (stimuli,)."""
+def _drawn(groups: np.ndarray, wanted: float, seed: int, spare: int = 1) -> np.ndarray:
+    """Draw whole groups, all but `spare`, until they hold `wanted` stimuli, and one at least: bool (stimuli,)."""
     labels, group_of = np.unique(groups, return_inverse=True)
     sizes = np.bincount(group_of)
     order = np.random.default_rng([seed, len(groups)]).permutation(len(labels))
     before = np.cumsum(sizes[order]) - sizes[order]
-    chosen = order[(before < max(wanted, 1)) & (np.arange(len(order)) < len(order) - 1)]
+    chosen = order[(before < max(wanted, 1)) & (np.arange(len(order)) < len(order) - spare)]
     return np.isin(group_of, chosen)
 
 
@@ -226,7 +226,7 @@ def inner_splits(
         if not inner.any() and not free.any():  # earlier ones fit all of it
             free[:] = True
         if free.any() and (wanted > 0 or not inner.any()):
-            inner[free] = _drawn(np.asarray(groups)[free], wanted, seed)
+            inner[free] = _drawn(groups[free], wanted, seed, spare=int(free.all() or inner[~free].all()))
         side |= dict(zip(shared, inner.tolist(), strict=True))
         found.append((np.flatnonzero(~inner), np.flatnonzero(inner)))
     return found
