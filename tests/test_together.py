@@ -16,9 +16,11 @@ from web_server import serve
 
 from data_prep.errors import BadInput
 from data_prep.manifest import load_manifest
+from data_prep.packing import pack
 from data_prep.remote import FetchSettings
 from data_prep.shard_cache import GIB
 from data_prep.shards import ShardFolder
+from data_prep.sources.folder import Folder
 from train.loader import Stimuli, TrainLoader, evaluation_loader
 from train.objectives import Objective
 from train.order import Blocks, Turns, epoch_order, inner_split, inner_splits, stimuli_of_epoch
@@ -269,14 +271,23 @@ def test_a_correlation_is_averaged_over_sites_or_over_recordings(two, mix):
 
 @pytest.fixture(scope="module")
 def sharing(tmp_path_factory):
-    """`a` and `b` show the same 40 pictures and divide them otherwise; `c` has their ids and other pictures."""
+    """`a` and `b` show the same 40 pictures and divide them otherwise; `c` has their ids and other pictures.
+
+    `d` is divided as `a` and lacks a part of its pictures.
+    """
     path = tmp_path_factory.mktemp("sharing")
     ids = [f"s{number:02d}" for number in range(40)]
     rotated = [("val", "train", "test", "train", "train")[number % 5] for number in range(40)]
     a, _ = pack_recording(path, "a", ids, n=40, sites=3, seed=4)
     b, _ = pack_recording(path, "b", ids, rotated, n=40, sites=3, seed=4)
     c, _ = pack_recording(path, "c", ids, n=40, size=48, sites=3, seed=5)
-    return a, b, c
+    d, _ = pack_recording(path, "d", ids[:30], n=30, sites=3, seed=4)
+    for number in range(30):
+        name = f"stim{number:04d}.png"
+        shutil.copy(path / "a_source" / "images" / name, path / "d_source" / "images" / name)
+    shutil.rmtree(d)
+    d = pack(Folder(source=path / "d_source", name="d").open(), d, 8, 1).folder
+    return a, b, c, d
 
 
 def divided(places, **early_stopping):
@@ -298,7 +309,7 @@ def held_out(place) -> set[str]:
 
 @pytest.mark.parametrize("split", ["inner", "val"])
 def test_what_one_recording_holds_out_is_trained_on_in_none(sharing, split):
-    a, b, _ = sharing
+    a, b, *_ = sharing
     fit, selection, remarks = divided([a, b], split=split)
     everywhere = held_out(a) | held_out(b) | selection[0] | selection[1]
     assert not (fit[0] | fit[1]) & everywhere
@@ -310,13 +321,32 @@ def test_what_one_recording_holds_out_is_trained_on_in_none(sharing, split):
     assert "of the 24 train stimuli of a are left out" in remarks[0]
 
 
+@pytest.mark.parametrize("split", ["inner", "val"])
+def test_recordings_that_divide_what_they_share_alike_lose_nothing(sharing, split):
+    a, _, _, d = sharing
+    fit, selection, remarks = divided([a, d], split=split)
+    assert remarks == []
+    assert (fit[0] | selection[0]) >= set(ShardFolder(a).split("train").stimulus_ids)
+    assert (fit[1] | selection[1]) >= set(ShardFolder(d).split("train").stimulus_ids)
+    assert selection[1] <= selection[0]
+    assert selection[1]
+
+
 def test_an_id_with_another_picture_is_another_stimulus(sharing):
-    a, _, c = sharing
+    a, _, c, _ = sharing
     fit, selection, remarks = divided([a, c])
     for place, ours, inner in zip((a, c), fit, selection, strict=True):
         (alone,), (alone_inner,), _ = divided([place])
         assert (ours, inner) == (alone, alone_inner)
     assert remarks == []
+
+
+def test_a_recording_of_which_nothing_is_left_is_refused(tmp_path):
+    ids = [f"s{number:02d}" for number in range(20)]
+    a, _ = pack_recording(tmp_path, "a", ids, ["train"] * 10 + ["val"] * 10, n=20, sites=3)
+    b, _ = pack_recording(tmp_path, "b", ids, ["val"] * 10 + ["train"] * 10, n=20, sites=3)
+    with pytest.raises(BadInput, match=f"nothing is left of the train split of {a}.*the same split"):
+        divided([a, b])
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
@@ -349,6 +379,11 @@ def test_names_must_differ_and_be_those_of_folders(two, tmp_path, name):
         ({"task": {"kind": "classification"}}, {"classes": ["x"]}, "differ in their classes.*task.kind classification"),
         ({"task": {"kind": "hybrid"}}, {"classes": ["x"]}, "differ in their classes.*task.kind hybrid"),
         ({"loss": {"responses": "poisson"}}, {"rates": {"units": "spikes/s"}}, "differ in their rates.units.*take mse"),
+        (
+            {"loss": {"responses": "correlation"}, "batch": {"global_size": 5}},
+            {},
+            r"global_size \(5\) must be at least 6 for loss.responses correlation on 2 recordings",
+        ),
         ({"loader": {"engine": "webdataset"}}, {}, "loader.engine: webdataset streams one recording"),
         (
             {"mix": "equal", "batch": {"global_size": 1}},

@@ -14,7 +14,7 @@ from data_prep.errors import BadInput
 from data_prep.manifest import Image, Manifest, Rates, Split
 from data_prep.shards import ShardFolder, ShardSplit
 from train.order import inner_splits
-from train.recipe import Recipe
+from train.recipe import LEAST_CORRELATED, Recipe
 
 Pictures = set[tuple[str, int]]  # told by the stimulus's id and the bytes of the file
 
@@ -109,6 +109,11 @@ class Recordings:
                 f"batch.global_size ({recipe.batch.global_size}) must be at least {len(self)} for mix equal, so that "
                 "each recording is in every step"
             )
+        if recipe.loss.responses == "correlation" and recipe.batch.global_size < LEAST_CORRELATED * len(self):
+            raise BadInput(
+                f"batch.global_size ({recipe.batch.global_size}) must be at least {LEAST_CORRELATED * len(self)} for "
+                f"loss.responses correlation on {len(self)} recordings"
+            )
         if recipe.task.predicts_classes:
             self._check_alike("classes", f"task.kind {recipe.task.kind} has one readout to them")
         if recipe.task.predicts_responses and recipe.loss.responses == "poisson":
@@ -125,6 +130,9 @@ class Recordings:
 
         Alone each would be divided in the same way, but for what they share: a stimulus that is inner in one is inner
         in all, and one that is held out in one (val, test or inner) is fitted in none.
+
+        Raises:
+            BadInput: nothing is left of one.
         """
         settings, found = recipe.early_stopping, []
         trains = [folder.split("train") for folder in self.folders]
@@ -142,15 +150,22 @@ class Recordings:
         return found
 
     def _hold_out(self, divided: list[Divided]) -> None:
-        """Leave out of each recording what others hold out."""
+        """Leave out of each recording's train split what others hold out."""
         reported = [self._reported(folder) for folder in self.folders]
         selecting = [_pictures(part.selects, part.selection) for part in divided]
         for number, part in enumerate(divided):
+            before = len(part.fit) + len(part.selection)
             of_others = set().union(*(held for k, held in enumerate(reported) if k != number))
-            part.selection, missing = _without(part.selects, part.selection, of_others)
+            if part.selects is part.train:
+                part.selection = _without(part.train, part.selection, of_others)
             of_others = of_others.union(*(held for k, held in enumerate(selecting) if k != number))
-            part.fit, unfitted = _without(part.train, part.fit, of_others)
-            part.left_out = unfitted + (missing if part.selects is part.train else 0)
+            part.fit = _without(part.train, part.fit, of_others)
+            part.left_out = before - len(part.fit) - len(part.selection)
+            if part.left_out and not (len(part.fit) and len(part.selection)):
+                raise BadInput(
+                    f"data: nothing is left of the train split of {self.folders[number].folder}, because the other "
+                    "recordings hold out what it trains on or selects by; pack them with the same split"
+                )
 
     def _reported(self, folder: ShardFolder) -> Pictures:
         names = [name for name in folder.manifest.splits if name != "train"] if len(self) > 1 else []
@@ -162,11 +177,12 @@ def _pictures(split: ShardSplit, positions: np.ndarray | None = None) -> Picture
     return set(told if positions is None else [told[position] for position in positions])
 
 
-def _without(split: ShardSplit, positions: np.ndarray, held: Pictures) -> tuple[np.ndarray, int]:
-    """Positions whose pictures are not held out, and how many are."""
+def _without(split: ShardSplit, positions: np.ndarray, held: Pictures) -> np.ndarray:
+    """Those positions whose pictures are not held out."""
+    if not held:
+        return positions
     sizes = split.picture_sizes
-    there = np.array([(split.stimulus_ids[k], int(sizes[k])) not in held for k in positions], bool)
-    return positions[there], int((~there).sum())
+    return positions[np.array([(split.stimulus_ids[k], int(sizes[k])) not in held for k in positions], bool)]
 
 
 def _groups(train: ShardSplit) -> tuple[np.ndarray, Sequence[Hashable]]:
