@@ -125,8 +125,16 @@ def test_stimuli_in_proportion_train_what_the_joined_folder_trains(two, tmp_path
     assert packed.returncode == 0, packed.stderr
     options = [*SMALL, "--readout.kind", "flattened", "--backbone.cut", "stages.1", "--early-stopping.split", "val"]
     finetune(1, "--data", tmp_path / "joined", "--out", tmp_path / "of_joined", *options)
-    finetune(1, "--data", *two, "--out", tmp_path / "together", *options)
-    assert_close(tmp_path / "together", tmp_path / "of_joined")
+    run = tmp_path / "together"
+    finetune(1, "--data", *two, "--out", run, *options)
+    assert_close(run, tmp_path / "of_joined")
+    assert run_here("train/evaluate.py", run).returncode == 0
+    best = load_progress(run / "checkpoints" / "best").epoch
+    epoch = json.loads((run / "history.jsonl").read_text().splitlines()[best - 1])
+    for name, scores in epoch["recordings"].items():  # what selects is what is scored afterwards
+        found = results(run, name)[0]["regression"]
+        for score, value in scores.items():
+            assert found[score]["mean"] == pytest.approx(value, rel=1e-5)
 
 
 def test_a_ridge_start_is_that_of_each_recording_alone(two, tmp_path):
