@@ -6,8 +6,9 @@ The pictures are JPEGs of smooth noise, quality 90, about 20 kB each, written as
 files; all are delivered in batches, at their own size. Everything runs in one thread of this process, with the files
 in the page cache, and is counted per second of processor time, which what else runs on the machine disturbs less. All
 sides take turns, so that a change of the machine's speed meets all of them; medians over the repeats. The two limits
-are the bare JPEG decoder and a copy of decoded pictures in memory. Whatever says PIL delivers float32 as its
-documentation does, all others uint8. Libraries that are not installed are named; see benchmarks/rivals.py.
+are the bare JPEG decoder and a copy of decoded pictures in memory. Whatever says PIL delivers normalised float32 as its
+documentation does; all others uint8, to be normalised on the device. Libraries that are not installed are named; see
+benchmarks/rivals.py.
 """
 
 import argparse
@@ -127,7 +128,7 @@ def table(speeds: dict[str, list[float]]) -> str:
 def versions() -> str:
     """Of what is compared."""
     found = []
-    for package in ("torch", "webdataset", "torchvision", "simplejpeg", "mosaicml-streaming", "litdata"):
+    for package in ("torch", "webdataset", "torchvision", "simplejpeg", "mosaicml-streaming", "litdata", "ffcv"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found.append(f"{package} {importlib.metadata.version(package)}")
     return ", ".join(found)
@@ -145,10 +146,10 @@ def chart(speeds: dict[str, list[float]], title: str) -> "Figure":
     axes = figure.subplots()
     colours = ["#d55e00" if name.startswith("ours") else LIMIT if name in LIMITS else "#0072b2" for name in names]
     axes.barh(names, medians, xerr=spread, color=colours, error_kw={"elinewidth": 1, "ecolor": "0.3"})
-    for place, median in enumerate(medians):
-        axes.text(median * 1.12, place, f"{median:,.0f}", va="center", fontsize=8)
+    for place, (name, median) in enumerate(zip(names, medians, strict=True)):
+        axes.text(max(speeds[name]) * 1.12, place, f"{median:,.0f}", va="center", fontsize=8)
     axes.set(xscale="log", xlabel="images/s on one core (logarithmic)", title=title)
-    axes.set_xlim(right=axes.get_xlim()[1] * 2)
+    axes.set_xlim(100, axes.get_xlim()[1] * 2)
     return figure
 
 

@@ -8,9 +8,11 @@ batch through the same network and loss: forward, backward, step, zero_grad. `ba
 is what a short script would do: the timm network itself, pictures normalised beforehand, `mse_loss`, fused AdamW.
 
 Each variant is a process of its own with one thread: one process without a strategy, the same under DDP over gloo,
-and under each stage of ZeRO (DeepSpeed over gloo). In each round every loop does a block of steps, in an order drawn
-anew. Times are medians over the blocks, in ms a step; differences and ratios are medians of those within a round, with
-their quartiles; by the clock on the wall, and by the CPU time of the process, which other programs disturb less.
+and under each stage of ZeRO (DeepSpeed over gloo); `pulse` is our loop on two processes under DDP, with the message
+that they exchange in every step (train/pulse.py) and without it. In each round every loop does a block of steps, in an
+order drawn anew. Times are medians over the blocks, in ms a step; differences and ratios are medians of those within a
+round, with their quartiles; by the clock on the wall, and by the CPU time of the process, which other programs disturb
+less.
 
 Networks: test_resnet at 64 px, batch 8; with `--large` resnet18 at 96 px, batch 32; bf16 autocast.
 """
@@ -45,11 +47,13 @@ from torch import nn
 from train.engine import Engine
 from train.loader import Batch
 from train.loop import Training
+from train.processes import rank
 from train.recipe import Recipe
 from train.schedule import build_optimizer
 from train.tasks import Network, parameter_groups
 
-VARIANTS = ("plain", *(name for name in STRATEGIES if "offload" not in name))
+ALONE = ("plain", *(name for name in STRATEGIES if "offload" not in name))
+VARIANTS = (*ALONE, "pulse")
 SMALL, LARGE = ("test_resnet", 64, 8), ("resnet18", 96, 32)  # network, px, stimuli
 WARM_UP = 5  # steps of each loop that do not count
 MOST_ADDED = 0.3  # ms that our loop may add to a bare step of the tiny network
@@ -61,13 +65,14 @@ PAIRS = {
     "ours - lean": ("ours", "lean"),
     "noise": ("bare again", "bare"),
 }
+PULSE_PAIRS = {"pulse": ("with the pulse", "without"), "noise": ("without again", "without")}
 Step = Callable[[], object]
 
 
 def recipe_for(variant: str, large: bool) -> Recipe:
     """What is trained in a variant."""
     network, side, batch = LARGE if large else SMALL
-    strategy = setting_of("ddp" if variant == "plain" else variant)
+    strategy = setting_of("ddp" if variant in ("plain", "pulse") else variant)
     return recipe_of(network, side, batch, strategy=strategy, optimizer={"name": "adamw"}, loader={"workers": 0})
 
 
@@ -160,6 +165,8 @@ def measure_variant(options: argparse.Namespace) -> dict[str, dict[str, list[flo
         training(recipe, options.data, Path(folder) / "run") as run,
     ):
         [batch] = first_step(run)
+        if options.one == "pulse":
+            return measure(with_and_without_pulse(run, batch), options.rounds, options.steps)
         if options.one == "ddp":
             run = under_ddp(run)
         loops = {
@@ -172,6 +179,17 @@ def measure_variant(options: argparse.Namespace) -> dict[str, dict[str, list[flo
         return measure(loops, options.rounds, options.steps)
 
 
+def with_and_without_pulse(run: Training, batch: Batch) -> dict[str, Step]:
+    """Our step as one of several processes; all of them take the same turns."""
+    step = ours(run, batch)
+
+    def beating() -> None:
+        run.runtime.beat(0.0)
+        step()
+
+    return {"with the pulse": beating, "without": step, "without again": ours(run, batch)}
+
+
 def compared(found: dict[str, list[float]], one: str, other: str) -> dict[str, float]:
     """By how much one loop is slower than another: quartiles of the differences in ms, and of the ratios."""
     a, b = np.array(found[one]), np.array(found[other])
@@ -179,35 +197,37 @@ def compared(found: dict[str, list[float]], one: str, other: str) -> dict[str, f
     return {"added": added, "added_low": low, "added_high": high, "ratio": float(np.median(a / b))}
 
 
-def summary(found: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+def summary(found: dict[str, list[float]], pairs: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
     """Medians, and what is compared with what."""
     return {
         "milliseconds": {name: float(np.median(times)) for name, times in found.items()},
-        **{name: compared(found, *pair) for name, pair in PAIRS.items()},
+        **{name: compared(found, *pair) for name, pair in pairs.items()},
     }
 
 
 def run_variant(variant: str, data: Path, options: argparse.Namespace) -> dict[str, dict]:
     """Measure a variant in a process of its own; its summary by each clock."""
     result = data.parent / f"{variant}.json"
-    words = [sys.executable, __file__, "--one", variant, "--data", data, "--json", result]
+    start = ["bash", "launch/local.sh", "-n", 2] if variant == "pulse" else [sys.executable]
+    words = [*start, __file__, "--one", variant, "--data", data, "--json", result]
     words += ["--rounds", options.rounds, "--steps", options.steps, *["--large"] * options.large]
-    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHON": sys.executable}
     code, said = run_alone(words, TIMEOUT, **environment)
     if code != 0:
         sys.exit(f"{variant} ended with {code}:\n{said}")
-    return {clock: summary(times) for clock, times in result_of(result).items()}
+    pairs = PULSE_PAIRS if variant == "pulse" else PAIRS
+    return {clock: summary(times, pairs) for clock, times in result_of(result).items()}
 
 
 def row(variant: str, found: dict[str, dict[str, float]]) -> list[str]:
     """A variant's line of the table."""
     cells = [variant, *(f"{found['milliseconds'][name]:.2f}" for name in ("ours", "bare", "unfused", "lean"))]
-    for name in PAIRS:
-        pair = found[name]
-        cells.append(
-            f"{pair['added']:+.2f} ({pair['added_low']:+.2f} to {pair['added_high']:+.2f}), {pair['ratio']:.3f}x"
-        )
-    return cells
+    return cells + [shown(found[name]) for name in PAIRS]
+
+
+def shown(pair: dict[str, float]) -> str:
+    """A comparison as text."""
+    return f"{pair['added']:+.2f} ({pair['added_low']:+.2f} to {pair['added_high']:+.2f}), {pair['ratio']:.3f}x"
 
 
 def verdict(plain: dict[str, dict[str, float]]) -> str:
@@ -232,14 +252,19 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        options.json.write_text(json.dumps(measure_variant(options)))
+        found = measure_variant(options)
+        if rank() == 0:
+            options.json.write_text(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
         data = pack_simulated(Path(folder) / "data", side=(LARGE if options.large else SMALL)[1])
         found = {variant: run_variant(variant, data, options) for variant in options.variants}
     for clock in CLOCKS:
         header = [f"ms a step, {clock}", "ours", "bare", "unfused", "lean", *PAIRS]
-        print(table([header, *(row(variant, by_clock[clock]) for variant, by_clock in found.items())]))
+        print(table([header, *(row(name, by_clock[clock]) for name, by_clock in found.items() if name in ALONE)]))
+        if "pulse" in found:
+            pulse = found["pulse"][clock]
+            print(f"the pulse, on two processes: {shown(pulse['pulse'])}; noise: {shown(pulse['noise'])}")
         if "plain" in found and not options.large:
             print(verdict(found["plain"][clock]))
     if options.json:

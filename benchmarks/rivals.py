@@ -1,15 +1,17 @@
 """Other libraries' loaders for benchmarks/loader.py, each as its documentation shows it, in one process.
 
-None of them is needed for anything else. MosaicML streaming and LitData ask for older numpy and transformers than the
-project has been tested with, so give them an environment of their own:
+None of them is needed for anything else. They ask for older numpy and transformers than the project has been tested
+with, and FFCV is built with the headers of OpenCV 4 and libjpeg-turbo (Debian: libopencv-dev libturbojpeg0-dev
+pkg-config), so give them an environment of their own:
 
-    python -m venv rivals && rivals/bin/pip install -r requirements.txt mosaicml-streaming litdata
-    rivals/bin/python benchmarks/loader.py
+    python -m venv rivals && rivals/bin/pip install . mosaicml-streaming litdata ffcv
+    PYTHONPATH=. rivals/bin/python benchmarks/loader.py
 """
 
 import importlib.util
 import io
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +21,20 @@ import torchvision
 import webdataset
 from PIL import Image
 from torch.utils.data import DataLoader
+from torchvision import transforms
 
 DEFAULT = "WebDataset, its default (pil)"
-NOT_BUILT = {"FFCV": "pip builds it where OpenCV 4 and libjpeg-turbo have their headers; it is not measured"}
+TO_NETWORK = transforms.Compose(
+    [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
+)
 
 Read = Callable[[], int]
 Decode = Callable[[bytes], torch.Tensor]
 
 
 def by_pillow(data: bytes) -> torch.Tensor:
-    """float32 (3, H, W), as everyone does it."""
-    return torchvision.transforms.functional.to_tensor(Image.open(io.BytesIO(data)).convert("RGB"))
+    """float32 (3, H, W), normalised, as everyone does it."""
+    return TO_NETWORK(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
 def by_simplejpeg(data: bytes) -> torch.Tensor:
@@ -46,9 +51,9 @@ def count(batches: Iterable[torch.Tensor]) -> int:
 
 
 def of_webdataset(tars: list[Path], batch: int, *decoders) -> Read:
-    """WebDataset's pipeline as in its documentation; float32 from `pil`, uint8 from a decoder of one's own."""
+    """WebDataset's pipeline as in its documentation: float32, normalised, from `pil`; uint8 from one's own decoder."""
     urls = [str(tar) for tar in tars]
-    change = torchvision.transforms.ToTensor() if decoders == ("pil",) else torch.from_numpy
+    change = TO_NETWORK if decoders == ("pil",) else torch.from_numpy
 
     def read() -> int:
         dataset = webdataset.WebDataset(urls, shardshuffle=False).decode(*decoders).to_tuple("jpg").map_tuple(change)
@@ -64,7 +69,7 @@ def quick_decoder(key: str, data: bytes) -> np.ndarray | None:
 
 def of_torchvision(images: Path, batch: int) -> Read:
     """A folder of files, read by PIL."""
-    files = torchvision.datasets.ImageFolder(images, torchvision.transforms.ToTensor())
+    files = torchvision.datasets.ImageFolder(images, TO_NETWORK)
     return lambda: count(images for images, _ in DataLoader(files, batch))
 
 
@@ -106,7 +111,40 @@ def of_litdata(files: list[Path], folder: Path, batch: int, decode: Decode) -> R
     return lambda: count(litdata.StreamingDataLoader(dataset, batch_size=batch))
 
 
-LIBRARIES = {"MosaicML streaming": ("streaming", of_mosaicml), "LitData": ("litdata", of_litdata)}
+@dataclass
+class Pillows:
+    """The pictures as FFCV's writer asks for them, which may send them to another process."""
+
+    files: list[Path]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image]:
+        return (Image.open(self.files[index]).convert("RGB"),)
+
+
+def of_ffcv(files: list[Path], folder: Path, batch: int, mode: str) -> Read:
+    """FFCV, which encodes pictures anew (`jpg`, at the same quality) or keeps their pixels (`raw`)."""
+    from ffcv.fields import RGBImageField
+    from ffcv.fields.decoders import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import ToTensor
+    from ffcv.writer import DatasetWriter
+
+    file = folder.with_name(f"{folder.name}_{mode}.beton")
+    writer = DatasetWriter(str(file), {"image": RGBImageField(mode, jpeg_quality=90)}, num_workers=1)
+    writer.from_indexed_dataset(Pillows(files))
+    order, pipeline = OrderOption.SEQUENTIAL, {"image": [SimpleRGBImageDecoder(), ToTensor()]}
+    loader = Loader(str(file), batch, num_workers=1, os_cache=True, order=order, pipelines=pipeline)
+    return lambda: count(images for (images,) in loader)
+
+
+LIBRARIES = {
+    "MosaicML streaming": ("streaming", of_mosaicml, DECODERS),
+    "LitData": ("litdata", of_litdata, DECODERS),
+    "FFCV": ("ffcv", of_ffcv, {"jpg": "jpg", "raw": "raw"}),
+}
 
 
 def rivals(images: Path, tars: list[Path], folder: Path, batch: int) -> tuple[dict[str, Read], dict[str, str]]:
@@ -124,11 +162,11 @@ def rivals(images: Path, tars: list[Path], folder: Path, batch: int) -> tuple[di
         "WebDataset + simplejpeg": of_webdataset(tars, batch, quick_decoder),
         "torchvision ImageFolder (PIL)": of_torchvision(images, batch),
     }
-    missing = dict(NOT_BUILT)
-    for name, (module, prepare) in LIBRARIES.items():
+    missing = {}
+    for name, (module, prepare, variants) in LIBRARIES.items():
         if importlib.util.find_spec(module) is None:
             missing[name] = "not installed"
             continue
-        for decoder, decode in DECODERS.items():
-            found[f"{name} ({decoder})"] = prepare(files, folder / module, batch, decode)
+        for variant, how in variants.items():
+            found[f"{name} ({variant})"] = prepare(files, folder / module, batch, how)
     return found, missing

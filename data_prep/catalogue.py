@@ -35,7 +35,8 @@ class Dataset:
         citation: what to cite.
         licence: under which terms it may be used.
         files: all that is to be downloaded.
-        pack: the words after data_prep/pack.py that pack it; {folder} stands for where it was downloaded.
+        pack: commands that pack it, as words after data_prep/pack.py, each with a name for what it packs; {folder}
+            stands for where it was downloaded.
         note: what else has to be known or fetched.
     """
 
@@ -43,7 +44,7 @@ class Dataset:
     citation: str
     licence: str
     files: tuple[RemoteFile, ...]
-    pack: str
+    pack: dict[str, str]
     note: str = ""
 
 
@@ -66,8 +67,10 @@ DATASETS: dict[DatasetName, Dataset] = {
                 "stimulus_hvm-public.zip": "8aa44e038d7b551efa8077467622f9d48d72e473",
             }
         ),
-        pack="brainio {folder}/assy_dicarlo_MajajHong2015_public.nc --stimuli {folder}/stimulus_hvm-public.csv "
-        "--pictures {folder}/stimulus_hvm-public.zip",
+        pack={
+            "majaj2015": "brainio {folder}/assy_dicarlo_MajajHong2015_public.nc "
+            "--stimuli {folder}/stimulus_hvm-public.csv --pictures {folder}/stimulus_hvm-public.zip"
+        },
     ),
     "freemanziemba2013": Dataset(
         title="Freeman, Ziemba et al. 2013: macaque V1 and V2, single units, texture and noise (public part)",
@@ -81,9 +84,12 @@ DATASETS: dict[DatasetName, Dataset] = {
                 "stimulus_FreemanZiemba2013_aperture-public.zip": "3a6fec1fc28c212882d6833e267ea8654d289611",
             }
         ),
-        pack="brainio {folder}/assy_movshon_FreemanZiemba2013_public.nc "
-        "--stimuli {folder}/stimulus_FreemanZiemba2013_aperture-public.csv "
-        "--pictures {folder}/stimulus_FreemanZiemba2013_aperture-public.zip",
+        pack={
+            "freemanziemba2013": "brainio {folder}/assy_movshon_FreemanZiemba2013_public.nc "
+            "--stimuli {folder}/stimulus_FreemanZiemba2013_aperture-public.csv "
+            "--pictures {folder}/stimulus_FreemanZiemba2013_aperture-public.zip "
+            "--time-bin 50 200"  # as Brain-Score does
+        },
     ),
     "tvsd": Dataset(
         title="TVSD, THINGS ventral stream spiking dataset: macaque V1, V4 and IT, multi-unit activity",
@@ -94,7 +100,9 @@ DATASETS: dict[DatasetName, Dataset] = {
             for monkey in "FN"
             for name in ("THINGS_normMUA.mat", "_logs/things_imgs.mat")
         ),
-        pack="tvsd {folder}/monkeyF/THINGS_normMUA.mat --pictures THINGS",
+        pack={
+            f"tvsd-{monkey}": f"tvsd {{folder}}/monkey{monkey}/THINGS_normMUA.mat --pictures THINGS" for monkey in "FN"
+        },
         note="The pictures are not part of it: download THINGS (Hebart et al. 2019) from "
         "https://things-initiative.org, under its own terms.",
     ),
@@ -104,6 +112,6 @@ DATASETS: dict[DatasetName, Dataset] = {
         "doi:10.1523/JNEUROSCI.5181-14.2015; prepared by the course NX-414 (EPFL)",
         licence="none is stated; it was handed out for the course",
         files=(RemoteFile(_DRIVE + "1s6caFNRpyR9m7ZM6XEv_e8mcXT3_PnHS", "IT_data.h5"),),
-        pack="it-h5 {folder}/IT_data.h5",
+        pack={"it-course": "it-h5 {folder}/IT_data.h5"},
     ),
 }

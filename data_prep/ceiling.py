@@ -11,7 +11,7 @@ trials about them, the reliability of the trial average is rho = s^2 / (s^2 + v 
 rho bounds R2 and explained variance; its square root bounds Pearson's r. docs/metrics.md compares their biases.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -265,31 +265,64 @@ def split_half_reliability(trials: np.ndarray, random_splits: int = 100, seed: i
 
 def split_half_correlations(trials: np.ndarray, random_splits: int = 100, seed: int = 0) -> np.ndarray:
     """The uncorrected correlations r of `split_half_reliability`: float64 (random_splits, sites)."""
-    generator = np.random.default_rng(seed)
-    present = ~np.isnan(trials)
-    values = np.where(present, trials, 0.0)
-    count = present.sum(axis=1)
-    return np.array([_one_split(generator, values, present, count) for _ in range(random_splits)])
-
-
-def _one_split(generator: np.random.Generator, values: np.ndarray, present: np.ndarray, count: np.ndarray):
-    order = generator.permuted(np.tile(np.arange(values.shape[1]), (len(values), 1)), axis=1)[:, :, None]
-    shuffled = np.take_along_axis(present, order, axis=1)
-    first_size = (count + generator.integers(0, 2, (len(values), 1))) // 2
-    first = shuffled & (np.cumsum(shuffled, axis=1) <= first_size[:, None, :])
-    values = np.take_along_axis(values, order, axis=1)
-    total, first_total = values.sum(axis=1, dtype=np.float64), np.where(first, values, 0).sum(axis=1, dtype=np.float64)
-    usable = count >= 2
+    there = ~np.isnan(trials)
     with np.errstate(invalid="ignore", divide="ignore"):
-        return _correlation(first_total / first_size, (total - first_total) / (count - first_size), usable)
+        centre = np.where(there, trials, 0).sum(axis=(0, 1), dtype=np.float64) / there.sum(axis=(0, 1))
+    sums = np.zeros((6, random_splits, trials.shape[2]))
+    for position, stimulus in enumerate(trials):
+        # A generator for each stimulus: neither the other stimuli nor the sites have a say in how it is split.
+        generator = np.random.default_rng([seed, position])
+        keys, odd_one = generator.random((random_splits, len(stimulus))), generator.integers(0, 2, random_splits)
+        for repetitions, sites in _alike(there[position]):
+            values = stimulus[np.ix_(repetitions, sites)] - centre[sites]
+            first, second = _half_averages(values, keys[:, repetitions], odd_one)
+            parts = (np.ones_like(first), first, second, first**2, second**2, first * second)
+            for total, part in zip(sums, parts, strict=True):
+                total[:, sites] += part
+    return _correlation(sums, centre)
 
 
-def _correlation(a: np.ndarray, b: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Pearson's r over the usable rows of each column; NaN where fewer than three are usable or one is constant."""
-    n = usable.sum(axis=0)
-    a, b = (np.where(usable, x, 0.0) for x in (a, b))
-    mean_a, mean_b = a.sum(axis=0) / n, b.sum(axis=0) / n
-    a, b = np.where(usable, a - mean_a, 0.0), np.where(usable, b - mean_b, 0.0)
-    aa, bb = (a * a).sum(axis=0), (b * b).sum(axis=0)
-    varies = (aa > CONSTANT * n * mean_a**2) & (bb > CONSTANT * n * mean_b**2)
-    return np.where((n >= 3) & varies, (a * b).sum(axis=0) / np.sqrt(aa * bb), np.nan)
+def _alike(there: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The sites of one stimulus that have the same repetitions: which these are, and the sites; both positions.
+
+    Args:
+        there: bool (repetitions, sites). Where a site has fewer than two repetitions it is left out.
+    """
+    if (there == there[:, :1]).all():
+        patterns, pattern_of = there[:, :1], np.zeros(there.shape[1], int)
+    else:
+        patterns, pattern_of = np.unique(there, axis=1, return_inverse=True)
+    for number, pattern in enumerate(patterns.T):
+        if pattern.sum() >= 2:
+            yield np.flatnonzero(pattern), np.flatnonzero(pattern_of.ravel() == number)
+
+
+def _half_averages(values: np.ndarray, keys: np.ndarray, odd_one: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The averages over both halves of the repetitions, in every split: float64 (splits, sites) each.
+
+    Args:
+        values: (repetitions, sites).
+        keys: (splits, repetitions), random; the smaller ones are the first half.
+        odd_one: 0 or 1 (splits,), whether the first half gets one more where their number is odd.
+    """
+    values, number = values.astype(np.float64), len(values)
+    size = ((number + odd_one) // 2)[:, None]
+    in_first = keys.argsort(axis=1).argsort(axis=1) < size
+    first = in_first.astype(np.float64) @ values
+    return first / size, (values.sum(axis=0) - first) / (number - size)
+
+
+def _correlation(sums: np.ndarray, centre: np.ndarray) -> np.ndarray:
+    """Pearson's r from sums over stimuli of 1, a, b, a^2, b^2 and a b: (..., sites).
+
+    NaN where fewer than three stimuli are counted or one of the two is constant.
+
+    Args:
+        sums: float64 (6, ..., sites), of averages about the centre, so that they lose nothing to cancellation.
+        centre: (sites,).
+    """
+    n, a, b, aa, bb, ab = sums
+    with np.errstate(invalid="ignore", divide="ignore"):
+        aa, bb, ab = aa - a**2 / n, bb - b**2 / n, ab - a * b / n
+        varies = (aa > CONSTANT * n * centre**2) & (bb > CONSTANT * n * centre**2)
+        return np.where((n >= 3) & varies, ab / np.sqrt(aa * bb), np.nan)

@@ -33,13 +33,13 @@ class Division(BaseModel):
     """What groups stimuli (object, category, a column of the table ...), for grouped, leave-out and k-fold."""
     split_fractions: tuple[float, float] = (0.09, 0.10)
     """Shares of the stimuli for val and test, for random and grouped."""
-    split_seed: int = Field(0, ge=0)
+    split_seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed for random, grouped and k-fold."""
     hold_out: tuple[str, ...] = ()
     """The groups that become val, for leave-out, e.g. one category."""
-    folds: int = Field(10, ge=2)
+    folds: int = Field(10, ge=2, le=10_000)
     """Number of folds, for k-fold."""
-    fold: int = Field(1, ge=1)
+    fold: int = Field(1, ge=1, le=10_000)
     """Which fold becomes val, counted from 1, for k-fold."""
 
     def open(self, source: Any) -> Recording:

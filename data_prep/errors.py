@@ -4,6 +4,8 @@ import os
 import sys
 from collections.abc import Callable
 
+from data_prep.plain import printable
+
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 DIVERGED = "the training diverged: "  # begins the sentence of a failure that trying again would not help
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
@@ -43,7 +45,7 @@ def run_command(main: Callable[[], None]) -> None:
         main()
     except (BadInput, RunFailed) as error:
         if os.environ.get("LOCAL_RANK", "0") == "0" or error.alone:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT if isinstance(error, BadInput) else FAILURE)
     except Stopped as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":

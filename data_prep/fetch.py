@@ -28,9 +28,9 @@ class Fetch(BaseModel):
     """Folder for the files; what is there already is not downloaded again."""
     mirror: str | None = None
     """Address of a folder (http or https) that has the same files under the same names, e.g. of your institute."""
-    retries: int = Field(5, ge=0)
+    retries: int = Field(5, ge=0, le=1000)
     """How many times in a row a file may fail to come on before it is given up."""
-    timeout: float = Field(60.0, gt=0)
+    timeout: float = Field(60.0, gt=0, le=86_400)
     """Seconds of silence after which a connection is given up and tried again."""
 
 
@@ -48,8 +48,9 @@ def main() -> None:
     _introduce(dataset)
     for file in dataset.files:
         downloader.fetch(file, options.out)
-    words = dataset.pack.format(folder=shlex.quote(str(options.out)))
-    print(f"go on with:\n  python data_prep/pack.py {words} --out data/{options.dataset}")
+    print("go on with:")
+    for name, words in dataset.pack.items():
+        print(f"  python data_prep/pack.py {words.format(folder=shlex.quote(str(options.out)))} --out data/{name}")
 
 
 if __name__ == "__main__":

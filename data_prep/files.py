@@ -1,5 +1,6 @@
 """The files of a shard folder, wherever it is: on this machine here, behind a URL in `data_prep/remote.py`."""
 
+import hashlib
 import mmap
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -86,13 +87,20 @@ class LocalFiles:
         """One of the folder's tables, opened.
 
         Raises:
-            BadInput: it is not there.
+            BadInput: it is not there, or is not the one that the manifest knows.
         """
-        try:
-            return (self._folder / file).open("rb")
-        except FileNotFoundError:
-            makes = f"data_prep/show.py {self._folder} --index makes one"
-            raise BadInput(f"{self._folder} has no {file}; {makes}") from None
+        path = self._folder / file
+        if not path.is_file():
+            raise BadInput(f"{self._folder} has no {file}; data_prep/show.py {self._folder} --index makes one")
+        opened, known = path.open("rb"), manifest.files.get(file)
+        if known is not None and hashlib.file_digest(opened, "sha256").hexdigest() != known.sha256:
+            opened.close()
+            raise BadInput(
+                f"{path} is not the one that was packed with manifest.json (its sha256 differs): damaged, or of other "
+                "shards; copy the folder again, or let data_prep/show.py --index make it anew"
+            )
+        opened.seek(0)
+        return opened
 
     def member(self, shard: Shard, offset: int, size: int) -> memoryview:
         """Bytes of a shard, without a copy."""

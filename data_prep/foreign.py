@@ -26,20 +26,22 @@ import numpy as np
 from pydantic import ValidationError
 
 from data_prep.errors import BadInput
-from data_prep.manifest import Image, Manifest, Rates, Shard, Split
+from data_prep.index import SplitIndex, checksums, index_of
+from data_prep.manifest import Image, Manifest, Rates, Shard, Split, parse_manifest
 from data_prep.members import IMAGE_MEMBERS, LABEL_FIELDS, MEMBERS, member_table, read_array, read_json, read_label
 from data_prep.pictures import picture_size, sniff_encoding
+from data_prep.plain import LONGEST_NAME, npz_arrays, printable
 from data_prep.progress import Progress
 from data_prep.recording import SPLITS
 from data_prep.writing import write_arrays
 
-VERSION = 1  # raise it when this file comes to find something else in the same tars
+VERSION = 2  # raise it when this file comes to find something else in the same tars
 
 _SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation"), "val")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-Derived = tuple[Manifest, dict[str, np.ndarray]]
+Derived = tuple[Manifest, dict[str, SplitIndex]]
 
 
 def is_foreign(folder: Path) -> bool:
@@ -48,7 +50,7 @@ def is_foreign(folder: Path) -> bool:
 
 
 def open_foreign(folder: Path, anew: bool = False) -> Derived:
-    """The manifest and the index's arrays of a folder of tars, as kept from an earlier time or read from the tars.
+    """The manifest and the index of a folder of tars, as kept from an earlier time or read from the tars.
 
     Args:
         folder: with tars, in it or in its sub-folders.
@@ -132,26 +134,29 @@ def _place_elsewhere(folder: Path) -> Path:
 def _kept(path: Path, state: str) -> Derived | None:
     """What was found in the tars as they are now; None where nothing whole is kept of them."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            found = dict(arrays)
-        if "manifest" not in found and "members" in found:
-            raise BadInput(
-                f"{path.parent} has an index.npz of data_prep/pack.py and no manifest.json, so it is not a whole copy; "
-                "copy manifest.json too, or remove index.npz to read the tars as they are"
-            )
-        if str(found.pop("tars")) != state:
+        found = npz_arrays(path)
+    except (OSError, ValueError):
+        return None
+    if "manifest" not in found and "members" in found:
+        raise BadInput(
+            f"{path.parent} has an index.npz of data_prep/pack.py and no manifest.json, so it is not a whole copy; "
+            "copy manifest.json too, or remove index.npz to read the tars as they are"
+        )
+    try:
+        if str(found["tars"]) != state:
             return None
-        return Manifest.model_validate_json(str(found.pop("manifest"))), found
-    except BadInput:
-        raise
-    except Exception:  # numpy raises many kinds for a damaged file
+        manifest = parse_manifest(str(found["manifest"]).encode(), path)
+        return manifest, index_of(found, manifest)
+    except (BadInput, ValueError, KeyError):
         return None
 
 
 def _keep(derived: Derived, state: str, places: list[Path], folder: Path) -> None:
     """Write what was found to the first place that can be written, under a temporary name first."""
-    manifest, arrays = derived
-    arrays = arrays | {"manifest": np.array(manifest.model_dump_json()), "tars": np.array(state)}
+    manifest, index = derived
+    arrays = {"members": np.array(MEMBERS), "manifest": np.array(manifest.model_dump_json()), "tars": np.array(state)}
+    for split, found in index.items():
+        arrays |= found.arrays(split)
     failure = None
     for path in places:
         try:
@@ -178,11 +183,15 @@ class _Tar:
     """What one tar holds: the manifest's entry, where the members lie, and what the stimuli say of themselves."""
 
     shard: Shard
-    keys: list[str]
-    places: np.ndarray
+    index: SplitIndex
     rates: list[np.ndarray | None]
     labels: list[str | None]
     pictures: set[tuple[int, int, str]]
+
+    @property
+    def keys(self) -> list[str]:
+        """Of the stimuli, in their order."""
+        return self.index.stimulus_id.tolist()
 
 
 def _read_tar(folder: Path, path: Path) -> _Tar:
@@ -197,7 +206,7 @@ def _read_tar(folder: Path, path: Path) -> _Tar:
         shard = Shard(file=file, stimuli=len(keys), bytes=len(content), sha256=sha256)
     except ValidationError:
         raise BadInput(f"{path}: rename it to letters, digits, _, - and dots only, so that it can be listed") from None
-    tar = _Tar(shard, keys, places, [], [], set())
+    tar = _Tar(shard, SplitIndex.of_tar(keys, places, checksums(content, places)), [], [], set())
     for key, row in zip(keys, places.tolist(), strict=True):
         there = {kind: place for kind, place in zip(MEMBERS, row, strict=True) if place[0] >= 0}
         members = {kind: content[start : start + size] for kind, (start, size) in there.items()}
@@ -242,7 +251,7 @@ def _derive(folder: Path, tars: dict[str, list[Path]]) -> Derived:
             _check_all_or_none(folder, found, what)
     rates = {split: _rates(folder, found) for split, found in splits.items()}
     manifest = _manifest(folder, splits, {split: rows for split, rows in rates.items() if rows is not None})
-    return manifest, _arrays(splits)
+    return manifest, {split: SplitIndex.joined([tar.index for tar in found]) for split, found in splits.items()}
 
 
 def _check_keys(folder: Path, tars: list[_Tar]) -> None:
@@ -289,7 +298,7 @@ def _manifest(folder: Path, splits: dict[str, list[_Tar]], rates: dict[str, np.n
     pictures = set().union(*(tar.pictures for found in splits.values() for tar in found))
     labels = {label for found in splits.values() for tar in found for label in tar.labels if label is not None}
     return Manifest(
-        name=folder.resolve().name,
+        name=printable(folder.resolve().name)[:LONGEST_NAME] or "tars",
         simulated=False,
         provenance={"source": "tars", "path": str(folder.resolve()), "warnings": _warnings(splits, pictures)},
         splits={
@@ -328,14 +337,3 @@ def _warnings(splits: dict[str, list[_Tar]], pictures: set[tuple[int, int, str]]
     if len(pictures) > 1:
         warnings.append("the pictures differ in size or mode; images.size says what size the network is to see")
     return warnings
-
-
-def _arrays(splits: dict[str, list[_Tar]]) -> dict[str, np.ndarray]:
-    """The index's arrays, as data_prep/index.py describes them."""
-    arrays = {"members": np.array(MEMBERS)}
-    for split, tars in splits.items():
-        arrays[f"{split}.stimulus_id"] = np.array([key for tar in tars for key in tar.keys])
-        arrays[f"{split}.shard"] = np.repeat(np.arange(len(tars), dtype=np.int32), [len(tar.keys) for tar in tars])
-        places = np.concatenate([tar.places for tar in tars])
-        arrays |= {f"{split}.offset": places[..., 0], f"{split}.size": places[..., 1]}
-    return arrays

@@ -1,5 +1,6 @@
 """HDF5 files of others: opened for reading only, and nothing is followed that leads out of the file."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ import h5py
 import numpy as np
 
 from data_prep.errors import BadInput
+from data_prep.plain import check_claim
 
 BLOCK_BYTES = 64 * 2**20  # of HDF5's chunk cache, and the most that is read of a dataset at once
 
@@ -16,9 +18,11 @@ BLOCK_BYTES = 64 * 2**20  # of HDF5's chunk cache, and the most that is read of 
 def reading(path: Path) -> Iterator[h5py.File]:
     """Open for reading, with a chunk cache that holds a block; what HDF5 cannot read is bad input."""
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise FileNotFoundError("no such file")
         with h5py.File(path, "r", rdcc_nbytes=BLOCK_BYTES) as file:
             yield file
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:  # it raises them all
         raise BadInput(f"{path}: not a readable HDF5 file, or damaged ({error})") from error
 
 
@@ -37,6 +41,17 @@ def member(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
             raise BadInput(f"{group.file.filename}: {name} is a link to elsewhere; it must itself be in the file")
         found = found[step]
     return found
+
+
+def has(group: h5py.Group, name: str) -> bool:
+    """Whether something lies at `name`; a link does, and is not followed to see what is behind it."""
+    found: h5py.Group | h5py.Dataset = group
+    for step in name.strip("/").split("/"):
+        link = found.get(step, getlink=True) if isinstance(found, h5py.Group) else None
+        if not isinstance(link, h5py.HardLink):
+            return link is not None
+        found = found[step]
+    return True
 
 
 def _lacks(parent: h5py.Group | h5py.Dataset, step: str, group: h5py.Group, name: str) -> BadInput:
@@ -71,9 +86,13 @@ def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
 
 
 def contained(found: h5py.Dataset) -> h5py.Dataset:
-    """The dataset, if its data are in the file itself; BadInput otherwise."""
+    """The dataset, if its data are in the file itself, as far as it can hold them; BadInput otherwise."""
     if found.external or found.is_virtual:
         raise BadInput(f"{at(found)} keeps its data in other files; the data must be in the file itself")
+    try:
+        check_claim(found.dtype.itemsize * math.prod(found.shape or ()), Path(found.file.filename).stat().st_size)
+    except ValueError as error:
+        raise BadInput(f"{at(found)} is {found.dtype} {found.shape}: {error}; the file is damaged") from None
     return found
 
 

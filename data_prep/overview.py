@@ -1,6 +1,5 @@
 """What a shard folder holds, for people: a summary in words and a contact sheet of its pictures."""
 
-import io
 from collections.abc import Iterator
 
 import numpy as np
@@ -8,16 +7,17 @@ from PIL import Image, ImageDraw
 
 from data_prep.errors import BadInput
 from data_prep.manifest import Ceiling, Manifest, from_json_list
-from data_prep.pictures import raw_pixels
+from data_prep.pictures import rgb_picture
+from data_prep.plain import printable
 from data_prep.shards import ShardFolder, ShardSplit
+from data_prep.terminal import bold, histogram
 
 
 def summary(folder: ShardFolder) -> str:
     """What a shard folder holds, as text for a terminal."""
     manifest = folder.manifest
-    lines = [
-        f"{manifest.name}{'  (SIMULATED: no brain was recorded)' if manifest.simulated else ''}  in {folder.folder}"
-    ]
+    simulated = "  (SIMULATED: no brain was recorded)" if manifest.simulated else ""
+    lines = []
     for name, split in manifest.splits.items():
         size = sum(shard.bytes for shard in split.shards) / 1e6
         responses = "with responses" if split.responses else "without responses"
@@ -36,7 +36,8 @@ def summary(folder: ShardFolder) -> str:
     if manifest.ceiling:
         lines += _ceiling_lines(manifest.ceiling)
     lines += [f"  warning: {text}" for text in [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]]
-    return "\n".join(lines)
+    title = f"{bold(printable(manifest.name))}{simulated}  in {printable(str(folder.folder))}"
+    return "\n".join([title, *map(printable, lines)])  # others' words must not steer the terminal
 
 
 def _split_line(manifest: Manifest) -> str:
@@ -71,6 +72,7 @@ def _ceiling_lines(ceiling: Ceiling) -> list[str]:
         f"  reliability of the trial average: median {np.nanmedian(rho):.3f}, mean {np.nanmean(rho):.3f}{interval} "
         f"over {ceiling.stimuli:,} stimuli with {ceiling.repetitions['mean']:.1f} repetitions on average",
         f"    ({ceiling.method})",
+        f"    sites by reliability: 0 {histogram(rho[np.isfinite(rho)], 0, 1)} 1",
     ]
     others = {
         "split-half (Spearman-Brown)": ceiling.split_half,
@@ -108,12 +110,11 @@ def contact_sheet(
     draw = ImageDraw.Draw(sheet)
     for place, position in enumerate(positions):
         x, y = place % columns * tile, place // columns * (tile + 14)
+        data, encoding = split.image(position)
         try:
-            data, encoding = split.image(position)
-            raw = encoding == "image.npy"
-            picture = Image.fromarray(raw_pixels(data)) if raw else Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise BadInput(f"{split.place(position)}: the picture cannot be decoded ({error})") from None
+            picture = rgb_picture(data, encoding)
+        except ValueError as error:
+            raise BadInput(f"{split.place(position)}.{encoding} cannot be decoded ({error})") from None
         sheet.paste(picture.resize((tile - 2, tile - 2)), (x, y))
         draw.text((x + 2, y + tile), split.label(position) or split.stimulus_ids[position], fill="black")
     return sheet

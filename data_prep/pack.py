@@ -5,6 +5,7 @@
 `python data_prep/pack.py folder --help` lists the options of a source.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -42,16 +43,21 @@ class Pack(Division):
     )
     out: Path
     """The shard folder to make; it must not exist yet."""
-    stimuli_per_shard: int = Field(256, ge=1)
+    stimuli_per_shard: int = Field(256, ge=1, le=1_000_000)
     """Stimuli in one tar file."""
-    workers: int = Field(default_factory=usable_cores, ge=1)
+    workers: int = Field(default_factory=usable_cores, ge=1, le=1024)
     """Processes that read, encode and write; by default one for each core that this process may use."""
+
+
+def options_of(words: Sequence[str] | None = None) -> Pack:
+    """The options in the words of a command line, by default this process's."""
+    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
+    return parse(Pack, words, config=omit)
 
 
 def main() -> None:
     """Parse the command line, pack, and say what was packed."""
-    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
-    options = parse(Pack, config=omit)
+    options = options_of()
     folder = pack(options.open(options.source), options.out, options.stimuli_per_shard, options.workers)
     print(summary(folder))
 

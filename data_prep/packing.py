@@ -27,6 +27,7 @@ from data_prep.errors import BadInput, RunFailed
 from data_prep.index import SplitIndex, write_index
 from data_prep.manifest import Ceiling, Image, Manifest, Rates, Shard, Split
 from data_prep.pictures import picture_size
+from data_prep.plain import is_name
 from data_prep.processes import serve_parent
 from data_prep.progress import Progress
 from data_prep.recording import SPLITS, Recording, Stimulus
@@ -34,7 +35,7 @@ from data_prep.shards import ShardFolder, ShardSplit, write_shard
 from data_prep.splits import grouping_facts, straddling
 from data_prep.targets import write_targets
 
-CEILING_BYTES = 32 * 2**20  # of trials whose ceilings are estimated at once, which takes about ten times as much
+CEILING_BYTES = 64 * 2**20  # of trials whose ceilings are estimated at once, which takes about four times as much
 NEVER_UINT8 = 0.1  # a rounding error above this part of a grey level is no float16 noise: the picture was resampled
 
 
@@ -66,6 +67,14 @@ def _check_recording(recording: Recording) -> None:
     ids, splits = recording.stimulus_ids, recording.splits
     if not ids:
         raise BadInput(f"{recording.name}: holds no stimuli")
+    for what, names in (
+        ("the name of the recording", [recording.name]),
+        ("the id of a site", [str(site["id"]) for site in recording.sites]),
+        ("an object", sorted(set(recording.objects or ()))),
+        ("the units", [recording.units]),
+    ):
+        if (odd := next((name for name in names if not is_name(name)), None)) is not None:
+            raise BadInput(f"{recording.name}: {what} is {odd[:100]!r}; it must be one printable line")
     if len(set(ids)) != len(ids):
         seen: set[str] = set()
         twice = next(name for name in ids if name in seen or seen.add(name))
@@ -349,7 +358,14 @@ def _ceiling(folder: ShardFolder) -> Ceiling | None:
     if not size:
         return None
     width = max(1, sites * CEILING_BYTES // size)
-    return estimate_ceiling(_trials(splits, slice(first, first + width)) for first in range(0, sites, width))
+    with Progress(sites, "noise ceilings", "sites") as progress:
+        return estimate_ceiling(_blocks_of_sites(splits, sites, width, progress))
+
+
+def _blocks_of_sites(splits: Sequence[ShardSplit], sites: int, width: int, progress: Progress) -> Iterator[np.ndarray]:
+    for first in range(0, sites, width):
+        yield _trials(splits, slice(first, first + width))
+        progress.advance(min(width, sites - first))
 
 
 def _trials(splits: Sequence[ShardSplit], sites: slice) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Pictures of stimuli in a folder or a zip archive, found by the names that tables give them."""
 
 import os
+import stat
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from data_prep.errors import BadInput
 from data_prep.pictures import packable
+from data_prep.plain import is_name, read_regular
 
 MAX_FILE_BYTES = 256 * 2**20  # an archive's member that claims more is damaged or made to exhaust memory
 
@@ -80,9 +82,12 @@ class PictureFiles:
     def _members(self) -> set[str]:
         try:
             with zipfile.ZipFile(self.path) as archive:
-                return {info.filename for info in archive.infolist() if not info.is_dir()}
-        except (OSError, zipfile.BadZipFile, ValueError) as error:
+                members = archive.infolist()
+        except Exception as error:  # zipfile meets damage with any kind of error
             raise BadInput(f"{self.path}: not a readable zip archive ({error})") from None
+        for info in members:
+            _check_member(self.path, info)
+        return {info.filename for info in members if not info.is_dir()}
 
     @cached_property
     def _index(self) -> dict[str, str | None]:
@@ -109,7 +114,7 @@ class PictureFiles:
             BadInput: from that function, for a picture that is missing, unreadable or absurdly large.
         """
         if not self._archive:
-            yield lambda name: self._load(name, (self.path / name).read_bytes)
+            yield lambda name: self._load(name, lambda: read_regular(self.path / name, MAX_FILE_BYTES))
             return
         with zipfile.ZipFile(self.path) as archive:
             yield lambda name: self._load(name, lambda: _extract(archive, name))
@@ -117,8 +122,19 @@ class PictureFiles:
     def _load(self, name: str, read: Callable[[], bytes]) -> Loaded:
         try:
             return packable(read())
-        except (OSError, ValueError, KeyError, RuntimeError, NotImplementedError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile meets damage with any kind of error
             raise BadInput(f"{self.path / name}: the picture cannot be read ({error})") from error
+
+
+def _check_member(path: Path, info: zipfile.ZipInfo) -> None:
+    """Refuse what no archive of pictures has; nothing is ever unpacked to disk, and yet its maker meant no good."""
+    name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
+    if not is_name(name):
+        raise BadInput(f"{path}: {name[:100]!r}: the name is too long or not printable; rename it")
+    if name.startswith("/") or ".." in PurePosixPath(name).parts:
+        raise BadInput(f"{path}: {name}: the name leads out of the archive; rename it")
+    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+        raise BadInput(f"{path}: {name}: a link or a device; pack it as a plain file")
 
 
 def _extract(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -7,7 +7,11 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from data_prep.plain import npy_array
+
 MAX_PIXELS = 100_000_000  # a header that claims more is damaged or made to exhaust memory
+MAX_SCANS = 200  # of a JPEG; each goes over all pixels, and camera files have about ten
+FEW_STEPS = 2**34  # pixels x bytes of a JPEG whose scans, however many they are, take no time to speak of
 PNG_LEVEL = 1  # zlib's quickest: three times as fast as Pillow's default for about a tenth more bytes
 
 # Formats that Pillow may try. A list, because some of its other readers start outside programs (EPS: Ghostscript).
@@ -18,6 +22,7 @@ _RAW_START = b"\x93NUMPY"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _JPEG_MODES = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "L"}  # by the colours that libjpeg-turbo finds
 _PNG_END = b"IEND\xaeB`\x82"
+_ONLY = {"jpg": ("JPEG",), "png": ("PNG",)}  # what a member of that name may be
 
 
 def sniff_encoding(data: bytes) -> str | None:
@@ -43,7 +48,36 @@ def picture_size(data: bytes) -> tuple[int, int, str]:
         raise ValueError(f"pixels of mode {mode} have more than 8 bits; save it as an 8-bit RGB or grey picture")
     if not _is_whole(data):
         raise ValueError("the picture is cut short (its end marker is missing)")
+    if sniff_encoding(data) == "jpg":
+        check_scans(data, width * height)
     return width, height, mode
+
+
+def check_scans(data: bytes | memoryview, pixels: int) -> None:
+    """Refuse a JPEG that goes over its pixels thousands of times, which a few bytes are enough for.
+
+    Raises:
+        ValueError: more than `MAX_SCANS`.
+    """
+    if pixels * len(data) > FEW_STEPS and (scans := bytes(data).count(_JPEG_SCAN)) > MAX_SCANS:
+        raise ValueError(f"the picture has {scans} scans, more than {MAX_SCANS}")
+
+
+def rgb_picture(data: bytes | memoryview, encoding: str) -> Image.Image:
+    """Decode a member of a shard to RGB with Pillow, as what its name says and nothing else.
+
+    Raises:
+        ValueError: a picture that is damaged, absurdly large, of more than 8 bits, or of another format.
+    """
+    if encoding == "image.npy":
+        return Image.fromarray(raw_pixels(data))
+    data = bytes(data)
+    picture_size(data)
+    with _open(data, _ONLY[encoding]) as picture:
+        try:
+            return picture.convert("RGB")
+        except Exception as error:  # its decoders meet damage with any kind of error
+            raise ValueError(str(error)) from None
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int, str] | None:
@@ -70,8 +104,8 @@ def raw_pixels(data: bytes | memoryview) -> np.ndarray:
         ValueError: no npy array, not of 8 bits, or of another shape than (H, W), (H, W, 1) or (H, W, 3).
     """
     try:
-        array = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        array = npy_array(data)
+    except ValueError as error:
         raise ValueError(f"not a whole npy array ({error})") from None
     if array.ndim == 2:
         array = array[..., None]
@@ -107,7 +141,7 @@ def convert_to_png(data: bytes) -> tuple[bytes, str]:
             )
         try:
             picture.load()
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except Exception as error:  # its decoders meet damage with any kind of error
             raise ValueError(f"the picture cannot be decoded ({error})") from error
         return _to_png(picture), picture.format.lower()
 
@@ -129,15 +163,15 @@ def packable(data: bytes) -> tuple[bytes, str, dict[str, str]]:
     return png, "png", {"converted_from": was}
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
-            picture = Image.open(io.BytesIO(data), formats=FORMATS)
+            picture = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ValueError(f"the picture claims more than {MAX_PIXELS // 10**6} megapixels") from error
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
-        raise ValueError(f"not a readable picture ({', '.join(FORMATS)})") from error
+    except Exception as error:  # its readers meet damage with any kind of error
+        raise ValueError(f"not a readable picture ({', '.join(formats)})") from error
     width, height = picture.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"the picture claims {width} x {height} pixels, more than {MAX_PIXELS // 10**6} megapixels")

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from data_prep.errors import BadInput, RunFailed
 from data_prep.manifest import Manifest, Shard, parse_manifest
+from data_prep.plain import LARGEST_TEXT
 from data_prep.shard_cache import Known, ShardCache, default_root
 from data_prep.transport import RangeRefused, Transport, transport
 from data_prep.url import FolderUrl
@@ -169,13 +170,21 @@ class RemoteFiles:
         tries = _Tries()
         while True:
             try:
-                return b"".join(self._transport.read(file, 0, None))
+                return self._at_most(LARGEST_TEXT, file)
             except OSError as error:
                 if not tries.again():
                     raise BadInput(
                         f"{self.url / file} cannot be read ({self.url.hide(said(error))}; {tries.made} tries); "
                         "is the URL right and the network up?"
                     ) from None
+
+    def _at_most(self, largest: int, file: str) -> bytes:
+        content = bytearray()
+        for block in self._transport.read(file, 0, None):
+            content += block
+            if len(content) > largest:
+                raise BadInput(f"{self.url / file} has more than {largest:,} bytes; a shard folder's has not")
+        return bytes(content)
 
 
 class _Tries:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_prep.errors import BadInput
+from data_prep.plain import check_claim
 from data_prep.tables import MISSING, check_names, csv_rows, is_number
 
 _BLOCK_BYTES = 32 * 2**20  # responses are checked in blocks of this size
@@ -30,7 +31,7 @@ class Responses:
 def _map_npy(path: Path) -> np.ndarray:
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # numpy's parser raises many kinds
         raise BadInput(f"{path}: not a readable .npy file of plain numbers ({error})") from error
     if not isinstance(array, np.ndarray):
         raise BadInput(f"{path}: this is an .npz archive; save the one array with np.save")
@@ -105,8 +106,10 @@ def _rate(cell: str, path: Path, line: int, column: str) -> float:
 def _read_rates_parquet(path: Path) -> tuple[np.ndarray, list[str] | None, list[str]]:
     """As `_read_rates_csv`."""
     try:
-        table = pq.ParquetFile(path).read()
-    except (OSError, pa.ArrowException) as error:
+        file = pq.ParquetFile(path)
+        check_claim(8 * file.metadata.num_rows * file.metadata.num_columns, path.stat().st_size)
+        table = file.read()
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise BadInput(f"{path}: not a readable parquet file ({error})") from error
     names = check_names(path, list(table.column_names))
     site_ids = [name for name in names if name != "stimulus_id"]

@@ -7,6 +7,7 @@ be read without scanning.
 import hashlib
 import io
 import json
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from data_prep.errors import BadInput
 from data_prep.files import LocalFiles, files_at
 from data_prep.foreign import is_foreign, open_foreign
-from data_prep.index import SplitIndex, index_of, index_shard, load_index, write_index
+from data_prep.index import SplitIndex, index_shard, load_index, write_index
 from data_prep.manifest import Manifest, Shard, load_manifest
 from data_prep.members import ABSENT, BLOCK, IMAGE_MEMBERS, MEMBERS, read_array, read_json, read_label
 from data_prep.recording import Stimulus
@@ -66,6 +67,7 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> tuple[Shard, SplitIn
     file = _HashingFile(path)
     ids: list[str] = []
     places: list[list[tuple[int, int]] | None] = []
+    sums: list[list[int]] = []
     try:
         with webdataset.TarWriter(file, encoder=False, mtime=0, user="spiketune", group="spiketune") as writer:
             for stimulus in stimuli:
@@ -73,9 +75,13 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> tuple[Shard, SplitIn
                 writer.write(members)
                 ids.append(stimulus.id)
                 places.append(_places(members, start, writer.tarstream.offset))
+                sums.append([zlib.crc32(members.get(kind, b"")) for kind in MEMBERS])  # of nothing: 0
     finally:
         file.close()
-    index = index_shard(path) if None in places else SplitIndex.of_tar(ids, np.array(places, dtype=np.int64))
+    if None in places:
+        index = index_shard(path)
+    else:
+        index = SplitIndex.of_tar(ids, np.array(places, np.int64), np.array(sums, np.uint32))
     return Shard(file=path.name, stimuli=len(ids), bytes=file.bytes, sha256=file.sha256), index
 
 
@@ -130,8 +136,7 @@ class ShardFolder:
         self._files = files_at(self.folder, fetch)
         self._targets: dict[str, Targets] = {}
         if isinstance(self.folder, Path) and is_foreign(self.folder):
-            self.manifest, arrays = open_foreign(self.folder)
-            self._index = index_of(arrays, self.manifest)
+            self.manifest, self._index = open_foreign(self.folder)
             return
         self.manifest = self._files.manifest()
         self._files.check(self.manifest)
@@ -179,7 +184,7 @@ class ShardFolder:
         rows = stored.shard == number
         same = all(
             np.array_equal(getattr(stored, part)[rows], getattr(fresh, part))
-            for part in ("stimulus_id", "offset", "size")
+            for part in ("stimulus_id", "offset", "size", *(["crc32"] if stored.crc32 is not None else []))
         )
         return None if same else "index.npz does not describe it"
 
@@ -242,7 +247,22 @@ class ShardSplit:
         offset, size = int(self._index.offset[position, column]), int(self._index.size[position, column])
         if offset < 0:
             return None
-        return self.files.member(self.shards[int(self._index.shard[position])], offset, size)
+        data = self.files.member(self.shards[int(self._index.shard[position])], offset, size)
+        self.check_bytes(position, kind, data)
+        return data
+
+    def check_bytes(self, position: int, kind: str, data: bytes | memoryview) -> None:
+        """Refuse a member's bytes that are not those that were indexed.
+
+        Raises:
+            BadInput: they differ, naming the stimulus and the member.
+        """
+        known = self._index.crc32
+        if known is not None and zlib.crc32(data) != known[position, MEMBERS.index(kind)]:
+            raise BadInput(
+                f"{self.place(position)}.{kind}: these are not the bytes that were packed (the checksum in index.npz "
+                "differs): the tar is damaged or newer than its index; copy the folder again, or pack it again"
+            )
 
     @property
     def is_remote(self) -> bool:
@@ -279,31 +299,36 @@ class ShardSplit:
             BadInput: no plain array of numbers, or one for another number of sites.
         """
         data = self.member(position, kind)
-        if data is None:
-            return None
+        return None if data is None else self._array(data, position, kind)
+
+    def _array(self, data: bytes, position: int, kind: str) -> np.ndarray:
         place = f"{self.place(position)}.{kind}"
         array, sites = read_array(data, place), len(self.manifest.sites)
         if array.shape[-1:] != (sites,) or array.ndim != (2 if "trials" in kind else 1):
             raise BadInput(f"{place} has the shape {array.shape}; it must be for {sites} sites")
         return array
 
-    def rates(self) -> np.ndarray:
-        """All trial-averaged responses: float32 (stimuli, sites), NaN = not recorded.
+    def rates(self, positions: np.ndarray | None = None) -> np.ndarray:
+        """Trial-averaged responses: float32 (stimuli, sites), NaN = not recorded.
+
+        Args:
+            positions: of the stimuli; by default all.
 
         Raises:
             BadInput: the split has no responses, or a stimulus of it has none.
         """
         if not self.has_responses:
             raise BadInput(f"{self.folder}: the split {self.name!r} has no responses (rates.npy)")
-        return self._rates_of_shards() if self._targets is None else self._targets.rates
+        wanted = np.arange(len(self)) if positions is None else positions
+        return self._rates_of_shards(wanted) if self._targets is None else self._targets.rates[wanted]
 
-    def _rates_of_shards(self) -> np.ndarray:
-        rates = np.empty((len(self), len(self.manifest.sites)), np.float32)
-        for position in range(len(self)):
+    def _rates_of_shards(self, positions: np.ndarray) -> np.ndarray:
+        rates = np.empty((len(positions), len(self.manifest.sites)), np.float32)
+        for place, position in enumerate(positions.tolist()):
             row = self.array(position, "rates.npy")
             if row is None:
                 raise BadInput(f"{self.place(position)} has no rates.npy, though the split {self.name!r} has responses")
-            rates[position] = row
+            rates[place] = row
         return rates
 
     @property
@@ -325,7 +350,7 @@ class ShardSplit:
         Returns:
             the trials, or None where there are none.
         """
-        parts = [self._trials_of(position, sites) for position in range(len(self))]
+        parts = self._trials_of_stimuli(sites)
         depth = max((len(part) for part in parts if part is not None), default=0)
         if depth == 0:
             return None
@@ -335,12 +360,26 @@ class ShardSplit:
                 trials[position, : len(part)] = part
         return trials
 
-    def _trials_of(self, position: int, sites: slice) -> np.ndarray | None:
-        whole = self.array(position, "trials.npy")
-        return None if whole is None else whole[:, sites].copy()
+    def _trials_of_stimuli(self, sites: slice) -> list[np.ndarray | None]:
+        """float32 (repetitions, sites) of each stimulus, None where it has none.
 
-    def labels(self) -> np.ndarray:
-        """The class of each stimulus, int64 (stimuli,): its position in the manifest's `classes`.
+        Tars are read here, not mapped: the pages of a mapped file count as this process's memory.
+        """
+        column, found = MEMBERS.index("trials.npy"), [None] * len(self)
+        for number in np.unique(self._index.shard[self._index.offset[:, column] >= 0]):
+            with self.files.local(self.shards[number]) as path, path.open("rb") as tar:
+                for position in np.flatnonzero(self._index.shard == number):
+                    offset, size = int(self._index.offset[position, column]), int(self._index.size[position, column])
+                    if offset >= 0:
+                        tar.seek(offset)
+                        found[position] = self._array(tar.read(size), position, "trials.npy")[:, sites].copy()
+        return found
+
+    def labels(self, positions: np.ndarray | None = None) -> np.ndarray:
+        """The class of stimuli, int64 (stimuli,): its position in the manifest's `classes`.
+
+        Args:
+            positions: of the stimuli; by default all.
 
         Raises:
             BadInput: the recording has no classes, or a stimulus shows an object that is not among them.
@@ -348,12 +387,13 @@ class ShardSplit:
         if self.manifest.classes is None:
             raise BadInput(f"{self.folder}: manifest.json has no classes, so the stimuli have no labels")
         position_of = {name: position for position, name in enumerate(self.manifest.classes)}
-        labels = np.empty(len(self), np.int64)
-        for position in range(len(self)):
+        wanted = range(len(self)) if positions is None else positions.tolist()
+        labels = np.empty(len(wanted), np.int64)
+        for place, position in enumerate(wanted):
             name = self.label(position)
             if name not in position_of:
                 raise BadInput(f"{self.place(position)}: object {name!r} is not among the manifest's classes")
-            labels[position] = position_of[name]
+            labels[place] = position_of[name]
         return labels
 
 
@@ -372,14 +412,26 @@ def reindex(place: Path | str | FolderUrl) -> None:
         open_foreign(folder, anew=True)
         return
     manifest = load_manifest(folder)
+    manifest.files = {}
     LocalFiles(folder).check(manifest)
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            _check_sum(folder / shard.file, shard)
     index = {
         name: SplitIndex.joined([index_shard(folder / shard.file) for shard in split.shards])
         for name, split in manifest.splits.items()
     }
     try:
         write_index(folder, index)
+        manifest.save(folder / "manifest.json")  # or it would know the index that was there before
         manifest.files = write_targets(folder, ShardFolder(folder))
         manifest.save(folder / "manifest.json")
     except OSError as error:
         raise BadInput(f"{folder} cannot be written ({error.strerror})") from None
+
+
+def _check_sum(path: Path, shard: Shard) -> None:
+    """Refuse to index bytes that were not packed: an index would make damage pass as data."""
+    with path.open("rb") as file:
+        if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
+            raise BadInput(f"{path}: its bytes are not those that were packed (sha256 differs); copy or pack it again")

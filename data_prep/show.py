@@ -4,6 +4,7 @@ python data_prep/show.py DIR [--index] [--verify] [--contact-sheet PNG]
 python data_prep/show.py URL [--verify] [--contact-sheet PNG] [--shard-cache DIR]
 """
 
+import io
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from data_prep.overview import contact_sheet, summary
 from data_prep.progress import Progress
 from data_prep.remote import FetchSettings
 from data_prep.shards import ShardFolder, reindex
+from data_prep.writing import write_whole
 
 
 class Show(BaseModel):
@@ -36,7 +38,7 @@ class Show(BaseModel):
     """Where to put the contact sheet; by default contact_sheet.png in the folder, of a URL in the working folder."""
     shard_cache: Path | None = None
     """Of remote shards: folder for copies; by default in ~/.cache."""
-    shard_cache_gib: float | None = Field(None, gt=0)
+    shard_cache_gib: float | None = Field(None, gt=0, le=1e6)
     """Of remote shards: the most that is kept in that folder; by default half of what is free on its disk."""
 
 
@@ -61,9 +63,10 @@ def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
     positions = np.arange(len(split))
     if folder.is_remote:  # pictures of all shards would be the whole split
         positions, what = positions[split.shards_of(positions) == 0], f"{split.shards[0].file}"
-    sheet = contact_sheet(split, among=positions)
+    content = io.BytesIO()
+    contact_sheet(split, among=positions).save(content, format="PNG")
     try:
-        sheet.save(path, format="PNG")
+        write_whole(path, content.getvalue())
     except OSError as error:
         raise BadInput(f"{path} cannot be written ({error.strerror}); choose another --contact-sheet") from None
     print(f"  contact sheet of {what}: {path}")

@@ -17,6 +17,7 @@ import numpy as np
 
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest, Table
+from data_prep.plain import npz_arrays
 from data_prep.writing import write_arrays
 
 if TYPE_CHECKING:
@@ -30,6 +31,14 @@ class Targets:
     rates: np.ndarray | None
     json: np.ndarray
     json_end: np.ndarray
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the arrays are of their types, and no description ends before it begins or beyond the end."""
+        types = self.json.dtype == np.uint8 and self.json_end.dtype.kind == "i"
+        if not types or self.json.ndim != 1 or (self.rates is not None and self.rates.dtype != np.float32):
+            return False
+        return bool((np.diff(self.json_end, prepend=0) >= 0).all() and (self.json_end <= len(self.json)).all())
 
     def meta(self, position: int) -> bytes:
         """A stimulus's JSON member."""
@@ -72,15 +81,17 @@ def load_targets(file: BinaryIO, name: str, manifest: Manifest) -> dict[str, Tar
         BadInput: it is damaged, or of other shards.
     """
     try:
-        with np.load(file, allow_pickle=False) as arrays:
-            found = {
-                split: Targets(arrays.get(f"{split}.rates"), arrays[f"{split}.json"], arrays[f"{split}.json_end"])
-                for split in manifest.splits
-            }
-    except Exception as error:  # numpy raises many kinds for a damaged file
+        arrays = npz_arrays(file)
+        found = {
+            split: Targets(arrays.get(f"{split}.rates"), arrays[f"{split}.json"], arrays[f"{split}.json_end"])
+            for split in manifest.splits
+        }
+    except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{name} cannot be read ({error}); pack the recording again") from None
     for split, facts in manifest.splits.items():
         rates, expected = found[split].rates, (facts.stimuli, len(manifest.sites))
+        if not found[split].is_plain:
+            raise BadInput(f"{name}: {split}: holds other types than float32, uint8 and int64; pack again")
         shape = rates.shape if rates is not None else expected if not facts.responses else None
         if shape != expected or found[split].json_end.shape != expected[:1]:
             raise BadInput(f"{name}: {split}: is not of the stimuli that manifest.json counts; pack again")

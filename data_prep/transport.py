@@ -21,6 +21,10 @@ from data_prep.url import FolderUrl
 BLOCK = 2**20
 PART = 2**22  # of a file that fsspec is asked for at a time: what is lost when a connection is cut
 SLOWEST = 1024  # bytes a second; a connection that brings less is as good as cut
+INDIRECT = (  # fsspec's drivers that read what a file tells them to, or through another program or driver
+    *("reference", "generic", "dask", "jupyter", "jlab", "git", "zip", "tar", "libarchive", "dir", "cached"),
+    *("blockcache", "filecache", "simplecache", "asyncwrapper", "local", "data"),
+)
 WORTH_ASKING_AGAIN = (408, 425, 429)
 
 
@@ -213,6 +217,8 @@ def _check_driver(url: FolderUrl) -> None:
     from fsspec.registry import get_filesystem_class
 
     try:
+        if url.scheme in INDIRECT:
+            raise ValueError
         get_filesystem_class(url.scheme)
     except ValueError:
         raise BadInput(

@@ -18,7 +18,8 @@ def write_whole(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)  # of a process that was killed and had our number
+        with temporary.open("xb") as file:  # never through a link that a stranger has left there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import uuid
 
 PROG = {"local": "launch/local.sh", "machines": "launch/machines.sh"}
@@ -21,6 +22,7 @@ PORT = 29400
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # passed on to the processes
 GRACE_SECONDS = 600  # after a signal, to save: the cluster's own patience ends earlier
 GRACE_AFTER_DEATH_SECONDS = 5  # for those that are left behind by one that died, and have nothing to save
+STANDSTILL_SECONDS = 300  # without any work of the CPU, when others are done: then nobody waits for it, or notices
 
 
 def gpu_count() -> int:
@@ -94,6 +96,31 @@ def set_network_device(address: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ launching
 
 
+class Standstill:
+    """Finds processes that hang at their end, when others have ended and none is left to wait for them in vain."""
+
+    def __init__(self):
+        self._worked: dict[int, tuple[float, float]] = {}
+
+    def found(self, processes: list[subprocess.Popen]) -> list[subprocess.Popen]:
+        """Those that have not worked for long, though another of them has ended well."""
+        import psutil
+
+        if not any(process.poll() == 0 for process in processes):
+            self._worked.clear()
+            return []
+        standing = []
+        for process in processes:
+            with contextlib.suppress(psutil.Error):
+                work = sum(psutil.Process(process.pid).cpu_times()[:2])
+                before, since = self._worked.get(process.pid, (-1.0, 0.0))
+                if work != before:
+                    self._worked[process.pid] = work, time.monotonic()
+                elif process.poll() is None and time.monotonic() - since > STANDSTILL_SECONDS:
+                    standing.append(process)
+        return standing
+
+
 def careful_agent(exit_codes: list[int]) -> type:
     """torchrun's agent, which starts the processes of this machine again, with a better idea of when to.
 
@@ -103,8 +130,20 @@ def careful_agent(exit_codes: list[int]) -> type:
     from torch.distributed.elastic.agent.server.api import WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
+    standstill = Standstill()
+
     class CarefulAgent(LocalElasticAgent):
+        def _start_workers(self, worker_group):
+            started = super()._start_workers(worker_group)
+            # When one has failed, torchrun gives the others 30 seconds, which one that hangs would use up.
+            close = self._pcontext.close
+            self._pcontext.close = lambda death_sig=None, timeout=GRACE_AFTER_DEATH_SECONDS: close(death_sig, timeout)
+            return started
+
         def _monitor_workers(self, worker_group):
+            for process in standstill.found([handler.proc for handler in self._pcontext.subprocess_handlers.values()]):
+                print(f"process {process.pid} hangs while others are done; ending it", file=sys.stderr, flush=True)
+                process.kill()
             result = super()._monitor_workers(worker_group)
             failed = {rank: failure.exitcode for rank, failure in result.failures.items()}
             if {BAD_INPUT, STOPPED} & set(failed.values()):

@@ -44,4 +44,5 @@ fi
 step "compare"
 "$python" train/report.py "$runs/pixels" "$runs/frozen" "$runs/finetuned" --out "$runs"
 echo
-echo "see the curves:   ${venv#"$root"/}/bin/tensorboard --logdir $runs"
+echo "read the report:  $runs/report.html"
+echo "see the curves:   ${venv#"$root"/}/bin/tensorboard --logdir $runs   (begin at the tab Custom Scalars)"

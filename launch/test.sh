@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Set up, check the style, run all tests. Further words go to pytest: launch/test.sh -k metrics
-# `launch/test.sh --slurm` runs those on a real Slurm instead, and installs it (Debian's packages, as root).
+# `launch/test.sh --slurm` runs those on a real Slurm instead, and installs it (Debian's packages, as root);
+# `launch/test.sh --browser` opens reports and TensorBoard in headless Chromium, and installs that.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -8,6 +9,12 @@ if [ "${1:-}" = --slurm ]; then
     shift
     command -v slurmctld sbatch munged >/dev/null || { apt-get update -q && apt-get install -y -q slurm-wlm munge; }
     SPIKETUNE_SLURM=1 OMP_NUM_THREADS=1 exec "$python" -m pytest tests/test_slurm.py "$@"
+fi
+
+if [ "${1:-}" = --browser ]; then
+    shift
+    command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; }
+    SPIKETUNE_BROWSER=1 OMP_NUM_THREADS=1 exec "$python" -m pytest tests/test_browser.py "$@"
 fi
 
 "$python" -m ruff check .

@@ -2,7 +2,9 @@
 
 import json
 import os
+import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -67,6 +69,38 @@ def succeed(processes: int, *command, **environment: str) -> str:
     return done.stdout
 
 
+DRIVER = """
+import os, signal, sys
+import train.{module} as module
+{patch}
+from data_prep.errors import run_command
+from train.finetune import main
+run_command(main)
+"""
+
+STOP_WHILE_SCORING = """
+scored = module.score
+def score(*args, **kw):
+    score.calls += 1
+    if score.calls == 2:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return scored(*args, **kw)
+score.calls = 0
+module.score = score
+"""
+
+
+def run_patched(module: str, patch: str, *options, processes: int = 1) -> subprocess.CompletedProcess:
+    """train/finetune.py with something in it replaced, to bring about what no input can."""
+    script = Path(options[options.index("--out") + 1]).with_suffix(".py")
+    script.write_text(DRIVER.format(module=module, patch=patch))
+    if processes > 1:
+        return launch(processes, script, *options, PYTHONPATH=str(ROOT))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, script, *map(str, options)]
+    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+
+
 def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
     """The network's tensors in a run's checkpoint."""
     return load_file(run / "checkpoints" / which / "network.safetensors")
@@ -81,6 +115,16 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
 def losses(run: Path) -> list[float]:
     """The training loss of each epoch."""
     return [json.loads(line)["loss"] for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def charts(run: Path) -> dict[str, float]:
+    """The median of each of a run's charts of time, by name."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name.endswith("_seconds")]
+    return {name[6:-8]: statistics.median(event.value for event in events.Scalars(name)) for name in names}
 
 
 def metrics(run: Path, split: str = "val") -> dict:

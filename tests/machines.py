@@ -1,5 +1,6 @@
 """Machines on this machine: network namespaces joined by a bridge, each with an address of its own."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from helpers import ROOT
+
+PACKET = 68 * 1024  # bytes that the kernel hands to a device at once, at most, and their headers
 
 
 @dataclass
@@ -43,6 +46,20 @@ class Machine:
     def pids(self) -> list[int]:
         """Its processes."""
         return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
+
+    def limit(self, megabits: float) -> None:
+        """Let it send so many Mbit a second; what it receives is limited by who sends.
+
+        The bucket holds what is sent in 2 ms, at least a packet; what waits may be 64 MB, so that nothing is lost.
+        """
+        burst = max(int(megabits * 1e6 / 8 * 0.002), PACKET)
+        shape = ["rate", f"{megabits}mbit", "burst", str(burst), "limit", str(64 * 2**20)]
+        words = ["tc", "-n", self.name, "qdisc", "replace", "dev", "eth0", "root", "tbf", *shape]
+        subprocess.run(words, capture_output=True, text=True, check=True)
+
+    def bytes_sent(self) -> int:
+        """By its network device, so far."""
+        return int(json.loads(_ip("-n", self.name, "-s", "-j", "link", "show", "eth0"))[0]["stats64"]["tx"]["bytes"])
 
     def cut(self) -> None:
         """Pull the cable."""

@@ -1,4 +1,4 @@
-"""The noise ceiling: the true reliability of simulated responses, and the known one of a real recording."""
+"""The noise ceiling: the true reliability of simulated responses, and the known ones of real recordings."""
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from data_prep.ceiling import (
     split_half_reliability,
     variance_components,
 )
+from data_prep.rates import raster_counts
 from data_prep.sources.simulated import Simulated
 
 STIMULI, SITES = 2000, 24
@@ -199,7 +200,8 @@ def test_blocks_of_sites_have_the_ceilings_that_all_sites_have_at_once():
     blocks = (trials[:, :, first : first + 3] for first in range(0, 7, 3))
     whole, cut = (estimate_ceiling(parts).model_dump() for parts in ([trials], blocks))
     for name in ("reliability", "split_half", "ncsnr", "noise_ceiling", "explainable_share", "mean_ci95"):
-        assert cut[name] == pytest.approx(whole[name], rel=1e-9, nan_ok=True), name
+        found, expected = (np.array(ceilings[name], float) for ceilings in (cut, whole))  # None becomes NaN
+        np.testing.assert_allclose(found, expected, rtol=1e-9, err_msg=name)
     assert cut["repetitions"] == whole["repetitions"]
     assert [interval is None for interval in cut["ci95"]] == [k == 2 for k in range(7)]
 
@@ -237,3 +239,16 @@ def test_the_known_reliability_of_a_real_recording():
     assert rho.max() < 1
     unbiased = components(np.load(DATA / "v4_hvm640" / "trials.npy")).reliability
     assert np.median(unbiased) == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.mark.skipif(not (DATA / "it_rasters_zd.npz").is_file(), reason="the real recordings are not here")
+def test_the_known_reliabilities_of_real_it_units_in_four_windows():
+    """A reference, of halves that take the same repetitions of all stimuli, has 0.07, 0.50, 0.66 and 0.72."""
+    with np.load(DATA / "it_rasters_zd.npz", allow_pickle=False) as file:
+        rasters, first = file["rasters"], file["t_ms"][0]
+    windows, known = [(0, 70), (70, 170), (100, 200), (170, 270)], (0.07, 0.50, 0.66, 0.72)
+    trials = [raster_counts(rasters, first, window).transpose(1, 2, 0) for window in windows]
+    medians = [np.nanmedian(components(counts).reliability) for counts in trials]
+    np.testing.assert_allclose(medians, known, atol=0.035)
+    correlations = [split_half_correlations(counts, 100).mean(axis=0) for counts in trials]
+    np.testing.assert_allclose([np.nanmedian(2 * r / (1 + r)) for r in correlations], known, atol=0.035)

@@ -1,17 +1,24 @@
 """Whatever ends a process, the run goes on and ends as if nothing had happened."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
-from helpers import ROOT
-from launching import SMALL, finish_started, largest_difference, launch, losses, start, succeed, weights
+from launching import (
+    SMALL,
+    STOP_WHILE_SCORING,
+    finish_started,
+    largest_difference,
+    launch,
+    losses,
+    run_patched,
+    start,
+    succeed,
+    weights,
+)
 
 from data_prep.errors import STOPPED
 from train.checkpoint import load_progress
@@ -108,39 +115,6 @@ def test_bad_input_is_not_tried_again(recording, trained):
     assert done.returncode == 2
     assert done.stderr.count("holds a run already") == 1
     assert "starting again" not in done.stderr
-
-
-DRIVER = """
-import os, signal, sys
-import train.{module} as module
-{patch}
-from data_prep.errors import run_command
-from train.finetune import main
-run_command(main)
-"""
-
-
-def run_patched(module: str, patch: str, *options, processes: int = 1) -> subprocess.CompletedProcess:
-    """train/finetune.py with something in it replaced, to bring about what no input can."""
-    script = Path(options[options.index("--out") + 1]).with_suffix(".py")
-    script.write_text(DRIVER.format(module=module, patch=patch))
-    if processes > 1:
-        return launch(processes, script, *options, PYTHONPATH=str(ROOT))
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, script, *map(str, options)]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-
-
-STOP_WHILE_SCORING = """
-scored = module.score
-def score(*args, **kw):
-    score.calls += 1
-    if score.calls == 2:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return scored(*args, **kw)
-score.calls = 0
-module.score = score
-"""
 
 
 def test_a_run_that_is_stopped_while_it_scores_scores_again(recording, trained, tmp_path):
@@ -257,7 +231,8 @@ def test_charts_tell_where_a_steps_time_goes(undisturbed):
 
     events = EventAccumulator(str(undisturbed / "tensorboard"))
     events.Reload()
-    names = {"images_per_second", "data_wait_seconds", "forward_seconds", "backward_seconds", "optimizer_seconds"}
-    assert {f"speed/{name}" for name in names} <= set(events.Tags()["scalars"])
+    parts = ("data_wait", "forward", "backward", "optimizer", "communication")
+    names = {"speed/images_per_second", *(f"speed/{part}_seconds" for part in parts)}
+    assert names <= set(events.Tags()["scalars"])
     times = [json.loads(line)["train_seconds"] for line in (undisturbed / "history.jsonl").read_text().splitlines()]
     assert all(event.value < sum(times) for event in events.Scalars("speed/forward_seconds"))

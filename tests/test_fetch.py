@@ -17,6 +17,7 @@ from data_prep import catalogue
 from data_prep.catalogue import DATASETS, Dataset, RemoteFile
 from data_prep.downloads import Downloader
 from data_prep.errors import BadInput, RunFailed
+from data_prep.pack import options_of
 from data_prep.progress import Progress
 
 DATA = b"\x89HDF\r\n\x1a\n" + np.random.default_rng(0).bytes(300_000)
@@ -400,8 +401,12 @@ def test_bad_words_are_refused(words, complaint):
 def test_the_catalogue_is_well_formed(dataset):
     assert dataset.citation
     assert dataset.licence
-    assert dataset.pack.split()[0] in ("brainio", "tvsd", "it-h5")
-    assert "{folder}" in dataset.pack
+    paths = {f"x/{file.path}" for file in dataset.files}
+    for name, words in dataset.pack.items():
+        words = [*words.format(folder="x").split(), "--out", f"data/{name}"]
+        packing = options_of(words)
+        assert str(packing.source.source) in paths
+        assert paths >= {word for word in words if word.startswith("x/")}
     for file in dataset.files:
         assert file.url.startswith("https://")
         assert file.sha1 is None or re.fullmatch(r"[0-9a-f]{40}", file.sha1)

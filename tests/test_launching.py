@@ -97,3 +97,24 @@ def test_a_deepspeed_file_that_contradicts_the_recipe_is_refused(recording, tmp_
     done = run_here("train/finetune.py", *options)
     assert done.returncode == 2
     assert "gradient_clipping is 3.0 in the file, but the recipe gives 0.0" in done.stderr
+
+
+# The first process is done at once; the second one hangs, the first time it is started.
+HANGS_AT_ITS_END = """
+import os, pathlib, signal
+mark = pathlib.Path(__file__).with_suffix(".mark")
+if os.environ["RANK"] == "1" and not mark.exists():
+    mark.touch()
+    os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+IMPATIENT = "import sys; from launch import processes; processes.STANDSTILL_SECONDS = 2; sys.exit(processes.main())"
+
+
+def test_a_process_that_hangs_when_the_others_are_done_is_ended(tmp_path):
+    script = tmp_path / "hangs.py"
+    script.write_text(HANGS_AT_ITS_END)
+    done = run(sys.executable, "-c", IMPATIENT, "local", "-n", "2", "--max-restarts", "1", script)
+    assert done.returncode == 0, done.stderr
+    assert "hangs while others are done; ending it" in done.stderr
+    assert "starting again (1 of 1)" in done.stderr

@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from hostile import sealed
 from make_sources import make_folder, make_pictures
 from PIL import Image
 
@@ -226,7 +227,7 @@ def test_a_damaged_picture_is_named_in_one_sentence(recording, tmp_path, workers
     with pytest.raises(BadInput) as caught:
         list(evaluation_loader(damaged, size=8, rank=0, ranks=1, workers=workers, pin=False))
     message = str(caught.value)
-    assert f"{tar}: {index.stimulus_id[2]}.png cannot be decoded" in message
+    assert f"{tar}: {index.stimulus_id[2]}.png: these are not the bytes that were packed" in message
     assert "\n" not in message
 
 
@@ -339,8 +340,10 @@ def test_an_index_from_before_raw_members_is_read(recording, tmp_path):
         old = {
             name: array[..., :6] if name.endswith(("members", "offset", "size")) else array
             for name, array in arrays.items()
+            if not name.endswith("crc32")
         }
     np.savez(tmp_path / "shards" / "index.npz", **old)
+    sealed(tmp_path / "shards")
     stimuli = Stimuli(ShardFolder(tmp_path / "shards").split("train"), 32)
     (batch,) = evaluation_loader(stimuli, size=30, rank=0, ranks=1, workers=0, pin=False)
     assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), recording.pictures[recording.train])

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from launching import SMALL, finish_started, largest_difference, losses, succeed, weights
+from launching import SMALL, charts, finish_started, largest_difference, losses, succeed, weights
 from machines import machines, reason_against
 
 pytestmark = pytest.mark.skipif(reason_against() is not None, reason=reason_against() or "")
@@ -53,6 +53,25 @@ def test_two_machines_train_as_one(recording, on_one_machine, tmp_path, processe
     assert f"{2 * processes} processes" in "".join(one.stdout for one in done)
     assert losses(run) == pytest.approx(losses(on_one_machine), rel=1e-4)
     assert largest_difference(weights(run), weights(on_one_machine)) < 1e-3
+
+
+def test_a_slow_link_shows_as_communication(recording, on_one_machine, tmp_path):
+    """So slow that a step's gradients take a quarter of a second; the pulse and the losses travel beside them."""
+    run = tmp_path / "run"
+    quick = charts(on_one_machine)
+    gradients = sum(
+        tensor.nbytes for name, tensor in weights(on_one_machine).items() if not name.startswith("objective")
+    )
+    with machines(2) as hosts:
+        for host in hosts:
+            host.limit(8 * gradients / 0.25 / 1e6)
+        command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS, "--epochs", 3]
+        done = [finish_started(one) for one in start_on(hosts, "2", 0, 1, *command)]
+    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
+    slow = charts(run)
+    assert 0.2 < slow["communication"] - quick["communication"] < 0.5
+    for part in ("forward", "backward", "optimizer"):
+        assert slow[part] < quick[part] + 0.05
 
 
 @pytest.mark.parametrize("accident", ["killed", "cut off"])

@@ -70,13 +70,18 @@ def test_by_default_there_is_a_worker_for_each_core_that_may_be_used():
     assert usable_cores() == len(before)
 
 
+def said(done) -> list[str]:
+    """What a command wrote to standard error, without the lines about its progress that a slow machine gets to see."""
+    return [line for line in done.stderr.splitlines() if not line.startswith("packing: ")]
+
+
 def test_a_fault_in_one_of_several_workers_is_one_sentence(source, tmp_path):
     make_folder(tmp_path / "src", n=60, splits=True)
     picture = tmp_path / "src" / "images" / "stim0042.png"
     picture.write_bytes(picture.read_bytes()[:-20])
     done = run_command([PACK, "folder", tmp_path / "src", "--out", tmp_path / "out", "--workers", 3])
     assert_refused(done, "stim0042", "cut short")
-    assert len(done.stderr.splitlines()) == 1
+    assert len(said(done)) == 1
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
@@ -87,9 +92,9 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing(source, tmp_path):
     out = tmp_path / "out"
     done = run_command([PACK, "folder", source, "--out", out, "--workers", 2], preexec_fn=limit)
     assert done.returncode == 1
-    assert len(done.stderr.splitlines()) == 1
-    assert done.stderr.startswith("error: ")
-    assert "File too large; nothing was packed" in done.stderr
+    (sentence,) = said(done)
+    assert sentence.startswith("error: ")
+    assert "File too large; nothing was packed" in sentence
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,7 +109,7 @@ def test_a_killed_worker_is_one_sentence_and_leaves_nothing(source, tmp_path):
     os.kill(workers[0], signal.SIGKILL)
     done = finish(process)
     assert done.returncode == 1
-    assert done.stderr == "error: a packing process was killed (out of memory?); nothing was packed\n"
+    assert said(done) == ["error: a packing process was killed (out of memory?); nothing was packed"]
     assert list(tmp_path.iterdir()) == []
 
 

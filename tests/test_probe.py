@@ -151,7 +151,7 @@ def test_the_table_shows_the_numbers_of_metrics_json(probed, trained, tmp_path):
     done = run_command(["train/report.py", probed[1], trained, "--out", tmp_path / "report"])
     assert done.returncode == 0, done.stderr
     text = (tmp_path / "report" / "table.md").read_text()
-    assert text.strip() in done.stdout
+    assert "written to" in done.stdout
     assert "SIMULATED" in text
     for run in (probed[1], trained):
         row = next(line for line in text.splitlines() if line.startswith(f"| {run.name}"))
@@ -164,9 +164,9 @@ def test_the_table_shows_the_numbers_of_metrics_json(probed, trained, tmp_path):
 def test_a_run_that_was_not_evaluated_is_named(recording, tmp_path):
     succeed(1, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *SMALL, "--epochs", "1")
     done = run_command(["train/report.py", tmp_path / "run", "--out", tmp_path / "report"])
-    assert done.returncode == 2
-    assert "train/evaluate.py" in done.stderr
-    assert not (tmp_path / "report").exists()
+    assert done.returncode == 0, done.stderr
+    assert "run: not scored on val yet: 1 of 1 epochs done" in done.stdout
+    assert "train/evaluate.py" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_epochs_go_on_and_a_resumed_one_begins_a_stream_that_repeats(stimuli):
 @pytest.mark.parametrize(
     ("members", "words"),
     [
-        ([("s00.png", b"no picture")], "s00.png cannot be decoded"),
+        ([("s00.png", b"no picture")], "s00.png: these are not the bytes"),
         ([("s00.pyd", b"")], "s00.pyd: not a member of plain data"),
         ([("new.png", sample(0)["png"])], "new: was not there when the run began"),
     ],

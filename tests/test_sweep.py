@@ -414,6 +414,7 @@ def test_joining_with_another_search_or_other_data_is_refused(worker, recording,
     elsewhere = shutil.copytree(recording, tmp_path / "elsewhere")
     manifest = json.loads((elsewhere / "manifest.json").read_text())
     manifest["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    manifest["checksum"] = None
     (elsewhere / "manifest.json").write_text(json.dumps(manifest))
     done = run_here("train/sweep.py", written(tmp_path, GRID), "--data", elsewhere, "--out", tmp_path / "out")
     assert_refused(done, "holds a sweep on other data")

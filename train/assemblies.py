@@ -13,6 +13,7 @@ import scipy.io
 
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest
+from data_prep.plain import npz_arrays
 from data_prep.shards import ShardFolder
 
 # What netCDF-4 says of a dimension that has no values of its own; its length follows.
@@ -43,12 +44,27 @@ def read_predictions(path: Path) -> dict[str, np.ndarray]:
         BadInput: it is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
+        arrays = npz_arrays(path)
+        _check_shapes(arrays)
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; score the run on that split first (train/evaluate.py)") from None
-    except Exception as error:  # numpy raises many kinds for a damaged file
+    except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{path} cannot be read ({error}); score the run again") from None
+    if "prediction" not in arrays:
+        raise BadInput(f"{path} holds no predicted responses: the network names objects; export it as timm, say")
+    return arrays
+
+
+def _check_shapes(arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse predictions that are not for their stimuli and sites.
+
+    Raises:
+        ValueError, KeyError: they are not.
+    """
+    for name in {"prediction", "target"} & set(arrays):
+        expected = (*arrays["stimulus_id"].shape, *arrays["site_id"].shape)
+        if arrays[name].shape != expected:
+            raise ValueError(f"{name} is of the shape {arrays[name].shape}, not {expected}")
 
 
 def assemble(predictions: Mapping[str, np.ndarray], shards: ShardFolder | None, split: str) -> Assembly:

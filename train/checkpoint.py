@@ -17,20 +17,24 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_prep.errors import BadInput
-from data_prep.manifest import Manifest
+from data_prep.manifest import LARGEST_SIDE, Manifest, Name
+from data_prep.plain import parse_json, read_regular
 
 SUMS = "sha256.json"
+_FILE = re.compile(r"[a-z]+\.(safetensors|json)")  # what a checkpoint consists of
+_CHECKPOINT = re.compile(r"step_[0-9]+")
 
 
 class Progress(BaseModel):
@@ -51,23 +55,23 @@ class Progress(BaseModel):
         image_size: side in pixels of the pictures the network was trained on.
     """
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    epoch: int = 0
-    step: int = 0
+    epoch: int = Field(0, ge=0)
+    step: int = Field(0, ge=0)
     losses: list[float] = []
-    left_out: int = 0
+    left_out: int = Field(0, ge=0)
     best: float | None = None
-    best_epoch: int = 0
-    best_step: int = 0
+    best_epoch: int = Field(0, ge=0)
+    best_step: int = Field(0, ge=0)
     improved: list[bool] = []
     recording: str
     selection_metric: str
     selection_split: str
-    site_ids: list[str]
-    recordings: dict[str, int] = {}
-    classes: list[str] | None
-    image_size: int
+    site_ids: list[Name]
+    recordings: dict[Name, Annotated[int, Field(ge=0)]] = {}
+    classes: list[Name] | None
+    image_size: int = Field(ge=1, le=LARGEST_SIDE)
 
     @property
     def epochs_without_improvement(self) -> int:
@@ -196,6 +200,24 @@ def _remove_old(folder: Path, keep: int) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
+def current(folder: Path, which: str) -> Path:
+    """The checkpoint that `last` or `best` is now: a run in progress may make it another one the next moment.
+
+    Args:
+        folder: RUN/checkpoints.
+        which: "last" or "best".
+
+    Raises:
+        BadInput: a link that leads elsewhere.
+    """
+    link = folder / which
+    if not link.is_symlink():
+        return link
+    if not _CHECKPOINT.fullmatch(target := os.readlink(link)):
+        raise BadInput(f"{link} leads to {target}; it must lead to a checkpoint beside it, such as step_100")
+    return folder / target
+
+
 def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     """The checkpoint to go on from, and a sentence for each newer one that is damaged.
 
@@ -229,9 +251,12 @@ def forget_newer(folder: Path, progress: Progress) -> None:
 
 def _sums(checkpoint: Path) -> dict[str, str]:
     try:
-        return json.loads((checkpoint / SUMS).read_bytes())
+        sums = parse_json(read_regular(checkpoint / SUMS))
+        if not isinstance(sums, dict) or not all(_FILE.fullmatch(file) for file in sums):
+            raise ValueError("it must tell the hash of each file beside it")
     except (OSError, ValueError) as error:
         raise BadInput(f"{checkpoint} is no whole checkpoint ({SUMS}: {error})") from None
+    return sums
 
 
 def _check(path: Path) -> None:
@@ -240,8 +265,11 @@ def _check(path: Path) -> None:
     Raises:
         BadInput: naming it.
     """
+    expected = _sums(path.parent).get(path.name)
     try:
-        same = _sum(path) == _sums(path.parent).get(path.name)
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise BadInput(f"{path} is no regular file")
+        same = _sum(path) == expected
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror})") from None
     if not same:
@@ -256,11 +284,14 @@ def load_progress(checkpoint: Path) -> Progress:
     """
     path = checkpoint / "progress.json"
     try:
-        return Progress.model_validate_json(path.read_bytes())
+        return Progress.model_validate_json(read_regular(path))
     except OSError:
         raise BadInput(f"{checkpoint} is no checkpoint (no progress.json); did the run complete an epoch?") from None
     except ValidationError as error:
-        raise BadInput(f"{path} is damaged ({error.errors()[0]['msg']})") from None
+        fault = error.errors()[0]
+        raise BadInput(f"{path} is damaged ({'.'.join(map(str, fault['loc']))}: {fault['msg']})") from None
+    except ValueError as error:
+        raise BadInput(f"{path} is damaged ({error})") from None
 
 
 def load_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
@@ -290,7 +321,7 @@ def checked_tensors(
             hence another shape in that network) is cut to these.
 
     Raises:
-        BadInput: the checkpoint is of another network.
+        BadInput: the checkpoint is of another network, or holds what is no number.
     """
     expected = network.state_dict()
     tensors = {
@@ -300,8 +331,10 @@ def checked_tensors(
     odd = [key for key in {**expected, **tensors} if _shape(expected, key) != _shape(tensors, key)]
     if odd:
         raise BadInput(f"{checkpoint} is a checkpoint of another network: {odd[0]} differs, and {len(odd) - 1} more")
+    if odd := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
+        raise BadInput(f"{checkpoint / name}.safetensors: {odd[0]} holds NaN or infinity, and {len(odd) - 1} more do")
     return tensors
 
 
 def _shape(tensors: dict[str, torch.Tensor], name: str) -> Any:
-    return tensors[name].shape if name in tensors else None
+    return (tensors[name].shape, tensors[name].is_floating_point()) if name in tensors else None

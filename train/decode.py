@@ -1,13 +1,12 @@
 """Encoded picture -> uint8 pixels of the size the network sees. Runs in the loader's workers; numpy in, numpy out."""
 
-import io
-
 import numpy as np
 import PIL
 import simplejpeg
-from PIL import Image
 
-from data_prep.pictures import MAX_PIXELS, picture_size, raw_pixels
+from data_prep.errors import BadInput
+from data_prep.pictures import MAX_PIXELS, check_scans, raw_pixels, rgb_picture
+from data_prep.shards import ShardSplit
 from train.predictor import fit
 
 # What pixels depend on besides the encoded bytes; raise the number when this file comes to decode otherwise.
@@ -29,9 +28,23 @@ def decode_into(place: np.ndarray, data: bytes | memoryview, encoding: str) -> N
     if encoding == "jpg":
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if (height, width) == place.shape[:2] and colours in _DIRECT:
+            check_scans(data, height * width)
             simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=place)
             return
     place[:] = fit(decode(data, encoding), len(place))
+
+
+def decode_at(split: ShardSplit, position: int, pixels: np.ndarray) -> None:
+    """Decode a stimulus's picture to where it belongs, as `decode_into`.
+
+    Raises:
+        BadInput: it cannot be decoded, naming the tar and the stimulus.
+    """
+    data, encoding = split.image(position)
+    try:
+        decode_into(pixels, data, encoding)
+    except ValueError as error:
+        raise BadInput(f"{split.place(position)}.{encoding} cannot be decoded ({error})") from None
 
 
 def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
@@ -50,12 +63,8 @@ def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
     if encoding == "jpg":
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
         if colours in _DIRECT and height * width <= MAX_PIXELS:
+            check_scans(data, height * width)
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
     if encoding == "image.npy":
         return raw_pixels(data)
-    data = bytes(data)
-    picture_size(data)
-    try:
-        return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(str(error)) from None
+    return np.asarray(rgb_picture(data, encoding))

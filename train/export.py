@@ -15,7 +15,7 @@ from data_prep.command_line import parse
 from data_prep.errors import BadInput, run_command
 from data_prep.shards import ShardFolder
 from train.assemblies import Assembly, assemble, mat_bytes, netcdf_bytes, read_predictions
-from train.checkpoint import load_progress
+from train.checkpoint import current, load_progress
 from train.portable import Trained, load_trained, write_onnx, write_predictor, write_timm
 from train.run_folder import RunFolder, check_writable, open_run, write_atomically
 
@@ -95,7 +95,7 @@ def _shards(options: Export, folder: RunFolder) -> ShardFolder | None:
 
 def _trained(options: Export) -> Trained:
     folder, recipe = open_run(options.run)
-    checkpoint = folder.checkpoints / options.checkpoint
+    checkpoint = current(folder.checkpoints, options.checkpoint)
     progress = load_progress(checkpoint)
     where = options.data or _place(options, folder)
     rows = slice(None)

@@ -95,6 +95,8 @@ class PixelFeatures:
         """Itself: there is one layer."""
         return self
 
+    parameters = 0
+
     def describe(self) -> str:
         """What is read, for the log."""
         return "pixels"
@@ -114,6 +116,11 @@ class LayerFeatures:
 
     def __init__(self, backbone: Backbone, layers: list[str], grid: int | None):
         self._backbone, self._layers, self._grid = backbone, layers, grid
+
+    @property
+    def parameters(self) -> int:
+        """Of the network, all of them frozen."""
+        return sum(parameter.numel() for parameter in self._backbone.parameters())
 
     def describe(self) -> str:
         """What is read, for the log."""

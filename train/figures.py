@@ -1,7 +1,7 @@
 """Pictures, drawn by matplotlib without a screen; it is imported when one is drawn, so that others do not wait for it.
 
-Every function returns a PNG's bytes. Colours are told apart by people with any colour vision (cividis), and brighter is
-better.
+Most functions return a PNG's bytes. Colours are told apart by people with any colour vision: cividis, where brighter is
+better, and those of Okabe and Ito (2008).
 """
 
 import io
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MISSING = "0.88"
 DPI = 150
+BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7"
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def heat_map(x: Axis, y: Axis, points: Sequence[Point], *, title: str, label: st
         title, label: of the picture and of its colours.
         lower_is_better: of the value.
     """
-    figure = _figure(1.15 * len(x.values) + 3.2, 0.75 * len(y.values) + 1.9)
+    figure = new_figure(1.15 * len(x.values) + 3.2, 0.75 * len(y.values) + 1.9)
     axes = figure.add_subplot()
     cells = np.full((len(y.values), len(x.values)), np.nan)
     places = [(y.values.index(point.y), x.values.index(point.x), point) for point in points]
@@ -102,7 +103,7 @@ def _best(points: Sequence[Point], lower_is_better: bool) -> Point | None:
 
 def scatter(x: Axis, y: Axis, points: Sequence[Point], *, title: str, label: str, lower_is_better: bool) -> bytes:
     """A dot for each sampled pair of values, coloured by what was found there; crosses failed, the ring is the best."""
-    figure = _figure(7.0, 4.8)
+    figure = new_figure(7.0, 4.8)
     axes = figure.add_subplot()
     done = _done(points)
     failed = [point for point in points if point.state == "failed"]
@@ -118,7 +119,7 @@ def scatter(x: Axis, y: Axis, points: Sequence[Point], *, title: str, label: str
 
 def curve(x: Axis, points: Sequence[Point], *, title: str, label: str) -> bytes:
     """The value over one setting: bars over its values, dots over an interval; crosses at the foot failed."""
-    figure = _figure(max(4.5, 1.0 * len(x.values) + 2), 3.8)
+    figure = new_figure(max(4.5, 1.0 * len(x.values) + 2), 3.8)
     axes = figure.add_subplot()
     done = _done(points)
     places, values = _place(x, done), [point.value for point in done]
@@ -139,40 +140,68 @@ def curve(x: Axis, points: Sequence[Point], *, title: str, label: str) -> bytes:
 
 
 def layer_figure(metrics: Mapping[str, Any]) -> bytes:
-    """Explained variance by layer: its distribution over sites, after Figure 1 of the study.
+    """`draw_layers` as a PNG.
 
     Args:
         metrics: of a probe, with `layers`, and a ceiling where there is one.
     """
-    layers = metrics["layers"]
-    scores = [_scores(block["regression"]["explained_variance"]["per_site"]) for block in layers.values()]
-    figure = _figure(max(4.5, 1.1 * len(layers) + 1.5), 4.2)
-    axes = figure.add_subplot()
-    places = range(len(layers))
-    violins = axes.violinplot(scores, places, showextrema=False, widths=0.8)
-    for layer, body in zip(layers, violins["bodies"], strict=True):
-        body.set_facecolor("#d55e00" if layer == metrics["chosen"] else "#0072b2")
-    axes.boxplot(scores, positions=places, widths=0.12, showfliers=False, medianprops={"color": "black"})
-    means = [values.mean() for values in scores]
-    axes.plot(places, means, "o", color="white", markeredgecolor="black", label="mean over sites")
-    ceiling = metrics["regression"].get("ceiling", {}).get("mean")
-    if ceiling is not None:
-        axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label="ceiling, mean over sites")
-    axes.axhline(0, color="0.6", linewidth=0.5)
-    axes.set_xticks(places, list(layers), rotation=30 if len(layers) > 5 else 0)
-    axes.set_ylabel("explained variance")
-    axes.legend(frameon=False, fontsize=8, title=f"{metrics['chosen']} was chosen", title_fontsize=8)
+    scores = {
+        layer: block["regression"]["explained_variance"]["per_site"] for layer, block in metrics["layers"].items()
+    }
     simulated = " (SIMULATED)" if metrics.get("simulated") else ""
     title = f"{metrics['recording']}{simulated}, {metrics['stimuli']} stimuli of {metrics['split']}"
-    return _finish(figure, axes, title)
+    ceiling = metrics["regression"].get("ceiling", {}).get("mean")
+    return encoded(draw_layers(scores, metrics["chosen"], title, ceiling))
 
 
-def _scores(per_site: Sequence[float | None]) -> np.ndarray:
+def draw_layers(
+    per_site: Mapping[str, Sequence[float | None]], chosen: str | None, title: str, ceiling: float | None
+) -> "Figure":
+    """Explained variance by layer: its distribution over sites, after Figure 1 of the study.
+
+    Args:
+        per_site: the scores by layer, None where a site has none.
+        chosen: the layer to mark.
+        title: of the picture.
+        ceiling: mean over sites.
+    """
+    scores = [known(values) for values in per_site.values()]
+    figure = new_figure(max(4.5, 0.8 * len(scores) + 1.5), 3.8)
+    axes = figure.add_subplot()
+    places = range(len(scores))
+    violins = axes.violinplot(scores, places, showextrema=False, widths=0.85)
+    for layer, body in zip(per_site, violins["bodies"], strict=True):
+        body.set(facecolor=VERMILLION if layer == chosen else BLUE, alpha=0.4, edgecolor="none")
+    lines = {name: {"color": "0.25", "linewidth": 1} for name in ("boxprops", "whiskerprops", "capprops")}
+    axes.boxplot(
+        scores,
+        positions=places,
+        widths=0.12,
+        showfliers=False,
+        medianprops={"color": "0.25", "linewidth": 1.5},
+        **lines,
+    )
+    means = [values.mean() for values in scores]
+    axes.plot(places, means, "-", color="0.25", linewidth=1)
+    axes.plot(places, means, "o", color="white", markeredgecolor="black", label="mean over sites", zorder=4)
+    if ceiling is not None:
+        axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label="ceiling, mean over sites")
+    axes.axhline(0, color="0.7", linewidth=0.6, zorder=0)
+    slanted = sum(map(len, per_site)) > 60
+    axes.set_xticks(places, map(plain, per_site), rotation=35 * slanted, ha="right" if slanted else "center")
+    axes.set_ylabel("explained variance")
+    axes.plot([], [], "s", color=VERMILLION, alpha=0.4, label="the layer that was chosen")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return finished(figure, axes, title)
+
+
+def known(per_site: Sequence[float | None]) -> np.ndarray:
     """The scores there are; a single 0 where there is none, so that something can be drawn."""
     return np.array([value for value in per_site if value is not None] or [0.0])
 
 
-def _figure(width: float, height: float) -> "Figure":
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty picture of a size in inches, at most a page."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -181,13 +210,34 @@ def _figure(width: float, height: float) -> "Figure":
     return figure
 
 
+def finished(figure: "Figure", axes: "Axes", title: str) -> "Figure":
+    """With a title, and no more lines than it takes to read it."""
+    axes.set_title(plain(title), fontsize=10, wrap=True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def plain(text: str) -> str:
+    """A text that matplotlib takes for no formula."""
+    return text.replace("$", r"\$")
+
+
+def encoded(figure: "Figure", kind: str = "png") -> bytes:
+    """A picture's bytes, png, svg or pdf; the same ones for the same picture."""
+    from matplotlib import rc_context
+
+    buffer = io.BytesIO()
+    dated = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
+    with rc_context({"svg.hashsalt": "spiketune", "pdf.fonttype": 42}):
+        figure.savefig(buffer, format=kind, metadata=dated)
+    return buffer.getvalue()
+
+
 def _finish(figure: "Figure", axes: "Axes", title: str, coloured: Any = None, label: str = "") -> bytes:
     axes.set_title(title, fontsize=10, wrap=True)
     if coloured is not None:
         figure.colorbar(coloured, ax=axes, label=label, extend=_extend(coloured))
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
+    return encoded(figure)
 
 
 def _colours(values: Sequence[float], lower_is_better: bool) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from train.backbones import check_name
 from train.ema import RunningAverage
 from train.engine import Engine
 from train.loop import Training, evaluation_batch_size
-from train.monitor import Monitor
+from train.monitor import Monitor, layout
 from train.preparation import Job, prepare
 from train.readouts import parameter_count
-from train.recipe import Recipe, leading_recipe
+from train.recipe import MOST_RECORDINGS, Recipe, leading_recipe
 from train.resume import StartingPoint, starting_point
 from train.ridge_start import start_from_ridge
 from train.run_folder import begun_by_this_job, open_run
@@ -38,7 +38,7 @@ class Finetune(Recipe):
     A recipe (.yaml) as the first word gives the defaults: train/finetune.py [RECIPE.yaml] --data DIR --out RUN ...
     """
 
-    data: Annotated[list[Place], Field(min_length=1)]
+    data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)]
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...); several train one
     backbone on several recordings, with a readout for each."""
     out: Path
@@ -76,6 +76,7 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     """Make network, optimizer and monitor, and claim the run's folder."""
     recipe, loader, begins = job.recipe, job.loader, start.checkpoint is None
     network = build_network(job, runtime, begins)
+    size = {"all": parameter_count(network), "trained": parameter_count(network, trainable_only=True)}
     ridge_scores = {}
     if recipe.readout.start == "ridge" and begins:
         options = {"batch_size": evaluation_batch_size(recipe), "workers": job.workers}
@@ -88,11 +89,15 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
         start.load_optimizer(engine)
     if average is not None:
         average.follow(engine)
-    if runtime.leads and not job.resume:
+    if not job.resume:
         several = {"recordings": job.recordings.names} if len(job.recordings) > 1 else {}
-        job.folder.claim(recipe, job.data, {"processes": runtime.describe(), **several})
+        facts = {"processes": runtime.describe(), "parameters": size} | several | job.facts
+        runtime.lead(lambda: job.folder.claim(recipe, job.data, facts))
     monitor, what = Monitor(job.folder, runtime.leads), (loader, job.selection, job.workers)
-    introduce(job, network, runtime, monitor)
+    if monitor.board is not None:
+        several = job.recordings.names if len(job.recordings) > 1 else []
+        monitor.board.lay_out(layout(recipe.task.predicts_responses, recipe.task.predicts_classes, several))
+    introduce(job, network, size, runtime, monitor)
     introduce_readouts(job, network, monitor, ridge_scores)
     return Training(recipe, job.folder, runtime, engine, network, average, *what, monitor, start.progress)
 
@@ -123,11 +128,10 @@ def build_engine(job: Job, network: Network, runtime: Runtime) -> Engine:
     return engine
 
 
-def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) -> None:
+def introduce(job: Job, network: Network, size: dict[str, int], runtime: Runtime, monitor: Monitor) -> None:
     """Say what is trained, on what, and how."""
     manifest, loader, recipe = job.manifest, job.loader, job.recipe
     name = f"{manifest.name} (SIMULATED)" if manifest.simulated else manifest.name
-    trained, held = parameter_count(network, trainable_only=True), parameter_count(network)
     monitor.say(
         f"{name}: {len(loader.stimuli):,} stimuli to fit, {len(job.selection):,} of {recipe.early_stopping.split} "
         f"to select the epoch, {len(manifest.sites)} sites, pictures of {loader.stimuli.size} px"
@@ -141,7 +145,7 @@ def introduce(job: Job, network: Network, runtime: Runtime, monitor: Monitor) ->
     monitor.say(
         f"{recipe.backbone.name}{f' cut after {recipe.backbone.cut}' if recipe.backbone.cut else ''}, "
         f"weights: {network.backbone.weights_from}; "
-        f"{trained:,} of {held:,} parameters are trained"
+        f"{size['trained']:,} of {size['all']:,} parameters are trained"
     )
     monitor.say(
         f"{runtime.describe()}, {recipe.precision}; {loader.steps} steps an epoch of {loader.global_size} stimuli, "
@@ -191,7 +195,10 @@ def main() -> None:
     options, recipe = parse_command_line(sys.argv[1:])
     job = prepare(recipe, options.data, options.out, options.resume)
     recipe = job.recipe
-    with started(job.deepspeed, recipe.precision, recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
+    settings = (job.deepspeed, recipe.precision, recipe.deterministic)
+    with started(*settings, timeouts=recipe.faults.timeouts) as runtime, closing(job.folder):
+        if job.resume:
+            runtime.lead(job.folder.hold)
         start = starting_point(job, runtime)
         training = build(job, start, runtime)
         with closing(training.monitor), job.folder.keeping_failures(runtime.rank):

@@ -1,5 +1,6 @@
 """Steps whose loss or gradient is not finite: left out by the engine, named here, and bounded in number."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -31,7 +32,7 @@ class FiniteSteps:
         self, network: Network, stimuli: StimulusSet, runtime: Runtime, limit: int, say: Callable[[str], None]
     ):
         self._network, self._stimuli, self._runtime, self._limit, self._say = network, stimuli, runtime, limit, say
-        self._noted: list[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._noted: list[tuple[int, list[torch.Tensor], torch.Tensor, torch.Tensor]] = []
         self._in_a_row = 0
         self._kept = self._statistics()
 
@@ -47,26 +48,28 @@ class FiniteSteps:
             loss: this rank's part of the loss, ().
             left_out: whether the engine left the step out, bool (), the same on every rank.
         """
-        positions = torch.cat(
-            [micro.positions[micro.weight > 0] for micro in micros]
-        )  # a copy: batches' memory is reused
-        self._noted.append((step, positions, torch.isfinite(loss), left_out))
+        seen = [micro.positions[micro.weight > 0] for micro in micros]  # copies: batches' memory is reused
+        self._noted.append((step, seen, loss, left_out))
 
-    def look(self) -> int:
+    def look(self) -> list[float | None]:
         """Say which of the noted steps were left out, and why; every rank must take part.
 
         Returns:
-            How many were.
+            Of each step, this rank's part of the loss, None where it was left out.
 
         Raises:
             RunFailed: too many in a row.
         """
         if not self._noted:
-            return 0
+            return []
         noted, self._noted = self._noted, []
-        left_out, finite = torch.stack([torch.stack([bad, fine]) for *_, fine, bad in noted]).T.tolist()
+        losses = torch.stack([loss for *_, loss, _ in noted]).tolist()
+        left_out = torch.stack([bad for *_, bad in noted]).tolist()
         if any(left_out):
-            own = [None if fine else self._names(seen) for (_, seen, *_), fine in zip(noted, finite, strict=True)]
+            own = [
+                None if math.isfinite(loss) else self._names(torch.cat(seen))
+                for (_, seen, *_), loss in zip(noted, losses, strict=True)
+            ]
             everyone = self._runtime.gather_objects(own)
             for number, (step, *_) in enumerate(noted):
                 if left_out[number]:
@@ -81,7 +84,7 @@ class FiniteSteps:
                     f"{DIVERGED}{self._in_a_row} steps in a row had a loss or a gradient that is not finite; lower "
                     "optimizer.lr or set optimizer.clip_norm (the checkpoints before are kept)"
                 )
-        return sum(left_out)
+        return [None if bad else loss for loss, bad in zip(losses, left_out, strict=True)]
 
     def _names(self, positions: torch.Tensor) -> list[str]:
         return [self._stimuli.stimulus_ids[position] for position in positions.tolist()]

@@ -19,7 +19,7 @@ from data_prep.processes import serve_parent
 from data_prep.shards import ShardSplit
 from train.batch_memory import BatchMemory
 from train.batches import Batch, Group, StimulusSet, Work
-from train.decode import decode_into
+from train.decode import decode_at
 from train.order import (
     Blocks,
     Layout,
@@ -70,8 +70,8 @@ class Stimuli(StimulusSet):
         self._kept_as = np.arange(len(self.subset)) if apart else self.subset
         self._cache = None if caches is None else caches.of(split, size, self.subset if apart else None)
         self.stimulus_ids = [split.stimulus_ids[position] for position in self.subset]
-        self.rates = split.rates()[self.subset] if responses else None
-        self.labels = split.labels()[self.subset] if classes else None
+        self.rates = split.rates(self.subset) if responses else None
+        self.labels = split.labels(self.subset) if classes else None
         self.observed = None if self.rates is None else (~np.isnan(self.rates)).sum(axis=1)
 
     @property
@@ -126,18 +126,16 @@ class Stimuli(StimulusSet):
             if position in decoded:  # padding repeats a stimulus
                 pixels[row] = pixels[decoded[position]]
                 continue
-            self._decode(int(self.subset[position]), pixels[row])
+            decode_at(self._split, int(self.subset[position]), pixels[row])
             decoded[position] = row
             if self._cache is not None:
                 self._cache.write(int(kept_as[row]), pixels[row])
         return images
 
-    def _decode(self, place: int, pixels: np.ndarray) -> None:
-        data, encoding = self._split.image(place)
-        try:
-            decode_into(pixels, data, encoding)
-        except ValueError as error:
-            raise BadInput(f"{self._split.place(place)}.{encoding} cannot be decoded ({error})") from None
+    def names(self) -> list[str]:
+        """What each stimulus shows, or its id where nothing tells."""
+        found = zip(self.subset, self.stimulus_ids, strict=True)
+        return [self._split.label(int(place)) or name for place, name in found]
 
     def blocks(self, together: int) -> Blocks:
         """How the stimuli lie in shards, for an order that mixes `together` of these at a time."""

@@ -26,8 +26,8 @@ from train.run_folder import RunFolder
 from train.runtime import Runtime
 from train.schedule import momentum, plateaus, rate_factor, set_momentum
 from train.scoring import Scores, score_each
-from train.step_clock import StepClock
 from train.tasks import Network
+from train.watching import Watch
 
 STEPS_BETWEEN_LOOKS = 10
 LOWER_IS_BETTER = ("mse",)
@@ -64,12 +64,13 @@ class Training:
     progress: Progress
 
     def __post_init__(self):
-        self._clock = StepClock(self.runtime.device)
         self._finite = FiniteSteps(
             self.network, self.loader.stimuli, self.runtime, self.recipe.faults.bad_steps, self.monitor.say
         )
-        self._epoch_loss = torch.zeros((), dtype=torch.float64)  # this rank's part, of the epoch under way
+        self._epoch_loss = 0.0  # this rank's part, of the epoch under way, up to the last look
         self._pace, self._waited = Pace(), 0.0
+        split = self.progress.selection_split
+        self._watch = Watch(self.network, self.runtime, self.monitor, self.loader.stimuli, self.selection, split)
 
     @property
     def total_steps(self) -> int:
@@ -93,7 +94,7 @@ class Training:
             try:
                 with self.runtime.fastest_kernels(self.recipe.deterministic):
                     loss = self._epoch()
-                trained = time.monotonic()
+                trained, as_trained = time.monotonic(), self._watch.train_means()
                 scored = self._score()
             except Stopped as stop:
                 self._save_midway()
@@ -104,12 +105,14 @@ class Training:
             speed = steps * self.loader.global_size / (trained - started)
             self._tell(
                 loss,
+                as_trained,
                 scored,
                 best,
                 images_per_second=speed,
                 train_seconds=trained - started,
                 score_seconds=time.monotonic() - trained,
             )
+            self._watch.epoch(scored, self.progress.step, time.monotonic() - started)
             self._remark(steps, trained - started)
             self._save()
         ended = "no improvement" if self._out_of_patience() else "all epochs done"
@@ -132,7 +135,7 @@ class Training:
         """
         self.network.train()
         drops = plateaus(self.recipe.schedule, self.progress.improved)
-        self._epoch_loss = torch.tensor(self._loss_so_far(), dtype=torch.float64, device=self.runtime.device)
+        self._epoch_loss = self._loss_so_far()
         with show.Progress(
             self.loader.steps - self._first_step,
             f"epoch {self.progress.epoch + 1}",
@@ -143,7 +146,7 @@ class Training:
             for micros in self.loader.epoch(self.progress.epoch, self._first_step):
                 data_wait = time.monotonic() - waited
                 self._waited += data_wait
-                self.runtime.beat(data_wait + self._clock.seconds.get("forward", 0.0))
+                self.runtime.beat(data_wait + self.engine.clock.seconds.get("forward", 0.0))
                 losses = self._step(micros, drops)
                 if self.progress.step % STEPS_BETWEEN_LOOKS == 0:
                     self._look()
@@ -158,14 +161,23 @@ class Training:
                 f"{DIVERGED}no step of epoch {self.progress.epoch + 1} had a finite loss and gradient; lower "
                 "optimizer.lr or set optimizer.clip_norm (the checkpoints before are kept)"
             )
-        return float(self.runtime.sum(self._epoch_loss)) / (self.loader.steps - self.progress.left_out)
+        return sum(self._epoch_losses()) / (self.loader.steps - self.progress.left_out)
 
     def _finish_epoch(self) -> None:
         self.progress.epoch, self.progress.losses, self.progress.left_out = self.progress.epoch + 1, [], 0
 
     def _look(self) -> None:
         """See whether the steps were finite, and name those that were not; the only host sync beside the charts'."""
-        self.progress.left_out += self._finite.look()
+        for loss in self._finite.look():
+            if loss is None:
+                self.progress.left_out += 1
+            else:
+                self._epoch_loss += loss
+
+    def _epoch_losses(self) -> list[float]:
+        """Each rank's part of the epoch's loss."""
+        own = torch.tensor(self._epoch_loss, dtype=torch.float64, device=self.runtime.device)
+        return self.runtime.all_gather(own).tolist()
 
     def _loss_so_far(self) -> float:
         """This rank's part of the losses of the epoch under way; with another number of ranks, the first has all."""
@@ -182,7 +194,7 @@ class Training:
         """Save between two epochs' ends, where an epoch's losses so far belong to what is saved."""
         self._look()
         if self.progress.step:
-            self.progress.losses = self.runtime.all_gather(self._epoch_loss).tolist()
+            self.progress.losses = self._epoch_losses()
             self._save()
 
     def _step(self, micros: list[Batch], drops: int) -> dict[str, torch.Tensor]:
@@ -190,15 +202,16 @@ class Training:
         seed_everything(self.recipe.seed, self.progress.step, self.runtime.rank, self.runtime.device)
         self._set_rates(drops)
         pieces = [self._piece(piece, micro.to(self.runtime.device)) for piece, micro in enumerate(micros)]
-        with self._clock.part("optimizer"):
+        with self.engine.clock.part("optimizer"):
             left_out = self.engine.step()
-        self._clock.finish_step()
+        self.engine.clock.finish_step()
         self.progress.step += 1
         if self.average is not None:
             self.average.update(self.progress.step)
-        losses = {name: torch.stack([piece[name] for piece in pieces]).sum() for name in pieces[0]}
+        losses = pieces[0]
+        if len(pieces) > 1:
+            losses = {name: torch.stack([piece[name] for piece in pieces]).sum() for name in losses}
         self._finite.note(self.progress.step, micros, losses["loss"], left_out)
-        self._epoch_loss += torch.where(left_out.to(self.runtime.device), 0.0, losses["loss"])
         return losses
 
     def _set_rates(self, drops: int) -> None:
@@ -210,24 +223,33 @@ class Training:
     def _piece(self, piece: int, batch: Batch) -> dict[str, torch.Tensor]:
         """Forward and backward of one micro-batch."""
         with self.engine.micro_batch(piece):
-            with self._clock.part("forward"):
+            with self.engine.clock.part("forward"):
                 augments = batch.draws is not None
                 images = augment(batch.images, batch.draws, self.recipe.augment) if augments else batch.images
                 outputs = self.engine.forward(images)
-                parts = self.network.objective.parts(outputs, batch, self.runtime.sum)
-            with self._clock.part("backward"):
+                parts = self.network.objective.parts(outputs, batch, self._sum)
+            self._watch.note(outputs, batch)
+            with self.engine.clock.part("backward"):
                 self.engine.backward(parts["loss"])
         return {name: part.detach() for name, part in parts.items()}
+
+    def _sum(self, own: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks, within a step."""
+        with self.engine.clock.part("communication"):
+            return self.runtime.sum(own)
 
     def _scalars(self, losses: dict[str, torch.Tensor], data_wait: float, seconds: float) -> None:
         names = list(losses)
         totals = self.runtime.sum(torch.stack([losses[name] for name in names]))
-        charts = {f"train/{name}": total for name, total in zip(names, totals.tolist(), strict=True)}
+        charts = {
+            "train/loss" if name == "loss" else f"train/loss_{name}": total
+            for name, total in zip(names, totals.tolist(), strict=True)
+        }
         charts |= {f"rate/{group['part']}": group["lr"] for group in self.engine.optimizer.param_groups}
         charts |= {name: float(value) for name, value in self.network.objective.learned_weights().items()}
         charts["speed/images_per_second"] = self.loader.global_size / seconds
         charts["speed/data_wait_seconds"] = data_wait
-        charts |= {f"speed/{part}_seconds": seconds for part, seconds in self._clock.seconds.items()}
+        charts |= {f"speed/{part}_seconds": seconds for part, seconds in self.engine.clock.seconds.items()}
         self.monitor.scalars(charts, self.progress.step)
 
     def _score(self) -> Scores:
@@ -237,12 +259,12 @@ class Training:
         if self.average is not None:
             self.average.gather()
             average_batch_statistics(network, self.runtime)
-        options = {"batch_size": evaluation_batch_size(self.recipe), "workers": self.workers, "keep": False}
+        options = {"batch_size": evaluation_batch_size(self.recipe), "workers": self.workers}
         responses = network.objective.responses
         if responses is not None and responses.ignores_offsets:
             responses.reset()
-            responses.calibrate(score_each(network, self.loader.stimuli, self.runtime, **options).moments)
-        return score_each(network, self.selection, self.runtime, **options)
+            responses.calibrate(score_each(network, self.loader.stimuli, self.runtime, **options, keep=False).moments)
+        return score_each(network, self.selection, self.runtime, **options, keep=True)
 
     def _select(self, scored: Scores) -> bool:
         """Compare with the best epoch so far; all ranks see the same reduced numbers and decide alike.
@@ -304,7 +326,7 @@ class Training:
                 tensors[file][name] = self.runtime.mean(own).to(own)
         return found
 
-    def _tell(self, loss: float, scored: Scores, best: bool, **speeds: float) -> None:
+    def _tell(self, loss: float, as_trained: dict[str, float], scored: Scores, best: bool, **speeds: float) -> None:
         progress, means = self.progress, scored.means()
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         each = {name: part.means() for name, part in scored.of.items()} if len(scored.of) > 1 else {}
@@ -315,12 +337,8 @@ class Training:
             f"epoch {progress.epoch:>3}/{self.recipe.epochs}  loss {loss:.4f}  {progress.selection_split}: {shown}  "
             f"{speeds['images_per_second']:,.0f} images/s{'  *' if best else ''}"
         )
-        charts = {f"{progress.selection_split}/{name}": value for name, value in means.items()}
-        charts |= {
-            f"{progress.selection_split}/{recording}/{name}": value
-            for recording, part in each.items()
-            for name, value in part.items()
-        }
+        charts = {f"{progress.selection_split}/{name}": value for name, value in scored.told().items()}
+        charts |= {f"train/{name}": value for name, value in as_trained.items()}
         charts["selection/value"] = means[progress.selection_metric]
         self.monitor.scalars(charts, progress.step)
         self.monitor.epoch(

@@ -6,15 +6,16 @@ Weights and gradients are float32 in every precision, and ZeRO-1, -2 and -3 step
 | bytes per GPU    | weights | gradients | optimizer     | sent in an optimizer step    |
 | ---------------- | ------- | --------- | ------------- | ---------------------------- |
 | ddp, zero0       | W       | P         | S             | 2 (N-1)/N P                  |
-| zero1            | W       | P         | (P + S) / N   | 2 (N-1)/N P                  |
-| zero2            | W       | P / N     | (P + S) / N   | (k + 1) (N-1)/N P            |
+| zero1            | W       | P         | (P + S) / N   | 3 (N-1)/N P                  |
+| zero2            | W       | P / N     | (P + S) / N   | (2 k + 1) (N-1)/N P          |
 | zero3            | W / N   | P / N     | (P + S) / N   | k (N-1)/N (2 W + P)          |
 
 An all-reduce in a ring is a reduce-scatter and an all-gather, in each of which a GPU sends (N-1)/N of the bytes. DDP,
 ZeRO-0 and -1 reduce gradients with the last micro-batch, ZeRO-2 and -3 with every one; ZeRO-1 and -2 gather weights
 once a step, ZeRO-3 in every forward and backward pass (Rajbhandari et al. 2020, "ZeRO: Memory optimizations toward
-training trillion parameter models", sections 5 and 7). Offload keeps optimizer state, the copy of the weights and
-gradients (`zero3_offload`: the weights too) on the host.
+training trillion parameter models", sections 5 and 7). The paper's ZeRO-1 and -2 scatter gradients as they reduce them;
+DeepSpeed reduces whole buckets for all (`use_multi_rank_bucket_allreduce`), as benchmarks/scaling.py counted. Offload
+keeps optimizer state, the copy of the weights and gradients (`zero3_offload`: the weights too) on the host.
 """
 
 import json
@@ -156,8 +157,10 @@ def sent(strategy: Strategy, needs: Needs, gpus: int, pieces: int) -> float:
     """Bytes that a GPU sends to others in an optimizer step of `pieces` micro-batches; the table above has them."""
     ring = (gpus - 1) / gpus
     match strategy.stage:
+        case 1:
+            return ring * needs.trainable * 3
         case 2:
-            return ring * needs.trainable * (pieces + 1)
+            return ring * needs.trainable * (2 * pieces + 1)
         case 3:
             return ring * pieces * (2 * needs.weights + needs.trainable)
     return 2 * ring * needs.trainable

@@ -198,14 +198,23 @@ def bootstrap_means(
     found = all_scores(whole.state, reliability, mean_noise(noise, target))
     undefined = {name: np.isnan(scores) for name, scores in found.items()}
     generator = np.random.default_rng(seed)
-    means: dict[str, list[float]] = {name: [] for name in found}
+    means: dict[str, list[np.ndarray]] = {name: [] for name in found}
+    reliability = None if reliability is None else np.tile(reliability, 100)
     for _ in range(-(-resamples // 100)):
         times = generator.multinomial(len(y), np.full(len(y), 1 / len(y)), size=100).astype(np.float64)
-        for sums in (times @ columns).reshape(100, len(parts), -1):
-            of_averages = None if noise is None else sums[6] / np.maximum(sums[0], 1)
-            for name, scores in all_scores(_moments_of_sums(sums[:6]), reliability, of_averages).items():
-                means[name].append(mean_score(np.where(undefined[name], np.nan, scores)))
-    return {name: np.array(values[:resamples]) for name, values in means.items()}
+        # The sites of 100 resamples side by side, as if they were so many more sites.
+        sums = (times @ columns).reshape(100, len(parts), -1).swapaxes(0, 1).reshape(len(parts), -1)
+        of_averages = None if noise is None else sums[6] / np.maximum(sums[0], 1)
+        for name, scores in all_scores(_moments_of_sums(sums[:6]), reliability, of_averages).items():
+            means[name].append(_mean_of_rows(np.where(undefined[name], np.nan, scores.reshape(100, -1))))
+    return {name: np.concatenate(values)[:resamples] for name, values in means.items()}
+
+
+def _mean_of_rows(scores: np.ndarray) -> np.ndarray:
+    """`mean_score` of each row."""
+    there = ~np.isnan(scores)
+    with np.errstate(invalid="ignore"):
+        return np.where(there, scores, 0).sum(1) / there.sum(1)
 
 
 def mean_noise(noise: np.ndarray | None, target: np.ndarray) -> np.ndarray | None:

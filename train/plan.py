@@ -18,7 +18,7 @@ from data_prep.manifest import Manifest
 from data_prep.url import place_of
 from train.backbones import check_name
 from train.memory_plan import CONTEXT, GIB, HEADROOM, Choice, choices, recommended, usable
-from train.recipe import Recipe, leading_recipe
+from train.recipe import MOST_RECORDINGS, Recipe, leading_recipe
 from train.recordings import joined
 from train.step_cost import Needs, measure, paper_manifest
 
@@ -37,17 +37,17 @@ class Plan(Recipe):
     A recipe (.yaml) as the first word gives the defaults: train/plan.py [RECIPE.yaml] --gpus 8 --memory 24 ...
     """
 
-    gpus: int = Field(ge=1)
+    gpus: int = Field(ge=1, le=1_000_000)
     """GPUs over all machines."""
-    memory: float = Field(gt=0)
+    memory: float = Field(gt=0, le=1e6)
     """Memory of each GPU in GiB."""
-    machines: int = Field(1, ge=1)
+    machines: int = Field(1, ge=1, le=1_000_000)
     """Machines, each with the same number of GPUs."""
-    data: Annotated[list[Place], Field(min_length=1)] | None = None
+    data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
     """Shard folder or its URL (or several), for the numbers of sites and classes and the size of the pictures."""
-    sites: int | None = Field(None, ge=1)
+    sites: int | None = Field(None, ge=1, le=1_000_000)
     """Sites, where there is no shard folder; by default 168."""
-    classes: int | None = Field(None, ge=1)
+    classes: int | None = Field(None, ge=1, le=1_000_000)
     """Classes, where there is no shard folder; by default 64."""
 
 

@@ -22,6 +22,7 @@ from train.recipe import Loader, Recipe
 from train.recordings import Divided, Recordings
 from train.run_folder import RunFolder
 from train.scoring import check_not_empty
+from train.screening import Screening
 from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
 from train.streaming import StreamLoader
 from train.together import together
@@ -35,7 +36,7 @@ def training_stimuli(
     The few that select are opened first, so that their pictures are kept before all others; under order blocks, where
     the split need not fit into memory, apart from them: or all shards would be read again for the inner part.
     """
-    size = recipe.images.size or recordings.manifest.image.side
+    size = recordings.picture_size(recipe)
     wanted = {
         "responses": recipe.task.predicts_responses,
         "classes": recipe.task.predicts_classes,
@@ -113,6 +114,7 @@ class Job:
         workers: decoding processes per rank.
         deepspeed: configuration with all its numbers; None for DDP.
         remarks: what to say of the data at the start.
+        facts: what env.json says of the stimuli that are left out.
     """
 
     recipe: Recipe
@@ -125,6 +127,7 @@ class Job:
     workers: int
     deepspeed: dict[str, Any] | None
     remarks: list[str]
+    facts: dict[str, Any]
 
     @property
     def manifest(self) -> Manifest:
@@ -200,9 +203,9 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
         folder.check_free()
     folders = [ShardFolder(place, recipe.loader.fetch) for place in data]
     check_engine(folders, recipe.loader)
-    recordings = Recordings(folders)
+    recordings, screening = Recordings(folders), Screening(recipe.loader, several=len(folders) > 1)
     recordings.check(recipe)
-    divided = recordings.divide(recipe)
+    divided = recordings.divide(recipe, screening)
     fit, selection = training_stimuli(recordings, divided, recipe)
     for part in selection.parts:
         check_not_empty(part, ranks, recipe.early_stopping.split)
@@ -234,5 +237,6 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
             ranks=ranks,
             clip_norm=recipe.optimizer.clip_norm,
         )
-    remarks = remarks_on(folders, recipe.loader) + remarks_on_division(recordings, divided)
-    return Job(recipe, data, recordings, folder, resume, loader, selection, workers, deepspeed, remarks)
+    remarks = [*screening.warnings(), *remarks_on(folders, recipe.loader), *remarks_on_division(recordings, divided)]
+    facts = screening.facts()
+    return Job(recipe, data, recordings, folder, resume, loader, selection, workers, deepspeed, remarks, facts)

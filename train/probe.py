@@ -6,6 +6,7 @@ launch/local.sh -n 2    train/probe.py --data DIR --out RUN --layers pixels
 
 import hashlib
 import sys
+import time
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -75,6 +76,7 @@ def scratch_folder(options: Probe) -> Path:
 
 def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     """Probe and write."""
+    begun = time.monotonic()
     job.look.to(runtime.device)
     monitor.say(job.describe())
     probing = Probing(
@@ -84,6 +86,7 @@ def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     if runtime.leads:
         metrics, prediction = results(job, found, runtime.ranks)
         write_results(job, metrics, prediction, monitor)
+        monitor.epoch({"seconds": time.monotonic() - begun})
         monitor.say(table(metrics))
         monitor.say(f"written to {job.folder.evaluation(job.split)}")
     runtime.barrier()
@@ -94,9 +97,9 @@ def main() -> None:
     """Parse, check, probe."""
     options, recipe = parse_command_line(sys.argv[1:])
     job = prepare(recipe, options.data, options.out, options.split, options.resume)
-    with started(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime:
-        if runtime.leads and not job.resume:
-            job.folder.claim(job.recipe, [job.data], {"processes": runtime.describe(), "split": job.split})
+    with started(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime, closing(job.folder):
+        facts = {"processes": runtime.describe(), "split": job.split, "parameters": {"all": job.look.parameters}}
+        runtime.lead(job.folder.hold if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
         with closing(Monitor(job.folder, runtime.leads)) as monitor, job.folder.keeping_failures(runtime.rank):
             run(job, scratch_folder(options), runtime, monitor)
 

@@ -14,7 +14,7 @@ from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
 from data_prep.splits import folds
 from train.backbones import Backbone
-from train.checkpoint import load_progress
+from train.checkpoint import current, load_progress
 from train.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
 from train.loader import Stimuli, workers_per_rank
 from train.picture_cache import PictureCaches
@@ -23,6 +23,7 @@ from train.processes import ranks_on_machine, world_size
 from train.recipe import ProbeRecipe
 from train.run_folder import RunFolder
 from train.scoring import check_not_empty
+from train.screening import Screening
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Job:
         look: from pictures to the layers' activations.
         layers: names, in order.
         workers: decoding processes per rank.
+        screening: which stimuli are left out.
     """
 
     recipe: ProbeRecipe
@@ -54,6 +56,7 @@ class Job:
     look: LayerFeatures | PixelFeatures
     layers: list[str]
     workers: int
+    screening: Screening
 
     def describe(self) -> str:
         """What is probed, for the log."""
@@ -65,7 +68,7 @@ class Job:
             f"{name}: {len(self.stimulus_ids):,} stimuli of {', '.join(self.splits)}, {len(self.scored):,} scored, "
             f"{len(self.manifest.sites)} sites, pictures of {first.size} px\n{self.look.describe()}\n"
             f"{recipe.readout} on {'all' if used is None else f'at most {used:,}'} {what}"
-        )
+        ) + "".join(f"\n{warning}" for warning in self.screening.warnings())
 
     @property
     def scored(self) -> np.ndarray:
@@ -102,7 +105,8 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
         folder.check_free()
     shards = ShardFolder(data, recipe.loader.fetch)
     size = recipe.images.size or _trained_on(Path(recipe.backbone.weights)) or shards.manifest.image.side
-    splits, partitions = _splits_and_partitions(shards, split, recipe, size)
+    screening = Screening(recipe.loader)
+    splits, partitions = _splits_and_partitions(shards, split, recipe, size, screening)
     for name, stimuli in splits.items():
         check_not_empty(stimuli, world_size(), name)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
@@ -112,24 +116,26 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
         backbone = Backbone(recipe.backbone, size).eval()
         layers = choose_layers(backbone, recipe.layers, size)
         look = LayerFeatures(backbone, layers, recipe.pool)
-    return Job(recipe, data, split, resume, shards.manifest, folder, splits, partitions, look, layers, workers)
+    described = (shards.manifest, folder, splits, partitions, look, layers, workers, screening)
+    return Job(recipe, data, split, resume, *described)
 
 
 def _trained_on(weights: Path) -> int | None:
     """The side of the pictures that a run was trained on; None where the weights are not from a run of ours."""
-    return load_progress(weights / "checkpoints" / "best").image_size if weights.is_dir() else None
+    return load_progress(current(weights / "checkpoints", "best")).image_size if weights.is_dir() else None
 
 
 def _splits_and_partitions(
-    shards: ShardFolder, split: str, recipe: ProbeRecipe, size: int
+    shards: ShardFolder, split: str, recipe: ProbeRecipe, size: int, screening: Screening
 ) -> tuple[dict[str, Stimuli], list[Partition]]:
     names = ["train", split] if split != "cv" else [name for name in shards.manifest.splits if _responds(shards, name)]
     caches = PictureCaches(recipe.loader, once=True)  # their activations are kept instead
-    splits = {name: Stimuli(shards.split(name), size, caches=caches) for name in names}
+    usable = {name: screening.usable(shards.split(name), size, responses=True, classes=False) for name in names}
+    splits = {name: Stimuli(shards.split(name), size, usable[name], caches=caches) for name in names}
     count = [len(stimuli) for stimuli in splits.values()]
     everyone = np.arange(sum(count))
     key = recipe.cross_validation.key if split == "cv" else shards.manifest.group_by
-    tables = [shards.split(name).meta(i) for name in names for i in range(len(splits[name]))]
+    tables = [shards.split(name).meta(i) for name in names for i in usable[name].tolist()]
     held_out = _outer_folds(tables, recipe) if split == "cv" else [everyone[count[0] :]]
     together = recipe.cross_validation.by == "grouped" if split == "cv" else key is not None
     groups = np.array([str(table.get(key)) for table in tables]) if together else everyone

@@ -36,6 +36,7 @@ def results(job: Job, found: Mapping[str, Layer], ranks: int) -> tuple[dict[str,
         "chosen": max(found, key=chosen.count),
         "selected_on": [_selected_on(job)],
     }
+    metrics |= job.screening.facts()
     if len(chosen) > 1:
         metrics["chosen_by_fold"] = chosen
     return metrics, best[job.scored]
@@ -99,6 +100,6 @@ def write_results(job: Job, metrics: dict[str, Any], prediction: np.ndarray, mon
     )
     picture = layer_figure(metrics)
     write_atomically(target / "layers.png", picture)
-    monitor.picture("explained variance by layer", picture)
+    monitor.board.picture("explained variance by layer", picture, step=0)
     write_atomically(target / "table.md", (table(metrics) + "\n").encode())
     write_json(target / "metrics.json", metrics)  # last: it says that all is there

@@ -1,16 +1,22 @@
 """The typed settings of a run. Every field's docstring is its help text on the command line."""
 
-import difflib
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
+import tyro
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.errors import BadInput
 from data_prep.remote import FetchSettings
+from train.yaml_files import describe, read_yaml
 
 LEAST_CORRELATED = 3  # stimuli in a batch, for a correlation to tell anything
+LARGEST_SEED = 2**63 - 1  # that every generator takes
+WEEK = 7 * 86400.0  # seconds
+MOST_RECORDINGS = 1000  # of one run
+
+Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
 
 
 class Settings(BaseModel):
@@ -24,9 +30,9 @@ class Task(Settings):
 
     kind: Literal["regression", "classification", "hybrid"] = "regression"
     """Responses, the object shown, or both from one backbone."""
-    regression_weight: float = Field(1.0, ge=0)
+    regression_weight: float = Field(1.0, ge=0, le=1e6)
     """Weight of the response loss in the hybrid sum."""
-    classification_weight: float = Field(1.0, ge=0)
+    classification_weight: float = Field(1.0, ge=0, le=1e6)
     """Weight of the cross-entropy in the hybrid sum."""
     weighting: Literal["fixed", "uncertainty"] = "fixed"
     """The two weights above, or weights learned as the tasks' uncertainties (Kendall et al. 2018)."""
@@ -47,11 +53,11 @@ class Task(Settings):
 class Source(Settings):
     """A network and where its weights come from."""
 
-    name: str = "tf_efficientnet_lite0"
+    name: Text = "tf_efficientnet_lite0"
     """Any timm model name, or our small `cnn2` and `cnn3`."""
-    weights: str = "pretrained"
+    weights: Text = "pretrained"
     """`pretrained` (an installed package, else timm's hub), `random`, a .safetensors/.pth file, or a run folder."""
-    cut: str | None = None
+    cut: Text | None = None
     """End the network after this stage or module, e.g. layer3 or blocks.4; by default it is whole."""
 
 
@@ -72,7 +78,7 @@ class Readout(Settings):
 
     kind: Literal["linear", "flattened", "low_rank", "factorised", "gaussian"] = "linear"
     """On pooled features; on the whole map; through shared dimensions; mask x channels; a Gaussian position."""
-    rank: int = Field(32, ge=1)
+    rank: int = Field(32, ge=1, le=65_536)
     """Dimensions that the sites share, of low_rank."""
     start: Literal["zero", "ridge"] = "zero"
     """Begin at each site's mean, or at the ridge solution on the frozen features (head first, then everything)."""
@@ -110,7 +116,7 @@ class Augment(Settings):
 class Images(Settings):
     """How pictures reach the network."""
 
-    size: int | None = Field(None, ge=16)
+    size: int | None = Field(None, ge=16, le=4096)
     """Side in pixels of the square picture the network sees; by default the size of the packed pictures."""
 
 
@@ -119,15 +125,15 @@ class Optimizer(Settings):
 
     name: Literal["nadam", "adam", "adamw", "radam", "lion", "sgd"] = "nadam"
     """The optimizer; weight decay is decoupled for all but sgd and adam."""
-    lr: float = Field(1e-3, gt=0)
+    lr: float = Field(1e-3, gt=0, le=1000)
     """Peak learning rate."""
-    backbone_lr_factor: float = Field(1.0, gt=0)
+    backbone_lr_factor: float = Field(1.0, gt=0, le=1000)
     """The backbone's learning rate as a part of `lr`, which the readout has."""
-    weight_decay: float = Field(0.01, ge=0)
+    weight_decay: float = Field(0.01, ge=0, le=1000)
     """Weight decay, not applied to norms and biases."""
     momentum: float = Field(0.9, ge=0, lt=1)
     """Momentum of sgd; the first beta of the others."""
-    clip_norm: float | None = Field(None, gt=0)
+    clip_norm: float | None = Field(None, gt=0, le=1e6)
     """Clip the gradient of the global batch to this norm."""
 
 
@@ -142,16 +148,16 @@ class Schedule(Settings):
     """Of onecycle: let the momentum fall from 0.95 to 0.85 and rise again, against the rate, as torch does."""
     plateau_factor: float = Field(0.1, gt=0, lt=1)
     """Of plateau: the rate is multiplied by this ..."""
-    plateau_patience: int = Field(5, ge=1)
+    plateau_patience: int = Field(5, ge=1, le=1_000_000)
     """... after so many epochs in a row without improvement of the selection metric."""
 
 
 class Batch(Settings):
     """How many stimuli make an optimizer step."""
 
-    global_size: int = Field(32, ge=1)
+    global_size: int = Field(32, ge=1, le=1_000_000)
     """Stimuli per optimizer step, over all processes together."""
-    per_device: int | None = Field(None, ge=1)
+    per_device: int | None = Field(None, ge=1, le=1_000_000)
     """The most stimuli in one forward pass of one process; gradient accumulation follows from it."""
 
 
@@ -164,27 +170,27 @@ class EarlyStopping(Settings):
     """Share of train that is held out as the inner split."""
     metric: Literal["r2", "explained_variance", "mse", "pearson_r", "top1"] | None = None
     """What must improve; by default r2, or top1 for classification."""
-    patience: int = Field(20, ge=1)
+    patience: int = Field(20, ge=1, le=1_000_000)
     """Stop after this many epochs in a row without improvement."""
 
 
 class Checkpoint(Settings):
     """When a run is saved, and what of it is kept."""
 
-    every_steps: int | None = Field(None, ge=1)
+    every_steps: int | None = Field(None, ge=1, le=10**9)
     """Save after every so many optimizer steps as well as after each epoch."""
-    keep: int = Field(2, ge=1)
+    keep: int = Field(2, ge=1, le=10_000)
     """How many of the last checkpoints to keep, beside the best: a damaged one is passed over for the one before."""
 
 
 class Faults(Settings):
     """What a run puts up with."""
 
-    timeout: float = Field(300.0, ge=1)
+    timeout: float = Field(300.0, ge=1, le=WEEK)
     """Seconds that processes wait for each other, from the second step on, before they give one up as lost."""
-    start_timeout: float = Field(1800.0, ge=1)
+    start_timeout: float = Field(1800.0, ge=1, le=WEEK)
     """The same for joining and for the first step, which may compile, or read weights from far away."""
-    bad_steps: int = Field(10, ge=1)
+    bad_steps: int = Field(10, ge=1, le=1_000_000)
     """A step whose loss or gradient is not finite is left out; after so many in a row the run ends."""
 
     @property
@@ -198,26 +204,29 @@ class Loader(Settings):
 
     engine: Literal["indexed", "webdataset"] = "indexed"
     """`indexed` reads any stimulus from its tar; `webdataset` streams whole tars to train, drawn with replacement, and
-    promises less (see docs/data_format.md). Scores are always taken with `indexed`."""
-    workers: int | None = Field(None, ge=0)
+    promises less (see docs/loading.md). Scores are always taken with `indexed`."""
+    workers: int | None = Field(None, ge=0, le=256)
     """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
     cache: Literal["off", "ram", "disk", "auto"] = "auto"
     """Keep decoded pictures for the next epoch, once per machine for all its processes: in memory, in a nameless file
     in the temporary folder (TMPDIR), or nowhere; auto is ram unless pictures are read only once."""
-    cache_gib: float | None = Field(None, ge=0)
+    cache_gib: float | None = Field(None, ge=0, le=1e6)
     """Most that is kept of them on a machine; by default half of the memory (disk: space) that is free at the start.
     What does not fit is decoded each time."""
     order: Literal["shuffled", "blocks"] = "shuffled"
     """Of the training stimuli: any after any; or, for data larger than memory or than the copies of remote shards, the
     stimuli of a few shards mixed at a time, so that each shard is read in one stretch."""
-    block_shards: int = Field(16, ge=1)
+    block_shards: int = Field(16, ge=1, le=1_000_000)
     """Of order blocks: shards that are mixed at a time. More mix better, and need more room."""
-    shard_cache: str | None = None
+    shard_cache: Text | None = None
     """Of remote shards: folder for copies, shared by all runs on the machine; by default in ~/.cache."""
-    shard_cache_gib: float | None = Field(None, gt=0)
+    shard_cache_gib: float | None = Field(None, gt=0, le=1e6)
     """Of remote shards: the most that is kept in that folder; by default half of what is free on its disk."""
-    fetch_timeout: float = Field(30.0, gt=0)
+    fetch_timeout: float = Field(30.0, gt=0, le=WEEK)
     """Of remote shards: seconds without an answer after which a connection is given up and made anew."""
+    on_bad_sample: Annotated[Literal["stop", "skip"], tyro.conf.arg(aliases=("--on-bad-sample",))] = "stop"
+    """A stimulus that cannot be read stops the run; or all are looked at before the first step, and the bad ones are
+    left out, counted and named (see docs/security.md)."""
 
     @property
     def fetch(self) -> FetchSettings:
@@ -247,7 +256,7 @@ class Recipe(Settings):
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     loader: Loader = Loader()
-    data: str | list[str] | None = None
+    data: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...); a list trains one
     backbone on several recordings, with a readout for each."""
     mix: Literal["proportional", "equal"] = "proportional"
@@ -256,7 +265,7 @@ class Recipe(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the training forward pass: float32, or autocast over float32 weights, for fp16 (of a GPU, with ddp) with a
     scaled loss. Evaluation is float32."""
-    strategy: str | None = None
+    strategy: Text | None = None
     """`ddp`, or a DeepSpeed JSON such as ds_configs/zero2.json; by default what the launcher asked for, else ddp."""
     compile: bool = False
     """Let torch compile the network: minutes at the start, then shorter steps. Not with ZeRO-3."""
@@ -264,9 +273,9 @@ class Recipe(Settings):
     """Decay per step of a running average of the weights, which is then what is scored and saved (0.99, say)."""
     deterministic: bool = False
     """Use only kernels that repeat bitwise on a GPU (slower there); on a CPU runs repeat anyway."""
-    epochs: int = Field(30, ge=1)
+    epochs: int = Field(30, ge=1, le=1_000_000)
     """Passes over the training stimuli; the schedule is laid out for all of them."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Of the initial weights, the order of the stimuli and the inner split."""
 
     @property
@@ -352,44 +361,44 @@ class Recipe(Settings):
 class CrossValidation(Settings):
     """How `--split cv` deals the stimuli of all splits out to folds; each fold is predicted from the others."""
 
-    folds: int = Field(10, ge=2)
+    folds: int = Field(10, ge=2, le=10_000)
     """Number of folds; ten are the 90/10 splits of Brain-Score."""
     by: Literal["random", "stratified", "grouped"] = "random"
     """At random; with every object in every fold; or with all stimuli of an object in one fold."""
-    key: str = "object"
+    key: Text = "object"
     """What the stimuli's tables call the object."""
 
 
 class ProbeRecipe(Settings):
     """All settings of a probe."""
 
-    layers: list[str] = Field(["all"], min_length=1)
+    layers: list[Text] = Field(["all"], min_length=1, max_length=10_000)
     """`pixels`, `all` (every stage), or names of the network's modules, with globs."""
-    pool: int | None = Field(7, ge=1)
+    pool: int | None = Field(7, ge=1, le=4096)
     """Average-pool the maps of a layer to at most this many rows and columns; None keeps them whole."""
     readout: Literal["ridge", "ols", "pls"] = "ridge"
     """Ridge with a penalty per site by leave-one-out, or least squares, on principal components; or PLS."""
-    components: int | None = Field(1000, ge=1)
+    components: int | None = Field(1000, ge=1, le=1_000_000)
     """Principal components for ridge and ols, all where None (ridge then is that on the features themselves)."""
-    latent: int = Field(25, ge=1)
+    latent: int = Field(25, ge=1, le=100_000)
     """Latent dimensions of pls."""
-    inner_folds: int = Field(5, ge=2)
+    inner_folds: int = Field(5, ge=2, le=10_000)
     """Folds of the stimuli to fit that select the layer for ols and pls; ridge leaves out one at a time."""
     cross_validation: CrossValidation = CrossValidation()
     products: Literal["float64", "float32", "tf32", "bf16"] = "float32"
     """Of the inner products of features: rounding 1e-16, 1e-7, and where the hardware has them 1e-3, 4e-3."""
-    memory: float = Field(1.0, gt=0)
+    memory: float = Field(1.0, gt=0, le=1e6)
     """GiB of features that a process holds at one time; the others wait on disk."""
     backbone: Source = Source()
     images: Images = Images()
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=100_000)
     """Stimuli in one forward pass."""
-    data: str | None = None
+    data: Text | None = None
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     loader: Loader = Loader()
-    timeout: float = Field(1800.0, ge=1)
+    timeout: float = Field(1800.0, ge=1, le=WEEK)
     """Seconds that processes wait for each other: one decomposes a matrix while the others have nothing to do."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Of random weights."""
 
     def check(self) -> None:
@@ -419,11 +428,11 @@ def load_recipe(path: Path, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
         BadInput: no such file, no YAML mapping, an unknown name (with the nearest valid one), or a bad value.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except FileNotFoundError:
         raise BadInput(f"{path}: no such recipe") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is not readable as YAML: {error}") from None
     if not isinstance(content, dict | None):
         raise BadInput(f"{path} must hold sections such as `optimizer:`, not a {type(content).__name__}")
     try:
@@ -442,22 +451,3 @@ def leading_recipe(words: list[str], model: type[AnyRecipe]) -> tuple[AnyRecipe 
 def save_recipe(recipe: Recipe | ProbeRecipe, path: Path) -> None:
     """Write a recipe with all its settings as YAML."""
     path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
-
-
-def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault that pydantic found, in a sentence with the nearest valid name."""
-    fault = error.errors()[0]
-    *sections, name = (str(part) for part in fault["loc"])
-    where = ".".join((*sections, name))
-    if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg']} (not {fault.get('input')!r})"
-    names = list(_fields_at(model, sections))
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
-    return f"{where} is not a setting; {hint}"
-
-
-def _fields_at(model: type[BaseModel], sections: list[str]) -> dict[str, Any]:
-    for section in sections:
-        model = model.model_fields[section].annotation
-    return model.model_fields

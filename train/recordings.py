@@ -15,6 +15,7 @@ from data_prep.manifest import Image, Manifest, Rates, Split
 from data_prep.shards import ShardFolder, ShardSplit
 from train.order import inner_splits
 from train.recipe import LEAST_CORRELATED, Recipe
+from train.screening import Screening
 
 Pictures = set[tuple[str, int]]  # told by the stimulus's id and the bytes of the file
 
@@ -125,29 +126,45 @@ class Recordings:
             if value != values[0]:
                 raise BadInput(f"data: {self.folders[0].folder} and {folder.folder} differ in their {field}, and {why}")
 
-    def divide(self, recipe: Recipe) -> list[Divided]:
+    def picture_size(self, recipe: Recipe) -> int:
+        """Side in pixels of the pictures that the network sees."""
+        return recipe.images.size or self.manifest.image.side
+
+    def divide(self, recipe: Recipe, screening: Screening | None = None) -> list[Divided]:
         """Each recording's stimuli to fit and those that select, as `early_stopping.split` says.
 
         Alone each would be divided in the same way, but for what they share: a stimulus that is inner in one is inner
-        in all, and one that is held out in one (val, test or inner) is fitted in none.
+        in all, and one that is held out in one (val, test or inner) is fitted in none. Stimuli that cannot be read
+        leave their place in the division empty, so that it is the one of all stimuli.
+
+        Args:
+            recipe: of the run.
+            screening: finds those that cannot be read; by default one of its own.
 
         Raises:
             BadInput: nothing is left of one.
         """
         settings, found = recipe.early_stopping, []
+        screening = screening or Screening(recipe.loader, several=len(self) > 1)
         trains = [folder.split("train") for folder in self.folders]
+        usable = [self._usable(train, recipe, screening) for train in trains]
         if settings.split == "val":
-            for folder, train in zip(self.folders, trains, strict=True):
+            for folder, train, fit in zip(self.folders, trains, usable, strict=True):
                 val = folder.split("val")
-                found.append(Divided(train, np.arange(len(train)), val, np.arange(len(val))))
+                found.append(Divided(train, fit, val, self._usable(val, recipe, screening)))
         else:
-            groups = [_groups(train) for train in trains]
-            for train, (fit, inner) in zip(
-                trains, inner_splits(groups, settings.inner_fraction, recipe.seed), strict=True
-            ):
+            groups = [_groups(*each) for each in zip(trains, usable, strict=True)]
+            divided = inner_splits(groups, settings.inner_fraction, recipe.seed)
+            for train, parts, readable in zip(trains, divided, usable, strict=True):
+                fit, inner = (np.intersect1d(part, readable) for part in parts)
                 found.append(Divided(train, fit, train, inner))
         self._hold_out(found)
         return found
+
+    def _usable(self, split: ShardSplit, recipe: Recipe, screening: Screening) -> np.ndarray:
+        task = recipe.task
+        needed = {"responses": task.predicts_responses, "classes": task.predicts_classes}
+        return screening.usable(split, self.picture_size(recipe), **needed)
 
     def _hold_out(self, divided: list[Divided]) -> None:
         """Leave out of each recording's train split what others hold out."""
@@ -185,13 +202,17 @@ def _without(split: ShardSplit, positions: np.ndarray, held: Pictures) -> np.nda
     return positions[np.array([(split.stimulus_ids[k], int(sizes[k])) not in held for k in positions], bool)]
 
 
-def _groups(train: ShardSplit) -> tuple[np.ndarray, Sequence[Hashable]]:
-    """The groups of the stimuli that must not be torn apart, and what tells these in other recordings."""
-    key = train.manifest.group_by
-    if key is None:
-        return np.array(train.stimulus_ids), list(zip(train.stimulus_ids, train.picture_sizes.tolist(), strict=True))
-    groups = [str(train.meta(position).get(key)) for position in range(len(train))]
-    return np.array(groups), [(key, group) for group in groups]
+def _groups(train: ShardSplit, usable: np.ndarray) -> tuple[np.ndarray, Sequence[Hashable]]:
+    """The groups of the stimuli that must not be torn apart, and what tells these in other recordings.
+
+    A stimulus that cannot be read is a group of its own.
+    """
+    key, groups = train.manifest.group_by, list(train.stimulus_ids)
+    told: list[Hashable] = list(zip(train.stimulus_ids, train.picture_sizes.tolist(), strict=True))
+    for position in usable.tolist() if key else ():
+        groups[position] = str(train.meta(position).get(key))
+        told[position] = (key, groups[position])
+    return np.array(groups), told
 
 
 def joined(manifests: Sequence[Manifest]) -> Manifest:

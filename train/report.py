@@ -1,181 +1,98 @@
-"""Compare runs and probes in one table.
+"""Compare runs, probes and searches: a page for the browser, tables and figures for a paper.
 
-python train/report.py RUN [RUN ...] --out DIR [--split val]
+python train/report.py RUN [RUN ...] --out DIR [--split val] [--pair RUN RUN]
 """
 
-import json
-import math
+import datetime
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.command_line import parse
 from data_prep.errors import BadInput, run_command
-from train.run_folder import RunFolder, check_writable, write_atomically
-
-TOP1 = "top-1"
-COLUMNS = {
-    "R2": "r2",
-    "EV": "explained_variance",
-    "MSE": "mse",
-    "Pearson r": "pearson_r",
-    "ceiled EV": "ceiled_explained_variance",
-    "ceiled r": "ceiled_pearson_r",
-    "FEVE": "feve",
-}
+from train.report_figures import pictures
+from train.report_page import Content, page
+from train.report_rows import Row, read_rows, shortest_names
+from train.report_sweeps import SweepResults, is_sweep, read_sweep
+from train.report_tables import as_csv, groups_of, in_terminal, markdown
+from train.run_folder import check_writable, environment, write_atomically
 
 
 class Report(BaseModel):
-    """Compare runs and probes in one table."""
+    """Compare runs, probes and searches: a page for the browser, tables and figures for a paper."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     runs: Annotated[list[Path], tyro.conf.Positional] = Field(min_length=1)
-    """Run folders that have been evaluated."""
+    """Folders of train/finetune.py, train/probe.py and train/sweep.py; of a search its best trial is compared."""
     out: Path
-    """Folder for the table (table.md)."""
-    split: Literal["train", "val", "test"] = "val"
+    """Folder for report.html, table.md, table.csv and figures/."""
+    split: Literal["train", "val", "test", "cv"] = "val"
     """The split whose scores are compared."""
+    pair: tuple[Path, Path] | None = None
+    """Two of the runs, to be compared site by site; by default the two best."""
 
 
-@dataclass
-class Row:
-    """One model's line: its name, the metrics of the split, and whether the recording is simulated."""
-
-    name: str
-    metrics: dict[str, Any]
-
-    @property
-    def regression(self) -> dict[str, Any]:
-        """The block of response metrics; empty for a classifier."""
-        return self.metrics.get("regression", {})
-
-    @property
-    def top1(self) -> float | None:
-        """Share of stimuli whose object is named right; None for a network that names none."""
-        return self.metrics.get("classification", {}).get("top1")
-
-
-def read_row(run: Path, split: str) -> Row:
-    """A run's scores.
+def collect(options: Report) -> tuple[list[Row], list[SweepResults]]:
+    """Read everything that is compared.
 
     Raises:
-        BadInput: it has not been evaluated on the split, or its metrics.json is damaged.
+        BadInput: a folder holds no run, or is named twice.
     """
-    if not run.is_dir():
-        raise BadInput(f"{run} is no folder; give run folders made by train/finetune.py or train/probe.py")
-    path = RunFolder(run).evaluation(split) / "metrics.json"
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise BadInput(f"{path} is missing; score the run first: train/evaluate.py {run} --split {split}") from None
-    except ValueError as error:
-        raise BadInput(f"{path} is damaged ({error}); evaluate the run again") from None
-    if not isinstance(metrics, dict) or not {"regression", "classification"} & metrics.keys():
-        raise BadInput(f"{path} has no scores (`regression` or `classification`); evaluate the run again")
-    layer = f" ({metrics['chosen']})" if len(metrics.get("layers", {})) > 1 else ""
-    control = f" (CONTROL: {metrics['control']})" if "control" in metrics else ""
-    return Row(run.name + layer + control, metrics)
+    sweeps = {run: read_sweep(run) for run in options.runs if is_sweep(run)}
+    pairs = [(sweeps[run].best if run in sweeps else run, run) for run in options.runs]
+    runs = {run: given for run, given in pairs if run is not None}
+    if len({run.resolve() for run in runs}) < sum(run is not None for run, _ in pairs):
+        raise BadInput("a run is named twice; name each once")
+    if not runs:
+        return [], list(sweeps.values())
+    names = shortest_names(list(runs.values()))
+    rows = []
+    for (run, given), name in zip(runs.items(), names, strict=True):
+        found_by = name if given in sweeps else None
+        rows += read_rows(run, options.split, name if found_by is None else f"{name}: best", found_by)
+    return rows, list(sweeps.values())
 
 
-def check_comparable(rows: list[Row]) -> None:
-    """Refuse runs that were scored on different stimuli or sites.
+def chosen_pair(options: Report, rows: Sequence[Row]) -> tuple[Path, Path] | None:
+    """The runs that --pair names, as the rows name them.
 
     Raises:
-        BadInput: naming two that differ.
+        BadInput: one is not among the runs, or has no scores of sites.
     """
-    first = next((row for row in rows if row.regression), rows[0])
-    for row in rows:
-        for what, of in (
-            ("recording", lambda row: row.metrics["recording"]),
-            ("number of stimuli", lambda row: row.metrics["stimuli"]),
-            ("stimuli and responses", lambda row: row.metrics["fingerprint"] if row.regression else None),
-            ("sites", lambda row: _site_count(row) if row.regression else None),
-        ):
-            if None not in (of(row), of(first)) and of(row) != of(first):
-                raise BadInput(f"{first.name} and {row.name} were not scored on the same {what}; compare them apart")
-
-
-def _site_count(row: Row) -> int:
-    return len(row.regression["r2"]["per_site"])
-
-
-def table(rows: list[Row]) -> str:
-    """The comparison as a Markdown table: mean over sites, with the 95 % interval over stimuli in brackets."""
-    first = next((row for row in rows if row.regression), rows[0])
-    columns = [name for name, key in COLUMNS.items() if any(key in row.regression for row in rows)]
-    columns += [TOP1] if any(row.top1 is not None for row in rows) else []
-    lines = [_line(["model", *columns, "selected on"]), _line(["---"] * (len(columns) + 2))]
-    for row in rows:
-        cells = [_top1(row) if name == TOP1 else _cell(row.regression.get(COLUMNS[name])) for name in columns]
-        lines.append(_line([row.name, *cells, ", ".join(row.metrics.get("selected_on", ["-"]))]))
-    if ceiling := first.regression.get("ceiling"):
-        lines.append(_ceiling_line(ceiling, columns))
-    stimuli, split = first.metrics["stimuli"], first.metrics["split"]
-    notes = [
-        f"{first.metrics['recording']}: {f'mean over {_site_count(first)} sites ' if first.regression else ''}on the "
-        f"{stimuli} stimuli of {split}; in brackets the 95 % interval over stimuli."
-    ]
-    if ceiling:
-        notes.append(f"Ceiling: {ceiling['method']}; it bounds R2 and EV, its square root bounds r.")
-    notes += _ceiling_notes(rows)
-    if any(split in row.metrics.get("selected_on", []) for row in rows):
-        notes.append(f"A model selected on {split} is flattered by its score there.")
-    if any(row.metrics.get("simulated") for row in rows):
-        notes.append("The recording is SIMULATED: no brain took part.")
-    return "\n".join([*lines, "", *notes])
-
-
-def _ceiling_notes(rows: list[Row]) -> list[str]:
-    """What the ceiled scores in the table are relative to."""
-    names: dict[str, list[str]] = {}
-    for name, key in COLUMNS.items():
-        found = {row.regression[key]["ceiling"] for row in rows if "ceiling" in row.regression.get(key, {})}
-        for against in sorted(found):
-            names.setdefault(against, []).append(name)
-    return [f"{' and '.join(columns)}: relative to {against}." for against, columns in names.items()]
-
-
-def _line(cells: list[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _cell(block: dict[str, Any] | None) -> str:
-    if block is None or block["mean"] is None:
-        return "-"
-    interval = block.get("ci95")
-    return f"{block['mean']:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
-
-
-def _top1(row: Row) -> str:
-    return "-" if row.top1 is None else f"{row.top1:.3f}"
-
-
-def _ceiling_line(ceiling: dict[str, Any], columns: list[str]) -> str:
-    reliability = ceiling["mean"]
-    root = sum(math.sqrt(max(value, 0)) for value in ceiling["per_site"] if value is not None)
-    count = sum(value is not None for value in ceiling["per_site"])
-    if not count:
-        return _line(["*ceiling*", *["-"] * (len(columns) + 1)])
-    values = {"R2": reliability, "EV": reliability, "Pearson r": root / count}
-    values |= dict.fromkeys(("ceiled EV", "ceiled r", "FEVE"), 1.0)
-    return _line(["*ceiling*", *(f"{values[name]:.3f}" if name in values else "-" for name in columns), "-"])
+    if options.pair is None:
+        return None
+    found = []
+    for path in options.pair:
+        row = next((row for row in rows if row.path.resolve() == path.resolve() and row.regression), None)
+        if row is None:
+            raise BadInput(f"--pair: {path} is not one of the runs with scores of sites; name two of them")
+        found.append(row.path)
+    return found[0], found[1]
 
 
 def main() -> None:
-    """Parse, read, compare, write."""
+    """Parse, read, compare, draw, write."""
     options = parse(Report, args=sys.argv[1:])
     check_writable(options.out)
-    rows = [read_row(run, options.split) for run in options.runs]
-    check_comparable(rows)
-    text = table(rows)
-    target = options.out / "table.md"
-    write_atomically(target, (text + "\n").encode())
-    print(f"{text}\n\nwritten to {target}")
+    rows, sweeps = collect(options)
+    groups, classifiers = groups_of(rows), [row for row in rows if row.classification]
+    drawn = list(pictures(groups, rows, chosen_pair(options, rows)))
+    commit = environment()["git_commit"]
+    made = f"Made {datetime.date.today():%Y-%m-%d} by train/report.py{f', commit {commit}' if commit else ''}."
+    content = Content(options.split, rows, groups, drawn, sweeps, made)
+    for _, picture in drawn:
+        for kind, data in picture.files.items():
+            write_atomically(options.out / "figures" / f"{picture.name}.{kind}", data)
+    write_atomically(options.out / "table.md", (markdown(groups, classifiers) + "\n").encode())
+    write_atomically(options.out / "table.csv", as_csv(groups, classifiers).encode())
+    write_atomically(options.out / "report.html", page(content).encode())
+    print(in_terminal(groups, classifiers, content.unscored))
+    print(f"\nwritten to {options.out}: report.html, table.md, table.csv, figures/ ({len(drawn)})")
 
 
 if __name__ == "__main__":

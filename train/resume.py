@@ -56,7 +56,7 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
     """Where this run begins; every rank must take part, and all find the same.
 
     Raises:
-        BadInput: no checkpoint is whole, or they are of a run on other data.
+        BadInput: no checkpoint is whole, or they are of a run on other data, or on other sites.
     """
     fresh = Progress(
         recording=job.manifest.fingerprint,
@@ -77,4 +77,5 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
     if progress.recording != fresh.recording:
         order = ", in the same order" * progress.is_of_several
         raise BadInput(f"{job.folder.path} was trained on other shards; resume it with the --data it began with{order}")
+    progress.check_fits(job.manifest, " and ".join(map(str, job.data)))
     return StartingPoint(checkpoint, progress, faults)

@@ -7,6 +7,7 @@ RUN/failures/rank_N.txt                    what ended a process by surprise
 """
 
 import contextlib
+import fcntl
 import importlib.metadata
 import io
 import json
@@ -23,13 +24,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 
 from data_prep.errors import BadInput, RunFailed, Stopped
+from data_prep.plain import parse_json, read_regular
 from data_prep.url import is_url, recorded, without_secrets
 from data_prep.writing import write_whole
 from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
+from train.yaml_files import read_yaml
 
+LOCK = ".lock"  # held by the process that writes to the run
+SECONDS_TO_END = 10.0  # that a process which was killed takes to go
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
 
 
@@ -44,6 +48,7 @@ class RunFolder:
         self.history = path / "history.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
+        self._lock: int | None = None
 
     def evaluation(self, split: str, checkpoint: str = "best", recording: str | None = None) -> Path:
         """Where the results on a split go; those of another checkpoint than the best lie beside it.
@@ -60,7 +65,7 @@ class RunFolder:
         """
         job = os.environ.get("SPIKETUNE_JOB")
         try:
-            return bool(job) and json.loads(self.env.read_text())["job"] == job
+            return bool(job) and parse_json(read_regular(self.env))["job"] == job
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -74,7 +79,7 @@ class RunFolder:
             return  # it ended between the two files that `claim` writes
         if self.recipe.exists():
             raise BadInput(f"{self.path} holds a run already; choose another --out (or finetune --resume to go on)")
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        if self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is not an empty folder; choose another --out")
         check_writable(self.path)
 
@@ -86,6 +91,9 @@ class RunFolder:
         """
         if not self.recipe.is_file():
             raise BadInput(f"{self.path} holds no run to resume (no recipe.yaml); start it without --resume")
+        check_no_links(self.path)
+        for line in self.epochs():
+            epoch_of(line, self.history)
         before, now = _flat(load_recipe(self.recipe, type(recipe)).model_dump()), _flat(recipe.model_dump())
         # How it is computed, not what.
         free = {"strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
@@ -102,9 +110,15 @@ class RunFolder:
     def claim(self, recipe: Recipe | ProbeRecipe, data: Sequence[Path | str], facts: Mapping[str, Any]) -> None:
         """Make the folder and write down what the run is: settings, versions, hardware, command.
 
-        Of the data, the recipe gets URLs alone: a path means nothing elsewhere.
+        Of the data, the recipe gets URLs alone: a path means nothing elsewhere. From here on until `close` nobody else
+        can write to the run.
+
+        Raises:
+            BadInput: another run was quicker.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        self.hold(seconds=0)
+        self.check_free()
         places = [recorded(place) for place in data]
         places = places if len(places) > 1 else places[0]
         env = environment() | {"data": places} | dict(facts)
@@ -113,6 +127,40 @@ class RunFolder:
         temporary = self.recipe.with_suffix(".tmp")
         save_recipe(recipe, temporary)
         temporary.replace(self.recipe)
+
+    def hold(self, seconds: float = SECONDS_TO_END) -> None:
+        """Keep others from writing to the run until `close`, or until this process ends, however it does.
+
+        Args:
+            seconds: to wait for a process that is just ending.
+
+        Raises:
+            BadInput: another process is at it, or the folder cannot be written.
+        """
+        try:
+            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise BadInput(f"{self.path} cannot be written ({error.strerror})") from None
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    self.close()
+                    raise BadInput(
+                        f"{self.path}: another process is writing to this run; wait for it, or choose another --out"
+                    ) from None
+            except OSError:  # some network file systems lock nothing; then nobody is kept out
+                return
+            time.sleep(0.1)
+
+    def close(self) -> None:
+        """Let others write to the run."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     @contextmanager
     def keeping_failures(self, rank: int) -> Iterator[None]:
@@ -129,20 +177,39 @@ class RunFolder:
                     file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {traceback.format_exc()}\n")
             raise
 
+    def epochs(self) -> list[str]:
+        """The whole lines of history.jsonl: a crash can leave half of one at its end."""
+        if not self.history.exists():
+            return []
+        text = self.history.read_text(encoding="utf-8", errors="replace")
+        return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
+
     def data_folders(self) -> list[str]:
         """The shard folders the run was trained on, or their URLs without the secrets they may need."""
         try:
-            places = json.loads(self.env.read_text())["data"]
-        except (OSError, ValueError, KeyError):
+            places = parse_json(read_regular(self.env))["data"]
+        except (OSError, ValueError, KeyError, TypeError):
             raise BadInput(f"{self.env} does not tell the run's shard folder; name it with --data") from None
         return list(map(str, places)) if isinstance(places, list) else [str(places)]
 
     def recordings(self) -> list[str]:
         """The names of the recordings that the run was trained on, in the order of `data_folders`, if several."""
         try:
-            return list(json.loads(self.env.read_text()).get("recordings", []))
-        except (OSError, ValueError):
+            return list(map(str, parse_json(read_regular(self.env)).get("recordings", [])))
+        except (OSError, ValueError, AttributeError, TypeError):
             return []
+
+
+def epoch_of(line: str, path: Path) -> int:
+    """The epoch that a line of history.jsonl is about.
+
+    Raises:
+        BadInput: the line is damaged.
+    """
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadInput(f"{path}: the line {line[:60].strip()!r} tells no epoch; remove it") from None
 
 
 def begun_by_this_job(path: Path) -> bool:
@@ -160,6 +227,7 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     folder = RunFolder(path)
     if not folder.recipe.is_file():
         raise BadInput(f"{path} is no run folder (it has no recipe.yaml); give what train/finetune.py --out was given")
+    check_no_links(path)
     if _is_probe(folder):
         raise BadInput(f"{path} is a probe, which train/probe.py has scored already; see {path / 'eval'}")
     return folder, load_recipe(folder.recipe)
@@ -177,10 +245,24 @@ def open_probe(path: Path) -> ProbeRecipe:
     return load_recipe(folder.recipe, ProbeRecipe)
 
 
+def check_no_links(path: Path) -> None:
+    """Refuse a run folder with links or devices in it: what is written to them would go elsewhere.
+
+    Raises:
+        BadInput: naming the first.
+    """
+    for folder, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            found = Path(folder) / name
+            ours = found.parent == path / "checkpoints" and name in ("last", "best")
+            if not ours and (found.is_symlink() or not (found.is_file() or found.is_dir())) and os.path.lexists(found):
+                raise BadInput(f"{found} is a link or a device; a run consists of plain files and folders")
+
+
 def _is_probe(folder: RunFolder) -> bool:
     try:
-        content = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        content = read_yaml(folder.recipe)
+    except (OSError, ValueError):
         return False  # reading it as a recipe says what is wrong
     return isinstance(content, dict) and "layers" in content
 

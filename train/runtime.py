@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -143,6 +143,21 @@ class Runtime:
         if self.ranks > 1:
             dist.reduce(tensor, dst=rank)
         return tensor if self.rank == rank else None
+
+    def lead(self, work: Callable[[], None]) -> None:
+        """Let the leading rank alone do something; what it finds wrong, all ranks raise.
+
+        Raises:
+            BadInput: `work` does.
+        """
+        fault = None
+        if self.leads:
+            try:
+                work()
+            except BadInput as error:
+                fault = str(error)
+        if (found := self.gather_objects(fault)[0]) is not None:
+            raise BadInput(found)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The values of all ranks, in their order, on every rank; for what is no tensor."""

@@ -1,5 +1,6 @@
 """A network's predictions for a split and the metrics over all ranks."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,11 +36,13 @@ class Scored:
         counts: right answers per class, summed over ranks; None for a network without classes.
         rates: predictions of all stimuli in order, float32 (stimuli, sites), in the recording's units; None where they
             were not kept or the network predicts none.
+        named: the likeliest class of all stimuli in order, int64 (stimuli,); None as for `rates`.
     """
 
     moments: torch.Tensor | None
     counts: torch.Tensor | None
     rates: np.ndarray | None
+    named: np.ndarray | None = None
 
     def value(self, metric: str) -> float:
         """The mean over sites of a metric, or "top1"."""
@@ -71,14 +74,34 @@ class Scores:
 
     def means(self) -> dict[str, float]:
         """All metrics there are, as means over recordings."""
-        each = [scored.means() for scored in self.of.values()]
-        return {name: float(np.mean([means[name] for means in each])) for name in each[0]}
+        return mean_over([scored.means() for scored in self.of.values()])
+
+    def told(self) -> dict[str, float]:
+        """`means`, and of several recordings each one's own."""
+        return told({name: scored.means() for name, scored in self.of.items()})
 
     @property
     def moments(self) -> torch.Tensor | None:
         """Of the sites of all recordings, in order."""
         each = [scored.moments for scored in self.of.values()]
         return None if each[0] is None else torch.cat(each, dim=1)
+
+
+def mean_over(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over recordings of every metric that all of them have."""
+    shared = [name for name in each[0] if all(name in means for means in each)]
+    return {name: float(np.mean([means[name] for means in each])) for name in shared}
+
+
+def told(each: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of recordings as charts have them: `r2` is the mean, and of several, `recording/r2` is each one's own."""
+    own = {f"{recording}/{name}": value for recording, means in each.items() for name, value in means.items()}
+    return mean_over(list(each.values())) | (own if len(each) > 1 else {})
+
+
+def names_of(split: str, recordings: Sequence[str]) -> list[str]:
+    """What a split of each recording is called: `split`, and of several recordings `split/recording`."""
+    return [f"{split}/{recording}" if len(recordings) > 1 else split for recording in recordings]
 
 
 def score_each(network: Network, stimuli: StimulusSet, runtime: Runtime, **options: Any) -> Scores:
@@ -120,6 +143,7 @@ def score(
         else None
     )
     kept = torch.empty(len(own) if keep else 0, sites, device=device)
+    named = torch.empty(len(own) if keep else 0, dtype=torch.int64, device=device)
     seen = 0
     with Progress(len(stimuli), label, silent=not (label and runtime.leads)) as progress:
         for batch in loader:
@@ -135,6 +159,8 @@ def score(
                     kept[seen : seen + there] = rates[:there]
             if counts is not None:
                 counts.add(outputs["classes"], batch.labels, batch.weight)
+            if keep and "classes" in outputs:
+                named[seen : seen + there] = outputs["classes"][:there].argmax(1)
             seen += there
             progress.advance(min(there * runtime.ranks, len(stimuli) - progress.done))
     network.train(was_training)
@@ -143,6 +169,7 @@ def score(
         moments=None if moments is None else merge_all(runtime.all_gather(moments.state)),
         counts=None if counts is None else runtime.sum(counts.stacked()),
         rates=runtime.gather_rows(kept) if keep and responses is not None else None,
+        named=runtime.gather_rows(named) if keep and "classes" in network.heads else None,
     )
 
 

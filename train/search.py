@@ -21,8 +21,9 @@ from pydantic import BaseModel, Field, ValidationError
 
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest
-from train.recipe import Recipe, Settings, describe, load_recipe
+from train.recipe import LARGEST_SEED, WEEK, Recipe, Settings, Text, load_recipe
 from train.run_folder import check_writable, write_atomically, write_json
+from train.yaml_files import describe, read_yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 MOST_POINTS = 10_000
@@ -53,7 +54,7 @@ class Range(Settings):
 class Sweep(Settings):
     """All settings of a search. Keys of recipes are dotted, e.g. `optimizer.lr`."""
 
-    recipe: str
+    recipe: Text
     """The recipe that every trial starts from: a path from this file's folder, the working folder, or Spiketune's."""
     set: dict[str, Any] = Field({})
     """Settings of all trials that differ from the recipe's."""
@@ -61,13 +62,13 @@ class Sweep(Settings):
     """Values per key; every combination is a trial."""
     space: dict[str, Any] = Field({})
     """A range (low, high, log, step) or a list of choices per key; TPE samples from it."""
-    trials: int | None = Field(None, ge=1)
+    trials: int | None = Field(None, ge=1, le=MOST_POINTS)
     """How many points to sample from `space`."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     """Of the sampler."""
-    storage: str | None = None
+    storage: Text | None = None
     """Database of the study, e.g. sqlite:///sweeps.db or postgresql://...; by default a journal in SWEEP_DIR."""
-    stale_seconds: float = Field(120.0, ge=3)
+    stale_seconds: float = Field(120.0, ge=3, le=WEEK)
     """A trial whose worker has given no sign of life for so long is picked up by another."""
 
 
@@ -429,9 +430,12 @@ class SweepFolder:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise BadInput(f"{path} cannot be read ({' '.join(str(error).split())}); choose another --out") from None
+        content = read_yaml(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error}); choose another --out") from None
+    if not isinstance(content, dict):
+        raise BadInput(f"{path} is no file of a sweep; choose another --out")
+    return content
 
 
 def _plain(content: Any) -> Any:

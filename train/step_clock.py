@@ -7,7 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-Span = tuple[torch.cuda.Event, torch.cuda.Event]
+Moment = float | torch.cuda.Event
+Spans = dict[str, list[tuple[Moment, Moment]]]
 
 
 class StepClock:
@@ -23,33 +24,62 @@ class StepClock:
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
         self._on_gpu = device.type == "cuda"
-        self._own: dict[str, float] = {}
-        self._spans: dict[str, list[Span]] = {}
-        self._queued: deque[dict[str, list[Span]]] = deque()
+        self._queue = torch.cuda.current_stream(device) if self._on_gpu else None
+        self._open: list[str] = []
+        self._spans: Spans = {}
+        self._queued: deque[Spans] = deque()
+
+    def now(self) -> Moment:
+        """This moment, in what the device is doing."""
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Count what happens inside as a part of this step, added to what the part has already."""
-        if self._on_gpu:
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
+        begin = self.now()
+        self._open.append(name)
+        try:
             yield
-            end.record()
-            self._spans.setdefault(name, []).append((begin, end))
+        finally:
+            self._open.pop()
+        self.count(name, begin)
+
+    def count(self, name: str, begin: Moment) -> None:
+        """Count what has happened since a moment as another part than the one under way, which loses it."""
+        end = self.now()
+        self._spans.setdefault(name, []).append((begin, end))
+        if self._open:
+            self._spans.setdefault(self._open[-1], []).append((end, begin))
+
+    def count_communication(self, begin: Moment) -> None:
+        """Count what has happened since a moment as communication, if a step is under way.
+
+        What a GPU does beside the step, in another queue, is no part of the step's time and counted under a name of
+        its own.
+        """
+        if not self._open:
+            return
+        if self._on_gpu and torch.cuda.current_stream(self._queue.device) != self._queue:
+            self._spans.setdefault("communication_beside", []).append((begin, self.now()))
         else:
-            begin = time.perf_counter()
-            yield
-            self._own[name] = self._own.get(name, 0.0) + time.perf_counter() - begin
+            self.count("communication", begin)
 
     def finish_step(self) -> None:
         """The step is over, or all of it is in the device's queue."""
-        if not self._on_gpu:
-            self.seconds, self._own = self._own, {}
-            return
         self._queued.append(self._spans)
         self._spans = {}
-        while self._queued and all(end.query() for spans in self._queued[0].values() for _, end in spans):
-            passed = self._queued.popleft()
-            self.seconds = {
-                name: sum(begin.elapsed_time(end) for begin, end in spans) / 1000 for name, spans in passed.items()
-            }
+        while self._queued and self._is_over(self._queued[0]):
+            self.seconds = {name: sum(map(_length, spans)) for name, spans in self._queued.popleft().items()}
+
+    def _is_over(self, step: Spans) -> bool:
+        return not self._on_gpu or all(moment.query() for spans in step.values() for span in spans for moment in span)
+
+
+def _length(span: tuple[Moment, Moment]) -> float:
+    """Seconds; negative where the end is named first."""
+    begin, end = span
+    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000

@@ -3,12 +3,12 @@
 Nothing here imports DeepSpeed; `train/runtime.py` does, with what is decided here.
 """
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import BadInput
+from data_prep.plain import parse_json, read_regular
 
 
 def chosen_strategy(setting: str | None) -> dict[str, Any] | None:
@@ -37,7 +37,7 @@ def chosen_strategy(setting: str | None) -> dict[str, Any] | None:
 
 def _read_deepspeed_json(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(read_regular(path))
     except FileNotFoundError:
         raise BadInput(
             f"strategy: {path} is no file; give `ddp` or a DeepSpeed JSON such as ds_configs/zero2.json"

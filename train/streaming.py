@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_prep.errors import BadInput
-from data_prep.members import IMAGE_MEMBERS, key_and_kind, not_plain
+from data_prep.members import BLOCK, IMAGE_MEMBERS, key_and_kind, not_plain
 from train.batch_memory import BatchMemory
 from train.batches import Batch, Work
 from train.decode import decode_into
@@ -108,8 +108,10 @@ class _Stream(IterableDataset):
             try:
                 with open(tar["url"], "rb") as stream:
                     self._check_same(tar["url"], stream.fileno())
+                    # A stream would unpack what is compressed, however large it becomes.
+                    tarfile.TarInfo.frombuf(os.pread(stream.fileno(), BLOCK, 0), "utf-8", "surrogateescape")
                     yield from _pictures_of(tar_file_expander([tar | {"stream": stream}]), tar["url"])
-            except (OSError, tarfile.TarError) as error:
+            except (OSError, tarfile.TarError, RecursionError) as error:
                 reason = getattr(error, "strerror", None) or error.args[0]
                 raise BadInput(f"{tar['url']} cannot be read to its end ({reason}); copy it again") from None
 
@@ -135,11 +137,20 @@ class _Stream(IterableDataset):
         size = self.stimuli.size
         images = self.memory.take((len(taken), size, size, 3))
         for sample, place in zip(taken, images.numpy(), strict=True):
-            _decode(sample, place)
+            self._decode(sample, place)
         positions = np.array([sample["position"] for sample in taken])
         micro = MicroBatch(positions, dealt.weight, dealt.places)
         draws = self._draws_of(step, dealt)
         return self.stimuli.batch(images, Work(micro, self.global_size, self.observed, draws=draws))
+
+    def _decode(self, sample: dict[str, Any], place: np.ndarray) -> None:
+        encoding = next(kind for kind in IMAGE_MEMBERS if kind in sample)
+        self.stimuli.split.check_bytes(int(self.stimuli.subset[sample["position"]]), encoding, sample[encoding])
+        try:
+            decode_into(place, sample[encoding], encoding)
+        except ValueError as error:
+            where = f"{sample['__url__']}: {sample['__key__']}.{encoding}"
+            raise BadInput(f"{where} cannot be decoded ({error})") from None
 
     def _draws_of(self, step: int, dealt: MicroBatch) -> np.ndarray | None:
         if not self.draws:
@@ -158,12 +169,3 @@ def _pictures_of(members: Iterable[dict[str, Any]], tar: str) -> Iterator[dict[s
             raise not_plain(tar, member["fname"])
         if found[1] in IMAGE_MEMBERS:
             yield member | {"fname": ".".join(found)}
-
-
-def _decode(sample: dict[str, Any], place: np.ndarray) -> None:
-    encoding = next(kind for kind in IMAGE_MEMBERS if kind in sample)
-    try:
-        decode_into(place, sample[encoding], encoding)
-    except ValueError as error:
-        where = f"{sample['__url__']}: {sample['__key__']}.{encoding}"
-        raise BadInput(f"{where} cannot be decoded ({error})") from None

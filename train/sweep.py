@@ -23,7 +23,7 @@ from data_prep.files import files_at
 from data_prep.manifest import Manifest
 from data_prep.url import passed_on
 from train.backbones import check_name
-from train.checkpoint import load_progress
+from train.checkpoint import current, load_progress
 from train.keeper import POLL_SECONDS, Beat, turn
 from train.recipe import Recipe, save_recipe
 from train.run_folder import RunFolder
@@ -51,7 +51,7 @@ class SweepCommand(BaseModel):
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     out: Path
     """Folder of the search, to make or to join."""
-    processes: int | None = Field(None, ge=1)
+    processes: int | None = Field(None, ge=1, le=1024)
     """Processes per trial; by default one per GPU, or one where there is none."""
 
 
@@ -221,7 +221,7 @@ def found(run: RunFolder) -> tuple[float, dict[str, float]]:
     """The best value of a run's selection metric, and best_epoch, epochs and seconds (of training and scoring)."""
     epochs = [json.loads(line) for line in run.history.read_text(encoding="utf-8").splitlines()]
     seconds = sum(epoch["train_seconds"] + epoch["score_seconds"] for epoch in epochs)
-    best = load_progress(run.checkpoints / "best")
+    best = load_progress(current(run.checkpoints, "best"))
     return best.best, {"best_epoch": best.best_epoch, "epochs": len(epochs), "seconds": round(seconds, 1)}
 
 

@@ -1,5 +1,6 @@
 """Weights for a network from a file or from a run of ours; nothing in them is unpickled."""
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_prep.errors import BadInput
-from train.checkpoint import load_tensors
+from train.checkpoint import current, load_tensors
 
 # What other trainers put around a state dict, and what wrappers put before its names.
 CONTAINERS = ("state_dict", "model", "model_state_dict")
@@ -83,8 +84,16 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
     Raises:
         BadInput: no such file, one that is damaged, or one that holds more than tensors.
     """
-    best = source / "checkpoints" / "best"
+    best = current(source / "checkpoints", "best")
     return _named_as_in_timm(load_tensors(best, "network") if best.is_dir() else _read(source))
+
+
+def _check_not_squeezed(path: Path) -> None:
+    """Refuse a torch file whose members are compressed, which torch's never are: they claim what they like."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(info.compress_type != zipfile.ZIP_STORED for info in archive.infolist()):
+                raise ValueError("compressed")
 
 
 def _read(path: Path) -> dict[str, torch.Tensor]:
@@ -95,6 +104,7 @@ def _read(path: Path) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        _check_not_squeezed(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # both readers raise many kinds
         raise BadInput(f"backbone.weights: {path} is not readable as plain tensors ({type(error).__name__})") from None

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from train.collectives import time_collectives
 from train.engine import SHARED_STATE, Engine, state_of
 from train.runtime import Runtime
 
@@ -38,6 +39,7 @@ class ZeroEngine(Engine):
     ):
         super().__init__(runtime, wrapped, network, optimizer, pieces=pieces, clip_norm=clip_norm)
         self._stage: int = wrapped.zero_optimization_stage()
+        time_collectives(self.clock)
         if self._stage == 3:
             for parameter in network.parameters():
                 if parameter.ds_persist:  # small ones stay whole; the losses' own are read outside of a forward pass
@@ -59,7 +61,7 @@ class ZeroEngine(Engine):
     def step(self) -> torch.Tensor:
         """One optimizer step with the gradients of a whole global batch; clears them. See `Engine.step`."""
         if self._stage == 0:
-            left_out = ~self._gradient_is_finite()
+            left_out = self._gradient_is_not_finite()
             if left_out:
                 self._wrapped.zero_grad()
                 self._wrapped.micro_steps += 1  # all that is left of the step

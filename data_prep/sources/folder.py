@@ -12,7 +12,9 @@ from pydantic import BaseModel, Field
 
 from data_prep.derived import counted, z_scored
 from data_prep.errors import BadInput
+from data_prep.picture_files import MAX_FILE_BYTES
 from data_prep.pictures import packable, sniff_encoding
+from data_prep.plain import read_regular
 from data_prep.recording import SPLITS, Recording, Stimulus, trial_average
 from data_prep.responses import Responses, check_finite, check_shape, float32, open_npy, open_rates
 from data_prep.splits import assign_splits
@@ -57,7 +59,7 @@ class Folder(BaseModel, extra="forbid"):
     """Share of the stimuli for validation, when the table has no column split."""
     test_fraction: float = Field(0.10, ge=0, lt=1)
     """Share of the stimuli for testing, when the table has no column split."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of the split, when the table has no column split."""
     name: str | None = None
     """Name of the recording. Default: the folder's name."""
@@ -300,7 +302,7 @@ class FolderRecording(Recording):
         """The encoded picture, its encoding, and a note where it had to be converted."""
         path = self.root / self.images[i]
         try:
-            return packable(path.read_bytes())
+            return packable(read_regular(path, MAX_FILE_BYTES))
         except (OSError, ValueError) as error:
             raise BadInput(f"{path} (picture of stimulus {self.stimulus_ids[i]}): {error}") from error
 
@@ -337,6 +339,8 @@ def _check_pictures(root: Path, images: list[str], table: Table) -> int:
     converted = 0
     for i, image in enumerate(images):
         try:
+            if (root / image).exists() and not (root / image).is_file():  # a pipe would be waited for
+                raise ValueError("it is no regular file")
             with (root / image).open("rb") as file:
                 converted += sniff_encoding(file.read(16)) is None
         except (OSError, ValueError) as error:

@@ -53,7 +53,7 @@ class ItH5(BaseModel, extra="forbid"):
             objects = {split: _objects(hdf5.dataset(file, f"object_{split}"), count[split]) for split in SPLITS}
             sites, answered = {}, {}
             for split in SPLITS:
-                if split == "test" and "spikes_test" not in file:
+                if split == "test" and not hdf5.has(file, "spikes_test"):
                     answered[split] = False
                     continue
                 sites[split], answered[split] = _check_spikes(hdf5.dataset(file, f"spikes_{split}"), count[split])

@@ -66,7 +66,7 @@ class MbsH5(HeldOutVal):
             BadInput: naming the file, the dataset, and what would be right.
         """
         with hdf5.reading(self.source) as file:
-            split_names = [split for split in SPLITS if split in file]
+            split_names = [split for split in SPLITS if hdf5.has(file, split)]
             if not split_names:
                 inside = ", ".join(sorted(file)) or "nothing"
                 raise BadInput(f"{self.source}: expected are groups train, val, test; it holds {inside}")
@@ -78,7 +78,7 @@ class MbsH5(HeldOutVal):
             origin = _origin(rows, self.source)
             pictures, picture_names = self._pictures(file, origin)
             sites = [site for part in parts for site in part.describe(file)]
-            recorded = {split for split in split_names if any(part.path(split) in file for part in parts)}
+            recorded = {split for split in split_names if any(hdf5.has(file, part.path(split)) for part in parts)}
         names = list(origin)
         ids = safe_ids(names)
         training = [i for i, name in enumerate(names) if origin[name] == "train"]
@@ -157,7 +157,7 @@ class Part:
     def check(self, file: h5py.File, rows: Rows) -> None:
         """Refuse responses that do not fit the ids of their split or those of another split."""
         for (split, subject), found in rows.items():
-            if subject != self.subject or self.path(split) not in file:
+            if subject != self.subject or not hdf5.has(file, self.path(split)):
                 continue
             shape = hdf5.numbers(file, self.path(split), 2).shape
             expected = (sum(map(len, found.values())), self.sites)
@@ -174,7 +174,7 @@ class Part:
             for k in range(self.sites)
         ]
         path = f"noise_ceilings/{self.subject}/{self.region}"
-        if path in file:
+        if hdf5.has(file, path):
             found = hdf5.numbers(file, path)
             if found.size != self.sites:
                 raise BadInput(f"{hdf5.at(found)} has {found.size} values for {self.sites} sites")
@@ -226,7 +226,7 @@ class MbsH5Recording(PresentedRecording):
 
     def _part_trials(self, file: h5py.File, part: Part, split: str, names: list[str]) -> Iterator[np.ndarray]:
         none = np.empty(0, np.int64)
-        if part.path(split) not in file:
+        if not hdf5.has(file, part.path(split)):
             return iter([np.empty((0, part.sites), np.float32)] * len(names))
         found = hdf5.numbers(file, part.path(split), 2)
         rows = [self.rows[split, part.subject].get(name, none) for name in names]
@@ -237,7 +237,7 @@ def _rows(file: h5py.File, split: str, subject: str) -> dict[str, np.ndarray]:
     """The rows of every stimulus that a subject saw in a split."""
     ids = hdf5.member(file, f"{split}/stimulus_ids")
     if isinstance(ids, h5py.Group):  # one dataset per subject
-        return rows_by_stimulus(hdf5.texts(hdf5.dataset(ids, subject))) if subject in ids else {}
+        return rows_by_stimulus(hdf5.texts(hdf5.dataset(ids, subject))) if hdf5.has(ids, subject) else {}
     return rows_by_stimulus(hdf5.texts(hdf5.dataset(file, f"{split}/stimulus_ids")))
 
 
@@ -275,12 +275,12 @@ def _picture_rows(file: h5py.File, origin: dict[str, str], named: str | None) ->
     """The name, DATASET#ROW, of every stimulus's picture."""
     candidates = PICTURE_NAMES if named is None else (named,)
     for name in candidates:
-        if name in file:
+        if hdf5.has(file, name):
             row_of = _ids_of_array(file, hdf5.dataset(file, name))
             paths = dict.fromkeys(origin, name)
             break
         split_paths = {split: f"{split}/{name}" for split in set(origin.values())}
-        if all(path in file for path in split_paths.values()):
+        if all(hdf5.has(file, path) for path in split_paths.values()):
             row_of = {}
             for split, path in split_paths.items():
                 ids = hdf5.texts(hdf5.dataset(file, f"{split}/stimulus_ids"))
@@ -303,7 +303,7 @@ def _picture_rows(file: h5py.File, origin: dict[str, str], named: str | None) ->
 
 def _ids_of_array(file: h5py.File, found: h5py.Dataset) -> dict[str, int]:
     """{stimulus: its row} of an array at the top of the file: by the ids beside it, else by number."""
-    ids = next((name for name in PICTURE_IDS if name in file), None)
+    ids = next((name for name in PICTURE_IDS if hdf5.has(file, name)), None)
     names = list(map(str, range(len(found)))) if ids is None else hdf5.texts(hdf5.dataset(file, ids))
     _check_pictures(found, len(names))
     return {name: row for row, name in enumerate(names)}

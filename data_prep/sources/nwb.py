@@ -128,7 +128,7 @@ class Nwb(HeldOut):
     def _units(self, file: h5py.File) -> tuple[list[dict[str, Any]], dict[int, tuple[int, int]]]:
         """The facts of the units that are kept, and {unit's row: where its spikes begin and end in spike_times}."""
         group = hdf5.subgroup(file, "units")
-        if "spike_times" not in group:
+        if not hdf5.has(group, "spike_times"):
             raise BadInput(f"{self.source}: /units has no spike_times; it holds {', '.join(group)}")
         spans = _spans(group, "spike_times")
         columns = {name: _values(found) for name, found in _columns(group).items() if name != "id"}
@@ -138,7 +138,7 @@ class Nwb(HeldOut):
         locations = columns[names[0]] if names else _electrode_locations(file, group)
         columns["region"] = locations or [None] * len(spans)
         columns["subject"] = [_subject(file)] * len(spans)
-        ids = hdf5.texts(hdf5.dataset(group, "id")) if "id" in group else [str(k) for k in range(len(spans))]
+        ids = hdf5.texts(hdf5.dataset(group, "id")) if hdf5.has(group, "id") else [str(k) for k in range(len(spans))]
         units = [{"id": f"unit_{ids[k]}"} | present(columns, k) for k in range(len(spans))]
         keep = select_sites(units, "region", self.region, "--region", self.source)
         kept = np.flatnonzero(keep).tolist()
@@ -207,12 +207,12 @@ class NwbRecording(PresentedRecording):
 
 def _columns(table: h5py.Group) -> dict[str, h5py.Dataset]:
     """The columns that hold one number or text a row."""
-    rows = len(hdf5.dataset(table, "id")) if "id" in table else None
+    rows = len(hdf5.dataset(table, "id")) if hdf5.has(table, "id") else None
     columns = {}
     for name in table:
         found = hdf5.member(table, name)
         plain = isinstance(found, h5py.Dataset) and found.ndim == 1 and (hdf5.is_numeric(found) or hdf5.is_text(found))
-        ragged = name.endswith("_index") or f"{name}_index" in table
+        ragged = name.endswith("_index") or hdf5.has(table, f"{name}_index")
         if plain and not ragged and rows in (None, len(found)) and name != "id":
             columns[name] = hdf5.contained(found)
     return columns
@@ -282,7 +282,7 @@ def _filled(template: str, facts: dict[str, Any]) -> str:
 def _spans(group: h5py.Group, name: str) -> list[tuple[int, int]]:
     """Where each row's values begin and end in a ragged column."""
     ends = hdf5.numbers(group, f"{name}_index", 1)[()].astype(np.int64)
-    if len(ends) and (np.any(np.diff(ends) < 0) or ends[-1] > len(hdf5.numbers(group, name))):
+    if len(ends) and (ends[0] < 0 or np.any(np.diff(ends) < 0) or ends[-1] > len(hdf5.numbers(group, name))):
         raise BadInput(f"{hdf5.at(group)}/{name}_index does not fit {name}; the file is damaged")
     return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
 
@@ -290,22 +290,26 @@ def _spans(group: h5py.Group, name: str) -> list[tuple[int, int]]:
 def _electrode_locations(file: h5py.File, units: h5py.Group) -> list[str | None] | None:
     """The location of each unit's first electrode, where the file has electrodes."""
     path = "general/extracellular_ephys/electrodes/location"
-    if "electrodes" not in units or path not in file:
+    if not hdf5.has(units, "electrodes") or not hdf5.has(file, path):
         return None
     locations = hdf5.texts(hdf5.dataset(file, path))
     rows = hdf5.numbers(units, "electrodes", 1)[()].tolist()
-    spans = _spans(units, "electrodes") if "electrodes_index" in units else [(k, k + 1) for k in range(len(rows))]
+    if any(not 0 <= row < len(locations) for row in rows):
+        raise BadInput(f"{hdf5.at(units)}/electrodes names electrodes that there are not; the file is damaged")
+    spans = (
+        _spans(units, "electrodes") if hdf5.has(units, "electrodes_index") else [(k, k + 1) for k in range(len(rows))]
+    )
     return [locations[rows[begin]] or None if begin < end else None for begin, end in spans]
 
 
 def _subject(file: h5py.File) -> str | None:
     path = "general/subject/subject_id"
-    return hdf5.decoded(hdf5.dataset(file, path)[()]) if path in file else None
+    return hdf5.decoded(hdf5.dataset(file, path)[()]) if hdf5.has(file, path) else None
 
 
 def _observed(units: h5py.Group) -> Any:
     """From a unit's row to the spans of time in which it was observed, (spans, 2) seconds; None if that is not told."""
-    if "obs_intervals" not in units:
+    if not hdf5.has(units, "obs_intervals"):
         return None
     intervals, spans = hdf5.numbers(units, "obs_intervals", 2), _spans(units, "obs_intervals")
     return lambda unit: intervals[slice(*spans[unit])]

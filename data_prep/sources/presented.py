@@ -23,7 +23,7 @@ class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """Share of the stimuli for validation, taken at random from those for training."""
     group_by: str | None = None
     """Fact about the stimuli (object, category ...) whose values no two of the random splits may share."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed of the split."""
 
     def _fractions(self) -> dict[str, float]:

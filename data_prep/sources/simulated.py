@@ -315,15 +315,15 @@ class Simulated(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    stimuli: int = Field(3200, ge=64)
+    stimuli: int = Field(3200, ge=64, le=10_000_000)
     """Number of pictures; 3200 = 50 views of each of the 64 objects."""
-    sites: int = Field(168, ge=1)
+    sites: int = Field(168, ge=1, le=100_000)
     """Number of recording sites."""
-    repetitions: int = Field(28, ge=2)
+    repetitions: int = Field(28, ge=2, le=10_000)
     """Presentations of each picture; more of them raise the noise ceiling."""
     image_size: int = Field(256, ge=32, le=2048)
     """Width and height of the pictures in pixels. The rates do not depend on it."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     """Decides objects, scenes, sites, noise and splits."""
     val_fraction: float = Field(0.09, ge=0, lt=1)
     """Share of the stimuli held out for validation."""

@@ -189,7 +189,7 @@ def _qualities(file: h5py.File) -> dict[str, np.ndarray]:
     with np.errstate(invalid="ignore"):
         qualities = {"reliability": np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)}
     for name, fact in QUALITIES.items():
-        if name in file and (found := hdf5.numbers(file, name)).size == CHANNELS:
+        if hdf5.has(file, name) and (found := hdf5.numbers(file, name)).size == CHANNELS:
             qualities[fact] = found[()].astype(np.float64).ravel()
     return qualities
 

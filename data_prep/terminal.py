@@ -1,0 +1,61 @@
+"""Text for people at a terminal: aligned columns, bars, bold where the terminal shows it."""
+
+import re
+import sys
+from collections.abc import Sequence
+
+_EIGHTHS = " ▏▎▍▌▋▊▉█"
+_STYLE = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def bold(text: str) -> str:
+    """The text, bold on a terminal and plain in a file."""
+    return f"\x1b[1m{text}\x1b[0m" if sys.stdout.isatty() else text
+
+
+def bar(share: float, width: int = 12) -> str:
+    """A bar of `share` of `width` characters, exact to an eighth of one; in plain # where blocks cannot be printed."""
+    eighths = round(min(max(share, 0), 1) * width * 8)
+    text = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = "#" * round(eighths / 8)
+    return text.ljust(width)
+
+
+def histogram(values: Sequence[float], low: float, high: float, bins: int = 20) -> str:
+    """How values are spread between two ends, a block per bin; those beyond are counted in the last ones."""
+    counts = [0] * bins
+    for value in values:
+        place = int((value - low) / (high - low) * bins) if high > low else 0
+        counts[min(max(place, 0), bins - 1)] += 1
+    blocks = " ▁▂▃▄▅▆▇█"
+    text = "".join(blocks[-(-count * 8 // (max(counts) or 1))] for count in counts)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        return "".join(" .:|#"[-(-count * 4 // (max(counts) or 1))] for count in counts)
+    return text
+
+
+def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
+    """Rows as lines, columns under each other, numbers to the right."""
+    widths = [max(_width(row[k]) for row in rows) for k in range(len(rows[0]))]
+    right = [all(_is_number(row[k]) for row in rows[1:]) for k in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = []
+        for cell, width, to_right in zip(row, widths, right, strict=True):
+            room = " " * (width - _width(cell))
+            cells.append(room + cell if to_right else cell + room)
+        lines.append(gap.join(cells).rstrip())
+    return lines
+
+
+def _width(cell: str) -> int:
+    return len(_STYLE.sub("", cell))
+
+
+def _is_number(cell: str) -> bool:
+    return bool(re.fullmatch(r"-?[\d,.]*%?", cell))
