@@ -11,6 +11,7 @@ from data_prep.errors import BadInput
 from data_prep.remote import FetchSettings
 
 LEAST_CORRELATED = 3  # stimuli in a batch, for a correlation to tell anything
+LEAST_SUBSET = 20  # training stimuli, of which some select
 
 
 class Settings(BaseModel):
@@ -355,9 +356,11 @@ class ProbeRecipe(Settings):
     """All settings of a probe."""
 
     layers: list[str] = Field(["all"], min_length=1)
-    """`pixels`, `all` (every stage), or names of the network's modules, with globs."""
+    """`pixels`, `all` (every stage), or names of the network's modules, with globs; `a+b` reads both together."""
     pool: int | None = Field(7, ge=1)
     """Average-pool the maps of a layer to at most this many rows and columns; None keeps them whole."""
+    field: Literal["whole", "gaussian"] = "whole"
+    """Ridge reads from the whole map alike, or each site finds its receptive field among Gaussian windows over it."""
     readout: Literal["ridge", "ols", "pls"] = "ridge"
     """Ridge with a penalty per site by leave-one-out, or least squares, on principal components; or PLS."""
     components: int | None = Field(1000, ge=1)
@@ -375,13 +378,17 @@ class ProbeRecipe(Settings):
     images: Images = Images()
     batch_size: int = Field(64, ge=1)
     """Stimuli in one forward pass."""
+    subset: int | None = Field(None, ge=LEAST_SUBSET)
+    """Fit on so many of the training stimuli, drawn by `seed`; of two numbers the smaller draws from the larger's."""
+    shuffle_responses: bool = False
+    """Control: pair the training stimuli with each other's responses. It must score at chance."""
     data: str | None = None
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     loader: Loader = Loader()
     timeout: float = Field(1800.0, ge=1)
     """Seconds that processes wait for each other: one decomposes a matrix while the others have nothing to do."""
     seed: int = Field(0, ge=0)
-    """Of random weights."""
+    """Of random weights, of a subset and of shuffled responses."""
 
     def check(self) -> None:
         """Refuse settings that are fine one by one and contradict each other.
@@ -393,6 +400,8 @@ class ProbeRecipe(Settings):
             raise BadInput("layers: pixels are no layer of a network; probe them in a run of their own")
         if self.readout == "pls" and self.components != type(self).model_fields["components"].default:
             raise BadInput("components has an effect with readout ridge and ols only; pls has `latent`")
+        if self.field != "whole" and self.readout != "ridge":
+            raise BadInput(f"field: {self.field} weighs windows by leave-one-out, which only readout ridge has")
         if self.readout != "pls" and self.latent != type(self).model_fields["latent"].default:
             raise BadInput(f"latent has an effect with readout pls only; {self.readout} has `components`")
         for name in ("engine", "order", "block_shards"):

@@ -3,6 +3,7 @@
 RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
 RUN/checkpoints/{last,best} -> step_N/     see train/checkpoint.py
 RUN/eval/<split>/{metrics.json,predictions.npz}
+RUN/eval/left_out/predictions.npz          of training stimuli that the model was not fitted on
 RUN/failures/rank_N.txt                    what ended a process by surprise
 """
 
@@ -30,6 +31,7 @@ from data_prep.url import is_url, recorded, without_secrets
 from data_prep.writing import write_whole
 from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
+LEFT_OUT = "left_out"  # as a split: training stimuli, each predicted by a model that was not fitted on it
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
 
 
