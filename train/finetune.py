@@ -73,6 +73,8 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     """Make network, optimizer and monitor, and claim the run's folder."""
     recipe, loader, begins = job.recipe, job.loader, start.checkpoint is None
     network = build_network(job, runtime, begins)
+    if job.site_weights is not None:
+        network.objective.responses.weigh(job.site_weights)
     ridge_scores = {}
     if recipe.readout.start == "ridge" and begins:
         options = {"batch_size": evaluation_batch_size(recipe), "workers": job.workers}

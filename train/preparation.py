@@ -10,11 +10,12 @@ import numpy as np
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest
 from data_prep.shard_cache import GIB
-from data_prep.shards import ShardFolder
+from data_prep.shards import ShardFolder, ShardSplit
+from data_prep.splits import folds
 from train.augment import KINDS
 from train.loader import Stimuli, TrainLoader, workers_per_rank
 from train.objectives import RESPONSE_LOSSES
-from train.order import inner_split
+from train.order import inner_split, nested_subset
 from train.picture_cache import PictureCaches
 from train.processes import rank, ranks_on_machine, uses_gpu, world_size
 from train.recipe import Loader, Recipe
@@ -22,6 +23,9 @@ from train.run_folder import RunFolder
 from train.scoring import check_not_empty
 from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
 from train.streaming import StreamLoader
+from train.targets import learn_from_teacher, site_weights, with_rates_of
+
+SEED_OF_FOLDS = 0  # of early_stopping.folds: runs of several seeds leave out the same stimuli
 
 
 def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stimuli]:
@@ -40,12 +44,32 @@ def training_stimuli(shards: ShardFolder, recipe: Recipe) -> tuple[Stimuli, Stim
     train = shards.split("train")
     if recipe.early_stopping.split == "val":
         selection = Stimuli(shards.split("val"), size, **wanted)
-        return Stimuli(train, size, **to_fit), selection
-    key = shards.manifest.group_by
-    groups = [str(train.meta(i).get(key)) for i in range(len(train))] if key else train.stimulus_ids
-    fit, inner = inner_split(groups, recipe.early_stopping.inner_fraction, recipe.seed)
+        return Stimuli(train, size, used_of(train, recipe), **to_fit), selection
+    fit, inner = fit_and_inner(train, recipe)
     selection = Stimuli(train, size, inner, **wanted, apart=recipe.loader.order == "blocks")
     return Stimuli(train, size, fit, **to_fit), selection
+
+
+def used_of(train: ShardSplit, recipe: Recipe) -> np.ndarray:
+    """Positions of the training stimuli that a recipe uses, to fit and to select; ascending."""
+    return np.arange(len(train)) if recipe.subset is None else nested_subset(len(train), recipe.subset, recipe.seed)
+
+
+def fit_and_inner(train: ShardSplit, recipe: Recipe) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the training stimuli to fit, and of the inner split; ascending.
+
+    Raises:
+        BadInput: there are fewer groups than folds.
+    """
+    used, key, settings = used_of(train, recipe), train.manifest.group_by, recipe.early_stopping
+    groups = [str(train.meta(int(i)).get(key)) if key else train.stimulus_ids[i] for i in used]
+    if settings.folds is None:
+        fit, inner = inner_split(groups, settings.inner_fraction, recipe.seed)
+        return used[fit], used[inner]
+    if len(set(groups)) < settings.folds:
+        raise BadInput(f"early_stopping.folds: {len(set(groups))} groups of train cannot fill {settings.folds} folds")
+    inner = folds(np.array(groups), settings.folds, SEED_OF_FOLDS)[settings.fold - 1]
+    return np.delete(used, inner), used[inner]
 
 
 def check_loss(recipe: Recipe, fit: Stimuli, pieces: int, site_ids: list[str]) -> None:
@@ -110,6 +134,7 @@ class Job:
         workers: decoding processes per rank.
         deepspeed: configuration with all its numbers; None for DDP.
         remarks: what to say of the data at the start.
+        site_weights: of each site in the loss, float64 (sites,); None where all count alike.
     """
 
     recipe: Recipe
@@ -122,6 +147,7 @@ class Job:
     workers: int
     deepspeed: dict[str, Any] | None
     remarks: list[str]
+    site_weights: np.ndarray | None
 
 
 def remarks_on(shards: ShardFolder, loader: Loader) -> list[str]:
@@ -188,10 +214,16 @@ def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
         draws=KINDS if recipe.augment.is_on else 0,
         block_shards=recipe.loader.block_shards if recipe.loader.order == "blocks" else None,
     )
-    check_loss(recipe, fit, loader.pieces, shards.manifest.site_ids)
+    manifest, remarks = shards.manifest, remarks_on(shards, recipe.loader)
+    if recipe.subset is not None and recipe.task.predicts_responses:
+        manifest = with_rates_of(manifest, fit)
+    weights = site_weights(fit) if recipe.loss.site_weights == "reliability" else None
     if recipe.task.shuffle_responses:
         for stimuli in (fit, selection):
             stimuli.shuffle_responses(recipe.seed)
+    if recipe.distill.teacher is not None:
+        remarks.append(learn_from_teacher(fit, recipe.distill))
+    check_loss(recipe, fit, loader.pieces, shards.manifest.site_ids)
     deepspeed = chosen_strategy(recipe.strategy)
     check_hardware(recipe, zero_stage(deepspeed), ranks)
     if deepspeed is not None:
@@ -202,5 +234,4 @@ def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
             ranks=ranks,
             clip_norm=recipe.optimizer.clip_norm,
         )
-    remarks = remarks_on(shards, recipe.loader)
-    return Job(recipe, data, shards.manifest, folder, resume, loader, selection, workers, deepspeed, remarks)
+    return Job(recipe, data, manifest, folder, resume, loader, selection, workers, deepspeed, remarks, weights)

@@ -84,8 +84,20 @@ class Loss(Settings):
 
     responses: Literal["mse", "poisson", "correlation"] = "mse"
     """Squared error of z-scored rates; Poisson likelihood of raw rates; one minus the correlation over the batch."""
+    site_weights: Literal["equal", "reliability"] = "equal"
+    """What a site counts in the response loss: as much as any, or in proportion to its reliability over the training
+    stimuli, which needs single trials."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the probability that is spread over all classes in the cross-entropy."""
+
+
+class Distill(Settings):
+    """A teacher whose predictions are learned beside the responses."""
+
+    teacher: str | None = None
+    """Folder of a probe, a run or an ensemble with predictions of training stimuli that were left out of its fit."""
+    weight: float = Field(0.5, gt=0, le=1)
+    """Share of the teacher's prediction in what is to be learned; the rest is the response itself."""
 
 
 class Augment(Settings):
@@ -163,6 +175,10 @@ class EarlyStopping(Settings):
     """`inner` holds out a part of train; `val` is the published protocol, and the metrics then say so."""
     inner_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of train that is held out as the inner split."""
+    folds: int | None = Field(None, ge=2)
+    """Instead of a share drawn by the seed: deal train out to so many folds, the same ones for all seeds ..."""
+    fold: int = Field(1, ge=1)
+    """... of which this one, counted from 1, is the inner split. All folds together leave each stimulus out once."""
     metric: Literal["r2", "explained_variance", "mse", "pearson_r", "top1"] | None = None
     """What must improve; by default r2, or top1 for classification."""
     patience: int = Field(20, ge=1)
@@ -239,6 +255,7 @@ class Recipe(Settings):
     backbone: Backbone = Backbone()
     readout: Readout = Readout()
     loss: Loss = Loss()
+    distill: Distill = Distill()
     augment: Augment = Augment()
     images: Images = Images()
     optimizer: Optimizer = Optimizer()
@@ -253,6 +270,8 @@ class Recipe(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the training forward pass: float32, or autocast over float32 weights, for fp16 (of a GPU, with ddp) with a
     scaled loss. Evaluation is float32."""
+    subset: int | None = Field(None, ge=LEAST_SUBSET)
+    """Use so many of the training stimuli, drawn by `seed`; of two numbers the smaller draws from the larger's."""
     strategy: str | None = None
     """`ddp`, or a DeepSpeed JSON such as ds_configs/zero2.json; by default what the launcher asked for, else ddp."""
     compile: bool = False
@@ -264,7 +283,7 @@ class Recipe(Settings):
     epochs: int = Field(30, ge=1)
     """Passes over the training stimuli; the schedule is laid out for all of them."""
     seed: int = Field(0, ge=0)
-    """Of the initial weights, the order of the stimuli and the inner split."""
+    """Of the initial weights, the order of the stimuli, a subset of them and the inner split."""
 
     @property
     def selection_metric(self) -> str:
@@ -296,6 +315,11 @@ class Recipe(Settings):
             raise BadInput("early_stopping.metric: top1 needs task.kind classification or hybrid, not regression")
         if metric not in (None, "top1") and not self.task.predicts_responses:
             raise BadInput(f"early_stopping.metric: {metric} needs responses; task.kind classification has only top1")
+        if self.early_stopping.folds is not None and self.early_stopping.fold > self.early_stopping.folds:
+            raise BadInput(
+                f"early_stopping.fold ({self.early_stopping.fold}) must be at most early_stopping.folds "
+                f"({self.early_stopping.folds})"
+            )
         if (self.batch.per_device or 0) > self.batch.global_size:
             raise BadInput(
                 f"batch.per_device ({self.batch.per_device}) is more than batch.global_size ({self.batch.global_size})"
@@ -313,7 +337,7 @@ class Recipe(Settings):
         """Refuse a setting that has been changed and would have no effect."""
         task, fixed = self.task, self.task.weighting == "fixed"
         responses, classes, hybrid = task.predicts_responses, task.predicts_classes, task.kind == "hybrid"
-        whole = self.backbone.trainable == "all"
+        whole, inner = self.backbone.trainable == "all", self.early_stopping.split == "inner"
         for setting, has_effect, only_with in (
             ("task.regression_weight", hybrid and fixed, "task.kind hybrid and task.weighting fixed"),
             ("task.classification_weight", hybrid and fixed, "task.kind hybrid and task.weighting fixed"),
@@ -323,7 +347,12 @@ class Recipe(Settings):
             ("loss.label_smoothing", classes, "task.kind classification or hybrid"),
             ("readout.kind", responses, "task.kind regression or hybrid"),
             ("readout.rank", self.readout.kind == "low_rank", "readout.kind low_rank"),
-            ("early_stopping.inner_fraction", self.early_stopping.split == "inner", "early_stopping.split inner"),
+            ("loss.site_weights", responses, "task.kind regression or hybrid"),
+            ("distill.teacher", responses, "task.kind regression or hybrid"),
+            ("distill.weight", self.distill.teacher is not None, "distill.teacher"),
+            ("early_stopping.inner_fraction", inner and not self.early_stopping.folds, "an inner split without folds"),
+            ("early_stopping.folds", inner, "early_stopping.split inner"),
+            ("early_stopping.fold", self.early_stopping.folds is not None, "early_stopping.folds"),
             ("optimizer.momentum", not self.schedule.cycle_momentum, "schedule.cycle_momentum false"),
             ("backbone.batch_norm", whole or self.backbone.batch_norm == "frozen", "backbone.trainable all"),
             ("backbone.gradient_checkpointing", whole, "backbone.trainable all"),

@@ -148,7 +148,7 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     folder = RunFolder(path)
     if not folder.recipe.is_file():
         raise BadInput(f"{path} is no run folder (it has no recipe.yaml); give what train/finetune.py --out was given")
-    if _is_probe(folder):
+    if is_probe(folder):
         raise BadInput(f"{path} is a probe, which train/probe.py has scored already; see {path / 'eval'}")
     return folder, load_recipe(folder.recipe)
 
@@ -160,12 +160,13 @@ def open_probe(path: Path) -> ProbeRecipe:
         BadInput: there is none.
     """
     folder = RunFolder(path)
-    if not folder.recipe.is_file() or not _is_probe(folder):
+    if not folder.recipe.is_file() or not is_probe(folder):
         raise BadInput(f"{path} is no probe to resume; start it without --resume")
     return load_recipe(folder.recipe, ProbeRecipe)
 
 
-def _is_probe(folder: RunFolder) -> bool:
+def is_probe(folder: RunFolder) -> bool:
+    """Whether a run's folder is that of a probe."""
     try:
         content = yaml.safe_load(folder.recipe.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
