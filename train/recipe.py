@@ -75,8 +75,9 @@ class Readout(Settings):
     """On pooled features; on the whole map; through shared dimensions; mask x channels; a Gaussian position."""
     rank: int = Field(32, ge=1)
     """Dimensions that the sites share, of low_rank."""
-    start: Literal["zero", "ridge"] = "zero"
-    """Begin at each site's mean, or at the ridge solution on the frozen features (head first, then everything)."""
+    start: Literal["zero", "ridge", "field"] = "zero"
+    """Begin at each site's mean; at the ridge solution on the frozen features (head first, then everything); or, of
+    factorised and gaussian, at the ridge through the window that suits the site best."""
 
 
 class Loss(Settings):
@@ -320,6 +321,8 @@ class Recipe(Settings):
                 f"early_stopping.fold ({self.early_stopping.fold}) must be at most early_stopping.folds "
                 f"({self.early_stopping.folds})"
             )
+        if self.readout.start == "field" and self.readout.kind not in ("factorised", "gaussian"):
+            raise BadInput(f"readout.start: field needs readout.kind factorised or gaussian, not {self.readout.kind}")
         if (self.batch.per_device or 0) > self.batch.global_size:
             raise BadInput(
                 f"batch.per_device ({self.batch.per_device}) is more than batch.global_size ({self.batch.global_size})"

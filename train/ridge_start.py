@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from train.features import extract
+from train.fields import Window, starting_windows
 from train.gram import COLUMNS, ROUNDING, feature_slice, multiplied
 from train.kernel_regression import Fit, Method, centred, regress
 from train.loader import Stimuli, rank_positions
@@ -20,7 +21,7 @@ SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of t
 
 
 def start_from_ridge(
-    network: Network, stimuli: Stimuli, runtime: Runtime, *, batch_size: int, workers: int
+    network: Network, stimuli: Stimuli, runtime: Runtime, *, batch_size: int, workers: int, fields: bool = False
 ) -> dict[str, float]:
     """Set the readouts to the ridge solution on the stimuli to fit.
 
@@ -34,24 +35,30 @@ def start_from_ridge(
         runtime: this process.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
+        fields: whether each site looks for the window that suits it best by leave-one-out; the readout has masks.
 
     Returns:
         By readout, the leave-one-out score of its ridge: R2, mean over sites, of "rates"; top1 of "classes".
     """
     training = network.training
     network.eval()
-    heads = network.heads
+    heads, tried = network.heads, starting_windows()
 
     def look(images: torch.Tensor) -> dict[str, torch.Tensor]:
         read = network.read(images)
-        return {name: heads[name].start_features(x) if name == "rates" else x for name, x in read.items()}
+        return {name: seen(x) if name == "rates" else x for name, x in read.items()}
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        return heads["rates"].start_features_through(x, tried) if fields else heads["rates"].start_features(x)
 
     found = extract(look, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge")
     rows = [len(rank_positions(len(stimuli), rank, runtime.ranks)) for rank in range(runtime.ranks)]
     scores = {}
     for name, own in found.items():
         features = feature_slice(own, runtime, rows)
-        if name == "rates":
+        if name == "rates" and fields:
+            scores[name] = _start_fields(network, features, own.shape[1], tried, stimuli, runtime)
+        elif name == "rates":
             scores[name] = _start_rates(network, features, stimuli, runtime)
         else:
             scores[name] = _start_classes(heads["classes"], features, stimuli, runtime)
@@ -101,6 +108,34 @@ def _start_rates(network: Network, features: torch.Tensor, stimuli: Stimuli, run
     outputs = torch.from_numpy(np.nan_to_num(found.prediction)).to(weight)
     network.heads["rates"].start_from(weight, bias, outputs)
     return mean_score(found.inner_r2)
+
+
+def _start_fields(
+    network: Network, features: torch.Tensor, width: int, tried: list[Window], stimuli: Stimuli, runtime: Runtime
+) -> float:
+    """As `_start_rates`, with the window of each site whose ridge predicts its left-out responses best.
+
+    Args:
+        features: this rank's slice of the `width` features, which are those through one window after the other.
+    """
+    rates = torch.from_numpy(stimuli.rates).to(runtime.device)
+    target = network.objective.responses.target(rates).cpu().numpy()
+    head, channels, first = network.heads["rates"], width // len(tried), runtime.rank * width // runtime.ranks
+    best, place = np.full(target.shape[1], -np.inf), np.zeros(target.shape[1], int)
+    weight = torch.zeros(target.shape[1], channels, device=runtime.device)
+    bias = torch.zeros(target.shape[1], device=runtime.device)
+    for index in range(len(tried)):
+        start, stop = (max(edge * channels - first, 0) for edge in (index, index + 1))
+        through = features[:, start:stop]
+        found = _solve(through, target, runtime)
+        better = np.nan_to_num(found.inner_r2, nan=-np.inf) > best
+        best[better], place[better] = found.inner_r2[better], index
+        own_weight, own_bias = _primal(through, found, runtime)
+        chosen = torch.from_numpy(better).to(runtime.device)
+        weight[chosen], bias[chosen] = own_weight[chosen], own_bias[chosen]
+    head.look_through([tried[index] for index in place])
+    head.start_from(weight, bias, weight.new_zeros(0))
+    return mean_score(np.where(np.isfinite(best), best, np.nan))
 
 
 def _start_classes(head: torch.nn.Linear, features: torch.Tensor, stimuli: Stimuli, runtime: Runtime) -> float:
