@@ -31,9 +31,12 @@ SEED = "seed"
 SAME_FOR_ALL = (  # what decides by which number, and on which stimuli and responses, trials are compared
     "early_stopping.split",
     "early_stopping.inner_fraction",
+    "early_stopping.folds",
+    "early_stopping.fold",
     "early_stopping.metric",
     "task.kind",
     "task.shuffle_responses",
+    "subset",
 )
 
 
