@@ -215,8 +215,8 @@ def prepare_ensemble(options: Evaluate) -> tuple[list[Job], Ensemble, ShardFolde
         if recipe is not None:
             if not recipe.task.predicts_responses:
                 raise BadInput(f"{run} predicts no responses; an ensemble joins predictions of those")
-            has_inner = recipe.early_stopping.split == "inner"
-            jobs += [prepare(options, run, name) for name in (options.split, *([LEFT_OUT] * has_inner))]
+            left_out = options.combine == "stack" or recipe.early_stopping.split == "inner"
+            jobs += [prepare(options, run, name) for name in (options.split, *([LEFT_OUT] * left_out))]
     cache = None if options.shard_cache is None else Path(options.shard_cache).expanduser()
     shards = ShardFolder(options.data or data_of(options.runs[0]), FetchSettings(cache))
     ensemble = Ensemble(members_of(options.runs, recipes), options.combine, shards)

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-WIDTHS = (0.25, 0.4)  # standard deviations, in half sides of the picture
-SMALL = 0.15
+WIDTHS = (0.17, 0.25, 0.4)  # standard deviations, in half sides of the picture
 CENTRES = (-4 / 7, -2 / 7, 0.0, 2 / 7, 4 / 7)  # right and down from the middle, in half sides
 
 
@@ -41,13 +40,9 @@ WHOLE = Window()
 
 def windows() -> list[Window]:
     """All that a probe tries: the whole map, and a grid of centres in each width."""
-    return [WHOLE, *_grid(WIDTHS)]
+    return [WHOLE, *starting_windows()]
 
 
 def starting_windows() -> list[Window]:
-    """All that a readout may start from (`readout.start: field`): it pools what a window holds, which may be small."""
-    return _grid((SMALL, *WIDTHS))
-
-
-def _grid(widths: tuple[float, ...]) -> list[Window]:
-    return [Window(x, y, width) for width in widths for y in CENTRES for x in CENTRES]
+    """All that a readout may start from (`readout.start: field`)."""
+    return [Window(x, y, width) for width in WIDTHS for y in CENTRES for x in CENTRES]
