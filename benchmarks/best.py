@@ -53,6 +53,11 @@ class Step:
         """Whether it joins its needs, and is scored by that."""
         return self.words[0] == "train/evaluate.py"
 
+    @property
+    def trains(self) -> bool:
+        """Whether a network is trained for it, which depends on the seed."""
+        return self.words[0] == "train/finetune.py" or any(need.trains for need in self.needs)
+
 
 def step(name: str, words: Sequence[Any], *needs: Step) -> Step:
     """A step from words of any kind."""
@@ -135,17 +140,38 @@ def done(folder: Path) -> bool:
     return (folder / "eval" / "val" / "metrics.json").exists()
 
 
-def run(wanted: Step, place: Path, shards: Path, options: Sequence[str]) -> Path:
-    """Do a step and what it needs, unless that is done; returns its folder.
+@dataclass(frozen=True)
+class Cell:
+    """Where the runs of a division lie, and what sets them apart.
 
-    Args:
-        wanted: the step.
-        place: where the steps' folders are.
-        shards: of the recording.
-        options: further words for what trains or probes.
+    Attributes:
+        shards: of the division; runs lie beside them.
+        subset: training stimuli, all where None.
+        seed: of training, and of the subset.
     """
-    needed = [run(need, place, shards, options) for need in wanted.needs]
-    folder = place / wanted.name
+
+    shards: Path
+    subset: int | None
+    seed: int
+
+    def folder(self, wanted: Step) -> Path:
+        """Of a step; what no seed changes is shared by all."""
+        parts = ["runs", *([str(self.subset)] * (self.subset is not None))]
+        if self.seed and (self.subset is not None or wanted.trains):
+            parts.append(f"seed_{self.seed}")
+        return self.shards.parent / "_".join(parts) / wanted.name
+
+    @property
+    def words(self) -> list[str]:
+        """For what trains or probes."""
+        subset = [] if self.subset is None else ["--subset", str(self.subset)]
+        return [*subset, "--seed", str(self.seed)]
+
+
+def run(wanted: Step, cell: Cell) -> Path:
+    """Do a step and what it needs, unless that is done; returns its folder."""
+    needed = [run(need, cell) for need in wanted.needs]
+    folder = cell.folder(wanted)
     if done(folder):
         return folder
     print(f"{time.strftime('%H:%M:%S')} {folder}", file=sys.stderr, flush=True)
@@ -155,7 +181,7 @@ def run(wanted: Step, place: Path, shards: Path, options: Sequence[str]) -> Path
     else:
         resume = ["--resume"] if (folder / "recipe.yaml").exists() else []
         teacher = ["--distill.teacher", needed[0]] if needed else []
-        command([*wanted.words, "--data", shards, "--out", folder, *options, *teacher, *resume])
+        command([*wanted.words, "--data", cell.shards, "--out", folder, *cell.words, *teacher, *resume])
         if wanted.words[0] == "train/finetune.py":
             command(["train/evaluate.py", folder])
     before = seconds(folder)
@@ -169,12 +195,12 @@ def seconds(folder: Path) -> float:
     return json.loads(path.read_text()) if path.exists() else 0.0
 
 
-def cost(wanted: Step, place: Path) -> float:
+def cost(wanted: Step, cell: Cell) -> float:
     """Wall time of a step and of all it needs."""
     names: dict[str, float] = {}
 
     def add(part: Step) -> None:
-        names[part.name] = seconds(place / part.name)
+        names[part.name] = seconds(cell.folder(part))
         for need in part.needs:
             add(need)
 
@@ -205,30 +231,26 @@ def scores(folders: Sequence[Path]) -> dict[str, Any]:
 
 def row(name: str, result: dict[str, Any]) -> str:
     """A line of the table."""
-    low, high = result["ci95"]
-    return f"| {name} | {result['r2']:.3f} | [{low:.3f}, {high:.3f}] | {result['seconds'] / 60:.0f} |"
+    (low, high), r2 = result["ci95"], result["r2_by_seed"]
+    spread = f" ({min(r2):.3f} to {max(r2):.3f})" if len(r2) > 1 else ""
+    return f"| {name} | {np.mean(r2):.3f}{spread} | [{low:.3f}, {high:.3f}] | {result['seconds'] / 60:.0f} |"
+
+
+TITLES = "| system | R2, mean over seeds | 95 % over stimuli, first seed | minutes |"
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
     """All results as Markdown, a table for each recording and division."""
-    lines, titles = [], dict.fromkeys((found["recording"], found["division"], found["subset"]) for found in results)
-    for recording, division, subset in titles:
-        part = [
-            found
-            for found in results
-            if (found["recording"], found["division"], found["subset"]) == (recording, division, subset)
-        ]
-        held = f"{part[0]['stimuli']} stimuli scored"
-        title = f"{recording}, {division}" + (f", {subset} training stimuli" if subset else "")
-        lines += [
-            "",
-            f"{title} ({held})",
-            "",
-            "| system | R2 | 95 % over stimuli | minutes |",
-            "| --- | --- | --- | --- |",
-        ]
-        lines += [row(found["system"], found) for found in part]
-    return "\n".join(lines[1:]) + "\n"
+    of_title: dict[str, list[dict[str, Any]]] = {}
+    for found in results:
+        subset = f", {found['subset']} training stimuli" if found["subset"] else ""
+        title = f"{found['recording']}, {found['division']}{subset} ({found['stimuli']} stimuli scored)"
+        of_title.setdefault(title, []).append(found)
+    parts = []
+    for title, together in of_title.items():
+        parts.append("\n".join([title, "", TITLES, "| --- | --- | --- | --- |"]))
+        parts[-1] += "".join(f"\n{row(found['system'], found)}" for found in together)
+    return "\n\n".join(parts) + "\n"
 
 
 def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
@@ -248,6 +270,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(known), default=list(known), metavar="SYSTEM")
     parser.add_argument("--folds", type=int, default=0, help="of cross-validation, beside the given split")
     parser.add_argument("--subsets", type=int, nargs="*", default=[], help="training stimuli, for the curve")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training and of subsets")
     options = parser.parse_args()
     out, results = options.out.resolve(), []
     for recording in options.recordings:
@@ -256,16 +279,16 @@ def main() -> None:
         cells = [(division, None, system) for division in divisions for system in options.only]
         cells += [([GIVEN], size, system) for size in options.subsets for system in options.only if system in CURVE]
         for division, subset, system in cells:
-            folders, spent = [], 0.0
-            for part in division:
-                shards = pack(recording, out / name, part, options.folds)
-                place = shards.parent / ("runs" if subset is None else f"runs_{subset}")
-                words = [] if subset is None else ["--subset", subset, "--seed", 0]
-                folders.append(run(known[system], place, shards, list(map(str, words))))
-                spent += cost(known[system], place)
+            shards = [pack(recording, out / name, part, options.folds) for part in division]
+            by_seed, spent = [], 0.0
+            for seed in options.seeds:
+                parts = [Cell(part, subset, seed) for part in shards]
+                by_seed.append(scores([run(known[system], part) for part in parts]))
+                spent += sum(cost(known[system], part) for part in parts) / len(options.seeds)
             label = division[0] if len(division) == 1 else f"{len(division)}-fold"
             facts = {"recording": name, "division": label, "subset": subset, "system": system, "seconds": spent}
-            results.append(facts | scores(folders))
+            seeds = {"seeds": options.seeds, "r2_by_seed": [found["r2"] for found in by_seed]}
+            results.append(facts | by_seed[0] | seeds)
             write(out, results)
     print((out / "table.md").read_text())
 
