@@ -186,7 +186,18 @@ def test_a_probe_of_shuffled_responses_is_at_chance(data, tmp_path):
 
 def pipeline(data, folder):
     """A probe with windows, a run with all that is learned from a recording, and both joined."""
-    ran("train/probe.py", "--data", data, "--out", folder / "probe", *PROBE, "--layers", "all", "--field", "gaussian")
+    ran(
+        "train/probe.py",
+        "--data",
+        data,
+        "--out",
+        folder / "probe",
+        *PROBE,
+        "--layers",
+        "stages.1",
+        "--field",
+        "gaussian",
+    )
     words = ["--readout.kind", "gaussian", "--readout.start", "ridge", "--backbone.cut", "stages.1", "--ema", "0.9"]
     words += ["--loss.site-weights", "reliability", "--distill.teacher", folder / "probe", "--augment.shift", "0.05"]
     ran("train/finetune.py", "--data", data, "--out", folder / "run", *SMALL, *words)

@@ -204,7 +204,7 @@ class Probing:
     def _products_of(
         self, view: _View, stores: Sequence[FeatureStore], maps: Mapping[str, tuple[int, int]], owner: int
     ) -> np.ndarray | None:
-        """Inner products of a view, float64 (stimuli, stimuli); None on other ranks than `owner`.
+        """Inner products of a view as they are kept, (stimuli, stimuli); None on other ranks than `owner`.
 
         Where several modules are read together, each is brought to the same mean square, or the loudest would be read
         alone.
@@ -227,7 +227,11 @@ class Probing:
             if products is not None:
                 size = np.trace(products) / len(products) if len(parts) > 1 else 1.0
                 found.append(products / (size or 1.0))
-        return sum(found) if found else None
+        if not found:
+            return None
+        # There are many windows, and most products are rounded to float32 already.
+        halved = view.window != WHOLE and self._recipe.products != "float64"
+        return sum(found).astype(np.float32 if halved else np.float64)
 
     def _store(self, name: str, stimuli: Stimuli, widths: Mapping[str, int]) -> FeatureStore:
         """The activations of this rank's stimuli of a split."""
@@ -249,7 +253,7 @@ class Probing:
 
     def _solve(self, view: _View, widths: Mapping[str, int]) -> Layer:
         """All partitions of a layer, through one window."""
-        products = np.load(self._path(view), allow_pickle=False)
+        products = np.load(self._path(view), allow_pickle=False).astype(np.float64)
         recipe = self._recipe
         method = Method(recipe.readout, recipe.latent if recipe.readout == "pls" else recipe.components)
         prediction = np.full(self._rates.shape, np.nan, np.float32)
