@@ -64,7 +64,6 @@ def test_the_start_does_not_depend_on_the_number_of_processes(started, tmp_path)
 
 
 def loss(history: str) -> float:
-
     return json.loads(history.splitlines()[0])["loss"]
 
 
