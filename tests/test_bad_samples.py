@@ -244,7 +244,7 @@ def test_a_checkpoint_that_changes_meanwhile_is_not_mixed_with_the_next(run, pac
 
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "load_progress", overtaken)
-        (job,) = evaluate.prepare(evaluate.Evaluate(run=own, data=[str(packed)]))
+        (job,) = evaluate.prepare(evaluate.Evaluate(runs=[own], data=[str(packed)]), own, "val")
     assert job.checkpoint.name == step.name
     assert job.progress.step != 900
 

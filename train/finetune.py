@@ -77,9 +77,12 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     recipe, loader, begins = job.recipe, job.loader, start.checkpoint is None
     network = build_network(job, runtime, begins)
     size = {"all": parameter_count(network), "trained": parameter_count(network, trainable_only=True)}
+    if job.site_weights is not None:
+        network.objective.responses.weigh(job.site_weights)
     ridge_scores = {}
-    if recipe.readout.start == "ridge" and begins:
+    if recipe.readout.start != "zero" and begins:
         options = {"batch_size": evaluation_batch_size(recipe), "workers": job.workers}
+        options["fields"] = recipe.readout.start == "field"
         ridge_scores = start_from_ridge(network, loader.stimuli, runtime, **options)
     average = None if recipe.ema is None else RunningAverage(network, recipe.ema)
     if not begins:

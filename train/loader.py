@@ -98,14 +98,16 @@ class Stimuli(StimulusSet):
 
         None where there are no responses or no single trials, or where the responses are no average of the trials.
         """
-        if self.rates is None:
+        statistics = None if self.rates is None else self.trial_statistics()
+        if statistics is None:
             return None
-        trials = [self._split.array(int(position), "trials.npy") for position in self.subset]
-        if any(part is None for part in trials):
-            return None
-        statistics = TrialStatistics.of(trials)
         same = np.isclose(statistics.average, self.rates, rtol=1e-4, atol=1e-5, equal_nan=True).all()
         return statistics.noise_of_average() if same else None
+
+    def trial_statistics(self) -> TrialStatistics | None:
+        """What ceilings need to know of the single trials of these stimuli; None where there are none."""
+        trials = [self._split.array(int(position), "trials.npy") for position in self.subset]
+        return None if any(part is None for part in trials) else TrialStatistics.of(trials)
 
     def rates_of(self, positions: np.ndarray) -> torch.Tensor | None:
         """See `StimulusSet.rates_of`."""
@@ -161,7 +163,11 @@ class Stimuli(StimulusSet):
         circle = np.random.default_rng([seed, len(self)]).permutation(len(self))
         shuffled = np.empty_like(self.rates)
         shuffled[circle] = self.rates[np.roll(circle, 1)]
-        self.rates = shuffled
+        self.replace_responses(shuffled)
+
+    def replace_responses(self, rates: np.ndarray) -> None:
+        """Put others in place of the recorded responses: float (stimuli, sites), NaN = none."""
+        self.rates = rates.astype(np.float32)
         self.observed = (~np.isnan(self.rates)).sum(axis=1)
 
 

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import numpy as np
 
+from data_prep.errors import BadInput
+
 
 def steps_per_epoch(stimuli: int, global_batch: int) -> int:
     """Optimizer steps of one epoch.
@@ -93,7 +95,7 @@ def _in_turns(seed: int, epoch: int, turns: Turns) -> np.ndarray:
     return np.stack(orders, axis=1).ravel()
 
 
-_OF_BLOCKS = 1  # names their stream of random numbers
+_OF_BLOCKS, _OF_SUBSETS = 1, 2  # name their streams of random numbers
 
 
 def _mixed(blocks: Blocks, random: np.random.Generator) -> np.ndarray:
@@ -105,6 +107,17 @@ def _mixed(blocks: Blocks, random: np.random.Generator) -> np.ndarray:
     middle = np.repeat(random.permutation(count) + 0.5, blocks.sizes)
     moment = random.uniform(np.maximum(middle - reach, 0), np.minimum(middle + reach, count))
     return np.argsort(moment, kind="stable")
+
+
+def nested_subset(stimuli: int, size: int, seed: int) -> np.ndarray:
+    """Positions of `size` of the training stimuli, ascending, int64; of two sizes the smaller draws from the larger.
+
+    Raises:
+        BadInput: there are fewer.
+    """
+    if size > stimuli:
+        raise BadInput(f"subset: {size} stimuli cannot be drawn from the {stimuli} of train; lower it or leave it out")
+    return np.sort(np.random.default_rng(stream_seed(seed, stimuli, _OF_SUBSETS)).permutation(stimuli)[:size])
 
 
 def global_batch(seed: int, epoch: int, step: int, global_size: int, stimuli: int, layout: Layout = None) -> np.ndarray:

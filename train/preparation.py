@@ -25,6 +25,7 @@ from train.scoring import check_not_empty
 from train.screening import Screening
 from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
 from train.streaming import StreamLoader
+from train.targets import learn_from_teacher, site_weights, with_rates_of
 from train.together import together
 
 
@@ -107,6 +108,7 @@ class Job:
         recipe: its settings.
         data: shard folders, or their URLs.
         recordings: what is in them.
+        manifest: of all recordings as one; of a subset with its sites' mean and standard deviation.
         folder: where it is going to be written.
         resume: whether it goes on.
         loader: this rank's training batches.
@@ -115,11 +117,13 @@ class Job:
         deepspeed: configuration with all its numbers; None for DDP.
         remarks: what to say of the data at the start.
         facts: what env.json says of the stimuli that are left out.
+        site_weights: of each site in the loss, float64 (sites,); None where all count alike.
     """
 
     recipe: Recipe
     data: Sequence[Path | str]
     recordings: Recordings
+    manifest: Manifest
     folder: RunFolder
     resume: bool
     loader: TrainLoader
@@ -128,11 +132,7 @@ class Job:
     deepspeed: dict[str, Any] | None
     remarks: list[str]
     facts: dict[str, Any]
-
-    @property
-    def manifest(self) -> Manifest:
-        """Of all recordings as one."""
-        return self.recordings.manifest
+    site_weights: np.ndarray | None
 
 
 def remarks_on_division(recordings: Recordings, divided: Sequence[Divided]) -> list[str]:
@@ -209,6 +209,7 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
     fit, selection = training_stimuli(recordings, divided, recipe)
     for part in selection.parts:
         check_not_empty(part, ranks, recipe.early_stopping.split)
+    remarks = [*screening.warnings(), *remarks_on(folders, recipe.loader), *remarks_on_division(recordings, divided)]
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
     loader_type = StreamLoader if recipe.loader.engine == "webdataset" else TrainLoader
     loader = loader_type(
@@ -223,10 +224,16 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
         draws=KINDS if recipe.augment.is_on else 0,
         block_shards=recipe.loader.block_shards if recipe.loader.order == "blocks" else None,
     )
-    check_loss(recipe, fit, loader.pieces)
+    manifest = recordings.manifest
+    if recipe.subset is not None and recipe.task.predicts_responses:
+        manifest = with_rates_of(manifest, fit)
+    weights = site_weights(fit) if recipe.loss.site_weights == "reliability" else None
     if recipe.task.shuffle_responses:
         for stimuli in (fit, selection):
             stimuli.shuffle_responses(recipe.seed)
+    if recipe.distill.teacher is not None:
+        remarks += [learn_from_teacher(part, recipe.distill) for part in fit.parts]
+    check_loss(recipe, fit, loader.pieces)
     deepspeed = chosen_strategy(recipe.strategy)
     check_hardware(recipe, zero_stage(deepspeed), ranks)
     if deepspeed is not None:
@@ -237,6 +244,5 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
             ranks=ranks,
             clip_norm=recipe.optimizer.clip_norm,
         )
-    remarks = [*screening.warnings(), *remarks_on(folders, recipe.loader), *remarks_on_division(recordings, divided)]
-    facts = screening.facts()
-    return Job(recipe, data, recordings, folder, resume, loader, selection, workers, deepspeed, remarks, facts)
+    described = (recordings, manifest, folder, resume, loader, selection, workers, deepspeed, remarks)
+    return Job(recipe, data, *described, screening.facts(), weights)

@@ -85,7 +85,7 @@ def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     found = probing.run()
     if runtime.leads:
         metrics, prediction = results(job, found, runtime.ranks)
-        write_results(job, metrics, prediction, monitor)
+        write_results(job, found, metrics, prediction, monitor)
         monitor.epoch({"seconds": time.monotonic() - begun})
         monitor.say(table(metrics))
         monitor.say(f"written to {job.folder.evaluation(job.split)}")

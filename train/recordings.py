@@ -13,10 +13,13 @@ import numpy as np
 from data_prep.errors import BadInput
 from data_prep.manifest import Image, Manifest, Rates, Split
 from data_prep.shards import ShardFolder, ShardSplit
-from train.order import inner_splits
-from train.recipe import LEAST_CORRELATED, Recipe
+from data_prep.splits import folds
+from train.order import inner_splits, nested_subset
+from train.recipe import LEAST_CORRELATED, EarlyStopping, Recipe
+from train.run_folder import is_folder_name
 from train.screening import Screening
 
+SEED_OF_FOLDS = 0  # of early_stopping.folds: runs of several seeds leave out the same stimuli
 Pictures = set[tuple[str, int]]  # told by the stimulus's id and the bytes of the file
 
 
@@ -63,7 +66,7 @@ class Recordings:
                     f"data: {other} and {folder.folder} are both called {name!r}, and recordings are told apart by "
                     "name; give one another (`name` in manifest.json; a folder of tars has its own name)"
                 )
-            if "/" in name or name.startswith(".") or not name:
+            if not is_folder_name(name):
                 raise BadInput(
                     f"data: {folder.folder} is called {name!r}, but its scores go into a folder of that name; give it "
                     "another (`name` in manifest.json)"
@@ -134,29 +137,31 @@ class Recordings:
         """Each recording's stimuli to fit and those that select, as `early_stopping.split` says.
 
         Alone each would be divided in the same way, but for what they share: a stimulus that is inner in one is inner
-        in all, and one that is held out in one (val, test or inner) is fitted in none. Stimuli that cannot be read
-        leave their place in the division empty, so that it is the one of all stimuli.
+        in all (but not under `early_stopping.folds`, where each is dealt out by itself), and one that is held out in
+        one (val, test or inner) is fitted in none. Stimuli that cannot be read leave their place in the division empty,
+        so that it is the one of all stimuli.
 
         Args:
             recipe: of the run.
             screening: finds those that cannot be read; by default one of its own.
 
         Raises:
-            BadInput: nothing is left of one.
+            BadInput: nothing is left of one, or it has fewer stimuli than the subset, or fewer groups than folds.
         """
-        settings, found = recipe.early_stopping, []
-        screening = screening or Screening(recipe.loader, several=len(self) > 1)
+        found, screening = [], screening or Screening(recipe.loader, several=len(self) > 1)
         trains = [folder.split("train") for folder in self.folders]
+        used = [used_of(train, recipe) for train in trains]
         usable = [self._usable(train, recipe, screening) for train in trains]
-        if settings.split == "val":
-            for folder, train, fit in zip(self.folders, trains, usable, strict=True):
+        if recipe.early_stopping.split == "val":
+            for folder, train, own, readable in zip(self.folders, trains, used, usable, strict=True):
                 val = folder.split("val")
+                fit = np.intersect1d(own, readable)
                 found.append(Divided(train, fit, val, self._usable(val, recipe, screening)))
         else:
-            groups = [_groups(*each) for each in zip(trains, usable, strict=True)]
-            divided = inner_splits(groups, settings.inner_fraction, recipe.seed)
-            for train, parts, readable in zip(trains, divided, usable, strict=True):
-                fit, inner = (np.intersect1d(part, readable) for part in parts)
+            groups = [_groups(*each) for each in zip(trains, used, usable, strict=True)]
+            divided = _inner_parts(groups, recipe.early_stopping, recipe.seed)
+            for train, own, parts, readable in zip(trains, used, divided, usable, strict=True):
+                fit, inner = (np.intersect1d(own[part], readable) for part in parts)
                 found.append(Divided(train, fit, train, inner))
         self._hold_out(found)
         return found
@@ -202,17 +207,41 @@ def _without(split: ShardSplit, positions: np.ndarray, held: Pictures) -> np.nda
     return positions[np.array([(split.stimulus_ids[k], int(sizes[k])) not in held for k in positions], bool)]
 
 
-def _groups(train: ShardSplit, usable: np.ndarray) -> tuple[np.ndarray, Sequence[Hashable]]:
-    """The groups of the stimuli that must not be torn apart, and what tells these in other recordings.
+def used_of(train: ShardSplit, recipe: Recipe) -> np.ndarray:
+    """Positions of the training stimuli that a recipe uses, to fit and to select; ascending.
+
+    Raises:
+        BadInput: there are fewer than `subset`.
+    """
+    return np.arange(len(train)) if recipe.subset is None else nested_subset(len(train), recipe.subset, recipe.seed)
+
+
+def _groups(train: ShardSplit, used: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, Sequence[Hashable]]:
+    """The groups of the used stimuli that must not be torn apart, and what tells these in other recordings.
 
     A stimulus that cannot be read is a group of its own.
     """
     key, groups = train.manifest.group_by, list(train.stimulus_ids)
     told: list[Hashable] = list(zip(train.stimulus_ids, train.picture_sizes.tolist(), strict=True))
-    for position in usable.tolist() if key else ():
+    for position in np.intersect1d(used, usable).tolist() if key else ():
         groups[position] = str(train.meta(position).get(key))
         told[position] = (key, groups[position])
-    return np.array(groups), told
+    return np.array(groups)[used], [told[position] for position in used]
+
+
+def _inner_parts(
+    recordings: Sequence[tuple[np.ndarray, Sequence[Hashable]]], settings: EarlyStopping, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each recording, as of `_groups`, the stimuli to fit and the inner ones, counted among those that are used."""
+    if settings.folds is None:
+        return inner_splits(recordings, settings.inner_fraction, seed)
+    found = []
+    for groups, _ in recordings:
+        if (count := len(np.unique(groups))) < settings.folds:
+            raise BadInput(f"early_stopping.folds: {count} groups of train cannot fill {settings.folds} folds")
+        inner = folds(groups, settings.folds, SEED_OF_FOLDS)[settings.fold - 1]
+        found.append((np.delete(np.arange(len(groups)), inner), inner))
+    return found
 
 
 def joined(manifests: Sequence[Manifest]) -> Manifest:

@@ -3,6 +3,7 @@
 RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
 RUN/checkpoints/{last,best} -> step_N/     see train/checkpoint.py
 RUN/eval/<split>/{metrics.json,predictions.npz}                of a run of several recordings: <split>/<recording>/
+RUN/eval/left_out/predictions.npz          of training stimuli that the model was not fitted on
 RUN/failures/rank_N.txt                    what ended a process by surprise
 """
 
@@ -34,6 +35,7 @@ from train.yaml_files import read_yaml
 
 LOCK = ".lock"  # held by the process that writes to the run
 SECONDS_TO_END = 10.0  # that a process which was killed takes to go
+LEFT_OUT = "left_out"  # as a split: training stimuli, each predicted by a model that was not fitted on it
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
 
 
@@ -57,6 +59,11 @@ class RunFolder:
         """
         folder = self.path / "eval" / (split if checkpoint == "best" else f"{split}_{checkpoint}")
         return folder if recording is None else folder / recording
+
+    def scored(self, split: str, recording: str) -> Path:
+        """Where the results on a recording are: in its own folder, or of a run on it alone, in that of the split."""
+        own = self.evaluation(split, recording=recording)
+        return own if is_folder_name(recording) and own.is_dir() else self.evaluation(split)
 
     def is_of_this_job(self) -> bool:
         """Whether it was made by the job that this process is of, which has then been started again.
@@ -228,7 +235,7 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     if not folder.recipe.is_file():
         raise BadInput(f"{path} is no run folder (it has no recipe.yaml); give what train/finetune.py --out was given")
     check_no_links(path)
-    if _is_probe(folder):
+    if is_probe(folder):
         raise BadInput(f"{path} is a probe, which train/probe.py has scored already; see {path / 'eval'}")
     return folder, load_recipe(folder.recipe)
 
@@ -240,7 +247,7 @@ def open_probe(path: Path) -> ProbeRecipe:
         BadInput: there is none.
     """
     folder = RunFolder(path)
-    if not folder.recipe.is_file() or not _is_probe(folder):
+    if not folder.recipe.is_file() or not is_probe(folder):
         raise BadInput(f"{path} is no probe to resume; start it without --resume")
     return load_recipe(folder.recipe, ProbeRecipe)
 
@@ -259,7 +266,13 @@ def check_no_links(path: Path) -> None:
                 raise BadInput(f"{found} is a link or a device; a run consists of plain files and folders")
 
 
-def _is_probe(folder: RunFolder) -> bool:
+def is_folder_name(name: str) -> bool:
+    """Whether a recording's name can be that of a folder with its results."""
+    return bool(name) and "/" not in name and not name.startswith(".")
+
+
+def is_probe(folder: RunFolder) -> bool:
+    """Whether a run's folder is that of a probe."""
     try:
         content = read_yaml(folder.recipe)
     except (OSError, ValueError):

@@ -38,6 +38,11 @@ class Screening:
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)
     looked_at: dict[str, int] = field(default_factory=dict)
 
+    @property
+    def skips(self) -> bool:
+        """Whether bad stimuli are left out."""
+        return self.setting.on_bad_sample == "skip"
+
     def usable(self, split: ShardSplit, size: int | None, *, responses: bool, classes: bool) -> np.ndarray:
         """The positions in a split that can be used, ascending; all where a bad one is to stop the run.
 
@@ -49,7 +54,7 @@ class Screening:
         Raises:
             BadInput: no stimulus is left.
         """
-        if self.setting.on_bad_sample == "stop":
+        if not self.skips:
             return np.arange(len(split))
 
         def fault(position: int) -> str | None:
