@@ -45,7 +45,7 @@ def pixels_and_rates(recording, size):
     for name in ("train", "val"):
         split = shards.split(name)
         stimuli = Stimuli(split, size)
-        pictures[name] = stimuli._pictures(stimuli.subset).numpy().transpose(0, 3, 1, 2)
+        pictures[name] = stimuli.pictures(stimuli.subset).numpy().transpose(0, 3, 1, 2)
         pictures[name] = pictures[name].reshape(len(stimuli), -1).astype(np.float64) / 255
         rates[name] = split.rates().astype(np.float64)
     return pictures, rates
