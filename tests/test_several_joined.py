@@ -224,8 +224,8 @@ def test_an_ensemble_teaches_a_network_of_both_and_one_of_one(joined, two, tmp_p
         ran("train/finetune.py", "--data", *places, "--out", tmp_path / name, *SMALL, *teach)
         said = (tmp_path / name / "log.txt").read_text()
         assert [f"of the stimuli of {place.name} to fit" in said for place in two] == [True, name == "both"]
-    words = ["--data", *two, "--out", tmp_path / "run", *SMALL, "--distill.teacher", tmp_path / "alone"]
-    ran("train/evaluate.py", tmp_path / "alone", "--split", "left_out")
+    ran("train/probe.py", "--data", two[0], "--out", tmp_path / "probe", *PROBE, "--layers", "stages.1")
+    words = ["--data", *two, "--out", tmp_path / "run", *SMALL, "--distill.teacher", tmp_path / "probe"]
     assert_refused(run_here("train/finetune.py", *words), "other sites", "two")
 
 

@@ -324,10 +324,10 @@ def checked_tensors(
         BadInput: the checkpoint is of another network, or holds what is no number.
     """
     expected = network.state_dict()
-    tensors = {
-        key: tensor if tensor.shape == _shape(expected, key) or not tensor.ndim else tensor[rows]
-        for key, tensor in load_tensors(checkpoint, name).items()
-    }
+    tensors = load_tensors(checkpoint, name)
+    for key in expected.keys() & tensors.keys():
+        if tensors[key].ndim and tensors[key].shape != expected[key].shape:
+            tensors[key] = tensors[key][rows]
     odd = [key for key in {**expected, **tensors} if _shape(expected, key) != _shape(tensors, key)]
     if odd:
         raise BadInput(f"{checkpoint} is a checkpoint of another network: {odd[0]} differs, and {len(odd) - 1} more")

@@ -74,7 +74,9 @@ def learn_from_teacher(fit: Stimuli, recipe: Distill) -> str:
     teacher = taught.rows(fit.stimulus_ids)
     known = ~np.isnan(teacher)
     if not known.any():
-        raise BadInput(f"distill.teacher: {recipe.teacher} predicts none of the {len(fit)} stimuli to fit")
+        raise BadInput(
+            f"distill.teacher: {recipe.teacher} predicts none of the {len(fit)} stimuli of {fit.recording} to fit"
+        )
     mixed = np.where(np.isnan(fit.rates), teacher, (1 - recipe.weight) * fit.rates + recipe.weight * teacher)
     fit.replace_responses(np.where(known, mixed, fit.rates))
     return (
