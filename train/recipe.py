@@ -138,6 +138,7 @@ class Recipe(Settings):
         task, fixed = self.task, self.task.weighting == "fixed"
         responses, classes, hybrid = task.predicts_responses, task.predicts_classes, task.kind == "hybrid"
         whole, inner = self.backbone.trainable == "all", self.early_stopping.split == "inner"
+        folds = self.early_stopping.folds
         for setting, has_effect, only_with in (
             ("task.regression_weight", hybrid and fixed, "task.kind hybrid and task.weighting fixed"),
             ("task.classification_weight", hybrid and fixed, "task.kind hybrid and task.weighting fixed"),
@@ -150,9 +151,13 @@ class Recipe(Settings):
             ("loss.site_weights", responses, "task.kind regression or hybrid"),
             ("distill.teacher", responses, "task.kind regression or hybrid"),
             ("distill.weight", self.distill.teacher is not None, "distill.teacher"),
-            ("early_stopping.inner_fraction", inner and not self.early_stopping.folds, "an inner split without folds"),
+            (
+                "early_stopping.inner_fraction",
+                inner and not folds,
+                "early_stopping.split inner without early_stopping.folds",
+            ),
             ("early_stopping.folds", inner, "early_stopping.split inner"),
-            ("early_stopping.fold", self.early_stopping.folds is not None, "early_stopping.folds"),
+            ("early_stopping.fold", folds is not None, "early_stopping.folds"),
             ("optimizer.momentum", not self.schedule.cycle_momentum, "schedule.cycle_momentum false"),
             ("backbone.batch_norm", whole or self.backbone.batch_norm == "frozen", "backbone.trainable all"),
             ("backbone.gradient_checkpointing", whole, "backbone.trainable all"),
