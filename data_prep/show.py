@@ -63,6 +63,8 @@ def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
     positions = np.arange(len(split))
     if folder.is_remote:  # pictures of all shards would be the whole split
         positions, what = positions[split.shards_of(positions) == 0], f"{split.shards[0].file}"
+    if not path.parent.is_dir():
+        raise BadInput(f"{path} cannot be written (there is no such folder); choose another --contact-sheet")
     content = io.BytesIO()
     contact_sheet(split, among=positions).save(content, format="PNG")
     try:

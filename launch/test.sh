@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Set up, check the style, run all tests. Further words go to pytest: launch/test.sh -k metrics
 # `launch/test.sh --slurm` runs those on a real Slurm instead, and installs it (Debian's packages, as root);
-# `launch/test.sh --browser` opens reports and TensorBoard in headless Chromium, and installs that.
+# `launch/test.sh --browser` opens reports and TensorBoard in headless Chromium, and installs that;
+# `launch/test.sh --slow` runs all the others, with those that take too long for every day.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
@@ -15,6 +16,11 @@ if [ "${1:-}" = --browser ]; then
     shift
     command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; }
     SPIKETUNE_BROWSER=1 OMP_NUM_THREADS=1 exec "$python" -m pytest tests/test_browser.py "$@"
+fi
+
+if [ "${1:-}" = --slow ]; then
+    shift
+    export SPIKETUNE_SLOW=1
 fi
 
 "$python" -m ruff check .

@@ -1,5 +1,6 @@
 """One small packed recording and one trained run that the end-to-end tests share."""
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,9 @@ from make_sources import make_folder
 
 from data_prep.packing import pack
 from data_prep.sources.folder import Folder
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # or the commands that tests interrupt would inherit it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("SPIKETUNE_DATA", ROOT.parent / "shared" / "data"))  # the real recordings, if they are here
+slow = pytest.mark.skipif("SPIKETUNE_SLOW" not in os.environ, reason="takes long; launch/test.sh --slow runs it too")
 
 
 def run_command(args: Sequence, **kw) -> CompletedProcess:

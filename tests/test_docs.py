@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from documents import PAGES, Command, commands, fenced
-from helpers import ROOT, run_here
+from helpers import ROOT, run_here, slow
 from make_sources import make_folder
 from PIL import Image
 from tensorboard import program
@@ -84,7 +84,7 @@ def only_parsing(monkeypatch):
 
 def check_script(script: str, words: list[str]) -> None:
     """Our own program understands the words."""
-    if script.startswith("benchmarks/"):
+    if script.startswith(("benchmarks/", "docs/")):
         options = re.findall(r"--[\w-]+", (ROOT / script).read_text())
         assert all(word in options for word in words if word.startswith("--")), script
         return
@@ -159,6 +159,7 @@ def test_the_commands_are_found():
     }
 
 
+@slow
 def test_readmes_way_from_a_recording_to_a_report(desk):
     """In the order of the text, in a folder where README's `my_recording` lies; one process each."""
     make_folder(desk / "my_recording", n=60, sites=4, noise=0.5)

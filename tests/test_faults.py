@@ -7,6 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from helpers import slow
 from launching import (
     SMALL,
     STOP_WHILE_SCORING,
@@ -63,7 +64,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert largest_difference(weights(run), weights(other)) == 0
 
 
-@pytest.mark.parametrize("whom", ["rank 0", "rank 1", "launcher"])
+@pytest.mark.parametrize("whom", [pytest.param("rank 0", marks=slow), "rank 1", "launcher"])
 def test_a_preempted_job_saves_and_goes_on_when_it_is_started_again(recording, undisturbed, tmp_path, whom):
     run, command = tmp_path / "run", ["train/finetune.py", "--data", recording, "--out", tmp_path / "run", *OPTIONS]
     started = start(2, *command, SPIKETUNE_JOB="mine")
@@ -89,7 +90,7 @@ def test_another_job_does_not_go_on_with_the_run(recording, undisturbed):
     assert "holds a run already" in done.stderr
 
 
-@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=slow)])
 def test_a_lost_process_is_named_and_all_are_started_again(recording, undisturbed, tmp_path, fault):
     """A hung one is given up after the time-out, which must hold for DeepSpeed's groups and for ours alike."""
     run = tmp_path / "run"
@@ -160,7 +161,9 @@ def test_a_step_that_is_not_finite_is_left_out_and_named(left_out, trained):
     assert load_progress(run / "checkpoints" / "last").step == load_progress(trained / "checkpoints" / "last").step
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero0", "zero1", "zero3"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param("zero0", marks=slow), pytest.param("zero1", marks=slow), "zero3"]
+)
 def test_every_strategy_leaves_the_step_out(recording, left_out, tmp_path, strategy):
     run = tmp_path / "run"
     chosen = strategy if strategy == "ddp" else f"ds_configs/{strategy}.json"

@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 
 import pytest
+from helpers import slow
 from launching import SMALL, charts, finish_started, largest_difference, losses, succeed, weights
 from machines import machines, reason_against
 
@@ -43,7 +44,7 @@ def on_one_machine(recording, tmp_path_factory):
     return out
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), (2, "ds_configs/zero2.json")])
+@pytest.mark.parametrize(("processes", "strategy"), [(1, "ddp"), pytest.param(2, "ds_configs/zero2.json", marks=slow)])
 def test_two_machines_train_as_one(recording, on_one_machine, tmp_path, processes, strategy):
     run = tmp_path / "run"
     command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS, "--strategy", strategy]
@@ -74,7 +75,7 @@ def test_a_slow_link_shows_as_communication(recording, on_one_machine, tmp_path)
         assert slow[part] < quick[part] + 0.05
 
 
-@pytest.mark.parametrize("accident", ["killed", "cut off"])
+@pytest.mark.parametrize("accident", ["killed", pytest.param("cut off", marks=slow)])
 def test_the_machine_that_is_left_goes_on_alone(recording, on_one_machine, tmp_path, accident):
     run = tmp_path / "run"
     command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS]

@@ -4,6 +4,7 @@ import time
 
 import pytest
 import torch
+from helpers import slow
 from launching import SMALL, charts, run_patched
 
 from train.collectives import TimedBackend
@@ -74,7 +75,9 @@ module.Training._piece = slow
 """
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "ds_configs/zero2.json", "ds_configs/zero3.json"])
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param("ds_configs/zero2.json", marks=slow), "ds_configs/zero3.json"]
+)
 def test_waiting_for_a_slow_process_is_communication_and_not_computing(recording, tmp_path, strategy):
     pause = 0.3
     options = ["--data", recording, "--out", tmp_path / "run", *SMALL, "--epochs", "4", "--strategy", strategy]

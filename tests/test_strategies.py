@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_refused, run_here
+from helpers import ROOT, assert_refused, run_here, slow
 from launching import SMALL, losses, succeed
 from safetensors.torch import load_file
 
@@ -86,7 +86,7 @@ def test_every_strategy_trains_the_model_that_ddp_trains(by_strategy, strategy):
     assert_close(by_strategy(strategy), by_strategy("ddp"))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=slow)])
 def test_parts_of_the_weights_make_other_optimizers_no_other(recording, tmp_path, optimizer):
     options = ["--data", recording, *SMALL, "--optimizer.name", optimizer, "--optimizer.clip-norm", "0.5"]
     succeed(2, "train/finetune.py", "--out", tmp_path / "zero3", *options, "--strategy", "ds_configs/zero3.json")

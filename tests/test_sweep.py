@@ -74,8 +74,8 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 
 
 def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
-    """Two of its four points diverge."""
-    grid = {"optimizer.lr": [1e-3, 1e12], "optimizer.name": ["adamw", "sgd"]}
+    """One of its four points diverges."""
+    grid = {"optimizer.lr": [1e-3, 1000], "optimizer.name": ["adamw", "sgd"]}
     command = ["train/sweep.py", written(tmp_path, {"grid": grid}), "--data", recording, "--out", tmp_path / "out"]
     workers = [start_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
     ended = [finish(worker, timeout=300) for worker in workers]
@@ -87,10 +87,11 @@ def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
     for run in started:
         assert (out / "trials" / f"{run}.log").read_text().count("stimuli to fit") == 1
     table = rows(out)
-    assert [row["state"] for row in table] == ["done", "done", "failed", "failed"]
-    assert [float(row["optimizer.lr"]) for row in table] == [1e-3, 1e-3, 1e12, 1e12]
-    assert float(table[0]["r2 on inner"]) >= float(table[1]["r2 on inner"])
-    assert all("the training diverged" in row["reason"] for row in table[2:])
+    assert [row["state"] for row in table] == ["done", "done", "done", "failed"]
+    scores = [float(row["r2 on inner"]) for row in table[:3]]
+    assert scores == sorted(scores, reverse=True)
+    assert (float(table[3]["optimizer.lr"]), table[3]["optimizer.name"]) == (1000, "sgd")
+    assert "the training diverged" in table[3]["reason"]
     text = (out / "table.md").read_text()
     assert "val and test chose nothing" in text
     assert f"Reported on val, which chose nothing: trial {table[0]['trial']}: R2" in text

@@ -64,7 +64,8 @@ def test_the_first_page_of_custom_scalars_is_the_one_to_look_at(board):
     tags = {tag for page in pages for chart in page["chart"] for tag in chart["multiline"]["tag"]}
     known = board("plugin/scalars/tags")[RUN]
     assert {"train/loss", "train/r2", "inner/r2", "val/r2", "inner/top1", "rate/readout"} <= tags
-    assert {tag for tag in tags if tag.startswith(("train", "inner", "rate", "speed"))} <= known.keys()
+    shown = {tag for tag in tags if tag.startswith(("train", "inner", "rate", "speed"))}
+    assert shown - {"speed/communication_seconds"} <= known.keys()  # which one process has none of
     found = board("plugin/custom_scalars/scalars", run=RUN, tag="inner/r2")
     assert found["regex_valid"]
     assert len(found["tag_to_events"]["inner/r2"]) == 2

@@ -75,14 +75,21 @@ class Board:
     Args:
         folder: for the file.
         say: what says so.
-        rewound_to: step after which everything that was written before is void.
     """
 
-    def __init__(self, folder: Path, say: Callable[[str], Any], rewound_to: int | None = None):
+    def __init__(self, folder: Path, say: Callable[[str], Any]):
         self._folder, self._say = folder, say
         self._writer: SummaryWriter | None = None
-        purged = None if rewound_to is None else rewound_to + 1
-        self._try(lambda: setattr(self, "_writer", SummaryWriter(str(folder), purge_step=purged)))
+        self._open()
+
+    def _open(self, void_from: int | None = None) -> None:
+        self._try(lambda: setattr(self, "_writer", SummaryWriter(str(self._folder), purge_step=void_from)))
+
+    def rewind(self, step: int) -> None:
+        """Everything that was written of later steps is void from here on."""
+        self.close()
+        if self._writer is not None:
+            self._open(void_from=step + 1)
 
     def _try(self, write: Callable[[], Any]) -> None:
         try:
@@ -172,8 +179,7 @@ class Monitor:
         """Drop what was written after `epoch` and `step`: a resumed run writes it again."""
         if not self._leads:
             return
-        self.board.close()
-        self.board = Board(self._folder.tensorboard, self.say, rewound_to=step)
+        self.board.rewind(step)
         if self._folder.history.exists():
             kept = [line for line in self._folder.epochs() if epoch_of(line, self._folder.history) <= epoch]
             write_atomically(self._folder.history, "".join(kept).encode())

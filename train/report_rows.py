@@ -389,7 +389,7 @@ def _recipe(path: Path) -> dict[str, Any]:
     try:
         content = read_yaml(path)
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        raise BadInput(f"{path} is not readable as YAML: {error}") from None
     return content if isinstance(content, dict) else {}
 
 
