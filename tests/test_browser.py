@@ -59,7 +59,8 @@ def test_a_report_is_whole_at_every_width(browser, page, width):
     images = browser.value("[...document.images].map(i => [i.complete, i.naturalWidth])")
     assert len(images) >= 4
     assert all(complete and wide > 0 for complete, wide in images)
-    assert browser.value("document.documentElement.scrollWidth") == width  # tables scroll within themselves
+    across = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
+    assert browser.value(across)  # tables scroll within themselves
     assert browser.value("document.querySelector('table').getBoundingClientRect().height") > 100
     assert "running" in browser.value("document.querySelector('.mark').textContent")
 

@@ -166,7 +166,7 @@ def draw_layers(
         ceiling: mean over sites.
     """
     scores = [known(values) for values in per_site.values()]
-    figure = new_figure(max(4.5, 0.8 * len(scores) + 1.5), 3.8)
+    figure = new_figure(max(5.5, 0.8 * len(scores) + 1.5), 3.8)  # wide enough for the legend
     axes = figure.add_subplot()
     places = range(len(scores))
     violins = axes.violinplot(scores, places, showextrema=False, widths=0.85)
