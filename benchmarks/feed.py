@@ -28,6 +28,7 @@ from train.loader import Batch, TrainLoader
 from train.loop import Training
 from train.preparation import training_stimuli
 from train.recipe import Recipe
+from train.recordings import Recordings
 
 WARM_UP = 3  # steps
 STIMULI = 640
@@ -42,7 +43,8 @@ def endless(loader: TrainLoader) -> Iterator[list[Batch]]:
 def loader_of(recipe: Recipe, data: Path, cache: str) -> TrainLoader:
     """The run's loader over again, with decoded pictures kept or not."""
     settings = recipe.loader.model_copy(update={"cache": cache})
-    fit, _ = training_stimuli(ShardFolder(data), recipe.model_copy(update={"loader": settings}))
+    recordings, recipe = Recordings([ShardFolder(data)]), recipe.model_copy(update={"loader": settings})
+    fit, _ = training_stimuli(recordings, recordings.divide(recipe), recipe)
     size = recipe.batch.global_size
     return TrainLoader(fit, seed=0, global_size=size, per_device=None, rank=0, ranks=1, workers=0, pin=False)
 

@@ -123,7 +123,7 @@ def training(recipe: Recipe, data: Path, out: Path) -> Iterator["Training"]:
     from train.resume import starting_point
     from train.runtime import started
 
-    job = prepare(recipe, data, out, resume=False)
+    job = prepare(recipe, [data], out, resume=False)
     with started(job.deepspeed, recipe.precision, recipe.deterministic) as runtime:
         built = build(job, starting_point(job, runtime), runtime)
         built.network.train()

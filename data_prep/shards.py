@@ -332,6 +332,11 @@ class ShardSplit:
         return rates
 
     @property
+    def picture_sizes(self) -> np.ndarray:
+        """The bytes of each encoded picture, int64 (stimuli,)."""
+        return self._index.size[:, [MEMBERS.index(kind) for kind in IMAGE_MEMBERS]].max(axis=1)
+
+    @property
     def trials_bytes(self) -> int:
         """How large the single trials are; 0 where there are none."""
         return int(self._index.size[:, MEMBERS.index("trials.npy")].sum())

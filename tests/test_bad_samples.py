@@ -22,8 +22,10 @@ from data_prep.errors import BadInput
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
+from train.batches import StimulusSet
 from train.preparation import training_stimuli
 from train.recipe import Loader, Recipe
+from train.recordings import Recordings
 from train.run_folder import RunFolder
 from train.screening import Screening
 
@@ -97,11 +99,16 @@ def test_the_streaming_engine_notices_it_too(copied, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def stimuli_of(recipe: Recipe, *folders: Path) -> tuple[StimulusSet, StimulusSet]:
+    recordings = Recordings([ShardFolder(folder) for folder in folders])
+    return training_stimuli(recordings, recordings.divide(recipe), recipe)
+
+
 def test_the_division_of_the_others_is_the_one_of_all(packed, damaged):
     folder, bad = damaged
     recipe = Recipe.model_validate({"loader": {"on_bad_sample": "skip"}})
-    whole = training_stimuli(ShardFolder(packed), Recipe())
-    rest = training_stimuli(ShardFolder(folder), recipe)
+    whole = stimuli_of(Recipe(), packed)
+    rest = stimuli_of(recipe, folder)
     for before, after in zip(whole, rest, strict=True):
         kept = [name not in bad for name in before.stimulus_ids]
         assert after.stimulus_ids == [name for name in before.stimulus_ids if name not in bad]
@@ -156,12 +163,12 @@ def test_of_two_runs_into_one_folder_one_wins_and_the_other_is_told(packed, tmp_
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     for folder in (first, second):
         folder.check_free()
-    first.claim(Recipe(), packed, {"processes": "first"})
+    first.claim(Recipe(), [packed], {"processes": "first"})
     with pytest.raises(BadInput, match="another process is writing"):
-        second.claim(Recipe(), packed, {"processes": "second"})
+        second.claim(Recipe(), [packed], {"processes": "second"})
     first.close()
     with pytest.raises(BadInput, match="holds a run already"):
-        second.claim(Recipe(), packed, {"processes": "second"})
+        second.claim(Recipe(), [packed], {"processes": "second"})
     assert json.loads(first.env.read_text())["processes"] == "first"
 
 
@@ -173,7 +180,7 @@ def test_however_close_the_race_one_run_wins(packed, tmp_path):
         def contend(folder: RunFolder, start=start, outcomes=outcomes) -> None:
             start.wait()
             try:
-                folder.claim(Recipe(), packed, {})
+                folder.claim(Recipe(), [packed], {})
                 outcomes.append("won")
             except BadInput:
                 outcomes.append("told")
@@ -237,7 +244,7 @@ def test_a_checkpoint_that_changes_meanwhile_is_not_mixed_with_the_next(run, pac
 
     with monkeypatch.context() as patched:
         patched.setattr(evaluate, "load_progress", overtaken)
-        job = evaluate.prepare(evaluate.Evaluate(run=own, data=str(packed)))
+        (job,) = evaluate.prepare(evaluate.Evaluate(runs=[own], data=[str(packed)]), own, "val")
     assert job.checkpoint.name == step.name
     assert job.progress.step != 900
 

@@ -70,7 +70,7 @@ def assert_goes_on(run: Path, trained: Path) -> None:
     assert checkpoint is not None
     assert faults == []
     assert not list((run / "checkpoints").glob(".step_*"))
-    done = run_here("train/finetune.py", "--data", RunFolder(run).data_folder(), "--out", run, "--resume")
+    done = run_here("train/finetune.py", "--data", *RunFolder(run).data_folders(), "--out", run, "--resume")
     assert done.returncode == 0, done.stderr
     assert losses(run) == losses(trained)
     assert largest_difference(weights(run), weights(trained)) == 0

@@ -323,7 +323,7 @@ def test_the_recommended_command_trains_what_was_planned(tmp_path):
     launcher, command = words[: words.index("train/finetune.py")], words[words.index("train/finetune.py") + 1 :]
     assert " ".join(launcher) == ("accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4")
     trained, settings = finetune.parse_command_line(command)
-    assert trained.data == str(tmp_path)
+    assert trained.data == [str(tmp_path)]
     assert (settings.backbone.name, settings.optimizer.name, settings.images.size) == ("cnn2", "lion", 32)
     assert settings.batch.per_device == 8
 

@@ -21,6 +21,7 @@ from train.engine import Engine
 from train.loader import Stimuli
 from train.preparation import training_stimuli
 from train.recipe import Recipe
+from train.recordings import Recordings
 
 SITES = 6
 OPTIONS = [
@@ -93,8 +94,8 @@ def test_the_number_of_responses_moves_with_them(holey):
 def test_no_response_leaks_between_what_fits_and_what_selects(data, split):
     settings = {"early_stopping": {"split": split}}
     shards = ShardFolder(data)
-    plain = training_stimuli(shards, Recipe.model_validate(settings))
-    shuffled = training_stimuli(shards, Recipe.model_validate(settings))
+    recordings, recipe = Recordings([shards]), Recipe.model_validate(settings)
+    plain, shuffled = (training_stimuli(recordings, recordings.divide(recipe), recipe) for _ in range(2))
     for before, after in zip(plain, shuffled, strict=True):
         after.shuffle_responses(0)
         assert as_set(after.rates) == as_set(before.rates)

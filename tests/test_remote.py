@@ -34,6 +34,7 @@ from train.loader import Stimuli, TrainLoader, evaluation_loader
 from train.picture_cache import PictureCaches
 from train.preparation import remarks_on, training_stimuli
 from train.recipe import Loader, Recipe
+from train.recordings import Recordings
 
 SHOW = "data_prep/show.py"
 
@@ -416,22 +417,24 @@ def test_an_evaluation_reads_each_shard_once_however_little_is_kept(web, packed,
 def test_a_run_is_told_that_its_order_does_not_fit(web, packed, cache):
     size = max(path.stat().st_size for path in packed.glob("*.tar"))
     small, large = (opened(web.url, cache, shards * size / GIB) for shards in (5, 11))
-    (remark,) = remarks_on(small, Loader())
+    (remark,) = remarks_on([small], Loader())
     assert "loader.order shuffled needs" in remark
     assert "loader.order blocks" in remark
-    (remark,) = remarks_on(small, Loader(order="blocks", block_shards=5))
+    (remark,) = remarks_on([small], Loader(order="blocks", block_shards=5))
     assert "lower loader.block_shards" in remark
-    assert remarks_on(small, Loader(order="blocks", block_shards=4)) == remarks_on(large, Loader()) == []
-    assert remarks_on(ShardFolder(packed), Loader()) == []
+    assert remarks_on([small], Loader(order="blocks", block_shards=4)) == remarks_on([large], Loader()) == []
+    assert remarks_on([ShardFolder(packed)], Loader()) == []
 
 
 def test_the_inner_part_is_read_once_where_all_pictures_do_not_fit(web, cache):
     """Under order blocks: it lies in all shards, and memory holds it and little more."""
     settings = {"order": "blocks", "block_shards": 2, "shard_cache": str(cache), "cache": "ram"}
     recipe = Recipe.model_validate({"loader": settings | {"cache_gib": 9 * 32 * 32 * 3 / GIB}, "images": {"size": 32}})
-    fit, inner = training_stimuli(opened(web.url, cache), recipe)
+    recordings = Recordings([opened(web.url, cache)])
+    divided = recordings.divide(recipe)
+    fit, inner = training_stimuli(recordings, divided, recipe)
     assert (len(fit), len(inner)) == (54, 6)
-    plain = training_stimuli(opened(web.url, cache), recipe.model_copy(update={"loader": Loader(cache="off")}))
+    plain = training_stimuli(recordings, divided, recipe.model_copy(update={"loader": Loader(cache="off")}))
     pictures = []
     for stimuli in (inner, inner, plain[1]):
         if stimuli is inner and pictures:

@@ -21,7 +21,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -50,6 +50,7 @@ class Progress(BaseModel):
         recording: fingerprint of the shards, see `data_prep.manifest.Manifest.fingerprint`.
         selection_metric, selection_split: what chooses the best epoch, and on which stimuli.
         site_ids: of the outputs, in order.
+        recordings: by name, how many of the outputs are its sites, in order; checkpoints of earlier versions have none.
         classes: of the outputs, in order, or None.
         image_size: side in pixels of the pictures the network was trained on.
     """
@@ -68,6 +69,7 @@ class Progress(BaseModel):
     selection_metric: str
     selection_split: str
     site_ids: list[Name]
+    recordings: dict[Name, Annotated[int, Field(ge=0)]] = {}
     classes: list[Name] | None
     image_size: int = Field(ge=1, le=LARGEST_SIDE)
 
@@ -75,6 +77,34 @@ class Progress(BaseModel):
     def epochs_without_improvement(self) -> int:
         """In a row, up to now."""
         return self.epoch - self.best_epoch
+
+    @property
+    def is_of_several(self) -> bool:
+        """Whether it was trained on several recordings."""
+        return len(self.recordings) > 1
+
+    def rows_of(self, recording: str, where: str) -> slice:
+        """Which of the outputs are a recording's sites.
+
+        Args:
+            recording: its name.
+            where: who asks for it, for the message.
+
+        Raises:
+            BadInput: the run was not trained on it.
+        """
+        if recording not in self.recordings:
+            raise BadInput(
+                f"{where}: the run was not trained on a recording {recording!r}, but on {', '.join(self.recordings)}"
+            )
+        names, sites = list(self.recordings), list(self.recordings.values())
+        first = sum(sites[: names.index(recording)])
+        return slice(first, first + self.recordings[recording])
+
+    def of(self, recording: str, where: str) -> "Progress":
+        """The same, as if it had been trained on one of its recordings alone; arguments as of `rows_of`."""
+        site_ids = self.site_ids[self.rows_of(recording, where)]
+        return self.model_copy(update={"site_ids": site_ids, "recordings": {recording: len(site_ids)}})
 
     def check_fits(self, manifest: Manifest, where: str) -> None:
         """Refuse data with other sites or classes than the network predicts.
@@ -278,14 +308,26 @@ def load_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
         raise BadInput(f"{path} cannot be read ({error})") from None
 
 
-def checked_tensors(network: torch.nn.Module, checkpoint: Path, name: str) -> dict[str, torch.Tensor]:
+def checked_tensors(
+    network: torch.nn.Module, checkpoint: Path, name: str, rows: slice = slice(None)
+) -> dict[str, torch.Tensor]:
     """The tensors of "network" or "training" that fit a network: every one is there in its shape, and no other.
+
+    Args:
+        network: to give them to.
+        checkpoint: folder.
+        name: of the file.
+        rows: for a network of one of a run's recordings, which outputs are its sites. Whatever has a row per site (and
+            hence another shape in that network) is cut to these.
 
     Raises:
         BadInput: the checkpoint is of another network, or holds what is no number.
     """
-    tensors = load_tensors(checkpoint, name)
     expected = network.state_dict()
+    tensors = load_tensors(checkpoint, name)
+    for key in expected.keys() & tensors.keys():
+        if tensors[key].ndim and tensors[key].shape != expected[key].shape:
+            tensors[key] = tensors[key][rows]
     odd = [key for key in {**expected, **tensors} if _shape(expected, key) != _shape(tensors, key)]
     if odd:
         raise BadInput(f"{checkpoint} is a checkpoint of another network: {odd[0]} differs, and {len(odd) - 1} more")

@@ -1,14 +1,16 @@
-"""Score a fine-tuned run on a split: exact metrics over all ranks, and the predictions.
+"""Score a fine-tuned run on a split: exact metrics over all ranks, and the predictions. Several runs make an ensemble.
 
 accelerate launch [...] train/evaluate.py RUN --split val
 launch/local.sh -n 2    train/evaluate.py RUN --split val
+launch/local.sh -n 2    train/evaluate.py RUN PROBE RUN ... --combine stack --out ENSEMBLE
 """
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
@@ -19,33 +21,43 @@ from data_prep.errors import BadInput, run_command
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
 from train.checkpoint import Progress, checked_tensors, current, load_progress
+from train.ensemble import Combine, Ensemble, check_place, data_of, is_fine_tuned, members_of, write_ensembles
 from train.loader import Stimuli, workers_per_rank
 from train.loop import evaluation_batch_size
 from train.monitor import Board
 from train.picture_cache import PictureCaches
 from train.processes import ranks_on_machine, world_size
-from train.recipe import Recipe
-from train.run_folder import RunFolder, check_writable, open_run, write_json, write_npz
+from train.recipe import MOST_RECORDINGS, Loader, Recipe
+from train.recordings import Recordings, used_of
+from train.run_folder import LEFT_OUT, RunFolder, check_writable, open_run, write_json, write_npz
 from train.runtime import Runtime, started
 from train.scoring import Scored, check_not_empty, report, score
 from train.screening import Screening
 from train.tasks import Network
 from train.watching import draw_numbers, draw_pictures
 
+SHOWN = ("r2", "explained_variance", "mse", "pearson_r", "ceiled_explained_variance", "feve")
+
 
 class Evaluate(BaseModel):
-    """Score a fine-tuned run on a split."""
+    """Score a fine-tuned run on a split, or join several runs and probes into an ensemble and score that."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    run: tyro.conf.Positional[Path]
-    """Run folder made by train/finetune.py."""
-    split: Literal["train", "val", "test"] = "val"
-    """Which stimuli to predict; on a split without responses the predictions alone are written."""
+    runs: Annotated[list[Path], tyro.conf.Positional] = Field(min_length=1)
+    """Run folder made by train/finetune.py; for an ensemble several, among which may be probes and ensembles."""
+    split: Literal["train", "val", "test", "left_out"] = "val"
+    """Which stimuli to predict; on a split without responses the predictions alone are written. left_out are the
+    training stimuli that the run was not fitted on, its inner split."""
+    out: Path | None = None
+    """Folder of the ensemble; needed with several runs."""
+    combine: Combine = "mean"
+    """An ensemble's prediction: the mean over all runs; or a sum whose weights each site learns on left_out."""
     checkpoint: Literal["best", "last"] = "best"
     """Which epoch's weights."""
-    data: Place | None = None
-    """Shard folder or its URL; by default the one the run was trained on."""
+    data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
+    """Shard folder or its URL; by default the one the run was trained on. Of a run of several recordings those that are
+    to be scored; by default all."""
     shard_cache: str | None = None
     """Of remote shards: folder for copies; by default the recipe's."""
     batch_size: int | None = Field(None, ge=1, le=1_000_000)
@@ -59,13 +71,28 @@ class Evaluate(BaseModel):
 
 @dataclass
 class Job:
-    """An evaluation that is checked as far as it can be before its processes are joined."""
+    """An evaluation on one recording that is checked as far as it can be before its processes are joined.
+
+    Attributes:
+        options: of the command line.
+        split: that is scored.
+        folder: of the run.
+        recipe: of the run.
+        checkpoint: folder.
+        progress: of the checkpoint.
+        recording: the one that is scored, of a run of several; else None.
+        shards: of that recording.
+        stimuli: to predict.
+        screening: what was left out of them.
+    """
 
     options: Evaluate
+    split: str
     folder: RunFolder
     recipe: Recipe
     checkpoint: Path
     progress: Progress
+    recording: str | None
     shards: ShardFolder
     stimuli: Stimuli
     screening: Screening
@@ -76,14 +103,18 @@ class Job:
         return self.shards.manifest
 
 
-def prepare(options: Evaluate) -> Job:
-    """Open run and data and check that they fit together.
+def prepare(options: Evaluate, run: Path, name: str) -> list[Job]:
+    """Open run and data and check that they fit together; one job for each recording.
+
+    Args:
+        options: of the command line.
+        run: folder.
+        name: of the split.
 
     Raises:
         BadInput: they do not.
     """
-    ranks = world_size()
-    folder, recipe = open_run(options.run)
+    folder, recipe = open_run(run)
     check_writable(folder.path)
     checkpoint = current(folder.checkpoints, options.checkpoint)
     progress = load_progress(checkpoint)
@@ -91,17 +122,54 @@ def prepare(options: Evaluate) -> Job:
         recipe.loader.shard_cache = options.shard_cache
     if options.on_bad_sample is not None:
         recipe.loader.on_bad_sample = options.on_bad_sample
-    shards = ShardFolder(options.data or folder.data_folder(), recipe.loader.fetch)
-    progress.check_fits(shards.manifest, str(shards.folder))
-    split = shards.split(options.split)
-    classes = recipe.task.predicts_classes
-    responses = recipe.task.predicts_responses and split.has_responses
-    caches = PictureCaches(recipe.loader, once=True)
-    screening, wanted = Screening(recipe.loader), {"responses": responses, "classes": classes}
-    usable = screening.usable(split, progress.image_size, **wanted)
-    stimuli = Stimuli(split, progress.image_size, usable, **wanted, caches=caches)
-    check_not_empty(stimuli, ranks, options.split)
-    return Job(options, folder, recipe, checkpoint, progress, shards, stimuli, screening)
+    shards = [ShardFolder(place, recipe.loader.fetch) for place in options.data or folder.data_folders()]
+    if len(shards) > 1 and not progress.is_of_several:
+        raise BadInput(f"data: {run} was trained on one recording; name one shard folder")
+    left_out = _left_out(folder, recipe, progress, shards) if name == LEFT_OUT else {}
+    jobs, caches = [], PictureCaches(recipe.loader, once=True)
+    for opened in Recordings(shards).folders:
+        where, recording, own = str(opened.folder), None, progress
+        if progress.is_of_several:
+            recording = opened.manifest.name
+            own = progress.of(recording, where)
+        own.check_fits(opened.manifest, where)
+        split = opened.split("train" if name == LEFT_OUT else name)
+        responses = recipe.task.predicts_responses and split.has_responses
+        wanted = {"responses": responses, "classes": recipe.task.predicts_classes}
+        screening = Screening(recipe.loader)
+        usable = screening.usable(split, progress.image_size, **wanted)
+        if name == LEFT_OUT:
+            usable = np.intersect1d(usable, left_out[opened.manifest.name])
+        stimuli = Stimuli(split, progress.image_size, usable, **wanted, caches=caches)
+        check_not_empty(stimuli, world_size(), name)
+        jobs.append(Job(options, name, folder, recipe, checkpoint, progress, recording, opened, stimuli, screening))
+    return jobs
+
+
+def _left_out(
+    folder: RunFolder, recipe: Recipe, progress: Progress, given: Sequence[ShardFolder]
+) -> dict[str, np.ndarray]:
+    """By recording, positions of the training stimuli that a run was not fitted on.
+
+    Several recordings have been divided together, so those that are not scored are opened too.
+
+    Raises:
+        BadInput: the run was fitted on all of them.
+    """
+    if recipe.early_stopping.split != "inner":
+        raise BadInput(f"{folder.path} was fitted on all of train (early_stopping.split: val), so it left nothing out")
+    opened = {shards.manifest.name: shards for shards in given}
+    if progress.is_of_several:
+        for name, shards in opened.items():
+            progress.rows_of(name, str(shards.folder))
+        places = dict(zip(folder.recordings(), folder.data_folders(), strict=False))
+        if missing := [name for name in progress.recordings if name not in opened.keys() | places.keys()]:
+            raise BadInput(f"{folder.env} does not tell where {missing[0]} lies; name all recordings with --data")
+        opened = {
+            name: opened.get(name) or ShardFolder(places[name], recipe.loader.fetch) for name in progress.recordings
+        }
+    divided = Recordings(list(opened.values())).divide(recipe)
+    return {name: part.selection for name, part in zip(opened, divided, strict=True)}
 
 
 def unseen_classes(job: Job) -> int:
@@ -118,7 +186,7 @@ def warn_of_unseen_classes(job: Job) -> None:
     if unseen := unseen_classes(job):
         shown = len(np.unique(job.stimuli.labels))
         print(
-            f"warning: {unseen} of the {shown} classes in {job.options.split} are not in train, so their pictures "
+            f"warning: {unseen} of the {shown} classes in {job.split} are not in train, so their pictures "
             "count as wrong by construction; classification needs a division that is not grouped by object",
             file=sys.stderr,
         )
@@ -136,7 +204,8 @@ def evaluate(job: Job, runtime: Runtime) -> Scored:
             "processes; start again"
         )
     network = Network(job.recipe.for_evaluation(), job.manifest, job.stimuli.size)
-    network.load_state_dict(checked_tensors(network, job.checkpoint, "network"))
+    rows = slice(None) if job.recording is None else job.progress.rows_of(job.recording, str(job.shards.folder))
+    network.load_state_dict(checked_tensors(network, job.checkpoint, "network", rows))
     setting = job.recipe.loader.workers if job.options.workers is None else job.options.workers
     return score(
         network.to(runtime.device),
@@ -145,7 +214,7 @@ def evaluate(job: Job, runtime: Runtime) -> Scored:
         batch_size=job.options.batch_size or evaluation_batch_size(job.recipe),
         workers=workers_per_rank(setting, ranks_on_machine(), os.cpu_count() or 1),
         keep=True,
-        label=f"evaluating {job.options.split}",
+        label=f"evaluating {job.split}{f' of {job.recording}' if job.recording else ''}",
     )
 
 
@@ -163,14 +232,17 @@ def predictions(job: Job, scored: Scored) -> dict[str, np.ndarray]:
 
 def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str, Any]]:
     """Write predictions.npz and, where there is something to compare with, metrics.json; returns folder and metrics."""
-    target = job.folder.evaluation(job.options.split, job.options.checkpoint)
+    target = job.folder.evaluation(job.split, job.options.checkpoint, job.recording)
     write_npz(target / "predictions.npz", **predictions(job, scored))
     metrics: dict[str, Any] = {}
     if scored.moments is not None or scored.counts is not None:
-        metrics = report(scored, job.stimuli, job.manifest, job.options.split, ranks)
+        metrics = report(scored, job.stimuli, job.manifest, job.split, ranks)
         metrics |= {"checkpoint": job.options.checkpoint, "epoch": job.progress.epoch, "step": job.progress.step}
         metrics["selected_on"] = [job.progress.selection_split]
+        if job.recording is not None:
+            metrics["trained_on"] = list(job.progress.recordings)
         metrics |= job.screening.facts()
+        metrics["training_stimuli"] = len(used_of(job.shards.split("train"), job.recipe))
         if unseen := unseen_classes(job):
             metrics["classification"]["classes_not_in_train"] = unseen
         if job.recipe.task.shuffle_responses:
@@ -182,34 +254,105 @@ def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str,
 def chart(job: Job, scored: Scored) -> None:
     """Add the scores, the sites and the stimuli to the run's TensorBoard, at the step that was scored."""
     board = Board(job.folder.tensorboard, lambda message: print(message, file=sys.stderr, flush=True))
-    split, step = job.options.split, job.progress.step
+    split = job.split if job.recording is None else f"{job.split}/{job.recording}"
+    step = job.progress.step
     board.scalars({f"{split}/{name}": value for name, value in scored.means().items()}, step)
     draw_numbers(board, split, scored, step)
     draw_pictures(board, split, scored, job.stimuli, step)
     board.close()
 
 
-def shown_scores(scored: Scored, metrics: dict[str, Any]) -> str:
+def shown_scores(metrics: dict[str, Any]) -> str:
     """The means over sites for a line of text, those relative to a ceiling included."""
     found = metrics.get("regression", {})
-    ceiled = {name: found[name]["mean"] for name in ("ceiled_explained_variance", "feve") if name in found}
-    means = scored.means() | {name: mean for name, mean in ceiled.items() if mean is not None}
-    return "  ".join(f"{name} {value:.4f}" for name, value in means.items()) or "no responses to compare with"
+    means = {name: found[name]["mean"] for name in SHOWN if name in found}
+    if "classification" in metrics:
+        means["top1"] = metrics["classification"]["top1"]
+    known = {name: mean for name, mean in means.items() if mean is not None}
+    return "  ".join(f"{name} {value:.4f}" for name, value in known.items()) or "no responses to compare with"
+
+
+def run_one(job: Job, runtime: Runtime) -> None:
+    """Score a fine-tuned run on a recording, write, chart and say how good it is."""
+    scored = evaluate(job, runtime)
+    if not runtime.leads:
+        return
+    warn_of_unseen_classes(job)
+    target, metrics = write_results(job, scored, runtime.ranks)
+    chart(job, scored)
+    of = "" if job.recording is None else f"{job.recording}, "
+    print(f"{of}{job.split}: {len(job.stimuli):,} stimuli  {shown_scores(metrics)}\nwritten to {target}", flush=True)
+    warn_of_bad_samples(job.screening)
+
+
+def warn_of_bad_samples(screening: Screening) -> None:
+    """Say aloud what was left out."""
+    for warning in screening.warnings():
+        print(warning, file=sys.stderr, flush=True)
+
+
+def prepare_ensembles(options: Evaluate) -> tuple[list[Job], list[Ensemble]]:
+    """What has to be scored for an ensemble, and who is in it: an ensemble for each recording.
+
+    Those are the recordings of --data, by default those of the first run; every member must predict them.
+
+    Raises:
+        BadInput: options or members that do not go together.
+    """
+    if options.out is None:
+        raise BadInput("several runs make an ensemble; name its folder with --out")
+    if options.split == LEFT_OUT or options.checkpoint != "best":
+        raise BadInput("an ensemble is of best checkpoints, on train, val or test; left_out is written beside those")
+    if doubled := [run for run in options.runs if options.runs.count(run) > 1]:
+        raise BadInput(f"{doubled[0]} is named twice; each run of an ensemble counts once")
+    recipes = [open_run(run)[1] if is_fine_tuned(run) else None for run in options.runs]
+    jobs: list[Job] = []
+    for run, recipe in zip(options.runs, recipes, strict=True):
+        if recipe is not None:
+            if not recipe.task.predicts_responses:
+                raise BadInput(f"{run} predicts no responses; an ensemble joins predictions of those")
+            left_out = options.combine == "stack" or recipe.early_stopping.split == "inner"
+            for name in (options.split, *([LEFT_OUT] * left_out)):
+                jobs += prepare(options, run, name)
+    skips = options.on_bad_sample or ("skip" if any(job.screening.skips for job in jobs) else "stop")
+    loader = Loader(on_bad_sample=skips, shard_cache=options.shard_cache)
+    shards = [ShardFolder(place, loader.fetch) for place in options.data or data_of(options.runs[0])]
+    ensembles = [
+        Ensemble(members_of(options.runs, recipes, opened.manifest.name), options.combine, opened, Screening(loader))
+        for opened in Recordings(shards).folders
+    ]
+    check_place(options.out, ensembles)
+    for ensemble in ensembles:
+        ensemble.check_complete(options.split)
+    return jobs, ensembles
+
+
+def join(options: Evaluate, ensembles: Sequence[Ensemble], ranks: int) -> None:
+    """Join what the members predicted, write, and say how good it is."""
+    found = write_ensembles(options.out, ensembles, options.split, ranks)
+    for ensemble, metrics in zip(ensembles, found, strict=True):
+        of = f"{ensemble.recording}, " if len(ensembles) > 1 else ""
+        print(f"ensemble, {of}{options.split}: {shown_scores(metrics)}", flush=True)
+        warn_of_bad_samples(ensemble.screening)
+    print(f"written to {options.out}", flush=True)
 
 
 def main() -> None:
     """Parse, check, score, write."""
-    job = prepare(parse(Evaluate, args=sys.argv[1:]))
-    with started(None, "fp32", job.recipe.deterministic, timeouts=job.recipe.faults.timeouts) as runtime:
-        scored = evaluate(job, runtime)
-        if runtime.leads:
-            warn_of_unseen_classes(job)
-            target, metrics = write_results(job, scored, runtime.ranks)
-            chart(job, scored)
-            shown = shown_scores(scored, metrics)
-            print(f"{job.options.split}: {len(job.stimuli):,} stimuli  {shown}\nwritten to {target}", flush=True)
-            for warning in job.screening.warnings():
-                print(warning, file=sys.stderr, flush=True)
+    options = parse(Evaluate, args=sys.argv[1:])
+    ensembles: list[Ensemble] = []
+    if len(options.runs) == 1 and options.out is None:
+        if options.combine != "mean":
+            raise BadInput("--combine joins several runs; there is one")
+        jobs = prepare(options, options.runs[0], options.split)
+    else:
+        jobs, ensembles = prepare_ensembles(options)
+    recipe = jobs[0].recipe if jobs else Recipe()
+    with started(None, "fp32", recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
+        for job in jobs:
+            run_one(job, runtime)
+        if ensembles and runtime.leads:
+            join(options, ensembles, runtime.ranks)
 
 
 if __name__ == "__main__":

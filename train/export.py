@@ -46,6 +46,8 @@ class Export(BaseModel):
     """Whose predictions, for netcdf and mat; they must have been scored before."""
     checkpoint: Literal["best", "last"] = "best"
     """Which epoch."""
+    recording: str | None = None
+    """Of a run of several recordings: whose predictions, or the network with whose readout."""
     data: Path | None = None
     """Shard folder; by default the one the run was trained on."""
 
@@ -75,7 +77,8 @@ def _assembly(options: Export) -> Assembly:
     folder = RunFolder(options.run)
     if not folder.recipe.is_file():
         raise BadInput(f"{options.run} is no run folder (it has no recipe.yaml)")
-    predictions = read_predictions(folder.evaluation(options.split, options.checkpoint) / "predictions.npz")
+    scored = folder.evaluation(options.split, options.checkpoint, options.recording)
+    predictions = read_predictions(scored / "predictions.npz")
     return assemble(predictions, _shards(options, folder), options.split)
 
 
@@ -84,7 +87,7 @@ def _shards(options: Export, folder: RunFolder) -> ShardFolder | None:
     if options.data is not None:
         return ShardFolder(options.data)
     try:
-        return ShardFolder(folder.data_folder())
+        return ShardFolder(_place(options, folder))
     except BadInput as fault:
         print(f"without facts about stimuli and sites: {fault}", file=sys.stderr)
         return None
@@ -94,14 +97,39 @@ def _trained(options: Export) -> Trained:
     folder, recipe = open_run(options.run)
     checkpoint = current(folder.checkpoints, options.checkpoint)
     progress = load_progress(checkpoint)
-    manifest = ShardFolder(options.data or folder.data_folder()).manifest
-    progress.check_fits(manifest, str(options.data or folder.data_folder()))
-    return load_trained(recipe, checkpoint, progress, manifest)
+    where = options.data or _place(options, folder)
+    rows = slice(None)
+    if options.recording is not None:
+        rows = progress.rows_of(options.recording, "--recording")
+        progress = progress.of(options.recording, "--recording")
+    manifest = ShardFolder(where).manifest
+    progress.check_fits(manifest, str(where))
+    return load_trained(recipe, checkpoint, progress, manifest, rows)
+
+
+def check_recording(options: Export) -> None:
+    """Refuse a run of several recordings none of which is named, and a name that is none of them.
+
+    Raises:
+        BadInput: naming them.
+    """
+    names = RunFolder(options.run).recordings()
+    if names and options.recording not in names:
+        raise BadInput(f"{options.run} was trained on {', '.join(names)}: name one of them with --recording")
+    if not names and options.recording is not None:
+        raise BadInput(f"--recording: {options.run} was not trained on several recordings; leave it out")
+
+
+def _place(options: Export, folder: RunFolder) -> str:
+    """The shard folder of the recording."""
+    places = folder.data_folders()
+    return places[0] if options.recording is None else places[folder.recordings().index(options.recording)]
 
 
 def main() -> None:
     """Parse, check, write."""
     options = parse(Export, args=sys.argv[1:])
+    check_recording(options)
     targets = _targets(options)
     assembly = _assembly(options) if PREDICTIONS.keys() & targets.keys() else None
     trained = _trained(options) if FILES.keys() & targets.keys() else None

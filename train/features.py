@@ -13,11 +13,13 @@ from torch import nn
 from data_prep.errors import BadInput
 from data_prep.progress import Progress
 from train.backbones import Backbone, channels_first
-from train.loader import Stimuli, evaluation_loader
+from train.batches import StimulusSet
+from train.loader import evaluation_loader
 from train.runtime import Runtime
 from train.truncation import is_dropped
 
 PIXELS = "pixels"
+SUM = "+"  # between the names of modules that are probed together
 
 
 def stage_names(net: nn.Module) -> list[str]:
@@ -34,7 +36,8 @@ def stage_names(net: nn.Module) -> list[str]:
 def choose_layers(backbone: Backbone, wanted: list[str], image_size: int) -> list[str]:
     """Resolve `all`, names and globs to names of modules, in the order of the network.
 
-    A `*` stands for one part of a dotted name: `blocks.*` are the stages, not what is in them.
+    A `*` stands for one part of a dotted name: `blocks.*` are the stages, not what is in them. Names joined by `+` are
+    one layer that has the features of all (`parts_of`); those come after the others.
 
     Args:
         backbone: with the modules.
@@ -53,8 +56,8 @@ def choose_layers(backbone: Backbone, wanted: list[str], image_size: int) -> lis
     stages = [name for name in stage_names(net) if name in heard]
     if backbone.cut is not None and backbone.cut not in stages:
         stages.append(backbone.cut)
-    chosen: set[str] = set()
-    for pattern in wanted:
+
+    def named(pattern: str) -> list[str]:
         matching = stages if pattern == "all" else [name for name in names if _matches(name, pattern)]
         if not matching:
             near = difflib.get_close_matches(pattern, names, n=3) or stages
@@ -62,8 +65,19 @@ def choose_layers(backbone: Backbone, wanted: list[str], image_size: int) -> lis
         found = [name for name in matching if name in heard]
         if not found:
             raise BadInput(f"layers: {pattern} has no output of its own in the forward pass; name another module")
-        chosen.update(found)
-    return [name for name in names if name in chosen]
+        return found
+
+    def in_order(patterns: list[str]) -> list[str]:
+        chosen = {name for pattern in patterns for name in named(pattern)}
+        return [name for name in names if name in chosen]
+
+    sums = [SUM.join(in_order(parts_of(pattern))) for pattern in wanted if SUM in pattern]
+    return [*in_order([pattern for pattern in wanted if SUM not in pattern]), *dict.fromkeys(sums)]
+
+
+def parts_of(layer: str) -> list[str]:
+    """The modules whose features a layer has: one, or those that `+` joins."""
+    return layer.split(SUM)
 
 
 def _matches(name: str, pattern: str) -> bool:
@@ -71,13 +85,14 @@ def _matches(name: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatch.fnmatchcase, parts, patterns))
 
 
-def pooled(activation: torch.Tensor, grid: int | None, net: nn.Module) -> torch.Tensor:
-    """(b, ...) -> float32 (b, features); maps are average-pooled to at most grid x grid."""
-    if grid is not None and activation.ndim == 4:
+def pooled(activation: torch.Tensor, grid: int | None, net: nn.Module, flat: bool = True) -> torch.Tensor:
+    """(b, ...) -> float32 (b, features), channel after channel; maps are average-pooled to at most grid x grid."""
+    if activation.ndim == 4:
         activation = channels_first(activation, net)
-        size = [min(side, grid) for side in activation.shape[-2:]]
-        activation = F.adaptive_avg_pool2d(activation, size)
-    return activation.flatten(1).float()
+        if grid is not None:
+            size = [min(side, grid) for side in activation.shape[-2:]]
+            activation = F.adaptive_avg_pool2d(activation, size)
+    return activation.flatten(1).float() if flat else activation
 
 
 Features = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -89,6 +104,10 @@ class PixelFeatures:
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 pictures (b, 3, size, size) -> float32 (b, pixels), 0..1."""
         return {PIXELS: (images.float() / 255).flatten(1)}
+
+    def map_sizes(self, images: torch.Tensor) -> dict[str, tuple[int, int]]:
+        """Rows and columns of positions among the features."""
+        return {PIXELS: tuple(images.shape[-2:])}
 
     def of(self, _layers: list[str]) -> "PixelFeatures":
         """Itself: there is one layer."""
@@ -134,14 +153,22 @@ class LayerFeatures:
         """The same network, and only some of its layers."""
         return LayerFeatures(self._backbone, layers, self._grid)
 
+    def map_sizes(self, images: torch.Tensor) -> dict[str, tuple[int, int]]:
+        """Rows and columns of each layer's map, whose positions vary fastest among its features; 1 x 1 for vectors."""
+        heard = self._heard(images, lambda output: pooled(output, self._grid, self._backbone.net, flat=False))
+        return {layer: tuple(found.shape[2:]) if found.ndim == 4 else (1, 1) for layer, found in heard.items()}
+
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """uint8 pictures (b, 3, size, size) -> per layer float32 (b, features)."""
+        return self._heard(images, lambda output: pooled(output, self._grid, self._backbone.net))
+
+    def _heard(self, images: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
         heard: dict[str, torch.Tensor] = {}
 
         def listener(name: str):
             def hear(_module, _inputs, output):
                 if isinstance(output, torch.Tensor):
-                    heard[name] = pooled(output, self._grid, self._backbone.net)
+                    heard[name] = change(output)
 
             return hear
 
@@ -159,7 +186,7 @@ class LayerFeatures:
 @torch.no_grad()
 def activations(
     features: Features,
-    stimuli: Stimuli,
+    stimuli: StimulusSet,
     runtime: Runtime,
     *,
     batch_size: int,
@@ -192,7 +219,7 @@ def activations(
             progress.advance(min(there * runtime.ranks, len(stimuli) - progress.done))
 
 
-def extract(features: Features, stimuli: Stimuli, runtime: Runtime, **options: Any) -> dict[str, torch.Tensor]:
+def extract(features: Features, stimuli: StimulusSet, runtime: Runtime, **options: Any) -> dict[str, torch.Tensor]:
     """All that `activations` yields, in memory: by name float32 (own stimuli, features)."""
     batches = list(activations(features, stimuli, runtime, **options))
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

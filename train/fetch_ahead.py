@@ -23,14 +23,16 @@ class FetchAhead:
     fetched is left to the reader, who says so when it is needed.
 
     Args:
-        split: of a remote folder.
-        needs: for each piece of work, in order, the shards it reads, int.
+        splits: what is read; of those in remote folders shards are fetched, into one cache.
+        needs: for each piece of work, in order, the remote shards it reads, int, counted through those of all splits.
     """
 
-    def __init__(self, split: ShardSplit, needs: Sequence[np.ndarray]):
-        self._split, self._needs = split, needs
-        largest = max(shard.bytes for shard in split.shards)
-        self._room = split.files.cache.budget - largest  # the reader may have to fetch one itself
+    def __init__(self, splits: Sequence[ShardSplit], needs: Sequence[np.ndarray]):
+        self._shards = [(split.files, shard) for split in splits for shard in split.shards]
+        self._needs = needs
+        remote = [split for split in splits if split.is_remote]
+        largest = max(shard.bytes for split in remote for shard in split.shards)
+        self._room = remote[0].files.cache.budget - largest  # the reader may have to fetch one itself
         self._reader, self._seen = 0, 0  # pieces of work that are done, and that are looked at
         self._in_sight: Counter[int] = Counter()  # pieces between the two that need each shard
         self._bytes = 0
@@ -65,13 +67,16 @@ class FetchAhead:
             self._in_sight[shard] -= 1
             if not self._in_sight[shard]:
                 del self._in_sight[shard]
-                self._bytes -= self._split.shards[shard].bytes
+                self._bytes -= self._size(shard)
+
+    def _size(self, shard: int) -> int:
+        return self._shards[shard][1].bytes
 
     def _look_ahead(self) -> None:
         while self._seen < len(self._needs):
             shards = self._needs[self._seen].tolist()
             new = [shard for shard in shards if shard not in self._in_sight]
-            size = sum(self._split.shards[shard].bytes for shard in new)
+            size = sum(map(self._size, new))
             if self._bytes + size > self._room:
                 return
             self._in_sight.update(shards)
@@ -91,12 +96,13 @@ class FetchAhead:
 
     def _spared(self) -> set[str]:
         with self._changed:
-            return {self._split.shards[shard].sha256 for shard in self._in_sight}
+            return {self._shards[shard][1].sha256 for shard in self._in_sight}
 
     def _fetch(self) -> None:
         while (shard := self._next()) is not None:
+            files, wanted = self._shards[shard]
             try:
-                if self._split.files.fetch(self._split.shards[shard], lambda: self._ended, self._spared):
+                if files.fetch(wanted, lambda: self._ended, self._spared):
                     continue
             except (BadInput, RunFailed):
                 continue

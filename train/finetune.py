@@ -7,9 +7,11 @@ launch/local.sh -n 2    train/finetune.py [RECIPE.yaml] --data DIR --out RUN [--
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import tyro
+from pydantic import Field
 
 from data_prep.command_line import Place, parse
 from data_prep.errors import run_command
@@ -20,7 +22,7 @@ from train.loop import Training, evaluation_batch_size
 from train.monitor import Monitor, layout
 from train.preparation import Job, prepare
 from train.readouts import parameter_count
-from train.recipe import Recipe, leading_recipe
+from train.recipe import MOST_RECORDINGS, Recipe, leading_recipe
 from train.resume import StartingPoint, starting_point
 from train.ridge_start import start_from_ridge
 from train.run_folder import begun_by_this_job, open_run
@@ -36,8 +38,9 @@ class Finetune(Recipe):
     A recipe (.yaml) as the first word gives the defaults: train/finetune.py [RECIPE.yaml] --data DIR --out RUN ...
     """
 
-    data: Place
-    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
+    data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)]
+    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...); several train one
+    backbone on several recordings, with a readout for each."""
     out: Path
     """Run folder to make."""
     resume: bool = False
@@ -65,7 +68,7 @@ def parse_command_line(words: list[str]) -> tuple[Finetune, Recipe]:
 
 
 def _parse_flags(words: list[str], defaults: Recipe) -> Finetune:
-    missing = {"data": tyro.MISSING if defaults.data is None else defaults.data, "out": tyro.MISSING}
+    missing = {"data": defaults.places or tyro.MISSING, "out": tyro.MISSING}
     return parse(Finetune, args=words, default=Finetune.model_construct(**(dict(defaults) | missing), resume=False))
 
 
@@ -74,9 +77,12 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     recipe, loader, begins = job.recipe, job.loader, start.checkpoint is None
     network = build_network(job, runtime, begins)
     size = {"all": parameter_count(network), "trained": parameter_count(network, trainable_only=True)}
+    if job.site_weights is not None:
+        network.objective.responses.weigh(job.site_weights)
     ridge_scores = {}
-    if recipe.readout.start == "ridge" and begins:
+    if recipe.readout.start != "zero" and begins:
         options = {"batch_size": evaluation_batch_size(recipe), "workers": job.workers}
+        options["fields"] = recipe.readout.start == "field"
         ridge_scores = start_from_ridge(network, loader.stimuli, runtime, **options)
     average = None if recipe.ema is None else RunningAverage(network, recipe.ema)
     if not begins:
@@ -87,11 +93,13 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     if average is not None:
         average.follow(engine)
     if not job.resume:
-        facts = {"processes": runtime.describe(), "parameters": size} | job.facts
+        several = {"recordings": job.recordings.names} if len(job.recordings) > 1 else {}
+        facts = {"processes": runtime.describe(), "parameters": size} | several | job.facts
         runtime.lead(lambda: job.folder.claim(recipe, job.data, facts))
     monitor, what = Monitor(job.folder, runtime.leads), (loader, job.selection, job.workers)
     if monitor.board is not None:
-        monitor.board.lay_out(layout(recipe.task.predicts_responses, recipe.task.predicts_classes))
+        several = job.recordings.names if len(job.recordings) > 1 else []
+        monitor.board.lay_out(layout(recipe.task.predicts_responses, recipe.task.predicts_classes, several))
     introduce(job, network, size, runtime, monitor)
     introduce_readouts(job, network, monitor, ridge_scores)
     return Training(recipe, job.folder, runtime, engine, network, average, *what, monitor, start.progress)
@@ -131,6 +139,7 @@ def introduce(job: Job, network: Network, size: dict[str, int], runtime: Runtime
         f"{name}: {len(loader.stimuli):,} stimuli to fit, {len(job.selection):,} of {recipe.early_stopping.split} "
         f"to select the epoch, {len(manifest.sites)} sites, pictures of {loader.stimuli.size} px"
     )
+    introduce_recordings(job, monitor)
     if recipe.loader.engine == "webdataset":
         monitor.say(
             f"loader.engine webdataset: pictures stream from {len(loader.stimuli.split.shards)} tars that are drawn "
@@ -145,6 +154,20 @@ def introduce(job: Job, network: Network, size: dict[str, int], runtime: Runtime
         f"{runtime.describe()}, {recipe.precision}; {loader.steps} steps an epoch of {loader.global_size} stimuli, "
         f"in {loader.pieces} micro-batch{'es' * (loader.pieces > 1)} per process"
     )
+
+
+def introduce_recordings(job: Job, monitor: Monitor) -> None:
+    """Say what several recordings have of their own, and how a step mixes them."""
+    if len(job.recordings) == 1:
+        return
+    for fit, selection in zip(job.loader.stimuli.parts, job.selection.parts, strict=True):
+        sites = len(fit.split.manifest.sites)
+        monitor.say(f"  {fit.recording}: {len(fit):,} to fit, {len(selection):,} to select, {sites} sites")
+    mixes = {
+        "proportional": "every stimulus once an epoch; the loss is the mean over all recorded responses",
+        "equal": "equally many stimuli of each in a step; the loss is the mean over recordings",
+    }
+    monitor.say(f"mix {job.recipe.mix}: {mixes[job.recipe.mix]}; the best epoch is that of the mean over recordings")
 
 
 def introduce_readouts(job: Job, network: Network, monitor: Monitor, ridge_scores: dict[str, float]) -> None:

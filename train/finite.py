@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from data_prep.errors import DIVERGED, RunFailed
+from train.batches import Batch, StimulusSet
 from train.engine import batch_statistics
-from train.loader import Batch, Stimuli
 from train.runtime import Runtime
 from train.tasks import Network
 
@@ -28,7 +28,9 @@ class FiniteSteps:
         say: where warnings go.
     """
 
-    def __init__(self, network: Network, stimuli: Stimuli, runtime: Runtime, limit: int, say: Callable[[str], None]):
+    def __init__(
+        self, network: Network, stimuli: StimulusSet, runtime: Runtime, limit: int, say: Callable[[str], None]
+    ):
         self._network, self._stimuli, self._runtime, self._limit, self._say = network, stimuli, runtime, limit, say
         self._noted: list[tuple[int, list[torch.Tensor], torch.Tensor, torch.Tensor]] = []
         self._in_a_row = 0

@@ -67,6 +67,7 @@ def inner_products(
     memory: float,
     precision: Precision,
     owner: int,
+    factors: np.ndarray | None = None,
 ) -> np.ndarray | None:
     """Inner products of a layer's features, centred on the mean of all stimuli.
 
@@ -78,6 +79,7 @@ def inner_products(
         memory: GiB that the features may take up at one time, in this process.
         precision: of the products; see `multiplied`.
         owner: the rank that gets the result.
+        factors: float32 (features,), by which features are multiplied before; None leaves them as they are.
 
     Returns:
         float64 (n, n), the splits' stimuli one split after the other; None on the other ranks.
@@ -90,6 +92,8 @@ def inner_products(
     total = torch.zeros(stimuli, stimuli, dtype=torch.float64, device=runtime.device)
     for start in range(0, width, block):
         own = _own_columns(stores, layer, own_rows, start, min(start + block, width))
+        if factors is not None:
+            own *= factors[start : start + block]
         received = feature_slice(torch.from_numpy(own).to(runtime.device), runtime, rows)
         received -= received.mean(0)  # its rounding does not matter: who uses the products centres them
         for first in range(0, received.shape[1], COLUMNS):

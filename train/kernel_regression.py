@@ -249,6 +249,11 @@ def folded_r2(
         others = np.setdiff1d(everyone, fold)
         gram = centred(products, stimuli[others], stimuli[fold], rounding)
         predicted[fold] = regress(gram, rates[others], method).prediction
+    return squared_error_r2(predicted, rates)
+
+
+def squared_error_r2(predicted: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """R2 per site, float64 (sites,), of predictions (n, sites) of rates (n, sites), NaN = not recorded."""
     there = ~np.isnan(rates)
     with np.errstate(invalid="ignore", divide="ignore"):
         mean = np.where(there, rates, 0).sum(0) / there.sum(0)

@@ -6,9 +6,8 @@ everything else happens on the device, in the network.
 
 import hashlib
 import multiprocessing
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -19,11 +18,11 @@ from data_prep.errors import BadInput, RunFailed
 from data_prep.processes import serve_parent
 from data_prep.shards import ShardSplit
 from train.batch_memory import BatchMemory
+from train.batches import Batch, Group, StimulusSet, Work
 from train.decode import decode_at
-from train.fetch_ahead import FetchAhead
 from train.order import (
     Blocks,
-    MicroBatch,
+    Layout,
     accumulation,
     augmentation_draws,
     evaluation_batches,
@@ -31,60 +30,14 @@ from train.order import (
     micro_batches,
     share,
     steps_per_epoch,
+    stimuli_of_epoch,
 )
 from train.picture_cache import PictureCaches
 
 MAX_WORKERS = 8
 
 
-@dataclass
-class Batch:
-    """One micro-batch of one rank.
-
-    Attributes:
-        images: uint8 (b, 3, size, size) in channels-last memory.
-        positions: int64 (b,), of the stimuli in their split.
-        weight: float32 (b,), 0 for padding, else 1.
-        rates: float32 (b, sites), in the recording's units, NaN = not recorded; None where the split has no responses.
-        labels: int64 (b,); None where there are no classes.
-        draws: float32 (b, kinds), random numbers in [-1, 1) for `train/augment.py`; None where nothing is augmented.
-        stimuli: int, stimuli of the whole global batch that this micro-batch is a part of.
-        observed: int, responses (stimulus x site) recorded in that global batch.
-    """
-
-    images: torch.Tensor
-    positions: torch.Tensor
-    weight: torch.Tensor
-    rates: torch.Tensor | None
-    labels: torch.Tensor | None
-    draws: torch.Tensor | None
-    stimuli: int
-    observed: int
-
-    def _each_tensor(self, change) -> "Batch":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(x) for name, x in tensors.items() if isinstance(x, torch.Tensor)})
-
-    def pin_memory(self) -> "Batch":
-        """Page-locked copies, for copies to a GPU that do not block."""
-        return self._each_tensor(torch.Tensor.pin_memory)
-
-    def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; from pinned memory the copy runs beside the computation."""
-        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A micro-batch and what it has to know of the global batch it belongs to."""
-
-    micro: MicroBatch
-    stimuli: int
-    observed: int
-    draws: np.ndarray | None = None
-
-
-class Stimuli(Dataset):
+class Stimuli(StimulusSet):
     """The stimuli of a split, or of a part of it, with their responses and labels in memory and pictures on disk.
 
     Args:
@@ -96,6 +49,7 @@ class Stimuli(Dataset):
         caches: where decoded pictures are kept; by default none are.
         apart: keep the subset's pictures apart from the split's others: what is read in every epoch, though little of
             the split, then stays where not all of them fit in.
+        columns: which of a network's outputs are for its sites; by default all.
     """
 
     def __init__(
@@ -107,10 +61,11 @@ class Stimuli(Dataset):
         classes: bool = False,
         caches: PictureCaches | None = None,
         apart: bool = False,
+        columns: slice = slice(None),
     ):
         self._split = split
         self._memory = BatchMemory()
-        self.size = size
+        self.size, self.columns = size, columns
         self.subset = np.arange(len(split)) if subset is None else subset
         self._kept_as = np.arange(len(self.subset)) if apart else self.subset
         self._cache = None if caches is None else caches.of(split, size, self.subset if apart else None)
@@ -119,13 +74,20 @@ class Stimuli(Dataset):
         self.labels = split.labels(self.subset) if classes else None
         self.observed = None if self.rates is None else (~np.isnan(self.rates)).sum(axis=1)
 
-    def __len__(self) -> int:
-        return len(self.subset)
+    @property
+    def parts(self) -> tuple["Stimuli"]:
+        """Itself: one recording is the case of one."""
+        return (self,)
 
     @property
     def split(self) -> ShardSplit:
         """Where they lie."""
         return self._split
+
+    @property
+    def recording(self) -> str:
+        """The name of their recording."""
+        return self._split.manifest.name
 
     def fingerprint(self) -> str:
         """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
@@ -136,40 +98,27 @@ class Stimuli(Dataset):
 
         None where there are no responses or no single trials, or where the responses are no average of the trials.
         """
-        if self.rates is None:
+        statistics = None if self.rates is None else self.trial_statistics()
+        if statistics is None:
             return None
-        trials = [self._split.array(int(position), "trials.npy") for position in self.subset]
-        if any(part is None for part in trials):
-            return None
-        statistics = TrialStatistics.of(trials)
         same = np.isclose(statistics.average, self.rates, rtol=1e-4, atol=1e-5, equal_nan=True).all()
         return statistics.noise_of_average() if same else None
 
-    def __getitem__(self, work: _Work) -> Batch | BadInput | RunFailed:
-        try:
-            images = self.pictures(work.micro.positions)
-        except (BadInput, RunFailed) as error:
-            return error
-        return self.batch(images, work.micro, work.stimuli, work.observed, work.draws)
+    def trial_statistics(self) -> TrialStatistics | None:
+        """What ceilings need to know of the single trials of these stimuli; None where there are none."""
+        trials = [self._split.array(int(position), "trials.npy") for position in self.subset]
+        return None if any(part is None for part in trials) else TrialStatistics.of(trials)
 
-    def batch(
-        self, images: torch.Tensor, micro: MicroBatch, stimuli: int, observed: int, draws: np.ndarray | None
-    ) -> Batch:
-        """Pictures, uint8 (b, size, size, 3), with what is known of their stimuli; the rest as in `Batch`."""
-        positions = micro.positions
-        return Batch(
-            images=images.permute(0, 3, 1, 2),
-            positions=torch.from_numpy(positions),
-            weight=torch.from_numpy(micro.weight),
-            rates=None if self.rates is None else torch.from_numpy(self.rates[positions]),
-            labels=None if self.labels is None else torch.from_numpy(self.labels[positions]),
-            draws=None if draws is None else torch.from_numpy(draws),
-            stimuli=stimuli,
-            observed=observed,
-        )
+    def rates_of(self, positions: np.ndarray) -> torch.Tensor | None:
+        """See `StimulusSet.rates_of`."""
+        return None if self.rates is None else torch.from_numpy(self.rates[positions])
+
+    def groups_of(self, batch: np.ndarray) -> tuple[Group, ...]:
+        """See `StimulusSet.groups_of`."""
+        return () if self.rates is None else (Group(self.rates.shape[1], int(self.observed[batch].sum())),)
 
     def pictures(self, positions: np.ndarray) -> torch.Tensor:
-        """The pictures of these stimuli, uint8 (b, size, size, 3)."""
+        """See `StimulusSet.pictures`."""
         images = self._memory.take((len(positions), self.size, self.size, 3))
         pixels, kept_as = images.numpy(), self._kept_as[positions]
         missing = range(len(positions)) if self._cache is None else self._cache.read(kept_as, pixels)
@@ -197,40 +146,29 @@ class Stimuli(Dataset):
             raise ValueError("stimuli that are read shard by shard must be in the order in which they are stored")
         return Blocks(tuple(np.unique(shards, return_counts=True)[1].tolist()), together)
 
-    @contextmanager
-    def fetched_ahead(self, schedule: Iterable[_Work]) -> Iterator[Callable[[], None]]:
-        """Fetch remote shards in the background while the block runs.
+    def layout(self, block_shards: int | None) -> Layout:
+        """See `StimulusSet.layout`."""
+        return None if block_shards is None else self.blocks(block_shards)
 
-        Args:
-            schedule: what is going to be read, in order.
-
-        Yields:
-            What is to be called when the next part of it has been read.
-        """
+    def shards_to_fetch(self, positions: np.ndarray) -> np.ndarray:
+        """See `StimulusSet.shards_to_fetch`; shards whose pictures are kept are left out."""
         if not self._split.is_remote:
-            yield lambda: None
-            return
-        with FetchAhead(self._split, [self._shards_for(work.micro.positions) for work in schedule]) as ahead:
-            yield ahead.passed
-
-    def _shards_for(self, positions: np.ndarray) -> np.ndarray:
-        """The shards that pictures have to be read from, those that are kept left out."""
+            return np.empty(0, np.int64)
         if self._cache is not None:
             positions = positions[~self._cache.holds(self._kept_as[positions])]
         return np.unique(self._split.shards_of(self.subset[positions]))
 
     def shuffle_responses(self, seed: int) -> None:
-        """Give each stimulus the responses of another, whole rows at a time: what is left to predict is chance."""
+        """See `StimulusSet.shuffle_responses`."""
         circle = np.random.default_rng([seed, len(self)]).permutation(len(self))
         shuffled = np.empty_like(self.rates)
         shuffled[circle] = self.rates[np.roll(circle, 1)]
-        self.rates = shuffled
-        self.observed = (~np.isnan(self.rates)).sum(axis=1)
+        self.replace_responses(shuffled)
 
-    def work(self, micro: MicroBatch, batch: np.ndarray, draws: np.ndarray | None = None) -> _Work:
-        """`micro` as a part of the global batch `batch`, with the random numbers `draws` of that batch."""
-        observed = 0 if self.observed is None else int(self.observed[batch].sum())
-        return _Work(micro, len(batch), observed, None if draws is None else draws[micro.places])
+    def replace_responses(self, rates: np.ndarray) -> None:
+        """Put others in place of the recorded responses: float (stimuli, sites), NaN = none."""
+        self.rates = rates.astype(np.float32)
+        self.observed = (~np.isnan(self.rates)).sum(axis=1)
 
 
 def fingerprint(stimulus_ids: list[str], rates: np.ndarray | None) -> str:
@@ -256,7 +194,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        stimuli: Stimuli,
+        stimuli: StimulusSet,
         *,
         seed: int,
         global_size: int,
@@ -270,8 +208,9 @@ class TrainLoader:
     ):
         self.stimuli, self.seed, self.rank, self.ranks = stimuli, seed, rank, ranks
         self.draws = draws
-        self._blocks = None if block_shards is None else stimuli.blocks(block_shards)
-        self.global_size = min(global_size, len(stimuli))
+        self._layout = stimuli.layout(block_shards)
+        of_epoch = stimuli_of_epoch(len(stimuli), self._layout)
+        self.global_size = min(global_size, of_epoch)
         if self.global_size < ranks:
             raise BadInput(
                 f"{ranks} processes cannot share a global batch of {self.global_size} stimuli; "
@@ -279,7 +218,7 @@ class TrainLoader:
             )
         self.pieces = accumulation(self.global_size, ranks, per_device)
         self.largest_piece = -(-self.global_size // (ranks * self.pieces))
-        self.steps = steps_per_epoch(len(stimuli), self.global_size)
+        self.steps = steps_per_epoch(of_epoch, self.global_size)
         self._open(workers, pin)
 
     def _open(self, workers: int, pin: bool) -> None:
@@ -293,10 +232,10 @@ class TrainLoader:
         for _ in range(first_step, self.steps):
             yield [next(batches) for _ in range(self.pieces)]
 
-    def _work(self, epoch: int, first_step: int) -> list[_Work]:
+    def _work(self, epoch: int, first_step: int) -> list[Work]:
         work = []
         for step in range(first_step, self.steps):
-            batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli), self._blocks)
+            batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli), self._layout)
             draws = augmentation_draws(self.seed, epoch, step, len(batch), self.draws) if self.draws else None
             work += [
                 self.stimuli.work(micro, batch, draws)
@@ -306,7 +245,7 @@ class TrainLoader:
 
 
 def evaluation_loader(
-    stimuli: Stimuli, *, size: int, rank: int, ranks: int, workers: int, pin: bool, skip: int = 0
+    stimuli: StimulusSet, *, size: int, rank: int, ranks: int, workers: int, pin: bool, skip: int = 0
 ) -> "DataLoader[Batch]":
     """A rank's share of a split, every stimulus once over all ranks; batches of `size`, the last one padded.
 
@@ -339,8 +278,8 @@ class _Batches(DataLoader):
                 raise _worker_killed() from None
 
     def _fetched_ahead(self) -> AbstractContextManager[Callable[[], None]]:
-        """As of `Stimuli`; a stream says nothing of what it is going to read."""
-        if isinstance(self.dataset, Stimuli):
+        """As of `StimulusSet`; a stream says nothing of what it is going to read."""
+        if isinstance(self.dataset, StimulusSet):
             return self.dataset.fetched_ahead(self.sampler)
         return nullcontext(lambda: None)
 
@@ -363,7 +302,7 @@ def _worker_killed() -> RunFailed:
 class _Schedule:
     """What the loader's workers do next; exchanged before each epoch, so that the workers can live on."""
 
-    items: list[_Work]
+    items: list[Work]
 
     def __init__(self):
         self.items = []

@@ -11,11 +11,12 @@ from data_prep import progress as show
 from data_prep.errors import DIVERGED, RunFailed, Stopped
 from data_prep.manifest import to_json_list
 from train.augment import augment
+from train.batches import Batch, StimulusSet
 from train.checkpoint import Progress, forget_newer, save_checkpoint
 from train.ema import RunningAverage
 from train.engine import Engine, average_batch_statistics, batch_statistics
 from train.finite import FiniteSteps
-from train.loader import Batch, Stimuli, TrainLoader
+from train.loader import TrainLoader
 from train.monitor import Monitor
 from train.order import stream_seed
 from train.pace import Pace
@@ -24,7 +25,7 @@ from train.resume import StartingPoint
 from train.run_folder import RunFolder
 from train.runtime import Runtime
 from train.schedule import momentum, plateaus, rate_factor, set_momentum
-from train.scoring import Scored, score
+from train.scoring import Scores, score_each
 from train.tasks import Network
 from train.watching import Watch
 
@@ -44,7 +45,7 @@ class Training:
         network: the network itself.
         average: of its weights; None without one.
         loader: this rank's training batches.
-        selection: the stimuli that choose the best epoch.
+        selection: the stimuli that choose the best epoch: by the mean over recordings of each one's score.
         workers: decoding processes per rank.
         monitor: log and charts.
         progress: where the run stands.
@@ -57,7 +58,7 @@ class Training:
     network: Network
     average: RunningAverage | None
     loader: TrainLoader
-    selection: Stimuli
+    selection: StimulusSet
     workers: int
     monitor: Monitor
     progress: Progress
@@ -69,7 +70,7 @@ class Training:
         self._epoch_loss = 0.0  # this rank's part, of the epoch under way, up to the last look
         self._pace, self._waited = Pace(), 0.0
         split = self.progress.selection_split
-        self._watch = Watch(self.network, self.runtime, self.monitor, self.selection, split)
+        self._watch = Watch(self.network, self.runtime, self.monitor, self.loader.stimuli, self.selection, split)
 
     @property
     def total_steps(self) -> int:
@@ -251,7 +252,7 @@ class Training:
         charts |= {f"speed/{part}_seconds": seconds for part, seconds in self.engine.clock.seconds.items()}
         self.monitor.scalars(charts, self.progress.step)
 
-    def _score(self) -> Scored:
+    def _score(self) -> Scores:
         """Score the stimuli that select, with the network that is going to be saved."""
         network = self.scored_network
         average_batch_statistics(self.network, self.runtime)
@@ -262,25 +263,27 @@ class Training:
         responses = network.objective.responses
         if responses is not None and responses.ignores_offsets:
             responses.reset()
-            responses.calibrate(score(network, self.loader.stimuli, self.runtime, **options, keep=False).moments)
-        return score(network, self.selection, self.runtime, **options, keep=True)
+            responses.calibrate(score_each(network, self.loader.stimuli, self.runtime, **options, keep=False).moments)
+        return score_each(network, self.selection, self.runtime, **options, keep=True)
 
-    def _select(self, scored: Scored) -> bool:
+    def _select(self, scored: Scores) -> bool:
         """Compare with the best epoch so far; all ranks see the same reduced numbers and decide alike.
 
         Raises:
             RunFailed: the selection metric cannot be computed.
         """
-        value, best = scored.value(self.progress.selection_metric), self.progress.best
+        metric, best = self.progress.selection_metric, self.progress.best
+        value = scored.value(metric)
         if math.isnan(value) and scored.moments is not None and not bool(torch.isfinite(scored.moments).all()):
             raise RunFailed(f"{DIVERGED}its predictions are not finite; lower optimizer.lr or set optimizer.clip_norm")
         if math.isnan(value):
+            part = next(part for part in self.selection.parts if math.isnan(scored.of[part.recording].value(metric)))
             raise RunFailed(
-                f"{self.progress.selection_metric} has no value on the {len(self.selection)} stimuli of "
-                f"{self.progress.selection_split}: too few, or constant responses or predictions; raise "
-                "early_stopping.inner_fraction or choose another early_stopping.metric"
+                f"{metric} has no value on the {len(part)} stimuli of {self.progress.selection_split} of "
+                f"{part.recording}: too few, or constant responses or predictions; raise early_stopping.inner_fraction "
+                "or choose another early_stopping.metric"
             )
-        sign = -1 if self.progress.selection_metric in LOWER_IS_BETTER else 1
+        sign = -1 if metric in LOWER_IS_BETTER else 1
         improved = best is None or sign * value > sign * best
         if improved:
             self.progress.best = value
@@ -323,14 +326,18 @@ class Training:
                 tensors[file][name] = self.runtime.mean(own).to(own)
         return found
 
-    def _tell(self, loss: float, as_trained: dict[str, float], scored: Scored, best: bool, **speeds: float) -> None:
+    def _tell(self, loss: float, as_trained: dict[str, float], scored: Scores, best: bool, **speeds: float) -> None:
         progress, means = self.progress, scored.means()
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        each = {name: part.means() for name, part in scored.of.items()} if len(scored.of) > 1 else {}
+        if each:
+            of_each = ", ".join(f"{name} {part[progress.selection_metric]:.4f}" for name, part in each.items())
+            shown += f"  ({progress.selection_metric}: {of_each})"
         self.monitor.say(
             f"epoch {progress.epoch:>3}/{self.recipe.epochs}  loss {loss:.4f}  {progress.selection_split}: {shown}  "
             f"{speeds['images_per_second']:,.0f} images/s{'  *' if best else ''}"
         )
-        charts = {f"{progress.selection_split}/{name}": value for name, value in means.items()}
+        charts = {f"{progress.selection_split}/{name}": value for name, value in scored.told().items()}
         charts |= {f"train/{name}": value for name, value in as_trained.items()}
         charts["selection/value"] = means[progress.selection_metric]
         self.monitor.scalars(charts, progress.step)
@@ -339,7 +346,8 @@ class Training:
                 "epoch": progress.epoch,
                 "step": progress.step,
                 "loss": loss,
-                progress.selection_split: dict(zip(means, to_json_list(means.values()), strict=True)),
+                progress.selection_split: _for_json(means),
+                **({"recordings": {name: _for_json(part) for name, part in each.items()}} if each else {}),
                 "best": best,
                 **speeds,
             }
@@ -363,6 +371,10 @@ class Training:
             forget_newer(self.folder.checkpoints, self.progress)
         midway = f", step {self._first_step} of the next" if self._first_step else ""
         self.monitor.say(f"resumed after epoch {self.progress.epoch}{midway} (step {self.progress.step})")
+
+
+def _for_json(means: dict[str, float]) -> dict[str, float | None]:
+    return dict(zip(means, to_json_list(means.values()), strict=True))
 
 
 def seed_everything(seed: int, step: int, rank: int, device: torch.device) -> None:

@@ -5,7 +5,7 @@ import json
 import logging
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,31 @@ from data_prep.errors import RunFailed
 from train.run_folder import RunFolder, epoch_of, write_atomically
 
 
-def layout(responses: bool, classes: bool) -> dict[str, dict[str, list[Any]]]:
-    """What TensorBoard's page "Custom Scalars" shows of a training, the most telling charts first."""
+def layout(responses: bool, classes: bool, recordings: Sequence[str] = ()) -> dict[str, dict[str, list[Any]]]:
+    """What TensorBoard's page "Custom Scalars" shows of a training, the most telling charts first.
+
+    Args:
+        responses, classes: what is predicted.
+        recordings: the names of several; each has charts of its own.
+    """
     splits = ("train", "inner", "val")
     metrics = {"R2": "r2", "Pearson r": "pearson_r"} if responses else {}
     metrics |= {"top-1": "top1"} if classes else {}
     charts = {"loss": ["train/loss"]}
-    charts |= {f"{title}: train, held out": [f"{split}/{key}" for split in splits] for title, key in metrics.items()}
+    charts |= _scores(metrics, splits)
     charts |= {"learning rate": ["rate/backbone", "rate/readout"], "images per second": ["speed/images_per_second"]}
     parts = ("data_wait", "forward", "backward", "optimizer", "communication")
     times = {"seconds of a step": [f"speed/{part}_seconds" for part in parts]}
+    own = {name: _scores(metrics, [f"{split}/{name}" for split in splits]) for name in recordings}
     return {
         page: {title: ["Multiline", tags] for title, tags in of.items()}
-        for page, of in {"first look": charts, "where the time goes": times}.items()
+        for page, of in {"first look": charts, **own, "where the time goes": times}.items()
     }
+
+
+def _scores(metrics: Mapping[str, str], splits: Sequence[str]) -> dict[str, list[str]]:
+    """A chart for each metric, with a line for each split."""
+    return {f"{title}: train, held out": [f"{split}/{key}" for split in splits] for title, key in metrics.items()}
 
 
 class _LogFile(logging.FileHandler):

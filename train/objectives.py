@@ -2,7 +2,8 @@
 
 All losses are parts: a micro-batch's part of the mean over the whole global batch, which is normalised by counts that
 every rank knows. The sum over ranks and micro-batches is the loss of the global batch, and so is the gradient.
-NaN responses contribute nothing, and neither does padding (weight 0).
+NaN responses contribute nothing, and neither does padding (weight 0). Where `Batch.means` has several groups of sites,
+a loss of the responses is the mean over these groups of each one's.
 """
 
 from abc import ABC, abstractmethod
@@ -37,6 +38,11 @@ class ResponseLoss(nn.Module, ABC):
         super().__init__()
         for name, values in zip(("rate_mean", "rate_std"), rate_scale(manifest), strict=True):
             self.register_buffer(name, torch.from_numpy(values))  # saved: the weights mean nothing without them
+        self.register_buffer("site_weights", torch.ones(len(self.rate_mean)), persistent=False)
+
+    def weigh(self, weights: np.ndarray) -> None:
+        """Let sites count differently in the loss: (sites,), 1 on average."""
+        self.site_weights.copy_(torch.from_numpy(weights))
 
     def target(self, rates: torch.Tensor) -> torch.Tensor:
         """Rates (b, sites) in the recording's units -> what the outputs should be, float32."""
@@ -61,7 +67,7 @@ class SquaredError(ResponseLoss):
         target = self.target(batch.rates)
         there = ~torch.isnan(target)
         error = torch.where(there, outputs - torch.where(there, target, 0), 0)
-        return (error**2 * batch.weight[:, None]).sum() / max(batch.observed, 1)
+        return mean_over_groups(error**2 * self.site_weights, batch)
 
 
 class PoissonLikelihood(ResponseLoss):
@@ -92,7 +98,7 @@ class PoissonLikelihood(ResponseLoss):
         # log(1 + elu(z)) without the rounding of the sum: z itself below 0.
         log_rate = mean.log() + torch.where(outputs < 0, outputs, torch.log1p(outputs.clamp(min=0)))
         loss = mean * (1 + F.elu(outputs)) - torch.where(there, batch.rates, 0) * log_rate
-        return (torch.where(there, loss, 0) * batch.weight[:, None]).sum() / max(batch.observed, 1)
+        return mean_over_groups(torch.where(there, loss, 0) * self.site_weights, batch)
 
 
 class Correlation(ResponseLoss):
@@ -130,10 +136,13 @@ class Correlation(ResponseLoss):
         count = n.clamp(min=1)
         var_y, var_p = yy / count - (sum_y / count) ** 2, pp / count - (sum_p / count) ** 2
         cov = yp / count - sum_y * sum_p / count**2
-        usable = (n > 1) & (var_y > LEAST_VARIANCE)
+        counts = ((n > 1) & (var_y > LEAST_VARIANCE)) * self.site_weights.double()
         # At the start all predictions are equal; the least variance keeps the gradient finite there.
-        r = cov / torch.sqrt((var_p + LEAST_VARIANCE) * torch.where(usable, var_y, 1))
-        loss = (torch.where(usable, 1 - r, 0).sum() / usable.sum().clamp(min=1)).float()
+        r = cov / torch.sqrt((var_p + LEAST_VARIANCE) * torch.where(counts > 0, var_y, 1))
+        sites = [group.sites for group in batch.means]
+        wrong, counted = torch.where(counts > 0, (1 - r) * counts, 0).split(sites), counts.split(sites)
+        of_groups = [part.sum() / count.sum().clamp(min=1) for part, count in zip(wrong, counted, strict=True)]
+        loss = (sum(of_groups) / len(of_groups)).float()
         share = batch.weight.sum() / batch.stimuli  # of the value, so that the parts add up to it
         return loss - loss.detach() * (1 - share)
 
@@ -205,6 +214,18 @@ class Objective(nn.Module):
             return {}
         responses, classes = torch.exp(-self.log_variance.detach())
         return {"weight/responses": responses / 2, "weight/classes": classes}
+
+
+def mean_over_groups(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """This micro-batch's part of the mean over groups of sites of each one's mean over its recorded responses.
+
+    Args:
+        losses: (b, sites), 0 where there is no response.
+        batch: what they are of.
+    """
+    parts = (losses * batch.weight[:, None]).split([group.sites for group in batch.means], dim=1)
+    means = [part.sum() / max(group.observed, 1) for part, group in zip(parts, batch.means, strict=True)]
+    return sum(means) / len(means)
 
 
 def cross_entropy(logits: torch.Tensor, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:

@@ -4,10 +4,13 @@ Nothing here depends on how many workers, ranks or nodes there are, except the f
 out to ranks. So the same run can go on with another number of processes without repeating or skipping a stimulus.
 """
 
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+
+from data_prep.errors import BadInput
 
 
 def steps_per_epoch(stimuli: int, global_batch: int) -> int:
@@ -41,24 +44,58 @@ class Blocks:
     together: int
 
 
+@dataclass(frozen=True)
+class Turns:
+    """Of an order in which several recordings take turns, one stimulus each, until the smallest has no more.
+
+    Any stretch of it holds equally many stimuli of each, to within one.
+
+    Attributes:
+        sizes: stimuli of each recording; positions count through one recording after the other.
+        blocks: of each recording, for an order that mixes a few of its shards at a time; None shuffles all its stimuli.
+    """
+
+    sizes: tuple[int, ...]
+    blocks: tuple[Blocks | None, ...]
+
+
+Layout = Blocks | Turns | None  # a full shuffle where None
+
+
+def stimuli_of_epoch(stimuli: int, layout: Layout = None) -> int:
+    """How many of the stimuli an epoch goes through: all of them, but where recordings of several sizes take turns."""
+    return len(layout.sizes) * min(layout.sizes) if isinstance(layout, Turns) else stimuli
+
+
 @lru_cache(maxsize=4)
-def epoch_order(seed: int, epoch: int, stimuli: int, blocks: Blocks | None = None) -> np.ndarray:
-    """The order of the stimuli in an epoch: a permutation of range(stimuli), int64, by numpy's PCG64.
+def epoch_order(seed: int, epoch: int, stimuli: int, layout: Layout = None) -> np.ndarray:
+    """The order of the stimuli in an epoch, each at most once: int64, by numpy's PCG64.
 
     Args:
-        seed, epoch: name the permutation.
-        stimuli: how many.
-        blocks: how they lie in shards, for an order that reads a few of these at a time; a full shuffle without.
+        seed, epoch: name the order.
+        stimuli: how many there are.
+        layout: how they lie in shards or recordings, where that matters; a permutation of all of them without.
     """
-    if blocks is None or blocks.together >= len(blocks.sizes):
+    if isinstance(layout, Turns):
+        order = _in_turns(seed, epoch, layout)
+    elif layout is None or layout.together >= len(layout.sizes):
         order = np.random.default_rng([seed, epoch]).permutation(stimuli)
     else:
-        order = _mixed(blocks, np.random.default_rng([seed, epoch, _OF_BLOCKS]))
+        order = _mixed(layout, np.random.default_rng([seed, epoch, _OF_BLOCKS]))
     order.flags.writeable = False
     return order
 
 
-_OF_BLOCKS = 1  # names their stream of random numbers
+def _in_turns(seed: int, epoch: int, turns: Turns) -> np.ndarray:
+    smallest, first = min(turns.sizes), np.cumsum([0, *turns.sizes])
+    orders = [
+        first[number] + epoch_order(stream_seed(seed, number), epoch, size, blocks)[:smallest]
+        for number, (size, blocks) in enumerate(zip(turns.sizes, turns.blocks, strict=True))
+    ]
+    return np.stack(orders, axis=1).ravel()
+
+
+_OF_BLOCKS, _OF_SUBSETS = 1, 2  # name their streams of random numbers
 
 
 def _mixed(blocks: Blocks, random: np.random.Generator) -> np.ndarray:
@@ -72,11 +109,20 @@ def _mixed(blocks: Blocks, random: np.random.Generator) -> np.ndarray:
     return np.argsort(moment, kind="stable")
 
 
-def global_batch(
-    seed: int, epoch: int, step: int, global_size: int, stimuli: int, blocks: Blocks | None = None
-) -> np.ndarray:
+def nested_subset(stimuli: int, size: int, seed: int) -> np.ndarray:
+    """Positions of `size` of the training stimuli, ascending, int64; of two sizes the smaller draws from the larger.
+
+    Raises:
+        BadInput: there are fewer.
+    """
+    if size > stimuli:
+        raise BadInput(f"subset: {size} stimuli cannot be drawn from the {stimuli} of train; lower it or leave it out")
+    return np.sort(np.random.default_rng(stream_seed(seed, stimuli, _OF_SUBSETS)).permutation(stimuli)[:size])
+
+
+def global_batch(seed: int, epoch: int, step: int, global_size: int, stimuli: int, layout: Layout = None) -> np.ndarray:
     """The stimuli of global step `step` (counted within its epoch), int64, in order."""
-    return epoch_order(seed, epoch, stimuli, blocks)[step * global_size : (step + 1) * global_size].copy()
+    return epoch_order(seed, epoch, stimuli, layout)[step * global_size : (step + 1) * global_size].copy()
 
 
 def augmentation_draws(seed: int, epoch: int, step: int, size: int, kinds: int) -> np.ndarray:
@@ -158,11 +204,42 @@ def inner_split(groups: np.ndarray, fraction: float, seed: int) -> tuple[np.ndar
     Returns:
         Positions (fit, inner), each ascending; both hold at least one group where there are two.
     """
+    inner = _drawn(groups, fraction * len(groups), seed)
+    return np.flatnonzero(~inner), np.flatnonzero(inner)
+
+
+def _drawn(groups: np.ndarray, wanted: float, seed: int, spare: int = 1) -> np.ndarray:
+    """Draw whole groups, all but `spare`, until they hold `wanted` stimuli, and one at least: bool (stimuli,)."""
     labels, group_of = np.unique(groups, return_inverse=True)
     sizes = np.bincount(group_of)
     order = np.random.default_rng([seed, len(groups)]).permutation(len(labels))
-    wanted = max(fraction * len(groups), 1)
     before = np.cumsum(sizes[order]) - sizes[order]
-    chosen = order[(before < wanted) & (np.arange(len(order)) < len(order) - 1)]
-    inner = np.isin(group_of, chosen)
-    return np.flatnonzero(~inner), np.flatnonzero(inner)
+    chosen = order[(before < max(wanted, 1)) & (np.arange(len(order)) < len(order) - spare)]
+    return np.isin(group_of, chosen)
+
+
+def inner_splits(
+    recordings: Sequence[tuple[np.ndarray, Sequence[Hashable]]], fraction: float, seed: int
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """`inner_split` of each recording, so that what several recordings share is on the same side in all of them.
+
+    What earlier recordings have decided holds for later ones, which draw what they lack from the rest. The first one is
+    divided as it would be alone, and so is every one that shares nothing.
+
+    Args:
+        recordings: of each the groups as of `inner_split`, and per stimulus what tells its group in other recordings.
+        fraction, seed: as of `inner_split`.
+    """
+    side: dict[Hashable, bool] = {}  # whether it is inner
+    found = []
+    for groups, shared in recordings:
+        inner = np.array([side.get(key, False) for key in shared], bool)
+        free = np.array([key not in side for key in shared], bool)
+        wanted = fraction * len(inner) - inner.sum()
+        if not inner.any() and not free.any():  # earlier ones fit all of it
+            free[:] = True
+        if free.any() and (wanted > 0 or not inner.any()):
+            inner[free] = _drawn(groups[free], wanted, seed, spare=int(free.all() or inner[~free].all()))
+        side |= dict(zip(shared, inner.tolist(), strict=True))
+        found.append((np.flatnonzero(~inner), np.flatnonzero(inner)))
+    return found

@@ -6,6 +6,7 @@ python train/plan.py [RECIPE.yaml] --gpus 8 --memory 24 [--machines 1] [--data D
 
 import shlex
 import sys
+from typing import Annotated
 
 import tyro
 from pydantic import Field
@@ -17,7 +18,8 @@ from data_prep.manifest import Manifest
 from data_prep.url import place_of
 from train.backbones import check_name
 from train.memory_plan import CONTEXT, GIB, HEADROOM, Choice, choices, recommended, usable
-from train.recipe import Recipe, leading_recipe
+from train.recipe import MOST_RECORDINGS, Recipe, leading_recipe
+from train.recordings import joined
 from train.step_cost import Needs, measure, paper_manifest
 
 SITES, CLASSES, SIDE = 168, 64, 224  # where no recording is given
@@ -41,8 +43,8 @@ class Plan(Recipe):
     """Memory of each GPU in GiB."""
     machines: int = Field(1, ge=1, le=1_000_000)
     """Machines, each with the same number of GPUs."""
-    data: Place | None = None
-    """Shard folder or its URL, for the numbers of sites and classes and the size of the pictures."""
+    data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
+    """Shard folder or its URL (or several), for the numbers of sites and classes and the size of the pictures."""
     sites: int | None = Field(None, ge=1, le=1_000_000)
     """Sites, where there is no shard folder; by default 168."""
     classes: int | None = Field(None, ge=1, le=1_000_000)
@@ -58,7 +60,9 @@ def parse_command_line(words: list[str]) -> tuple[Plan, Recipe]:
     before, words = leading_recipe(words, Recipe)
     missing = dict.fromkeys(("gpus", "memory"), tyro.MISSING)
     own = {"machines": 1, "sites": None, "classes": None}
-    options = parse(Plan, args=words, default=Plan.model_construct(**dict(before or Recipe()), **missing, **own))
+    before = before or Recipe()
+    given = dict(before) | {"data": before.places or None}
+    options = parse(Plan, args=words, default=Plan.model_construct(**given, **missing, **own))
     recipe = Recipe(**{name: getattr(options, name) for name in Recipe.model_fields})
     recipe.check()
     check_name(recipe.backbone.name)
@@ -72,7 +76,7 @@ def parse_command_line(words: list[str]) -> tuple[Plan, Recipe]:
 def manifest_of(options: Plan) -> Manifest:
     """The recording that is planned for: that of --data, or one on paper."""
     if options.data is not None:
-        return files_at(options.data).manifest()
+        return joined([files_at(place).manifest() for place in options.data])
     return paper_manifest(options.sites or SITES, options.classes or CLASSES, SIDE)
 
 
@@ -104,7 +108,7 @@ def table(found: list[Choice], gpus_per_machine: int) -> str:
 
 def command(choice: Choice, options: Plan, words: list[str]) -> str:
     """The command line that trains as recommended, with the recipe and the settings that the plan was given."""
-    data = shlex.quote(str(place_of(options.data))) if options.data else "DIR"
+    data = shlex.join(str(place_of(place)) for place in options.data) if options.data else "DIR"
     strategy = "" if options.strategy is None else f" --strategy {_strategy_setting(choice.strategy)}"
     recipe, flags = ([words[0]], words[1:]) if words[0].endswith((".yaml", ".yml")) else ([], words)
     return (
@@ -129,13 +133,12 @@ def _strategy_setting(name: str) -> str:
 
 def settings_of(words: list[str]) -> list[str]:
     """The words of a command line that are settings of the recipe and not what the plan decides or alone reads."""
-    kept, following = [], iter(words)
-    for word in following:
-        name, equals, _ = word.partition("=")
-        if name.replace("_", "-") not in (*OWN_OPTIONS, *REPLACED):
+    kept, dropping = [], False
+    for word in words:
+        if word.startswith("--"):
+            dropping = word.partition("=")[0].replace("_", "-") in (*OWN_OPTIONS, *REPLACED)
+        if not dropping:
             kept.append(word)
-        elif not equals:
-            next(following)
     return kept
 
 

@@ -62,10 +62,12 @@ class Trained:
         return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
 
 
-def load_trained(recipe: Recipe, checkpoint: Path, progress: Progress, manifest: Manifest) -> Trained:
-    """The network of a run."""
+def load_trained(
+    recipe: Recipe, checkpoint: Path, progress: Progress, manifest: Manifest, rows: slice = slice(None)
+) -> Trained:
+    """The network of a run; of a run of several recordings, with one's readout (see `Progress.rows_of`)."""
     network = Network(recipe.for_evaluation(), manifest, progress.image_size)
-    network.load_state_dict(checked_tensors(network, checkpoint, "network"))
+    network.load_state_dict(checked_tensors(network, checkpoint, "network", rows))
     return Trained(network.eval(), recipe, manifest, progress)
 
 

@@ -1,6 +1,7 @@
 """A run that is checked as far as it can be before its processes are joined: data, recipe and folder fit together."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,61 +13,53 @@ from data_prep.manifest import Manifest
 from data_prep.shard_cache import GIB
 from data_prep.shards import ShardFolder
 from train.augment import KINDS
+from train.batches import StimulusSet
 from train.loader import Stimuli, TrainLoader, workers_per_rank
 from train.objectives import RESPONSE_LOSSES
-from train.order import inner_split
 from train.picture_cache import PictureCaches
 from train.processes import rank, ranks_on_machine, uses_gpu, world_size
 from train.recipe import Loader, Recipe
+from train.recordings import Divided, Recordings
 from train.run_folder import RunFolder
 from train.scoring import check_not_empty
 from train.screening import Screening
 from train.strategy import chosen_strategy, fill_deepspeed, zero_stage
 from train.streaming import StreamLoader
+from train.targets import learn_from_teacher, site_weights, with_rates_of
+from train.together import together
 
 
 def training_stimuli(
-    shards: ShardFolder, recipe: Recipe, screening: Screening | None = None
-) -> tuple[Stimuli, Stimuli]:
-    """The stimuli to fit and the stimuli that select, as `early_stopping.split` says.
+    recordings: Recordings, divided: Sequence[Divided], recipe: Recipe
+) -> tuple[StimulusSet, StimulusSet]:
+    """The stimuli to fit and the stimuli that select, as they were divided.
 
     The few that select are opened first, so that their pictures are kept before all others; under order blocks, where
     the split need not fit into memory, apart from them: or all shards would be read again for the inner part.
-    Stimuli that are left out leave their place in the division empty, so that it is the one of all stimuli.
     """
-    screening = screening or Screening(recipe.loader)
-    size = recipe.images.size or shards.manifest.image.side
+    size = recordings.picture_size(recipe)
     wanted = {
         "responses": recipe.task.predicts_responses,
         "classes": recipe.task.predicts_classes,
         "caches": PictureCaches(recipe.loader),
     }
     to_fit = wanted | ({"caches": None} if recipe.loader.engine == "webdataset" else {})  # it reads them each time
-    needed = {name: wanted[name] for name in ("responses", "classes")}
-    train = shards.split("train")
-    usable = screening.usable(train, size, **needed)
-    if recipe.early_stopping.split == "val":
-        val = shards.split("val")
-        selection = Stimuli(val, size, screening.usable(val, size, **needed), **wanted)
-        return Stimuli(train, size, usable, **to_fit), selection
-    key = shards.manifest.group_by
-    groups = list(train.stimulus_ids)
-    for i in usable.tolist() if key else ():
-        groups[i] = str(train.meta(i).get(key))
-    parts = inner_split(groups, recipe.early_stopping.inner_fraction, recipe.seed)
-    fit, inner = (np.intersect1d(part, usable) for part in parts)
-    selection = Stimuli(train, size, inner, **wanted, apart=recipe.loader.order == "blocks")
-    return Stimuli(train, size, fit, **to_fit), selection
+    apart = recipe.loader.order == "blocks" and recipe.early_stopping.split == "inner"
+    parts = list(zip(divided, recordings.columns, strict=True))
+    selection = [
+        Stimuli(part.selects, size, part.selection, **wanted, apart=apart, columns=columns) for part, columns in parts
+    ]
+    fit = [Stimuli(part.train, size, part.fit, **to_fit, columns=columns) for part, columns in parts]
+    return together(fit, recipe.mix), together(selection, recipe.mix)
 
 
-def check_loss(recipe: Recipe, fit: Stimuli, pieces: int, site_ids: list[str]) -> None:
+def check_loss(recipe: Recipe, fit: StimulusSet, pieces: int) -> None:
     """Refuse responses and batches that the loss has no meaning for.
 
     Args:
         recipe: with the loss.
         fit: stimuli to fit, with their own responses.
         pieces: micro-batches of a process in a global batch.
-        site_ids: for the message.
 
     Raises:
         BadInput: negative rates under the Poisson likelihood, or a correlation over parts of a batch.
@@ -76,13 +69,14 @@ def check_loss(recipe: Recipe, fit: Stimuli, pieces: int, site_ids: list[str]) -
             f"loss.responses: {recipe.loss.responses} needs each process's share of a batch in one pass; leave out "
             "batch.per_device, or lower batch.global_size"
         )
-    if recipe.loss.responses == "poisson" and (fit.rates < 0).any():
-        stimulus, site = np.argwhere(fit.rates < 0)[0]
-        raise BadInput(
-            f"loss.responses: poisson needs raw, non-negative rates, but site {site_ids[site]} has "
-            f"{fit.rates[stimulus, site]:.4g} for stimulus {fit.stimulus_ids[stimulus]}: these responses were "
-            "z-scored or had a baseline subtracted; use mse, or pack the raw rates"
-        )
+    for part in fit.parts if recipe.loss.responses == "poisson" else ():
+        for stimulus, site in np.argwhere(part.rates < 0)[:1]:
+            raise BadInput(
+                f"loss.responses: poisson needs raw, non-negative rates, but site "
+                f"{part.split.manifest.site_ids[site]} of {part.recording} has {part.rates[stimulus, site]:.4g} for "
+                f"stimulus {part.stimulus_ids[stimulus]}: these responses were z-scored or had a baseline subtracted; "
+                "use mse, or pack the raw rates"
+            )
 
 
 def check_hardware(recipe: Recipe, stage: int | None, ranks: int) -> None:
@@ -112,41 +106,58 @@ class Job:
 
     Attributes:
         recipe: its settings.
-        data: shard folder, or its URL.
-        manifest: of the shards.
+        data: shard folders, or their URLs.
+        recordings: what is in them.
+        manifest: of all recordings as one; of a subset with its sites' mean and standard deviation.
         folder: where it is going to be written.
         resume: whether it goes on.
         loader: this rank's training batches.
-        selection: the stimuli that choose the best epoch.
+        selection: the stimuli that choose the best epoch, by each recording's own.
         workers: decoding processes per rank.
         deepspeed: configuration with all its numbers; None for DDP.
         remarks: what to say of the data at the start.
         facts: what env.json says of the stimuli that are left out.
+        site_weights: of each site in the loss, float64 (sites,); None where all count alike.
     """
 
     recipe: Recipe
-    data: Path | str
+    data: Sequence[Path | str]
+    recordings: Recordings
     manifest: Manifest
     folder: RunFolder
     resume: bool
     loader: TrainLoader
-    selection: Stimuli
+    selection: StimulusSet
     workers: int
     deepspeed: dict[str, Any] | None
     remarks: list[str]
     facts: dict[str, Any]
+    site_weights: np.ndarray | None
 
 
-def remarks_on(shards: ShardFolder, loader: Loader) -> list[str]:
+def remarks_on_division(recordings: Recordings, divided: Sequence[Divided]) -> list[str]:
+    """What several recordings keep from each other."""
+    return [
+        f"note: {part.left_out:,} of the {len(part.train):,} train stimuli of {name} are left out, because another "
+        "recording holds them out (the same id and size of file)"
+        for name, part in zip(recordings.names, divided, strict=True)
+        if part.left_out
+    ]
+
+
+def remarks_on(folders: Sequence[ShardFolder], loader: Loader) -> list[str]:
     """What to say of remote data that is slow to read as it is."""
-    if not shards.is_remote:
+    remote = [folder for folder in folders if folder.is_remote]
+    if not remote:
         return []
-    found, train = [], shards.split("train")
-    if not shards.has_targets:
-        found.append(
-            f"note: {shards.folder} has no targets.npz, so all shards were read for their responses; pack again"
-        )
-    budget, sizes = train.files.cache.budget, sorted((shard.bytes for shard in train.shards), reverse=True)
+    trains = [folder.split("train") for folder in remote]
+    found = [
+        f"note: {folder.folder} has no targets.npz, so all shards were read for their responses; pack again"
+        for folder in remote
+        if not folder.has_targets
+    ]
+    budget = trains[0].files.cache.budget
+    sizes = sorted((shard.bytes for train in trains for shard in train.shards), reverse=True)
     needed = sum(sizes[: loader.block_shards + 1] if loader.order == "blocks" else sizes)
     if needed > budget:
         advice = (
@@ -159,21 +170,28 @@ def remarks_on(shards: ShardFolder, loader: Loader) -> list[str]:
     return found
 
 
-def check_engine(shards: ShardFolder, loader: Loader) -> None:
+def check_engine(folders: Sequence[ShardFolder], loader: Loader) -> None:
     """Refuse to stream what has to be fetched.
 
     Raises:
         BadInput: remote shards, and another engine than `indexed`.
     """
-    if shards.is_remote and loader.engine != "indexed":
-        raise BadInput(
-            f"loader.engine: {loader.engine} reads tars of this machine only, and {shards.folder} is remote; leave it "
-            "at indexed, which reads shard by shard under loader.order blocks"
-        )
+    for shards in folders:
+        if shards.is_remote and loader.engine != "indexed":
+            raise BadInput(
+                f"loader.engine: {loader.engine} reads tars of this machine only, and {shards.folder} is remote; leave "
+                "it at indexed, which reads shard by shard under loader.order blocks"
+            )
 
 
-def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
+def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool) -> Job:
     """Open the data and check that recipe, data, folder and processes fit together.
+
+    Args:
+        recipe: of the run.
+        data: shard folders, or their URLs: a recording each.
+        out: run folder.
+        resume: whether the run in it goes on.
 
     Raises:
         BadInput: they do not.
@@ -183,11 +201,15 @@ def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
         folder.check_same(recipe)
     else:
         folder.check_free()
-    shards = ShardFolder(data, recipe.loader.fetch)
-    check_engine(shards, recipe.loader)
-    screening = Screening(recipe.loader)
-    fit, selection = training_stimuli(shards, recipe, screening)
-    check_not_empty(selection, ranks, recipe.early_stopping.split)
+    folders = [ShardFolder(place, recipe.loader.fetch) for place in data]
+    check_engine(folders, recipe.loader)
+    recordings, screening = Recordings(folders), Screening(recipe.loader, several=len(folders) > 1)
+    recordings.check(recipe)
+    divided = recordings.divide(recipe, screening)
+    fit, selection = training_stimuli(recordings, divided, recipe)
+    for part in selection.parts:
+        check_not_empty(part, ranks, recipe.early_stopping.split)
+    remarks = [*screening.warnings(), *remarks_on(folders, recipe.loader), *remarks_on_division(recordings, divided)]
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
     loader_type = StreamLoader if recipe.loader.engine == "webdataset" else TrainLoader
     loader = loader_type(
@@ -202,10 +224,16 @@ def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
         draws=KINDS if recipe.augment.is_on else 0,
         block_shards=recipe.loader.block_shards if recipe.loader.order == "blocks" else None,
     )
-    check_loss(recipe, fit, loader.pieces, shards.manifest.site_ids)
+    manifest = recordings.manifest
+    if recipe.subset is not None and recipe.task.predicts_responses:
+        manifest = with_rates_of(manifest, fit)
+    weights = site_weights(fit) if recipe.loss.site_weights == "reliability" else None
     if recipe.task.shuffle_responses:
         for stimuli in (fit, selection):
             stimuli.shuffle_responses(recipe.seed)
+    if recipe.distill.teacher is not None:
+        remarks += [learn_from_teacher(part, recipe.distill) for part in fit.parts]
+    check_loss(recipe, fit, loader.pieces)
     deepspeed = chosen_strategy(recipe.strategy)
     check_hardware(recipe, zero_stage(deepspeed), ranks)
     if deepspeed is not None:
@@ -216,6 +244,5 @@ def prepare(recipe: Recipe, data: Path | str, out: Path, resume: bool) -> Job:
             ranks=ranks,
             clip_norm=recipe.optimizer.clip_norm,
         )
-    remarks = [*screening.warnings(), *remarks_on(shards, recipe.loader)]
-    facts = screening.facts()
-    return Job(recipe, data, shards.manifest, folder, resume, loader, selection, workers, deepspeed, remarks, facts)
+    described = (recordings, manifest, folder, resume, loader, selection, workers, deepspeed, remarks)
+    return Job(recipe, data, *described, screening.facts(), weights)

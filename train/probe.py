@@ -85,7 +85,7 @@ def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     found = probing.run()
     if runtime.leads:
         metrics, prediction = results(job, found, runtime.ranks)
-        write_results(job, metrics, prediction, monitor)
+        write_results(job, found, metrics, prediction, monitor)
         monitor.epoch({"seconds": time.monotonic() - begun})
         monitor.say(table(metrics))
         monitor.say(f"written to {job.folder.evaluation(job.split)}")
@@ -99,7 +99,7 @@ def main() -> None:
     job = prepare(recipe, options.data, options.out, options.split, options.resume)
     with started(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime, closing(job.folder):
         facts = {"processes": runtime.describe(), "split": job.split, "parameters": {"all": job.look.parameters}}
-        runtime.lead(job.folder.hold if job.resume else lambda: job.folder.claim(job.recipe, job.data, facts))
+        runtime.lead(job.folder.hold if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
         with closing(Monitor(job.folder, runtime.leads)) as monitor, job.folder.keeping_failures(runtime.rank):
             run(job, scratch_folder(options), runtime, monitor)
 

@@ -15,8 +15,9 @@ from data_prep.shards import ShardFolder
 from data_prep.splits import folds
 from train.backbones import Backbone
 from train.checkpoint import current, load_progress
-from train.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
+from train.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers, parts_of
 from train.loader import Stimuli, workers_per_rank
+from train.order import nested_subset
 from train.picture_cache import PictureCaches
 from train.probing import Partition
 from train.processes import ranks_on_machine, world_size
@@ -64,10 +65,11 @@ class Job:
         name = f"{self.manifest.name} (SIMULATED)" if self.manifest.simulated else self.manifest.name
         used = recipe.latent if recipe.readout == "pls" else recipe.components
         what = "latent dimensions" if recipe.readout == "pls" else "principal components"
+        field = "" if recipe.field == "whole" else ", each site through windows of its own"
         return (
             f"{name}: {len(self.stimulus_ids):,} stimuli of {', '.join(self.splits)}, {len(self.scored):,} scored, "
             f"{len(self.manifest.sites)} sites, pictures of {first.size} px\n{self.look.describe()}\n"
-            f"{recipe.readout} on {'all' if used is None else f'at most {used:,}'} {what}"
+            f"{recipe.readout} on {'all' if used is None else f'at most {used:,}'} {what}{field}"
         ) + "".join(f"\n{warning}" for warning in self.screening.warnings())
 
     @property
@@ -115,7 +117,8 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
         torch.manual_seed(recipe.seed)
         backbone = Backbone(recipe.backbone, size).eval()
         layers = choose_layers(backbone, recipe.layers, size)
-        look = LayerFeatures(backbone, layers, recipe.pool)
+        parts = dict.fromkeys(part for layer in layers for part in parts_of(layer))
+        look = LayerFeatures(backbone, list(parts), recipe.pool)
     described = (shards.manifest, folder, splits, partitions, look, layers, workers, screening)
     return Job(recipe, data, split, resume, *described)
 
@@ -128,10 +131,17 @@ def _trained_on(weights: Path) -> int | None:
 def _splits_and_partitions(
     shards: ShardFolder, split: str, recipe: ProbeRecipe, size: int, screening: Screening
 ) -> tuple[dict[str, Stimuli], list[Partition]]:
+    if split == "cv" and (recipe.subset is not None or recipe.shuffle_responses):
+        raise BadInput("subset and shuffle_responses change the training stimuli, and --split cv fits on all; use val")
     names = ["train", split] if split != "cv" else [name for name in shards.manifest.splits if _responds(shards, name)]
     caches = PictureCaches(recipe.loader, once=True)  # their activations are kept instead
     usable = {name: screening.usable(shards.split(name), size, responses=True, classes=False) for name in names}
+    if recipe.subset is not None:
+        drawn = nested_subset(len(shards.split("train")), recipe.subset, recipe.seed)
+        usable["train"] = np.intersect1d(usable["train"], drawn)
     splits = {name: Stimuli(shards.split(name), size, usable[name], caches=caches) for name in names}
+    if recipe.shuffle_responses:
+        splits["train"].shuffle_responses(recipe.seed)
     count = [len(stimuli) for stimuli in splits.values()]
     everyone = np.arange(sum(count))
     key = recipe.cross_validation.key if split == "cv" else shards.manifest.group_by

@@ -1,6 +1,7 @@
 """What a probe leaves: scores and predictions, a table, and the figure of explained variance by layer."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from train.metrics import SiteMoments
 from train.monitor import Monitor
 from train.probe_preparation import Job
 from train.probing import Layer
-from train.run_folder import write_atomically, write_json, write_npz
+from train.run_folder import LEFT_OUT, write_atomically, write_json, write_npz
 from train.scoring import regression_block, report_head
 
+SHUFFLED = "shuffled responses"
 CEILED = {"ceiled EV": "ceiled_explained_variance", "FEVE": "feve"}
 
 
@@ -39,6 +41,10 @@ def results(job: Job, found: Mapping[str, Layer], ranks: int) -> tuple[dict[str,
     metrics |= job.screening.facts()
     if len(chosen) > 1:
         metrics["chosen_by_fold"] = chosen
+    else:
+        metrics["training_stimuli"] = len(job.partitions[0].fit)
+    if job.recipe.shuffle_responses:
+        metrics["control"] = SHUFFLED
     return metrics, best[job.scored]
 
 
@@ -62,6 +68,8 @@ def _layer_report(job: Job, layer: Layer) -> dict[str, Any]:
     }
     if layer.penalty:
         block["penalty"] = [to_json_list(penalty) for penalty in layer.penalty]
+    if layer.centre:
+        block["field_centre"] = [[to_json_list(axis) for axis in centre] for centre in layer.centre]
     likeness = {"rsa": layer.rsa, "cka": layer.cka}
     return block | {name: value for name, value in likeness.items() if np.isfinite(value)}
 
@@ -88,18 +96,32 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def write_results(job: Job, metrics: dict[str, Any], prediction: np.ndarray, monitor: Monitor) -> None:
-    """Write metrics.json, predictions.npz, the table and the figure of explained variance by layer."""
-    target, ids = job.folder.evaluation(job.split), job.stimulus_ids
-    write_npz(
-        target / "predictions.npz",
-        stimulus_id=np.array([ids[i] for i in job.scored]),
-        site_id=np.array(job.manifest.site_ids),
-        prediction=prediction,
-        target=job.rates[job.scored],
-    )
+def write_results(
+    job: Job, found: Mapping[str, Layer], metrics: dict[str, Any], prediction: np.ndarray, monitor: Monitor
+) -> None:
+    """Write metrics.json, predictions.npz, the table and the figure of explained variance by layer.
+
+    Ridge on train also has predictions of its own training stimuli, each from the others; they lie beside, as those of
+    the split `left_out`.
+    """
+    target = job.folder.evaluation(job.split)
+    _write_predictions(job, target, job.scored, prediction)
+    left_out = found[metrics["chosen"]].left_out
+    if len(job.partitions) == 1 and left_out:
+        _write_predictions(job, job.folder.evaluation(LEFT_OUT), job.partitions[0].fit, left_out[0])
     picture = layer_figure(metrics)
     write_atomically(target / "layers.png", picture)
     monitor.board.picture("explained variance by layer", picture, step=0)
     write_atomically(target / "table.md", (table(metrics) + "\n").encode())
     write_json(target / "metrics.json", metrics)  # last: it says that all is there
+
+
+def _write_predictions(job: Job, folder: Path, positions: np.ndarray, prediction: np.ndarray) -> None:
+    ids = job.stimulus_ids
+    write_npz(
+        folder / "predictions.npz",
+        stimulus_id=np.array([ids[i] for i in positions]),
+        site_id=np.array(job.manifest.site_ids),
+        prediction=prediction,
+        target=job.rates[positions],
+    )

@@ -7,10 +7,12 @@ All begin at each site's mean: whatever the picture, the outputs are 0.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from train.fields import Window
 from train.recipe import Readout
 
 
@@ -125,6 +127,15 @@ class _Masked(nn.Module, ABC):
     def masks(self) -> torch.Tensor:
         """(sites, positions)."""
 
+    @abstractmethod
+    def look_through(self, windows: Sequence[Window]) -> None:
+        """Set each site's mask to a Gaussian window, which adds up to 1."""
+
+    def start_features_through(self, features: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
+        """(b, windows x channels): the map as a site sees it through each window, window after window."""
+        masks = torch.stack([_mask(window, features.shape[2:]) for window in windows]).to(features)
+        return (masks @ features.flatten(2).transpose(1, 2)).flatten(1)
+
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(b, channels, rows, columns) -> (b, sites)."""
         seen = features.flatten(2) @ self.masks().T  # (b, channels, sites)
@@ -141,6 +152,12 @@ class _Masked(nn.Module, ABC):
         self.sites.bias.copy_(bias)
 
 
+def _mask(window: Window, sides: Sequence[int]) -> torch.Tensor:
+    """A window over a map of these rows and columns, adding up to 1: float32 (positions,)."""
+    weights = torch.from_numpy(window.weights(*sides))
+    return weights / weights.sum()
+
+
 class Factorised(_Masked):
     """A free spatial mask and channel weights for each site (Klindt et al. 2017).
 
@@ -150,11 +167,18 @@ class Factorised(_Masked):
     def __init__(self, map_shape: tuple[int, ...], sites: int):
         channels, rows, columns = map_shape
         super().__init__(channels, sites)
+        self._map_sides = (rows, columns)
         self.mask = nn.Parameter(torch.ones(sites, rows * columns))
 
     def masks(self) -> torch.Tensor:
         """(sites, positions); a mask of ones is mean pooling, so that steps of the optimizer fit masks of any size."""
         return self.mask / self.mask.shape[1]
+
+    @torch.no_grad()
+    def look_through(self, windows: Sequence[Window]) -> None:
+        """See `_Masked.look_through`."""
+        masks = torch.stack([_mask(window, self._map_sides) for window in windows])
+        self.mask.copy_(masks * masks.shape[1])
 
 
 class Gaussian(_Masked):
@@ -179,3 +203,9 @@ class Gaussian(_Masked):
         """(sites, positions)."""
         squared = (self.centre[:, None] - self.positions).square().sum(2)
         return torch.softmax(-squared / (2 * torch.exp(2 * self.log_width))[:, None], dim=1)
+
+    @torch.no_grad()
+    def look_through(self, windows: Sequence[Window]) -> None:
+        """See `_Masked.look_through`."""
+        self.centre.copy_(torch.tensor([(window.x, window.y) for window in windows]))
+        self.log_width.copy_(torch.tensor([math.log(window.width) for window in windows]))

@@ -1,242 +1,39 @@
 """The typed settings of a run. Every field's docstring is its help text on the command line."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
-import tyro
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import Field, ValidationError
 
 from data_prep.errors import BadInput
-from data_prep.remote import FetchSettings
+from train.settings import (
+    LARGEST_SEED,
+    WEEK,
+    Augment,
+    Backbone,
+    Batch,
+    Checkpoint,
+    Distill,
+    EarlyStopping,
+    Faults,
+    Images,
+    Loader,
+    Loss,
+    Optimizer,
+    Readout,
+    Schedule,
+    Settings,
+    Source,
+    Task,
+    Text,
+)
 from train.yaml_files import describe, read_yaml
 
 LEAST_CORRELATED = 3  # stimuli in a batch, for a correlation to tell anything
-LARGEST_SEED = 2**63 - 1  # that every generator takes
-WEEK = 7 * 86400.0  # seconds
-
-Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
-
-
-class Settings(BaseModel):
-    """Base of all settings: unknown names are refused."""
-
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True)
-
-
-class Task(Settings):
-    """What the network learns to predict."""
-
-    kind: Literal["regression", "classification", "hybrid"] = "regression"
-    """Responses, the object shown, or both from one backbone."""
-    regression_weight: float = Field(1.0, ge=0, le=1e6)
-    """Weight of the response loss in the hybrid sum."""
-    classification_weight: float = Field(1.0, ge=0, le=1e6)
-    """Weight of the cross-entropy in the hybrid sum."""
-    weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """The two weights above, or weights learned as the tasks' uncertainties (Kendall et al. 2018)."""
-    shuffle_responses: bool = False
-    """Control: pair the training stimuli with each other's responses. It must score at chance."""
-
-    @property
-    def predicts_responses(self) -> bool:
-        """Whether the network has a readout to the sites."""
-        return self.kind != "classification"
-
-    @property
-    def predicts_classes(self) -> bool:
-        """Whether the network has a readout to the objects."""
-        return self.kind != "regression"
-
-
-class Source(Settings):
-    """A network and where its weights come from."""
-
-    name: Text = "tf_efficientnet_lite0"
-    """Any timm model name, or our small `cnn2` and `cnn3`."""
-    weights: Text = "pretrained"
-    """`pretrained` (an installed package, else timm's hub), `random`, a .safetensors/.pth file, or a run folder."""
-    cut: Text | None = None
-    """End the network after this stage or module, e.g. layer3 or blocks.4; by default it is whole."""
-
-
-class Backbone(Source):
-    """The network that turns a picture into features, and what of it is trained."""
-
-    trainable: Literal["all", "head"] = "all"
-    """Train everything, or the readout alone on a frozen backbone."""
-    batch_norm: Literal["live", "frozen", "synced"] = "live"
-    """Normalise by each process's own share of the batch; by the statistics that came with the weights (a frozen
-    backbone always does); or, on GPUs, by the whole batch over all processes."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
-
-
-class Readout(Settings):
-    """From the backbone's features to the sites; docs/recipes.md has the formulas."""
-
-    kind: Literal["linear", "flattened", "low_rank", "factorised", "gaussian"] = "linear"
-    """On pooled features; on the whole map; through shared dimensions; mask x channels; a Gaussian position."""
-    rank: int = Field(32, ge=1, le=65_536)
-    """Dimensions that the sites share, of low_rank."""
-    start: Literal["zero", "ridge"] = "zero"
-    """Begin at each site's mean, or at the ridge solution on the frozen features (head first, then everything)."""
-
-
-class Loss(Settings):
-    """What is minimised."""
-
-    responses: Literal["mse", "poisson", "correlation"] = "mse"
-    """Squared error of z-scored rates; Poisson likelihood of raw rates; one minus the correlation over the batch."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of the probability that is spread over all classes in the cross-entropy."""
-
-
-class Augment(Settings):
-    """Random changes of the training pictures, other ones in each epoch. Sites code position: keep them small."""
-
-    shift: float = Field(0.0, ge=0, le=0.5)
-    """Largest shift up, down, left and right, as a part of the picture's side."""
-    zoom: float = Field(0.0, ge=0, le=0.5)
-    """Largest change of size, as a part: 0.05 shows the picture between 5 % smaller and 5 % larger."""
-    brightness: float = Field(0.0, ge=0, le=1)
-    """Largest change of brightness, as a part."""
-    contrast: float = Field(0.0, ge=0, le=1)
-    """Largest change of contrast around the picture's mean, as a part."""
-    flip: bool = False
-    """Mirror half of the pictures. Off: a site that codes the left answers otherwise to the mirrored picture."""
-
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is changed."""
-        return any(bool(value) for value in self.model_dump().values())
-
-
-class Images(Settings):
-    """How pictures reach the network."""
-
-    size: int | None = Field(None, ge=16, le=4096)
-    """Side in pixels of the square picture the network sees; by default the size of the packed pictures."""
-
-
-class Optimizer(Settings):
-    """How gradients become steps."""
-
-    name: Literal["nadam", "adam", "adamw", "radam", "lion", "sgd"] = "nadam"
-    """The optimizer; weight decay is decoupled for all but sgd and adam."""
-    lr: float = Field(1e-3, gt=0, le=1000)
-    """Peak learning rate."""
-    backbone_lr_factor: float = Field(1.0, gt=0, le=1000)
-    """The backbone's learning rate as a part of `lr`, which the readout has."""
-    weight_decay: float = Field(0.01, ge=0, le=1000)
-    """Weight decay, not applied to norms and biases."""
-    momentum: float = Field(0.9, ge=0, lt=1)
-    """Momentum of sgd; the first beta of the others."""
-    clip_norm: float | None = Field(None, gt=0, le=1e6)
-    """Clip the gradient of the global batch to this norm."""
-
-
-class Schedule(Settings):
-    """The learning rate over the optimizer steps of the run."""
-
-    kind: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"
-    """OneCycle (Smith 2018); or a linear warm-up and then a cosine, drops at plateaus, or nothing."""
-    warmup: float = Field(0.3, ge=0, lt=1)
-    """Share of all steps over which the rate rises."""
-    cycle_momentum: bool = False
-    """Of onecycle: let the momentum fall from 0.95 to 0.85 and rise again, against the rate, as torch does."""
-    plateau_factor: float = Field(0.1, gt=0, lt=1)
-    """Of plateau: the rate is multiplied by this ..."""
-    plateau_patience: int = Field(5, ge=1, le=1_000_000)
-    """... after so many epochs in a row without improvement of the selection metric."""
-
-
-class Batch(Settings):
-    """How many stimuli make an optimizer step."""
-
-    global_size: int = Field(32, ge=1, le=1_000_000)
-    """Stimuli per optimizer step, over all processes together."""
-    per_device: int | None = Field(None, ge=1, le=1_000_000)
-    """The most stimuli in one forward pass of one process; gradient accumulation follows from it."""
-
-
-class EarlyStopping(Settings):
-    """When to stop, and which stimuli decide it."""
-
-    split: Literal["inner", "val"] = "inner"
-    """`inner` holds out a part of train; `val` is the published protocol, and the metrics then say so."""
-    inner_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of train that is held out as the inner split."""
-    metric: Literal["r2", "explained_variance", "mse", "pearson_r", "top1"] | None = None
-    """What must improve; by default r2, or top1 for classification."""
-    patience: int = Field(20, ge=1, le=1_000_000)
-    """Stop after this many epochs in a row without improvement."""
-
-
-class Checkpoint(Settings):
-    """When a run is saved, and what of it is kept."""
-
-    every_steps: int | None = Field(None, ge=1, le=10**9)
-    """Save after every so many optimizer steps as well as after each epoch."""
-    keep: int = Field(2, ge=1, le=10_000)
-    """How many of the last checkpoints to keep, beside the best: a damaged one is passed over for the one before."""
-
-
-class Faults(Settings):
-    """What a run puts up with."""
-
-    timeout: float = Field(300.0, ge=1, le=WEEK)
-    """Seconds that processes wait for each other, from the second step on, before they give one up as lost."""
-    start_timeout: float = Field(1800.0, ge=1, le=WEEK)
-    """The same for joining and for the first step, which may compile, or read weights from far away."""
-    bad_steps: int = Field(10, ge=1, le=1_000_000)
-    """A step whose loss or gradient is not finite is left out; after so many in a row the run ends."""
-
-    @property
-    def timeouts(self) -> tuple[float, float]:
-        """Seconds, until the first step is done and from then on."""
-        return self.start_timeout, self.timeout
-
-
-class Loader(Settings):
-    """How pictures are read."""
-
-    engine: Literal["indexed", "webdataset"] = "indexed"
-    """`indexed` reads any stimulus from its tar; `webdataset` streams whole tars to train, drawn with replacement, and
-    promises less (see docs/loading.md). Scores are always taken with `indexed`."""
-    workers: int | None = Field(None, ge=0, le=256)
-    """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
-    cache: Literal["off", "ram", "disk", "auto"] = "auto"
-    """Keep decoded pictures for the next epoch, once per machine for all its processes: in memory, in a nameless file
-    in the temporary folder (TMPDIR), or nowhere; auto is ram unless pictures are read only once."""
-    cache_gib: float | None = Field(None, ge=0, le=1e6)
-    """Most that is kept of them on a machine; by default half of the memory (disk: space) that is free at the start.
-    What does not fit is decoded each time."""
-    order: Literal["shuffled", "blocks"] = "shuffled"
-    """Of the training stimuli: any after any; or, for data larger than memory or than the copies of remote shards, the
-    stimuli of a few shards mixed at a time, so that each shard is read in one stretch."""
-    block_shards: int = Field(16, ge=1, le=1_000_000)
-    """Of order blocks: shards that are mixed at a time. More mix better, and need more room."""
-    shard_cache: Text | None = None
-    """Of remote shards: folder for copies, shared by all runs on the machine; by default in ~/.cache."""
-    shard_cache_gib: float | None = Field(None, gt=0, le=1e6)
-    """Of remote shards: the most that is kept in that folder; by default half of what is free on its disk."""
-    fetch_timeout: float = Field(30.0, gt=0, le=WEEK)
-    """Of remote shards: seconds without an answer after which a connection is given up and made anew."""
-    on_bad_sample: Annotated[Literal["stop", "skip"], tyro.conf.arg(aliases=("--on-bad-sample",))] = "stop"
-    """A stimulus that cannot be read stops the run; or all are looked at before the first step, and the bad ones are
-    left out, counted and named (see docs/security.md)."""
-
-    @property
-    def fetch(self) -> FetchSettings:
-        """How remote shards are fetched and kept."""
-        folder = None if self.shard_cache is None else Path(self.shard_cache).expanduser()
-        return FetchSettings(folder, self.shard_cache_gib, self.fetch_timeout)
-
-    @field_validator("cache", mode="before")
-    @classmethod
-    def _as_written(cls, value: Any) -> Any:
-        return "off" if value is False else value  # which is what YAML makes of a bare off
+LEAST_SUBSET = 20  # training stimuli, of which some select
+MOST_STIMULI = 10**9
+MOST_RECORDINGS = 1000  # of one run
 
 
 class Recipe(Settings):
@@ -246,6 +43,7 @@ class Recipe(Settings):
     backbone: Backbone = Backbone()
     readout: Readout = Readout()
     loss: Loss = Loss()
+    distill: Distill = Distill()
     augment: Augment = Augment()
     images: Images = Images()
     optimizer: Optimizer = Optimizer()
@@ -255,11 +53,18 @@ class Recipe(Settings):
     checkpoint: Checkpoint = Checkpoint()
     faults: Faults = Faults()
     loader: Loader = Loader()
-    data: Text | None = None
-    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
+    data: Text | Annotated[list[Text], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
+    """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...); a list trains one
+    backbone on several recordings, with a readout for each."""
+    mix: Literal["proportional", "equal"] = "proportional"
+    """Of several recordings: every stimulus once an epoch, and the mean over all responses; or equally many stimuli of
+    each in a step, until the smallest has no more, and the mean over recordings of each one's mean."""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Of the training forward pass: float32, or autocast over float32 weights, for fp16 (of a GPU, with ddp) with a
     scaled loss. Evaluation is float32."""
+    subset: int | None = Field(None, ge=LEAST_SUBSET, le=MOST_STIMULI)
+    """Use so many of the training stimuli (of several recordings: of each), drawn by `seed`; of two numbers the smaller
+    draws from the larger's."""
     strategy: Text | None = None
     """`ddp`, or a DeepSpeed JSON such as ds_configs/zero2.json; by default what the launcher asked for, else ddp."""
     compile: bool = False
@@ -271,7 +76,12 @@ class Recipe(Settings):
     epochs: int = Field(30, ge=1, le=1_000_000)
     """Passes over the training stimuli; the schedule is laid out for all of them."""
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
-    """Of the initial weights, the order of the stimuli and the inner split."""
+    """Of the initial weights, the order of the stimuli, a subset of them and the inner split."""
+
+    @property
+    def places(self) -> list[str]:
+        """The shard folders of `data`."""
+        return [self.data] if isinstance(self.data, str) else self.data or []
 
     @property
     def selection_metric(self) -> str:
@@ -303,6 +113,13 @@ class Recipe(Settings):
             raise BadInput("early_stopping.metric: top1 needs task.kind classification or hybrid, not regression")
         if metric not in (None, "top1") and not self.task.predicts_responses:
             raise BadInput(f"early_stopping.metric: {metric} needs responses; task.kind classification has only top1")
+        if self.early_stopping.folds is not None and self.early_stopping.fold > self.early_stopping.folds:
+            raise BadInput(
+                f"early_stopping.fold ({self.early_stopping.fold}) must be at most early_stopping.folds "
+                f"({self.early_stopping.folds})"
+            )
+        if self.readout.start == "field" and self.readout.kind not in ("factorised", "gaussian"):
+            raise BadInput(f"readout.start: field needs readout.kind factorised or gaussian, not {self.readout.kind}")
         if (self.batch.per_device or 0) > self.batch.global_size:
             raise BadInput(
                 f"batch.per_device ({self.batch.per_device}) is more than batch.global_size ({self.batch.global_size})"
@@ -320,7 +137,8 @@ class Recipe(Settings):
         """Refuse a setting that has been changed and would have no effect."""
         task, fixed = self.task, self.task.weighting == "fixed"
         responses, classes, hybrid = task.predicts_responses, task.predicts_classes, task.kind == "hybrid"
-        whole = self.backbone.trainable == "all"
+        whole, inner = self.backbone.trainable == "all", self.early_stopping.split == "inner"
+        folds = self.early_stopping.folds
         for setting, has_effect, only_with in (
             ("task.regression_weight", hybrid and fixed, "task.kind hybrid and task.weighting fixed"),
             ("task.classification_weight", hybrid and fixed, "task.kind hybrid and task.weighting fixed"),
@@ -330,7 +148,16 @@ class Recipe(Settings):
             ("loss.label_smoothing", classes, "task.kind classification or hybrid"),
             ("readout.kind", responses, "task.kind regression or hybrid"),
             ("readout.rank", self.readout.kind == "low_rank", "readout.kind low_rank"),
-            ("early_stopping.inner_fraction", self.early_stopping.split == "inner", "early_stopping.split inner"),
+            ("loss.site_weights", responses, "task.kind regression or hybrid"),
+            ("distill.teacher", responses, "task.kind regression or hybrid"),
+            ("distill.weight", self.distill.teacher is not None, "distill.teacher"),
+            (
+                "early_stopping.inner_fraction",
+                inner and not folds,
+                "early_stopping.split inner without early_stopping.folds",
+            ),
+            ("early_stopping.folds", inner, "early_stopping.split inner"),
+            ("early_stopping.fold", folds is not None, "early_stopping.folds"),
             ("optimizer.momentum", not self.schedule.cycle_momentum, "schedule.cycle_momentum false"),
             ("backbone.batch_norm", whole or self.backbone.batch_norm == "frozen", "backbone.trainable all"),
             ("backbone.gradient_checkpointing", whole, "backbone.trainable all"),
@@ -363,9 +190,11 @@ class ProbeRecipe(Settings):
     """All settings of a probe."""
 
     layers: list[Text] = Field(["all"], min_length=1, max_length=10_000)
-    """`pixels`, `all` (every stage), or names of the network's modules, with globs."""
+    """`pixels`, `all` (every stage), or names of the network's modules, with globs; `a+b` reads both together."""
     pool: int | None = Field(7, ge=1, le=4096)
     """Average-pool the maps of a layer to at most this many rows and columns; None keeps them whole."""
+    field: Literal["whole", "gaussian"] = "whole"
+    """Ridge reads from the whole map alike, or each site finds its receptive field among Gaussian windows over it."""
     readout: Literal["ridge", "ols", "pls"] = "ridge"
     """Ridge with a penalty per site by leave-one-out, or least squares, on principal components; or PLS."""
     components: int | None = Field(1000, ge=1, le=1_000_000)
@@ -383,13 +212,17 @@ class ProbeRecipe(Settings):
     images: Images = Images()
     batch_size: int = Field(64, ge=1, le=100_000)
     """Stimuli in one forward pass."""
+    subset: int | None = Field(None, ge=LEAST_SUBSET, le=MOST_STIMULI)
+    """Fit on so many of the training stimuli, drawn by `seed`; of two numbers the smaller draws from the larger's."""
+    shuffle_responses: bool = False
+    """Control: pair the training stimuli with each other's responses. It must score at chance."""
     data: Text | None = None
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     loader: Loader = Loader()
     timeout: float = Field(1800.0, ge=1, le=WEEK)
     """Seconds that processes wait for each other: one decomposes a matrix while the others have nothing to do."""
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
-    """Of random weights."""
+    """Of random weights, of a subset and of shuffled responses."""
 
     def check(self) -> None:
         """Refuse settings that are fine one by one and contradict each other.
@@ -401,6 +234,8 @@ class ProbeRecipe(Settings):
             raise BadInput("layers: pixels are no layer of a network; probe them in a run of their own")
         if self.readout == "pls" and self.components != type(self).model_fields["components"].default:
             raise BadInput("components has an effect with readout ridge and ols only; pls has `latent`")
+        if self.field != "whole" and self.readout != "ridge":
+            raise BadInput(f"field: {self.field} weighs windows by leave-one-out, which only readout ridge has")
         if self.readout != "pls" and self.latent != type(self).model_fields["latent"].default:
             raise BadInput(f"latent has an effect with readout pls only; {self.readout} has `components`")
         for name in ("engine", "order", "block_shards"):

@@ -16,7 +16,7 @@ from data_prep.command_line import parse
 from data_prep.errors import BadInput, run_command
 from train.report_figures import pictures
 from train.report_page import Content, page
-from train.report_rows import Row, read_row, shortest_names
+from train.report_rows import Row, read_rows, shortest_names
 from train.report_sweeps import SweepResults, is_sweep, read_sweep
 from train.report_tables import as_csv, groups_of, in_terminal, markdown
 from train.run_folder import check_writable, environment, write_atomically
@@ -51,15 +51,15 @@ def collect(options: Report) -> tuple[list[Row], list[SweepResults]]:
     if not runs:
         return [], list(sweeps.values())
     names = shortest_names(list(runs.values()))
-    rows = [
-        read_row(run, options.split, f"{name}: best" if given in sweeps else name, name if given in sweeps else None)
-        for (run, given), name in zip(runs.items(), names, strict=True)
-    ]
+    rows = []
+    for (run, given), name in zip(runs.items(), names, strict=True):
+        found_by = name if given in sweeps else None
+        rows += read_rows(run, options.split, name if found_by is None else f"{name}: best", found_by)
     return rows, list(sweeps.values())
 
 
-def chosen_pair(options: Report, rows: Sequence[Row]) -> tuple[Row, Row] | None:
-    """The runs that --pair names.
+def chosen_pair(options: Report, rows: Sequence[Row]) -> tuple[Path, Path] | None:
+    """The runs that --pair names, as the rows name them.
 
     Raises:
         BadInput: one is not among the runs, or has no scores of sites.
@@ -68,10 +68,10 @@ def chosen_pair(options: Report, rows: Sequence[Row]) -> tuple[Row, Row] | None:
         return None
     found = []
     for path in options.pair:
-        row = next((row for row in rows if row.path.resolve() == path.resolve()), None)
-        if row is None or row.regression is None:
+        row = next((row for row in rows if row.path.resolve() == path.resolve() and row.regression), None)
+        if row is None:
             raise BadInput(f"--pair: {path} is not one of the runs with scores of sites; name two of them")
-        found.append(row)
+        found.append(row.path)
     return found[0], found[1]
 
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,7 +57,7 @@ class Picture:
 
 
 def pictures(
-    groups: Sequence[Group], rows: Sequence[Row], pair: tuple[Row, Row] | None
+    groups: Sequence[Group], rows: Sequence[Row], pair: tuple[Path, Path] | None
 ) -> Iterator[tuple[Group | None, Picture]]:
     """Draw everything that there is data for, each with the group it belongs to.
 
@@ -78,7 +79,7 @@ def pictures(
             yield None, _picture(f"{CONFUSION}_{file_name(row.name)}", caption, confusion(row))
 
 
-def _of_group(group: Group, pair: tuple[Row, Row] | None) -> Iterator[tuple[str, str, "Figure"]]:
+def _of_group(group: Group, pair: tuple[Path, Path] | None) -> Iterator[tuple[str, str, "Figure"]]:
     yield (
         "sites",
         f"R2 of every site (dots), its mean with the 95 % interval over stimuli (ring). {group.title}.",
@@ -90,7 +91,8 @@ def _of_group(group: Group, pair: tuple[Row, Row] | None) -> Iterator[tuple[str,
             figure = draw_layers(scores, row.metrics.chosen, row.name, group.ceiling.mean if group.ceiling else None)
             caption = f"{row.name}: explained variance by layer, its distribution over sites. {group.title}."
             yield f"layers_{file_name(row.name)}", caption, figure
-    two = pair if pair and all(row in group.rows for row in pair) else tuple(group.ranked()[1::-1])
+    named = [row for path in pair or () for row in group.rows if row.path == path]
+    two = named if len(named) == 2 else group.ranked()[1::-1]
     if len(two) == 2:
         caption = f"R2 site by site: {two[0].title} and {two[1].title}; above the line the second is better."
         yield "site_by_site", caption, site_by_site(group, *two)

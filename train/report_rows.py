@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
 
 from data_prep.errors import BadInput
-from data_prep.plain import npz_arrays, printable
+from data_prep.plain import npz_arrays, parse_json, printable, read_regular
 from train.comparison import Predictions
 from train.run_folder import RunFolder
 from train.yaml_files import read_yaml
@@ -98,6 +98,7 @@ class Metrics(_Plain):
     chosen: Text | None = None
     control: Text | None = None
     selected_on: list[Text] = []
+    trained_on: list[Text] = []
     epoch: int | None = None
 
 
@@ -113,10 +114,15 @@ class Environment(_Plain):
     data: Text | None = None
     parameters: dict[Text, int] = {}
 
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_text(cls, value: Any) -> Any:
+        return " ".join(map(str, value)) if isinstance(value, list) else value  # of several recordings
+
 
 @dataclass(frozen=True)
 class Row:
-    """A run, as a line of the table.
+    """A run, as a line of the table; one on several recordings has a line for each.
 
     Attributes:
         path: of its folder.
@@ -127,6 +133,7 @@ class Row:
         recipe: its settings as they stand in recipe.yaml.
         history: a mapping per epoch.
         found_by: the sweep whose best trial this is.
+        recording: whose scores these are, of a run on several.
     """
 
     path: Path
@@ -137,6 +144,7 @@ class Row:
     recipe: dict[str, Any] = field(repr=False)
     history: list[dict[str, Any]] = field(repr=False)
     found_by: str | None = None
+    recording: str | None = None
 
     @property
     def title(self) -> str:
@@ -185,6 +193,8 @@ class Row:
         parts += [f"{kind} readout"] if self.family in (DATA_DRIVEN, HYBRID) and kind is not None else []
         loss = self._setting("loss.responses")
         parts += [f"{loss} loss"] if loss not in (None, "mse") and self.family != CLASSIFIERS else []
+        recordings = self.metrics.trained_on if self.metrics else []
+        parts += [f"trained on {' + '.join(recordings)}"] if recordings else []
         return "" if self.family == OTHER else ", ".join(parts)
 
     def _setting(self, name: str) -> Any:
@@ -266,12 +276,16 @@ class Row:
             lines.append(shlex.join(["launch/local.sh", "train/evaluate.py", str(self.path), "--split", self.split]))
         return lines
 
+    def _predicted(self) -> dict[str, np.ndarray] | None:
+        folder = RunFolder(self.path).evaluation(self.split, recording=self.recording)
+        return _arrays(folder / "predictions.npz")
+
     @cached_property
     def predictions(self) -> Predictions | None:
         """What it predicted for the responses, stimuli in alphabetical order; None where that cannot be read."""
         if self.regression is None:
             return None
-        arrays = _arrays(RunFolder(self.path).evaluation(self.split) / "predictions.npz")
+        arrays = self._predicted()
         if arrays is None or not {"stimulus_id", "prediction", "target"} <= arrays.keys():
             return None
         prediction, target, order = arrays["prediction"], arrays["target"], np.argsort(arrays["stimulus_id"])
@@ -286,7 +300,7 @@ class Row:
     @cached_property
     def classes(self) -> dict[str, np.ndarray] | None:
         """`class_id`, and of each stimulus `class` and `predicted_class`, of a network that names objects."""
-        arrays = _arrays(RunFolder(self.path).evaluation(self.split) / "predictions.npz") or {}
+        arrays = self._predicted() or {}
         wanted = ("stimulus_id", "class_id", "class", "predicted_class")
         if not set(wanted) <= arrays.keys():
             return None
@@ -322,14 +336,23 @@ def _arrays(path: Path) -> dict[str, np.ndarray] | None:
 # --------------------------------------------------------------------------------------------------------- reading
 
 
-def read_row(run: Path, split: str, name: str, found_by: str | None = None) -> Row:
-    """A run, scored or not.
+def read_rows(run: Path, split: str, name: str, found_by: str | None = None) -> list[Row]:
+    """A run, scored or not: a line, or one for each recording that was scored of a run on several.
 
     Raises:
         BadInput: it is no run folder, or a file in it is damaged.
     """
+    folder = RunFolder(run).evaluation(split)
+    scored = [] if (folder / "metrics.json").is_file() else sorted(folder.glob("*/metrics.json"))
+    recordings = [path.parent.name for path in scored]
+    if not recordings:
+        return [_read_row(run, split, name, found_by)]
+    return [_read_row(run, split, f"{name}: {printable(each)}", found_by, each) for each in recordings]
+
+
+def _read_row(run: Path, split: str, name: str, found_by: str | None, recording: str | None = None) -> Row:
     folder = RunFolder(run)
-    metrics_file = folder.evaluation(split) / "metrics.json"
+    metrics_file = folder.evaluation(split, recording=recording) / "metrics.json"
     if not run.is_dir() or not (folder.recipe.is_file() or metrics_file.is_file()):
         raise BadInput(f"{run} is no run; give folders made by train/finetune.py, train/probe.py or train/sweep.py")
     metrics = _read(metrics_file, Metrics) if metrics_file.is_file() else None
@@ -338,17 +361,25 @@ def read_row(run: Path, split: str, name: str, found_by: str | None = None) -> R
     if metrics is not None and metrics.layers and metrics.chosen not in metrics.layers:
         raise BadInput(f"{metrics_file}: `chosen` ({metrics.chosen!r}) is none of its layers; probe again")
     environment = _read(folder.env, Environment) if folder.env.is_file() else Environment()
-    return Row(run, name, split, metrics, environment, _recipe(folder.recipe), read_history(folder.history), found_by)
+    history = [_of_recording(line, recording) for line in read_history(folder.history)]
+    return Row(run, name, split, metrics, environment, _recipe(folder.recipe), history, found_by, recording)
+
+
+def _of_recording(line: dict[str, Any], recording: str | None) -> dict[str, Any]:
+    """A line of history with the scores of one of several recordings in place of their means."""
+    each = line.get("recordings")
+    own = each.get(recording) if isinstance(each, dict) else None
+    return line | {split: own for split in ("inner", "val") if split in line} if isinstance(own, dict) else line
 
 
 def _read(path: Path, model: type[Model]) -> Model:
     try:
-        return model.model_validate(json.loads(path.read_text(encoding="utf-8")))
+        return model.model_validate(parse_json(read_regular(path)))
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(map(str, fault["loc"])) or "content"
         raise BadInput(f"{path}: {where}: {fault['msg']}; it was not written by train/, or is damaged") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise BadInput(f"{path} is damaged ({error}); make it again") from None
 
 

@@ -63,6 +63,7 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
         selection_metric=job.recipe.selection_metric,
         selection_split=job.recipe.early_stopping.split,
         site_ids=job.manifest.site_ids,
+        recordings=job.recordings.sites,
         classes=job.manifest.classes if job.recipe.task.predicts_classes else None,
         image_size=job.loader.stimuli.size,
     )
@@ -74,6 +75,7 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
         return StartingPoint(None, fresh, [])
     progress = load_progress(checkpoint)
     if progress.recording != fresh.recording:
-        raise BadInput(f"{job.folder.path} was trained on other shards; resume it with the --data it began with")
-    progress.check_fits(job.manifest, str(job.data))
+        order = ", in the same order" * progress.is_of_several
+        raise BadInput(f"{job.folder.path} was trained on other shards; resume it with the --data it began with{order}")
+    progress.check_fits(job.manifest, " and ".join(map(str, job.data)))
     return StartingPoint(checkpoint, progress, faults)

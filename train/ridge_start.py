@@ -4,14 +4,18 @@ Each rank computes the features of its own stimuli and gets all stimuli of a sli
 are computed slice by slice. A site's penalty is chosen by exact leave-one-out.
 """
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from train.batches import StimulusSet
 from train.features import extract
+from train.fields import Window, starting_windows
 from train.gram import COLUMNS, ROUNDING, feature_slice, multiplied
 from train.kernel_regression import Fit, Method, centred, regress
-from train.loader import Stimuli, rank_positions
+from train.loader import rank_positions
 from train.metrics import mean_score
 from train.runtime import Runtime
 from train.tasks import Network
@@ -20,7 +24,7 @@ SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of t
 
 
 def start_from_ridge(
-    network: Network, stimuli: Stimuli, runtime: Runtime, *, batch_size: int, workers: int
+    network: Network, stimuli: StimulusSet, runtime: Runtime, *, batch_size: int, workers: int, fields: bool = False
 ) -> dict[str, float]:
     """Set the readouts to the ridge solution on the stimuli to fit.
 
@@ -28,30 +32,39 @@ def start_from_ridge(
     parameters takes the solution in its own way (`start_from`). Classes: the targets are 0 and 1; the predictions of
     the stimuli left out one at a time tell how sharp the logits must be to minimise the cross-entropy.
 
+    The sites of each recording have a ridge of their own, on its stimuli; the classes have one on all stimuli.
+
     Args:
         network: on the runtime's device.
         stimuli: to fit.
         runtime: this process.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
+        fields: whether each site looks for the window that suits it best by leave-one-out; the readout has masks.
 
     Returns:
-        By readout, the leave-one-out score of its ridge: R2, mean over sites, of "rates"; top1 of "classes".
+        By readout, the leave-one-out score of its ridge: R2, mean over sites (and then over recordings), of "rates";
+        top1 of "classes".
     """
     training = network.training
     network.eval()
-    heads = network.heads
+    heads, tried = network.heads, starting_windows()
 
     def look(images: torch.Tensor) -> dict[str, torch.Tensor]:
         read = network.read(images)
-        return {name: heads[name].start_features(x) if name == "rates" else x for name, x in read.items()}
+        return {name: seen(x) if name == "rates" else x for name, x in read.items()}
+
+    def seen(x: torch.Tensor) -> torch.Tensor:
+        return heads["rates"].start_features_through(x, tried) if fields else heads["rates"].start_features(x)
 
     found = extract(look, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge")
     rows = [len(rank_positions(len(stimuli), rank, runtime.ranks)) for rank in range(runtime.ranks)]
     scores = {}
     for name, own in found.items():
         features = feature_slice(own, runtime, rows)
-        if name == "rates":
+        if name == "rates" and fields:
+            scores[name] = _start_fields(network, features, own.shape[1], tried, stimuli, runtime)
+        elif name == "rates":
             scores[name] = _start_rates(network, features, stimuli, runtime)
         else:
             scores[name] = _start_classes(heads["classes"], features, stimuli, runtime)
@@ -94,16 +107,79 @@ def _primal(features: torch.Tensor, found: Fit, runtime: Runtime) -> tuple[torch
     return weight, bias.float()
 
 
-def _start_rates(network: Network, features: torch.Tensor, stimuli: Stimuli, runtime: Runtime) -> float:
-    rates = torch.from_numpy(stimuli.rates).to(runtime.device)
-    found = _solve(features, network.objective.responses.target(rates).cpu().numpy(), runtime)
-    weight, bias = _primal(features, found, runtime)
-    outputs = torch.from_numpy(np.nan_to_num(found.prediction)).to(weight)
-    network.heads["rates"].start_from(weight, bias, outputs)
-    return mean_score(found.inner_r2)
+def _of_each(
+    network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """Of each recording, the features of its stimuli, and what the outputs to its sites should be."""
+    rates = stimuli.rates_of(np.arange(len(stimuli))).to(runtime.device)
+    targets = network.objective.responses.target(rates).cpu().numpy()
+    sizes = [len(part) for part in stimuli.parts]
+    own_targets = np.split(targets, np.cumsum(sizes)[:-1])
+    for part, own, wanted in zip(stimuli.parts, features.split(sizes), own_targets, strict=True):
+        yield own, wanted[:, part.columns]
 
 
-def _start_classes(head: torch.nn.Linear, features: torch.Tensor, stimuli: Stimuli, runtime: Runtime) -> float:
+def _start_rates(network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
+    ridges, scores = [], []
+    for own, target in _of_each(network, features, stimuli, runtime):
+        found = _solve(own, target, runtime)
+        ridges.append(_primal(own, found, runtime))
+        scores.append(mean_score(found.inner_r2))
+    weight, bias = map(torch.cat, zip(*ridges, strict=True))
+    network.heads["rates"].start_from(weight, bias, _outputs(features, weight, bias, runtime))
+    return float(np.mean(scores))
+
+
+def _outputs(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, runtime: Runtime) -> torch.Tensor:
+    """What weights (outputs, features) and bias make of all stimuli, float32 (stimuli, outputs)."""
+    first = runtime.rank * weight.shape[1] // runtime.ranks
+    own = weight[:, first : first + features.shape[1]].double()
+    total = torch.zeros(len(features), len(weight), dtype=torch.float64, device=features.device)
+    for start in range(0, features.shape[1], COLUMNS):
+        total += features[:, start : start + COLUMNS].double() @ own[:, start : start + COLUMNS].T
+    return (runtime.sum(total) + bias).float()
+
+
+def _start_fields(
+    network: Network, features: torch.Tensor, width: int, tried: list[Window], stimuli: StimulusSet, runtime: Runtime
+) -> float:
+    """As `_start_rates`, with the window of each site whose ridge predicts its left-out responses best.
+
+    Args:
+        features: this rank's slice of the `width` features, which are those through one window after the other.
+    """
+    found = [
+        _best_windows(own, width, len(tried), target, runtime)
+        for own, target in _of_each(network, features, stimuli, runtime)
+    ]
+    scores, places, weights, biases = zip(*found, strict=True)
+    head, weight = network.heads["rates"], torch.cat(weights)
+    head.look_through([tried[index] for index in np.concatenate(places)])
+    head.start_from(weight, torch.cat(biases), weight.new_zeros(0))
+    return float(np.mean(scores))
+
+
+def _best_windows(
+    features: torch.Tensor, width: int, windows: int, target: np.ndarray, runtime: Runtime
+) -> tuple[float, np.ndarray, torch.Tensor, torch.Tensor]:
+    """Of the sites of a recording: their mean leave-one-out score, windows, weights (sites, channels) and biases."""
+    channels, first, sites = width // windows, runtime.rank * width // runtime.ranks, target.shape[1]
+    best, place = np.full(sites, -np.inf), np.zeros(sites, int)
+    weight = torch.zeros(sites, channels, device=runtime.device)
+    bias = torch.zeros(sites, device=runtime.device)
+    for index in range(windows):
+        start, stop = (max(edge * channels - first, 0) for edge in (index, index + 1))
+        through = features[:, start:stop]
+        found = _solve(through, target, runtime)
+        better = np.nan_to_num(found.inner_r2, nan=-np.inf) > best
+        best[better], place[better] = found.inner_r2[better], index
+        own_weight, own_bias = _primal(through, found, runtime)
+        chosen = torch.from_numpy(better).to(runtime.device)
+        weight[chosen], bias[chosen] = own_weight[chosen], own_bias[chosen]
+    return mean_score(np.where(np.isfinite(best), best, np.nan)), place, weight, bias
+
+
+def _start_classes(head: torch.nn.Linear, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
     labels = stimuli.labels
     found = _solve(features, np.eye(head.out_features, dtype=np.float32)[labels], runtime)
     sharpness = min(SHARPNESS, key=lambda factor: _mean_cross_entropy(factor * found.left_out, labels))

@@ -2,7 +2,8 @@
 
 RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
 RUN/checkpoints/{last,best} -> step_N/     see train/checkpoint.py
-RUN/eval/<split>/{metrics.json,predictions.npz}
+RUN/eval/<split>/{metrics.json,predictions.npz}                of a run of several recordings: <split>/<recording>/
+RUN/eval/left_out/predictions.npz          of training stimuli that the model was not fitted on
 RUN/failures/rank_N.txt                    what ended a process by surprise
 """
 
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from train.yaml_files import read_yaml
 
 LOCK = ".lock"  # held by the process that writes to the run
 SECONDS_TO_END = 10.0  # that a process which was killed takes to go
+LEFT_OUT = "left_out"  # as a split: training stimuli, each predicted by a model that was not fitted on it
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
 
 
@@ -50,9 +52,18 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lock: int | None = None
 
-    def evaluation(self, split: str, checkpoint: str = "best") -> Path:
-        """Where the results on a split go; those of another checkpoint than the best lie beside it."""
-        return self.path / "eval" / (split if checkpoint == "best" else f"{split}_{checkpoint}")
+    def evaluation(self, split: str, checkpoint: str = "best", recording: str | None = None) -> Path:
+        """Where the results on a split go; those of another checkpoint than the best lie beside it.
+
+        Of a run of several recordings, each has a folder of its own in there.
+        """
+        folder = self.path / "eval" / (split if checkpoint == "best" else f"{split}_{checkpoint}")
+        return folder if recording is None else folder / recording
+
+    def scored(self, split: str, recording: str) -> Path:
+        """Where the results on a recording are: in its own folder, or of a run on it alone, in that of the split."""
+        own = self.evaluation(split, recording=recording)
+        return own if is_folder_name(recording) and own.is_dir() else self.evaluation(split)
 
     def is_of_this_job(self) -> bool:
         """Whether it was made by the job that this process is of, which has then been started again.
@@ -103,11 +114,11 @@ class RunFolder:
                 f"{self.path} was started with another recipe ({'; '.join(changed)}); resume it with its own"
             )
 
-    def claim(self, recipe: Recipe | ProbeRecipe, data: Path | str, facts: Mapping[str, Any]) -> None:
+    def claim(self, recipe: Recipe | ProbeRecipe, data: Sequence[Path | str], facts: Mapping[str, Any]) -> None:
         """Make the folder and write down what the run is: settings, versions, hardware, command.
 
-        Of the data, the recipe gets the URL alone: a path means nothing elsewhere. From here on until `close` nobody
-        else can write to the run.
+        Of the data, the recipe gets URLs alone: a path means nothing elsewhere. From here on until `close` nobody else
+        can write to the run.
 
         Raises:
             BadInput: another run was quicker.
@@ -115,8 +126,10 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.hold(seconds=0)
         self.check_free()
-        env = environment() | {"data": recorded(data)} | dict(facts)
-        recipe = recipe.model_copy(update={"data": recorded(data) if is_url(data) else None})
+        places = [recorded(place) for place in data]
+        places = places if len(places) > 1 else places[0]
+        env = environment() | {"data": places} | dict(facts)
+        recipe = recipe.model_copy(update={"data": places if all(map(is_url, data)) else None})
         write_atomically(self.env, json.dumps(env, indent=1).encode())
         temporary = self.recipe.with_suffix(".tmp")
         save_recipe(recipe, temporary)
@@ -178,12 +191,20 @@ class RunFolder:
         text = self.history.read_text(encoding="utf-8", errors="replace")
         return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
-    def data_folder(self) -> str:
-        """The shard folder the run was trained on, or its URL without the secrets it may need."""
+    def data_folders(self) -> list[str]:
+        """The shard folders the run was trained on, or their URLs without the secrets they may need."""
         try:
-            return str(parse_json(read_regular(self.env))["data"])
+            places = parse_json(read_regular(self.env))["data"]
         except (OSError, ValueError, KeyError, TypeError):
             raise BadInput(f"{self.env} does not tell the run's shard folder; name it with --data") from None
+        return list(map(str, places)) if isinstance(places, list) else [str(places)]
+
+    def recordings(self) -> list[str]:
+        """The names of the recordings that the run was trained on, in the order of `data_folders`, if several."""
+        try:
+            return list(map(str, parse_json(read_regular(self.env)).get("recordings", [])))
+        except (OSError, ValueError, AttributeError, TypeError):
+            return []
 
 
 def epoch_of(line: str, path: Path) -> int:
@@ -214,7 +235,7 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     if not folder.recipe.is_file():
         raise BadInput(f"{path} is no run folder (it has no recipe.yaml); give what train/finetune.py --out was given")
     check_no_links(path)
-    if _is_probe(folder):
+    if is_probe(folder):
         raise BadInput(f"{path} is a probe, which train/probe.py has scored already; see {path / 'eval'}")
     return folder, load_recipe(folder.recipe)
 
@@ -226,7 +247,7 @@ def open_probe(path: Path) -> ProbeRecipe:
         BadInput: there is none.
     """
     folder = RunFolder(path)
-    if not folder.recipe.is_file() or not _is_probe(folder):
+    if not folder.recipe.is_file() or not is_probe(folder):
         raise BadInput(f"{path} is no probe to resume; start it without --resume")
     return load_recipe(folder.recipe, ProbeRecipe)
 
@@ -245,7 +266,13 @@ def check_no_links(path: Path) -> None:
                 raise BadInput(f"{found} is a link or a device; a run consists of plain files and folders")
 
 
-def _is_probe(folder: RunFolder) -> bool:
+def is_folder_name(name: str) -> bool:
+    """Whether a recording's name can be that of a folder with its results."""
+    return bool(name) and "/" not in name and not name.startswith(".")
+
+
+def is_probe(folder: RunFolder) -> bool:
+    """Whether a run's folder is that of a probe."""
     try:
         content = read_yaml(folder.recipe)
     except (OSError, ValueError):

@@ -1,5 +1,6 @@
 """A network's predictions for a split and the metrics over all ranks."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest, from_json_list
 from data_prep.progress import Progress
+from train.batches import StimulusSet
 from train.loader import Stimuli, evaluation_loader, fingerprint, rank_positions
 from train.metrics import (
     ClassCounts,
@@ -56,6 +58,57 @@ class Scored:
         return found | ({"top1": self.value("top1")} if self.counts is not None else {})
 
 
+@dataclass
+class Scores:
+    """Of several recordings, or of one, each on its own stimuli.
+
+    Attributes:
+        of: by the name of the recording.
+    """
+
+    of: dict[str, Scored]
+
+    def value(self, metric: str) -> float:
+        """The mean over recordings of a metric; NaN where one has no value."""
+        return float(np.mean([scored.value(metric) for scored in self.of.values()]))
+
+    def means(self) -> dict[str, float]:
+        """All metrics there are, as means over recordings."""
+        return mean_over([scored.means() for scored in self.of.values()])
+
+    def told(self) -> dict[str, float]:
+        """`means`, and of several recordings each one's own."""
+        return told({name: scored.means() for name, scored in self.of.items()})
+
+    @property
+    def moments(self) -> torch.Tensor | None:
+        """Of the sites of all recordings, in order."""
+        each = [scored.moments for scored in self.of.values()]
+        return None if each[0] is None else torch.cat(each, dim=1)
+
+
+def mean_over(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean over recordings of every metric that all of them have."""
+    shared = [name for name in each[0] if all(name in means for means in each)]
+    return {name: float(np.mean([means[name] for means in each])) for name in shared}
+
+
+def told(each: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Metrics of recordings as charts have them: `r2` is the mean, and of several, `recording/r2` is each one's own."""
+    own = {f"{recording}/{name}": value for recording, means in each.items() for name, value in means.items()}
+    return mean_over(list(each.values())) | (own if len(each) > 1 else {})
+
+
+def names_of(split: str, recordings: Sequence[str]) -> list[str]:
+    """What a split of each recording is called: `split`, and of several recordings `split/recording`."""
+    return [f"{split}/{recording}" if len(recordings) > 1 else split for recording in recordings]
+
+
+def score_each(network: Network, stimuli: StimulusSet, runtime: Runtime, **options: Any) -> Scores:
+    """`score` the stimuli of each recording."""
+    return Scores({part.recording: score(network, part, runtime, **options) for part in stimuli.parts})
+
+
 @torch.no_grad()
 def score(
     network: Network, stimuli: Stimuli, runtime: Runtime, *, batch_size: int, workers: int, keep: bool, label: str = ""
@@ -64,7 +117,7 @@ def score(
 
     Args:
         network: on the runtime's device.
-        stimuli: to predict.
+        stimuli: of one recording, to predict; of the outputs, their `columns` are scored.
         runtime: this process.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
@@ -82,7 +135,7 @@ def score(
         stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu
     )
     responses = network.objective.responses
-    sites = 0 if responses is None else responses.rate_mean.numel()
+    sites = 0 if responses is None else responses.rate_mean[stimuli.columns].numel()
     moments = SiteMoments(sites, device) if responses is not None and stimuli.rates is not None else None
     counts = (
         ClassCounts.zeros(network.heads["classes"].out_features, device)
@@ -99,7 +152,7 @@ def score(
             batch = batch.to(device)
             outputs = network(batch.images)
             if "rates" in outputs:
-                rates = responses.in_units(outputs["rates"])
+                rates = responses.in_units(outputs["rates"])[:, stimuli.columns]
                 if moments is not None:
                     moments.add(rates, batch.rates, batch.weight)
                 if keep:

@@ -28,13 +28,20 @@ class Screening:
 
     Attributes:
         setting: of the recipe.
+        several: whether splits of several recordings are looked at; they are then called `recording/split`.
         left_out: by split, {stimulus: what is wrong with it}; nothing unless it is to skip.
         looked_at: by split, the number of stimuli.
     """
 
     setting: Loader
+    several: bool = False
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)
     looked_at: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def skips(self) -> bool:
+        """Whether bad stimuli are left out."""
+        return self.setting.on_bad_sample == "skip"
 
     def usable(self, split: ShardSplit, size: int | None, *, responses: bool, classes: bool) -> np.ndarray:
         """The positions in a split that can be used, ascending; all where a bad one is to stop the run.
@@ -47,15 +54,16 @@ class Screening:
         Raises:
             BadInput: no stimulus is left.
         """
-        if self.setting.on_bad_sample == "stop":
+        if not self.skips:
             return np.arange(len(split))
 
         def fault(position: int) -> str | None:
             return _fault(split, position, size, responses, classes)
 
+        name = f"{split.manifest.name}/{split.name}" if self.several else split.name
         silent, threads = rank() != 0, max((os.cpu_count() or 1) // ranks_on_machine(), 1)
         with (
-            Progress(len(split), f"looking at {split.name}", silent=silent) as shown,
+            Progress(len(split), f"looking at {name}", silent=silent) as shown,
             ThreadPoolExecutor(threads) as pool,
         ):
             faults = []
@@ -63,11 +71,11 @@ class Screening:
                 faults.append(found)
                 shown.advance()
         bad = {split.stimulus_ids[i]: said for i, said in enumerate(faults) if said is not None}
-        self.looked_at[split.name] = len(split)
+        self.looked_at[name] = len(split)
         if bad:
-            self.left_out[split.name] = self.left_out.get(split.name, {}) | bad
+            self.left_out[name] = self.left_out.get(name, {}) | bad
         if len(bad) == len(split):
-            raise BadInput(f"no stimulus of {split.name} can be read: {next(iter(bad.values()))}")
+            raise BadInput(f"no stimulus of {name} can be read: {next(iter(bad.values()))}")
         return np.array([i for i, said in enumerate(faults) if said is None])
 
     def warnings(self) -> list[str]:

@@ -30,11 +30,10 @@ MOST_POINTS = 10_000
 CORNERS_CHECKED = 1_024
 SEED = "seed"
 SAME_FOR_ALL = (  # what decides by which number, and on which stimuli and responses, trials are compared
-    "early_stopping.split",
-    "early_stopping.inner_fraction",
-    "early_stopping.metric",
+    *(f"early_stopping.{name}" for name in ("split", "inner_fraction", "folds", "fold", "metric")),
     "task.kind",
     "task.shuffle_responses",
+    "subset",
 )
 
 

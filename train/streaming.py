@@ -26,8 +26,9 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data_prep.errors import BadInput
 from data_prep.members import BLOCK, IMAGE_MEMBERS, key_and_kind, not_plain
 from train.batch_memory import BatchMemory
+from train.batches import Batch, Work
 from train.decode import decode_into
-from train.loader import Batch, TrainLoader, data_loader
+from train.loader import TrainLoader, data_loader
 from train.order import MicroBatch, augmentation_draws, micro_batches, stream_seed
 
 SHUFFLED = 1000  # encoded pictures that a worker holds, to take the next one from at random
@@ -139,7 +140,8 @@ class _Stream(IterableDataset):
             self._decode(sample, place)
         positions = np.array([sample["position"] for sample in taken])
         micro = MicroBatch(positions, dealt.weight, dealt.places)
-        return self.stimuli.batch(images, micro, self.global_size, self.observed, self._draws_of(step, dealt))
+        draws = self._draws_of(step, dealt)
+        return self.stimuli.batch(images, Work(micro, self.global_size, self.observed, draws=draws))
 
     def _decode(self, sample: dict[str, Any], place: np.ndarray) -> None:
         encoding = next(kind for kind in IMAGE_MEMBERS if kind in sample)

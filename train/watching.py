@@ -12,13 +12,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from train.batches import Batch, StimulusSet
 from train.figures import encoded
-from train.loader import Batch, Stimuli
+from train.loader import Stimuli
 from train.metrics import SiteMoments, mean_score, merge_all, site_scores
 from train.monitor import Board, Monitor
 from train.prediction_figures import draw_confusion, draw_extremes, draw_sites, mean_errors
 from train.runtime import Runtime
-from train.scoring import Scored
+from train.scoring import Scored, Scores, names_of, told
 from train.tasks import Network
 
 SHARE = 0.005
@@ -33,6 +34,7 @@ class _Said:
     """What the network said of a micro-batch, and what would have been right; as of `Batch`, without the pictures."""
 
     outputs: Mapping[str, torch.Tensor]
+    positions: torch.Tensor
     weight: torch.Tensor
     rates: torch.Tensor | None
     labels: torch.Tensor | None
@@ -45,13 +47,22 @@ class Watch:
         network: that is trained.
         runtime: this process.
         monitor: for the charts.
+        fit: the stimuli that are trained on.
         selection: the stimuli that select.
         split: what these are called.
     """
 
-    def __init__(self, network: Network, runtime: Runtime, monitor: Monitor, selection: Stimuli, split: str):
+    def __init__(
+        self,
+        network: Network,
+        runtime: Runtime,
+        monitor: Monitor,
+        fit: StimulusSet,
+        selection: StimulusSet,
+        split: str,
+    ):
         self._objective, self._runtime = network.objective, runtime
-        self._monitor, self._selection, self._split = monitor, selection, split
+        self._monitor, self._fit, self._selection, self._split = monitor, fit, selection, split
         self._seen: deque[_Said] = deque()
         self._count = 0
         self._trained = self._spent = 0.0
@@ -60,7 +71,7 @@ class Watch:
     def note(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> None:
         """Remember what the network said of a micro-batch in training; nothing is computed and nothing copied."""
         outputs = {name: output.detach() for name, output in outputs.items()}
-        self._seen.append(_Said(outputs, batch.weight, batch.rates, batch.labels))
+        self._seen.append(_Said(outputs, batch.positions, batch.weight, batch.rates, batch.labels))
         self._count += len(batch.weight)
         while self._count - len(self._seen[0].weight) >= MOST_KEPT:
             self._count -= len(self._seen.popleft().weight)
@@ -69,14 +80,19 @@ class Watch:
         """The scores of the last predictions of this epoch's training, over all ranks; all ranks call it.
 
         The network changed while it made them, and saw the pictures augmented: they are not what it would score on
-        train at any one time. Under a loss that knows no scale there is Pearson's r alone.
+        train at any one time. Under a loss that knows no scale there is Pearson's r alone. Of several recordings there
+        are the means over them, and each one's own, as `recording/r2`.
         """
         seen, self._seen, self._count = self._seen, deque(), 0
-        found = self._response_means(seen) if self._objective.responses is not None else {}
-        return found | self._class_means(seen)
+        rates, classes = self._response_means(seen), self._class_means(seen)
+        each = {part.recording: a | b for part, a, b in zip(self._fit.parts, rates, classes, strict=True)}
+        return told(each)
 
-    def _response_means(self, seen: deque[_Said]) -> dict[str, float]:
+    def _response_means(self, seen: deque[_Said]) -> list[dict[str, float]]:
+        """Of each recording."""
         responses = self._objective.responses
+        if responses is None:
+            return [{} for _ in self._fit.parts]
         moments = SiteMoments(responses.rate_mean.numel(), self._runtime.device)
         if seen:
             rates = torch.cat([responses.in_units(said.outputs["rates"]) for said in seen])
@@ -84,20 +100,23 @@ class Watch:
             moments.add(rates, target, weight)
         scores = site_scores(merge_all(self._runtime.all_gather(moments.state)))
         shown = ("pearson_r",) if responses.ignores_offsets else tuple(scores)
-        means = {name: mean_score(scores[name]) for name in shown}
-        return {name: value for name, value in means.items() if np.isfinite(value)}
+        means = [{name: mean_score(scores[name][part.columns]) for name in shown} for part in self._fit.parts]
+        return [{name: value for name, value in each.items() if np.isfinite(value)} for each in means]
 
-    def _class_means(self, seen: deque[_Said]) -> dict[str, float]:
+    def _class_means(self, seen: deque[_Said]) -> list[dict[str, float]]:
+        """Of each recording."""
         if self._selection.labels is None:
-            return {}
-        right = torch.zeros(2, dtype=torch.float64, device=self._runtime.device)
+            return [{} for _ in self._fit.parts]
+        device = self._runtime.device
+        ends = torch.tensor([len(part) for part in self._fit.parts], device=device).cumsum(0)
+        right = torch.zeros(len(ends), 2, dtype=torch.float64, device=device)
         for said in seen:
             hit = (said.outputs["classes"].argmax(1) == said.labels) * said.weight
-            right += torch.stack((hit.sum(), said.weight.sum())).double()
-        hits, count = self._runtime.sum(right).tolist()
-        return {"top1": hits / count} if count else {}
+            of = torch.bucketize(said.positions, ends[:-1], right=True)
+            right.index_add_(0, of, torch.stack((hit, said.weight), dim=1).double())
+        return [{"top1": hits / count} if count else {} for hits, count in self._runtime.sum(right).tolist()]
 
-    def epoch(self, scored: Scored, step: int, seconds: float) -> None:
+    def epoch(self, scored: Scores, step: int, seconds: float) -> None:
         """Chart the selecting stimuli after an epoch, pictures where they are cheap beside the time trained.
 
         Args:
@@ -109,9 +128,12 @@ class Watch:
         board, started = self._monitor.board, time.monotonic()
         if board is None:
             return
-        draw_numbers(board, self._split, scored, step)
+        called = names_of(self._split, list(scored.of))
+        for name, part in zip(called, scored.of.values(), strict=True):
+            draw_numbers(board, name, part, step)
         if self._spent + self._cost <= SHARE * self._trained:
-            draw_pictures(board, self._split, scored, self._selection, step)
+            for name, part, stimuli in zip(called, scored.of.values(), self._selection.parts, strict=True):
+                draw_pictures(board, name, part, stimuli, step)
             self._cost = time.monotonic() - started
             self._spent += self._cost
 

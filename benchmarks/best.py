@@ -1,0 +1,297 @@
+"""How well responses to new pictures are predicted: the tables of docs/best.md, in one command.
+
+    python benchmarks/best.py RECORDING [RECORDING ...] --out OUT [--folds 5] [--subsets 100 200 400]
+
+A RECORDING is a folder as `pack.py folder` takes it, or the word `simulated`. Every system is trained and scored by the
+real commands on a fixed split (a fifth held out, seed 0), with --folds by cross-validation too, and with --subsets on
+parts of train, whose scores make the data-efficiency curve. What is done is not done again: the command goes on where
+it was stopped, and systems share the runs that they have in common.
+
+OUT/table.md, results.json      the tables, and all their numbers
+OUT/<recording>/<division>/     shards, runs (with their wall time in seconds.json) and ensembles
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from data_prep.ceiling import percentile_interval  # noqa: E402
+from train.kernel_regression import squared_error_r2  # noqa: E402
+from train.metrics import bootstrap_means, mean_score  # noqa: E402
+
+SIMULATED = "simulated"
+GIVEN = "given"
+LITE = "tf_efficientnet_lite"
+NETWORKS, SIZES, FOLDS = (0, 1, 2), (112, 168, 224), range(1, 6)
+FINE_TUNED = ["train/finetune.py", "train/recipes/best.yaml"]
+FAST = ["train/finetune.py", "train/recipes/best_fast.yaml"]
+FIELDS = ["train/probe.py", "train/recipes/probes/best.yaml"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run of a command in a folder: what it is called, its words, and the steps it joins or learns from."""
+
+    name: str
+    words: tuple[str, ...]
+    needs: tuple["Step", ...] = ()
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it joins its needs, and is scored by that."""
+        return self.words[0] == "train/evaluate.py"
+
+    @property
+    def trains(self) -> bool:
+        """Whether a network is trained for it, which depends on the seed."""
+        return self.words[0] == "train/finetune.py" or any(need.trains for need in self.needs)
+
+
+def step(name: str, words: Sequence[Any], *needs: Step) -> Step:
+    """A step from words of any kind."""
+    return Step(name, tuple(map(str, words)), needs)
+
+
+def fields(network: int, size: int) -> Step:
+    """A probe through windows."""
+    return step(f"fields_{network}_{size}", [*FIELDS, "--backbone.name", f"{LITE}{network}", "--images.size", size])
+
+
+def fold(number: int, recipe: Sequence[str] = FINE_TUNED, name: str = "fine_tuned", *words: str) -> Step:
+    """A fine-tuned network whose epoch one fold of train selects."""
+    return step(f"{name}_{number}", [*recipe, "--early-stopping.fold", number, *words])
+
+
+def stacked(name: str, *needs: Step, combine: str = "stack") -> Step:
+    """An ensemble."""
+    return step(name, ["train/evaluate.py", "--combine", combine], *needs)
+
+
+def systems() -> dict[str, Step]:
+    """What is compared, in the order of the table."""
+    probe = ["train/probe.py", "--images.size"]
+    head = ["--backbone.trainable", "head", "--optimizer.backbone-lr-factor", "1"]
+    folds, many = [fold(k) for k in FOLDS], [fields(network, size) for network in NETWORKS for size in SIZES]
+    one = fields(0, 168)
+    ensemble = stacked("ensemble", *many, *folds)
+    return {
+        "pixels": step("pixels", [*probe, 112, "--layers", "pixels"]),
+        "frozen, best layer": step("frozen", [*probe, 224, "--layers", "all"]),
+        "frozen, through windows": one,
+        "head only": fold(1, FINE_TUNED, "head", *head),
+        "fine-tuned": folds[0],
+        "fine-tuned, fast": fold(1, FAST, "fast"),
+        "fine-tuned, five folds": stacked("folds", *folds, combine="mean"),
+        "frozen, nine probes": stacked("frozen_nine", *many),
+        "best": stacked("best", one, *folds),
+        "ensemble": ensemble,
+        "distilled": step("distilled", ["train/finetune.py", "train/recipes/distill.yaml"], ensemble),
+        "control: frozen, shuffled": step("control_frozen", [*one.words, "--shuffle-responses"]),
+        "control: fine-tuned, shuffled": fold(1, FINE_TUNED, "control_fine_tuned", "--task.shuffle-responses"),
+    }
+
+
+CURVE = ("pixels", "frozen, best layer", "frozen, through windows", "fine-tuned", "best", "ensemble")
+
+
+# ------------------------------------------------------------------------------------------------------ running steps
+
+
+def command(words: Sequence[Any]) -> None:
+    """Run a command of the project; its output goes to stderr where it fails.
+
+    Raises:
+        SystemExit: it failed.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, words))}\n{done.stderr[-2000:]}")
+
+
+def pack(recording: str, folder: Path, division: str, folds: int) -> Path:
+    """The shards of a division: `given`, or `fold_K`."""
+    shards = folder / division / "shards"
+    if shards.exists():
+        return shards
+    source = [SIMULATED] if recording == SIMULATED else ["folder", Path(recording).resolve()]
+    if division == GIVEN:
+        words = [] if recording == SIMULATED else ["--val-fraction", "0.2", "--test-fraction", "0"]
+    else:
+        words = ["--split", "k-fold", "--folds", folds, "--fold", division.partition("_")[2]]
+    command(["data_prep/pack.py", *source, "--out", shards, *words])
+    return shards
+
+
+def done(folder: Path) -> bool:
+    """Whether a step has been scored."""
+    return (folder / "eval" / "val" / "metrics.json").exists()
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where the runs of a division lie, and what sets them apart.
+
+    Attributes:
+        shards: of the division; runs lie beside them.
+        subset: training stimuli, all where None.
+        seed: of training, and of the subset.
+    """
+
+    shards: Path
+    subset: int | None
+    seed: int
+
+    def folder(self, wanted: Step) -> Path:
+        """Of a step; what no seed changes is shared by all."""
+        parts = ["runs", *([str(self.subset)] * (self.subset is not None))]
+        if self.seed and (self.subset is not None or wanted.trains):
+            parts.append(f"seed_{self.seed}")
+        return self.shards.parent / "_".join(parts) / wanted.name
+
+    @property
+    def words(self) -> list[str]:
+        """For what trains or probes."""
+        subset = [] if self.subset is None else ["--subset", str(self.subset)]
+        return [*subset, "--seed", str(self.seed)]
+
+
+def run(wanted: Step, cell: Cell) -> Path:
+    """Do a step and what it needs, unless that is done; returns its folder."""
+    needed = [run(need, cell) for need in wanted.needs]
+    folder = cell.folder(wanted)
+    if done(folder):
+        return folder
+    print(f"{time.strftime('%H:%M:%S')} {folder}", file=sys.stderr, flush=True)
+    started = time.monotonic()
+    if wanted.is_ensemble:
+        command([wanted.words[0], *needed, *wanted.words[1:], "--out", folder])
+    else:
+        resume = ["--resume"] if (folder / "recipe.yaml").exists() else []
+        teacher = ["--distill.teacher", needed[0]] if needed else []
+        command([*wanted.words, "--data", cell.shards, "--out", folder, *cell.words, *teacher, *resume])
+        if wanted.words[0] == "train/finetune.py":
+            command(["train/evaluate.py", folder])
+    before = seconds(folder)
+    (folder / "seconds.json").write_text(json.dumps(before + time.monotonic() - started))
+    return folder
+
+
+def seconds(folder: Path) -> float:
+    """Wall time that a step took by itself, over all its starts."""
+    path = folder / "seconds.json"
+    return json.loads(path.read_text()) if path.exists() else 0.0
+
+
+def cost(wanted: Step, cell: Cell) -> float:
+    """Wall time of a step and of all it needs."""
+    names: dict[str, float] = {}
+
+    def add(part: Step) -> None:
+        names[part.name] = seconds(cell.folder(part))
+        for need in part.needs:
+            add(need)
+
+    add(wanted)
+    return sum(names.values())
+
+
+# ------------------------------------------------------------------------------------------------------------- scores
+
+
+def scores(folders: Sequence[Path]) -> dict[str, Any]:
+    """R2, EV and r, means over sites, with the interval of R2 over stimuli; of folds, over the stimuli of all."""
+    parts = []
+    for folder in folders:
+        with np.load(folder / "eval" / "val" / "predictions.npz", allow_pickle=False) as arrays:
+            parts.append((arrays["prediction"], arrays["target"]))
+    prediction, target = (np.concatenate(rows) for rows in zip(*parts, strict=True))
+    metrics = json.loads((folders[0] / "eval" / "val" / "metrics.json").read_text())
+    resampled = bootstrap_means(prediction, target)
+    found = {"r2": mean_score(squared_error_r2(prediction, target)), "ci95": percentile_interval(resampled["r2"])}
+    found |= {"stimuli": len(target), "training_stimuli": metrics.get("training_stimuli")}
+    if len(folders) == 1:
+        regression = metrics["regression"]
+        names = ("explained_variance", "pearson_r", "ceiled_explained_variance", "feve")
+        found |= {name: regression[name]["mean"] for name in names if name in regression}
+    return found
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    """A line of the table."""
+    (low, high), r2 = result["ci95"], result["r2_by_seed"]
+    spread = f" ({min(r2):.3f} to {max(r2):.3f})" if len(r2) > 1 else ""
+    return f"| {name} | {np.mean(r2):.3f}{spread} | [{low:.3f}, {high:.3f}] | {result['seconds'] / 60:.0f} |"
+
+
+TITLES = "| system | R2, mean over seeds | 95 % over stimuli, first seed | minutes |"
+
+
+def tables(results: Sequence[dict[str, Any]]) -> str:
+    """All results as Markdown, a table for each recording and division."""
+    of_title: dict[str, list[dict[str, Any]]] = {}
+    for found in results:
+        subset = f", {found['subset']} training stimuli" if found["subset"] else ""
+        title = f"{found['recording']}, {found['division']}{subset} ({found['stimuli']} stimuli scored)"
+        of_title.setdefault(title, []).append(found)
+    parts = []
+    for title, together in of_title.items():
+        parts.append("\n".join([title, "", TITLES, "| --- | --- | --- | --- |"]))
+        parts[-1] += "".join(f"\n{row(found['system'], found)}" for found in together)
+    return "\n\n".join(parts) + "\n"
+
+
+def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
+    """Write what is known so far."""
+    for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", tables(results))):
+        temporary = out / f".{name}.tmp"
+        temporary.write_text(text)
+        temporary.replace(out / name)
+
+
+def main() -> None:
+    """Run what is missing, recording by recording, and write the tables after every cell."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = systems()
+    parser.add_argument("recordings", nargs="+")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="+", choices=list(known), default=list(known), metavar="SYSTEM")
+    parser.add_argument("--folds", type=int, default=0, help="of cross-validation, beside the given split")
+    parser.add_argument("--subsets", type=int, nargs="*", default=[], help="training stimuli, for the curve")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training and of subsets")
+    options = parser.parse_args()
+    out, results = options.out.resolve(), []
+    for recording in options.recordings:
+        name = Path(recording).name
+        divisions = [[GIVEN]] + ([[f"fold_{k}" for k in range(1, options.folds + 1)]] if options.folds else [])
+        cells = [(division, None, system) for division in divisions for system in options.only]
+        cells += [([GIVEN], size, system) for size in options.subsets for system in options.only if system in CURVE]
+        for division, subset, system in cells:
+            shards = [pack(recording, out / name, part, options.folds) for part in division]
+            by_seed, spent = [], 0.0
+            for seed in options.seeds:
+                parts = [Cell(part, subset, seed) for part in shards]
+                by_seed.append(scores([run(known[system], part) for part in parts]))
+                spent += sum(cost(known[system], part) for part in parts) / len(options.seeds)
+            label = division[0] if len(division) == 1 else f"{len(division)}-fold"
+            facts = {"recording": name, "division": label, "subset": subset, "system": system, "seconds": spent}
+            seeds = {"seeds": options.seeds, "r2_by_seed": [found["r2"] for found in by_seed]}
+            results.append(facts | by_seed[0] | seeds)
+            write(out, results)
+    print((out / "table.md").read_text())
+
+
+if __name__ == "__main__":
+    main()

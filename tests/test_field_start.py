@@ -1,0 +1,74 @@
+"""Readouts that begin at the ridge through each site's best window."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_refused, run_here
+from launching import SMALL, succeed
+
+from train.fields import Window, starting_windows
+from train.readouts import Factorised, Gaussian
+from train.recipe import load_recipe
+
+SHAPE, SITES = (3, 6, 6), 4
+
+
+@pytest.mark.parametrize("kind", [Factorised, Gaussian])
+def test_a_readout_looks_through_its_windows(kind):
+    windows = [Window(0.5, -0.5, 0.4), Window(0, 0, 0.25), Window(-0.5, 0.5, 0.15), Window(0, 0.5, 0.4)]
+    readout, maps = kind(SHAPE, SITES), torch.rand(5, *SHAPE)
+    readout.look_through(windows)
+    for mask, window in zip(readout.masks(), windows, strict=True):
+        expected = torch.from_numpy(window.weights(6, 6))
+        torch.testing.assert_close(mask.detach(), expected / expected.sum())
+    weight = torch.randn(SITES, SHAPE[0])
+    readout.start_from(weight, torch.zeros(SITES), torch.empty(0))
+    seen = readout.start_features_through(maps, windows).view(5, SITES, SHAPE[0])
+    torch.testing.assert_close(readout(maps), torch.einsum("bsc,sc->bs", seen, weight))
+
+
+def test_windows_to_start_from_are_different():
+    assert len(set(starting_windows())) == len(starting_windows())
+
+
+def left_out_score(run) -> float:
+    return float((run / "log.txt").read_text().partition("leave-one-out: ")[2].partition(")")[0])
+
+
+@pytest.fixture(scope="module")
+def started(recording, tmp_path_factory):
+    """Leave-one-out scores of two starts, and the run that began in windows."""
+    folder, scores = tmp_path_factory.mktemp("started"), {}
+    words = [*SMALL, "--backbone.cut", "stages.0", "--readout.kind", "gaussian", "--epochs", "1"]
+    words += ["--data", recording, "--optimizer.lr", "1e-9"]
+    for start in ("ridge", "field"):
+        done = run_here("train/finetune.py", "--out", folder / start, *words, "--readout.start", start)
+        assert done.returncode == 0, done.stderr
+        scores[start] = left_out_score(folder / start)
+    return words, folder / "field", scores
+
+
+def test_sites_that_see_a_part_start_better_in_their_window(started):
+    _, _, scores = started
+    assert scores["field"] > scores["ridge"] + 0.01
+
+
+def test_the_start_does_not_depend_on_the_number_of_processes(started, tmp_path):
+    words, one, scores = started
+    succeed(2, "train/finetune.py", "--out", tmp_path / "two", *words, "--readout.start", "field")
+    assert left_out_score(tmp_path / "two") == pytest.approx(scores["field"], abs=2e-3)
+    first, second = ((run / "history.jsonl").read_text() for run in (one, tmp_path / "two"))
+    assert np.isclose(loss(first), loss(second), rtol=1e-3)
+
+
+def loss(history: str) -> float:
+    return json.loads(history.splitlines()[0])["loss"]
+
+
+def test_only_readouts_with_masks_have_windows(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("readout: {kind: linear, start: field}")
+    assert load_recipe(tmp_path / "recipe.yaml").readout.start == "field"
+    done = run_here("train/finetune.py", tmp_path / "recipe.yaml", "--data", tmp_path, "--out", tmp_path / "run")
+    assert_refused(done, "readout.start", "gaussian")

@@ -1,0 +1,119 @@
+"""Receptive fields: a site that sees a part of the picture is found there; layers may be read together."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_refused, run_here
+from launching import metrics, predictions, succeed
+from make_sources import make_folder
+
+from data_prep.packing import pack
+from data_prep.shards import ShardFolder
+from data_prep.sources.folder import Folder
+from train.backbones import Backbone
+from train.features import LayerFeatures
+from train.fields import WHOLE, Window, windows
+from train.gram import ROUNDING
+from train.kernel_regression import Method, centred, regress
+from train.loader import Stimuli
+from train.recipe import Source
+
+SIZE, STAGES = 32, ["stages.0", "stages.1"]
+COUNTS = {"train": 180, "val": 60}
+PLACES = np.array([[-4 / 7, -4 / 7], [4 / 7, 0.0], [0.0, 4 / 7]])  # right and down, in half sides
+NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", SIZE]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """300 pictures; each site tells how two halves of a patch of the picture differ, and noise."""
+    path = tmp_path_factory.mktemp("fields")
+    made = make_folder(path / "src", n=300, splits=True, sites=len(PLACES), size=SIZE)
+    rates = []
+    for x, y in PLACES:
+        column, row = (round((place + 1) / 2 * SIZE) for place in (x, y))
+        patch = made.pictures[:, row - 3 : row + 3, column - 3 : column + 3].astype(np.float64)
+        rates.append(patch[:, :, 3:].mean((1, 2, 3)) - patch[:, :, :3].mean((1, 2, 3)))
+    rates = np.stack(rates, axis=1)
+    rates = (rates - rates.mean(0)) / rates.std(0) + np.random.default_rng(0).normal(size=rates.shape)
+    np.save(path / "src" / "rates.npy", rates.astype(np.float32))
+    return pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=100, workers=1).folder
+
+
+def probed(run, data, *words):
+    done = run_here("train/probe.py", "--data", data, "--out", run, "--loader.workers", 0, *words)
+    assert done.returncode == 0, done.stderr
+    return metrics(run)
+
+
+@pytest.fixture(scope="module")
+def on_pixels(data, tmp_path_factory):
+    """Probes of the pixels: of the whole picture, and through windows."""
+    folder = tmp_path_factory.mktemp("pixels")
+    words = ["--layers", "pixels", "--images.size", SIZE]
+    return [(folder / field, probed(folder / field, data, *words, "--field", field)) for field in ("whole", "gaussian")]
+
+
+def test_windows_are_gaussian_and_the_first_is_the_whole_map():
+    assert windows()[0] == WHOLE
+    assert (WHOLE.weights(4, 4) == 1).all()
+    weights = Window(x=0.5, y=-0.25, width=0.4).weights(4, 8).reshape(4, 8)
+    down, right = -0.25, 0.375  # the middle of row 1 and of column 5
+    assert weights[1, 5] == pytest.approx(np.exp(-((down + 0.25) ** 2 + (right - 0.5) ** 2) / (2 * 0.4**2)))
+
+
+def test_a_site_is_read_where_it_sees(on_pixels):
+    (_, whole), (_, through) = on_pixels
+    assert through["regression"]["r2"]["mean"] > whole["regression"]["r2"]["mean"] + 0.03
+    centre = np.array(through["layers"]["pixels"]["field_centre"][0], float).T
+    np.testing.assert_allclose(centre, PLACES, atol=0.3)
+
+
+def test_what_selects_is_an_honest_estimate(on_pixels):
+    """On stimuli that neither the regression nor the windows' weights were fitted on."""
+    _, (_, through) = on_pixels
+    assert through["layers"]["pixels"]["inner_r2"] == pytest.approx(through["regression"]["r2"]["mean"], abs=0.15)
+
+
+def test_predictions_of_the_stimuli_left_out_are_kept(on_pixels, data):
+    train = ShardFolder(data).split("train")
+    for run, _ in on_pixels:
+        kept = predictions(run, "left_out")
+        assert kept["stimulus_id"].tolist() == train.stimulus_ids
+        np.testing.assert_array_equal(kept["target"], train.rates())
+        assert 0.1 < np.corrcoef(kept["prediction"][:, 0], kept["target"][:, 0])[0, 1] < 0.9
+
+
+def test_layers_joined_by_a_plus_are_read_together_on_any_number_of_processes(data, tmp_path):
+    words = [*NETWORK, "--layers", "stages.1+stages.0", "--field", "gaussian"]
+    one = probed(tmp_path / "one", data, *words)
+    assert list(one["layers"]) == ["stages.0+stages.1"]
+    succeed(2, "train/probe.py", "--data", data, "--out", tmp_path / "two", "--loader.workers", 0, *words)
+    for layer, block in metrics(tmp_path / "two")["layers"].items():
+        expected = one["layers"][layer]["regression"]["r2"]["per_site"]
+        assert block["regression"]["r2"]["per_site"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_sum_of_layers_is_ridge_on_features_of_one_size(data, tmp_path):
+    probed(tmp_path / "run", data, *NETWORK, "--layers", "stages.0+stages.1")
+    shards = ShardFolder(data)
+    torch.manual_seed(0)
+    look = LayerFeatures(Backbone(Source(name="test_convnext", weights="random"), SIZE).eval(), STAGES, 7)
+    pictures = [Stimuli(shards.split(name), SIZE)._pictures(np.arange(count)) for name, count in COUNTS.items()]
+    with torch.no_grad():
+        features = look(torch.cat(pictures).permute(0, 3, 1, 2))
+    products = 0
+    for stage in STAGES:
+        own = features[stage].double().numpy()
+        own -= own.mean(0)
+        products = products + own @ own.T / np.square(own).sum()
+    fit, held_out = np.split(np.arange(len(products)), [COUNTS["train"]])
+    gram = centred(products, fit, held_out, ROUNDING["float32"])
+    expected = regress(gram, shards.split("train").rates(), Method("ridge", 1000)).prediction
+    np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, atol=1e-3)
+
+
+def test_windows_need_leave_one_out(data, tmp_path):
+    words = ["--layers", "pixels", "--readout", "ols", "--field", "gaussian"]
+    done = run_here("train/probe.py", "--data", data, "--out", tmp_path / "run", *words)
+    assert_refused(done, "field", "ridge")
