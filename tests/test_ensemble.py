@@ -157,7 +157,14 @@ def test_subsets_are_nested_and_told(data, tmp_path):
         )
         seen[size] = set(predictions(tmp_path / str(size), "left_out")["stimulus_id"].tolist())
         assert len(seen[size]) == metrics(tmp_path / str(size))["training_stimuli"] == size
+        ran("train/evaluate.py", tmp_path / str(size), "--out", tmp_path / f"joined_{size}")
     assert seen[20] < seen[40]
+    runs = [tmp_path / f"{kind}{size}" for kind in ("", "joined_") for size in (20, 40)]
+    ran("train/report.py", *runs, "--out", tmp_path / "report")
+    text = (tmp_path / "report" / "table.md").read_text()
+    assert "| training stimuli | 20 | 40 | per doubling |" in text
+    assert "\n| test_convnext, random weights, frozen, ridge | " in text
+    assert "\n| joined | " in text
     ran("train/finetune.py", "--data", data, "--out", tmp_path / "run", *SMALL, "--subset", 40)
     ran("train/evaluate.py", tmp_path / "run")
     ran("train/evaluate.py", tmp_path / "run", "--split", "left_out")

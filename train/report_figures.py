@@ -24,6 +24,7 @@ from train.figures import (
     plain,
 )
 from train.prediction_figures import draw_confusion, short
+from train.report_curves import gains, have_seeds
 from train.report_rows import Row
 from train.report_tables import Group
 
@@ -38,6 +39,7 @@ WIDTH = 7.0  # inches, two columns of a journal
 MOST_CURVES = 12
 LEAST_SHOWN = -0.5  # R2 has no lower bound: a hopeless site must not make all others look alike
 MOST_CLASSES = 80
+LEAST_BETWEEN = 0.08  # two ticks' labels, as a part of a logarithmic axis
 CONFUSION = "confusion"  # begins the names of such figures
 
 
@@ -85,6 +87,8 @@ def _of_group(group: Group, pair: tuple[Path, Path] | None) -> Iterator[tuple[st
         f"R2 of every site (dots), its mean with the 95 % interval over stimuli (ring). {group.title}.",
         sites(group),
     )
+    if group.curves:
+        yield "data_efficiency", _efficiency_caption(group), data_efficiency(group)
     for row in group.rows:
         if len(row.metrics.layers) > 1:
             scores = {name: block.regression.explained_variance.per_site for name, block in row.metrics.layers.items()}
@@ -171,13 +175,57 @@ def site_by_site(group: Group, below: Row, above: Row) -> "Figure":
     return finished(figure, axes, "")
 
 
+def data_efficiency(group: Group) -> "Figure":
+    """R2 by the number of training stimuli, a line per system."""
+    shown, seeds = group.curves[:MOST_CURVES], have_seeds(group.curves)
+    figure = new_figure(WIDTH, 3.4 + 0.19 * math.ceil(len(shown) / 2))
+    axes = figure.add_subplot()
+    for number, curve in enumerate(shown):
+        style = _style(number)
+        sizes, means = [point.stimuli for point in curve.points], [point.mean for point in curve.points]
+        bands = [point.spread if seeds else point.ci95 for point in curve.points]
+        low, high = np.array([(np.nan, np.nan) if band is None else band for band in bands]).T
+        axes.fill_between(sizes, low, high, color=style["color"], alpha=0.13, linewidth=0)
+        axes.plot(sizes, means, "o", markersize=5, linewidth=1.5, **style, label=plain(short(curve.name, 40)))
+    if (ceiling := group.ceiling_of(group.columns[0])) is not None:
+        axes.axhline(ceiling, color="black", linestyle="--", linewidth=1)
+        axes.text(0.01, ceiling, "ceiling", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8)
+    _limit(axes)
+    axes.set_xscale("log")
+    ticks = _apart(group.sizes)
+    axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="training stimuli", ylabel="R², mean over sites")
+    axes.grid(color="0.92")
+    axes.set_axisbelow(True)
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    return finished(figure, axes, "")
+
+
+def _apart(sizes: Sequence[int]) -> list[int]:
+    """Those of some ascending numbers that can be written below a logarithmic axis, the greatest among them."""
+    found = [sizes[-1]]
+    for size in reversed(sizes):
+        if found[0] / size >= (sizes[-1] / sizes[0]) ** LEAST_BETWEEN:
+            found.insert(0, size)
+    return found
+
+
+def _efficiency_caption(group: Group) -> str:
+    curves = group.curves
+    more = f" (the first {MOST_CURVES} of {len(curves)} systems)" if len(curves) > MOST_CURVES else ""
+    band = "from the least to the greatest of several seeds" if have_seeds(curves) else "95 % interval over stimuli"
+    told = f" {gains(curves)}" if gains(curves) else ""
+    return f"R2 by the number of training stimuli{more}; band: {band}.{told} {group.title}."
+
+
 def learning_curves(rows: Sequence[Row]) -> "Figure":
     """Loss and selection metric by epoch; the ring is the epoch that was taken."""
     shown = rows[:MOST_CURVES]
     figure = new_figure(WIDTH, 2.9 + 0.19 * math.ceil(len(shown) / 2))
     left, right = figure.subplots(1, 2)
     for number, row in enumerate(shown):
-        style = {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+        style = _style(number)
         _curve(
             left, [(line["epoch"], line.get("loss")) for line in row.epochs], **style, label=plain(short(row.name, 40))
         )
@@ -203,6 +251,11 @@ def learning_curves(rows: Sequence[Row]) -> "Figure":
 def _learning_caption(rows: Sequence[Row]) -> str:
     more = f" (the first {MOST_CURVES} of {len(rows)} runs)" if len(rows) > MOST_CURVES else ""
     return f"Training loss and the metric that selects, by epoch; the ring is the best epoch{more}."
+
+
+def _style(number: int) -> dict[str, str]:
+    """Colour and line of one of several curves."""
+    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
 
 
 def _curve(axes: "Axes", points: Sequence[tuple[int, float | None]], **style) -> None:

@@ -18,10 +18,11 @@ import yaml
 
 from train import published
 from train.comparison import LOWER_IS_BETTER
+from train.report_curves import notes
 from train.report_figures import CONFUSION, Picture
 from train.report_rows import Row
 from train.report_sweeps import SweepResults
-from train.report_tables import Column, Group, chosen_on, duration, interval, number, sentence, sized
+from train.report_tables import Column, Group, chosen_on, duration, interval, number, on_curve, sentence, sized
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ def _group(group: Group, content: Content) -> str:
     anchor = f"data-{_number(content, group)}"
     parts = [_table(header, body, _ceiling(group, columns)), f'<ul class="notes">{notes}</ul>']
     parts += [_leads(group)] if len(group.rows) > 1 else []
+    parts += [_curves(group)] if group.curves else []
     return _section(anchor, group.title, *parts, _figures(_of(content, group)))
 
 
@@ -201,6 +203,28 @@ def _leads(group: Group) -> str:
             f'<td data-value="{low}">{interval(lead.interval) or "-"}</td><td class="text">{verdict}</td></tr>'
         )
     return "<h3>Each model against the next best, on the same stimuli</h3>" + _table(header, body)
+
+
+def _curves(group: Group) -> str:
+    header = [_header("training stimuli", "ascending", True), *(_header(f"{size:,}") for size in group.sizes)]
+    body = []
+    for curve in group.curves:
+        cells = []
+        for point in map(curve.at, group.sizes):
+            score, band = on_curve(point)
+            value = "" if point is None else repr(point.mean)
+            cells.append(
+                f'<td data-value="{value}">{score}{f"""<span class="ci">{band}</span>""" if band else ""}</td>'
+            )
+        gain = "" if curve.gain is None else repr(curve.gain)
+        what = f'<span class="what">{_text(curve.what)}</span>' if curve.what != curve.name else ""
+        body.append(
+            f'<tr><th scope="row" class="text">{_text(curve.name)}{what}</th>{"".join(cells)}'
+            f'<td data-value="{gain}">{number(curve.gain)}</td></tr>'
+        )
+    words = "".join(f"<li>{_squared(note)}</li>" for note in notes(group.curves))
+    table = _table([*header, _header("per doubling")], body)
+    return f'<h3>More training stimuli</h3>{table}<ul class="notes">{words}</ul>'
 
 
 def _classifiers(content: Content) -> str:
@@ -287,6 +311,9 @@ def _run(row: Row, place: int) -> str:
         "folder": row.path,
         "data": environment.data,
         "stimuli and responses": row.metrics.fingerprint if row.metrics else None,
+        "training stimuli": f"{row.metrics.training_stimuli:,}"
+        if row.metrics and row.metrics.training_stimuli
+        else None,
         "selected on": chosen_on(row) if row.metrics else None,
         "found by": row.found_by,
         "state": row.state if row.metrics is None else None,

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.errors import BadInput
 from data_prep.plain import npz_arrays, parse_json, printable, read_regular
 from train.comparison import Predictions
+from train.recipe import MOST_STIMULI
 from train.run_folder import RunFolder
 from train.yaml_files import read_yaml
 
@@ -99,6 +100,7 @@ class Metrics(_Plain):
     control: Text | None = None
     selected_on: list[Text] = []
     trained_on: list[Text] = []
+    training_stimuli: Annotated[int, Field(gt=0, le=MOST_STIMULI)] | None = None
     epoch: int | None = None
 
 

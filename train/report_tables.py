@@ -11,6 +11,7 @@ import numpy as np
 
 from data_prep.terminal import aligned, bar, bold
 from train.comparison import Lead, leads
+from train.report_curves import Curve, Point, curves_of, gains, notes
 from train.report_rows import FAMILIES, Row, Score
 
 
@@ -104,6 +105,16 @@ class Group:
             scores = [score.mean if (score := self.score(row, column)) else None for row in self.rows]
             found[column.key] = leads(column.key, scores, resampled, stimuli)
         return found
+
+    @cached_property
+    def curves(self) -> list[Curve]:
+        """Of the systems that were trained on several numbers of stimuli; none on the stimuli they were trained on."""
+        return [] if self.first.metrics.split == "train" else curves_of(self.rows)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """The numbers of training stimuli that the curves have, ascending."""
+        return sorted({point.stimuli for curve in self.curves for point in curve.points})
 
     def is_bold(self, number: int, column: Column) -> bool:
         """Whether the row is the best by that metric, and its lead over the next is beyond its interval."""
@@ -222,6 +233,14 @@ def sized(row: Row) -> str:
     return size_of(whole) if whole == fitted else f"{size_of(whole)} ({size_of(fitted)} fitted)"
 
 
+def on_curve(point: Point | None) -> tuple[str, str]:
+    """A point of a curve as tables show it: the score, and what it is to be believed."""
+    if point is None:
+        return "-", ""
+    spread = f"({point.spread[0]:.3f} to {point.spread[1]:.3f})" if point.spread else interval(point.ci95)
+    return number(point.mean), spread
+
+
 def chosen_on(row: Row) -> str:
     """The stimuli that chose its epoch, layer or penalty."""
     return ", ".join(row.metrics.selected_on) or "-"
@@ -255,7 +274,18 @@ def _markdown_group(group: Group) -> str:
     if group.ceiling:
         cells = [number(group.ceiling_of(column)) for column in group.columns]
         lines.append(_line(["*ceiling*", "", *cells, "", "", "", ""]))
-    return "\n".join([*lines, "", *(_in_markdown(note) for note in group.notes())])
+    parts = ["\n".join([*lines, "", *(_in_markdown(note) for note in group.notes())])]
+    parts += [_markdown_curves(group)] if group.curves else []
+    return "\n\n".join(parts)
+
+
+def _markdown_curves(group: Group) -> str:
+    header = ["training stimuli", *(f"{size:,}" for size in group.sizes), "per doubling"]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for curve in group.curves:
+        cells = [" ".join(on_curve(curve.at(size))).strip() for size in group.sizes]
+        lines.append(_line([_in_markdown(curve.name), *cells, number(curve.gain)]))
+    return "\n".join([*lines, "", *notes(group.curves)])
 
 
 def _markdown_classifiers(rows: Sequence[Row]) -> str:
@@ -286,13 +316,16 @@ def as_csv(groups: Sequence[Group], classifiers: Sequence[Row]) -> str:
     text = io.StringIO()
     scores = [f"{c.key}{part}" for c in COLUMNS for part in ("", "_low", "_high", "_lead", "_lead_low", "_lead_high")]
     facts = ["recording", "simulated", "split", "stimuli", "sites", "model", "family", "what", "run"]
+    facts += ["training_stimuli", "curve"]
     others = ["top1", "top5", "balanced_accuracy", "parameters", "parameters_fitted", "training_seconds", "hardware"]
     header = [*facts, *scores, *others, "selected_on", "control", "git_commit", "data", "command"]
     writer = csv.DictWriter(text, header, lineterminator="\n", restval="")
     writer.writeheader()
     for group in groups:
+        curve_of = {row.path: curve.name for curve in group.curves for point in curve.points for row in point.rows}
         for index, row in enumerate(group.rows):
-            writer.writerow(_plain(_facts(row) | _scores(group, index, row)))
+            curve = {"curve": curve_of.get(row.path, "")}
+            writer.writerow(_plain(_facts(row) | curve | _scores(group, index, row)))
     for row in classifiers:
         if row.regression is None:
             writer.writerow(_plain(_facts(row)))
@@ -312,6 +345,7 @@ def _facts(row: Row) -> dict[str, object]:
         "family": row.family,
         "what": row.what,
         "run": str(row.path),
+        "training_stimuli": metrics.training_stimuli or "",
         "parameters": size[0],
         "parameters_fitted": size[1],
         "training_seconds": "" if row.seconds is None else row.seconds,
@@ -374,6 +408,7 @@ def _lead_lines(group: Group) -> list[str]:
     """Who is ahead, and what to beware of."""
     warnings = [note for note in group.notes() if note.startswith(("A model selected", "The recording is SIMULATED"))]
     said = [sentence(group, lead) for lead in group.leads["r2"][:1]] + warnings
+    said += [told] if (told := gains(group.curves)) else []
     return ["", *said] if said else []
 
 

@@ -36,6 +36,14 @@ from train.yaml_files import read_yaml
 LOCK = ".lock"  # held by the process that writes to the run
 SECONDS_TO_END = 10.0  # that a process which was killed takes to go
 LEFT_OUT = "left_out"  # as a split: training stimuli, each predicted by a model that was not fitted on it
+FREE = frozenset(  # settings of how and where it is computed, not what
+    (
+        *("strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"),
+        *("loader.workers", "loader.cache", "loader.cache_gib"),
+        *("timeout", "faults.timeout", "faults.start_timeout", "faults.bad_steps"),
+        *("data", "loader.shard_cache", "loader.shard_cache_gib", "loader.fetch_timeout"),
+    )
+)
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
 
 
@@ -101,14 +109,9 @@ class RunFolder:
         check_no_links(self.path)
         for line in self.epochs():
             epoch_of(line, self.history)
-        before, now = _flat(load_recipe(self.recipe, type(recipe)).model_dump()), _flat(recipe.model_dump())
-        # How it is computed, not what.
-        free = {"strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"}
-        free |= {"loader.workers", "loader.cache", "loader.cache_gib"}
-        free |= {"timeout", "faults.timeout", "faults.start_timeout", "faults.bad_steps"}
-        free |= {"data", "loader.shard_cache", "loader.shard_cache_gib", "loader.fetch_timeout"}
+        before, now = flat(load_recipe(self.recipe, type(recipe)).model_dump()), flat(recipe.model_dump())
         changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-        changed = [change for change in changed if change.partition(":")[0] not in free]
+        changed = [change for change in changed if change.partition(":")[0] not in FREE]
         if changed:
             raise BadInput(
                 f"{self.path} was started with another recipe ({'; '.join(changed)}); resume it with its own"
@@ -280,11 +283,12 @@ def is_probe(folder: RunFolder) -> bool:
     return isinstance(content, dict) and "layers" in content
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of sections by their dotted names."""
+    found = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def environment() -> dict[str, Any]:
