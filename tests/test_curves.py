@@ -177,6 +177,7 @@ def test_only_ensembles_of_like_members_are_joined(tmp_path):
         joined(tmp_path / "alone", more, stimuli=400),
         joined(tmp_path / "mixed", more, other[0]),  # of different sizes: metrics.json tells none
         joined(tmp_path / "gone", tmp_path / "nowhere", other[2], stimuli=400),
+        joined(tmp_path / "gone_too", tmp_path / "nowhere", other[1], stimuli=200),
         joined(tmp_path / "itself", tmp_path / "itself", stimuli=400),
     ]
     (found,) = curves(*pairs, *unlike)
