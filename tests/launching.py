@@ -72,14 +72,14 @@ run_command(main)
 """
 
 STOP_WHILE_SCORING = """
-scored = module.score
+scored = module.score_each
 def score(*args, **kw):
     score.calls += 1
     if score.calls == 2:
         os.kill(os.getpid(), signal.SIGTERM)
     return scored(*args, **kw)
 score.calls = 0
-module.score = score
+module.score_each = score
 """
 
 

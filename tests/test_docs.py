@@ -50,7 +50,7 @@ REQUIRED = {
     "data_prep/fetch.py": ["--out", "DIR"],
 }
 KINDS = {"data_prep/pack.py": "simulated", "data_prep/fetch.py": "majaj2015"}
-PLACEHOLDERS = {"N": "2", "R": "2", "SOURCE": "simulated"}
+PLACEHOLDERS = {"N": "2", "R": "2", "SOURCE": "simulated", "$k": "1"}
 BATCH_SCRIPTS = {name: f"train/{name}.py" for name in ("finetune", "evaluate", "probe", "sweep")}
 
 

@@ -99,7 +99,7 @@ def test_a_sum_of_layers_is_ridge_on_features_of_one_size(data, tmp_path):
     shards = ShardFolder(data)
     torch.manual_seed(0)
     look = LayerFeatures(Backbone(Source(name="test_convnext", weights="random"), SIZE).eval(), STAGES, 7)
-    pictures = [Stimuli(shards.split(name), SIZE)._pictures(np.arange(count)) for name, count in COUNTS.items()]
+    pictures = [Stimuli(shards.split(name), SIZE).pictures(np.arange(count)) for name, count in COUNTS.items()]
     with torch.no_grad():
         features = look(torch.cat(pictures).permute(0, 3, 1, 2))
     products = 0

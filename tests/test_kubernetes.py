@@ -126,7 +126,7 @@ def test_its_command_line_is_one_of_torchrun_and_of_the_command(trainer, monkeyp
     assert started.nproc_per_node == str(trainer.numProcPerNode)
     assert (ROOT / started.training_script).is_file()
     options, recipe = parse_command_line(started.training_script_args)
-    assert str(options.data) == "/data/it"
+    assert options.data == ["/data/it"]
     assert recipe.backbone.name == "resnet50"
 
 
