@@ -125,9 +125,18 @@ def test_onnx_predicts_the_same(exported, pictures, tmp_path):
 
 @pytest.fixture(scope="module")
 def cut_hybrid(recording, tmp_path_factory):
-    """A hybrid, cut, with a readout that timm has no place for."""
+    """A hybrid, cut to two layers, with a readout that timm has no place for."""
     run = tmp_path_factory.mktemp("cut") / "run"
-    settings = ["--backbone.cut", "stages.1", "--task.kind", "hybrid", "--readout.kind", "gaussian", "--epochs", "1"]
+    settings = [
+        "--backbone.cut",
+        "stages.0+stages.1",
+        "--task.kind",
+        "hybrid",
+        "--readout.kind",
+        "gaussian",
+        "--epochs",
+        "1",
+    ]
     assert run_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *settings).returncode == 0
     assert run_here("train/evaluate.py", run).returncode == 0
     return run
@@ -136,7 +145,7 @@ def cut_hybrid(recording, tmp_path_factory):
 def test_a_cut_hybrid_is_exported_too(cut_hybrid, pictures, tmp_path):
     done = run_here("train/export.py", cut_hybrid, "--out", tmp_path, "--format", "predictor", "timm")
     assert done.returncode == 0, done.stderr
-    assert "cut at stages.1" in done.stdout
+    assert "cut at stages.0+stages.1" in done.stdout
     spec = importlib.util.spec_from_file_location("cut_predictor", tmp_path / "predictor.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -17,8 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import train.small_cnns  # noqa: F401  (timm learns their names)
 from data_prep.errors import BadInput
+from train.joined_layers import JoinedMap, LayersHeard, parts_of
 from train.recipe import Source
-from train.truncation import truncate
+from train.truncation import Run, truncate
 from train.weight_files import fits, load_into, read_weights
 
 # Packages on the package index that carry ImageNet weights: timm name -> (module, class that knows the file).
@@ -40,6 +41,7 @@ class Backbone(nn.Module):
 
     Attributes:
         name, cut: of the source.
+        join: of several layers that `cut` names together; else None.
         features: number of pooled features; None unless `pools`.
         map_shape: (channels, rows, columns) of a map; None unless `maps`.
         mean, std: per channel, of the pixels (0..255) that the network expects.
@@ -69,7 +71,9 @@ class Backbone(nn.Module):
         example = torch.rand(pictures, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 255
         self.net.eval()
         try:
-            self._run = truncate(self.net, source.cut, example, keep_head=pools and source.cut is None)
+            self._run, self.join = self._forward_pass(example, keep_head=pools and source.cut is None), None
+            if isinstance(self._run, LayersHeard):
+                self.join = JoinedMap(self._maps(example))
             with torch.no_grad():
                 output = self(example)
         except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at sizes they cannot take
@@ -87,7 +91,23 @@ class Backbone(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Pictures (b, 3, size, size), uint8 or float in 0..255 -> what the network ends in, for `pool` and `map`."""
-        return self._run(((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last))
+        if self.join is not None:
+            return self.join(self._maps(images))
+        return self._run(self._normalised(images))
+
+    def _forward_pass(self, example: torch.Tensor, keep_head: bool) -> Run | LayersHeard:
+        """From normalised pictures to the output of `cut`, or to the outputs of those that it joins."""
+        layers = [] if self.cut is None else parts_of(self.cut)
+        if len(layers) > 1:
+            return LayersHeard(self.net, layers, example)
+        return truncate(self.net, self.cut, example, keep_head)
+
+    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
+        return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The maps of the layers that `cut` joins."""
+        return [self.map(output) for output in self._run(self._normalised(images))]
 
     def pool(self, output: torch.Tensor) -> torch.Tensor:
         """The network's output -> features (b, features): as its classifier would get them, or a cut map's mean."""
@@ -168,7 +188,7 @@ class Backbone(nn.Module):
         """
         if self._run != self.net.forward_features:
             raise BadInput(
-                f"backbone.gradient_checkpointing needs a cut between stages or blocks, not within ({self.cut})"
+                f"backbone.gradient_checkpointing needs one cut, between stages or blocks and not within ({self.cut})"
             )
         try:
             self.net.set_grad_checkpointing(True)

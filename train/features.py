@@ -14,12 +14,12 @@ from data_prep.errors import BadInput
 from data_prep.progress import Progress
 from train.backbones import Backbone, channels_first
 from train.batches import StimulusSet
+from train.joined_layers import SUM, parts_of
 from train.loader import evaluation_loader
 from train.runtime import Runtime
 from train.truncation import is_dropped
 
 PIXELS = "pixels"
-SUM = "+"  # between the names of modules that are probed together
 
 
 def stage_names(net: nn.Module) -> list[str]:
@@ -54,8 +54,8 @@ def choose_layers(backbone: Backbone, wanted: list[str], image_size: int) -> lis
         heard = LayerFeatures(backbone, names, grid=1)(picture)
     heard = {name for name in heard if not is_dropped(net.get_submodule(name))}
     stages = [name for name in stage_names(net) if name in heard]
-    if backbone.cut is not None and backbone.cut not in stages:
-        stages.append(backbone.cut)
+    cuts = [] if backbone.cut is None else parts_of(backbone.cut)
+    stages += [name for name in cuts if name not in stages]
 
     def named(pattern: str) -> list[str]:
         matching = stages if pattern == "all" else [name for name in names if _matches(name, pattern)]
@@ -73,11 +73,6 @@ def choose_layers(backbone: Backbone, wanted: list[str], image_size: int) -> lis
 
     sums = [SUM.join(in_order(parts_of(pattern))) for pattern in wanted if SUM in pattern]
     return [*in_order([pattern for pattern in wanted if SUM not in pattern]), *dict.fromkeys(sums)]
-
-
-def parts_of(layer: str) -> list[str]:
-    """The modules whose features a layer has: one, or those that `+` joins."""
-    return layer.split(SUM)
 
 
 def _matches(name: str, pattern: str) -> bool:

@@ -18,6 +18,7 @@ from data_prep.errors import run_command
 from train.backbones import check_name
 from train.ema import RunningAverage
 from train.engine import Engine
+from train.layer_balance import balance_layers
 from train.loop import Training, evaluation_batch_size
 from train.monitor import Monitor, layout
 from train.preparation import Job, prepare
@@ -79,11 +80,7 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     size = {"all": parameter_count(network), "trained": parameter_count(network, trainable_only=True)}
     if job.site_weights is not None:
         network.objective.responses.weigh(job.site_weights)
-    ridge_scores = {}
-    if recipe.readout.start != "zero" and begins:
-        options = {"batch_size": evaluation_batch_size(recipe), "workers": job.workers}
-        options["fields"] = recipe.readout.start == "field"
-        ridge_scores = start_from_ridge(network, loader.stimuli, runtime, **options)
+    ridge_scores = start_in_closed_form(job, network, runtime) if begins else {}
     average = None if recipe.ema is None else RunningAverage(network, recipe.ema)
     if not begins:
         start.load_network(network, average, runtime)
@@ -114,6 +111,17 @@ def build_network(job: Job, runtime: Runtime, begins: bool) -> Network:
     if runtime.deepspeed:  # channels-last weights break the flattened views of ZeRO
         return network.to(runtime.device)
     return network.to(runtime.device, memory_format=torch.channels_last)
+
+
+def start_in_closed_form(job: Job, network: Network, runtime: Runtime) -> dict[str, float]:
+    """Set what the stimuli to fit decide before the first step; returns the scores of the readouts' ridges."""
+    recipe, stimuli = job.recipe, job.loader.stimuli
+    options = {"batch_size": evaluation_batch_size(recipe), "workers": job.workers}
+    if network.backbone.join is not None:
+        balance_layers(network.backbone, stimuli, runtime, **options)
+    if recipe.readout.start == "zero":
+        return {}
+    return start_from_ridge(network, stimuli, runtime, **options, fields=recipe.readout.start == "field")
 
 
 def build_engine(job: Job, network: Network, runtime: Runtime) -> Engine:

@@ -15,7 +15,8 @@ from data_prep.shards import ShardFolder
 from data_prep.splits import folds
 from train.backbones import Backbone
 from train.checkpoint import current, load_progress
-from train.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers, parts_of
+from train.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
+from train.joined_layers import parts_of
 from train.loader import Stimuli, workers_per_rank
 from train.order import nested_subset
 from train.picture_cache import PictureCaches

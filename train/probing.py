@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from train.feature_store import FeatureStore
-from train.features import LayerFeatures, PixelFeatures, activations, parts_of
+from train.features import LayerFeatures, PixelFeatures, activations
 from train.fields import WHOLE, Window, windows
 from train.gram import ROUNDING, inner_products
+from train.joined_layers import parts_of
 from train.kernel_regression import Method, centred, folded_r2, regress, squared_error_r2
 from train.loader import Stimuli
 from train.metrics import mean_score

@@ -56,7 +56,8 @@ class Source(Settings):
     weights: Text = "pretrained"
     """`pretrained` (an installed package, else timm's hub), `random`, a .safetensors/.pth file, or a run folder."""
     cut: Text | None = None
-    """End the network after this stage or module, e.g. layer3 or blocks.4; by default it is whole."""
+    """End the network after this stage or module, e.g. layer3 or blocks.4, or read several together, as
+    blocks.3+blocks.4; by default it is whole."""
 
 
 class Backbone(Source):
