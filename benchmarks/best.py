@@ -28,8 +28,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_prep.ceiling import percentile_interval  # noqa: E402
-from train.kernel_regression import squared_error_r2  # noqa: E402
-from train.metrics import bootstrap_means, mean_score  # noqa: E402
+from train.metrics.exact import bootstrap_means, mean_score  # noqa: E402
+from train.probing.kernel_regression import squared_error_r2  # noqa: E402
 
 SIMULATED = "simulated"
 GIVEN = "given"

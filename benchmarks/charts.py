@@ -17,9 +17,9 @@ from pathlib import Path
 
 from synthetic import pack_simulated, recipe_of, table, training
 
-from train import watching
-from train.monitor import Board
-from train.watching import Watch
+from train.finetuning import watching
+from train.finetuning.watching import Watch
+from train.run.monitor import Board
 
 MOST_SHARE = 0.01
 CLOCKS = (time.perf_counter, time.process_time)

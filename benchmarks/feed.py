@@ -24,11 +24,11 @@ import torch
 from synthetic import first_step, pack_jpegs, recipe_of, training
 
 from data_prep.shards import ShardFolder
-from train.loader import Batch, TrainLoader
-from train.loop import Training
-from train.preparation import training_stimuli
-from train.recipe import Recipe
-from train.recordings import Recordings
+from train.data.loader import Batch, TrainLoader
+from train.data.recordings import Recordings
+from train.finetuning.loop import Training
+from train.finetuning.preparation import training_stimuli
+from train.run.recipe import Recipe
 
 WARM_UP = 3  # steps
 STIMULI = 640

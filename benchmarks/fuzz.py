@@ -47,12 +47,12 @@ from data_prep.pictures import convert_to_png, picture_size, raw_pixels
 from data_prep.responses import open_npy
 from data_prep.sources.folder import Folder
 from data_prep.targets import load_targets
-from train.assemblies import read_predictions
-from train.checkpoint import SUMS, Progress, _sum, load_progress, load_tensors, newest_whole
-from train.decode import decode
-from train.recipe import ProbeRecipe, Recipe, load_recipe
-from train.search import Sweep
-from train.weight_files import read_weights
+from train.data.decode import decode
+from train.models.weight_files import read_weights
+from train.run.assemblies import read_predictions
+from train.run.checkpoint import SUMS, Progress, _sum, load_progress, load_tensors, newest_whole
+from train.run.recipe import ProbeRecipe, Recipe, load_recipe
+from train.sweeping.search import Sweep
 
 SECONDS_AN_INPUT = 10
 GIB_AN_INPUT = 2

@@ -32,9 +32,9 @@ from synthetic import write_pictures
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
-from train.loader import Stimuli, TrainLoader
-from train.picture_cache import PictureCaches
-from train.recipe import Loader
+from train.data.loader import Stimuli, TrainLoader
+from train.data.picture_cache import PictureCaches
+from train.run.recipe import Loader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

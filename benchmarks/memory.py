@@ -46,7 +46,7 @@ from synthetic import (
     training,
 )
 
-from train.loop import Training
+from train.finetuning.loop import Training
 
 KINDS = ("weights", "gradients", "master", "state")
 NAMES = tuple(name for name in STRATEGIES if "offload" not in name)

@@ -9,10 +9,10 @@ is what a short script would do: the timm network itself, pictures normalised be
 
 Each variant is a process of its own with one thread: one process without a strategy, the same under DDP over gloo,
 and under each stage of ZeRO (DeepSpeed over gloo); `pulse` is our loop on two processes under DDP, with the message
-that they exchange in every step (train/pulse.py) and without it. In each round every loop does a block of steps, in an
-order drawn anew. Times are medians over the blocks, in ms a step; differences and ratios are medians of those within a
-round, with their quartiles; by the clock on the wall, and by the CPU time of the process, which other programs disturb
-less.
+that they exchange in every step (train/parallel/pulse.py) and without it. In each round every loop does a block of
+steps, in an order drawn anew. Times are medians over the blocks, in ms a step; differences and ratios are medians of
+those within a round, with their quartiles; by the clock on the wall, and by the CPU time of the process, which other
+programs disturb less.
 
 Networks: test_resnet at 64 px, batch 8; with `--large` resnet18 at 96 px, batch 32; bf16 autocast.
 """
@@ -44,13 +44,13 @@ from synthetic import (
 )
 from torch import nn
 
-from train.engine import Engine
-from train.loader import Batch
-from train.loop import Training
-from train.processes import rank
-from train.recipe import Recipe
-from train.schedule import build_optimizer
-from train.tasks import Network, parameter_groups
+from train.data.loader import Batch
+from train.finetuning.loop import Training
+from train.finetuning.schedule import build_optimizer
+from train.models.tasks import Network, parameter_groups
+from train.parallel.engine import Engine
+from train.parallel.processes import rank
+from train.run.recipe import Recipe
 
 ALONE = ("plain", *(name for name in STRATEGIES if "offload" not in name))
 VARIANTS = (*ALONE, "pulse")

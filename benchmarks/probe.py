@@ -42,8 +42,8 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
     """This process's share of the stimuli to fit and of those held out, as a probe has them on disk."""
     import torch
 
-    from train.feature_store import FeatureStore
-    from train.order import share
+    from train.data.order import share
+    from train.probing.feature_store import FeatureStore
 
     stores, start = [], 0
     for name, count in zip(("fit", "held_out"), counts, strict=True):
@@ -62,9 +62,9 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
 
 def ours(folder: Path, counts: tuple[int, int], components: int) -> None:
     """The Gram matrix over all processes, one eigendecomposition for both regressions."""
-    from train.gram import ROUNDING, inner_products
-    from train.kernel_regression import Method, centred, regress
-    from train.runtime import started
+    from train.parallel.runtime import started
+    from train.probing.gram import ROUNDING, inner_products
+    from train.probing.kernel_regression import Method, centred, regress
 
     with started(None, "fp32") as runtime:
         stores, rates = own_stores(folder, counts, runtime), np.load(folder / "rates.npy")

@@ -10,7 +10,7 @@ import itertools
 
 import numpy as np
 
-from train.order import Blocks, epoch_order
+from train.data.order import Blocks, epoch_order
 
 WINDOWS = (1, 4, 8, 16, 32, 64, 128)
 COLUMNS = {

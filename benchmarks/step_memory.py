@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from synthetic import GIB, finish, peak_bytes, synthetic_batch
 
-from train.recipe import Recipe, load_recipe
-from train.schedule import build_optimizer
-from train.step_cost import paper_manifest
-from train.tasks import Network, parameter_groups
+from train.finetuning.schedule import build_optimizer
+from train.finetuning.step_cost import paper_manifest
+from train.models.tasks import Network, parameter_groups
+from train.run.recipe import Recipe, load_recipe
 
 
 def step(recipe: Recipe, batch: int, sites: int) -> str:

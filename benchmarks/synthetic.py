@@ -17,11 +17,11 @@ import simplejpeg
 import torch
 from PIL import Image
 
-from train.loader import Batch
-from train.recipe import Recipe
+from train.data.loader import Batch
+from train.run.recipe import Recipe
 
 if TYPE_CHECKING:
-    from train.loop import Training
+    from train.finetuning.loop import Training
 
 ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -119,9 +119,9 @@ def training(recipe: Recipe, data: Path, out: Path) -> Iterator["Training"]:
     """
     # Imported late: it is hundreds of MiB that not every benchmark's process should hold.
     from train.finetune import build
-    from train.preparation import prepare
-    from train.resume import starting_point
-    from train.runtime import started
+    from train.finetuning.preparation import prepare
+    from train.finetuning.resume import starting_point
+    from train.parallel.runtime import started
 
     job = prepare(recipe, [data], out, resume=False)
     with started(job.deepspeed, recipe.precision, recipe.deterministic) as runtime:

@@ -14,7 +14,7 @@ from hostile import EVALUATE, EXPORT, FINETUNE, PLAN, PROBE, SWEEP, Case, Kit, M
 from launching import SMALL
 from safetensors.torch import load_file, save_file
 
-from train import checkpoint
+from train.run import checkpoint
 
 # ---- recipes -------------------------------------------------------------------------------------------------------
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from train.metrics import ClassCounts, SiteMoments, classification_report, regression_report
-from train.recipe import ProbeRecipe, Recipe, save_recipe
-from train.run_folder import write_json, write_npz
+from train.metrics.exact import ClassCounts, SiteMoments, classification_report, regression_report
+from train.run.folder import write_json, write_npz
+from train.run.recipe import ProbeRecipe, Recipe, save_recipe
 
 STIMULI, SITES = 80, 12
 

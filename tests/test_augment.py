@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import losses
 
-from train.augment import KINDS, augment
-from train.order import accumulation, augmentation_draws, micro_batches
-from train.recipe import Augment
+from train.data.augment import KINDS, augment
+from train.data.order import accumulation, augmentation_draws, micro_batches
+from train.run.recipe import Augment
 
 settings.register_profile("unhurried", deadline=None)  # the machine may be busy
 settings.load_profile("unhurried")

@@ -15,10 +15,10 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_prep.errors import BadInput
-from train.backbones import Backbone
-from train.readouts import parameter_count
-from train.recipe import Source
-from train.small_cnns import cnn2, cnn3
+from train.models.backbones import Backbone
+from train.models.readouts import parameter_count
+from train.models.small_cnns import cnn2, cnn3
+from train.run.recipe import Source
 
 SIZE = 64
 

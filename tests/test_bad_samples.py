@@ -22,12 +22,12 @@ from data_prep.errors import BadInput
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
-from train.batches import StimulusSet
-from train.preparation import training_stimuli
-from train.recipe import Loader, Recipe
-from train.recordings import Recordings
-from train.run_folder import RunFolder
-from train.screening import Screening
+from train.data.batches import StimulusSet
+from train.data.recordings import Recordings
+from train.data.screening import Screening
+from train.finetuning.preparation import training_stimuli
+from train.run.folder import RunFolder
+from train.run.recipe import Loader, Recipe
 
 FINETUNE, EVALUATE, PROBE = "train/finetune.py", "train/evaluate.py", "train/probe.py"
 OPTIONS = [*SMALL, "--epochs", "1", "--batch.global-size", "8"]
@@ -208,7 +208,7 @@ def test_a_run_that_is_being_written_is_not_resumed_beside_it(run, packed, tmp_p
 
 def test_a_killed_process_leaves_the_folder_free(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from train.run_folder import RunFolder; "
+        "import sys, time; from pathlib import Path; from train.run.folder import RunFolder; "
         "RunFolder(Path(sys.argv[1])).hold(); print('held', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.comparison import Predictions, leads, paired_interval
+from train.metrics.comparison import Predictions, leads, paired_interval
 
 SITES, TRIALS = 8, 400
 MIX = np.random.default_rng(7).normal(size=(3, SITES)) / 2

@@ -9,10 +9,10 @@ from helpers import assert_refused, run_here
 from make_runs import SITES, guess, make_probe, make_run, responses
 from sklearn.metrics import r2_score
 
-from train.recipe import ProbeRecipe, Recipe
-from train.report_rows import read_rows
-from train.report_tables import groups_of
-from train.run_folder import write_json
+from train.reporting.rows import read_rows
+from train.reporting.tables import groups_of
+from train.run.folder import write_json
+from train.run.recipe import ProbeRecipe, Recipe
 
 TARGET = responses()
 SIZES = (100, 200, 400)

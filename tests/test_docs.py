@@ -28,9 +28,9 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 import data_prep.command_line
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
-from train import readouts
-from train.recipe import Recipe, load_recipe
-from train.tasks import Network
+from train.models import readouts
+from train.models.tasks import Network
+from train.run.recipe import Recipe, load_recipe
 
 # Commands that are for people to look at, not to be parsed: what they are is checked, not what follows.
 SETS_UP = (
@@ -215,7 +215,7 @@ def test_the_example_of_a_readout_learns(recording, monkeypatch):
             return build(settings, features, map_shape, sites)
         return eval(case, scope, {"map_shape": map_shape, "sites": sites})
 
-    monkeypatch.setattr("train.tasks.build_readout", extended)
+    monkeypatch.setattr("train.models.tasks.build_readout", extended)
     recipe = Recipe(images={"size": 32}, backbone={"name": "test_convnext", "weights": "random", "cut": "stages.1"})
     recipe.readout.kind = "strongest"
     network = Network(recipe, ShardFolder(recording).manifest, 32)
@@ -265,7 +265,7 @@ def texts(node: ast.AST) -> str | None:
 def messages() -> list[tuple[str, str]]:
     """Failures, warnings and notes in the code: file, text."""
     found = []
-    for path in [*ROOT.glob("train/*.py"), *ROOT.glob("data_prep/**/*.py")]:
+    for path in [*ROOT.glob("train/**/*.py"), *ROOT.glob("data_prep/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not node.args or (text := texts(node.args[0])) is None:
                 continue

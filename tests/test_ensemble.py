@@ -13,10 +13,10 @@ from sklearn.metrics import r2_score
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
-from train.preparation import training_stimuli
-from train.recipe import Recipe
-from train.recordings import Recordings
-from train.targets import site_weights
+from train.data.recordings import Recordings
+from train.finetuning.preparation import training_stimuli
+from train.finetuning.targets import site_weights
+from train.run.recipe import Recipe
 
 PROBE = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", 32]
 

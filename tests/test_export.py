@@ -16,7 +16,7 @@ from launching import SMALL, predictions
 from PIL import Image
 
 from data_prep.shards import ShardFolder
-from train.decode import fit
+from train.data.decode import fit
 
 xarray = pytest.importorskip("xarray")
 pytest.importorskip("h5netcdf")

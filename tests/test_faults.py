@@ -22,8 +22,8 @@ from launching import (
 )
 
 from data_prep.errors import STOPPED
-from train.checkpoint import load_progress
-from train.pace import Pace
+from train.finetuning.pace import Pace
+from train.run.checkpoint import load_progress
 
 EPOCHS = 12
 OPTIONS = [*SMALL, "--epochs", EPOCHS]
@@ -120,7 +120,7 @@ def test_bad_input_is_not_tried_again(recording, trained):
 
 def test_a_run_that_is_stopped_while_it_scores_scores_again(recording, trained, tmp_path):
     options = ["--data", recording, "--out", tmp_path / "run", *SMALL]
-    done = run_patched("loop", STOP_WHILE_SCORING, *options)
+    done = run_patched("finetuning.loop", STOP_WHILE_SCORING, *options)
     assert done.returncode == STOPPED, done.stderr
     assert len(losses(tmp_path / "run")) == 1
     succeed(1, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", "--resume")
@@ -147,7 +147,7 @@ def left_out(recording, tmp_path_factory):
     """The run of one process whose fourth step was left out, and what it said."""
     run = tmp_path_factory.mktemp("nan") / "run"
     options = ["--data", recording, "--out", run, *SMALL, "--backbone.name", "test_convnext"]
-    done = run_patched("objectives", NAN_ONCE.format(calls={4}), *options)
+    done = run_patched("models.objectives", NAN_ONCE.format(calls={4}), *options)
     assert done.returncode == 0, done.stderr
     return run, done.stdout
 
@@ -168,7 +168,7 @@ def test_every_strategy_leaves_the_step_out(recording, left_out, tmp_path, strat
     run = tmp_path / "run"
     chosen = strategy if strategy == "ddp" else f"ds_configs/{strategy}.json"
     options = ["--data", recording, "--out", run, *SMALL, "--strategy", chosen]
-    done = run_patched("objectives", NAN_ONCE.format(calls={4}), *options, processes=2)
+    done = run_patched("models.objectives", NAN_ONCE.format(calls={4}), *options, processes=2)
     assert done.returncode == 0, done.stderr
     assert "step 4 is left out: the loss was not finite on rank 1, which saw" in done.stdout
     assert losses(run) == pytest.approx(losses(left_out[0]), rel=1e-4)
@@ -178,7 +178,7 @@ def test_every_strategy_leaves_the_step_out(recording, left_out, tmp_path, strat
 def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(recording, tmp_path):
     run = tmp_path / "run"
     options = ["--data", recording, "--out", run, *SMALL, "--faults.bad-steps", "3"]
-    done = run_patched("objectives", NAN_ONCE.format(calls=set(range(7, 11))), *options)
+    done = run_patched("models.objectives", NAN_ONCE.format(calls=set(range(7, 11))), *options)
     assert done.returncode == 1
     assert "steps in a row had a loss or a gradient that is not finite" in done.stderr
     assert "Traceback" not in done.stderr
@@ -197,7 +197,7 @@ module.Network.forward = broken
 """
     run = tmp_path / "run"
     options = ["--data", recording, "--out", run, *SMALL, "--backbone.name", "test_resnet"]
-    done = run_patched("tasks", patch, *options)
+    done = run_patched("models.tasks", patch, *options)
     assert done.returncode == 0, done.stderr
     assert "step 4 is left out" in done.stdout
     assert all(bool(tensor.isfinite().all()) for tensor in weights(run).values() if tensor.is_floating_point())
@@ -212,7 +212,7 @@ def full(*_, **__):
 module.SummaryWriter.add_scalar = full
 module.logging.FileHandler.flush = full
 """
-    done = run_patched("monitor", patch, "--data", recording, "--out", tmp_path / "run", *SMALL)
+    done = run_patched("run.monitor", patch, "--data", recording, "--out", tmp_path / "run", *SMALL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cannot be written (No space left on device); going on without charts") == 1
     assert done.stderr.count("log.txt cannot be written") == 1

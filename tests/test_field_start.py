@@ -8,9 +8,9 @@ import torch
 from helpers import assert_refused, run_here
 from launching import SMALL, succeed
 
-from train.fields import Window, starting_windows
-from train.readouts import Factorised, Gaussian
-from train.recipe import load_recipe
+from train.models.fields import Window, starting_windows
+from train.models.readouts import Factorised, Gaussian
+from train.run.recipe import load_recipe
 
 SHAPE, SITES = (3, 6, 6), 4
 

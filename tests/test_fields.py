@@ -10,13 +10,13 @@ from make_sources import make_folder
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
-from train.backbones import Backbone
-from train.features import LayerFeatures
-from train.fields import WHOLE, Window, windows
-from train.gram import ROUNDING
-from train.kernel_regression import Method, centred, regress
-from train.loader import Stimuli
-from train.recipe import Source
+from train.data.loader import Stimuli
+from train.models.backbones import Backbone
+from train.models.fields import WHOLE, Window, windows
+from train.probing.features import LayerFeatures
+from train.probing.gram import ROUNDING
+from train.probing.kernel_regression import Method, centred, regress
+from train.run.recipe import Source
 
 SIZE, STAGES = 32, ["stages.0", "stages.1"]
 COUNTS = {"train": 180, "val": 60}

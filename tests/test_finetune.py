@@ -9,11 +9,11 @@ from helpers import run_command
 from launching import SMALL, kill_after_an_epoch, largest_difference, launch, losses, metrics, succeed, weights
 
 from data_prep.shards import ShardFolder
-from train.checkpoint import load_progress
-from train.loader import Stimuli, TrainLoader
-from train.order import inner_split
-from train.recipe import Recipe, load_recipe
-from train.tasks import Network
+from train.data.loader import Stimuli, TrainLoader
+from train.data.order import inner_split
+from train.models.tasks import Network
+from train.run.checkpoint import load_progress
+from train.run.recipe import Recipe, load_recipe
 
 # One step of plain SGD with rate 1: what changes in the weights is the gradient.
 ONE_STEP = [

@@ -10,8 +10,8 @@ from helpers import run_here
 from launching import SMALL, STOP_WHILE_SCORING, largest_difference, losses, run_patched, weights
 
 from data_prep.errors import FAILURE, STOPPED
-from train.checkpoint import newest_whole
-from train.run_folder import RunFolder
+from train.run.checkpoint import newest_whole
+from train.run.folder import RunFolder
 
 PAGE = 4096
 
@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_or_read_only_ends_the_run_in_a_sentence(
     break_it, mend_it = commands[fault]
     with small_disk(disk, 2**26):
         patch = THEN.format(method=before, command=repr(break_it))
-        done = run_patched("loop", patch, "--data", recording, "--out", run, *SMALL)
+        done = run_patched("finetuning.loop", patch, "--data", recording, "--out", run, *SMALL)
         subprocess.run(mend_it, shell=True, check=True)
         assert_ended_in_a_sentence(done, *words)
         assert_goes_on(run, trained)
@@ -128,7 +128,7 @@ def test_a_disk_that_is_full_or_read_only_ends_the_run_in_a_sentence(
 def test_charts_and_log_that_cannot_be_written_do_not_end_a_run(recording, trained, tmp_path):
     run, disk = tmp_path / "run", tmp_path / "disk"
     options = ["--data", recording, "--out", run]
-    assert run_patched("loop", STOP_WHILE_SCORING, *options, *SMALL).returncode == STOPPED
+    assert run_patched("finetuning.loop", STOP_WHILE_SCORING, *options, *SMALL).returncode == STOPPED
     with small_disk(disk, 16 * PAGE):
         (disk / "log.txt").write_bytes(bytes(PAGE))
         (disk / "tensorboard").mkdir()

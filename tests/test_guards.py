@@ -12,8 +12,8 @@ from helpers import ROOT
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from train.recipe import ProbeRecipe, Recipe
-from train.search import Sweep
+from train.run.recipe import ProbeRecipe, Recipe
+from train.sweeping.search import Sweep
 
 SOURCES = sorted(path for part in ("data_prep", "train", "launch") for path in (ROOT / part).rglob("*.py"))
 
@@ -27,17 +27,17 @@ FORBIDDEN = {
     **dict.fromkeys(("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"), ()),
     **dict.fromkeys(("np.fromfile", "numpy.fromfile", "np.memmap", "xarray.open_dataset", "xr.open_dataset"), ()),
     **dict.fromkeys(("webdataset.WebDataset", "webdataset.gopen", "wds.WebDataset", "shutil.unpack_archive"), ()),
-    "torch.export.load": ("train/predictor.py",),  # a program by its nature, which its first lines say
-    "yaml.safe_load": ("train/processes.py",),  # the configuration of the user's own launcher
-    "yaml.SafeLoader": ("train/yaml_files.py",),
-    "torch.load": ("train/weight_files.py", "train/backbones.py"),
-    "h5py.File": ("data_prep/hdf5.py", "train/assemblies.py"),  # the latter writes
+    "torch.export.load": ("train/run/predictor.py",),  # a program by its nature, which its first lines say
+    "yaml.safe_load": ("train/parallel/processes.py",),  # the configuration of the user's own launcher
+    "yaml.SafeLoader": ("train/run/yaml_files.py",),
+    "torch.load": ("train/models/weight_files.py", "train/models/backbones.py"),
+    "h5py.File": ("data_prep/hdf5.py", "train/run/assemblies.py"),  # the latter writes
     "netcdf_file": ("data_prep/netcdf.py",),
     "tarfile.open": ("data_prep/members.py",),
-    "zipfile.ZipFile": ("data_prep/plain.py", "data_prep/picture_files.py", "train/weight_files.py"),
-    "Image.open": ("data_prep/pictures.py", "train/predictor.py", "train/monitor.py"),  # the last: its own figure
-    "np.load": ("data_prep/responses.py", "train/probing.py"),
-    "load_file": ("train/checkpoint.py", "train/weight_files.py"),
+    "zipfile.ZipFile": ("data_prep/plain.py", "data_prep/picture_files.py", "train/models/weight_files.py"),
+    "Image.open": ("data_prep/pictures.py", "train/run/predictor.py", "train/run/monitor.py"),  # the last: its figure
+    "np.load": ("data_prep/responses.py", "train/probing/layers.py"),
+    "load_file": ("train/run/checkpoint.py", "train/models/weight_files.py"),
     "pq.ParquetFile": ("data_prep/responses.py",),
     "pq.read_table": (),
 }
@@ -181,4 +181,4 @@ def test_every_text_of_a_recipe_has_a_greatest_length(model):
 
 def test_what_is_walked_is_what_is_shipped():
     assert {path.parts[len(ROOT.parts)] for path in SOURCES} == {"data_prep", "train", "launch"}
-    assert Path("train/predictor.py") in {path.relative_to(ROOT) for path in SOURCES}
+    assert Path("train/run/predictor.py") in {path.relative_to(ROOT) for path in SOURCES}

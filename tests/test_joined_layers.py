@@ -12,7 +12,7 @@ from launching import SMALL, STOP_WHILE_SCORING, largest_difference, run_patched
 from test_backbones import backbone, pictures, refusal
 
 from data_prep.errors import STOPPED, BadInput
-from train.joined_layers import SIDE, averages
+from train.models.joined_layers import SIDE, averages
 
 LAYERS = {"test_resnet": ("layer1", "layer3"), "test_vit": ("blocks.0", "blocks.2")}
 
@@ -124,7 +124,7 @@ def test_joined_layers_train_alike_on_any_number_of_processes(words, run, tmp_pa
 
 def test_a_run_that_goes_on_has_the_scales_it_had(words, run, tmp_path):
     options = [*words[1:], "--out", tmp_path / "run"]
-    assert run_patched("loop", STOP_WHILE_SCORING, *options).returncode == STOPPED
+    assert run_patched("finetuning.loop", STOP_WHILE_SCORING, *options).returncode == STOPPED
     done = run_here("train/finetune.py", "--data", words[2], "--out", tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert largest_difference(weights(tmp_path / "run"), weights(run)) == 0

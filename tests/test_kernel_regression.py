@@ -9,9 +9,9 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 
 from data_prep.splits import folds
-from train.gram import ROUNDING, multiplied
-from train.kernel_regression import PENALTIES, Gram, Method, centred, folded_r2, regress
-from train.similarity import cka, dissimilarities, rsa
+from train.metrics.similarity import cka, dissimilarities, rsa
+from train.probing.gram import ROUNDING, multiplied
+from train.probing.kernel_regression import PENALTIES, Gram, Method, centred, folded_r2, regress
 
 FIT, HELD_OUT, FEATURES, SITES = 90, 31, 400, 6
 

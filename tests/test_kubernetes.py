@@ -107,7 +107,7 @@ def test_what_a_cluster_would_refuse_is_refused_here(manifest, path, value):
 
 
 def test_its_environment_is_read_by_somebody_and_set_by_nobody_else(trainer):
-    sources = "".join(path.read_text() for folder in ("launch", "train") for path in (ROOT / folder).glob("*.py"))
+    sources = "".join(path.read_text() for folder in ("launch", "train") for path in (ROOT / folder).rglob("*.py"))
     for variable in trainer.env:
         assert variable.name not in SET_BY_THE_RUNTIME
         assert variable.name in READ_BY_LIBRARIES or f'"{variable.name}"' in sources, variable.name

@@ -17,9 +17,9 @@ from test_picture_cache import memory_of_pictures
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
-from train.loader import Stimuli, TrainLoader
-from train.picture_cache import PictureCaches
-from train.recipe import Loader
+from train.data.loader import Stimuli, TrainLoader
+from train.data.picture_cache import PictureCaches
+from train.run.recipe import Loader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at what processes hold in /proc")
 
@@ -28,9 +28,9 @@ RANK = """
 import sys
 from data_prep.errors import run_command
 from data_prep.shards import ShardFolder
-from train.loader import Stimuli, TrainLoader
-from train.picture_cache import PictureCaches
-from train.recipe import Loader
+from train.data.loader import Stimuli, TrainLoader
+from train.data.picture_cache import PictureCaches
+from train.run.recipe import Loader
 
 def main():
     stimuli = Stimuli(ShardFolder(sys.argv[1]).split("train"), 32, caches=PictureCaches(Loader(cache="ram")))

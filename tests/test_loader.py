@@ -16,12 +16,12 @@ from data_prep.packing import pack
 from data_prep.recording import Recording, Stimulus
 from data_prep.shards import MEMBERS, ShardFolder, index_shard
 from data_prep.sources.folder import Folder
-from train.batch_memory import BatchMemory
-from train.decode import decode, decode_into, fit
-from train.loader import Batch, Stimuli, TrainLoader, evaluation_loader, rank_positions, workers_per_rank
-from train.order import global_batch
-from train.recipe import Recipe
-from train.tasks import Network
+from train.data.batch_memory import BatchMemory
+from train.data.decode import decode, decode_into, fit
+from train.data.loader import Batch, Stimuli, TrainLoader, evaluation_loader, rank_positions, workers_per_rank
+from train.data.order import global_batch
+from train.models.tasks import Network
+from train.run.recipe import Recipe
 
 
 @pytest.fixture(scope="module")

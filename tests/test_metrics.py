@@ -18,7 +18,7 @@ from sklearn.metrics import (
 )
 
 from data_prep.errors import RunFailed
-from train.metrics import (
+from train.metrics.exact import (
     ClassCounts,
     SiteMoments,
     bootstrap_means,

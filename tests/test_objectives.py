@@ -11,11 +11,11 @@ from scipy import stats
 
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
-from train.loader import Batch, Stimuli, TrainLoader
-from train.metrics import SiteMoments
-from train.objectives import Correlation, Objective, PoissonLikelihood, SquaredError, cross_entropy
-from train.recipe import Recipe
-from train.tasks import Network
+from train.data.loader import Batch, Stimuli, TrainLoader
+from train.metrics.exact import SiteMoments
+from train.models.objectives import Correlation, Objective, PoissonLikelihood, SquaredError, cross_entropy
+from train.models.tasks import Network
+from train.run.recipe import Recipe
 
 STIMULI, SITES, CLASSES = 23, 5, 4
 LOSSES = (SquaredError, PoissonLikelihood, Correlation)

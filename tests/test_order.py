@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.order import (
+from train.data.order import (
     Blocks,
     accumulation,
     epoch_order,

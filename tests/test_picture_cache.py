@@ -23,11 +23,11 @@ from data_prep.errors import BadInput
 from data_prep.packing import pack
 from data_prep.shards import MEMBERS, ShardFolder, index_shard
 from data_prep.sources.folder import Folder
-from train import picture_cache
-from train.free_memory import free_memory
-from train.loader import Stimuli, TrainLoader, evaluation_loader
-from train.picture_cache import GIB, PictureCaches
-from train.recipe import Loader, Recipe, load_recipe, save_recipe
+from train.data import picture_cache
+from train.data.free_memory import free_memory
+from train.data.loader import Stimuli, TrainLoader, evaluation_loader
+from train.data.picture_cache import GIB, PictureCaches
+from train.run.recipe import Loader, Recipe, load_recipe, save_recipe
 
 PICTURE = 32 * 32 * 3
 
@@ -325,9 +325,9 @@ import multiprocessing, sys, time
 import numpy as np
 from data_prep.processes import serve_parent
 from data_prep.shards import ShardFolder
-from train.decode import decode_into
-from train.picture_cache import PictureCaches
-from train.recipe import Loader
+from train.data.decode import decode_into
+from train.data.picture_cache import PictureCaches
+from train.run.recipe import Loader
 
 def fill(split, cache):
     for place in range(len(split)):

@@ -9,12 +9,12 @@ from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from data_prep.errors import BadInput
-from train import finetune, memory_plan
-from train.memory_plan import GIB, NAMES, Strategy, choices, memory, read_strategy, recommended, sent, usable
-from train.order import accumulation
-from train.recipe import Optimizer, Recipe
-from train.schedule import build_optimizer
-from train.step_cost import (
+from train import finetune
+from train.data.order import accumulation
+from train.finetuning import memory_plan
+from train.finetuning.memory_plan import GIB, NAMES, Strategy, choices, memory, read_strategy, recommended, sent, usable
+from train.finetuning.schedule import build_optimizer
+from train.finetuning.step_cost import (
     MEASURED,
     AutocastAsOnCuda,
     Needs,
@@ -25,7 +25,8 @@ from train.step_cost import (
     optimizer_cost,
     paper_manifest,
 )
-from train.tasks import Network, parameter_groups
+from train.models.tasks import Network, parameter_groups
+from train.run.recipe import Optimizer, Recipe
 
 SITES, CLASSES, SIDE, BATCH = 12, 5, 64, 16
 CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")

@@ -12,8 +12,8 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, RidgeCV
 
 from data_prep.shards import ShardFolder
-from train.kernel_regression import PENALTIES
-from train.loader import Stimuli
+from train.data.loader import Stimuli
+from train.probing.kernel_regression import PENALTIES
 
 LAYERS = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
 

@@ -15,13 +15,13 @@ from timm.models import register_model
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
-from train import loop
-from train.ema import RunningAverage
-from train.engine import Engine
-from train.loader import Stimuli
-from train.preparation import training_stimuli
-from train.recipe import Recipe
-from train.recordings import Recordings
+from train.data.loader import Stimuli
+from train.data.recordings import Recordings
+from train.finetuning import loop
+from train.finetuning.ema import RunningAverage
+from train.finetuning.preparation import training_stimuli
+from train.parallel.engine import Engine
+from train.run.recipe import Recipe
 
 SITES = 6
 OPTIONS = [

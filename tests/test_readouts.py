@@ -12,13 +12,13 @@ from sklearn.linear_model import Ridge, RidgeCV
 
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
-from train.kernel_regression import PENALTIES
-from train.loader import Stimuli, evaluation_loader
-from train.readouts import build_readout, parameter_count
-from train.recipe import Readout, Recipe
-from train.ridge_start import SHARPNESS, start_from_ridge
-from train.runtime import started
-from train.tasks import Network
+from train.data.loader import Stimuli, evaluation_loader
+from train.finetuning.ridge_start import SHARPNESS, start_from_ridge
+from train.models.readouts import build_readout, parameter_count
+from train.models.tasks import Network
+from train.parallel.runtime import started
+from train.probing.kernel_regression import PENALTIES
+from train.run.recipe import Readout, Recipe
 
 KINDS = ("linear", "flattened", "low_rank", "factorised", "gaussian")
 CHANNELS, ROWS, COLUMNS, SITES, RANK, FEATURES = 5, 3, 4, 7, 3, 6

@@ -7,8 +7,8 @@ import yaml
 from helpers import ROOT
 
 from data_prep.errors import BadInput
-from train.backbones import check_name
-from train.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
+from train.models.backbones import check_name
+from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 
 def written(folder, text):

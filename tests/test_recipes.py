@@ -14,8 +14,8 @@ from make_sources import make_folder
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
-from train.recipe import load_recipe
-from train.tasks import Network
+from train.models.tasks import Network
+from train.run.recipe import load_recipe
 
 SITES, HELD_OUT, SIZE = 5, 8, 64
 RECIPES = [path for path in sorted(ROOT.glob("train/recipes/*.yaml")) if "probe" not in path.stem]

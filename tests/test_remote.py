@@ -29,12 +29,12 @@ from data_prep.shard_cache import GIB
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
 from data_prep.url import SIGNED, FolderUrl, passed_on, place_of, recorded, without_secrets
-from train.checkpoint import load_progress
-from train.loader import Stimuli, TrainLoader, evaluation_loader
-from train.picture_cache import PictureCaches
-from train.preparation import remarks_on, training_stimuli
-from train.recipe import Loader, Recipe
-from train.recordings import Recordings
+from train.data.loader import Stimuli, TrainLoader, evaluation_loader
+from train.data.picture_cache import PictureCaches
+from train.data.recordings import Recordings
+from train.finetuning.preparation import remarks_on, training_stimuli
+from train.run.checkpoint import load_progress
+from train.run.recipe import Loader, Recipe
 
 SHOW = "data_prep/show.py"
 

@@ -11,7 +11,7 @@ import pytest
 from helpers import assert_refused, run_here
 from make_runs import SITES, epoch_line, guess, make_classifier, make_probe, make_run, responses
 
-from train.recipe import ProbeRecipe, Recipe
+from train.run.recipe import ProbeRecipe, Recipe
 
 NASTY = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
 SCORES = ("r2", "explained_variance", "mse", "pearson_r", "ceiled_explained_variance")

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.manifest import Manifest
-from train.checkpoint import Progress, load_tensors, save_checkpoint
-from train.engine import Engine
-from train.recipe import Recipe, Schedule
-from train.schedule import build_optimizer, momentum, plateaus, rate_factor, set_momentum
-from train.tasks import Network, parameter_groups
+from train.finetuning.schedule import build_optimizer, momentum, plateaus, rate_factor, set_momentum
+from train.models.tasks import Network, parameter_groups
+from train.parallel.engine import Engine
+from train.run.checkpoint import Progress, load_tensors, save_checkpoint
+from train.run.recipe import Recipe, Schedule
 
 settings.register_profile("unhurried", deadline=None)  # the machine may be busy
 settings.load_profile("unhurried")

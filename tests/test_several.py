@@ -15,11 +15,11 @@ from several import pack_two
 from sklearn.metrics import r2_score
 
 from data_prep.shards import ShardFolder
-from train.checkpoint import checked_tensors, load_progress
-from train.loader import Stimuli, evaluation_loader
-from train.recipe import load_recipe
-from train.recordings import joined
-from train.tasks import Network
+from train.data.loader import Stimuli, evaluation_loader
+from train.data.recordings import joined
+from train.models.tasks import Network
+from train.run.checkpoint import checked_tensors, load_progress
+from train.run.recipe import load_recipe
 
 # Accumulation over batches that do not divide by the processes, an average of the weights, readouts from a ridge: a
 # process has at most two stimuli in a pass, so that many show one recording alone.

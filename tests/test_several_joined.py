@@ -17,10 +17,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_prep.packing import pack
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
-from train.preparation import training_stimuli
-from train.recipe import Recipe
-from train.recordings import Recordings
-from train.targets import site_weights, with_rates_of
+from train.data.recordings import Recordings
+from train.finetuning.preparation import training_stimuli
+from train.finetuning.targets import site_weights, with_rates_of
+from train.run.recipe import Recipe
 
 NAMES = ("one", "two")
 PROBE = [

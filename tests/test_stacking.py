@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from train.stacking import PENALTY, stack
+from train.models.stacking import PENALTY, stack
 
 STIMULI, OTHERS, SITES = 200, 50, 3
 

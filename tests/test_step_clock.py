@@ -7,8 +7,8 @@ import torch
 from helpers import slow
 from launching import SMALL, charts, run_patched
 
-from train.collectives import TimedBackend
-from train.step_clock import StepClock
+from train.parallel.collectives import TimedBackend
+from train.parallel.step_clock import StepClock
 
 PAUSE = 0.02
 
@@ -81,7 +81,7 @@ module.Training._piece = slow
 def test_waiting_for_a_slow_process_is_communication_and_not_computing(recording, tmp_path, strategy):
     pause = 0.3
     options = ["--data", recording, "--out", tmp_path / "run", *SMALL, "--epochs", "4", "--strategy", strategy]
-    done = run_patched("loop", SLOW_RANK.format(pause=pause), *options, processes=2)
+    done = run_patched("finetuning.loop", SLOW_RANK.format(pause=pause), *options, processes=2)
     assert done.returncode == 0, done.stderr
     seconds = charts(tmp_path / "run")
     assert 0.8 * pause < seconds["communication"] < 2 * pause

@@ -13,9 +13,9 @@ from launching import SMALL, losses, succeed
 from safetensors.torch import load_file
 
 from data_prep.errors import BadInput
-from train.checkpoint import load_progress
-from train.preparation import check_hardware
-from train.recipe import Recipe
+from train.finetuning.preparation import check_hardware
+from train.run.checkpoint import load_progress
+from train.run.recipe import Recipe
 
 STRATEGIES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
 # Accumulation, clipping, weights that the losses learn, an average of the weights; a checkpoint at every other step of

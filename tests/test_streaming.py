@@ -13,8 +13,8 @@ from make_tars import PICTURES, RATES, members_of, sample, write_samples, write_
 
 from data_prep.errors import BadInput
 from data_prep.shards import ShardFolder
-from train.loader import Stimuli
-from train.streaming import StreamLoader
+from train.data.loader import Stimuli
+from train.data.streaming import StreamLoader
 
 STREAM = ("--loader.engine", "webdataset")
 

@@ -20,16 +20,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from data_prep.errors import BadInput
 from data_prep.manifest import load_manifest
-from train.checkpoint import Progress
-from train.figures import Axis
-from train.keeper import Beat, run_kept, seconds_since, turn
-from train.recipe import load_recipe
-from train.run_folder import RunFolder
-from train.search import SweepFolder, load_plan, setting
-from train.standings import _points, picture, rank
-from train.study import Entry, locked, open_study
+from train.run.checkpoint import Progress
+from train.run.figures import Axis
+from train.run.folder import RunFolder
+from train.run.recipe import load_recipe
 from train.sweep import Worker
-from train.trial import Launcher, Outcome, outcome
+from train.sweeping.keeper import Beat, run_kept, seconds_since, turn
+from train.sweeping.search import SweepFolder, load_plan, setting
+from train.sweeping.standings import _points, picture, rank
+from train.sweeping.study import Entry, locked, open_study
+from train.sweeping.trial import Launcher, Outcome, outcome
 
 SMALL = {
     "backbone": {"name": "test_convnext", "weights": "random"},
@@ -200,7 +200,7 @@ class NeverStop:
 @pytest.fixture
 def worker(recording, tmp_path, monkeypatch):
     """Makes workers of a search whose runs are made up; those of one search share its folder. They draw nothing."""
-    monkeypatch.setattr("train.standings.picture", lambda standings: b"")
+    monkeypatch.setattr("train.sweeping.standings.picture", lambda standings: b"")
     manifest = load_manifest(recording)
 
     def make(content, ends=lambda recipe: recipe.optimizer.lr) -> Worker:
@@ -489,8 +489,8 @@ ORPHAN = "import subprocess, time; subprocess.Popen(['sleep', '1000'], start_new
 WORKER = f"""
 import os, sys
 from pathlib import Path
-from train.figures import Axis
-from train.keeper import Beat, run_kept, turn
+from train.run.figures import Axis
+from train.sweeping.keeper import Beat, run_kept, turn
 beat = Beat(Path(sys.argv[1]), "mine", 0.1)
 with turn(beat.path, int) as lock:
     print(run_kept([sys.executable, "-c", {ORPHAN!r}], beat, lock, Path(sys.argv[1] + ".log"), os.environ, int))

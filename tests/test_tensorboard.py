@@ -10,8 +10,8 @@ from boards import served
 from helpers import run_here
 from launching import SMALL, metrics
 
-from train import watching
-from train.prediction_figures import mean_errors
+from train.finetuning import watching
+from train.run.prediction_figures import mean_errors
 
 HYBRID = ["--task.kind", "hybrid", "--epochs", "2"]
 

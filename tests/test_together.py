@@ -21,13 +21,13 @@ from data_prep.remote import FetchSettings
 from data_prep.shard_cache import GIB
 from data_prep.shards import ShardFolder
 from data_prep.sources.folder import Folder
-from train.loader import Stimuli, TrainLoader, evaluation_loader
-from train.objectives import Objective
-from train.order import Blocks, Turns, epoch_order, inner_split, inner_splits, stimuli_of_epoch
-from train.preparation import remarks_on_division, training_stimuli
-from train.recipe import Recipe
-from train.recordings import Recordings
-from train.together import Together
+from train.data.loader import Stimuli, TrainLoader, evaluation_loader
+from train.data.order import Blocks, Turns, epoch_order, inner_split, inner_splits, stimuli_of_epoch
+from train.data.recordings import Recordings
+from train.data.together import Together
+from train.finetuning.preparation import remarks_on_division, training_stimuli
+from train.models.objectives import Objective
+from train.run.recipe import Recipe
 
 settings.register_profile("unhurried", deadline=None)  # the machine may be busy
 settings.load_profile("unhurried")

@@ -20,21 +20,21 @@ from data_prep.command_line import Place, parse
 from data_prep.errors import BadInput, run_command
 from data_prep.manifest import Manifest
 from data_prep.shards import ShardFolder
-from train.checkpoint import Progress, checked_tensors, current, load_progress
-from train.ensemble import Combine, Ensemble, check_place, data_of, is_fine_tuned, members_of, write_ensembles
-from train.loader import Stimuli, workers_per_rank
-from train.loop import evaluation_batch_size
-from train.monitor import Board
-from train.picture_cache import PictureCaches
-from train.processes import ranks_on_machine, world_size
-from train.recipe import MOST_RECORDINGS, Loader, Recipe
-from train.recordings import Recordings, used_of
-from train.run_folder import LEFT_OUT, RunFolder, check_writable, open_run, write_json, write_npz
-from train.runtime import Runtime, started
-from train.scoring import Scored, check_not_empty, report, score
-from train.screening import Screening
-from train.tasks import Network
-from train.watching import draw_numbers, draw_pictures
+from train.data.loader import Stimuli, workers_per_rank
+from train.data.picture_cache import PictureCaches
+from train.data.recordings import Recordings, used_of
+from train.data.screening import Screening
+from train.finetuning.loop import evaluation_batch_size
+from train.finetuning.watching import draw_numbers, draw_pictures
+from train.models.ensemble import Combine, Ensemble, check_place, data_of, is_fine_tuned, members_of, write_ensembles
+from train.models.scoring import Scored, check_not_empty, report, score
+from train.models.tasks import Network
+from train.parallel.processes import ranks_on_machine, world_size
+from train.parallel.runtime import Runtime, started
+from train.run.checkpoint import Progress, checked_tensors, current, load_progress
+from train.run.folder import LEFT_OUT, RunFolder, check_writable, open_run, write_json, write_npz
+from train.run.monitor import Board
+from train.run.recipe import MOST_RECORDINGS, Loader, Recipe
 
 SHOWN = ("r2", "explained_variance", "mse", "pearson_r", "ceiled_explained_variance", "feve")
 

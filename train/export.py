@@ -14,10 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_prep.command_line import parse
 from data_prep.errors import BadInput, run_command
 from data_prep.shards import ShardFolder
-from train.assemblies import Assembly, assemble, mat_bytes, netcdf_bytes, read_predictions
-from train.checkpoint import current, load_progress
-from train.portable import Trained, load_trained, write_onnx, write_predictor, write_timm
-from train.run_folder import RunFolder, check_writable, open_run, write_atomically
+from train.models.portable import Trained, load_trained, write_onnx, write_predictor, write_timm
+from train.run.assemblies import Assembly, assemble, mat_bytes, netcdf_bytes, read_predictions
+from train.run.checkpoint import current, load_progress
+from train.run.folder import RunFolder, check_writable, open_run, write_atomically
 
 PREDICTIONS: dict[str, tuple[str, Callable[[Assembly], bytes]]] = {
     "netcdf": ("nc", netcdf_bytes),

@@ -15,22 +15,22 @@ from pydantic import Field
 
 from data_prep.command_line import Place, parse
 from data_prep.errors import run_command
-from train.backbones import check_name
-from train.ema import RunningAverage
-from train.engine import Engine
-from train.layer_balance import balance_layers
-from train.loop import Training, evaluation_batch_size
-from train.monitor import Monitor, layout
-from train.preparation import Job, prepare
-from train.readouts import parameter_count
-from train.recipe import MOST_RECORDINGS, Recipe, leading_recipe
-from train.resume import StartingPoint, starting_point
-from train.ridge_start import start_from_ridge
-from train.run_folder import begun_by_this_job, open_run
-from train.runtime import Runtime, started
-from train.schedule import build_optimizer
-from train.tasks import Network, parameter_groups
-from train.zero import ZeroEngine
+from train.finetuning.ema import RunningAverage
+from train.finetuning.layer_balance import balance_layers
+from train.finetuning.loop import Training, evaluation_batch_size
+from train.finetuning.preparation import Job, prepare
+from train.finetuning.resume import StartingPoint, starting_point
+from train.finetuning.ridge_start import start_from_ridge
+from train.finetuning.schedule import build_optimizer
+from train.models.backbones import check_name
+from train.models.readouts import parameter_count
+from train.models.tasks import Network, parameter_groups
+from train.parallel.engine import Engine
+from train.parallel.runtime import Runtime, started
+from train.parallel.zero import ZeroEngine
+from train.run.folder import begun_by_this_job, open_run
+from train.run.monitor import Monitor, layout
+from train.run.recipe import MOST_RECORDINGS, Recipe, leading_recipe
 
 
 class Finetune(Recipe):

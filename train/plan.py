@@ -16,11 +16,11 @@ from data_prep.errors import BadInput, run_command
 from data_prep.files import files_at
 from data_prep.manifest import Manifest
 from data_prep.url import place_of
-from train.backbones import check_name
-from train.memory_plan import CONTEXT, GIB, HEADROOM, Choice, choices, recommended, usable
-from train.recipe import MOST_RECORDINGS, Recipe, leading_recipe
-from train.recordings import joined
-from train.step_cost import Needs, measure, paper_manifest
+from train.data.recordings import joined
+from train.finetuning.memory_plan import CONTEXT, GIB, HEADROOM, Choice, choices, recommended, usable
+from train.finetuning.step_cost import Needs, measure, paper_manifest
+from train.models.backbones import check_name
+from train.run.recipe import MOST_RECORDINGS, Recipe, leading_recipe
 
 SITES, CLASSES, SIDE = 168, 64, 224  # where no recording is given
 OWN_OPTIONS = ("--data", "--sites", "--classes", "--gpus", "--memory", "--machines")

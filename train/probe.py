@@ -15,14 +15,14 @@ import tyro
 
 from data_prep.command_line import Place, parse
 from data_prep.errors import run_command
-from train.backbones import check_name
-from train.monitor import Monitor
-from train.probe_preparation import Job, prepare
-from train.probe_results import results, table, write_results
-from train.probing import Probing
-from train.recipe import ProbeRecipe, leading_recipe
-from train.run_folder import begun_by_this_job, open_probe
-from train.runtime import Runtime, started
+from train.models.backbones import check_name
+from train.parallel.runtime import Runtime, started
+from train.probing.layers import Probing
+from train.probing.preparation import Job, prepare
+from train.probing.results import results, table, write_results
+from train.run.folder import begun_by_this_job, open_probe
+from train.run.monitor import Monitor
+from train.run.recipe import ProbeRecipe, leading_recipe
 
 
 class Probe(ProbeRecipe):

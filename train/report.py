@@ -14,12 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.command_line import parse
 from data_prep.errors import BadInput, run_command
-from train.report_figures import pictures
-from train.report_page import Content, page
-from train.report_rows import Row, read_rows, shortest_names
-from train.report_sweeps import SweepResults, is_sweep, read_sweep
-from train.report_tables import as_csv, groups_of, in_terminal, markdown
-from train.run_folder import check_writable, environment, write_atomically
+from train.reporting.figures import pictures
+from train.reporting.page import Content, page
+from train.reporting.rows import Row, read_rows, shortest_names
+from train.reporting.sweeps import SweepResults, is_sweep, read_sweep
+from train.reporting.tables import as_csv, groups_of, in_terminal, markdown
+from train.run.folder import check_writable, environment, write_atomically
 
 
 class Report(BaseModel):

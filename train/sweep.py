@@ -22,15 +22,15 @@ from data_prep.errors import BadInput, RunFailed, run_command
 from data_prep.files import files_at
 from data_prep.manifest import Manifest
 from data_prep.url import passed_on
-from train.backbones import check_name
-from train.checkpoint import current, load_progress
-from train.keeper import POLL_SECONDS, Beat, turn
-from train.recipe import Recipe, save_recipe
-from train.run_folder import RunFolder
-from train.search import Plan, SweepFolder, load_plan
-from train.standings import REPORTED, Standings, publish
-from train.study import Claim, Study, open_study
-from train.trial import Launcher, Outcome
+from train.models.backbones import check_name
+from train.run.checkpoint import current, load_progress
+from train.run.folder import RunFolder
+from train.run.recipe import Recipe, save_recipe
+from train.sweeping.keeper import POLL_SECONDS, Beat, turn
+from train.sweeping.search import Plan, SweepFolder, load_plan
+from train.sweeping.standings import REPORTED, Standings, publish
+from train.sweeping.study import Claim, Study, open_study
+from train.sweeping.trial import Launcher, Outcome
 
 BEATS_UNTIL_STALE = 6
 LONGEST_BEAT = 10.0

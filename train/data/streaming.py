@@ -1,0 +1,171 @@
+"""Training batches from webdataset's own streaming pipeline: tars drawn with replacement, read from front to back.
+
+For disks that are slow at any other way of reading. It promises less than `train/data/loader.py`:
+
+- A stimulus may come twice in an epoch, or not at all; one in a tar with fewer stimuli comes more often. An epoch is as
+  many steps as it would take to see every stimulus once.
+- Which stimuli make a step depends on the number of ranks and workers. With both unchanged a run repeats.
+- A resumed run goes on at its step with a stream of its own, seeded by that step: not the one it would have had.
+- Where responses are missing, the loss of a batch is divided by the number recorded in such a batch on average.
+
+Every rank takes the same number of steps. Nothing is ever evaluated this way.
+"""
+
+import itertools
+import os
+import random
+import tarfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import numpy as np
+import webdataset
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from data_prep.errors import BadInput
+from data_prep.members import BLOCK, IMAGE_MEMBERS, key_and_kind, not_plain
+from train.data.batch_memory import BatchMemory
+from train.data.batches import Batch, Work
+from train.data.decode import decode_into
+from train.data.loader import TrainLoader, data_loader
+from train.data.order import MicroBatch, augmentation_draws, micro_batches, stream_seed
+
+SHUFFLED = 1000  # encoded pictures that a worker holds, to take the next one from at random
+
+
+class StreamLoader(TrainLoader):
+    """The training batches of one rank, as a stream that goes on from epoch to epoch; arguments as of `TrainLoader`."""
+
+    def _open(self, workers: int, pin: bool) -> None:
+        self._workers, self._pin = workers, pin
+        self._stream: Iterator[Batch] = iter(())
+        self._next_step: int | None = None
+
+    def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
+        """Yield each global step's micro-batches, `pieces` of them, from `first_step` on."""
+        if self._next_step != epoch * self.steps + first_step:
+            self._next_step = epoch * self.steps + first_step
+            self._stream = iter(data_loader(_Stream(self, self._next_step), None, self._workers, self._pin))
+        for _ in range(first_step, self.steps):
+            step = [next(self._stream) for _ in range(self.pieces)]
+            self._next_step += 1
+            yield step
+
+
+class _Stream(IterableDataset):
+    """A rank's micro-batches from `first_step` (counted over all epochs) on, without an end; workers take turns."""
+
+    def __init__(self, loader: TrainLoader, first_step: int):
+        self.first_step, self.steps, self.pieces = first_step, loader.steps, loader.pieces
+        self.stimuli, self.seed, self.draws = loader.stimuli, loader.seed, loader.draws
+        self.rank, self.ranks, self.global_size = loader.rank, loader.ranks, loader.global_size
+        self.memory = BatchMemory()
+        split = self.stimuli.split
+        self.sizes = {str(split.folder / shard.file): shard.bytes for shard in split.shards}
+        self.dealt = micro_batches(np.arange(self.global_size), self.rank, self.ranks, self.pieces)
+        observed = self.stimuli.observed
+        self.observed = 0 if observed is None else round(self.global_size * float(observed.mean()))
+
+    def __iter__(self) -> Iterator[Batch | BadInput]:
+        info = get_worker_info()
+        worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
+        samples = self._samples(self.rank * workers + worker, self.ranks * workers)
+        for number in itertools.count(worker, workers):
+            step, piece = divmod(number, self.pieces)
+            try:
+                yield self._batch(samples, self.first_step + step, self.dealt[piece])
+            except BadInput as error:
+                yield error
+                return
+
+    def _samples(self, consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
+        """Pictures to fit, encoded, in the order in which this one of all ranks' workers takes them."""
+        seed = stream_seed(self.seed, self.first_step)
+        tars = webdataset.ResampledShards(
+            list(self.sizes),
+            seed=seed,
+            worker_seed=lambda: 0,  # the same list for all, of which each takes its share
+            deterministic=True,
+        )
+        return iter(
+            webdataset.DataPipeline(
+                tars,
+                lambda drawn: itertools.islice(drawn, consumer, None, consumers),
+                self._pictures,
+                group_by_keys,
+                self._to_fit,
+                webdataset.shuffle(SHUFFLED, initial=SHUFFLED, rng=random.Random(stream_seed(seed, consumer))),
+            )
+        )
+
+    def _pictures(self, tars: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The members of the tars that are pictures; responses and labels are in memory already.
+
+        Files are opened as such: webdataset's own `gopen` would run a shell for some names.
+        """
+        for tar in tars:
+            try:
+                with open(tar["url"], "rb") as stream:
+                    self._check_same(tar["url"], stream.fileno())
+                    # A stream would unpack what is compressed, however large it becomes.
+                    tarfile.TarInfo.frombuf(os.pread(stream.fileno(), BLOCK, 0), "utf-8", "surrogateescape")
+                    yield from _pictures_of(tar_file_expander([tar | {"stream": stream}]), tar["url"])
+            except (OSError, tarfile.TarError, RecursionError) as error:
+                reason = getattr(error, "strerror", None) or error.args[0]
+                raise BadInput(f"{tar['url']} cannot be read to its end ({reason}); copy it again") from None
+
+    def _check_same(self, tar: str, descriptor: int) -> None:
+        """Refuse a tar that was cut or replaced: the end of a stream tells nothing of what is missing."""
+        size, expected = os.fstat(descriptor).st_size, self.sizes[tar]
+        if size != expected:
+            raise BadInput(f"{tar} has {size} bytes by now, and had {expected} when it was indexed; copy it again")
+
+    def _to_fit(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The samples without those that are held out of the split, each with its position."""
+        position_of = {key: position for position, key in enumerate(self.stimuli.stimulus_ids)}
+        known = set(self.stimuli.split.stimulus_ids)
+        for sample in samples:
+            key = sample["__key__"]
+            if key not in known:
+                raise BadInput(f"{sample['__url__']}: {key}: was not there when the run began; start it again")
+            if key in position_of:
+                yield sample | {"position": position_of[key]}
+
+    def _batch(self, samples: Iterator[dict[str, Any]], step: int, dealt: MicroBatch) -> Batch:
+        taken = list(itertools.islice(samples, len(dealt.places)))
+        size = self.stimuli.size
+        images = self.memory.take((len(taken), size, size, 3))
+        for sample, place in zip(taken, images.numpy(), strict=True):
+            self._decode(sample, place)
+        positions = np.array([sample["position"] for sample in taken])
+        micro = MicroBatch(positions, dealt.weight, dealt.places)
+        draws = self._draws_of(step, dealt)
+        return self.stimuli.batch(images, Work(micro, self.global_size, self.observed, draws=draws))
+
+    def _decode(self, sample: dict[str, Any], place: np.ndarray) -> None:
+        encoding = next(kind for kind in IMAGE_MEMBERS if kind in sample)
+        self.stimuli.split.check_bytes(int(self.stimuli.subset[sample["position"]]), encoding, sample[encoding])
+        try:
+            decode_into(place, sample[encoding], encoding)
+        except ValueError as error:
+            where = f"{sample['__url__']}: {sample['__key__']}.{encoding}"
+            raise BadInput(f"{where} cannot be decoded ({error})") from None
+
+    def _draws_of(self, step: int, dealt: MicroBatch) -> np.ndarray | None:
+        if not self.draws:
+            return None
+        epoch, step = divmod(step, self.steps)
+        return augmentation_draws(self.seed, epoch, step, self.global_size, self.draws)[dealt.places]
+
+
+def _pictures_of(members: Iterable[dict[str, Any]], tar: str) -> Iterator[dict[str, Any]]:
+    for member in members:
+        if not member:  # the mark that a tar ends
+            yield member
+            continue
+        found = key_and_kind(member["fname"])
+        if found is None:
+            raise not_plain(tar, member["fname"])
+        if found[1] in IMAGE_MEMBERS:
+            yield member | {"fname": ".".join(found)}

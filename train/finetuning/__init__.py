@@ -1,0 +1,1 @@
+"""How a network is trained: preparation, starting points, the loop, schedules; and what a step of it needs."""

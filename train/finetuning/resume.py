@@ -1,0 +1,81 @@
+"""Where a run begins: at the start, or at the newest whole checkpoint, under whatever strategy wrote it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.errors import BadInput
+from train.finetuning.ema import RunningAverage
+from train.finetuning.preparation import Job
+from train.models.tasks import Network
+from train.parallel.engine import Engine, batch_statistics
+from train.parallel.runtime import Runtime
+from train.run.checkpoint import Progress, checked_tensors, load_progress, load_tensors, newest_whole
+
+
+@dataclass
+class StartingPoint:
+    """Where a run begins.
+
+    Attributes:
+        checkpoint: to go on from; None at the start.
+        progress: of the run.
+        faults: what is wrong with newer checkpoints, a sentence each.
+    """
+
+    checkpoint: Path | None
+    progress: Progress
+    faults: list[str]
+
+    def load_network(self, network: Network, average: RunningAverage | None, runtime: Runtime) -> None:
+        """Give network and average the checkpoint's tensors, before a strategy wraps the network.
+
+        Raises:
+            BadInput: the checkpoint is of another network.
+        """
+        trained = {"network": network} if average is None else {"training": network, "network": average.network}
+        for file, target in trained.items():
+            target.load_state_dict(checked_tensors(target, self.checkpoint, file))
+            if self.progress.losses and len(self.progress.losses) == runtime.ranks > 1:
+                _load_own_statistics(target, self.checkpoint, file, runtime.rank)
+        network.backbone.weights_from = "the run's checkpoint"
+
+    def load_optimizer(self, engine: Engine) -> None:
+        """Give the optimizer the checkpoint's state."""
+        engine.load_optimizer(load_tensors(self.checkpoint, "optimizer"))
+
+
+def _load_own_statistics(network: Network, checkpoint: Path, file: str, rank: int) -> None:
+    """Give BatchNorm the statistics that this rank had in mid-epoch, in place of their mean."""
+    own = list(batch_statistics(network))
+    tensors = load_tensors(checkpoint, "statistics") if own else {}
+    for name, statistic in own:
+        statistic.copy_(tensors[f"{file}|{name}"][rank])
+
+
+def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
+    """Where this run begins; every rank must take part, and all find the same.
+
+    Raises:
+        BadInput: no checkpoint is whole, or they are of a run on other data, or on other sites.
+    """
+    fresh = Progress(
+        recording=job.manifest.fingerprint,
+        selection_metric=job.recipe.selection_metric,
+        selection_split=job.recipe.early_stopping.split,
+        site_ids=job.manifest.site_ids,
+        recordings=job.recordings.sites,
+        classes=job.manifest.classes if job.recipe.task.predicts_classes else None,
+        image_size=job.loader.stimuli.size,
+    )
+    found = newest_whole(job.folder.checkpoints) if job.resume and runtime.leads else (None, [])
+    checkpoint, faults = runtime.gather_objects(found)[0]
+    if checkpoint is None:
+        if faults:
+            raise BadInput(f"{job.folder.path} has no whole checkpoint to go on from: {faults[0]}")
+        return StartingPoint(None, fresh, [])
+    progress = load_progress(checkpoint)
+    if progress.recording != fresh.recording:
+        order = ", in the same order" * progress.is_of_several
+        raise BadInput(f"{job.folder.path} was trained on other shards; resume it with the --data it began with{order}")
+    progress.check_fits(job.manifest, " and ".join(map(str, job.data)))
+    return StartingPoint(checkpoint, progress, faults)

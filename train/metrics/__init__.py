@@ -1,0 +1,1 @@
+"""What scores are: exact metrics over ranks, comparisons of models, likeness of representations."""

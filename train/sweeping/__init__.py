@@ -1,0 +1,1 @@
+"""Searches over recipes: what is tried, the queue that workers share, one trial, standings."""
