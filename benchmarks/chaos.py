@@ -66,7 +66,7 @@ class Job:
                 code = self._run(command, began, faults, draw)
                 if code == 0:
                     break
-                if code != STOPPED and code < 128:
+                if 0 < code < 128 and code != STOPPED:  # a signal to the launcher itself is below 0
                     return f"{command[6]} ended with exit code {code}"
         return None
 
