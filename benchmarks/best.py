@@ -4,8 +4,9 @@
 
 A RECORDING is a folder as `pack.py folder` takes it, or the word `simulated`. Every system is trained and scored by the
 real commands on a fixed split (a fifth held out, seed 0), with --folds by cross-validation too, and with --subsets on
-parts of train, whose scores make the data-efficiency curve. What is done is not done again: the command goes on where
-it was stopped, and systems share the runs that they have in common.
+parts of train, whose scores make the data-efficiency curve. With several recordings a network is also fine-tuned on the
+train parts of all others before it is frozen and probed. What is done is not done again: the command goes on where it
+was stopped, and systems share the runs that they have in common.
 
 OUT/table.md, results.json      the tables, and all their numbers
 OUT/<recording>/<division>/     shards, runs (with their wall time in seconds.json) and ensembles
@@ -17,7 +18,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,31 @@ from train.probing.kernel_regression import squared_error_r2  # noqa: E402
 SIMULATED = "simulated"
 GIVEN = "given"
 LITE = "tf_efficientnet_lite"
-NETWORKS, SIZES, FOLDS = (0, 1, 2), (112, 168, 224), range(1, 6)
+FOLDS = range(1, 6)
+MEMBERS = ((0, 168), (0, 112), (0, 224), (1, 168), (2, 168))  # network and px of the probes that are joined
 FINE_TUNED = ["train/finetune.py", "train/recipes/best.yaml"]
 FAST = ["train/finetune.py", "train/recipes/best_fast.yaml"]
 FIELDS = ["train/probe.py", "train/recipes/probes/best.yaml"]
+TUNE = [*FAST, "--optimizer.lr", "1e-4", "--optimizer.backbone-lr-factor", "1", "--epochs", "6"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A run of a command in a folder: what it is called, its words, and the steps it joins or learns from."""
+    """A run of a command in a folder.
+
+    Attributes:
+        name: of the folder.
+        words: the command.
+        needs: the steps it joins or learns from.
+        elsewhere: whether it is trained on the other recordings.
+        takes: the option that is given the first of its needs, and which file in that.
+    """
 
     name: str
     words: tuple[str, ...]
     needs: tuple["Step", ...] = ()
+    elsewhere: bool = False
+    takes: tuple[str, str] | None = None
 
     @property
     def is_ensemble(self) -> bool:
@@ -58,10 +71,15 @@ class Step:
         """Whether a network is trained for it, which depends on the seed."""
         return self.words[0] == "train/finetune.py" or any(need.trains for need in self.needs)
 
+    @property
+    def needs_others(self) -> bool:
+        """Whether there must be other recordings."""
+        return self.elsewhere or any(need.needs_others for need in self.needs)
 
-def step(name: str, words: Sequence[Any], *needs: Step) -> Step:
+
+def step(name: str, words: Sequence[Any], *needs: Step, **options: Any) -> Step:
     """A step from words of any kind."""
-    return Step(name, tuple(map(str, words)), needs)
+    return Step(name, tuple(map(str, words)), needs, **options)
 
 
 def fields(network: int, size: int) -> Step:
@@ -83,9 +101,12 @@ def systems() -> dict[str, Step]:
     """What is compared, in the order of the table."""
     probe = ["train/probe.py", "--images.size"]
     head = ["--backbone.trainable", "head", "--optimizer.backbone-lr-factor", "1"]
-    folds, many = [fold(k) for k in FOLDS], [fields(network, size) for network in NETWORKS for size in SIZES]
-    one = fields(0, 168)
+    folds, many = [fold(k) for k in FOLDS], [fields(*member) for member in MEMBERS]
+    one = many[0]
     ensemble = stacked("ensemble", *many, *folds)
+    tuned = step("tuned_on_others", TUNE, elsewhere=True)
+    last = ("--backbone.weights", "checkpoints/last/network.safetensors")
+    transferred = step("fields_tuned", [*one.words, "--backbone.cut", "blocks.5"], tuned, takes=last)
     return {
         "pixels": step("pixels", [*probe, 112, "--layers", "pixels"]),
         "frozen, best layer": step("frozen", [*probe, 224, "--layers", "all"]),
@@ -94,10 +115,15 @@ def systems() -> dict[str, Step]:
         "fine-tuned": folds[0],
         "fine-tuned, fast": fold(1, FAST, "fast"),
         "fine-tuned, five folds": stacked("folds", *folds, combine="mean"),
-        "frozen, nine probes": stacked("frozen_nine", *many),
+        "frozen, five probes": stacked("frozen_five", *many),
+        "tuned on the others, through windows": transferred,
+        "frozen, six probes": stacked("frozen_six", *many, transferred),
         "best": stacked("best", one, *folds),
         "ensemble": ensemble,
-        "distilled": step("distilled", ["train/finetune.py", "train/recipes/distill.yaml"], ensemble),
+        "ensemble, and tuned on the others": stacked("ensemble_tuned", *many, transferred, *folds),
+        "distilled": step(
+            "distilled", ["train/finetune.py", "train/recipes/distill.yaml"], ensemble, takes=("--distill.teacher", "")
+        ),
         "control: frozen, shuffled": step("control_frozen", [*one.words, "--shuffle-responses"]),
         "control: fine-tuned, shuffled": fold(1, FINE_TUNED, "control_fine_tuned", "--task.shuffle-responses"),
     }
@@ -135,9 +161,9 @@ def pack(recording: str, folder: Path, division: str, folds: int) -> Path:
     return shards
 
 
-def done(folder: Path) -> bool:
-    """Whether a step has been scored."""
-    return (folder / "eval" / "val" / "metrics.json").exists()
+def done(wanted: Step, folder: Path) -> bool:
+    """Whether a step has been scored, or trained where it is not scored itself."""
+    return (folder / ("seconds.json" if wanted.elsewhere else "eval/val/metrics.json")).exists()
 
 
 @dataclass(frozen=True)
@@ -146,33 +172,36 @@ class Cell:
 
     Attributes:
         shards: of the division; runs lie beside them.
+        others: shards of the other recordings.
         subset: training stimuli, all where None.
         seed: of training, and of the subset.
     """
 
     shards: Path
+    others: tuple[Path, ...]
     subset: int | None
     seed: int
 
     def folder(self, wanted: Step) -> Path:
         """Of a step; what no seed changes is shared by all."""
-        parts = ["runs", *([str(self.subset)] * (self.subset is not None))]
-        if self.seed and (self.subset is not None or wanted.trains):
+        of_subset = self.subset is not None and not wanted.elsewhere
+        parts = ["runs", *([str(self.subset)] * of_subset)]
+        if self.seed and (of_subset or wanted.trains):
             parts.append(f"seed_{self.seed}")
-        return self.shards.parent / "_".join(parts) / wanted.name
+        division = self.shards.parent.with_name(GIVEN) if wanted.elsewhere else self.shards.parent
+        return division / "_".join(parts) / wanted.name
 
-    @property
-    def words(self) -> list[str]:
+    def words(self, wanted: Step) -> list[str | Path]:
         """For what trains or probes."""
-        subset = [] if self.subset is None else ["--subset", str(self.subset)]
-        return [*subset, "--seed", str(self.seed)]
+        subset = [] if self.subset is None or wanted.elsewhere else ["--subset", str(self.subset)]
+        return ["--data", *(self.others if wanted.elsewhere else [self.shards]), *subset, "--seed", str(self.seed)]
 
 
 def run(wanted: Step, cell: Cell) -> Path:
     """Do a step and what it needs, unless that is done; returns its folder."""
     needed = [run(need, cell) for need in wanted.needs]
     folder = cell.folder(wanted)
-    if done(folder):
+    if done(wanted, folder):
         return folder
     print(f"{time.strftime('%H:%M:%S')} {folder}", file=sys.stderr, flush=True)
     started = time.monotonic()
@@ -180,9 +209,9 @@ def run(wanted: Step, cell: Cell) -> Path:
         command([wanted.words[0], *needed, *wanted.words[1:], "--out", folder])
     else:
         resume = ["--resume"] if (folder / "recipe.yaml").exists() else []
-        teacher = ["--distill.teacher", needed[0]] if needed else []
-        command([*wanted.words, "--data", cell.shards, "--out", folder, *cell.words, *teacher, *resume])
-        if wanted.words[0] == "train/finetune.py":
+        taken = [] if wanted.takes is None else [wanted.takes[0], needed[0] / wanted.takes[1]]
+        command([*wanted.words, *cell.words(wanted), "--out", folder, *taken, *resume])
+        if wanted.words[0] == "train/finetune.py" and not wanted.elsewhere:
             command(["train/evaluate.py", folder])
     before = seconds(folder)
     (folder / "seconds.json").write_text(json.dumps(before + time.monotonic() - started))
@@ -261,6 +290,28 @@ def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
         temporary.replace(out / name)
 
 
+def measured(recording: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The results of one recording, one after the other."""
+    known, name = systems(), Path(recording).name
+    others = tuple(
+        pack(other, options.out / Path(other).name, GIVEN, 0) for other in options.recordings if other != recording
+    )
+    wanted = [system for system in options.only if others or not known[system].needs_others]
+    divisions = [[GIVEN]] + ([[f"fold_{k}" for k in range(1, options.folds + 1)]] if options.folds else [])
+    cells = [(division, None, system) for division in divisions for system in wanted]
+    cells += [([GIVEN], size, system) for size in options.subsets for system in wanted if system in CURVE]
+    for division, subset, system in cells:
+        shards = [pack(recording, options.out / name, part, options.folds) for part in division]
+        by_seed, spent = [], 0.0
+        for seed in options.seeds:
+            parts = [Cell(part, others, subset, seed) for part in shards]
+            by_seed.append(scores([run(known[system], part) for part in parts]))
+            spent += sum(cost(known[system], part) for part in parts) / len(options.seeds)
+        label = division[0] if len(division) == 1 else f"{len(division)}-fold"
+        facts = {"recording": name, "division": label, "subset": subset, "system": system, "seconds": spent}
+        yield facts | by_seed[0] | {"seeds": options.seeds, "r2_by_seed": [found["r2"] for found in by_seed]}
+
+
 def main() -> None:
     """Run what is missing, recording by recording, and write the tables after every cell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -272,25 +323,12 @@ def main() -> None:
     parser.add_argument("--subsets", type=int, nargs="*", default=[], help="training stimuli, for the curve")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of training and of subsets")
     options = parser.parse_args()
-    out, results = options.out.resolve(), []
+    options.out, results = options.out.resolve(), []
     for recording in options.recordings:
-        name = Path(recording).name
-        divisions = [[GIVEN]] + ([[f"fold_{k}" for k in range(1, options.folds + 1)]] if options.folds else [])
-        cells = [(division, None, system) for division in divisions for system in options.only]
-        cells += [([GIVEN], size, system) for size in options.subsets for system in options.only if system in CURVE]
-        for division, subset, system in cells:
-            shards = [pack(recording, out / name, part, options.folds) for part in division]
-            by_seed, spent = [], 0.0
-            for seed in options.seeds:
-                parts = [Cell(part, subset, seed) for part in shards]
-                by_seed.append(scores([run(known[system], part) for part in parts]))
-                spent += sum(cost(known[system], part) for part in parts) / len(options.seeds)
-            label = division[0] if len(division) == 1 else f"{len(division)}-fold"
-            facts = {"recording": name, "division": label, "subset": subset, "system": system, "seconds": spent}
-            seeds = {"seeds": options.seeds, "r2_by_seed": [found["r2"] for found in by_seed]}
-            results.append(facts | by_seed[0] | seeds)
-            write(out, results)
-    print((out / "table.md").read_text())
+        for result in measured(recording, options):
+            results.append(result)
+            write(options.out, results)
+    print((options.out / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -54,4 +54,4 @@ def test_every_system_is_known_and_needs_what_it_joins(best):
     for system in systems.values():
         assert (ROOT / system.words[0]).is_file()
         assert all((ROOT / word).is_file() for word in system.words if word.endswith(".yaml"))
-        assert bool(system.needs) == (system.is_ensemble or system.name == "distilled")
+        assert bool(system.needs) == (system.is_ensemble or system.takes is not None)

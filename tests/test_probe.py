@@ -14,6 +14,7 @@ from sklearn.linear_model import LinearRegression, RidgeCV
 from data_prep.shards import ShardFolder
 from train.data.loader import Stimuli
 from train.probing.kernel_regression import PENALTIES
+from train.run.figures import layer_label
 
 LAYERS = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
 
@@ -188,3 +189,15 @@ def test_bad_input_to_a_probe(recording, tmp_path, options, expected):
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "label"),
+    [
+        ("blocks.4", "blocks.4"),
+        ("a+b+c+d", "a+b+c+d"),
+        ("blocks.2+blocks.2.0.bn2+blocks.3+blocks.4+blocks.5", "blocks.2+...+blocks.5 (5 modules)"),
+    ],
+)
+def test_layers_of_many_modules_have_short_names_in_tables(layer, label):
+    assert layer_label(layer) == label

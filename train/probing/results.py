@@ -12,7 +12,7 @@ from train.metrics.exact import SiteMoments
 from train.models.scoring import regression_block, report_head
 from train.probing.layers import Layer
 from train.probing.preparation import Job
-from train.run.figures import layer_figure
+from train.run.figures import layer_figure, layer_label
 from train.run.folder import LEFT_OUT, write_atomically, write_json, write_npz
 from train.run.monitor import Monitor
 
@@ -87,7 +87,7 @@ def table(metrics: Mapping[str, Any]) -> str:
         scores += [block["inner_r2"], block.get("rsa"), block.get("cka")]
         cells = [f"{_number(regression['r2']['mean'])} [{_number(low)}, {_number(high)}]", *map(_number, scores)]
         mark = " (chosen)" if layer == metrics["chosen"] else ""
-        lines.append(f"| {layer}{mark} | {block['features']:,} | {' | '.join(cells)} |")
+        lines.append(f"| {layer_label(layer)}{mark} | {block['features']:,} | {' | '.join(cells)} |")
     named = {f"{name}: relative to {metrics['regression'][key]['ceiling']}" for name, key in ceiled}
     return "\n".join([*lines, *(["", *sorted(named)] if named else [])])
 

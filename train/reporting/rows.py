@@ -18,6 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from data_prep.errors import BadInput
 from data_prep.plain import npz_arrays, parse_json, printable, read_regular
 from train.metrics.comparison import Predictions
+from train.run.figures import layer_label
 from train.run.folder import RunFolder
 from train.run.recipe import MOST_STIMULI
 from train.run.yaml_files import read_yaml
@@ -153,7 +154,7 @@ class Row:
         """The name, with the layer that a probe chose, and whether it is a control."""
         if self.metrics is None:
             return self.name
-        layer = f" ({self.metrics.chosen})" if len(self.metrics.layers) > 1 else ""
+        layer = f" ({layer_label(self.metrics.chosen)})" if len(self.metrics.layers) > 1 else ""
         return self.name + layer + (f" (CONTROL: {self.metrics.control})" if self.metrics.control else "")
 
     @property

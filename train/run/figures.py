@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 MISSING = "0.88"
 DPI = 150
+MOST_NAMED = 4  # modules of one layer
 BLUE, VERMILLION, GREEN, ORANGE, SKY, PURPLE = "#0072b2", "#d55e00", "#009e73", "#e69f00", "#56b4e9", "#cc79a7"
 
 
@@ -139,6 +140,12 @@ def curve(x: Axis, points: Sequence[Point], *, title: str, label: str) -> bytes:
     return _finish(figure, axes, title)
 
 
+def layer_label(layer: str) -> str:
+    """A layer's name for tables and figures; of many that `+` joins, the first, the last and their number."""
+    parts = layer.split("+")
+    return layer if len(parts) <= MOST_NAMED else f"{parts[0]}+...+{parts[-1]} ({len(parts)} modules)"
+
+
 def layer_figure(metrics: Mapping[str, Any]) -> bytes:
     """`draw_layers` as a PNG.
 
@@ -187,8 +194,9 @@ def draw_layers(
     if ceiling is not None:
         axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label="ceiling, mean over sites")
     axes.axhline(0, color="0.7", linewidth=0.6, zorder=0)
-    slanted = sum(map(len, per_site)) > 60
-    axes.set_xticks(places, map(plain, per_site), rotation=35 * slanted, ha="right" if slanted else "center")
+    names = [plain(layer_label(layer)) for layer in per_site]
+    slanted = sum(map(len, names)) > 60
+    axes.set_xticks(places, names, rotation=35 * slanted, ha="right" if slanted else "center")
     axes.set_ylabel("explained variance")
     axes.plot([], [], "s", color=VERMILLION, alpha=0.4, label="the layer that was chosen")
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
