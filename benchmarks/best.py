@@ -36,7 +36,7 @@ SIMULATED = "simulated"
 GIVEN = "given"
 LITE = "tf_efficientnet_lite"
 FOLDS = range(1, 6)
-MEMBERS = ((0, 168), (0, 112), (0, 224), (1, 168), (2, 168))  # network and px of the probes that are joined
+MEMBERS = ((0, 168), (1, 168), (2, 168))  # network and px of the probes that are joined
 FINE_TUNED = ["train/finetune.py", "train/recipes/best.yaml"]
 FAST = ["train/finetune.py", "train/recipes/best_fast.yaml"]
 FIELDS = ["train/probe.py", "train/recipes/probes/best.yaml"]
@@ -115,9 +115,9 @@ def systems() -> dict[str, Step]:
         "fine-tuned": folds[0],
         "fine-tuned, fast": fold(1, FAST, "fast"),
         "fine-tuned, five folds": stacked("folds", *folds, combine="mean"),
-        "frozen, five probes": stacked("frozen_five", *many),
+        "frozen, three networks": stacked("frozen_three", *many),
         "tuned on the others, through windows": transferred,
-        "frozen, six probes": stacked("frozen_six", *many, transferred),
+        "these, and tuned on the others": stacked("frozen_tuned", *many, transferred),
         "best": stacked("best", one, *folds),
         "ensemble": ensemble,
         "ensemble, and tuned on the others": stacked("ensemble_tuned", *many, transferred, *folds),

@@ -28,4 +28,4 @@ fi
 # Most of the time goes into starting processes that compute little: as many files at a time as there are cores, up to
 # four, and one thread each.
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
-OMP_NUM_THREADS=1 exec "$python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder "$@"
+OMP_NUM_THREADS=1 exec "$python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations 25 "$@"

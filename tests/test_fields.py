@@ -117,3 +117,12 @@ def test_windows_need_leave_one_out(data, tmp_path):
     words = ["--layers", "pixels", "--readout", "ols", "--field", "gaussian"]
     done = run_here("train/probe.py", "--data", data, "--out", tmp_path / "run", *words)
     assert_refused(done, "field", "ridge")
+
+
+def test_a_layer_may_join_more_modules_than_a_file_name_holds(data, tmp_path):
+    run = tmp_path / "run"
+    probed(run, data, *NETWORK, "--layers", "stages.*.blocks.*.*+stages.*.blocks.*.mlp.*")
+    (layer,) = metrics(run)["layers"]
+    assert len(layer) > 255
+    (line,) = [line for line in (run / "eval" / "val" / "table.md").read_text().splitlines() if "(chosen)" in line]
+    assert len(line) < 255

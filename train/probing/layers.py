@@ -5,6 +5,7 @@ A layer may be several modules whose features are read together, and be looked a
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import shutil
@@ -29,6 +30,8 @@ from train.probing.gram import ROUNDING, inner_products
 from train.probing.kernel_regression import Method, centred, folded_r2, regress, squared_error_r2
 from train.run.monitor import Monitor
 from train.run.recipe import ProbeRecipe
+
+LONGEST_NAME = 120  # letters of a layer in the name of a file
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,8 @@ class _View:
     def name(self) -> str:
         """Of its file."""
         shape = "" if self.window == WHOLE else "@{x:+.2f}{y:+.2f}~{width:.2f}".format(**asdict(self.window))
-        return self.layer + shape
+        layer = self.layer  # of many modules its name is longer than file systems allow
+        return (layer if len(layer) <= LONGEST_NAME else hashlib.sha256(layer.encode()).hexdigest()) + shape
 
 
 class Probing:
