@@ -21,7 +21,7 @@ from pydantic import BaseModel, Field, ValidationError
 
 from data_prep.errors import BadInput
 from data_prep.manifest import Manifest
-from train.run.folder import check_writable, write_atomically, write_json
+from train.run.folder import check_writable, flat, write_atomically, write_json
 from train.run.recipe import LARGEST_SEED, WEEK, Recipe, Settings, Text, load_recipe
 from train.run.yaml_files import describe, read_yaml
 
@@ -407,8 +407,8 @@ class SweepFolder:
     def _check_same(self, plan: Plan, manifest: Manifest) -> None:
         if self.facts()["recording"] != manifest.fingerprint:
             raise BadInput(f"{self.path} holds a sweep on other data; join it with the --data it began with")
-        before = _flat(_read(self.sweep)) | _flat(_read(self.recipe), "recipe.")
-        now = _flat(_plain(plan.resolved())) | _flat(plan.base.model_dump(mode="json"), "recipe.")
+        before = flat(_read(self.sweep)) | flat(_read(self.recipe), "recipe.")
+        now = flat(_plain(plan.resolved())) | flat(plan.base.model_dump(mode="json"), "recipe.")
         differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if differing:
             name = differing[0]
@@ -439,10 +439,3 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _plain(content: Any) -> Any:
     return json.loads(json.dumps(content))
-
-
-def _flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in content.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
