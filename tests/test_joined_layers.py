@@ -12,7 +12,11 @@ from launching import SMALL, STOP_WHILE_SCORING, largest_difference, run_patched
 from test_backbones import backbone, pictures, refusal
 
 from data_prep.errors import STOPPED, BadInput
+from data_prep.shards import ShardFolder
+from train.data.loader import Stimuli
+from train.finetuning.layer_balance import balance_layers
 from train.models.joined_layers import SIDE, averages
+from train.parallel.runtime import started
 
 LAYERS = {"test_resnet": ("layer1", "layer3"), "test_vit": ("blocks.0", "blocks.2")}
 
@@ -128,3 +132,20 @@ def test_a_run_that_goes_on_has_the_scales_it_had(words, run, tmp_path):
     done = run_here("train/finetune.py", "--data", words[2], "--out", tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert largest_difference(weights(tmp_path / "run"), weights(run)) == 0
+
+
+def test_balancing_leaves_batch_statistics_as_they_are(recording):
+    """And does not depend on them being those of a batch, or the number of processes would matter."""
+    network = backbone("test_resnet", "layer1+layer3", size=32).train()
+    before = {name: tensor.clone() for name, tensor in network.net.state_dict().items()}
+    with started(None, "fp32") as runtime:
+        stimuli = Stimuli(ShardFolder(recording).split("train"), 32)
+        balance_layers(network, stimuli, runtime, batch_size=16, workers=0)
+    assert network.training
+    assert (network.join.scales != 1).all()
+    assert largest_difference(before, network.net.state_dict()) == 0
+    with torch.no_grad():
+        shown = stimuli.pictures(np.arange(len(stimuli))).permute(0, 3, 1, 2)
+        layers = network.eval()(shown).split(network.join.channels, 1)
+    variances = [float((x.square().mean((0, 2, 3)) - x.mean((2, 3)).mean(0).square()).sum()) for x in layers]
+    assert variances[0] == pytest.approx(variances[1], rel=1e-3)

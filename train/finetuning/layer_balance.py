@@ -17,7 +17,7 @@ def balance_layers(
     Without it a ridge, or a step of the optimizer, would attend to the layer that happens to have the largest numbers.
 
     Args:
-        backbone: with joined layers, on the runtime's device, in evaluation mode.
+        backbone: with joined layers, on the runtime's device; its BatchNorm statistics stay as they are.
         stimuli: to fit.
         runtime: this process.
         batch_size: stimuli per forward pass.
@@ -28,7 +28,10 @@ def balance_layers(
         found = backbone(images).double()
         return {"sum": found.mean((2, 3)), "squares": found.square().mean((2, 3))}
 
+    training = backbone.training
+    backbone.eval()
     own = extract(moments, stimuli, runtime, batch_size=batch_size, workers=workers, label="how much layers vary")
+    backbone.train(training)
     totals = runtime.sum(torch.stack([own["sum"].sum(0), own["squares"].sum(0)]).to(runtime.device)) / len(stimuli)
     variances = totals[1] - totals[0].square()
     of_layer = torch.stack([part.sum() for part in variances.split(backbone.join.channels)])
