@@ -63,14 +63,14 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
 def ours(folder: Path, counts: tuple[int, int], components: int) -> None:
     """The Gram matrix over all processes, one eigendecomposition for both regressions."""
     from train.parallel.runtime import started
-    from train.probing.gram import ROUNDING, inner_products
+    from train.probing.gram import ROUNDING, Activations, inner_products
     from train.probing.kernel_regression import Method, centred, regress
 
     with started(None, "fp32") as runtime:
         stores, rates = own_stores(folder, counts, runtime), np.load(folder / "rates.npy")
         runtime.barrier()
         started_at = time.monotonic()
-        products = inner_products(stores, "layer", counts, runtime, memory=0.5, precision="float32", owner=0)
+        products = inner_products(Activations(stores, counts, runtime, 0.5, "float32"), "layer", 0)
         if runtime.leads:
             everyone = np.arange(sum(counts))
             gram = centred(products, everyone[: counts[0]], everyone[counts[0] :], ROUNDING["float32"])

@@ -19,6 +19,7 @@ from train.models.backbones import check_name
 from train.parallel.runtime import Runtime, started
 from train.probing.layers import Probing
 from train.probing.preparation import Job, prepare
+from train.probing.products import Products
 from train.probing.results import results, table, write_results
 from train.run.folder import begun_by_this_job, open_probe
 from train.run.monitor import Monitor
@@ -79,10 +80,8 @@ def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     begun = time.monotonic()
     job.look.to(runtime.device)
     monitor.say(job.describe())
-    probing = Probing(
-        job.recipe, job.splits, job.layers, job.look, job.partitions, scratch, runtime, job.workers, monitor
-    )
-    found = probing.run()
+    products = Products(job.recipe, job.splits, job.look, scratch, runtime, job.workers, monitor)
+    found = Probing(job.recipe, job.layers, job.partitions, job.rates, products, runtime).run()
     if runtime.leads:
         metrics, prediction = results(job, found, runtime.ranks)
         write_results(job, found, metrics, prediction, monitor)
@@ -90,7 +89,7 @@ def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
         monitor.say(table(metrics))
         monitor.say(f"written to {job.folder.evaluation(job.split)}")
     runtime.barrier()
-    probing.clear()
+    products.clear()
 
 
 def main() -> None:

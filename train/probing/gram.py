@@ -16,6 +16,8 @@ that a rank holds its sum of products, 8 n^2 bytes.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -28,25 +30,26 @@ from train.probing.feature_store import FeatureStore
 
 COLUMNS = 8192  # in one product; beyond that, sums are in float64
 STRIPES, LEAST_STRIPE = 8, 256  # of a product: how many, and the fewest rows in each
-COPIES = 4  # of a block that exist at one time: read, packed, received, and what the allocator keeps
+COPIES = 4  # of a block that exist at one time: read, packed or sorted, received, and what the allocator keeps
 Precision = Literal["float64", "float32", "tf32", "bf16"]
 # Of sums of many products, relative to the largest eigenvalue of their matrix; see
 # `train.probing.kernel_regression.Gram`.
 ROUNDING: dict[Precision, float] = {"float64": 0.0, "float32": 2e-7, "tf32": 1e-5, "bf16": 1e-5}
 
 
-def feature_slice(own: torch.Tensor, runtime: Runtime, rows: Sequence[int]) -> torch.Tensor:
+def feature_slice(own: torch.Tensor, runtime: Runtime, rows: Sequence[int], unit: int = 1) -> torch.Tensor:
     """All stimuli of this rank's slice of the features, float32 (stimuli, about features / ranks), rank after rank.
 
     Args:
         own: float32 (own stimuli, features).
         runtime: this process.
         rows: stimuli of each rank.
+        unit: how many features in a row stay together; there is a multiple of them.
     """
-    ranks, features = runtime.ranks, own.shape[1]
+    ranks = runtime.ranks
     if ranks == 1:
         return own
-    bounds = [rank * features // ranks for rank in range(ranks + 1)]
+    bounds = [rank * (own.shape[1] // unit) // ranks * unit for rank in range(ranks + 1)]
     width = bounds[runtime.rank + 1] - bounds[runtime.rank]
     sent = torch.cat([own[:, bounds[k] : bounds[k + 1]].flatten() for k in range(ranks)]).to(runtime.device)
     received = torch.empty(sum(rows) * width, device=runtime.device)
@@ -59,62 +62,89 @@ def feature_slice(own: torch.Tensor, runtime: Runtime, rows: Sequence[int]) -> t
     return received.view(sum(rows), width)
 
 
-def inner_products(
-    stores: Sequence[FeatureStore],
-    layer: str,
-    counts: Sequence[int],
-    runtime: Runtime,
-    *,
-    memory: float,
-    precision: Precision,
-    owner: int,
-    factors: np.ndarray | None = None,
-) -> np.ndarray | None:
+@dataclass(frozen=True)
+class Activations:
+    """The activations of all stimuli: those of each rank's share of them are on its disk.
+
+    Attributes:
+        stores: of this rank, one per split.
+        counts: stimuli of each split, over all ranks.
+        runtime: this process.
+        memory: GiB that what is read at one time may take up, in this process.
+        precision: of products; see `multiplied`.
+    """
+
+    stores: Sequence[FeatureStore]
+    counts: Sequence[int]
+    runtime: Runtime
+    memory: float
+    precision: Precision
+
+    @property
+    def stimuli(self) -> int:
+        """How many, of all splits."""
+        return sum(self.counts)
+
+    @cached_property
+    def _shares(self) -> list[list[np.ndarray]]:
+        """Of each rank and split, the positions of its stimuli in the split."""
+        ranks = self.runtime.ranks
+        return [[share(np.arange(count), rank, ranks) for count in self.counts] for rank in range(ranks)]
+
+    @cached_property
+    def _place(self) -> torch.Tensor:
+        """Where the stimuli, split after split, are among those of rank after rank."""
+        offsets = np.cumsum([0, *self.counts])
+        parts = [part + offset for parts in self._shares for part, offset in zip(parts, offsets, strict=False)]
+        return torch.from_numpy(np.argsort(np.concatenate(parts))).to(self.runtime.device)
+
+    def slices(self, layer: str, unit: int = 1) -> Iterator[torch.Tensor]:
+        """This rank's slices of a layer's features, block after block: float32 (stimuli, features), split after split.
+
+        They are centred on the mean of all stimuli; that is rounded, but who uses the products centres them again.
+
+        Args:
+            layer: whose features.
+            unit: how many features in a row stay together; the layer has a multiple of them.
+        """
+        runtime, width = self.runtime, self.stores[0].width(layer)
+        rows = [sum(map(len, parts)) for parts in self._shares]
+        own_rows = [len(part) for part in self._shares[runtime.rank]]
+        units = max(int(self.memory * 2**30 / (4 * COPIES * self.stimuli * unit)), 1)
+        block = units * unit * runtime.ranks
+        for start in range(0, width, block):
+            own = torch.from_numpy(self._own_columns(layer, own_rows, start, min(start + block, width)))
+            received = feature_slice(own.to(runtime.device), runtime, rows, unit)
+            if runtime.ranks > 1:
+                received = received[self._place]
+            yield received.sub_(received.mean(0))
+
+    def _own_columns(self, layer: str, rows: Sequence[int], start: int, stop: int) -> np.ndarray:
+        own, first = np.empty((sum(rows), stop - start), np.float32), 0
+        for store, count in zip(self.stores, rows, strict=True):
+            store.read_columns(layer, start, stop, own[first : first + count])
+            first += count
+        return own
+
+
+def inner_products(activations: Activations, layer: str, owner: int) -> np.ndarray | None:
     """Inner products of a layer's features, centred on the mean of all stimuli.
 
     Args:
-        stores: of this rank, one per split.
+        activations: of all stimuli.
         layer: whose features.
-        counts: stimuli of each split, over all ranks.
-        runtime: this process.
-        memory: GiB that the features may take up at one time, in this process.
-        precision: of the products; see `multiplied`.
         owner: the rank that gets the result.
-        factors: float32 (features,), by which features are multiplied before; None leaves them as they are.
 
     Returns:
         float64 (n, n), the splits' stimuli one split after the other; None on the other ranks.
     """
-    ranks, stimuli, width = runtime.ranks, sum(counts), stores[0].width(layer)
-    shares = [[share(np.arange(count), rank, ranks) for count in counts] for rank in range(ranks)]
-    rows = [sum(map(len, parts)) for parts in shares]
-    own_rows = [len(part) for part in shares[runtime.rank]]
-    block = max(int(memory * 2**30 / (4 * COPIES * stimuli)), 1) * ranks
+    stimuli, runtime = activations.stimuli, activations.runtime
     total = torch.zeros(stimuli, stimuli, dtype=torch.float64, device=runtime.device)
-    for start in range(0, width, block):
-        own = _own_columns(stores, layer, own_rows, start, min(start + block, width))
-        if factors is not None:
-            own *= factors[start : start + block]
-        received = feature_slice(torch.from_numpy(own).to(runtime.device), runtime, rows)
-        received -= received.mean(0)  # its rounding does not matter: who uses the products centres them
-        for first in range(0, received.shape[1], COLUMNS):
-            total += multiplied(received[:, first : first + COLUMNS], precision)
+    for received in activations.slices(layer):
+        for columns in received.split(COLUMNS, dim=1):
+            total += multiplied(columns, activations.precision)
     summed = runtime.sum_to(total, owner)
-    if summed is None:
-        return None
-    # Rank after rank -> split after split.
-    offsets = np.cumsum([0, *counts])
-    held = np.concatenate([part + offset for parts in shares for part, offset in zip(parts, offsets, strict=False)])
-    place = np.argsort(held)
-    return summed.cpu().numpy()[np.ix_(place, place)]
-
-
-def _own_columns(stores: Sequence[FeatureStore], layer: str, rows: Sequence[int], start: int, stop: int) -> np.ndarray:
-    own, first = np.empty((sum(rows), stop - start), np.float32), 0
-    for store, count in zip(stores, rows, strict=True):
-        store.read_columns(layer, start, stop, own[first : first + count])
-        first += count
-    return own
+    return None if summed is None else summed.cpu().numpy()
 
 
 def multiplied(features: torch.Tensor, precision: Precision) -> torch.Tensor:
@@ -127,7 +157,7 @@ def multiplied(features: torch.Tensor, precision: Precision) -> torch.Tensor:
     """
     if precision == "float64":
         return _symmetric_product(features.double())
-    with _float32_products(precision):
+    with float32_products(precision):
         return _symmetric_product(features)
 
 
@@ -144,7 +174,8 @@ def _symmetric_product(features: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _float32_products(precision: Precision) -> Iterator[None]:
+def float32_products(precision: Precision) -> Iterator[None]:
+    """Products of float32 matrices by the hardware that rounds their factors to `precision`."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision({"float32": "highest", "tf32": "high", "bf16": "medium"}[precision])
     try:

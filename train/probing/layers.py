@@ -1,37 +1,23 @@
-"""What a probe does: activations to disk, inner products layer by layer, regressions, likeness of layer and brain.
+"""What a probe does with the inner products of its layers (`products.py`): regressions, likeness of layer and brain.
 
 A layer may be several modules whose features are read together, and be looked at through several windows
 (`train/models/fields.py`); each of these views has inner products and a regression of its own.
 """
 
-import contextlib
-import hashlib
-import itertools
-import json
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
 
-from train.data.loader import Stimuli
 from train.metrics.exact import mean_score
 from train.metrics.similarity import cka, rsa
 from train.models.fields import WHOLE, Window, windows
-from train.models.joined_layers import parts_of
 from train.models.stacking import stack
 from train.parallel.runtime import Runtime
-from train.probing.feature_store import FeatureStore
-from train.probing.features import LayerFeatures, PixelFeatures, activations
-from train.probing.gram import ROUNDING, inner_products
+from train.probing.gram import ROUNDING
 from train.probing.kernel_regression import Method, centred, folded_r2, regress, squared_error_r2
-from train.run.monitor import Monitor
+from train.probing.products import Products, View
 from train.run.recipe import ProbeRecipe
-
-LONGEST_NAME = 120  # letters of a layer in the name of a file
 
 
 @dataclass(frozen=True)
@@ -68,202 +54,49 @@ class Layer:
     centre: list[np.ndarray] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class _View:
-    """A layer through a window: what one matrix of inner products is of."""
-
-    layer: str
-    window: Window
-
-    @property
-    def name(self) -> str:
-        """Of its file."""
-        shape = "" if self.window == WHOLE else "@{x:+.2f}{y:+.2f}~{width:.2f}".format(**asdict(self.window))
-        layer = self.layer  # of many modules its name is longer than file systems allow
-        return (layer if len(layer) <= LONGEST_NAME else hashlib.sha256(layer.encode()).hexdigest()) + shape
-
-
 class Probing:
-    """A probe under way; what it has done already is found again after a kill.
+    """The regressions of a probe, shared by all processes.
 
     Args:
         recipe: its settings.
-        splits: the stimuli by split; positions count through all of them.
         layers: names, in order.
-        look: from pictures to the activations of these layers.
         partitions: what is fitted, and what it is tried on.
-        scratch: folder for activations and inner products.
+        rates: float32 (stimuli, sites), of all stimuli.
+        products: of these.
         runtime: this process.
-        workers: decoding processes.
-        monitor: log.
     """
 
     def __init__(
         self,
         recipe: ProbeRecipe,
-        splits: Mapping[str, Stimuli],
         layers: list[str],
-        look: LayerFeatures | PixelFeatures,
         partitions: Sequence[Partition],
-        scratch: Path,
+        rates: np.ndarray,
+        products: Products,
         runtime: Runtime,
-        workers: int,
-        monitor: Monitor,
     ):
-        self._recipe, self._splits, self._layers, self._look = recipe, splits, layers, look
-        self._partitions, self._runtime, self._workers, self._monitor = partitions, runtime, workers, monitor
-        self._scratch = scratch / f"{runtime.rank}_of_{runtime.ranks}"
-        rates = [stimuli.rates for stimuli in splits.values()]
-        self._rates = np.concatenate(rates)
+        self._recipe, self._layers, self._partitions, self._rates = recipe, layers, partitions, rates
+        self._products, self._runtime = products, runtime
         self._held_out = np.concatenate([partition.held_out for partition in partitions])
 
     def run(self) -> dict[str, Layer]:
         """All layers, on every rank."""
-        size = next(iter(self._splits.values())).size
-        picture = torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self._runtime.device)
-        with torch.no_grad():
-            widths = {part: found.shape[1] for part, found in self._look(picture).items()}
-            maps = self._look.map_sizes(picture)
-        self._begin_anew_unless(self._described(widths))
         tried = windows() if self._recipe.field == "gaussian" else [WHOLE]
-        views = [_View(layer, window) for layer in self._layers for window in tried]
-        owners = self._products(views, widths, maps)
-        solved = {view: self._solve(view, widths) for view in views if owners[view] == self._runtime.rank}
+        owners = self._products.make([View(layer, window) for layer in self._layers for window in tried])
+        solved = {view: self._solve(view) for view, owner in owners.items() if owner == self._runtime.rank}
         everyones = {view: found for part in self._runtime.gather_objects(solved) for view, found in part.items()}
         return {
-            layer: self._joined({view.window: everyones[view] for view in of_layer})
-            for layer, of_layer in itertools.groupby(views, lambda view: view.layer)
+            layer: self._joined({window: everyones[View(layer, window)] for window in tried}) for layer in self._layers
         }
 
-    def clear(self) -> None:
-        """Free the scratch space."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other ranks may not have cleared theirs
-            self._scratch.parent.rmdir()
-
-    # --- what is there already
-
-    def _described(self, widths: Mapping[str, int]) -> dict[str, Any]:
-        """What activations and inner products depend on."""
-        return {
-            "backbone": self._recipe.backbone.model_dump(),
-            "pool": self._recipe.pool,
-            "seed": self._recipe.seed,
-            "batch_size": self._recipe.batch_size,
-            "products": self._recipe.products,
-            "field": self._recipe.field,
-            "splits": {name: [stimuli.size, stimuli.fingerprint()] for name, stimuli in self._splits.items()},
-            "widths": dict(widths),
-        }
-
-    def _begin_anew_unless(self, described: Mapping[str, Any]) -> None:
-        note, text = self._scratch / "of.json", json.dumps(described, sort_keys=True)
-        if not note.is_file() or note.read_text() != text:
-            self.clear()
-            self._scratch.mkdir(parents=True)
-            note.write_text(text)
-
-    def _path(self, view: _View) -> Path:
-        return self._scratch / f"{view.name}.products.npy"
-
-    def _found(self, views: Sequence[_View]) -> dict[_View, int]:
-        """The views whose products are there, and the rank that has them."""
-        own = [view for view in views if self._path(view).exists()]
-        lists = self._runtime.gather_objects(own)
-        return {view: rank for rank, found in enumerate(lists) for view in found}
-
-    # --- the work
-
-    def _products(
-        self, views: Sequence[_View], widths: Mapping[str, int], maps: Mapping[str, tuple[int, int]]
-    ) -> dict[_View, int]:
-        """Inner products of every view on disk; returns the rank that has them."""
-        owners = self._found(views)
-        missing = [view for view in views if view not in owners]
-        if owners:
-            self._monitor.say(f"{len(owners)} of {len(views)} layers and windows are there already")
-        last_view = {part: view for view in missing for part in parts_of(view.layer)}
-        stores = [
-            self._store(name, stimuli, {part: widths[part] for part in last_view})
-            for name, stimuli in self._splits.items()
-            if missing
-        ]
-        for number, view in enumerate(missing):
-            owner = number % self._runtime.ranks
-            products = self._products_of(view, stores, maps, owner)
-            if products is not None:
-                temporary = self._path(view).with_suffix(".tmp")
-                with temporary.open("wb") as file:
-                    np.save(file, products)
-                temporary.replace(self._path(view))
-            self._runtime.barrier()
-            for part in parts_of(view.layer):
-                if last_view[part] == view:
-                    for store in stores:
-                        store.discard(part)
-            owners[view] = owner
-            if view.window == WHOLE:
-                self._monitor.say(f"{view.layer}: {sum(widths[part] for part in parts_of(view.layer)):,} features")
-        return owners
-
-    def _products_of(
-        self, view: _View, stores: Sequence[FeatureStore], maps: Mapping[str, tuple[int, int]], owner: int
-    ) -> np.ndarray | None:
-        """Inner products of a view as they are kept, (stimuli, stimuli); None on other ranks than `owner`.
-
-        Where several modules are read together, each is brought to the same mean square, or the loudest would be read
-        alone.
-        """
-        parts, found = parts_of(view.layer), []
-        for part in parts:
-            weights, factors = view.window.weights(*maps[part]), None
-            if view.window != WHOLE:
-                factors = np.tile(np.sqrt(weights), stores[0].width(part) // len(weights))
-            products = inner_products(
-                stores,
-                part,
-                [len(stimuli) for stimuli in self._splits.values()],
-                self._runtime,
-                memory=self._recipe.memory,
-                precision=self._recipe.products,
-                owner=owner,
-                factors=factors,
-            )
-            if products is not None:
-                size = np.trace(products) / len(products) if len(parts) > 1 else 1.0
-                found.append(products / (size or 1.0))
-        if not found:
-            return None
-        # There are many windows, and most products are rounded to float32 already.
-        halved = view.window != WHOLE and self._recipe.products != "float64"
-        return sum(found).astype(np.float32 if halved else np.float64)
-
-    def _store(self, name: str, stimuli: Stimuli, widths: Mapping[str, int]) -> FeatureStore:
-        """The activations of this rank's stimuli of a split."""
-        store, size = FeatureStore(self._scratch / name, widths), self._recipe.batch_size
-        there = store.rows() // size  # whole batches: predictions may depend on a batch's shape in the last digit
-        store.keep(there * size)
-        look = self._look.of(list(widths))
-        for found in activations(
-            look,
-            stimuli,
-            self._runtime,
-            batch_size=size,
-            workers=self._workers,
-            label=f"activations of {name}",
-            skip=there,
-        ):
-            store.append(found)
-        return store
-
-    def _solve(self, view: _View, widths: Mapping[str, int]) -> Layer:
+    def _solve(self, view: View) -> Layer:
         """All partitions of a layer, through one window."""
-        products = np.load(self._path(view), allow_pickle=False).astype(np.float64)
+        products = self._products.load(view)
         recipe = self._recipe
         method = Method(recipe.readout, recipe.latent if recipe.readout == "pls" else recipe.components)
         prediction = np.full(self._rates.shape, np.nan, np.float32)
         likeness = self._likeness(products) if view.window == WHOLE else (float("nan"), float("nan"))
-        layer = Layer(sum(widths[part] for part in parts_of(view.layer)), prediction, [], *likeness)
+        layer = Layer(self._products.width(view.layer), prediction, [], *likeness)
         rounding = ROUNDING[recipe.products]
         for partition in self._partitions:
             rates = self._rates[partition.fit]
