@@ -13,7 +13,8 @@ from data_prep.sources.folder import Folder
 from train.data.loader import Stimuli
 from train.models.backbones import Backbone
 from train.models.fields import WHOLE, Window, windows
-from train.probing.features import LayerFeatures
+from train.models.stacking import stack
+from train.probing.features import LayerFeatures, PixelFeatures
 from train.probing.gram import ROUNDING
 from train.probing.kernel_regression import Method, centred, regress
 from train.run.recipe import Source
@@ -84,33 +85,55 @@ def test_predictions_of_the_stimuli_left_out_are_kept(on_pixels, data):
         assert 0.1 < np.corrcoef(kept["prediction"][:, 0], kept["target"][:, 0])[0, 1] < 0.9
 
 
-def test_layers_joined_by_a_plus_are_read_together_on_any_number_of_processes(data, tmp_path):
-    words = [*NETWORK, "--layers", "stages.1+stages.0", "--field", "gaussian"]
-    one = probed(tmp_path / "one", data, *words)
-    assert list(one["layers"]) == ["stages.0+stages.1"]
-    succeed(2, "train/probe.py", "--data", data, "--out", tmp_path / "two", "--loader.workers", 0, *words)
-    for layer, block in metrics(tmp_path / "two")["layers"].items():
-        expected = one["layers"][layer]["regression"]["r2"]["per_site"]
-        assert block["regression"]["r2"]["per_site"] == pytest.approx(expected, abs=1e-3)
-
-
 def test_a_sum_of_layers_is_ridge_on_features_of_one_size(data, tmp_path):
     probed(tmp_path / "run", data, *NETWORK, "--layers", "stages.0+stages.1")
+    products = 0
+    for own in centred_features(data).values():
+        products = products + own @ own.T / np.square(own).sum()
+    gram, rates = gram_and_rates(products, data, ROUNDING["float32"])
+    expected = regress(gram, rates, Method("ridge", 1000)).prediction
+    np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(("layers", "processes"), [("stages.1+stages.0", 1), ("stages.1+stages.0", 3), ("pixels", 1)])
+def test_each_window_is_a_ridge_on_features_weighed_by_it(data, tmp_path, layers, processes):
+    """On any number of processes, in stripes of a few rows; a map of few positions and one of many (pixels)."""
+    run, own_words = tmp_path / "run", NETWORK if layers != "pixels" else ["--images.size", SIZE]
+    words = [*own_words, "--layers", layers, "--field", "gaussian", "--products", "float64", "--memory", "0.002"]
+    if processes == 1:
+        probed(run, data, *words)
+    else:
+        succeed(processes, "train/probe.py", "--data", data, "--out", run, "--loader.workers", 0, *words)
+    assert list(metrics(run)["layers"]) == ["pixels" if layers == "pixels" else "stages.0+stages.1"]
+    fits = []
+    for window in windows():
+        products = 0
+        for layer, own in centred_features(data, layers).items():
+            side = {"pixels": SIZE, "stages.0": 7, "stages.1": 4}[layer]
+            seen = own * np.sqrt(np.tile(window.weights(side, side), own.shape[1] // side**2))
+            products = products + seen @ seen.T / np.square(seen).sum()
+        gram, rates = gram_and_rates(products, data, ROUNDING["float64"])
+        fits.append(regress(gram, rates, Method("ridge", 1000)))
+    stacked = stack([fit.left_out for fit in fits], rates, [fit.prediction for fit in fits])
+    np.testing.assert_allclose(predictions(run)["prediction"], stacked.prediction, atol=1e-4)
+    np.testing.assert_allclose(predictions(run, "left_out")["prediction"], stacked.left_out, atol=1e-4)
+
+
+def centred_features(data, layers=""):
+    """Of all stimuli, train before val, float64 by layer."""
     shards = ShardFolder(data)
     torch.manual_seed(0)
     look = LayerFeatures(Backbone(Source(name="test_convnext", weights="random"), SIZE).eval(), STAGES, 7)
     pictures = [Stimuli(shards.split(name), SIZE).pictures(np.arange(count)) for name, count in COUNTS.items()]
     with torch.no_grad():
-        features = look(torch.cat(pictures).permute(0, 3, 1, 2))
-    products = 0
-    for stage in STAGES:
-        own = features[stage].double().numpy()
-        own -= own.mean(0)
-        products = products + own @ own.T / np.square(own).sum()
+        features = (PixelFeatures() if layers == "pixels" else look)(torch.cat(pictures).permute(0, 3, 1, 2))
+    return {layer: (own.double() - own.double().mean(0)).numpy() for layer, own in features.items()}
+
+
+def gram_and_rates(products, data, rounding):
+    """For the regression from train to val."""
     fit, held_out = np.split(np.arange(len(products)), [COUNTS["train"]])
-    gram = centred(products, fit, held_out, ROUNDING["float32"])
-    expected = regress(gram, shards.split("train").rates(), Method("ridge", 1000)).prediction
-    np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, atol=1e-3)
+    return centred(products, fit, held_out, rounding), ShardFolder(data).split("train").rates()
 
 
 def test_windows_need_leave_one_out(data, tmp_path):
