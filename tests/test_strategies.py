@@ -17,7 +17,11 @@ from train.finetuning.preparation import check_hardware
 from train.run.checkpoint import load_progress
 from train.run.recipe import Recipe
 
-STRATEGIES = ["zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"]
+# Every day, zero0 and zero1 are tried by a run that goes from one to the other.
+STRATEGIES = [
+    *(pytest.param("zero0", marks=slow), pytest.param("zero1", marks=slow)),
+    *("zero2", "zero3", "zero2_offload", "zero3_offload"),
+]
 # Accumulation, clipping, weights that the losses learn, an average of the weights; a checkpoint at every other step of
 # two epochs of five, all of them kept.
 OPTIONS = [
@@ -130,7 +134,7 @@ def test_saving_midway_changes_nothing(live):
     assert_same(*live)
 
 
-@pytest.mark.parametrize("step", [3, 7])
+@pytest.mark.parametrize("step", [pytest.param(3, marks=slow), 7])
 def test_a_run_stopped_at_any_step_ends_bitwise_as_if_undisturbed(live, recording, tmp_path, step):
     run = stopped_after(live[0], step, tmp_path / "run")
     assert (run / "checkpoints" / "last" / "statistics.safetensors").exists()

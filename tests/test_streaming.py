@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, slow
 from launching import SMALL, losses, metrics, succeed
 from make_tars import PICTURES, RATES, members_of, sample, write_samples, write_tar
 
@@ -156,7 +156,7 @@ def tars(recording, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, 2, pytest.param(3, marks=slow)])
 def test_a_run_on_foreign_tars_and_its_scores(tars, tmp_path, processes):
     """Fed by streams on 1, 2 and 3 processes, scored on every stimulus once, resumed on one process."""
     out = tmp_path / "run"
