@@ -129,7 +129,10 @@ def systems() -> dict[str, Step]:
     }
 
 
-CURVE = ("pixels", "frozen, best layer", "frozen, through windows", "fine-tuned", "best", "ensemble")
+CURVE = (
+    *("pixels", "frozen, best layer", "frozen, through windows", "frozen, three networks"),
+    *("head only", "fine-tuned", "fine-tuned, fast", "best", "ensemble"),
+)
 
 
 # ------------------------------------------------------------------------------------------------------ running steps
