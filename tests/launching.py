@@ -105,9 +105,14 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
+def history(run: Path) -> list[dict]:
+    """What a run wrote of its start, where that was scored, and of each epoch."""
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
 def losses(run: Path) -> list[float]:
     """The training loss of each epoch."""
-    return [json.loads(line)["loss"] for line in (run / "history.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in history(run) if line["epoch"]]
 
 
 def charts(run: Path) -> dict[str, float]:

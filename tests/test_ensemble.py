@@ -1,12 +1,11 @@
 """Ensembles of runs and probes; what is learned from them; and that held-out responses decide nothing."""
 
-import json
 import shutil
 
 import numpy as np
 import pytest
 from helpers import assert_refused, run_here
-from launching import SMALL, metrics, predictions, succeed
+from launching import SMALL, losses, metrics, predictions, succeed
 from make_sources import make_folder
 from sklearn.metrics import r2_score
 
@@ -118,10 +117,6 @@ def test_a_teacher_must_have_left_stimuli_out(data, trained, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def first_loss(run) -> float:
-    return json.loads((run / "history.jsonl").read_text().splitlines()[0])["loss"]
-
-
 def test_unreliable_sites_count_less(data, tmp_path):
     recordings, recipe = Recordings([ShardFolder(data)]), Recipe()
     weights = site_weights(training_stimuli(recordings, recordings.divide(recipe), recipe)[0])
@@ -130,7 +125,7 @@ def test_unreliable_sites_count_less(data, tmp_path):
     one_epoch = ["--data", data, *SMALL, "--epochs", 1, "--optimizer.lr", 1e-9]
     for name in ("equal", "reliability"):
         ran("train/finetune.py", "--out", tmp_path / name, *one_epoch, "--loss.site-weights", name)
-    assert first_loss(tmp_path / "equal") != pytest.approx(first_loss(tmp_path / "reliability"), rel=1e-6)
+    assert losses(tmp_path / "equal")[0] != pytest.approx(losses(tmp_path / "reliability")[0], rel=1e-6)
 
 
 def test_reliability_needs_trials(tmp_path):

@@ -1,12 +1,13 @@
 """Readouts that begin at the ridge through each site's best window."""
 
 import json
+import shutil
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from helpers import assert_refused, run_here
-from launching import SMALL, succeed
+from launching import SMALL, history, losses, metrics, succeed
 
 from train.models.fields import Window, starting_windows
 from train.models.readouts import Factorised, Gaussian
@@ -59,12 +60,46 @@ def test_the_start_does_not_depend_on_the_number_of_processes(started, tmp_path)
     words, one, scores = started
     succeed(2, "train/finetune.py", "--out", tmp_path / "two", *words, "--readout.start", "field")
     assert left_out_score(tmp_path / "two") == pytest.approx(scores["field"], abs=2e-3)
-    first, second = ((run / "history.jsonl").read_text() for run in (one, tmp_path / "two"))
-    assert np.isclose(loss(first), loss(second), rtol=1e-3)
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), rel=1e-3)
 
 
-def loss(history: str) -> float:
-    return json.loads(history.splitlines()[0])["loss"]
+@pytest.fixture(scope="module")
+def spoilt(recording, tmp_path_factory):
+    """A run that begins at the ridge, and whose steps are so large that no epoch is better than that."""
+    run = tmp_path_factory.mktemp("spoilt") / "run"
+    words = ["--data", recording, *SMALL, "--readout.start", "ridge", "--optimizer.lr", "0.3", "--ema", "0.5"]
+    done = run_here("train/finetune.py", "--out", run, *words)
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def test_a_start_that_no_epoch_betters_is_the_best(spoilt):
+    run, said = spoilt
+    start, *epochs = history(run)
+    assert start["epoch"] == start["step"] == 0
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert [line["best"] for line in (start, *epochs)] == [True, False, False]
+    assert max(line["inner"]["r2"] for line in epochs) < start["inner"]["r2"]
+    assert "on inner at the start: no epoch is better" in said
+    assert (run / "checkpoints" / "best").readlink() == Path("step_0")
+    scored = run_here("train/evaluate.py", run, "--split", "val")
+    assert scored.returncode == 0, scored.stderr
+    assert metrics(run)["epoch"] == 0
+
+
+def test_a_run_killed_after_its_start_was_saved_makes_it_again(spoilt, recording, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(spoilt[0], run, symlinks=True)
+    for path in (run / "checkpoints").glob("step_[1-9]*"):
+        shutil.rmtree(path)
+    (run / "checkpoints" / "last").unlink()
+    (run / "checkpoints" / "last").symlink_to("step_0")
+    (run / "history.jsonl").write_text(json.dumps(history(spoilt[0])[0]) + "\n")
+    done = run_here("train/finetune.py", "--data", recording, "--out", run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "starting from the beginning" in done.stdout
+    assert [line["epoch"] for line in history(run)] == [0, 1, 2]
+    assert losses(run) == losses(spoilt[0])
 
 
 def test_only_readouts_with_masks_have_windows(tmp_path):

@@ -1,14 +1,13 @@
 """`backbone.cut: a+b` reads layers together: each as it is alone, averaged to one grid, and all varying alike."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import run_here
-from launching import SMALL, STOP_WHILE_SCORING, largest_difference, run_patched, succeed, weights
+from launching import SMALL, STOP_WHILE_SCORING, largest_difference, losses, run_patched, succeed, weights
 from test_backbones import backbone, pictures, refusal
 
 from data_prep.errors import STOPPED, BadInput
@@ -114,10 +113,6 @@ def test_layers_vary_alike_over_the_stimuli_to_fit(run):
     spread = [float((part.square().mean((0, 2, 3)) - part.mean((0, 2, 3)).square()).sum()) ** 0.5 for part in layers]
     # The pictures are others, so the ratio is about the same.
     assert float(scales[0] / scales[1]) == pytest.approx(spread[1] / spread[0], rel=0.5)
-
-
-def losses(run) -> list[float]:
-    return [json.loads(line)["loss"] for line in (run / "history.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("processes", [2, 3])

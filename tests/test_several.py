@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from helpers import assert_refused, run_here
-from launching import SMALL, largest_difference, losses, succeed, weights
+from launching import SMALL, history, largest_difference, losses, succeed, weights
 from several import pack_two
 from sklearn.metrics import r2_score
 
@@ -106,13 +106,12 @@ def test_a_run_goes_on_in_mid_epoch_on_another_number_of_processes(run_on, two, 
 
 def test_the_mean_over_recordings_selects_and_is_recorded(run_on):
     run = run_on(1)
-    history = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-    for epoch in history:
+    for epoch in history(run):
         each = epoch["recordings"]
         assert list(each) == ["one", "two"]
         assert epoch["inner"]["r2"] == pytest.approx(np.mean([found["r2"] for found in each.values()]), rel=1e-12)
     progress = load_progress(run / "checkpoints" / "best")
-    assert progress.best == max(epoch["inner"]["r2"] for epoch in history)
+    assert progress.best == max(epoch["inner"]["r2"] for epoch in history(run))
     assert progress.recordings == {"one": 5, "two": 7}
     assert "mix equal: equally many stimuli of each in a step" in (run / "log.txt").read_text()
     env = json.loads((run / "env.json").read_text())
@@ -130,7 +129,7 @@ def test_stimuli_in_proportion_train_what_the_joined_folder_trains(two, tmp_path
     assert_close(run, tmp_path / "of_joined")
     assert run_here("train/evaluate.py", run).returncode == 0
     best = load_progress(run / "checkpoints" / "best").epoch
-    epoch = json.loads((run / "history.jsonl").read_text().splitlines()[best - 1])
+    (epoch,) = [line for line in history(run) if line["epoch"] == best]
     for name, scores in epoch["recordings"].items():  # what selects is what is scored afterwards
         found = results(run, name)[0]["regression"]
         for score, value in scores.items():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import assert_refused, run_here
 from hostile import FIRST, edit, flip, place_in
-from launching import SMALL, succeed, weights
+from launching import SMALL, history, succeed, weights
 from make_sources import make_folder
 from several import pack_two
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -124,15 +124,15 @@ def test_the_others_are_divided_as_all_would_be(two, tmp_path):
 def test_charts_show_each_recording_and_the_mean(folds, joined):
     board = EventAccumulator(str(folds[0] / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
     board.Reload()
-    history = [json.loads(line) for line in (folds[0] / "history.jsonl").read_text().splitlines()]
+    lines = history(folds[0])
 
     def points(tag):
         return [point.value for point in board.Scalars(tag)]
 
     for metric in ("r2", "top1"):
-        assert points(f"inner/{metric}") == pytest.approx([line["inner"][metric] for line in history])
+        assert points(f"inner/{metric}") == pytest.approx([line["inner"][metric] for line in lines])
         for name in NAMES:
-            own = [line["recordings"][name][metric] for line in history]
+            own = [line["recordings"][name][metric] for line in lines]
             assert points(f"inner/{name}/{metric}") == pytest.approx(own)
         each = np.mean([points(f"train/{name}/{metric}") for name in NAMES], axis=0)
         assert points(f"train/{metric}") == pytest.approx(each, rel=1e-5)

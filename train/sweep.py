@@ -222,7 +222,7 @@ def found(run: RunFolder) -> tuple[float, dict[str, float]]:
     epochs = [json.loads(line) for line in run.history.read_text(encoding="utf-8").splitlines()]
     seconds = sum(epoch["train_seconds"] + epoch["score_seconds"] for epoch in epochs)
     best = load_progress(current(run.checkpoints, "best"))
-    return best.best, {"best_epoch": best.best_epoch, "epochs": len(epochs), "seconds": round(seconds, 1)}
+    return best.best, {"best_epoch": best.best_epoch, "epochs": epochs[-1]["epoch"], "seconds": round(seconds, 1)}
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

@@ -89,6 +89,8 @@ class Training:
             Stopped: a process was told to stop; a checkpoint is saved.
             RunFailed: the loss stayed infinite or NaN, or a checkpoint cannot be saved.
         """
+        if not self.progress.step and self.recipe.readout.start != "zero":
+            self._begin()
         while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
             started, first_step = time.monotonic(), self.progress.step
             try:
@@ -101,13 +103,15 @@ class Training:
                 raise Stopped(f"{stop} after step {self.progress.step}; saved") from None
             self._finish_epoch()
             best = self._select(scored)
+            self.progress.improved.append(best)
             steps = self.progress.step - first_step
             speed = steps * self.loader.global_size / (trained - started)
             self._tell(
-                loss,
-                as_trained,
+                f"epoch {self.progress.epoch:>3}/{self.recipe.epochs}  loss {loss:.4f}",
                 scored,
                 best,
+                as_trained,
+                loss=loss,
                 images_per_second=speed,
                 train_seconds=trained - started,
                 score_seconds=time.monotonic() - trained,
@@ -117,10 +121,22 @@ class Training:
             self._save()
         ended = "no improvement" if self._out_of_patience() else "all epochs done"
         best = math.nan if self.progress.best is None else self.progress.best
-        self.monitor.say(
-            f"{ended}: best {self.progress.selection_metric} {best:.4f} "
-            f"on {self.progress.selection_split} after epoch {self.progress.best_epoch}"
+        when = (
+            f"after epoch {self.progress.best_epoch}"
+            if self.progress.best_epoch
+            else "at the start: no epoch is better"
         )
+        self.monitor.say(
+            f"{ended}: best {self.progress.selection_metric} {best:.4f} on {self.progress.selection_split} {when}"
+        )
+
+    def _begin(self) -> None:
+        """Score and save where a readout in closed form begins: an epoch must be better than that to be the best."""
+        started = time.monotonic()
+        scored = self._score()
+        self._select(scored)
+        self._tell("the start", scored, True, {}, train_seconds=0.0, score_seconds=time.monotonic() - started)
+        self._save()
 
     @property
     def _first_step(self) -> int:
@@ -288,7 +304,6 @@ class Training:
         if improved:
             self.progress.best = value
             self.progress.best_epoch, self.progress.best_step = self.progress.epoch, self.progress.step
-        self.progress.improved.append(improved)
         return improved
 
     def _out_of_patience(self) -> bool:
@@ -326,17 +341,16 @@ class Training:
                 tensors[file][name] = self.runtime.mean(own).to(own)
         return found
 
-    def _tell(self, loss: float, as_trained: dict[str, float], scored: Scores, best: bool, **speeds: float) -> None:
+    def _tell(self, where: str, scored: Scores, best: bool, as_trained: dict[str, float], **facts: float) -> None:
+        """Write a line, points in charts, and a line of history.jsonl, which has all `facts`."""
         progress, means = self.progress, scored.means()
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         each = {name: part.means() for name, part in scored.of.items()} if len(scored.of) > 1 else {}
         if each:
             of_each = ", ".join(f"{name} {part[progress.selection_metric]:.4f}" for name, part in each.items())
             shown += f"  ({progress.selection_metric}: {of_each})"
-        self.monitor.say(
-            f"epoch {progress.epoch:>3}/{self.recipe.epochs}  loss {loss:.4f}  {progress.selection_split}: {shown}  "
-            f"{speeds['images_per_second']:,.0f} images/s{'  *' if best else ''}"
-        )
+        speed = f"  {facts['images_per_second']:,.0f} images/s" if "images_per_second" in facts else ""
+        self.monitor.say(f"{where}  {progress.selection_split}: {shown}{speed}{'  *' if best else ''}")
         charts = {f"{progress.selection_split}/{name}": value for name, value in scored.told().items()}
         charts |= {f"train/{name}": value for name, value in as_trained.items()}
         charts["selection/value"] = means[progress.selection_metric]
@@ -345,11 +359,10 @@ class Training:
             {
                 "epoch": progress.epoch,
                 "step": progress.step,
-                "loss": loss,
                 progress.selection_split: _for_json(means),
                 **({"recordings": {name: _for_json(part) for name, part in each.items()}} if each else {}),
                 "best": best,
-                **speeds,
+                **facts,
             }
         )
 
@@ -363,10 +376,11 @@ class Training:
         """Say where the run begins again, and drop what was written after that."""
         for fault in start.faults:
             self.monitor.say(f"warning: {fault}; taking the checkpoint before")
-        self.monitor.rewind(self.progress.epoch, self.progress.step)
         if start.checkpoint is None:
-            self.monitor.say("no checkpoint had been saved: starting from the beginning")
+            self.monitor.rewind(-1, -1)
+            self.monitor.say("no step had been saved: starting from the beginning")
             return
+        self.monitor.rewind(self.progress.epoch, self.progress.step)
         if self.runtime.leads:
             forget_newer(self.folder.checkpoints, self.progress)
         midway = f", step {self._first_step} of the next" if self._first_step else ""

@@ -17,7 +17,7 @@ class StartingPoint:
     """Where a run begins.
 
     Attributes:
-        checkpoint: to go on from; None at the start.
+        checkpoint: to go on from; None at the start, which is made again where no step was saved.
         progress: of the run.
         faults: what is wrong with newer checkpoints, a sentence each.
     """
@@ -78,4 +78,4 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
         order = ", in the same order" * progress.is_of_several
         raise BadInput(f"{job.folder.path} was trained on other shards; resume it with the --data it began with{order}")
     progress.check_fits(job.manifest, " and ".join(map(str, job.data)))
-    return StartingPoint(checkpoint, progress, faults)
+    return StartingPoint(checkpoint, progress, faults) if progress.step else StartingPoint(None, fresh, faults)

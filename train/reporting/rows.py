@@ -252,7 +252,7 @@ class Row:
         """Of a run that has not been scored on the split: how far it is, and what to do about it."""
         if self.is_probe:
             return f"the probe is not done, or was not scored on {self.split}"
-        done, of = len(self.epochs), self._setting("epochs")
+        done, of = max((line["epoch"] for line in self.epochs), default=0), self._setting("epochs")
         progress = f"{done} of {of} epochs done" if done else "no epoch done yet"
         value = next((line.get("inner", line.get("val")) for line in reversed(self.epochs) if line.get("best")), None)
         shown = {"r2": "R2", "top1": "top-1"}

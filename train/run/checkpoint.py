@@ -45,7 +45,8 @@ class Progress(BaseModel):
         step: optimizer steps done.
         losses: of the epoch under way, the sum over its steps so far of each rank's part; empty between epochs.
         left_out: steps of the epoch under way whose loss or gradient was not finite.
-        best: best value of the selection metric so far, and the epoch (counted from 1) and step it was reached in.
+        best: best value of the selection metric so far, and the epoch (counted from 1; 0 is the start) and step that it
+            was reached in.
         improved: for each epoch, whether it was the best until then.
         recording: fingerprint of the shards, see `data_prep.manifest.Manifest.fingerprint`.
         selection_metric, selection_split: what chooses the best epoch, and on which stimuli.
