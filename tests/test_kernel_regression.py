@@ -11,7 +11,7 @@ from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 from data_prep.splits import folds
 from train.metrics.similarity import cka, dissimilarities, rsa
 from train.probing.gram import ROUNDING, multiplied
-from train.probing.kernel_regression import PENALTIES, Gram, Method, centred, folded_r2, regress
+from train.probing.kernel_regression import PENALTIES, FewFeatures, Gram, Method, centred, folded_r2, regress
 
 FIT, HELD_OUT, FEATURES, SITES = 90, 31, 400, 6
 
@@ -126,6 +126,24 @@ def test_sites_recorded_for_other_stimuli_are_fitted_on_theirs(kind):
     np.testing.assert_allclose(found.prediction[:, 1], alone.prediction[:, 0], rtol=1e-5)
     assert (found.dual[3:9, 1] == 0).all()
     assert np.isnan(found.prediction[:, 3]).all()
+
+
+@pytest.mark.parametrize("method", [Method("ridge"), Method("ridge", 9), Method("ols", 9)], ids=str)
+def test_few_features_are_solved_as_their_gram_matrix_is(method):
+    """A constant feature and two that are alike among them; sites that lack responses to different stimuli."""
+    generator = np.random.default_rng(3)
+    features = generator.normal(size=(FIT + HELD_OUT, 20)) * np.logspace(0, -2, 20) + 3
+    features[:, 4], features[:, 5] = 1.5, features[:, 6]
+    rates = features[:FIT] @ generator.normal(size=(20, SITES)) + generator.normal(size=(FIT, SITES))
+    rates[:9, 0] = rates[5:30, 1] = np.nan
+    gram = centred(features @ features.T, np.arange(FIT), np.arange(FIT, FIT + HELD_OUT), 1e-12)
+    expected, found = (
+        regress(gram, rates, method),
+        regress(FewFeatures.centred(*np.split(features, [FIT])), rates, method),
+    )
+    for name, value in vars(expected).items():
+        if value is not None:
+            np.testing.assert_allclose(getattr(found, name), value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_folded_r2_is_that_of_predictions_from_the_other_folds():

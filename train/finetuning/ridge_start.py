@@ -18,7 +18,7 @@ from train.models.tasks import Network
 from train.parallel.runtime import Runtime
 from train.probing.features import extract
 from train.probing.gram import COLUMNS, ROUNDING, feature_slice, multiplied
-from train.probing.kernel_regression import Fit, Method, centred, regress
+from train.probing.kernel_regression import FewFeatures, Fit, Method, centred, regress
 
 SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of the classes
 
@@ -73,17 +73,27 @@ def start_from_ridge(
 
 
 def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> Fit:
-    """The ridge on every rank; its `prediction` is that of the stimuli it was fitted on."""
+    """The ridge on every rank, from its slice of the features; its `prediction` is of the stimuli it was fitted on."""
+    width = int(runtime.sum(torch.tensor(features.shape[1], device=features.device)))
+    found = None
+    if width < len(features):
+        whole = runtime.gather_rows(features.T.contiguous()).T
+        if runtime.leads:
+            found = regress(FewFeatures.centred(whole, whole), targets, Method("ridge"))
+    elif (products := _inner_products(features, runtime)) is not None:
+        everyone = np.arange(len(features))
+        gram = centred(products.cpu().numpy(), everyone, everyone, ROUNDING["float32"])
+        found = regress(gram, targets, Method("ridge"))
+    return runtime.gather_objects(found)[0]
+
+
+def _inner_products(features: torch.Tensor, runtime: Runtime) -> torch.Tensor | None:
+    """Float64 (n, n), on the leading rank."""
     total = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
     for start in range(0, features.shape[1], COLUMNS):
         chunk = features[:, start : start + COLUMNS]
         total += multiplied(chunk - chunk.mean(0, dtype=torch.float64).float(), "float32")
-    products = runtime.sum_to(total, 0)
-    if products is None:
-        return runtime.gather_objects(None)[0]
-    everyone = np.arange(len(features))
-    fit = regress(centred(products.cpu().numpy(), everyone, everyone, ROUNDING["float32"]), targets, Method("ridge"))
-    return runtime.gather_objects(fit)[0]
+    return runtime.sum_to(total, 0)
 
 
 def _primal(features: torch.Tensor, found: Fit, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:

@@ -35,15 +35,69 @@ class Gram:
     def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
         """The eigenvalues of `fit`, descending, and its eigenvectors, without those that are rounding errors."""
         values, vectors = np.linalg.eigh(self.fit)
-        values, vectors = values[::-1], vectors[:, ::-1]
-        floor = max(len(values) * np.finfo(np.float64).eps, self.rounding)
-        rank = int((values > max(values[0], 0) * floor).sum())
-        return values[:rank], vectors[:, :rank]
+        return _beyond_rounding(values[::-1], vectors[:, ::-1], self.rounding)
 
-    def leading(self, components: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """The first `components` of the spectrum, all where None."""
-        values, vectors = self.spectrum
-        return values[:components], vectors[:, :components]
+    @property
+    def total(self) -> float:
+        """The sum of the eigenvalues."""
+        return float(np.trace(self.fit))
+
+    def predicted(self, dual: np.ndarray) -> np.ndarray:
+        """What dual weights (n, sites) make of those held out, but for the mean."""
+        return self.cross @ dual
+
+    def of(self, there: np.ndarray) -> "Gram":
+        """Of some of the stimuli to fit, (n,) bool, centred on their mean."""
+        rows = np.flatnonzero(there)
+        stacked = np.vstack([self.fit, self.cross])
+        square = np.zeros((len(stacked), len(stacked)))
+        square[:, : len(there)] = stacked
+        return centred(square, rows, np.arange(len(there), len(stacked)), self.rounding)
+
+
+@dataclass(frozen=True)
+class FewFeatures:
+    """Features of more stimuli than there are features, float64: what `Gram` is, without a matrix of n x n.
+
+    Attributes:
+        fit: (n, p), centred on their mean.
+        cross: (held out, p), centred on the mean of those to fit.
+    """
+
+    fit: np.ndarray
+    cross: np.ndarray
+
+    @classmethod
+    def centred(cls, fit: np.ndarray, held_out: np.ndarray) -> "FewFeatures":
+        """Of features as they are."""
+        mean = fit.mean(axis=0, dtype=np.float64)
+        return cls(fit - mean, held_out - mean)
+
+    @cached_property
+    def spectrum(self) -> tuple[np.ndarray, np.ndarray]:
+        """As of the Gram matrix."""
+        vectors, singular, _ = np.linalg.svd(self.fit, full_matrices=False)
+        return _beyond_rounding(singular**2, vectors)
+
+    @property
+    def total(self) -> float:
+        """The sum of the eigenvalues."""
+        return float(np.square(self.fit).sum())
+
+    def predicted(self, dual: np.ndarray) -> np.ndarray:
+        """What dual weights (n, sites) make of those held out, but for the mean."""
+        return self.cross @ (self.fit.T @ dual)
+
+    def of(self, there: np.ndarray) -> "FewFeatures":
+        """Of some of the stimuli to fit, (n,) bool, centred on their mean."""
+        return FewFeatures.centred(self.fit[there], self.cross)
+
+
+def _beyond_rounding(values: np.ndarray, vectors: np.ndarray, rounding: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Eigenvalues, descending, and eigenvectors, without those that are rounding errors."""
+    floor = max(len(vectors) * np.finfo(np.float64).eps, rounding)
+    rank = int((values > max(values[0], 0) * floor).sum())
+    return values[:rank], vectors[:, :rank]
 
 
 def centred(products: np.ndarray, fit: np.ndarray, held_out: np.ndarray, rounding: float = 0.0) -> Gram:
@@ -101,14 +155,14 @@ class Fit:
     left_out: np.ndarray | None = None
 
 
-def regress(gram: Gram, rates: np.ndarray, method: Method) -> Fit:
+def regress(gram: Gram | FewFeatures, rates: np.ndarray, method: Method) -> Fit:
     """Fit every site.
 
-    Sites that were recorded for the same stimuli share one decomposition; the Gram matrix is centred anew on the
-    stimuli of each such group.
+    Sites that were recorded for the same stimuli share one decomposition; the features are centred anew on the stimuli
+    of each such group.
 
     Args:
-        gram: of the features.
+        gram: of the features; for pls the Gram matrix.
         rates: float32 or float64 (n, sites); NaN = not recorded.
         method: of regression.
     """
@@ -127,7 +181,8 @@ def regress(gram: Gram, rates: np.ndarray, method: Method) -> Fit:
         if there.sum() < LEAST_STIMULI:
             continue
         group = np.flatnonzero(group_of == index)
-        part = fits[method.kind](_subset(gram, there), rates[there][:, group].astype(np.float64), method.components)
+        own = gram if there.all() else gram.of(there)
+        part = fits[method.kind](own, rates[there][:, group].astype(np.float64), method.components)
         _put(found, part, np.ix_(there, group), group)
     return found
 
@@ -138,35 +193,30 @@ def _put(found: Fit, part: Fit, rows: tuple, group: np.ndarray) -> None:
         found.penalty[group], found.inner_r2[group], found.left_out[rows] = part.penalty, part.inner_r2, part.left_out
 
 
-def _subset(gram: Gram, there: np.ndarray) -> Gram:
-    """The Gram matrices of some of the stimuli to fit, centred on their mean."""
-    if there.all():
-        return gram
-    rows = np.flatnonzero(there)
-    stacked = np.vstack([gram.fit, gram.cross])
-    square = np.zeros((len(stacked), len(stacked)))
-    square[:, : len(there)] = stacked
-    return centred(square, rows, np.arange(len(there), len(stacked)), gram.rounding)
+def _leading(gram: Gram | FewFeatures, components: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The first `components` of the spectrum, all where None."""
+    values, vectors = gram.spectrum
+    return values[:components], vectors[:, :components]
 
 
-def _least_squares(gram: Gram, rates: np.ndarray, components: int | None) -> Fit:
+def _least_squares(gram: Gram | FewFeatures, rates: np.ndarray, components: int | None) -> Fit:
     """Ordinary least squares on principal component scores: a = U S^-2 U' y."""
-    values, vectors = gram.leading(components)
+    values, vectors = _leading(gram, components)
     mean = rates.mean(axis=0)
     dual = vectors @ ((vectors.T @ (rates - mean)) / values[:, None])
-    return Fit(prediction=(gram.cross @ dual + mean).astype(np.float32), dual=dual, mean=mean)
+    return Fit(prediction=(gram.predicted(dual) + mean).astype(np.float32), dual=dual, mean=mean)
 
 
-def _ridge(gram: Gram, rates: np.ndarray, components: int | None) -> Fit:
+def _ridge(gram: Gram | FewFeatures, rates: np.ndarray, components: int | None) -> Fit:
     """Ridge regression on principal component scores with a penalty per site: a = U (S^2 + penalty)^-1 U' y.
 
     The leave-one-out residual of stimulus i is e_i / (1 - H_ii), H the hat matrix (PRESS, Allen 1974), so every penalty
     of a wide grid costs one product.
     """
-    values, vectors = gram.leading(components)
+    values, vectors = _leading(gram, components)
     mean = rates.mean(axis=0)
     centred_rates = rates - mean
-    unit = np.trace(gram.fit) / len(gram.fit) or 1.0
+    unit = gram.total / len(rates) or 1.0
     rotated, squared = vectors.T @ centred_rates, vectors**2
 
     def left_out_errors(penalties: np.ndarray) -> np.ndarray:
@@ -185,7 +235,7 @@ def _ridge(gram: Gram, rates: np.ndarray, components: int | None) -> Fit:
     with np.errstate(invalid="ignore", divide="ignore"):
         inner_r2 = np.where(variance > 0, 1 - best / variance, np.nan)
     return Fit(
-        prediction=(gram.cross @ dual + mean).astype(np.float32),
+        prediction=(gram.predicted(dual) + mean).astype(np.float32),
         dual=dual,
         mean=mean,
         penalty=penalty,
