@@ -36,7 +36,7 @@ FORBIDDEN = {
     "tarfile.open": ("data_prep/members.py",),
     "zipfile.ZipFile": ("data_prep/plain.py", "data_prep/picture_files.py", "train/models/weight_files.py"),
     "Image.open": ("data_prep/pictures.py", "train/run/predictor.py", "train/run/monitor.py"),  # the last: its figure
-    "np.load": ("data_prep/responses.py", "train/probing/layers.py"),
+    "np.load": ("data_prep/responses.py", "train/probing/products.py"),
     "load_file": ("train/run/checkpoint.py", "train/models/weight_files.py"),
     "pq.ParquetFile": ("data_prep/responses.py",),
     "pq.read_table": (),
