@@ -87,6 +87,18 @@ def test_a_start_that_no_epoch_betters_is_the_best(spoilt):
     assert metrics(run)["epoch"] == 0
 
 
+def went_on(spoilt, recording, run):
+    """What a copy of the run says when it goes on; it ends as that did."""
+    done = run_here("train/finetune.py", "--data", recording, "--out", run, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert [line["epoch"] for line in history(run)] == [0, 1, 2]
+    assert losses(run) == losses(spoilt[0])
+    for link in ("last", "best"):
+        assert (run / "checkpoints" / link).readlink() == (spoilt[0] / "checkpoints" / link).readlink()
+        assert (run / "checkpoints" / link).is_dir()
+    return done.stdout
+
+
 def test_a_run_killed_after_its_start_was_saved_makes_it_again(spoilt, recording, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(spoilt[0], run, symlinks=True)
@@ -95,11 +107,22 @@ def test_a_run_killed_after_its_start_was_saved_makes_it_again(spoilt, recording
     (run / "checkpoints" / "last").unlink()
     (run / "checkpoints" / "last").symlink_to("step_0")
     (run / "history.jsonl").write_text(json.dumps(history(spoilt[0])[0]) + "\n")
-    done = run_here("train/finetune.py", "--data", recording, "--out", run, "--resume")
-    assert done.returncode == 0, done.stderr
-    assert "starting from the beginning" in done.stdout
-    assert [line["epoch"] for line in history(run)] == [0, 1, 2]
-    assert losses(run) == losses(spoilt[0])
+    assert "starting from the beginning" in went_on(spoilt, recording, run)
+
+
+def test_a_run_goes_on_past_damaged_checkpoints_to_its_start(spoilt, recording, tmp_path):
+    """All after the start are damaged; or only the last, which an odd disk also called the best."""
+    run, last = tmp_path / "all", (spoilt[0] / "checkpoints" / "last").readlink()
+    shutil.copytree(spoilt[0], run, symlinks=True)
+    for path in (run / "checkpoints").glob("step_[1-9]*"):
+        (path / "sha256.json").unlink()
+    assert "starting from the beginning" in went_on(spoilt, recording, run)
+    run = tmp_path / "last"
+    shutil.copytree(spoilt[0], run, symlinks=True)
+    (run / "checkpoints" / last / "sha256.json").unlink()
+    (run / "checkpoints" / "best").unlink()
+    (run / "checkpoints" / "best").symlink_to(last)
+    assert "resumed after epoch 1" in went_on(spoilt, recording, run)
 
 
 def test_only_readouts_with_masks_have_windows(tmp_path):

@@ -75,7 +75,7 @@ def _parse_flags(words: list[str], defaults: Recipe) -> Finetune:
 
 def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     """Make network, optimizer and monitor, and claim the run's folder."""
-    recipe, loader, begins = job.recipe, job.loader, start.checkpoint is None
+    recipe, loader, begins = job.recipe, job.loader, start.begins
     network = build_network(job, runtime, begins)
     size = {"all": parameter_count(network), "trained": parameter_count(network, trainable_only=True)}
     if job.site_weights is not None:

@@ -121,13 +121,10 @@ class Training:
             self._save()
         ended = "no improvement" if self._out_of_patience() else "all epochs done"
         best = math.nan if self.progress.best is None else self.progress.best
-        when = (
-            f"after epoch {self.progress.best_epoch}"
-            if self.progress.best_epoch
-            else "at the start: no epoch is better"
-        )
+        epoch = self.progress.best_epoch
         self.monitor.say(
-            f"{ended}: best {self.progress.selection_metric} {best:.4f} on {self.progress.selection_split} {when}"
+            f"{ended}: best {self.progress.selection_metric} {best:.4f} on {self.progress.selection_split} "
+            + (f"after epoch {epoch}" if epoch else "at the start: no epoch is better")
         )
 
     def _begin(self) -> None:
@@ -376,13 +373,13 @@ class Training:
         """Say where the run begins again, and drop what was written after that."""
         for fault in start.faults:
             self.monitor.say(f"warning: {fault}; taking the checkpoint before")
-        if start.checkpoint is None:
+        if start.checkpoint is not None and self.runtime.leads:
+            forget_newer(self.folder.checkpoints, self.progress)
+        if start.begins:
             self.monitor.rewind(-1, -1)
             self.monitor.say("no step had been saved: starting from the beginning")
             return
         self.monitor.rewind(self.progress.epoch, self.progress.step)
-        if self.runtime.leads:
-            forget_newer(self.folder.checkpoints, self.progress)
         midway = f", step {self._first_step} of the next" if self._first_step else ""
         self.monitor.say(f"resumed after epoch {self.progress.epoch}{midway} (step {self.progress.step})")
 

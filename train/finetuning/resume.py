@@ -17,7 +17,7 @@ class StartingPoint:
     """Where a run begins.
 
     Attributes:
-        checkpoint: to go on from; None at the start, which is made again where no step was saved.
+        checkpoint: the newest whole one, if there is one.
         progress: of the run.
         faults: what is wrong with newer checkpoints, a sentence each.
     """
@@ -25,6 +25,11 @@ class StartingPoint:
     checkpoint: Path | None
     progress: Progress
     faults: list[str]
+
+    @property
+    def begins(self) -> bool:
+        """Whether no step is done: a start that was saved is made again."""
+        return not self.progress.step
 
     def load_network(self, network: Network, average: RunningAverage | None, runtime: Runtime) -> None:
         """Give network and average the checkpoint's tensors, before a strategy wraps the network.
@@ -78,4 +83,4 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
         order = ", in the same order" * progress.is_of_several
         raise BadInput(f"{job.folder.path} was trained on other shards; resume it with the --data it began with{order}")
     progress.check_fits(job.manifest, " and ".join(map(str, job.data)))
-    return StartingPoint(checkpoint, progress, faults) if progress.step else StartingPoint(None, fresh, faults)
+    return StartingPoint(checkpoint, progress if progress.step else fresh, faults)

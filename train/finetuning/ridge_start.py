@@ -73,16 +73,16 @@ def start_from_ridge(
 
 
 def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> Fit:
-    """The ridge on every rank, from its slice of the features; its `prediction` is of the stimuli it was fitted on."""
+    """The ridge on every rank, from its slice of the features; it predicts nothing but what it leaves out."""
     width = int(runtime.sum(torch.tensor(features.shape[1], device=features.device)))
     found = None
     if width < len(features):
         whole = runtime.gather_rows(features.T.contiguous()).T
         if runtime.leads:
-            found = regress(FewFeatures.centred(whole, whole), targets, Method("ridge"))
+            found = regress(FewFeatures.centred(whole, whole[:0]), targets, Method("ridge"))
     elif (products := _inner_products(features, runtime)) is not None:
         everyone = np.arange(len(features))
-        gram = centred(products.cpu().numpy(), everyone, everyone, ROUNDING["float32"])
+        gram = centred(products.cpu().numpy(), everyone, everyone[:0], ROUNDING["float32"])
         found = regress(gram, targets, Method("ridge"))
     return runtime.gather_objects(found)[0]
 

@@ -246,7 +246,7 @@ def forget_newer(folder: Path, progress: Progress) -> None:
         if int(checkpoint.name.removeprefix("step_")) > progress.step:
             shutil.rmtree(checkpoint, ignore_errors=True)
     _point(folder / "last", f"step_{progress.step}")
-    if progress.best_step:
+    if progress.best is not None:
         _point(folder / "best", f"step_{progress.best_step}")
 
 
