@@ -1,4 +1,4 @@
-"""How well responses to new pictures are predicted: the tables of docs/best.md, in one command.
+"""How well responses to new images are predicted: the tables of docs/best.md, in one command.
 
     python benchmarks/best.py RECORDING [RECORDING ...] --out OUT [--folds 5] [--subsets 100 200 400]
 
@@ -29,8 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_prep.ceiling import percentile_interval  # noqa: E402
-from train.metrics.exact import bootstrap_means, mean_score  # noqa: E402
-from train.probing.kernel_regression import squared_error_r2  # noqa: E402
+from train.evaluation.metrics import bootstrap_means, mean_score  # noqa: E402
+from train.regression.kernel_regression import squared_error_r2  # noqa: E402
 
 SIMULATED = "simulated"
 GIVEN = "given"

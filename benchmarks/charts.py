@@ -1,11 +1,11 @@
-"""What TensorBoard costs of a training: the time spent in charts, train scores and pictures, beside the whole.
+"""What TensorBoard costs of a training: the time spent in charts, train scores and images, beside the whole.
 
     python benchmarks/charts.py [--network test_resnet] [--side 64] [--batch 32] [--epochs 30] [--stimuli 960]
 
 One process trains as train/finetune.py does, on a simulated recording. Everything that feeds TensorBoard is timed where
 it is called (`Watch`, `Board`), closing its file included, by the clock on the wall and by the CPU time of the process,
 which other programs disturb less. The small network of the default is a hard case: charts cost the same whatever is
-trained. Pictures come when they fit into half a percent of the time trained so far, so a short training has none, and
+trained. Images come when they fit into half a percent of the time trained so far, so a short training has none, and
 what the first ones cost is told apart.
 """
 
@@ -17,8 +17,8 @@ from pathlib import Path
 
 from synthetic import pack_simulated, recipe_of, table, training
 
-from train.finetuning import watching
-from train.finetuning.watching import Watch
+from train.finetuning import charts
+from train.finetuning.charts import Watch
 from train.run.monitor import Board
 
 MOST_SHARE = 0.01
@@ -65,8 +65,8 @@ def main() -> None:
         for name in names:
             meter.wrap(owner, name)
     drawn = []
-    draw = watching.draw_pictures
-    watching.draw_pictures = lambda *args: drawn.append(args[-1]) or draw(*args)
+    draw = charts.draw_figures
+    charts.draw_figures = lambda *args: drawn.append(args[-1]) or draw(*args)
     with tempfile.TemporaryDirectory() as folder:
         data = pack_simulated(Path(folder) / "data", chosen.side, chosen.stimuli)
         sections = {"epochs": chosen.epochs, "loader": {"workers": 0}, "early_stopping": {"patience": 10**6}}
@@ -83,7 +83,7 @@ def main() -> None:
     ]:
         shares = [f"{100 * spent / of:.2f}" for spent, of in zip(seconds, whole, strict=True)]
         rows.append([name, f"{seconds[0]:.3f}", shares[0], f"{seconds[1]:.3f}", shares[1]])
-    print(f"\n{chosen.epochs} epochs in {whole[0]:.1f} s ({whole[1]:.1f} s of CPU), pictures {len(drawn)} times")
+    print(f"\n{chosen.epochs} epochs in {whole[0]:.1f} s ({whole[1]:.1f} s of CPU), images {len(drawn)} times")
     print(table(rows))
     share = float(rows[-1][-1]) / 100
     print(f"{'kept' if share < MOST_SHARE else 'BROKEN'}: charts take less than {MOST_SHARE:.0%} of the CPU time")

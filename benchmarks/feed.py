@@ -4,7 +4,7 @@
 
 The run is built as train/finetune.py does: random weights, bf16, channels-last, one process, no decoding processes of
 its own, so that decoding and training share one thread: the hardest case for a loader. `synthetic` repeats a batch;
-`cold` decodes every picture each time (loader.cache off), `warm` has them decoded already. Each takes some steps in
+`cold` decodes every image each time (loader.cache off), `warm` has them decoded already. Each takes some steps in
 turn, counted per second of processor time; medians over the turns, ratios within a turn. The aims are 0.97 cold and
 0.99 warm. `again` is the synthetic side a second time: how far two equal things differ here.
 """
@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from synthetic import first_step, pack_jpegs, recipe_of, training
 
-from data_prep.shards import ShardFolder
+from data_prep.shards.folder import ShardFolder
 from train.data.loader import Batch, TrainLoader
 from train.data.recordings import Recordings
 from train.finetuning.loop import Training
@@ -41,7 +41,7 @@ def endless(loader: TrainLoader) -> Iterator[list[Batch]]:
 
 
 def loader_of(recipe: Recipe, data: Path, cache: str) -> TrainLoader:
-    """The run's loader over again, with decoded pictures kept or not."""
+    """The run's loader over again, with decoded images kept or not."""
     settings = recipe.loader.model_copy(update={"cache": cache})
     recordings, recipe = Recordings([ShardFolder(data)]), recipe.model_copy(update={"loader": settings})
     fit, _ = training_stimuli(recordings, recordings.divide(recipe), recipe)
@@ -65,7 +65,7 @@ def measure(recipe: Recipe, data: Path, out: Path, steps: int, repeats: int) -> 
         stack.enter_context(run.runtime.fastest_kernels(recipe.deterministic))
         fixed = first_step(run)
         warm = loader_of(recipe, data, "ram")
-        for _ in warm.epoch(0):  # every picture that an epoch shows is decoded; what it leaves out, the next shows
+        for _ in warm.epoch(0):  # every image that an epoch shows is decoded; what it leaves out, the next shows
             pass
         sides = {
             "synthetic": iter(lambda: fixed, None),
@@ -96,7 +96,7 @@ def main() -> None:
     """Pack, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", default="resnet18")
-    parser.add_argument("--side", type=int, default=96, help="px; the packed pictures have as many")
+    parser.add_argument("--side", type=int, default=96, help="px; the packed images have as many")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10, help="of a side in its turn")
     parser.add_argument("--repeats", type=int, default=9)

@@ -1,4 +1,4 @@
-"""Fuzzing the readers of what strangers send: manifest, index, tar, npy, pictures, recipe, checkpoint, weights.
+"""Fuzzing the readers of what strangers send: manifest, index, tar, npy, images, recipe, checkpoint, weights.
 
     python benchmarks/fuzz.py [--seconds 60] [--engine hypothesis|atheris] [--target NAME ...] [--keep DIR]
 
@@ -36,20 +36,20 @@ from PIL import Image
 from safetensors.torch import save
 from synthetic import ROOT
 
-from data_prep.errors import BadInput
-from data_prep.foreign import _read_tar
-from data_prep.index import load_index
-from data_prep.manifest import Manifest, parse_manifest
-from data_prep.members import read_array, read_json
-from data_prep.packing import pack
-from data_prep.picture_files import PictureFiles
-from data_prep.pictures import convert_to_png, picture_size, raw_pixels
-from data_prep.responses import open_npy
+from data_prep.common.errors import BadInput
+from data_prep.common.image_decoding import convert_to_png, image_size, raw_pixels
+from data_prep.shards.foreign_tars import _read_tar
+from data_prep.shards.index import load_index
+from data_prep.shards.manifest import Manifest, parse_manifest
+from data_prep.shards.members import read_array, read_json
+from data_prep.shards.packing import pack
+from data_prep.shards.response_table import load_targets
+from data_prep.sources.files.image_files import ImageFiles
+from data_prep.sources.files.response_arrays import open_npy
 from data_prep.sources.folder import Folder
-from data_prep.targets import load_targets
-from train.data.decode import decode
-from train.models.weight_files import read_weights
-from train.run.assemblies import read_predictions
+from train.data.decoding import decode
+from train.evaluation.prediction_export import read_predictions
+from train.models.weights import read_weights
 from train.run.checkpoint import SUMS, Progress, _sum, load_progress, load_tensors, newest_whole
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe
 from train.sweeping.search import Sweep
@@ -93,9 +93,9 @@ def small_recording(folder: Path) -> Path:
     (folder / "images").mkdir(parents=True)
     lines = ["stimulus_id,image,object,split"]
     for row in range(12):
-        picture = Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8))
+        image = Image.fromarray(draw.integers(0, 256, (16, 16, 3), np.uint8))
         name = f"images/s{row}.{('jpg', 'png')[row % 2]}"
-        picture.save(folder / name)
+        image.save(folder / name)
         lines.append(f"s{row},{name},{'ab'[row % 2]},{('train', 'train', 'val')[row % 3]}")
     (folder / "stimuli.csv").write_text("\n".join(lines))
     np.save(folder / "trials.npy", draw.normal(size=(12, 2, 3)).astype(np.float32))
@@ -137,7 +137,7 @@ def targets(folder: Path) -> dict[str, Target]:
     code, objects = pickle.dumps(canary), np.array([canary], dtype=object)
     manifest_bytes = (shards / "manifest.json").read_bytes()
     manifest = parse_manifest(manifest_bytes, "manifest.json")
-    pictures = [(folder / "recording" / "images" / name).read_bytes() for name in ("s0.jpg", "s1.png")]
+    images = [(folder / "recording" / "images" / name).read_bytes() for name in ("s0.jpg", "s1.png")]
     tensors = {"heads.weight": torch.zeros(3, 4), "net.bias": torch.ones(2)}
     progress = Progress(
         recording="0" * 64,
@@ -165,8 +165,8 @@ def targets(folder: Path) -> dict[str, Target]:
         (scratch / "step_1" / SUMS).write_bytes(data)
         newest_whole(scratch)
 
-    def picture(data: bytes) -> None:
-        for read in (picture_size, convert_to_png, lambda data: decode(data, "jpg"), lambda data: decode(data, "png")):
+    def image(data: bytes) -> None:
+        for read in (image_size, convert_to_png, lambda data: decode(data, "jpg"), lambda data: decode(data, "png")):
             with suppress(ValueError):
                 read(data)
 
@@ -195,8 +195,8 @@ def targets(folder: Path) -> dict[str, Target]:
         ),
         "npy": Target(array, [_npy(np.zeros((2, 3), np.float32)), _npy(np.zeros((4, 4, 3), np.uint8)), _npy(objects)]),
         "json": Target(lambda data: read_json(data, "x"), [b'{"object": "face", "x": [1, 2.5, null]}']),
-        "picture": Target(picture, pictures),
-        "zip": Target(in_file("pictures.zip", _all_pictures), [_zipped(pictures)]),
+        "image": Target(image, images),
+        "zip": Target(in_file("images.zip", _all_images), [_zipped(images)]),
         "recipe": Target(in_file("recipe.yaml", load_recipe), [recipes[0], b"a: &a [1]\nb: [*a, *a]", run]),
         "probe": Target(in_file("probe.yaml", lambda path: load_recipe(path, ProbeRecipe)), [recipes[1], run]),
         "sweep": Target(
@@ -230,18 +230,18 @@ def _without_sums(manifest: Manifest) -> bytes:
     return manifest.model_copy(update={"checksum": None, "files": {}}).model_dump_json().encode()
 
 
-def _zipped(pictures: list[bytes]) -> bytes:
+def _zipped(images: list[bytes]) -> bytes:
     file = io.BytesIO()
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for number, picture in enumerate(pictures):
-            archive.writestr(f"a/s{number}.png", picture)
+        for number, image in enumerate(images):
+            archive.writestr(f"a/s{number}.png", image)
     return file.getvalue()
 
 
-def _all_pictures(path: Path) -> None:
+def _all_images(path: Path) -> None:
     if not zipfile.is_zipfile(path):
         return
-    files = PictureFiles(path)
+    files = ImageFiles(path)
     names = [files.find([name]) for name in ("s0", "s1", "a/s0.png")]
     with files.reading() as load:
         for name in filter(None, names):

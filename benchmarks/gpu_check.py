@@ -7,7 +7,7 @@
 - host: no call in a training step makes the host wait for the GPU (benchmarks/host_sync.py).
 - speed: images a second of four networks, in bf16 with fused AdamW, fed by the loader against a batch that stays on the
   GPU, and one of them compiled (benchmarks/throughput.py).
-- memory: their measured peak against the estimate of train/finetuning/memory_plan.py.
+- memory: their measured peak against the estimate of train/planning/memory.py.
 
 OUT/gpu_check.json and OUT/gpu_check.md (by default in runs/gpu_check) get a line for each check, as it comes; the logs
 of what failed lie beside them. Exits with 1 if a check failed. Without a GPU (or with ACCELERATE_USE_CPU=true) all
@@ -29,8 +29,8 @@ from pathlib import Path
 import torch
 from synthetic import GIB, ROOT, STRATEGIES, pack_jpegs, pack_simulated, result_of, run_alone, setting_of, table
 
-from train.finetuning.memory_plan import HEADROOM
-from train.parallel.processes import uses_gpu
+from train.distributed.launch_environment import uses_gpu
+from train.planning.memory import HEADROOM
 
 LIMITS = {True: 450.0, False: 225.0}  # s for everything, with and without a GPU
 STRATEGY_SECONDS = {True: 170.0, False: 150.0}
@@ -263,7 +263,7 @@ def check_speed(report: Report, simulated: Path) -> None:
     """All networks, one after the other: they are timed."""
     data, cases = simulated, ON_CPU
     if report.on_gpu:
-        data, cases = pack_jpegs(simulated.with_name("jpegs"), pictures=256, stimuli=20480), ON_GPU
+        data, cases = pack_jpegs(simulated.with_name("jpegs"), images=256, stimuli=20480), ON_GPU
     found = {case: check_network(report, data, case) for case in cases}
     for case, eager in found.items():
         if case[0] == COMPILED and eager is not None:

@@ -1,12 +1,12 @@
-"""Pictures per second on one core: our loader cold and warm, its limits, and what others reach on the same pictures.
+"""Images per second on one core: our loader cold and warm, its limits, and what others reach on the same images.
 
     python benchmarks/loader.py [--stimuli 3200] [--size 256] [--batch 64] [--repeats 5] [--json FILE] [--figure PNG]
 
-The pictures are JPEGs of smooth noise, quality 90, about 20 kB each, written as a shard folder and as a folder of
+The images are JPEGs of smooth noise, quality 90, about 20 kB each, written as a shard folder and as a folder of
 files; all are delivered in batches, at their own size. Everything runs in one thread of this process, with the files
 in the page cache, and is counted per second of processor time, which what else runs on the machine disturbs less. All
 sides take turns, so that a change of the machine's speed meets all of them; medians over the repeats. The two limits
-are the bare JPEG decoder and a copy of decoded pictures in memory. Whatever says PIL delivers normalised float32 as its
+are the bare JPEG decoder and a copy of decoded images in memory. Whatever says PIL delivers normalised float32 as its
 documentation does; all others uint8, to be normalised on the device. Libraries that are not installed are named; see
 benchmarks/rivals.py.
 """
@@ -27,13 +27,13 @@ import numpy as np
 import simplejpeg
 import torch
 from rivals import DEFAULT, Read, count, rivals
-from synthetic import write_pictures
+from synthetic import write_images
 
-from data_prep.packing import pack
-from data_prep.shards import ShardFolder
+from data_prep.shards.folder import ShardFolder
+from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
+from train.data.image_cache import ImageCaches
 from train.data.loader import Stimuli, TrainLoader
-from train.data.picture_cache import PictureCaches
 from train.run.recipe import Loader
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Ours:
 
     Args:
         shards: opened.
-        size, batch: of pictures and batches.
+        size, batch: of images and batches.
         cache: as in a recipe.
     """
 
@@ -59,7 +59,7 @@ class Ours:
 
     @staticmethod
     def _open(shards: ShardFolder, size: int, batch: int, cache: str) -> TrainLoader:
-        stimuli = Stimuli(shards.split("train"), size, responses=False, caches=PictureCaches(Loader(cache=cache)))
+        stimuli = Stimuli(shards.split("train"), size, responses=False, caches=ImageCaches(Loader(cache=cache)))
         return TrainLoader(stimuli, seed=0, global_size=batch, per_device=None, rank=0, ranks=1, workers=0, pin=False)
 
     def forget(self) -> None:
@@ -73,12 +73,12 @@ class Ours:
 
 
 def ours_and_limits(folder: Path, shards: ShardFolder, size: int, batch: int) -> dict[str, Read]:
-    """Our loader, and what no loader can beat: each reads all pictures once and returns how many it has read."""
+    """Our loader, and what no loader can beat: each reads all images once and returns how many it has read."""
     split = shards.split("train")
     encoded = [bytes(split.image(position)[0]) for position in range(len(split))]
     decoded = np.ones((len(split), size, size, 3), np.uint8)
     room = np.empty((batch, size, size, 3), np.uint8)
-    # Other files, as far as our loader can tell: or it would find the pictures that `warm` keeps.
+    # Other files, as far as our loader can tell: or it would find the images that `warm` keeps.
     filling = Ours(ShardFolder(shutil.copytree(shards.folder, folder / "again")), size, batch, "ram")
 
     def copy() -> int:
@@ -101,14 +101,14 @@ def ours_and_limits(folder: Path, shards: ShardFolder, size: int, batch: int) ->
 
 
 def measure(sides: dict[str, Read], repeats: int) -> dict[str, list[float]]:
-    """Pictures per second of every side, in turns; the first turn, which fills caches, does not count."""
+    """Images per second of every side, in turns; the first turn, which fills caches, does not count."""
     speeds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):
         for name, read in sides.items():
             started = time.process_time()
-            pictures = read()
+            images = read()
             if turn:
-                speeds[name].append(pictures / (time.process_time() - started))
+                speeds[name].append(images / (time.process_time() - started))
     return speeds
 
 
@@ -154,7 +154,7 @@ def chart(speeds: dict[str, list[float]], title: str) -> "Figure":
 
 
 def main() -> None:
-    """Make the pictures, measure, print."""
+    """Make the images, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stimuli", type=int, default=3200)
     parser.add_argument("--size", type=int, default=256)
@@ -166,7 +166,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_pictures(folder, options.stimuli, options.size)
+        write_images(folder, options.stimuli, options.size)
         shards = pack(Folder(source=folder).open(), folder / "shards", stimuli_per_shard=1000, workers=1)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})

@@ -5,12 +5,12 @@
 `ours` is `Training._step` as train/finetune.py builds it, on a batch that stays in memory. The bare loops pass the same
 batch through the same network and loss: forward, backward, step, zero_grad. `bare` has the optimizer as we build it
 (fused AdamW), `bare again` is the same once more (what it differs by is noise), `unfused` torch's default AdamW. `lean`
-is what a short script would do: the timm network itself, pictures normalised beforehand, `mse_loss`, fused AdamW.
+is what a short script would do: the timm network itself, images normalised beforehand, `mse_loss`, fused AdamW.
 
 Each variant is a process of its own with one thread: one process without a strategy, the same under DDP over gloo,
 and under each stage of ZeRO (DeepSpeed over gloo); `pulse` is our loop on two processes under DDP, with the message
-that they exchange in every step (train/parallel/pulse.py) and without it. In each round every loop does a block of
-steps, in an order drawn anew. Times are medians over the blocks, in ms a step; differences and ratios are medians of
+that they exchange in every step (train/distributed/heartbeat.py) and without it. In each round every loop does a block
+of steps, in an order drawn anew. Times are medians over the blocks, in ms a step; differences and ratios are medians of
 those within a round, with their quartiles; by the clock on the wall, and by the CPU time of the process, which other
 programs disturb less.
 
@@ -45,11 +45,11 @@ from synthetic import (
 from torch import nn
 
 from train.data.loader import Batch
+from train.distributed.engine import Engine
+from train.distributed.launch_environment import rank
 from train.finetuning.loop import Training
 from train.finetuning.schedule import build_optimizer
-from train.models.tasks import Network, parameter_groups
-from train.parallel.engine import Engine
-from train.parallel.processes import rank
+from train.models.network import Network, parameter_groups
 from train.run.recipe import Recipe
 
 ALONE = ("plain", *(name for name in STRATEGIES if "offload" not in name))

@@ -1,10 +1,10 @@
-"""Pictures packed per second: ours with one and more workers, beside WebDataset's own ShardWriter fed with bytes.
+"""Images packed per second: ours with one and more workers, beside WebDataset's own ShardWriter fed with bytes.
 
     python benchmarks/packing.py [--stimuli 3200] [--size 256] [--workers 1 2] [--repeats 5] [--json FILE]
 
-The pictures are JPEGs of smooth noise, quality 90, about 20 kB each, in a folder of files with a table and responses.
+The images are JPEGs of smooth noise, quality 90, about 20 kB each, in a folder of files with a table and responses.
 `ShardWriter` reads each file, and writes its bytes, the bytes of its responses and of its JSON: the members that ours
-writes. Ours also checks every picture, hashes the tars, and writes index and manifest. `ours, one process` is the part
+writes. Ours also checks every image, hashes the tars, and writes index and manifest. `ours, one process` is the part
 that runs in each worker, without starting any: the aim is 0.9 of ShardWriter. The others are the whole command but for
 the start of Python and its imports, by the clock, so they need cores of their own. All take turns; medians over the
 repeats, ratios within a turn.
@@ -24,12 +24,12 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
-from synthetic import write_pictures
+from synthetic import write_images
 
-from data_prep import packing
-from data_prep.packing import pack
-from data_prep.processes import usable_cores
+from data_prep.common.worker_processes import usable_cores
 from data_prep.recording import Recording
+from data_prep.shards import packing
+from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 
 PER_SHARD = 256
@@ -73,7 +73,7 @@ def seconds(write: Callable[[Path], None], out: Path) -> tuple[float, float]:
 
 def measure(source: Path, folder: Path, workers: list[int], repeats: int) -> dict[str, list[tuple[float, float]]]:
     """Seconds of every side, in turns; the first turn does not count."""
-    recording = Folder(source=source, name="pictures").open()
+    recording = Folder(source=source, name="images").open()
     sides: dict[str, Callable[[Path], None]] = {
         RIVAL: lambda out: by_webdataset(source, out),
         "ours, one process": lambda out: in_this_process(recording, out),
@@ -105,7 +105,7 @@ def table(found: dict[str, list[tuple[float, float]]], stimuli: int) -> str:
 
 
 def main() -> None:
-    """Make the pictures, measure, print."""
+    """Make the images, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stimuli", type=int, default=3200)
     parser.add_argument("--size", type=int, default=256)
@@ -115,9 +115,9 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        write_pictures(folder / "source", options.stimuli, options.size)
+        write_images(folder / "source", options.stimuli, options.size)
         found = measure(folder / "source", folder, options.workers, options.repeats)
-    print(f"{options.stimuli:,} pictures, {usable_cores()} cores, load average {os.getloadavg()[0]:.1f}")
+    print(f"{options.stimuli:,} images, {usable_cores()} cores, load average {os.getloadavg()[0]:.1f}")
     print(table(found, options.stimuli))
     if options.json:
         options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "seconds": found}))

@@ -2,7 +2,7 @@
 
     python benchmarks/packing_memory.py [--gigabytes 2] [--formats brainio nwb mbs-h5] [--workers 2] [--json FILE]
 
-Each source is written with responses of the given size (random; 3,200 small pictures) and packed by the real command:
+Each source is written with responses of the given size (random; 3,200 small images) and packed by the real command:
 a Brain-Score assembly of many repetitions and sites, an NWB file of many spikes, HDF5 with many sites and repetitions.
 Peaks are of resident memory, of the process of the command's group that holds most; pages of mapped files count. The
 aim is less than 1 GB per process. Exits with 1 where it is missed.
@@ -28,7 +28,7 @@ STIMULI = 3200
 NAMES = [f"im{k:04d}" for k in range(STIMULI)]
 
 
-def write_pictures(folder: Path, size: int = 32) -> None:
+def write_images(folder: Path, size: int = 32) -> None:
     """A PNG per stimulus."""
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -57,8 +57,8 @@ def write_assembly(folder: Path, size: float) -> list[str]:
         fill(data)
     lines = ["stimulus_id,filename", *(f"{name},{name}.png" for name in NAMES)]
     (folder / "stimuli.csv").write_text("\n".join(lines))
-    write_pictures(folder / "pictures")
-    return ["brainio", "assy.nc", "--stimuli", "stimuli.csv", "--pictures", "pictures"]
+    write_images(folder / "images")
+    return ["brainio", "assy.nc", "--stimuli", "stimuli.csv", "--images", "images"]
 
 
 def write_nwb(folder: Path, size: float) -> list[str]:
@@ -89,8 +89,8 @@ def write_nwb(folder: Path, size: float) -> list[str]:
             times = np.sort(np.random.default_rng(unit).uniform(0, seconds, spikes))
             table["spike_times"][unit * spikes : (unit + 1) * spikes] = times
         table["spike_times_index"].attrs["target"] = table["spike_times"].ref
-    write_pictures(folder / "stimuli")
-    return ["nwb", "session.nwb", "--pictures", "stimuli"]
+    write_images(folder / "stimuli")
+    return ["nwb", "session.nwb", "--images", "stimuli"]
 
 
 def write_mbs(folder: Path, size: float) -> list[str]:
@@ -103,8 +103,8 @@ def write_mbs(folder: Path, size: float) -> list[str]:
             file[f"{split}/stimulus_ids"] = np.array([f"{NAMES[k]}.png" for k in shown], object)
             fill(file.create_dataset(f"{split}/neural_data/s1/IT", (len(shown), sites), np.float32))
         file["noise_ceilings/s1/IT"] = np.full(sites, 50.0)
-    write_pictures(folder / "pictures")
-    return ["mbs-h5", "data.h5", "--pictures", "pictures"]
+    write_images(folder / "images")
+    return ["mbs-h5", "data.h5", "--images", "images"]
 
 
 def fill(data: h5py.Dataset) -> None:

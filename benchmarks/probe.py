@@ -43,7 +43,7 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
     import torch
 
     from train.data.order import share
-    from train.probing.feature_store import FeatureStore
+    from train.regression.feature_store import FeatureStore
 
     stores, start = [], 0
     for name, count in zip(("fit", "held_out"), counts, strict=True):
@@ -62,9 +62,9 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
 
 def ours(folder: Path, counts: tuple[int, int], components: int) -> None:
     """The Gram matrix over all processes, one eigendecomposition for both regressions."""
-    from train.parallel.runtime import started
-    from train.probing.gram import ROUNDING, Activations, inner_products
-    from train.probing.kernel_regression import Method, centred, regress
+    from train.distributed.runtime import started
+    from train.regression.gram import ROUNDING, Activations, inner_products
+    from train.regression.kernel_regression import Method, centred, regress
 
     with started(None, "fp32") as runtime:
         stores, rates = own_stores(folder, counts, runtime), np.load(folder / "rates.npy")

@@ -46,7 +46,7 @@ DECODERS = {"PIL": by_pillow, "simplejpeg": by_simplejpeg}
 
 
 def count(batches: Iterable[torch.Tensor]) -> int:
-    """Read everything; returns how many pictures there were."""
+    """Read everything; returns how many images there were."""
     return sum(len(images) for images in batches)
 
 
@@ -74,7 +74,7 @@ def of_torchvision(images: Path, batch: int) -> Read:
 
 
 def of_mosaicml(files: list[Path], folder: Path, batch: int, decode: Decode) -> Read:
-    """MosaicML streaming: encoded pictures in MDS shards of this machine."""
+    """MosaicML streaming: encoded images in MDS shards of this machine."""
     from streaming import MDSWriter, StreamingDataset
 
     if not folder.exists():
@@ -82,38 +82,38 @@ def of_mosaicml(files: list[Path], folder: Path, batch: int, decode: Decode) -> 
             for file in files:
                 writer.write({"image": file.read_bytes()})
 
-    class Pictures(StreamingDataset):
+    class Images(StreamingDataset):
         def __getitem__(self, index):
             return decode(super().__getitem__(index)["image"])
 
-    dataset = Pictures(local=str(folder), batch_size=batch, shuffle=False)
+    dataset = Images(local=str(folder), batch_size=batch, shuffle=False)
     return lambda: count(DataLoader(dataset, batch))
 
 
 def as_it_is(file: str) -> dict[str, bytes]:
-    """What LitData stores of a picture."""
+    """What LitData stores of an image."""
     return {"image": Path(file).read_bytes()}
 
 
 def of_litdata(files: list[Path], folder: Path, batch: int, decode: Decode) -> Read:
-    """LitData: encoded pictures in chunks of this machine."""
+    """LitData: encoded images in chunks of this machine."""
     import litdata
 
     if not folder.exists():
         names = [str(file) for file in files]
         litdata.optimize(fn=as_it_is, inputs=names, output_dir=str(folder), chunk_bytes="64MB", num_workers=1)
 
-    class Pictures(litdata.StreamingDataset):
+    class Images(litdata.StreamingDataset):
         def __getitem__(self, index):
             return decode(super().__getitem__(index)["image"])
 
-    dataset = Pictures(str(folder), shuffle=False)
+    dataset = Images(str(folder), shuffle=False)
     return lambda: count(litdata.StreamingDataLoader(dataset, batch_size=batch))
 
 
 @dataclass
 class Pillows:
-    """The pictures as FFCV's writer asks for them, which may send them to another process."""
+    """The images as FFCV's writer asks for them, which may send them to another process."""
 
     files: list[Path]
 
@@ -125,7 +125,7 @@ class Pillows:
 
 
 def of_ffcv(files: list[Path], folder: Path, batch: int, mode: str) -> Read:
-    """FFCV, which encodes pictures anew (`jpg`, at the same quality) or keeps their pixels (`raw`)."""
+    """FFCV, which encodes images anew (`jpg`, at the same quality) or keeps their pixels (`raw`)."""
     from ffcv.fields import RGBImageField
     from ffcv.fields.decoders import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
@@ -152,9 +152,9 @@ def rivals(images: Path, tars: list[Path], folder: Path, batch: int) -> tuple[di
 
     Args:
         images: folder of classes with JPEGs.
-        tars: the same pictures as shards.
+        tars: the same images as shards.
         folder: for what the libraries write.
-        batch: pictures at a time.
+        batch: images at a time.
     """
     files = sorted(images.rglob("*.jpg"))
     found = {

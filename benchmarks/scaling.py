@@ -9,7 +9,7 @@ Each process is on a machine of its own, a network namespace (needs root), whose
 disturbed least, and of it the mean over processes. On 2 cores, 4 and 8 processes take turns, which is seen in what they
 compute and not in what travels. `--from` draws the tables of an earlier run's JSON again.
 
-The model. Bytes that a process sends in a step are those of train/finetuning/memory_plan.py; in a ring of p they go
+The model. Bytes that a process sends in a step are those of train/planning/memory.py; in a ring of p they go
 round in 2 (p - 1) rounds for an all-reduce, p - 1 for a reduce-scatter or an all-gather (Patarasuk & Yuan 2009,
 "Bandwidth optimal all-reduce algorithms for clusters of workstations"), so that travelling takes
 
@@ -36,11 +36,11 @@ from pathlib import Path
 import torch.distributed as dist
 from synthetic import ROOT, finish, first_step, pack_simulated, recipe_of, setting_of, table, training
 
-from train.finetuning.memory_plan import Strategy, read_strategy, sent
-from train.finetuning.step_cost import Needs, measure, paper_manifest
+from train.planning.memory import Strategy, read_strategy, sent
+from train.planning.step_cost import Needs, measure, paper_manifest
 from train.run.recipe import Recipe
 
-sys.path.append(str(ROOT / "tests"))
+sys.path.append(str(ROOT / "tests" / "support"))
 from machines import Machine, machines, reason_against
 
 NETWORK, SIDE, SHARE = "convnext_atto", 32, 8  # px, stimuli of a process in a step

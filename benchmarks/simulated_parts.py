@@ -17,13 +17,13 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_prep.shards import ShardFolder  # noqa: E402
+from data_prep.shards.folder import ShardFolder  # noqa: E402
 from data_prep.sources import simulated as made  # noqa: E402
-from train.metrics.exact import mean_score  # noqa: E402
-from train.probing.kernel_regression import squared_error_r2  # noqa: E402
+from train.evaluation.metrics import mean_score  # noqa: E402
+from train.regression.kernel_regression import squared_error_r2  # noqa: E402
 
 PERMUTATIONS = 200
-LEARNABLE = ("object", "pose", "view", "picture")
+LEARNABLE = ("object", "pose", "view", "image")
 
 
 def population(options: dict) -> tuple[made.Population, dict[str, np.ndarray]]:
@@ -31,9 +31,9 @@ def population(options: dict) -> tuple[made.Population, dict[str, np.ndarray]]:
     seed, stimuli = options["seed"], range(options["stimuli"])
     sites = made.make_population(seed, options["sites"])
     poses = np.array([tuple(asdict(made.pose_of(seed, index)).values()) for index in stimuli])
-    features = [made.picture_features(made.draw_stimulus(seed, index, made.RETINA)) for index in stimuli]
+    features = [made.image_features(made.draw_stimulus(seed, index, made.RETINA)) for index in stimuli]
     raw = made.raw_drives(sites, np.array(stimuli) % len(made.OBJECTS), poses)
-    return sites, raw | {"picture": made.picture_drive(sites, np.stack(features))}
+    return sites, raw | {"image": made.image_drive(sites, np.stack(features))}
 
 
 def without_detail(sites: made.Population, raw: dict[str, np.ndarray]) -> np.ndarray:

@@ -2,7 +2,7 @@
 
     python benchmarks/step_memory.py train/recipes/efficientnet_b6_528.yaml --batch 4 [--plain] [--sites 168]
 
-Synthetic pictures, random weights. On a GPU the memory is what torch allocated, on a CPU the largest resident set of
+Synthetic images, random weights. On a GPU the memory is what torch allocated, on a CPU the largest resident set of
 the process, and what it was before the step. `--plain` switches gradient checkpointing off.
 """
 
@@ -14,8 +14,8 @@ import torch
 from synthetic import GIB, finish, peak_bytes, synthetic_batch
 
 from train.finetuning.schedule import build_optimizer
-from train.finetuning.step_cost import paper_manifest
-from train.models.tasks import Network, parameter_groups
+from train.models.network import Network, parameter_groups
+from train.planning.step_cost import paper_manifest
 from train.run.recipe import Recipe, load_recipe
 
 
@@ -37,7 +37,7 @@ def step(recipe: Recipe, batch: int, sites: int) -> str:
         seconds.append(time.monotonic() - started)
     checkpointing = "on" if recipe.backbone.gradient_checkpointing else "off"
     return (
-        f"{recipe.backbone.name}, {batch} pictures of {side} px, {recipe.precision}, gradient checkpointing "
+        f"{recipe.backbone.name}, {batch} images of {side} px, {recipe.precision}, gradient checkpointing "
         f"{checkpointing}, {device.type}: peak {peak_bytes(device) / GIB:.1f} GiB ({before / GIB:.1f} before the "
         f"step), {seconds[-1]:.1f} s a step"
     )

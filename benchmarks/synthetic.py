@@ -34,7 +34,7 @@ def pack_simulated(out: Path, side: int, stimuli: int = 240) -> Path:
 
     Args:
         out: shard folder to make.
-        side: of its pictures, in pixels.
+        side: of its images, in pixels.
         stimuli: of all splits together.
     """
     simulated = ["--stimuli", stimuli, "--sites", 12, "--repetitions", 6, "--image-size", side]
@@ -43,22 +43,22 @@ def pack_simulated(out: Path, side: int, stimuli: int = 240) -> Path:
     return out
 
 
-def pack_jpegs(out: Path, pictures: int, stimuli: int, side: int = 256) -> Path:
+def pack_jpegs(out: Path, images: int, stimuli: int, side: int = 256) -> Path:
     """A recording of smooth random JPEGs, at 256 px about 20 kB each, of 12 sites that respond at random.
 
     Args:
         out: shard folder to make.
-        pictures: that differ; they are drawn and encoded, which takes time.
+        images: that differ; they are drawn and encoded, which takes time.
         stimuli: as which they are packed, in turns, which takes little.
-        side: of the pictures, in pixels.
+        side: of the images, in pixels.
     """
     source, draw = out.with_name(f"{out.name}_source"), np.random.default_rng(0)
     source.mkdir()
-    for index in range(pictures):
+    for index in range(images):
         coarse = Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).resize((side, side), Image.BICUBIC)
         noisy = np.asarray(coarse, np.float32) + draw.normal(0, 3, (side, side, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(source / f"{index}.jpg", quality=90)
-    rows = [f"s{index},{index % pictures}.jpg,o{index % 8}" for index in range(stimuli)]
+    rows = [f"s{index},{index % images}.jpg,o{index % 8}" for index in range(stimuli)]
     (source / "stimuli.csv").write_text("\n".join(["stimulus_id,image,object", *rows]) + "\n")
     np.save(source / "rates.npy", draw.gamma(2, 5, (stimuli, 12)).astype(np.float32))
     words = [sys.executable, "data_prep/pack.py", "folder", source, "--out", out, "--val-fraction", 0.05]
@@ -67,16 +67,16 @@ def pack_jpegs(out: Path, pictures: int, stimuli: int, side: int = 256) -> Path:
     return out
 
 
-def write_pictures(folder: Path, stimuli: int, size: int) -> None:
-    """A recording for the source `folder`; its pictures also lie as torchvision's ImageFolder wants them."""
+def write_images(folder: Path, stimuli: int, size: int) -> None:
+    """A recording for the source `folder`; its images also lie as torchvision's ImageFolder wants them."""
     draw = np.random.default_rng(0)
     (folder / "images" / "only_class").mkdir(parents=True)
     names = [f"images/only_class/{number:05d}.jpg" for number in range(stimuli)]
     for name in names:
         knots = draw.integers(0, 256, (size // GRAIN, size // GRAIN, 3), dtype=np.uint8)
         smooth = np.asarray(Image.fromarray(knots).resize((size, size), Image.Resampling.BICUBIC), np.int16)
-        picture = (smooth + draw.integers(-NOISE, NOISE + 1, smooth.shape, np.int16)).clip(0, 255).astype(np.uint8)
-        (folder / name).write_bytes(simplejpeg.encode_jpeg(picture, quality=90, colorsubsampling="420"))
+        image = (smooth + draw.integers(-NOISE, NOISE + 1, smooth.shape, np.int16)).clip(0, 255).astype(np.uint8)
+        (folder / name).write_bytes(simplejpeg.encode_jpeg(image, quality=90, colorsubsampling="420"))
     with (folder / "stimuli.csv").open("w", newline="") as file:
         rows = [[Path(name).stem, name, "train"] for name in names]
         csv.writer(file).writerows([["stimulus_id", "image", "split"], *rows])
@@ -93,7 +93,7 @@ def recipe_of(network: str, side: int, stimuli: int, **sections) -> Recipe:
 
     Args:
         network: timm's name.
-        side: of the pictures it sees, in pixels.
+        side: of the images it sees, in pixels.
         stimuli: per optimizer step.
         sections: of the recipe, over the above.
     """
@@ -118,10 +118,10 @@ def training(recipe: Recipe, data: Path, out: Path) -> Iterator["Training"]:
         out: run folder to make.
     """
     # Imported late: it is hundreds of MiB that not every benchmark's process should hold.
+    from train.distributed.runtime import started
     from train.finetune import build
     from train.finetuning.preparation import prepare
     from train.finetuning.resume import starting_point
-    from train.parallel.runtime import started
 
     job = prepare(recipe, [data], out, resume=False)
     with started(job.deepspeed, recipe.precision, recipe.deterministic) as runtime:
@@ -139,7 +139,7 @@ def first_step(run: "Training") -> list[Batch]:
 
 
 def synthetic_batch(size: int, side: int, sites: int, device: torch.device) -> Batch:
-    """Random pictures and responses, no run needed."""
+    """Random images and responses, no run needed."""
     draw = np.random.default_rng(0)
     images = torch.from_numpy(draw.integers(0, 256, (size, 3, side, side), np.uint8))
     return Batch(

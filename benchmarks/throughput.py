@@ -4,7 +4,7 @@
                                     [--json FILE]
 
 The run is built as train/finetune.py does: random weights, bf16, channels-last, fused AdamW, one process. The batch is
-halved until the estimate of train/finetuning/memory_plan.py fits into the GPU. `synthetic` repeats one batch, `fed`
+halved until the estimate of train/planning/memory.py fits into the GPU. `synthetic` repeats one batch, `fed`
 takes what the loader reads from DIR, epoch after epoch, `loader` is the loader with nobody who uses its batches. Peak
 memory is that of steps after the first ones, in which cuDNN tries kernels; on a CPU it is the process's largest
 resident set.
@@ -22,12 +22,12 @@ from pathlib import Path
 import torch
 from synthetic import GIB, finish, first_step, peak_bytes, recipe_of, training
 
-from data_prep.manifest import load_manifest
+from data_prep.shards.manifest import load_manifest
 from train.data.loader import Batch
+from train.distributed.launch_environment import uses_gpu
 from train.finetuning.loop import Training
-from train.finetuning.memory_plan import memory, read_strategy, usable
-from train.finetuning.step_cost import Needs, measure
-from train.parallel.processes import uses_gpu
+from train.planning.memory import memory, read_strategy, usable
+from train.planning.step_cost import Needs, measure
 from train.run.recipe import Recipe
 
 WARM_UP = 5  # steps

@@ -1,4 +1,4 @@
-"""How well any model could do: what of trial-averaged responses is signal, and what is noise that no picture explains.
+"""How well any model could do: what of trial-averaged responses is signal, and what is noise that no image explains.
 
 With n repetitions of each of S stimuli, s^2 the variance of a site's mean rates over stimuli and v that of its single
 trials about them, the reliability of the trial average is rho = s^2 / (s^2 + v / n). Two ways lead to it:
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.manifest import Ceiling, to_json_list
+from data_prep.shards.manifest import Ceiling, to_json_list
 
 CONSTANT = 1e-24  # a variance below this part of the squared mean is what float64 rounding makes of a constant
 LEAST_STIMULI = 4  # with two repetitions; the unbiased estimate needs more than three
@@ -175,7 +175,7 @@ class VarianceComponents:
 
     @property
     def explainable_share(self) -> np.ndarray:
-        """The share of the single trials' variance that pictures can explain, s^2 / (s^2 + v) (Cadena et al. 2019)."""
+        """The share of the single trials' variance that images can explain, s^2 / (s^2 + v) (Cadena et al. 2019)."""
         with np.errstate(invalid="ignore", divide="ignore"):
             return self.signal / (self.signal + self.noise)
 

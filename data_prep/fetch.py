@@ -11,10 +11,10 @@ from pathlib import Path
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.catalogue import DATASETS, Dataset, DatasetName
-from data_prep.command_line import parse
-from data_prep.downloads import Downloader
-from data_prep.errors import run_command
+from data_prep.common.command_line import parse
+from data_prep.common.errors import run_command
+from data_prep.remote.datasets import DATASETS, Dataset, DatasetName
+from data_prep.remote.downloader import Downloader
 
 
 class Fetch(BaseModel):

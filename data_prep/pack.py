@@ -12,12 +12,11 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from data_prep.command_line import parse
-from data_prep.division import Division
-from data_prep.errors import run_command
-from data_prep.overview import summary
-from data_prep.packing import pack
-from data_prep.processes import usable_cores
+from data_prep.common.command_line import parse
+from data_prep.common.errors import run_command
+from data_prep.common.worker_processes import usable_cores
+from data_prep.shards.packing import pack
+from data_prep.shards.summary import summary
 from data_prep.sources.brainio import Brainio
 from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
@@ -26,6 +25,7 @@ from data_prep.sources.mbs_h5 import MbsH5
 from data_prep.sources.nwb import Nwb
 from data_prep.sources.simulated import Simulated
 from data_prep.sources.tvsd import Tvsd
+from data_prep.split_options import Division
 
 
 class Pack(Division):

@@ -1,4 +1,4 @@
-"""Recording: the one shape in which every source delivers pictures and responses.
+"""Recording: the one shape in which every source delivers images and responses.
 
 A source knows its own file format and nothing of shards; the packer knows `Recording` and nothing of file formats.
 """
@@ -19,7 +19,7 @@ class Stimulus:
 
     Attributes:
         id: unique in the recording; letters, digits, `_` and `-` only (it becomes a file name inside a tar).
-        image: the encoded picture; the source's own bytes wherever it has an encoded file.
+        image: the encoded image; the source's own bytes wherever it has an encoded file.
         encoding: "jpg", "png", or "image.npy" for raw pixels, uint8 (H, W, 3).
         rates: float32 (sites,), trial-averaged responses; NaN = not recorded; None where the split has no responses.
         trials: float32 (repetitions, sites), single-trial responses padded with NaN; None without single trials.
@@ -38,7 +38,7 @@ class Stimulus:
 
 @dataclass(kw_only=True, eq=False)
 class Recording(ABC):
-    """Pictures, sites and responses of one recording, read lazily.
+    """Images, sites and responses of one recording, read lazily.
 
     Instances are pickled to the packing processes, so they hold plain data and open their files in `read`.
 

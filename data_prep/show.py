@@ -1,4 +1,4 @@
-"""Print what a shard folder holds, and draw a contact sheet of its pictures.
+"""Print what a shard folder holds, and draw a contact sheet of its images.
 
 python data_prep/show.py DIR [--index] [--verify] [--contact-sheet PNG]
 python data_prep/show.py URL [--verify] [--contact-sheet PNG] [--shard-cache DIR]
@@ -12,17 +12,17 @@ import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.command_line import Place, parse
-from data_prep.errors import BadInput, run_command
-from data_prep.overview import contact_sheet, summary
-from data_prep.progress import Progress
-from data_prep.remote import FetchSettings
-from data_prep.shards import ShardFolder, reindex
-from data_prep.writing import write_whole
+from data_prep.common.atomic_writes import write_whole
+from data_prep.common.command_line import Place, parse
+from data_prep.common.errors import BadInput, run_command
+from data_prep.common.progress import Progress
+from data_prep.shards.folder import ShardFolder, reindex
+from data_prep.shards.remote_files import FetchSettings
+from data_prep.shards.summary import contact_sheet, summary
 
 
 class Show(BaseModel):
-    """Print what a shard folder holds, and draw a contact sheet of its pictures."""
+    """Print what a shard folder holds, and draw a contact sheet of its images."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
@@ -61,7 +61,7 @@ def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
     name = next(iter(folder.manifest.splits))
     split, what = folder.split(name), f"the {name} split"
     positions = np.arange(len(split))
-    if folder.is_remote:  # pictures of all shards would be the whole split
+    if folder.is_remote:  # images of all shards would be the whole split
         positions, what = positions[split.shards_of(positions) == 0], f"{split.shards[0].file}"
     if not path.parent.is_dir():
         raise BadInput(f"{path} cannot be written (there is no such folder); choose another --contact-sheet")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from data_prep.errors import BadInput
+from data_prep.common.errors import BadInput
 from data_prep.recording import SPLITS
 
 

@@ -17,7 +17,7 @@ import time
 import uuid
 
 PROG = {"local": "launch/local.sh", "machines": "launch/machines.sh"}
-BAD_INPUT, STOPPED = 2, 75  # exit codes of a command, see data_prep/errors.py, after which no restart would help
+BAD_INPUT, STOPPED = 2, 75  # exit codes of a command, see data_prep/common/errors.py, after which no restart would help
 PORT = 29400
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # passed on to the processes
 GRACE_SECONDS = 600  # after a signal, to save: the cluster's own patience ends earlier

@@ -9,13 +9,13 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ "${1:-}" = --slurm ]; then
     shift
     command -v slurmctld sbatch munged >/dev/null || { apt-get update -q && apt-get install -y -q slurm-wlm munge; }
-    SPIKETUNE_SLURM=1 OMP_NUM_THREADS=1 exec "$python" -m pytest tests/test_slurm.py "$@"
+    SPIKETUNE_SLURM=1 OMP_NUM_THREADS=1 exec "$python" -m pytest tests/launch/test_slurm.py "$@"
 fi
 
 if [ "${1:-}" = --browser ]; then
     shift
     command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; }
-    SPIKETUNE_BROWSER=1 OMP_NUM_THREADS=1 exec "$python" -m pytest tests/test_browser.py "$@"
+    SPIKETUNE_BROWSER=1 OMP_NUM_THREADS=1 exec "$python" -m pytest tests/project/test_browser.py "$@"
 fi
 
 if [ "${1:-}" = --slow ]; then

@@ -9,7 +9,7 @@ from helpers import run_command, run_here
 from launching import SMALL, launch
 from make_sources import make_folder
 
-from data_prep.packing import pack
+from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
@@ -58,7 +58,7 @@ def trained(recording, tmp_path_factory) -> Path:
 def head_first(recording, tmp_path_factory):
     """The run of a network with everything that must not depend on the number of processes, by that number.
 
-    A hybrid, both readouts begun at the ridge, pictures augmented, the weights' running average. One process runs here.
+    A hybrid, both readouts begun at the ridge, images augmented, the weights' running average. One process runs here.
     """
     folder = tmp_path_factory.mktemp("head_first")
     settings = [

@@ -16,21 +16,29 @@ import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.command_line import Place, parse
-from data_prep.errors import BadInput, run_command
-from data_prep.manifest import Manifest
-from data_prep.shards import ShardFolder
+from data_prep.common.command_line import Place, parse
+from data_prep.common.errors import BadInput, run_command
+from data_prep.shards.folder import ShardFolder
+from data_prep.shards.manifest import Manifest
+from train.data.bad_samples import Screening
+from train.data.image_cache import ImageCaches
 from train.data.loader import Stimuli, workers_per_rank
-from train.data.picture_cache import PictureCaches
 from train.data.recordings import Recordings, used_of
-from train.data.screening import Screening
+from train.distributed.launch_environment import ranks_on_machine, world_size
+from train.distributed.runtime import Runtime, started
+from train.evaluation.ensembles import (
+    Combine,
+    Ensemble,
+    check_place,
+    data_of,
+    is_fine_tuned,
+    members_of,
+    write_ensembles,
+)
+from train.evaluation.scoring import Scored, check_not_empty, report, score
+from train.finetuning.charts import draw_figures, draw_numbers
 from train.finetuning.loop import evaluation_batch_size
-from train.finetuning.watching import draw_numbers, draw_pictures
-from train.models.ensemble import Combine, Ensemble, check_place, data_of, is_fine_tuned, members_of, write_ensembles
-from train.models.scoring import Scored, check_not_empty, report, score
-from train.models.tasks import Network
-from train.parallel.processes import ranks_on_machine, world_size
-from train.parallel.runtime import Runtime, started
+from train.models.network import Network
 from train.run.checkpoint import Progress, checked_tensors, current, load_progress
 from train.run.folder import LEFT_OUT, RunFolder, check_writable, open_run, write_json, write_npz
 from train.run.monitor import Board
@@ -126,7 +134,7 @@ def prepare(options: Evaluate, run: Path, name: str) -> list[Job]:
     if len(shards) > 1 and not progress.is_of_several:
         raise BadInput(f"data: {run} was trained on one recording; name one shard folder")
     left_out = _left_out(folder, recipe, progress, shards) if name == LEFT_OUT else {}
-    jobs, caches = [], PictureCaches(recipe.loader, once=True)
+    jobs, caches = [], ImageCaches(recipe.loader, once=True)
     for opened in Recordings(shards).folders:
         where, recording, own = str(opened.folder), None, progress
         if progress.is_of_several:
@@ -186,7 +194,7 @@ def warn_of_unseen_classes(job: Job) -> None:
     if unseen := unseen_classes(job):
         shown = len(np.unique(job.stimuli.labels))
         print(
-            f"warning: {unseen} of the {shown} classes in {job.split} are not in train, so their pictures "
+            f"warning: {unseen} of the {shown} classes in {job.split} are not in train, so their images "
             "count as wrong by construction; classification needs a division that is not grouped by object",
             file=sys.stderr,
         )
@@ -258,7 +266,7 @@ def chart(job: Job, scored: Scored) -> None:
     step = job.progress.step
     board.scalars({f"{split}/{name}": value for name, value in scored.means().items()}, step)
     draw_numbers(board, split, scored, step)
-    draw_pictures(board, split, scored, job.stimuli, step)
+    draw_figures(board, split, scored, job.stimuli, step)
     board.close()
 
 

@@ -11,11 +11,11 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.command_line import parse
-from data_prep.errors import BadInput, run_command
-from data_prep.shards import ShardFolder
-from train.models.portable import Trained, load_trained, write_onnx, write_predictor, write_timm
-from train.run.assemblies import Assembly, assemble, mat_bytes, netcdf_bytes, read_predictions
+from data_prep.common.command_line import parse
+from data_prep.common.errors import BadInput, run_command
+from data_prep.shards.folder import ShardFolder
+from train.evaluation.network_export import Trained, load_trained, write_onnx, write_predictor, write_timm
+from train.evaluation.prediction_export import Assembly, assemble, mat_bytes, netcdf_bytes, read_predictions
 from train.run.checkpoint import current, load_progress
 from train.run.folder import RunFolder, check_writable, open_run, write_atomically
 

@@ -13,8 +13,11 @@ import torch
 import tyro
 from pydantic import Field
 
-from data_prep.command_line import Place, parse
-from data_prep.errors import run_command
+from data_prep.common.command_line import Place, parse
+from data_prep.common.errors import run_command
+from train.distributed.engine import Engine
+from train.distributed.runtime import Runtime, started
+from train.distributed.zero import ZeroEngine
 from train.finetuning.ema import RunningAverage
 from train.finetuning.layer_balance import balance_layers
 from train.finetuning.loop import Training, evaluation_batch_size
@@ -22,12 +25,9 @@ from train.finetuning.preparation import Job, prepare
 from train.finetuning.resume import StartingPoint, starting_point
 from train.finetuning.ridge_start import start_from_ridge
 from train.finetuning.schedule import build_optimizer
-from train.models.backbones import check_name
+from train.models.backbone import check_name
+from train.models.network import Network, parameter_groups
 from train.models.readouts import parameter_count
-from train.models.tasks import Network, parameter_groups
-from train.parallel.engine import Engine
-from train.parallel.runtime import Runtime, started
-from train.parallel.zero import ZeroEngine
 from train.run.folder import begun_by_this_job, open_run
 from train.run.monitor import Monitor, layout
 from train.run.recipe import MOST_RECORDINGS, Recipe, leading_recipe
@@ -145,12 +145,12 @@ def introduce(job: Job, network: Network, size: dict[str, int], runtime: Runtime
     name = f"{manifest.name} (SIMULATED)" if manifest.simulated else manifest.name
     monitor.say(
         f"{name}: {len(loader.stimuli):,} stimuli to fit, {len(job.selection):,} of {recipe.early_stopping.split} "
-        f"to select the epoch, {len(manifest.sites)} sites, pictures of {loader.stimuli.size} px"
+        f"to select the epoch, {len(manifest.sites)} sites, images of {loader.stimuli.size} px"
     )
     introduce_recordings(job, monitor)
     if recipe.loader.engine == "webdataset":
         monitor.say(
-            f"loader.engine webdataset: pictures stream from {len(loader.stimuli.split.shards)} tars that are drawn "
+            f"loader.engine webdataset: images stream from {len(loader.stimuli.split.shards)} tars that are drawn "
             "with replacement, so an epoch is a number of steps and not every stimulus once"
         )
     monitor.say(

@@ -11,15 +11,15 @@ from typing import Annotated
 import tyro
 from pydantic import Field
 
-from data_prep.command_line import Place, parse
-from data_prep.errors import BadInput, run_command
-from data_prep.files import files_at
-from data_prep.manifest import Manifest
-from data_prep.url import place_of
+from data_prep.common.command_line import Place, parse
+from data_prep.common.errors import BadInput, run_command
+from data_prep.remote.url import place_of
+from data_prep.shards.files import files_at
+from data_prep.shards.manifest import Manifest
 from train.data.recordings import joined
-from train.finetuning.memory_plan import CONTEXT, GIB, HEADROOM, Choice, choices, recommended, usable
-from train.finetuning.step_cost import Needs, measure, paper_manifest
-from train.models.backbones import check_name
+from train.models.backbone import check_name
+from train.planning.memory import CONTEXT, GIB, HEADROOM, Choice, choices, recommended, usable
+from train.planning.step_cost import Needs, measure, paper_manifest
 from train.run.recipe import MOST_RECORDINGS, Recipe, leading_recipe
 
 SITES, CLASSES, SIDE = 168, 64, 224  # where no recording is given
@@ -44,7 +44,7 @@ class Plan(Recipe):
     machines: int = Field(1, ge=1, le=1_000_000)
     """Machines, each with the same number of GPUs."""
     data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
-    """Shard folder or its URL (or several), for the numbers of sites and classes and the size of the pictures."""
+    """Shard folder or its URL (or several), for the numbers of sites and classes and the size of the images."""
     sites: int | None = Field(None, ge=1, le=1_000_000)
     """Sites, where there is no shard folder; by default 168."""
     classes: int | None = Field(None, ge=1, le=1_000_000)
@@ -85,7 +85,7 @@ def introduction(options: Plan, recipe: Recipe, needs: Needs, side: int) -> str:
     checkpointing = ", gradient checkpointing" if recipe.backbone.gradient_checkpointing else ""
     planned = usable(options.memory * GIB) / GIB
     return (
-        f"{recipe.backbone.name}, pictures of {side} px, {recipe.precision}{checkpointing}, {recipe.optimizer.name}: "
+        f"{recipe.backbone.name}, images of {side} px, {recipe.precision}{checkpointing}, {recipe.optimizer.name}: "
         f"{needs.trainable / 4e6:.1f} million parameters are trained; activations {needs.per_stimulus / GIB:.3f} GiB a "
         f"stimulus\n{options.gpus} x {options.memory:g} GiB, of which {planned:.1f} each can be planned with (CUDA "
         f"takes {CONTEXT / GIB:g}, headroom {HEADROOM:.0%}); global batch {recipe.batch.global_size}"

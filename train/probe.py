@@ -13,10 +13,10 @@ from typing import Literal
 
 import tyro
 
-from data_prep.command_line import Place, parse
-from data_prep.errors import run_command
-from train.models.backbones import check_name
-from train.parallel.runtime import Runtime, started
+from data_prep.common.command_line import Place, parse
+from data_prep.common.errors import run_command
+from train.distributed.runtime import Runtime, started
+from train.models.backbone import check_name
 from train.probing.layers import Probing
 from train.probing.preparation import Job, prepare
 from train.probing.products import Products

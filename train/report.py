@@ -12,12 +12,12 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.command_line import parse
-from data_prep.errors import BadInput, run_command
-from train.reporting.figures import pictures
+from data_prep.common.command_line import parse
+from data_prep.common.errors import BadInput, run_command
+from train.reporting.figures import figures
 from train.reporting.page import Content, page
 from train.reporting.rows import Row, read_rows, shortest_names
-from train.reporting.sweeps import SweepResults, is_sweep, read_sweep
+from train.reporting.sweep_results import SweepResults, is_sweep, read_sweep
 from train.reporting.tables import as_csv, groups_of, in_terminal, markdown
 from train.run.folder import check_writable, environment, write_atomically
 
@@ -81,13 +81,13 @@ def main() -> None:
     check_writable(options.out)
     rows, sweeps = collect(options)
     groups, classifiers = groups_of(rows), [row for row in rows if row.classification]
-    drawn = list(pictures(groups, rows, chosen_pair(options, rows)))
+    drawn = list(figures(groups, rows, chosen_pair(options, rows)))
     commit = environment()["git_commit"]
     made = f"Made {datetime.date.today():%Y-%m-%d} by train/report.py{f', commit {commit}' if commit else ''}."
     content = Content(options.split, rows, groups, drawn, sweeps, made)
-    for _, picture in drawn:
-        for kind, data in picture.files.items():
-            write_atomically(options.out / "figures" / f"{picture.name}.{kind}", data)
+    for _, image in drawn:
+        for kind, data in image.files.items():
+            write_atomically(options.out / "figures" / f"{image.name}.{kind}", data)
     write_atomically(options.out / "table.md", (markdown(groups, classifiers) + "\n").encode())
     write_atomically(options.out / "table.csv", as_csv(groups, classifiers).encode())
     write_atomically(options.out / "report.html", page(content).encode())

@@ -17,19 +17,19 @@ from typing import Any
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.command_line import Place, parse
-from data_prep.errors import BadInput, RunFailed, run_command
-from data_prep.files import files_at
-from data_prep.manifest import Manifest
-from data_prep.url import passed_on
-from train.models.backbones import check_name
+from data_prep.common.command_line import Place, parse
+from data_prep.common.errors import BadInput, RunFailed, run_command
+from data_prep.remote.url import passed_on
+from data_prep.shards.files import files_at
+from data_prep.shards.manifest import Manifest
+from train.models.backbone import check_name
 from train.run.checkpoint import current, load_progress
 from train.run.folder import RunFolder
 from train.run.recipe import Recipe, save_recipe
-from train.sweeping.keeper import POLL_SECONDS, Beat, turn
+from train.sweeping.queue import Claim, Study, open_study
+from train.sweeping.ranking import REPORTED, Standings, publish
 from train.sweeping.search import Plan, SweepFolder, load_plan
-from train.sweeping.standings import REPORTED, Standings, publish
-from train.sweeping.study import Claim, Study, open_study
+from train.sweeping.supervised_process import POLL_SECONDS, Beat, turn
 from train.sweeping.trial import Launcher, Outcome
 
 BEATS_UNTIL_STALE = 6
@@ -136,7 +136,7 @@ class Worker:
             time.sleep(POLL_SECONDS)
 
     def publish(self) -> Standings:
-        """Write table, pictures and best recipe."""
+        """Write table, images and best recipe."""
         return publish(self.folder, self.plan, self.manifest, self.study)
 
     @property

@@ -1,4 +1,4 @@
-"""Source `brainio`: a Brain-Score assembly (NetCDF), its stimulus set (CSV) and the pictures (zip or folder).
+"""Source `brainio`: a Brain-Score assembly (NetCDF), its stimulus set (CSV) and the images (zip or folder).
 
 An assembly is one variable over presentation, neuroid and mostly time_bin, in any order, and coordinates along these:
 stimulus_id (image_id in older files), repetition, neuroid_id, region, animal, time_bin_start and time_bin_end.
@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 import tyro
 
-from data_prep.errors import BadInput
-from data_prep.netcdf import Variable, open_netcdf
-from data_prep.picture_files import PictureFiles
-from data_prep.presentations import (
+from data_prep.common.errors import BadInput
+from data_prep.recording import Recording
+from data_prep.sources.files.image_files import ImageFiles
+from data_prep.sources.files.netcdf import Variable, open_netcdf
+from data_prep.sources.files.presentations import HeldOut, PresentedRecording, objects_of
+from data_prep.sources.files.tables import Table, check_unique, present, read_table, typed
+from data_prep.sources.files.trials import (
     gather_trials,
     rates_and_trials,
     rows_by_stimulus,
@@ -23,9 +26,6 @@ from data_prep.presentations import (
     select_sites,
     unique_site_ids,
 )
-from data_prep.recording import Recording
-from data_prep.sources.presented import HeldOut, PresentedRecording, objects_of
-from data_prep.tables import Table, check_unique, present, read_table, typed
 
 ID_NAMES = ("stimulus_id", "image_id")
 SITE_ID_NAMES = ("neuroid_id", "neuroid")
@@ -35,14 +35,14 @@ OBJECT_COLUMNS = {"object_name": "object", "category_name": "category"}  # what 
 
 
 class Brainio(HeldOut):
-    """A Brain-Score assembly with its stimulus set and pictures."""
+    """A Brain-Score assembly with its stimulus set and images."""
 
     source: tyro.conf.Positional[Path]
     """The assembly, a NetCDF file (.nc)."""
     stimuli: Path
     """The stimulus set, a CSV with a column stimulus_id or image_id."""
-    pictures: Path
-    """Zip archive or folder of the pictures."""
+    images: Path
+    """Zip archive or folder of the images."""
     region: tuple[str, ...] = ()
     """Only sites in these regions."""
     animal: tuple[str, ...] = ()
@@ -57,7 +57,7 @@ class Brainio(HeldOut):
     """Units of the responses, such as spikes/s."""
 
     def open(self) -> Recording:
-        """Check the assembly against the stimulus set and the pictures, and describe the recording.
+        """Check the assembly against the stimulus set and the images, and describe the recording.
 
         Raises:
             BadInput: naming the file, the coordinate, column or option, and what would be right.
@@ -84,7 +84,7 @@ class Brainio(HeldOut):
             for name, facts in zip(names, meta, strict=True):
                 if fact not in facts and coordinate in labels:
                     facts[fact] = labels[coordinate][rows[name][0]]
-        pictures = PictureFiles(self.pictures)
+        images = ImageFiles(self.images)
         splits, rule = self.deal(meta, self.source)
         return BrainioRecording(
             name=self.name or self.source.stem,
@@ -104,8 +104,8 @@ class Brainio(HeldOut):
             splits=splits,
             objects=objects_of(meta),
             group_by=self.group_by,
-            pictures=pictures,
-            picture_names=pictures.find_all(files),
+            images=images,
+            image_names=images.find_all(files),
             meta=meta,
             path=self.source,
             variable=data.name,
@@ -253,7 +253,7 @@ def _ranks(order: list[Any] | None) -> np.ndarray | None:
 def _stimulus_set(
     table: Table, id_column: str, names: list[str], path: Path
 ) -> tuple[list[dict[str, Any]], dict[str, list[str]]]:
-    """What the table says of each stimulus, and the names its picture may go by."""
+    """What the table says of each stimulus, and the names its image may go by."""
     check_unique(table, id_column)
     row_of = {name: row for row, name in enumerate(table.columns[id_column])}
     if unknown := [name for name in names if name not in row_of]:

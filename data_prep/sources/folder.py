@@ -1,4 +1,4 @@
-"""Source `folder`: a table of stimuli, their picture files, and responses as .npy, .csv or .parquet."""
+"""Source `folder`: a table of stimuli, their image files, and responses as .npy, .csv or .parquet."""
 
 import os
 import re
@@ -10,15 +10,15 @@ from typing import Any
 import tyro
 from pydantic import BaseModel, Field
 
-from data_prep.derived import counted, z_scored
-from data_prep.errors import BadInput
-from data_prep.picture_files import MAX_FILE_BYTES
-from data_prep.pictures import packable, sniff_encoding
-from data_prep.plain import read_regular
+from data_prep.common.errors import BadInput
+from data_prep.common.image_decoding import packable, sniff_encoding
+from data_prep.common.safe_reading import read_regular
 from data_prep.recording import SPLITS, Recording, Stimulus, trial_average
-from data_prep.responses import Responses, check_finite, check_shape, float32, open_npy, open_rates
+from data_prep.sources.files.computed_responses import counted, z_scored
+from data_prep.sources.files.image_files import MAX_FILE_BYTES
+from data_prep.sources.files.response_arrays import Responses, check_finite, check_shape, float32, open_npy, open_rates
+from data_prep.sources.files.tables import Table, check_unique, filled, present, read_table, typed
 from data_prep.splits import assign_splits
-from data_prep.tables import Table, check_unique, filled, present, read_table, typed
 
 RATES_FILES = ("rates.npy", "rates.csv", "rates.parquet")
 SITE_ID_COLUMNS = ("id", "site_id", "neuroid_id")
@@ -27,10 +27,10 @@ _STIMULUS_ID = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Folder(BaseModel, extra="forbid"):
-    """Pictures and responses from a folder with stimuli.csv and rates or trials."""
+    """Images and responses from a folder with stimuli.csv and rates or trials."""
 
     source: tyro.conf.Positional[Path]
-    """Folder with stimuli.csv (stimulus_id, image, optionally object, category, split and others), pictures, rates."""
+    """Folder with stimuli.csv (stimulus_id, image, optionally object, category, split and others), images, rates."""
     stimuli: Path | None = None
     """Table of stimuli, one row each. Default: SOURCE/stimuli.csv."""
     rates: Path | None = None
@@ -69,7 +69,7 @@ class Folder(BaseModel, extra="forbid"):
     """Units of the rates, such as spikes/s. Default: "as recorded"."""
 
     def open(self) -> Recording:
-        """Check everything but the pictures' contents, and describe the recording.
+        """Check everything but the images' contents, and describe the recording.
 
         Raises:
             BadInput: naming the file, the row or column, and what would be right.
@@ -96,7 +96,7 @@ class Folder(BaseModel, extra="forbid"):
         if not recorded.any():
             raise BadInput(f"{(rates or trials).path}: every response is NaN; nothing was recorded")
         answered = {split: any(recorded[i] for i, s in enumerate(splits) if s == split) for split in SPLITS}
-        converted = _check_pictures(self.source, images, table)
+        converted = _check_images(self.source, images, table)
         provenance = {
             "source": "folder",
             "path": str(self.source.resolve()),
@@ -105,10 +105,10 @@ class Folder(BaseModel, extra="forbid"):
             "rates": "as given" if rates is not None else "mean over repetitions",
             **self._derivation(),
             "split": split_rule,
-            "warnings": _shared_pictures(images, splits),
+            "warnings": _shared_images(images, splits),
         }
         if converted:
-            provenance["converted_to_png"] = f"{converted} of {len(ids)} pictures were neither JPEG nor PNG"
+            provenance["converted_to_png"] = f"{converted} of {len(ids)} images were neither JPEG nor PNG"
         return FolderRecording(
             name=self.name or self.source.resolve().name,
             provenance=provenance,
@@ -252,7 +252,7 @@ class FolderRecording(Recording):
 
     Attributes (beside those of `Recording`):
         root: the folder that `images` are relative to.
-        images: path of each stimulus's picture.
+        images: path of each stimulus's image.
         rates: (stimuli, sites), or None where they are the average of the trials.
         trials: (stimuli, repetitions, sites), or None.
     """
@@ -263,15 +263,15 @@ class FolderRecording(Recording):
     trials: Responses | None
 
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
-        """Yield the stimuli at `indices`, one picture file at a time.
+        """Yield the stimuli at `indices`, one image file at a time.
 
         Raises:
-            BadInput: a picture that is missing, unreadable or absurdly large.
+            BadInput: an image that is missing, unreadable or absurdly large.
         """
         rates = None if self.rates is None else self.rates.load()
         trials = None if self.trials is None else self.trials.load()
         for i in indices:
-            image, encoding, converted = self._picture(i)
+            image, encoding, converted = self._image(i)
             here = trial_rows = None
             if self.answered[self.splits[i]]:
                 trial_rows = None if trials is None else float32(trials[i])
@@ -285,13 +285,13 @@ class FolderRecording(Recording):
                 meta=self.meta[i] | converted,
             )
 
-    def _picture(self, i: int) -> tuple[bytes, str, dict[str, str]]:
-        """The encoded picture, its encoding, and a note where it had to be converted."""
+    def _image(self, i: int) -> tuple[bytes, str, dict[str, str]]:
+        """The encoded image, its encoding, and a note where it had to be converted."""
         path = self.root / self.images[i]
         try:
             return packable(read_regular(path, MAX_FILE_BYTES))
         except (OSError, ValueError) as error:
-            raise BadInput(f"{path} (picture of stimulus {self.stimulus_ids[i]}): {error}") from error
+            raise BadInput(f"{path} (image of stimulus {self.stimulus_ids[i]}): {error}") from error
 
 
 # ---- stimuli -------------------------------------------------------------------------------------------------------
@@ -321,8 +321,8 @@ def _image_paths(table: Table, root: Path) -> list[str]:
     return images
 
 
-def _check_pictures(root: Path, images: list[str], table: Table) -> int:
-    """Look at the first bytes of every picture; returns how many have to be converted to PNG."""
+def _check_images(root: Path, images: list[str], table: Table) -> int:
+    """Look at the first bytes of every image; returns how many have to be converted to PNG."""
     converted = 0
     for i, image in enumerate(images):
         try:
@@ -332,17 +332,17 @@ def _check_pictures(root: Path, images: list[str], table: Table) -> int:
                 converted += sniff_encoding(file.read(16)) is None
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
-            raise BadInput(f"{table.at(i)}: the picture {root / image} cannot be read ({reason})") from error
+            raise BadInput(f"{table.at(i)}: the image {root / image} cannot be read ({reason})") from error
     return converted
 
 
-def _shared_pictures(images: list[str], splits: list[str]) -> list[str]:
-    """A warning where one picture file is used in several splits, so that held-out scores would be too good."""
+def _shared_images(images: list[str], splits: list[str]) -> list[str]:
+    """A warning where one image file is used in several splits, so that held-out scores would be too good."""
     seen: dict[str, set[str]] = {}
     for image, split in zip(images, splits, strict=True):
         seen.setdefault(os.path.normpath(image), set()).add(split)
     shared = sorted(image for image, where in seen.items() if len(where) > 1)
-    return [f"{len(shared)} picture files are in more than one split, {shared[0]} for one"] if shared else []
+    return [f"{len(shared)} image files are in more than one split, {shared[0]} for one"] if shared else []
 
 
 def _meta(table: Table, objects: list[str] | None) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
-"""Source `it-h5`: IT_data.h5 of the EPFL course NX-414, normalised HvM pictures and rates of 168 IT sites.
+"""Source `it-h5`: IT_data.h5 of the EPFL course NX-414, normalised HvM images and rates of 168 IT sites.
 
-The pictures in the file are float (N, 3, H, W), (x / 255 - mean) / std with ImageNet's mean and std. They are brought
+The images in the file are float (N, 3, H, W), (x / 255 - mean) / std with ImageNet's mean and std. They are brought
 back to the uint8 they were made from; how far the values are from whole numbers tells whether they ever were.
 """
 
@@ -14,20 +14,20 @@ import numpy as np
 import tyro
 from pydantic import BaseModel
 
-from data_prep import hdf5
-from data_prep.errors import BadInput
-from data_prep.pictures import encode_png
+from data_prep.common.errors import BadInput
+from data_prep.common.image_decoding import encode_png
 from data_prep.recording import SPLITS, Recording, Stimulus
+from data_prep.sources.files import hdf5
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# In uint8 steps. float32 leaves about 1e-4 and float16 up to 0.06; pictures that never were uint8 reach 0.5.
+# In uint8 steps. float32 leaves about 1e-4 and float16 up to 0.06; images that never were uint8 reach 0.5.
 ROUNDING_WARNING = 0.1
 RANGE_TOLERANCE = 0.5
-PROBES = 4  # pictures per split that `open` looks at
+PROBES = 4  # images per split that `open` looks at
 
-_BLOCK_PICTURES = 16
+_BLOCK_IMAGES = 16
 
 
 class ItH5(BaseModel, extra="forbid"):
@@ -39,7 +39,7 @@ class ItH5(BaseModel, extra="forbid"):
     """Name of the recording. Default: the file's name without its ending."""
 
     def open(self) -> Recording:
-        """Check the file's structure, and a few pictures of each split.
+        """Check the file's structure, and a few images of each split.
 
         Raises:
             BadInput: naming the file, the dataset, and what would be right.
@@ -47,8 +47,8 @@ class ItH5(BaseModel, extra="forbid"):
         if not self.source.is_file():
             raise BadInput(f"{self.source}: no such file; SOURCE must be the course's IT_data.h5")
         with hdf5.reading(self.source) as file:
-            size = {split: _check_pictures(hdf5.dataset(file, f"stimulus_{split}")) for split in SPLITS}
-            _check_equal(self.source, "picture sizes", {split: shape[1:] for split, shape in size.items()})
+            size = {split: _check_images(hdf5.dataset(file, f"stimulus_{split}")) for split in SPLITS}
+            _check_equal(self.source, "image sizes", {split: shape[1:] for split, shape in size.items()})
             count = {split: shape[0] for split, shape in size.items()}
             objects = {split: _objects(hdf5.dataset(file, f"object_{split}"), count[split]) for split in SPLITS}
             sites, answered = {}, {}
@@ -63,7 +63,7 @@ class ItH5(BaseModel, extra="forbid"):
         provenance = {
             "source": "it-h5",
             "path": str(self.source.resolve()),
-            "pictures": f"float (3, {height}, {width}), ImageNet normalisation undone, rounded to uint8, lossless PNG",
+            "images": f"float (3, {height}, {width}), ImageNet normalisation undone, rounded to uint8, lossless PNG",
             "probed_uint8_rounding_error": error,
             "warnings": [rounding_warning(error)] if error > ROUNDING_WARNING else [],
         }
@@ -96,20 +96,20 @@ class ItH5Recording(Recording):
         `meta["uint8_rounding_error"]` is the largest distance of a value from a whole number, in uint8 steps.
 
         Raises:
-            BadInput: a picture with NaN or with values that cannot be ImageNet-normalised.
+            BadInput: an image with NaN or with values that cannot be ImageNet-normalised.
         """
         first = {split: self.splits.index(split) for split in set(self.splits)}
         with hdf5.reading(self.path) as file:
             for run in self._blocks(file, indices, first):
                 split = self.splits[run[0]]
                 rows = slice(run[0] - first[split], run[-1] + 1 - first[split])
-                pictures = hdf5.dataset(file, f"stimulus_{split}")[rows]
+                images = hdf5.dataset(file, f"stimulus_{split}")[rows]
                 rates = None
                 if self.answered[split]:
                     rates = hdf5.dataset(file, f"spikes_{split}")[rows].astype(np.float32)
                 for k, i in enumerate(run):
-                    where = f"{self.path}: picture {rows.start + k} of stimulus_{split}"
-                    uint8, error = denormalise(pictures[k], where)
+                    where = f"{self.path}: image {rows.start + k} of stimulus_{split}"
+                    uint8, error = denormalise(images[k], where)
                     yield Stimulus(
                         id=self.stimulus_ids[i],
                         image=encode_png(uint8.transpose(1, 2, 0)),
@@ -133,7 +133,7 @@ class ItH5Recording(Recording):
             yield run
 
 
-def denormalise(picture: np.ndarray, where: str) -> tuple[np.ndarray, float]:
+def denormalise(image: np.ndarray, where: str) -> tuple[np.ndarray, float]:
     """Undo the ImageNet normalisation of float (3, H, W).
 
     Returns:
@@ -142,7 +142,7 @@ def denormalise(picture: np.ndarray, where: str) -> tuple[np.ndarray, float]:
     Raises:
         BadInput: NaN or infinite values, or values outside 0..255 once undone; the message starts with `where`.
     """
-    steps = _to_steps(picture)
+    steps = _to_steps(image)
     if not np.isfinite(steps).all():
         raise BadInput(f"{where} has values that are NaN or infinite")
     low, high = float(steps.min()), float(steps.max())
@@ -158,17 +158,17 @@ def denormalise(picture: np.ndarray, where: str) -> tuple[np.ndarray, float]:
 def rounding_warning(error: float) -> str:
     """What an error above `ROUNDING_WARNING` means."""
     return (
-        f"the pictures differ from whole uint8 steps by up to {error:.2f}: they never were uint8 (resized in floating "
-        "point, say), so the packed pictures are rounded ones"
+        f"the images differ from whole uint8 steps by up to {error:.2f}: they never were uint8 (resized in floating "
+        "point, say), so the packed images are rounded ones"
     )
 
 
-def _to_steps(picture: np.ndarray) -> np.ndarray:
+def _to_steps(image: np.ndarray) -> np.ndarray:
     """float (..., 3, H, W), normalised -> float32, same shape, in uint8 steps."""
     mean = np.float32(255) * np.array(IMAGENET_MEAN, np.float32)[:, None, None]
     std = np.float32(255) * np.array(IMAGENET_STD, np.float32)[:, None, None]
     with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN are reported by the caller
-        return picture.astype(np.float32) * std + mean
+        return image.astype(np.float32) * std + mean
 
 
 # ---- the file's structure ------------------------------------------------------------------------------------------
@@ -179,8 +179,8 @@ def _check_equal(path: Path, what: str, values: dict[str, Any]) -> None:
         raise BadInput(f"{path}: the splits have different {what}: {values}")
 
 
-def _check_pictures(dataset: h5py.Dataset) -> tuple[int, ...]:
-    """The shape (N, 3, H, W) of a dataset of pictures."""
+def _check_images(dataset: h5py.Dataset) -> tuple[int, ...]:
+    """The shape (N, 3, H, W) of a dataset of images."""
     shape = dataset.shape or ()
     if dataset.dtype.kind != "f" or len(shape) != 4 or shape[1] != 3 or not all(shape):
         raise BadInput(f"{hdf5.at(dataset)} is {dataset.dtype} {shape}; expected is float (stimuli, 3, height, width)")
@@ -207,41 +207,38 @@ def _objects(dataset: h5py.Dataset, n: int) -> list[str]:
     if not hdf5.is_text(dataset):
         raise BadInput(f"{hdf5.at(dataset)} is of type {dataset.dtype}; expected are latin-1 strings, shape ({n},)")
     if dataset.shape not in ((n,), (n, 1)):
-        raise BadInput(f"{hdf5.at(dataset)} has the shape {dataset.shape}; expected is ({n},), one name per picture")
+        raise BadInput(f"{hdf5.at(dataset)} has the shape {dataset.shape}; expected is ({n},), one name per image")
     declared = h5py.check_string_dtype(dataset.dtype)
     encoding = "utf-8" if declared and declared.encoding == "utf-8" else "latin-1"
     names = [bytes(n).decode(encoding, "replace").strip("\x00 \t\r\n") for n in dataset[()].reshape(-1)]
     if "" in names:
-        raise BadInput(
-            f"{hdf5.at(dataset)}: the object of stimulus {names.index('')} is empty; every picture needs one"
-        )
+        raise BadInput(f"{hdf5.at(dataset)}: the object of stimulus {names.index('')} is empty; every image needs one")
     return names
 
 
 def _block_length(dataset: h5py.Dataset) -> int:
-    """How many pictures to read at once: whole chunks, so that none is decompressed twice, and never much memory."""
-    picture_bytes = max(1, dataset.dtype.itemsize * int(np.prod(dataset.shape[1:])))
+    """How many images to read at once: whole chunks, so that none is decompressed twice, and never much memory."""
+    image_bytes = max(1, dataset.dtype.itemsize * int(np.prod(dataset.shape[1:])))
     chunk = dataset.chunks[0] if dataset.chunks else 1
-    length = chunk * -(-_BLOCK_PICTURES // chunk)
-    return max(1, min(length, hdf5.BLOCK_BYTES // picture_bytes))
+    length = chunk * -(-_BLOCK_IMAGES // chunk)
+    return max(1, min(length, hdf5.BLOCK_BYTES // image_bytes))
 
 
 def _probe(dataset: h5py.Dataset) -> float:
-    """Look at a few evenly spaced pictures: their largest rounding error, in uint8 steps.
+    """Look at a few evenly spaced images: their largest rounding error, in uint8 steps.
 
     Raises:
         BadInput: values in another scale. Those of 0..1 and -1..1 fall into 0..255 when ImageNet's normalisation is
-            undone, so the range alone does not tell: pictures are judged by which scale makes whole uint8 steps.
+            undone, so the range alone does not tell: images are judged by which scale makes whole uint8 steps.
     """
     rows = np.unique(np.linspace(0, len(dataset) - 1, PROBES).round().astype(int))
-    pictures = np.stack([dataset[int(row)] for row in rows]).astype(np.float32)
+    images = np.stack([dataset[int(row)] for row in rows]).astype(np.float32)
     error = max(
-        denormalise(picture, f"{hdf5.at(dataset)}: picture {row}")[1]
-        for row, picture in zip(rows, pictures, strict=True)
+        denormalise(image, f"{hdf5.at(dataset)}: image {row}")[1] for row, image in zip(rows, images, strict=True)
     )
     if error > ROUNDING_WARNING:
-        in_unit = pictures.min() >= 0 and pictures.max() <= 1
-        if in_unit or (np.abs(pictures).max() <= 1 and _distance_to_whole(pictures * 127.5 + 127.5) < 0.01):
+        in_unit = images.min() >= 0 and images.max() <= 1
+        if in_unit or (np.abs(images).max() <= 1 and _distance_to_whole(images * 127.5 + 127.5) < 0.01):
             raise BadInput(
                 f"{hdf5.at(dataset)} cannot be ImageNet-normalised: its values lie in "
                 f"{'0..1' if in_unit else '-1..1'}; expected is (x / 255 - mean) / std per channel"

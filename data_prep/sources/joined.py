@@ -1,6 +1,6 @@
 """Source `joined`: several packed recordings of different sites, as one recording.
 
-The stimuli are matched by id, and where several recordings hold one, their pictures must be the same bytes. Sites of a
+The stimuli are matched by id, and where several recordings hold one, their images must be the same bytes. Sites of a
 recording that does not hold a stimulus have NaN there.
 """
 
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import tyro
 
-from data_prep.errors import BadInput
-from data_prep.presentations import select_sites
+from data_prep.common.errors import BadInput
 from data_prep.recording import SPLITS, Recording, Stimulus
-from data_prep.shards import ShardFolder, ShardSplit
-from data_prep.sources.presented import HeldOut, objects_of
+from data_prep.shards.folder import ShardFolder, ShardSplit
+from data_prep.sources.files.presentations import HeldOut, objects_of
+from data_prep.sources.files.trials import select_sites
 
 Place = tuple[str, int]  # split of the folder, position in it
 
@@ -38,7 +38,7 @@ class Joined(HeldOut):
     """Name of the recording. Default: the names of the recordings, with + between them."""
 
     def open(self) -> Recording:
-        """Match the stimuli, sites and splits of the folders; pictures are compared when stimuli are read.
+        """Match the stimuli, sites and splits of the folders; images are compared when stimuli are read.
 
         Raises:
             BadInput: folders that cannot be read or contradict each other.
@@ -134,25 +134,25 @@ class JoinedRecording(Recording):
         """Yield the stimuli at `indices`, one at a time.
 
         Raises:
-            BadInput: two folders have different pictures under one id.
+            BadInput: two folders have different images under one id.
         """
         for i in indices:
             found = {folder: self.parts[folder][split] for folder, (split, _) in self.places[i].items()}
-            image, encoding = self._picture(i, found)
+            image, encoding = self._image(i, found)
             rates = trials = None
             if self.answered[self.splits[i]]:
                 rates, trials = self._responses(i, found)
             yield Stimulus(self.stimulus_ids[i], image, encoding, rates, trials, meta=self.meta[i])
 
-    def _picture(self, i: int, found: dict[int, ShardSplit]) -> tuple[bytes, str]:
-        """The picture and its encoding, compared between all folders that hold it."""
+    def _image(self, i: int, found: dict[int, ShardSplit]) -> tuple[bytes, str]:
+        """The image and its encoding, compared between all folders that hold it."""
         (first, split), *others = found.items()
         image, encoding = split.image(self.places[i][first][1])
         for folder, other in others:
             if other.image(self.places[i][folder][1])[0] != image:
                 raise BadInput(
-                    f"stimulus {self.stimulus_ids[i]!r} is another picture in {other.folder} than in {split.folder}; "
-                    "an id must mean the same picture everywhere"
+                    f"stimulus {self.stimulus_ids[i]!r} is another image in {other.folder} than in {split.folder}; "
+                    "an id must mean the same image everywhere"
                 )
         return bytes(image), encoding
 

@@ -4,7 +4,7 @@
     /{split}/neural_data/{subject}/{region}     (stimuli, sites)
     /noise_ceilings/{subject}/{region}          (sites,), in percent of the attribute max_nc; not necessary
 
-An id that occurs several times in a split was shown as many times: its rows are trials. The pictures are files named
+An id that occurs several times in a split was shown as many times: its rows are trials. The images are files named
 by id, or an array in this or another HDF5 file: beside the ids of a split, or with ids of its own, or in the order of
 the numbers that are the ids.
 """
@@ -20,11 +20,13 @@ import h5py
 import numpy as np
 import tyro
 
-from data_prep import hdf5
-from data_prep.errors import BadInput
-from data_prep.picture_files import Loaded, PictureFiles
-from data_prep.pictures import encode_png
-from data_prep.presentations import (
+from data_prep.common.errors import BadInput
+from data_prep.common.image_decoding import encode_png
+from data_prep.recording import SPLITS, Recording
+from data_prep.sources.files import hdf5
+from data_prep.sources.files.image_files import ImageFiles, Loaded
+from data_prep.sources.files.presentations import HeldOutVal, Images, PresentedRecording
+from data_prep.sources.files.trials import (
     TRIALS_BYTES,
     gather_trials,
     rates_and_trials,
@@ -32,11 +34,9 @@ from data_prep.presentations import (
     safe_ids,
     select_sites,
 )
-from data_prep.recording import SPLITS, Recording
-from data_prep.sources.presented import HeldOutVal, Pictures, PresentedRecording
 
-PICTURE_NAMES = ("stimuli", "images", "pictures", "imgBrick")
-PICTURE_IDS = ("stimulus_ids", "ids")
+IMAGE_NAMES = ("stimuli", "images", "pictures", "imgBrick")
+IMAGE_IDS = ("stimulus_ids", "ids")
 
 Rows = dict[tuple[str, str], dict[str, np.ndarray]]  # {(split, subject): {stimulus: its rows}}
 
@@ -46,10 +46,10 @@ class MbsH5(HeldOutVal):
 
     source: tyro.conf.Positional[Path]
     """The HDF5 file."""
-    pictures: Path | None = None
-    """Folder or zip with a picture per stimulus id, or an HDF5 file with an array of them. Default: SOURCE itself."""
-    picture_dataset: str | None = None
-    """Name of the array of pictures in the HDF5 file. Default: stimuli, images, pictures or imgBrick."""
+    images: Path | None = None
+    """Folder or zip with an image per stimulus id, or an HDF5 file with an array of them. Default: SOURCE itself."""
+    image_dataset: str | None = None
+    """Name of the array of images in the HDF5 file. Default: stimuli, images, images or imgBrick."""
     subject: tuple[str, ...] = ()
     """Only these subjects."""
     region: tuple[str, ...] = ()
@@ -60,7 +60,7 @@ class MbsH5(HeldOutVal):
     """Units of the responses, such as spikes/s."""
 
     def open(self) -> Recording:
-        """Check the file's structure and that every stimulus has a picture.
+        """Check the file's structure and that every stimulus has an image.
 
         Raises:
             BadInput: naming the file, the dataset, and what would be right.
@@ -76,7 +76,7 @@ class MbsH5(HeldOutVal):
             for part in parts:
                 part.check(file, rows)
             origin = _origin(rows, self.source)
-            pictures, picture_names = self._pictures(file, origin)
+            images, image_names = self._images(file, origin)
             sites = [site for part in parts for site in part.describe(file)]
             recorded = {split for split in split_names if any(hdf5.has(file, part.path(split)) for part in parts)}
         names = list(origin)
@@ -103,8 +103,8 @@ class MbsH5(HeldOutVal):
             stimulus_ids=ids,
             splits=splits,
             group_by=self.group_by,
-            pictures=pictures,
-            picture_names=picture_names,
+            images=images,
+            image_names=image_names,
             meta=meta,
             path=self.source,
             parts=parts,
@@ -131,14 +131,14 @@ class MbsH5(HeldOutVal):
             raise BadInput(f"{self.source}: no responses of subject {self.subject} in region {self.region}")
         return [part for part, kept in zip(parts, keep, strict=True) if kept]
 
-    def _pictures(self, file: h5py.File, origin: dict[str, str]) -> tuple[Pictures, list[str]]:
-        """Where the pictures lie, and the name of each stimulus's there."""
-        if self.pictures is None:
-            return PictureArrays(self.source), _picture_rows(file, origin, self.picture_dataset)
-        if self.pictures.is_file() and h5py.is_hdf5(self.pictures):
-            with hdf5.reading(self.pictures) as other:
-                return PictureArrays(self.pictures), _picture_rows(other, origin, self.picture_dataset)
-        files = PictureFiles(self.pictures)
+    def _images(self, file: h5py.File, origin: dict[str, str]) -> tuple[Images, list[str]]:
+        """Where the images lie, and the name of each stimulus's there."""
+        if self.images is None:
+            return ImageArrays(self.source), _image_rows(file, origin, self.image_dataset)
+        if self.images.is_file() and h5py.is_hdf5(self.images):
+            with hdf5.reading(self.images) as other:
+                return ImageArrays(self.images), _image_rows(other, origin, self.image_dataset)
+        files = ImageFiles(self.images)
         return files, files.find_all({name: [name] for name in origin})
 
 
@@ -251,18 +251,18 @@ def _origin(rows: Rows, path: Path) -> dict[str, str]:
     return origin
 
 
-# ---- pictures in HDF5 ----------------------------------------------------------------------------------------------
+# ---- images in HDF5 ----------------------------------------------------------------------------------------------
 
 
 @dataclass
-class PictureArrays:
-    """Arrays of pictures, uint8 (pictures, H, W, 3), in an HDF5 file; a picture's name is DATASET#ROW."""
+class ImageArrays:
+    """Arrays of images, uint8 (images, H, W, 3), in an HDF5 file; an image's name is DATASET#ROW."""
 
     path: Path
 
     @contextmanager
     def reading(self) -> Iterator[Callable[[str], Loaded]]:
-        """Open for reading: a function from a picture's name to the picture, as lossless PNG."""
+        """Open for reading: a function from an image's name to the image, as lossless PNG."""
         with hdf5.reading(self.path) as file:
             yield lambda name: self._load(file, name)
 
@@ -271,9 +271,9 @@ class PictureArrays:
         return encode_png(hdf5.dataset(file, found)[int(row)]), "png", {}
 
 
-def _picture_rows(file: h5py.File, origin: dict[str, str], named: str | None) -> list[str]:
-    """The name, DATASET#ROW, of every stimulus's picture."""
-    candidates = PICTURE_NAMES if named is None else (named,)
+def _image_rows(file: h5py.File, origin: dict[str, str], named: str | None) -> list[str]:
+    """The name, DATASET#ROW, of every stimulus's image."""
+    candidates = IMAGE_NAMES if named is None else (named,)
     for name in candidates:
         if hdf5.has(file, name):
             row_of = _ids_of_array(file, hdf5.dataset(file, name))
@@ -285,30 +285,29 @@ def _picture_rows(file: h5py.File, origin: dict[str, str], named: str | None) ->
             for split, path in split_paths.items():
                 ids = hdf5.texts(hdf5.dataset(file, f"{split}/stimulus_ids"))
                 row_of |= {stimulus: row for row, stimulus in enumerate(ids)}
-                _check_pictures(hdf5.dataset(file, path), len(ids))
+                _check_images(hdf5.dataset(file, path), len(ids))
             paths = {stimulus: split_paths[split] for stimulus, split in origin.items()}
             break
     else:
         raise BadInput(
-            f"{file.filename}: there is no array of pictures called {' or '.join(candidates)}, neither at the top nor "
-            "in the splits; name one with --picture-dataset, or a folder of pictures with --pictures"
+            f"{file.filename}: there is no array of images called {' or '.join(candidates)}, neither at the top nor "
+            "in the splits; name one with --image-dataset, or a folder of images with --images"
         )
     if missing := [stimulus for stimulus in origin if stimulus not in row_of]:
         raise BadInput(
-            f"{file.filename}: {len(missing)} of {len(origin)} stimuli have no picture in {name}, "
-            f"{missing[0]!r} for one"
+            f"{file.filename}: {len(missing)} of {len(origin)} stimuli have no image in {name}, {missing[0]!r} for one"
         )
     return [f"{paths[stimulus]}#{row_of[stimulus]}" for stimulus in origin]
 
 
 def _ids_of_array(file: h5py.File, found: h5py.Dataset) -> dict[str, int]:
     """{stimulus: its row} of an array at the top of the file: by the ids beside it, else by number."""
-    ids = next((name for name in PICTURE_IDS if hdf5.has(file, name)), None)
+    ids = next((name for name in IMAGE_IDS if hdf5.has(file, name)), None)
     names = list(map(str, range(len(found)))) if ids is None else hdf5.texts(hdf5.dataset(file, ids))
-    _check_pictures(found, len(names))
+    _check_images(found, len(names))
     return {name: row for row, name in enumerate(names)}
 
 
-def _check_pictures(found: h5py.Dataset, n: int) -> None:
+def _check_images(found: h5py.Dataset, n: int) -> None:
     if found.dtype != np.uint8 or found.ndim != 4 or found.shape[0] != n or found.shape[3] != 3:
         raise BadInput(f"{hdf5.at(found)} is {found.dtype} {found.shape}; expected is uint8 ({n}, height, width, 3)")

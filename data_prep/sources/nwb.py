@@ -14,14 +14,14 @@ import h5py
 import numpy as np
 import tyro
 
-from data_prep import hdf5
-from data_prep.errors import BadInput
-from data_prep.picture_files import PictureFiles
-from data_prep.presentations import TRIALS_BYTES, rates_and_trials, rows_by_stimulus, safe_ids, select_sites
-from data_prep.rates import check_windows, spike_counts
+from data_prep.common.errors import BadInput
 from data_prep.recording import Recording
-from data_prep.sources.presented import HeldOut, PresentedRecording, objects_of
-from data_prep.tables import present
+from data_prep.sources.files import hdf5
+from data_prep.sources.files.image_files import ImageFiles
+from data_prep.sources.files.presentations import HeldOut, PresentedRecording, objects_of
+from data_prep.sources.files.tables import present
+from data_prep.sources.files.trials import TRIALS_BYTES, rates_and_trials, rows_by_stimulus, safe_ids, select_sites
+from data_prep.spikes import check_windows, spike_counts
 
 STIMULUS_COLUMNS = ("stimulus_id", "image_id", "stimulus_name", "image_name", "stim_id", "stimulus", "image", "frame")
 OBJECT_COLUMNS = {"object_name": "object", "category_name": "category"}  # what tables call them, and we
@@ -37,16 +37,16 @@ class Nwb(HeldOut):
 
     source: tyro.conf.Positional[Path]
     """The NWB file (HDF5)."""
-    pictures: str
-    """Folder or zip with a picture per stimulus, or a template of their paths: 'stimuli/{stimulus_id}.png'."""
+    images: str
+    """Folder or zip with an image per stimulus, or a template of their paths: 'stimuli/{stimulus_id}.png'."""
     table: str | None = None
     """Table of presentations in /intervals. Default: the only one, else presentations or trials."""
     stimulus_column: str | None = None
     """Its column that tells the stimulus. Default: stimulus_id, image_id, stimulus_name ..., whichever is there."""
     onset_column: str = "start_time"
     """Its column with the time of the onset in seconds."""
-    picture_column: str | None = None
-    """Its column with the picture's path in --pictures. Default: the picture has the name of the stimulus."""
+    image_column: str | None = None
+    """Its column with the image's path in --images. Default: the image has the name of the stimulus."""
     window_ms: Windows = ((70.0, 170.0),)
     """Start and end of the window after onset. With several (70 120 120 170) there is a site per unit and window."""
     region: tuple[str, ...] = ()
@@ -59,7 +59,7 @@ class Nwb(HeldOut):
     """Name of the recording. Default: the file's name without its ending."""
 
     def open(self) -> Recording:
-        """Check the file's tables and find the pictures; spikes are counted when stimuli are read.
+        """Check the file's tables and find the images; spikes are counted when stimuli are read.
 
         Raises:
             BadInput: naming the file, the table, column or option, and what would be right.
@@ -81,7 +81,7 @@ class Nwb(HeldOut):
             raise BadInput(f"{self.source}: the column {stimulus} tells no stimulus of any presentation")
         ids = safe_ids(list(rows))
         facts = [_constant(facts, shown) | {"stimulus_id": name} for name, shown in rows.items()]
-        pictures, picture_names = self._pictures(list(rows), facts)
+        images, image_names = self._images(list(rows), facts)
         meta = [_meta(known, name, safe) for known, name, safe in zip(facts, rows, ids, strict=True)]
         splits, rule = self.deal(meta, self.source)
         return NwbRecording(
@@ -102,8 +102,8 @@ class Nwb(HeldOut):
             splits=splits,
             objects=objects_of(meta),
             group_by=self.group_by,
-            pictures=pictures,
-            picture_names=picture_names,
+            images=images,
+            image_names=image_names,
             meta=meta,
             path=self.source,
             onsets=onsets,
@@ -144,19 +144,19 @@ class Nwb(HeldOut):
         kept = np.flatnonzero(keep).tolist()
         return [units[k] for k in kept], {k: spans[k] for k in kept}
 
-    def _pictures(self, names: list[str], facts: list[dict[str, Any]]) -> tuple[PictureFiles, list[str]]:
-        """Where the pictures lie, and each stimulus's there."""
-        if "{" in self.pictures:
-            fixed = self.pictures.split("{")[0].rpartition("/")
-            template = self.pictures[len("".join(fixed[:2])) :]
-            files = PictureFiles(Path("".join(fixed[:2]) or "."))
+    def _images(self, names: list[str], facts: list[dict[str, Any]]) -> tuple[ImageFiles, list[str]]:
+        """Where the images lie, and each stimulus's there."""
+        if "{" in self.images:
+            fixed = self.images.split("{")[0].rpartition("/")
+            template = self.images[len("".join(fixed[:2])) :]
+            files = ImageFiles(Path("".join(fixed[:2]) or "."))
             wanted = [[_filled(template, known)] for known in facts]
         else:
-            files = PictureFiles(Path(self.pictures))
+            files = ImageFiles(Path(self.images))
             wanted = [[name] for name in names]
-            if self.picture_column is not None:
+            if self.image_column is not None:
                 for paths, known in zip(wanted, facts, strict=True):
-                    paths.insert(0, str(_known(known, self.picture_column, "--picture-column")))
+                    paths.insert(0, str(_known(known, self.image_column, "--image-column")))
         return files, files.find_all(dict(zip(names, wanted, strict=True)))
 
 
@@ -274,9 +274,9 @@ def _filled(template: str, facts: dict[str, Any]) -> str:
     """A template of paths for one stimulus; only names of facts may stand in its braces."""
     try:
         fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-        return template.format(**{name: _known(facts, name, "--pictures") for name in fields})
+        return template.format(**{name: _known(facts, name, "--images") for name in fields})
     except (ValueError, KeyError, IndexError) as error:
-        raise BadInput(f"--pictures {template}: not a template such as stimuli/{{stimulus_id}}.png ({error})") from None
+        raise BadInput(f"--images {template}: not a template such as stimuli/{{stimulus_id}}.png ({error})") from None
 
 
 def _spans(group: h5py.Group, name: str) -> list[tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""The built-in simulated recording: drawn pictures, IT-like sites, and the truth about both.
+"""The built-in simulated recording: drawn images, IT-like sites, and the truth about both.
 
 It needs no download, so every command can be tried with it, and its noise-free rates are known, so ceilings and scores
 can be checked against them. No brain took part, and everything made from it says so.
@@ -14,7 +14,7 @@ with shares w that differ from site to site (Dirichlet) and add up to 1:
                  and an identity part), half-rectified, inside a receptive field: category-selective, tolerant
     pose     d ~ a_s . (x, y, log size)                         position and size carried along with identity
     view     d ~ sum_j a_sj cos(v_j . r + phi_j,category)       tuning to rotation r that depends on the category
-    picture  d ~ sum_j a_sj tanh(2 b_j . f)                     two layers: Gabor energies and colours f of the picture,
+    image  d ~ sum_j a_sj tanh(2 b_j . f)                     two layers: Gabor energies and colours f of the image,
                  averaged in 4 x 4 fields, then random units that each sum a few of them
     detail   d ~ sum_j a_sj cos(3 v_j . r + phi_j,object)       fine tuning to views of single objects, beyond what any
                  model learns from this many stimuli: why the best model stays below the ceiling
@@ -36,9 +36,9 @@ import numpy as np
 import simplejpeg
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.errors import BadInput
+from data_prep.common.errors import BadInput
 from data_prep.recording import Recording, Stimulus, trial_average
-from data_prep.sources.drawing import CATEGORIES, OBJECTS_PER_CATEGORY, Pose, draw_scene, make_body
+from data_prep.sources.simulation.drawing import CATEGORIES, OBJECTS_PER_CATEGORY, Pose, draw_scene, make_body
 from data_prep.splits import assign_splits
 
 OBJECTS = tuple(f"{category}_{member}" for category in CATEGORIES for member in range(OBJECTS_PER_CATEGORY))
@@ -47,17 +47,17 @@ WINDOW_S = (WINDOW_MS[1] - WINDOW_MS[0]) / 1000
 JPEG_QUALITY = 90
 
 # Ranges of the pose; all uniform, the size in its logarithm.
-SHIFT = 0.35  # half picture widths
-SIZES = (0.55, 0.95)  # radius, half picture widths
+SHIFT = 0.35  # half image widths
+SIZES = (0.55, 0.95)  # radius, half image widths
 TURN = (60.0, 20.0, 20.0)  # yaw, pitch, roll, degrees
 
-RETINA = 64  # px; the size at which the sites see the picture
+RETINA = 64  # px; the size at which the sites see the image
 FIELDS = 4  # features are averaged in FIELDS x FIELDS receptive fields
 WAVELENGTHS, ORIENTATIONS = (4, 8, 16), 4  # of the Gabor filters, px
 
 # Chosen so that pixels, random networks, pretrained networks and fine-tuned networks rank as they do on real
 # recordings of IT.
-SHARES = {"object": 0.46, "pose": 0.17, "view": 0.02, "picture": 0.16, "detail": 0.19}
+SHARES = {"object": 0.46, "pose": 0.17, "view": 0.02, "image": 0.16, "detail": 0.19}
 CONCENTRATION = 12.0  # of the shares over sites: higher = sites more alike
 IDENTITY = 0.12  # share of identity, beside category, in the embedding of objects
 UNITS, UNITS_PER_SITE = 24, 3  # pool of shared units, and how many of them a site sums
@@ -69,17 +69,17 @@ POSE, SCENE, NOISE, SITES, CALIBRATION = 2, 3, 4, 5, 6
 
 @dataclass(frozen=True)
 class Population:
-    """What the sites are: fixed numbers, drawn once from the seed. U = UNITS, F = features of a picture.
+    """What the sites are: fixed numbers, drawn once from the seed. U = UNITS, F = features of an image.
 
     Attributes:
         shares: (sites, 5), variance shares w, in the order of `SHARES`.
         embedding: (64, dimensions) of the objects.
         tuning: (sites, dimensions), the vectors a_s of the object component.
-        centres: (sites, 2) and `widths`: (sites,), receptive fields, half picture widths.
+        centres: (sites, 2) and `widths`: (sites,), receptive fields, half image widths.
         pose_tuning: (sites, 3), unit vectors.
         views: (3, U) and `category_phases` (8, U), `object_phases` (64, U), of the view and detail units.
-        wiring: (F, U), from standardised features to the picture units.
-        mixing: {"view", "picture", "detail"}: (U, sites), weights of the units.
+        wiring: (F, U), from standardised features to the image units.
+        mixing: {"view", "image", "detail"}: (U, sites), weights of the units.
         floor, gain: (sites,), spikes/s; `slope`, `threshold`: (sites,), of the soft threshold.
         feature_scale: (2, F), mean and sd of the features over a fixed set of scenes.
         scale: {component: (2, sites)}, mean and sd of its raw drive over a fixed set of scenes.
@@ -118,7 +118,7 @@ def pose_of(seed: int, index: int) -> Pose:
 
 
 def draw_stimulus(seed: int, index: int, size: int) -> np.ndarray:
-    """The picture of stimulus `index`: uint8 (size, size, 3)."""
+    """The image of stimulus `index`: uint8 (size, size, 3)."""
     category, member = divmod(index % len(OBJECTS), OBJECTS_PER_CATEGORY)
     body = make_body(CATEGORIES[category], member, seed)
     return draw_scene(body, pose_of(seed, index), np.random.default_rng([seed, SCENE, index]), size)
@@ -136,16 +136,16 @@ def gabor_bank() -> np.ndarray:
     return np.stack(bank).astype(np.float32)
 
 
-def picture_features(picture: np.ndarray) -> np.ndarray:
-    """First layer of the picture component: Gabor energies (square root), brightness and two opponent colours.
+def image_features(image: np.ndarray) -> np.ndarray:
+    """First layer of the image component: Gabor energies (square root), brightness and two opponent colours.
 
     Args:
-        picture: uint8 (RETINA, RETINA, 3).
+        image: uint8 (RETINA, RETINA, 3).
 
     Returns:
         float32 (features,), averages over FIELDS x FIELDS receptive fields.
     """
-    red, green, blue = np.moveaxis(picture.astype(np.float32) / 255, 2, 0)
+    red, green, blue = np.moveaxis(image.astype(np.float32) / 255, 2, 0)
     grey = (red + green + blue) / 3
     energy = np.abs(np.fft.ifft2(np.fft.fft2(grey - grey.mean()) * gabor_bank()))
     maps = np.concatenate([np.sqrt(energy), [grey, red - green, blue - (red + green) / 2]])
@@ -154,7 +154,7 @@ def picture_features(picture: np.ndarray) -> np.ndarray:
 
 
 def raw_drives(sites: Population, objects: np.ndarray, poses: np.ndarray) -> dict[str, np.ndarray]:
-    """The components that need no picture, before standardising.
+    """The components that need no image, before standardising.
 
     Args:
         sites: the population.
@@ -177,10 +177,10 @@ def raw_drives(sites: Population, objects: np.ndarray, poses: np.ndarray) -> dic
     }
 
 
-def picture_drive(sites: Population, features: np.ndarray) -> np.ndarray:
-    """The picture component before standardising: features (scenes, F) -> float (scenes, sites)."""
+def image_drive(sites: Population, features: np.ndarray) -> np.ndarray:
+    """The image component before standardising: features (scenes, F) -> float (scenes, sites)."""
     mean, sd = sites.feature_scale
-    return np.tanh(2 * ((features - mean) / sd) @ sites.wiring) @ sites.mixing["picture"]
+    return np.tanh(2 * ((features - mean) / sd) @ sites.wiring) @ sites.mixing["image"]
 
 
 def mean_rates(sites: Population, raw: dict[str, np.ndarray]) -> np.ndarray:
@@ -220,7 +220,7 @@ def make_population(seed: int, sites: int) -> Population:
         category_phases=rng.uniform(0, 2 * np.pi, (len(CATEGORIES), UNITS)),
         object_phases=rng.uniform(0, 2 * np.pi, (len(OBJECTS), UNITS)),
         wiring=wiring / np.linalg.norm(wiring, axis=0),
-        mixing={component: mixing_weights(rng, sites) for component in ("view", "picture", "detail")},
+        mixing={component: mixing_weights(rng, sites) for component in ("view", "image", "detail")},
         floor=rng.uniform(1, 8, sites),
         gain=np.exp(rng.uniform(np.log(6.5), np.log(14), sites)),
         slope=rng.uniform(0.6, 1.1, sites),
@@ -228,19 +228,19 @@ def make_population(seed: int, sites: int) -> Population:
         feature_scale=np.stack([features.mean(0), features.std(0) + 1e-6]),
         scale={},
     )
-    raw = raw_drives(population, objects, poses) | {"picture": picture_drive(population, features)}
+    raw = raw_drives(population, objects, poses) | {"image": image_drive(population, features)}
     scale = {name: np.stack([drive.mean(0), drive.std(0) + 1e-6]) for name, drive in raw.items()}
     return replace(population, scale=scale)
 
 
 @lru_cache(maxsize=4)
 def calibration_features(seed: int, scenes: int = 128) -> np.ndarray:
-    """Features of pictures that are not among the stimuli, whatever their number: float32 (scenes, F)."""
+    """Features of images that are not among the stimuli, whatever their number: float32 (scenes, F)."""
     features = []
     for scene in range(scenes):
         rng = np.random.default_rng([seed, CALIBRATION, scene])
         body = make_body(CATEGORIES[scene % 8], scene // 8 % 8, seed)
-        features.append(picture_features(draw_scene(body, draw_pose(rng), rng, RETINA)))
+        features.append(image_features(draw_scene(body, draw_pose(rng), rng, RETINA)))
     return np.stack(features)
 
 
@@ -259,7 +259,7 @@ def true_reliability(rates: np.ndarray, repetitions: int) -> np.ndarray:
 
 
 class SimulatedRecording(Recording):
-    """A simulated recording: pictures and trials are made when they are read, the mean rates are held."""
+    """A simulated recording: images and trials are made when they are read, the mean rates are held."""
 
     simulated = True
     response_window_ms = WINDOW_MS
@@ -276,9 +276,9 @@ class SimulatedRecording(Recording):
         self.splits = assign_splits(stimuli, {"train": 1 - sum(fractions.values())} | fractions, seed)
         population = make_population(seed, options.sites)
         poses = np.array([tuple(asdict(pose_of(seed, index)).values()) for index in range(stimuli)])
-        features = np.stack([picture_features(draw_stimulus(seed, index, RETINA)) for index in range(stimuli)])
+        features = np.stack([image_features(draw_stimulus(seed, index, RETINA)) for index in range(stimuli)])
         raw = raw_drives(population, np.arange(stimuli) % len(OBJECTS), poses)
-        self.mean_rates = mean_rates(population, raw | {"picture": picture_drive(population, features)})
+        self.mean_rates = mean_rates(population, raw | {"image": image_drive(population, features)})
         self.sites = [{"id": f"simulated_site_{s:03d}", "region": "IT (simulated)"} for s in range(options.sites)]
         self.meta = [{"object": shown, "category": shown.split("_")[0]} for shown in self.objects]
         self.truth = {
@@ -286,7 +286,7 @@ class SimulatedRecording(Recording):
             "variance_shares": dict(zip(SHARES, population.shares.T.tolist(), strict=True)),
         }
         self.provenance = {
-            "source": "simulated by Spiketune: drawn pictures and model neurons, no brain took part",
+            "source": "simulated by Spiketune: drawn images and model neurons, no brain took part",
             "options": options.model_dump(),
             "split": {"method": "random", "seed": seed, **fractions},
         }
@@ -294,14 +294,14 @@ class SimulatedRecording(Recording):
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
         """Draw, encode and add trial noise; what a stimulus is depends on its index and the options alone."""
         for index in map(int, indices):
-            picture = draw_stimulus(self.options.seed, index, self.options.image_size)
+            image = draw_stimulus(self.options.seed, index, self.options.image_size)
             rates = self.mean_rates[index]
             rng = np.random.default_rng([self.options.seed, NOISE, index])
             trials = draw_trials(rates, self.options.repetitions, rng)
             pose = {name: round(value, 4) for name, value in asdict(pose_of(self.options.seed, index)).items()}
             yield Stimulus(
                 id=self.stimulus_ids[index],
-                image=simplejpeg.encode_jpeg(picture, quality=JPEG_QUALITY, colorspace="RGB"),
+                image=simplejpeg.encode_jpeg(image, quality=JPEG_QUALITY, colorspace="RGB"),
                 encoding="jpg",
                 rates=trial_average(trials),
                 trials=trials,
@@ -316,13 +316,13 @@ class Simulated(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     stimuli: int = Field(3200, ge=64, le=10_000_000)
-    """Number of pictures; 3200 = 50 views of each of the 64 objects."""
+    """Number of images; 3200 = 50 views of each of the 64 objects."""
     sites: int = Field(168, ge=1, le=100_000)
     """Number of recording sites."""
     repetitions: int = Field(28, ge=2, le=10_000)
-    """Presentations of each picture; more of them raise the noise ceiling."""
+    """Presentations of each image; more of them raise the noise ceiling."""
     image_size: int = Field(256, ge=32, le=2048)
-    """Width and height of the pictures in pixels. The rates do not depend on it."""
+    """Width and height of the images in pixels. The rates do not depend on it."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
     """Decides objects, scenes, sites, noise and splits."""
     val_fraction: float = Field(0.09, ge=0, lt=1)

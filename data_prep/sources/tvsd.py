@@ -23,12 +23,12 @@ import numpy as np
 import tyro
 from pydantic import Field
 
-from data_prep import hdf5
-from data_prep.errors import BadInput
-from data_prep.picture_files import PictureFiles
-from data_prep.presentations import gather_trials, rates_and_trials, safe_ids, select_sites
+from data_prep.common.errors import BadInput
 from data_prep.recording import Recording
-from data_prep.sources.presented import HeldOutVal, PresentedRecording
+from data_prep.sources.files import hdf5
+from data_prep.sources.files.image_files import ImageFiles
+from data_prep.sources.files.presentations import HeldOutVal, PresentedRecording
+from data_prep.sources.files.trials import gather_trials, rates_and_trials, safe_ids, select_sites
 
 CHANNELS = 1024
 REGIONS = {  # first and last channel + 1, counted from 0
@@ -44,10 +44,10 @@ class Tvsd(HeldOutVal):
 
     source: tyro.conf.Positional[Path]
     """The file THINGS_normMUA.mat of one monkey."""
-    images: Path | None = None
+    image_list: Path | None = None
     """The file things_imgs.mat. Default: SOURCE's folder, or _logs in it."""
-    pictures: Path
-    """Folder of the THINGS pictures (object_images, with a folder per concept), or a zip of it without a password."""
+    images: Path
+    """Folder of the THINGS images (object_images, with a folder per concept), or a zip of it without a password."""
     monkey: Literal["F", "N"] | None = None
     """Whose file it is. Default: F or N where SOURCE's path says monkeyF or monkeyN."""
     region: tuple[Literal["V1", "V4", "IT"], ...] = ()
@@ -58,7 +58,7 @@ class Tvsd(HeldOutVal):
     """Name of the recording. Default: tvsd-F or tvsd-N."""
 
     def open(self) -> Recording:
-        """Check the files against each other and find the pictures.
+        """Check the files against each other and find the images.
 
         Raises:
             BadInput: naming the file, the dataset or option, and what would be right.
@@ -80,7 +80,7 @@ class Tvsd(HeldOutVal):
         names = [name for split in ("train", "test") for name in paths[split]]
         meta = [{"object": Path(name).parent.name or Path(name).stem, "things_path": name} for name in names]
         dealt, rule = self.deal(meta[: count["train"]], self.source)
-        pictures = PictureFiles(self.pictures)
+        images = ImageFiles(self.images)
         regions = {site["region"] for site in kept}
         return TvsdRecording(
             name=self.name or f"tvsd-{monkey}",
@@ -98,8 +98,8 @@ class Tvsd(HeldOutVal):
             splits=[*dealt, *["test"] * count["test"]],
             objects=[facts["object"] for facts in meta],
             group_by=self.group_by,
-            pictures=pictures,
-            picture_names=pictures.find_all({name: [name] for name in names}),
+            images=images,
+            image_names=images.find_all({name: [name] for name in names}),
             meta=meta,
             path=self.source,
             channels=np.flatnonzero(keep),
@@ -117,10 +117,12 @@ class Tvsd(HeldOutVal):
 
     def _images(self) -> Path:
         beside = self.source.parent
-        choices = [self.images] if self.images else [beside / "_logs" / "things_imgs.mat", beside / "things_imgs.mat"]
+        choices = (
+            [self.image_list] if self.image_list else [beside / "_logs" / "things_imgs.mat", beside / "things_imgs.mat"]
+        )
         found = next((path for path in choices if path.is_file()), None)
         if found is None:
-            raise BadInput(f"{choices[0]}: no such file; name the dataset's things_imgs.mat with --images")
+            raise BadInput(f"{choices[0]}: no such file; name the dataset's things_imgs.mat with --image-list")
         return found
 
 
@@ -212,7 +214,7 @@ def _sites(monkey: str, qualities: dict[str, np.ndarray]) -> list[dict[str, Any]
 
 
 def _things_paths(path: Path) -> dict[str, list[str]]:
-    """{split: the pictures' paths below the THINGS folder}, in the order of the responses."""
+    """{split: the images' paths below the THINGS folder}, in the order of the responses."""
     with hdf5.reading(path) as file:
         return {split: _referenced_texts(file, f"{split}_imgs/things_path") for split in ("train", "test")}
 

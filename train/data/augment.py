@@ -1,4 +1,4 @@
-"""Random changes of training pictures, on the device, for a whole batch at once.
+"""Random changes of training images, on the device, for a whole batch at once.
 
 The random numbers come with the batch (`train.data.order.augmentation_draws`): they depend on seed, epoch and step, and
 not on how many ranks share the batch.
@@ -15,7 +15,7 @@ KINDS = 6  # random numbers per stimulus: shift right, shift down, zoom, brightn
 def augment(images: torch.Tensor, draws: torch.Tensor, settings: Augment) -> torch.Tensor:
     """Shift, zoom, mirror, and change brightness and contrast.
 
-    What a shift or a smaller picture uncovers repeats the picture's edge. Without zoom, shifts are by whole pixels, so
+    What a shift or a smaller image uncovers repeats the image's edge. Without zoom, shifts are by whole pixels, so
     that nothing is interpolated.
 
     Args:
@@ -33,13 +33,13 @@ def augment(images: torch.Tensor, draws: torch.Tensor, settings: Augment) -> tor
         pixels = _moved(pixels, settings, right, down, 1 + settings.zoom * zoom, mirror)
     if settings.contrast:
         mean = pixels.mean((1, 2, 3), keepdim=True)
-        pixels = mean + (pixels - mean) * _per_picture(1 + settings.contrast * contrast)
+        pixels = mean + (pixels - mean) * _per_image(1 + settings.contrast * contrast)
     if settings.brightness:
-        pixels = pixels * _per_picture(1 + settings.brightness * brightness)
+        pixels = pixels * _per_image(1 + settings.brightness * brightness)
     return pixels.clamp(0, 255)
 
 
-def _per_picture(values: torch.Tensor) -> torch.Tensor:
+def _per_image(values: torch.Tensor) -> torch.Tensor:
     return values[:, None, None, None]
 
 
@@ -55,7 +55,7 @@ def _moved(
     shift = torch.stack([right, down], dim=1) * settings.shift * size
     if not settings.zoom:
         shift = shift.round()
-    # Rows of the map from places in the new picture to places in the old one, in half sides.
+    # Rows of the map from places in the new image to places in the old one, in half sides.
     x = torch.stack([mirror / scale, torch.zeros_like(scale), -shift[:, 0] * 2 / size], dim=1)
     y = torch.stack([torch.zeros_like(scale), 1 / scale, -shift[:, 1] * 2 / size], dim=1)
     grid = F.affine_grid(torch.stack([x, y], dim=1), list(pixels.shape), align_corners=False)

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from data_prep.errors import BadInput, RunFailed
-from train.data.fetch_ahead import FetchAhead
+from data_prep.common.errors import BadInput, RunFailed
 from train.data.order import Layout, MicroBatch
+from train.data.prefetching import FetchAhead
 
 
 class Group(NamedTuple):
@@ -79,11 +79,11 @@ class Work:
 
 class StimulusSet(Dataset, ABC):
     """Stimuli by position: those of one recording (`train.data.loader.Stimuli`) or of several
-    (`train.data.together.Together`).
+    (`train.data.combined_stimuli.Together`).
 
     Attributes:
         parts: the stimuli of each recording; positions count through one after the other.
-        size: side in pixels of the pictures.
+        size: side in pixels of the images.
         stimulus_ids: of all of them.
         labels: int64 (stimuli,), or None.
     """
@@ -98,13 +98,13 @@ class StimulusSet(Dataset, ABC):
 
     def __getitem__(self, work: Work) -> Batch | BadInput | RunFailed:
         try:
-            images = self.pictures(work.micro.positions)
+            images = self.images(work.micro.positions)
         except (BadInput, RunFailed) as error:
             return error
         return self.batch(images, work)
 
     def batch(self, images: torch.Tensor, work: Work) -> Batch:
-        """Pictures, uint8 (b, size, size, 3), with what is known of their stimuli."""
+        """Images, uint8 (b, size, size, 3), with what is known of their stimuli."""
         positions = work.micro.positions
         return Batch(
             images=images.permute(0, 3, 1, 2),
@@ -126,8 +126,8 @@ class StimulusSet(Dataset, ABC):
         return Work(micro, len(batch), observed, groups if len(groups) > 1 else (), own)
 
     @abstractmethod
-    def pictures(self, positions: np.ndarray) -> torch.Tensor:
-        """The pictures of these stimuli, uint8 (b, size, size, 3)."""
+    def images(self, positions: np.ndarray) -> torch.Tensor:
+        """The images of these stimuli, uint8 (b, size, size, 3)."""
 
     @abstractmethod
     def rates_of(self, positions: np.ndarray) -> torch.Tensor | None:
@@ -147,7 +147,7 @@ class StimulusSet(Dataset, ABC):
 
     @abstractmethod
     def shards_to_fetch(self, positions: np.ndarray) -> np.ndarray:
-        """The remote shards that these pictures have to be read from, counted through those of all parts."""
+        """The remote shards that these images have to be read from, counted through those of all parts."""
 
     @contextmanager
     def fetched_ahead(self, schedule: Iterable[Work]) -> Iterator[Callable[[], None]]:

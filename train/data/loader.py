@@ -1,6 +1,6 @@
 """Shards -> batches: which stimulus goes to which rank and when, decoded, with its responses and label.
 
-The order comes from `train/data/order.py`; this file only reads what it says. Pictures leave the workers as uint8;
+The order comes from `train/data/order.py`; this file only reads what it says. Images leave the workers as uint8;
 everything else happens on the device, in the network.
 """
 
@@ -14,12 +14,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.ceiling import TrialStatistics
-from data_prep.errors import BadInput, RunFailed
-from data_prep.processes import serve_parent
-from data_prep.shards import ShardSplit
-from train.data.batch_memory import BatchMemory
+from data_prep.common.errors import BadInput, RunFailed
+from data_prep.common.worker_processes import serve_parent
+from data_prep.shards.folder import ShardSplit
+from train.data.batch_buffers import BatchMemory
 from train.data.batches import Batch, Group, StimulusSet, Work
-from train.data.decode import decode_at
+from train.data.decoding import decode_at
+from train.data.image_cache import ImageCaches
 from train.data.order import (
     Blocks,
     Layout,
@@ -32,22 +33,21 @@ from train.data.order import (
     steps_per_epoch,
     stimuli_of_epoch,
 )
-from train.data.picture_cache import PictureCaches
 
 MAX_WORKERS = 8
 
 
 class Stimuli(StimulusSet):
-    """The stimuli of a split, or of a part of it, with their responses and labels in memory and pictures on disk.
+    """The stimuli of a split, or of a part of it, with their responses and labels in memory and images on disk.
 
     Args:
         split: opened shards.
-        size: side in pixels of the pictures to deliver.
+        size: side in pixels of the images to deliver.
         subset: positions in the split that are used, int64; all of them by default. Everything below counts within it.
         responses: whether to read the responses.
         classes: whether to read the labels.
-        caches: where decoded pictures are kept; by default none are.
-        apart: keep the subset's pictures apart from the split's others: what is read in every epoch, though little of
+        caches: where decoded images are kept; by default none are.
+        apart: keep the subset's images apart from the split's others: what is read in every epoch, though little of
             the split, then stays where not all of them fit in.
         columns: which of a network's outputs are for its sites; by default all.
     """
@@ -59,7 +59,7 @@ class Stimuli(StimulusSet):
         subset: np.ndarray | None = None,
         responses: bool = True,
         classes: bool = False,
-        caches: PictureCaches | None = None,
+        caches: ImageCaches | None = None,
         apart: bool = False,
         columns: slice = slice(None),
     ):
@@ -117,8 +117,8 @@ class Stimuli(StimulusSet):
         """See `StimulusSet.groups_of`."""
         return () if self.rates is None else (Group(self.rates.shape[1], int(self.observed[batch].sum())),)
 
-    def pictures(self, positions: np.ndarray) -> torch.Tensor:
-        """See `StimulusSet.pictures`."""
+    def images(self, positions: np.ndarray) -> torch.Tensor:
+        """See `StimulusSet.images`."""
         images = self._memory.take((len(positions), self.size, self.size, 3))
         pixels, kept_as = images.numpy(), self._kept_as[positions]
         missing = range(len(positions)) if self._cache is None else self._cache.read(kept_as, pixels)
@@ -151,7 +151,7 @@ class Stimuli(StimulusSet):
         return None if block_shards is None else self.blocks(block_shards)
 
     def shards_to_fetch(self, positions: np.ndarray) -> np.ndarray:
-        """See `StimulusSet.shards_to_fetch`; shards whose pictures are kept are left out."""
+        """See `StimulusSet.shards_to_fetch`; shards whose images are kept are left out."""
         if not self._split.is_remote:
             return np.empty(0, np.int64)
         if self._cache is not None:

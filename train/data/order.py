@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from data_prep.errors import BadInput
+from data_prep.common.errors import BadInput
 
 
 def steps_per_epoch(stimuli: int, global_batch: int) -> int:

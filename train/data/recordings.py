@@ -10,17 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import BadInput
-from data_prep.manifest import Image, Manifest, Rates, Split
-from data_prep.shards import ShardFolder, ShardSplit
+from data_prep.common.errors import BadInput
+from data_prep.shards.folder import ShardFolder, ShardSplit
+from data_prep.shards.manifest import Image, Manifest, Rates, Split
 from data_prep.splits import folds
+from train.data.bad_samples import Screening
 from train.data.order import inner_splits, nested_subset
-from train.data.screening import Screening
 from train.run.folder import is_folder_name
 from train.run.recipe import LEAST_CORRELATED, EarlyStopping, Recipe
 
 SEED_OF_FOLDS = 0  # of early_stopping.folds: runs of several seeds leave out the same stimuli
-Pictures = set[tuple[str, int]]  # told by the stimulus's id and the bytes of the file
+Images = set[tuple[str, int]]  # told by the stimulus's id and the bytes of the file
 
 
 @dataclass
@@ -129,8 +129,8 @@ class Recordings:
             if value != values[0]:
                 raise BadInput(f"data: {self.folders[0].folder} and {folder.folder} differ in their {field}, and {why}")
 
-    def picture_size(self, recipe: Recipe) -> int:
-        """Side in pixels of the pictures that the network sees."""
+    def image_size(self, recipe: Recipe) -> int:
+        """Side in pixels of the images that the network sees."""
         return recipe.images.size or self.manifest.image.side
 
     def divide(self, recipe: Recipe, screening: Screening | None = None) -> list[Divided]:
@@ -169,12 +169,12 @@ class Recordings:
     def _usable(self, split: ShardSplit, recipe: Recipe, screening: Screening) -> np.ndarray:
         task = recipe.task
         needed = {"responses": task.predicts_responses, "classes": task.predicts_classes}
-        return screening.usable(split, self.picture_size(recipe), **needed)
+        return screening.usable(split, self.image_size(recipe), **needed)
 
     def _hold_out(self, divided: list[Divided]) -> None:
         """Leave out of each recording's train split what others hold out."""
         reported = [self._reported(folder) for folder in self.folders]
-        selecting = [_pictures(part.selects, part.selection) for part in divided]
+        selecting = [_images(part.selects, part.selection) for part in divided]
         for number, part in enumerate(divided):
             before = len(part.fit) + len(part.selection)
             of_others = set().union(*(held for k, held in enumerate(reported) if k != number))
@@ -189,21 +189,21 @@ class Recordings:
                     "recordings hold out what it trains on or selects by; pack them with the same split"
                 )
 
-    def _reported(self, folder: ShardFolder) -> Pictures:
+    def _reported(self, folder: ShardFolder) -> Images:
         names = [name for name in folder.manifest.splits if name != "train"] if len(self) > 1 else []
-        return set().union(*(_pictures(folder.split(name)) for name in names))
+        return set().union(*(_images(folder.split(name)) for name in names))
 
 
-def _pictures(split: ShardSplit, positions: np.ndarray | None = None) -> Pictures:
-    told = list(zip(split.stimulus_ids, split.picture_sizes.tolist(), strict=True))
+def _images(split: ShardSplit, positions: np.ndarray | None = None) -> Images:
+    told = list(zip(split.stimulus_ids, split.image_sizes.tolist(), strict=True))
     return set(told if positions is None else [told[position] for position in positions])
 
 
-def _without(split: ShardSplit, positions: np.ndarray, held: Pictures) -> np.ndarray:
-    """Those positions whose pictures are not held out."""
+def _without(split: ShardSplit, positions: np.ndarray, held: Images) -> np.ndarray:
+    """Those positions whose images are not held out."""
     if not held:
         return positions
-    sizes = split.picture_sizes
+    sizes = split.image_sizes
     return positions[np.array([(split.stimulus_ids[k], int(sizes[k])) not in held for k in positions], bool)]
 
 
@@ -222,7 +222,7 @@ def _groups(train: ShardSplit, used: np.ndarray, usable: np.ndarray) -> tuple[np
     A stimulus that cannot be read is a group of its own.
     """
     key, groups = train.manifest.group_by, list(train.stimulus_ids)
-    told: list[Hashable] = list(zip(train.stimulus_ids, train.picture_sizes.tolist(), strict=True))
+    told: list[Hashable] = list(zip(train.stimulus_ids, train.image_sizes.tolist(), strict=True))
     for position in np.intersect1d(used, usable).tolist() if key else ():
         groups[position] = str(train.meta(position).get(key))
         told[position] = (key, groups[position])

@@ -23,15 +23,15 @@ import webdataset
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from data_prep.errors import BadInput
-from data_prep.members import BLOCK, IMAGE_MEMBERS, key_and_kind, not_plain
-from train.data.batch_memory import BatchMemory
+from data_prep.common.errors import BadInput
+from data_prep.shards.members import BLOCK, IMAGE_MEMBERS, key_and_kind, not_plain
+from train.data.batch_buffers import BatchMemory
 from train.data.batches import Batch, Work
-from train.data.decode import decode_into
+from train.data.decoding import decode_into
 from train.data.loader import TrainLoader, data_loader
 from train.data.order import MicroBatch, augmentation_draws, micro_batches, stream_seed
 
-SHUFFLED = 1000  # encoded pictures that a worker holds, to take the next one from at random
+SHUFFLED = 1000  # encoded images that a worker holds, to take the next one from at random
 
 
 class StreamLoader(TrainLoader):
@@ -80,7 +80,7 @@ class _Stream(IterableDataset):
                 return
 
     def _samples(self, consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
-        """Pictures to fit, encoded, in the order in which this one of all ranks' workers takes them."""
+        """Images to fit, encoded, in the order in which this one of all ranks' workers takes them."""
         seed = stream_seed(self.seed, self.first_step)
         tars = webdataset.ResampledShards(
             list(self.sizes),
@@ -92,15 +92,15 @@ class _Stream(IterableDataset):
             webdataset.DataPipeline(
                 tars,
                 lambda drawn: itertools.islice(drawn, consumer, None, consumers),
-                self._pictures,
+                self._images,
                 group_by_keys,
                 self._to_fit,
                 webdataset.shuffle(SHUFFLED, initial=SHUFFLED, rng=random.Random(stream_seed(seed, consumer))),
             )
         )
 
-    def _pictures(self, tars: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The members of the tars that are pictures; responses and labels are in memory already.
+    def _images(self, tars: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        """The members of the tars that are images; responses and labels are in memory already.
 
         Files are opened as such: webdataset's own `gopen` would run a shell for some names.
         """
@@ -110,7 +110,7 @@ class _Stream(IterableDataset):
                     self._check_same(tar["url"], stream.fileno())
                     # A stream would unpack what is compressed, however large it becomes.
                     tarfile.TarInfo.frombuf(os.pread(stream.fileno(), BLOCK, 0), "utf-8", "surrogateescape")
-                    yield from _pictures_of(tar_file_expander([tar | {"stream": stream}]), tar["url"])
+                    yield from _images_of(tar_file_expander([tar | {"stream": stream}]), tar["url"])
             except (OSError, tarfile.TarError, RecursionError) as error:
                 reason = getattr(error, "strerror", None) or error.args[0]
                 raise BadInput(f"{tar['url']} cannot be read to its end ({reason}); copy it again") from None
@@ -159,7 +159,7 @@ class _Stream(IterableDataset):
         return augmentation_draws(self.seed, epoch, step, self.global_size, self.draws)[dealt.places]
 
 
-def _pictures_of(members: Iterable[dict[str, Any]], tar: str) -> Iterator[dict[str, Any]]:
+def _images_of(members: Iterable[dict[str, Any]], tar: str) -> Iterator[dict[str, Any]]:
     for member in members:
         if not member:  # the mark that a tar ends
             yield member

@@ -5,7 +5,7 @@ import copy
 import torch
 from torch import nn
 
-from train.parallel.engine import Engine
+from train.distributed.engine import Engine
 
 
 class RunningAverage:

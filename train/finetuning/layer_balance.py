@@ -3,9 +3,9 @@
 import torch
 
 from train.data.batches import StimulusSet
-from train.models.backbones import Backbone
-from train.parallel.runtime import Runtime
-from train.probing.features import extract
+from train.distributed.runtime import Runtime
+from train.models.backbone import Backbone
+from train.models.features import extract
 
 
 @torch.no_grad()

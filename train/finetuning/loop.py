@@ -7,23 +7,24 @@ from dataclasses import dataclass
 import torch
 from safetensors import SafetensorError
 
-from data_prep import progress as show
-from data_prep.errors import DIVERGED, RunFailed, Stopped
-from data_prep.manifest import to_json_list
+from data_prep.common import progress as show
+from data_prep.common.errors import DIVERGED, RunFailed, Stopped
+from data_prep.shards.manifest import to_json_list
 from train.data.augment import augment
 from train.data.batches import Batch, StimulusSet
 from train.data.loader import TrainLoader
 from train.data.order import stream_seed
+from train.distributed.engine import Engine, average_batch_statistics, batch_statistics
+from train.distributed.runtime import Runtime
+from train.evaluation.metrics import least_squares_lines
+from train.evaluation.scoring import Scores, score_each
+from train.finetuning.bottlenecks import Pace
+from train.finetuning.charts import Watch
 from train.finetuning.ema import RunningAverage
-from train.finetuning.finite import FiniteSteps
-from train.finetuning.pace import Pace
+from train.finetuning.non_finite_steps import FiniteSteps
 from train.finetuning.resume import StartingPoint
 from train.finetuning.schedule import momentum, plateaus, rate_factor, set_momentum
-from train.finetuning.watching import Watch
-from train.models.scoring import Scores, score_each
-from train.models.tasks import Network
-from train.parallel.engine import Engine, average_batch_statistics, batch_statistics
-from train.parallel.runtime import Runtime
+from train.models.network import Network
 from train.run.checkpoint import Progress, forget_newer, save_checkpoint
 from train.run.folder import RunFolder
 from train.run.monitor import Monitor
@@ -276,7 +277,8 @@ class Training:
         responses = network.objective.responses
         if responses is not None and responses.ignores_offsets:
             responses.reset()
-            responses.calibrate(score_each(network, self.loader.stimuli, self.runtime, **options, keep=False).moments)
+            scores = score_each(network, self.loader.stimuli, self.runtime, **options, keep=False)
+            responses.calibrate(least_squares_lines(scores.moments))
         return score_each(network, self.selection, self.runtime, **options, keep=True)
 
     def _select(self, scored: Scores) -> bool:

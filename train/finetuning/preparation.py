@@ -8,23 +8,23 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.errors import BadInput
-from data_prep.manifest import Manifest
-from data_prep.shard_cache import GIB
-from data_prep.shards import ShardFolder
+from data_prep.common.errors import BadInput
+from data_prep.remote.cache import GIB
+from data_prep.shards.folder import ShardFolder
+from data_prep.shards.manifest import Manifest
 from train.data.augment import KINDS
+from train.data.bad_samples import Screening
 from train.data.batches import StimulusSet
+from train.data.combined_stimuli import together
+from train.data.image_cache import ImageCaches
 from train.data.loader import Stimuli, TrainLoader, workers_per_rank
-from train.data.picture_cache import PictureCaches
 from train.data.recordings import Divided, Recordings
-from train.data.screening import Screening
 from train.data.streaming import StreamLoader
-from train.data.together import together
-from train.finetuning.targets import learn_from_teacher, site_weights, with_rates_of
-from train.models.objectives import RESPONSE_LOSSES
-from train.models.scoring import check_not_empty
-from train.parallel.processes import rank, ranks_on_machine, uses_gpu, world_size
-from train.parallel.strategy import chosen_strategy, fill_deepspeed, zero_stage
+from train.distributed.launch_environment import rank, ranks_on_machine, uses_gpu, world_size
+from train.distributed.strategy import chosen_strategy, fill_deepspeed, zero_stage
+from train.evaluation.scoring import check_not_empty
+from train.finetuning.training_targets import learn_from_teacher, site_weights, with_rates_of
+from train.models.losses import RESPONSE_LOSSES
 from train.run.folder import RunFolder
 from train.run.recipe import Loader, Recipe
 
@@ -34,14 +34,14 @@ def training_stimuli(
 ) -> tuple[StimulusSet, StimulusSet]:
     """The stimuli to fit and the stimuli that select, as they were divided.
 
-    The few that select are opened first, so that their pictures are kept before all others; under order blocks, where
+    The few that select are opened first, so that their images are kept before all others; under order blocks, where
     the split need not fit into memory, apart from them: or all shards would be read again for the inner part.
     """
-    size = recordings.picture_size(recipe)
+    size = recordings.image_size(recipe)
     wanted = {
         "responses": recipe.task.predicts_responses,
         "classes": recipe.task.predicts_classes,
-        "caches": PictureCaches(recipe.loader),
+        "caches": ImageCaches(recipe.loader),
     }
     to_fit = wanted | ({"caches": None} if recipe.loader.engine == "webdataset" else {})  # it reads them each time
     apart = recipe.loader.order == "blocks" and recipe.early_stopping.split == "inner"

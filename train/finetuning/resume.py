@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep.errors import BadInput
+from data_prep.common.errors import BadInput
+from train.distributed.engine import Engine, batch_statistics
+from train.distributed.runtime import Runtime
 from train.finetuning.ema import RunningAverage
 from train.finetuning.preparation import Job
-from train.models.tasks import Network
-from train.parallel.engine import Engine, batch_statistics
-from train.parallel.runtime import Runtime
+from train.models.network import Network
 from train.run.checkpoint import Progress, checked_tensors, load_progress, load_tensors, newest_whole
 
 

@@ -1,6 +1,6 @@
 """Head first: readouts that begin at the ridge solution on the features of the backbone as it is, in closed form.
 
-Each rank computes the features of its own stimuli and gets all stimuli of a slice of them (`train/probing/gram.py`);
+Each rank computes the features of its own stimuli and gets all stimuli of a slice of them (`train/regression/gram.py`);
 weights are computed slice by slice. A site's penalty is chosen by exact leave-one-out.
 """
 
@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from train.data.batches import StimulusSet
 from train.data.loader import rank_positions
-from train.metrics.exact import mean_score
-from train.models.fields import Window, starting_windows
-from train.models.tasks import Network
-from train.parallel.runtime import Runtime
-from train.probing.features import extract
-from train.probing.gram import COLUMNS, ROUNDING, feature_slice, multiplied
-from train.probing.kernel_regression import FewFeatures, Fit, Method, centred, regress
+from train.distributed.runtime import Runtime
+from train.evaluation.metrics import mean_score
+from train.models.features import extract
+from train.models.network import Network
+from train.models.windows import Window, starting_windows
+from train.regression.gram import COLUMNS, ROUNDING, feature_slice, multiplied
+from train.regression.kernel_regression import FewFeatures, Fit, Method, centred, regress
 
 SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of the classes
 

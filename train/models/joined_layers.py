@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from data_prep.errors import BadInput
+from data_prep.common.errors import BadInput
 from train.models.truncation import check_module, truncate
 
 SUM = "+"  # between the names of modules that are read together
@@ -43,7 +43,7 @@ class LayersHeard:
     Args:
         net: a timm network in evaluation mode; what comes after the last module is dropped.
         names: of the modules, in any order.
-        example: pictures (b, 3, h, w) of the size that is going to be used.
+        example: images (b, 3, h, w) of the size that is going to be used.
 
     Raises:
         BadInput: no such module, one named twice, or one that the forward pass does not come by.
@@ -57,7 +57,7 @@ class LayersHeard:
             net.get_submodule(name).register_forward_hook(ear)
 
     def __call__(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """Pictures -> the outputs, in the order in which the network comes by them."""
+        """Images -> the outputs, in the order in which the network comes by them."""
         last = self._run(images)
         return [*(ear.take() for ear in self._ears), last]
 

@@ -2,7 +2,7 @@
 
 Every readout is linear in its features as long as its spatial part is at its start. `start_features` gives those
 features and `start_from` takes a linear map of them, so that each can begin at a ridge
-(`train/finetuning/ridge_start.py`). All begin at each site's mean: whatever the picture, the outputs are 0.
+(`train/finetuning/ridge_start.py`). All begin at each site's mean: whatever the image, the outputs are 0.
 """
 
 import math
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from train.models.fields import Window
+from train.models.windows import Window
 from train.run.recipe import Readout
 
 
@@ -185,7 +185,7 @@ class Gaussian(_Masked):
     """Channel weights and a Gaussian receptive field for each site (St-Yves and Naselaris 2018).
 
     m_sp ~ exp(-|p - c_s|^2 / 2 sigma_s^2), adding up to 1 over positions p, with centre c and width sigma learned, in
-    half picture sides. sites (channels + 3) + sites parameters. The fields begin in the middle, with sigma 0.5. Nothing
+    half image sides. sites (channels + 3) + sites parameters. The fields begin in the middle, with sigma 0.5. Nothing
     is sampled, so the number of processes does not matter.
     """
 

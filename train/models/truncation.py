@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from data_prep.errors import BadInput
+from data_prep.common.errors import BadInput
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
 
 def truncate(net: nn.Module, cut: str | None, example: torch.Tensor, keep_head: bool) -> Run:
-    """Drop what a network does not need to get from pictures to the output of module `cut`.
+    """Drop what a network does not need to get from images to the output of module `cut`.
 
     Modules that start only after `cut` has ended pass their input on instead (and their weights are gone), so that the
     network's own `forward_features` ends in the output of `cut`. Where it does not, as within a residual block, whose
@@ -23,7 +23,7 @@ def truncate(net: nn.Module, cut: str | None, example: torch.Tensor, keep_head: 
     Args:
         net: a timm network in evaluation mode; changed in place.
         cut: name of a module; None for the end of `forward_features`.
-        example: pictures (b, 3, h, w) of the size that is going to be used.
+        example: images (b, 3, h, w) of the size that is going to be used.
         keep_head: whether `forward_head` is needed as well.
 
     Returns:

@@ -1,7 +1,7 @@
 """What a probe does with the inner products of its layers (`products.py`): regressions, likeness of layer and brain.
 
 A layer may be several modules whose features are read together, and be looked at through several windows
-(`train/models/fields.py`); each of these views has inner products and a regression of its own.
+(`train/models/windows.py`); each of these views has inner products and a regression of its own.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from train.metrics.exact import mean_score
-from train.metrics.similarity import cka, rsa
-from train.models.fields import WHOLE, Window, windows
-from train.models.stacking import stack
-from train.parallel.runtime import Runtime
-from train.probing.gram import ROUNDING
-from train.probing.kernel_regression import Method, centred, folded_r2, regress, squared_error_r2
+from train.distributed.runtime import Runtime
+from train.evaluation.metrics import mean_score
+from train.evaluation.similarity import cka, rsa
+from train.models.windows import WHOLE, Window, windows
 from train.probing.products import Products, View
+from train.regression.gram import ROUNDING
+from train.regression.kernel_regression import Method, centred, folded_r2, regress, squared_error_r2
+from train.regression.stacking import stack
 from train.run.recipe import ProbeRecipe
 
 
@@ -34,14 +34,14 @@ class Layer:
     """What was found for a layer.
 
     Attributes:
-        features: of a picture.
+        features: of an image.
         prediction: float32 (stimuli, sites); NaN for stimuli that no partition held out.
         inner_r2: of each partition: mean over sites, on stimuli left out of the fit.
         rsa, cka: likeness to the responses, over the stimuli that were held out and the sites recorded for all of them.
         penalty: of each partition, float64 (sites,); empty but for ridge on the whole map.
         left_out: of each partition, float32 (stimuli to fit, sites), predictions from the others; empty but for ridge.
         centre: of each partition, float64 (2, sites): where the windows lie that a site reads from, right and down from
-            the picture's middle, in half sides; NaN for a site that reads from the whole map. Empty without windows.
+            the image's middle, in half sides; NaN for a site that reads from the whole map. Empty without windows.
     """
 
     features: int

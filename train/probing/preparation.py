@@ -9,19 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.errors import BadInput
-from data_prep.manifest import Manifest
-from data_prep.shards import ShardFolder
+from data_prep.common.errors import BadInput
+from data_prep.shards.folder import ShardFolder
+from data_prep.shards.manifest import Manifest
 from data_prep.splits import folds
+from train.data.bad_samples import Screening
+from train.data.image_cache import ImageCaches
 from train.data.loader import Stimuli, workers_per_rank
 from train.data.order import nested_subset
-from train.data.picture_cache import PictureCaches
-from train.data.screening import Screening
-from train.models.backbones import Backbone
+from train.distributed.launch_environment import ranks_on_machine, world_size
+from train.evaluation.scoring import check_not_empty
+from train.models.backbone import Backbone
+from train.models.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
 from train.models.joined_layers import parts_of
-from train.models.scoring import check_not_empty
-from train.parallel.processes import ranks_on_machine, world_size
-from train.probing.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
 from train.probing.layers import Partition
 from train.run.checkpoint import current, load_progress
 from train.run.folder import RunFolder
@@ -41,7 +41,7 @@ class Job:
         folder: where it is written.
         splits: the stimuli by split, those to fit first; positions count through all of them.
         partitions: what is fitted, and what it is tried on.
-        look: from pictures to the layers' activations.
+        look: from images to the layers' activations.
         layers: names, in order.
         workers: decoding processes per rank.
         screening: which stimuli are left out.
@@ -69,7 +69,7 @@ class Job:
         field = "" if recipe.field == "whole" else ", each site through windows of its own"
         return (
             f"{name}: {len(self.stimulus_ids):,} stimuli of {', '.join(self.splits)}, {len(self.scored):,} scored, "
-            f"{len(self.manifest.sites)} sites, pictures of {first.size} px\n{self.look.describe()}\n"
+            f"{len(self.manifest.sites)} sites, images of {first.size} px\n{self.look.describe()}\n"
             f"{recipe.readout} on {'all' if used is None else f'at most {used:,}'} {what}{field}"
         ) + "".join(f"\n{warning}" for warning in self.screening.warnings())
 
@@ -125,7 +125,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
 
 
 def _trained_on(weights: Path) -> int | None:
-    """The side of the pictures that a run was trained on; None where the weights are not from a run of ours."""
+    """The side of the images that a run was trained on; None where the weights are not from a run of ours."""
     return load_progress(current(weights / "checkpoints", "best")).image_size if weights.is_dir() else None
 
 
@@ -135,7 +135,7 @@ def _splits_and_partitions(
     if split == "cv" and (recipe.subset is not None or recipe.shuffle_responses):
         raise BadInput("subset and shuffle_responses change the training stimuli, and --split cv fits on all; use val")
     names = ["train", split] if split != "cv" else [name for name in shards.manifest.splits if _responds(shards, name)]
-    caches = PictureCaches(recipe.loader, once=True)  # their activations are kept instead
+    caches = ImageCaches(recipe.loader, once=True)  # their activations are kept instead
     usable = {name: screening.usable(shards.split(name), size, responses=True, classes=False) for name in names}
     if recipe.subset is not None:
         drawn = nested_subset(len(shards.split("train")), recipe.subset, recipe.seed)

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 
 from train.data.loader import Stimuli
-from train.models.fields import WHOLE, Window
+from train.distributed.runtime import Runtime
+from train.models.features import LayerFeatures, PixelFeatures, activations
 from train.models.joined_layers import parts_of
-from train.parallel.runtime import Runtime
-from train.probing.feature_store import FeatureStore
-from train.probing.features import LayerFeatures, PixelFeatures, activations
-from train.probing.gram import Activations, inner_products
-from train.probing.windowed_gram import products_through
+from train.models.windows import WHOLE, Window
+from train.regression.feature_store import FeatureStore
+from train.regression.gram import Activations, inner_products
+from train.regression.windowed_gram import products_through
 from train.run.monitor import Monitor
 from train.run.recipe import ProbeRecipe
 
@@ -55,7 +55,7 @@ class Products:
     Args:
         recipe: of the probe.
         splits: the stimuli by split; rows and columns count through all of them.
-        look: from pictures to activations.
+        look: from images to activations.
         scratch: folder for activations and inner products.
         runtime: this process.
         workers: decoding processes.
@@ -117,14 +117,14 @@ class Products:
     # --- what is there already
 
     @cached_property
-    def _picture(self) -> torch.Tensor:
+    def _image(self) -> torch.Tensor:
         size = next(iter(self._splits.values())).size
         return torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self._runtime.device)
 
     @cached_property
     def _widths(self) -> dict[str, int]:
         with torch.no_grad():
-            return {part: found.shape[1] for part, found in self._look(self._picture).items()}
+            return {part: found.shape[1] for part, found in self._look(self._image).items()}
 
     def _described(self) -> dict[str, Any]:
         """What activations and inner products depend on."""
@@ -207,7 +207,7 @@ class Products:
         self, views: Sequence[View], owners: Mapping[View, int], held: Activations, files: Mapping[View, BinaryIO]
     ) -> None:
         with torch.no_grad():
-            maps = self._look.map_sizes(self._picture)
+            maps = self._look.map_sizes(self._image)
         stripes = products_through([view.window for view in views], parts_of(views[0].layer), maps, held)
         for rows in stripes:
             for view, own in zip(views, rows, strict=True):

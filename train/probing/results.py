@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.manifest import to_json_list
-from train.metrics.exact import SiteMoments
-from train.models.scoring import regression_block, report_head
+from data_prep.shards.manifest import to_json_list
+from train.evaluation.metrics import SiteMoments
+from train.evaluation.plots import layer_figure, layer_label
+from train.evaluation.scoring import regression_block, report_head
 from train.probing.layers import Layer
 from train.probing.preparation import Job
-from train.run.figures import layer_figure, layer_label
 from train.run.folder import LEFT_OUT, write_atomically, write_json, write_npz
 from train.run.monitor import Monitor
 
@@ -109,9 +109,9 @@ def write_results(
     left_out = found[metrics["chosen"]].left_out
     if len(job.partitions) == 1 and left_out:
         _write_predictions(job, job.folder.evaluation(LEFT_OUT), job.partitions[0].fit, left_out[0])
-    picture = layer_figure(metrics)
-    write_atomically(target / "layers.png", picture)
-    monitor.board.picture("explained variance by layer", picture, step=0)
+    figure = layer_figure(metrics)
+    write_atomically(target / "layers.png", figure)
+    monitor.board.figure("explained variance by layer", figure, step=0)
     write_atomically(target / "table.md", (table(metrics) + "\n").encode())
     write_json(target / "metrics.json", metrics)  # last: it says that all is there
 

@@ -8,11 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.metrics.comparison import LOWER_IS_BETTER
-from train.reporting.curves import gains, have_seeds
-from train.reporting.rows import Row
-from train.reporting.tables import Group
-from train.run.figures import (
+from train.evaluation.comparison import LOWER_IS_BETTER
+from train.evaluation.plots import (
     BLUE,
     GREEN,
     ORANGE,
@@ -26,7 +23,10 @@ from train.run.figures import (
     new_figure,
     plain,
 )
-from train.run.prediction_figures import draw_confusion, short
+from train.evaluation.prediction_plots import draw_confusion, short
+from train.reporting.data_efficiency import gains, have_seeds
+from train.reporting.rows import Row
+from train.reporting.tables import Group
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +44,7 @@ CONFUSION = "confusion"  # begins the names of such figures
 
 
 @dataclass(frozen=True)
-class Picture:
+class Figure:
     """A figure in all its formats.
 
     Attributes:
@@ -58,9 +58,9 @@ class Picture:
     files: dict[str, bytes]
 
 
-def pictures(
+def figures(
     groups: Sequence[Group], rows: Sequence[Row], pair: tuple[Path, Path] | None
-) -> Iterator[tuple[Group | None, Picture]]:
+) -> Iterator[tuple[Group | None, Figure]]:
     """Draw everything that there is data for, each with the group it belongs to.
 
     Args:
@@ -71,14 +71,14 @@ def pictures(
     for number, group in enumerate(groups):
         suffix = f"_{number + 1}" if len(groups) > 1 else ""
         for name, caption, figure in _of_group(group, pair):
-            yield group, _picture(f"{name}{suffix}", caption, figure)
+            yield group, _figure(f"{name}{suffix}", caption, figure)
     curves = [row for row in rows if len(row.epochs) > 1]
     if curves:
-        yield None, _picture("learning_curves", _learning_caption(curves), learning_curves(curves))
+        yield None, _figure("learning_curves", _learning_caption(curves), learning_curves(curves))
     for row in rows:
         if row.classes is not None and len(row.classes["class_id"]) <= MOST_CLASSES:
             caption = f"{row.name}: which object was named for which; rows add up to 1."
-            yield None, _picture(f"{CONFUSION}_{file_name(row.name)}", caption, confusion(row))
+            yield None, _figure(f"{CONFUSION}_{file_name(row.name)}", caption, confusion(row))
 
 
 def _of_group(group: Group, pair: tuple[Path, Path] | None) -> Iterator[tuple[str, str, "Figure"]]:
@@ -102,8 +102,8 @@ def _of_group(group: Group, pair: tuple[Path, Path] | None) -> Iterator[tuple[st
         yield "site_by_site", caption, site_by_site(group, *two)
 
 
-def _picture(name: str, caption: str, figure: "Figure") -> Picture:
-    return Picture(name, caption, {kind: encoded(figure, kind) for kind in FORMATS})
+def _figure(name: str, caption: str, figure: "Figure") -> Figure:
+    return Figure(name, caption, {kind: encoded(figure, kind) for kind in FORMATS})
 
 
 def file_name(name: str) -> str:

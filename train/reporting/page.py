@@ -16,12 +16,12 @@ from importlib.resources import files
 
 import yaml
 
-from train.metrics.comparison import LOWER_IS_BETTER
+from train.evaluation.comparison import LOWER_IS_BETTER
 from train.reporting import published
-from train.reporting.curves import notes
-from train.reporting.figures import CONFUSION, Picture
+from train.reporting.data_efficiency import notes
+from train.reporting.figures import CONFUSION, Figure
 from train.reporting.rows import Row
-from train.reporting.sweeps import SweepResults
+from train.reporting.sweep_results import SweepResults
 from train.reporting.tables import Column, Group, chosen_on, duration, interval, number, on_curve, sentence, sized
 
 
@@ -33,7 +33,7 @@ class Content:
         split: whose scores are shown.
         rows: all runs.
         groups: of those whose responses were scored, which can be compared.
-        pictures: the figures with the group that each belongs to.
+        figures: the figures with the group that each belongs to.
         sweeps: searches.
         made: when, with what.
     """
@@ -41,7 +41,7 @@ class Content:
     split: str
     rows: Sequence[Row]
     groups: Sequence[Group]
-    pictures: Sequence[tuple[Group | None, Picture]]
+    figures: Sequence[tuple[Group | None, Figure]]
     sweeps: Sequence[SweepResults]
     made: str
 
@@ -65,7 +65,7 @@ def page(content: Content) -> str:
     parts = [_head(content, title)]
     parts += [_group(group, content) for group in content.groups]
     parts += [_classifiers(content)] if content.classifiers else []
-    curves = [picture for picture in _of(content, None) if not picture.name.startswith(CONFUSION)]
+    curves = [figure for figure in _of(content, None) if not figure.name.startswith(CONFUSION)]
     parts += [_section("training", "Training", _figures(curves))] if curves else []
     parts += [_sweep(sweep, number) for number, sweep in enumerate(content.sweeps, 1)]
     parts += [_published(), _runs(content), f"<footer>{_text(content.made)}</footer>"]
@@ -243,7 +243,7 @@ def _classifiers(content: Content) -> str:
             f'<td class="text">{_text(row.metrics.recording)}</td><td>{row.metrics.stimuli:,}</td>{scores}'
             f'<td class="text">{_text(chosen_on(row))}</td></tr>'
         )
-    drawn = [picture for picture in _of(content, None) if picture.name.startswith(CONFUSION)]
+    drawn = [figure for figure in _of(content, None) if figure.name.startswith(CONFUSION)]
     return _section("classes", "Naming the object", _table(header, body), _figures(drawn))
 
 
@@ -254,9 +254,9 @@ def _sweep(sweep: SweepResults, place: int) -> str:
         cells = "".join(f'<td class="text">{_text(cell)}</td>' for cell in others)
         body.append(f'<tr><th scope="row" class="text">{_text(first)}</th>{cells}</tr>')
     header = [_header(title, "ascending", True) for title in sweep.header]
-    picture = _image(sweep.picture, "png", f"{sweep.name}: what was found where") if sweep.picture else ""
+    figure = _image(sweep.figure, "png", f"{sweep.name}: what was found where") if sweep.figure else ""
     notes = f"<p>{_text(sweep.summary)}</p>"
-    return _section(f"sweep-{place}", f"Search {sweep.name}", notes, picture, _table(header, body))
+    return _section(f"sweep-{place}", f"Search {sweep.name}", notes, figure, _table(header, body))
 
 
 def _published() -> str:
@@ -277,11 +277,11 @@ def _published() -> str:
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def _of(content: Content, group: Group | None) -> list[Picture]:
-    return [picture for of, picture in content.pictures if of is group]
+def _of(content: Content, group: Group | None) -> list[Figure]:
+    return [figure for of, figure in content.figures if of is group]
 
 
-def _figures(drawn: Sequence[Picture]) -> str:
+def _figures(drawn: Sequence[Figure]) -> str:
     shown = "".join(_image(p.files["svg"], "svg+xml", p.caption, p.name) for p in drawn)
     return f'<div class="figures">{shown}</div>' if shown else ""
 

@@ -15,10 +15,10 @@ from typing import Annotated, Any, TypeVar
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from data_prep.errors import BadInput
-from data_prep.plain import npz_arrays, parse_json, printable, read_regular
-from train.metrics.comparison import Predictions
-from train.run.figures import layer_label
+from data_prep.common.errors import BadInput
+from data_prep.common.safe_reading import npz_arrays, parse_json, printable, read_regular
+from train.evaluation.comparison import Predictions
+from train.evaluation.plots import layer_label
 from train.run.folder import RunFolder
 from train.run.recipe import MOST_STIMULI
 from train.run.yaml_files import read_yaml

@@ -9,9 +9,9 @@ from functools import cached_property
 
 import numpy as np
 
-from data_prep.terminal import aligned, bar, bold
-from train.metrics.comparison import Lead, leads
-from train.reporting.curves import Curve, Point, curves_of, gains, notes
+from data_prep.common.terminal import aligned, bar, bold
+from train.evaluation.comparison import Lead, leads
+from train.reporting.data_efficiency import Curve, Point, curves_of, gains, notes
 from train.reporting.rows import FAMILIES, Row, Score
 
 

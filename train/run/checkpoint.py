@@ -28,9 +28,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from data_prep.errors import BadInput
-from data_prep.manifest import LARGEST_SIDE, Manifest, Name
-from data_prep.plain import parse_json, read_regular
+from data_prep.common.errors import BadInput
+from data_prep.common.safe_reading import parse_json, read_regular
+from data_prep.shards.manifest import LARGEST_SIDE, Manifest, Name
 
 SUMS = "sha256.json"
 _FILE = re.compile(r"[a-z]+\.(safetensors|json)")  # what a checkpoint consists of
@@ -48,12 +48,12 @@ class Progress(BaseModel):
         best: best value of the selection metric so far, and the epoch (counted from 1; 0 is the start) and step that it
             was reached in.
         improved: for each epoch, whether it was the best until then.
-        recording: fingerprint of the shards, see `data_prep.manifest.Manifest.fingerprint`.
+        recording: fingerprint of the shards, see `data_prep.shards.manifest.Manifest.fingerprint`.
         selection_metric, selection_split: what chooses the best epoch, and on which stimuli.
         site_ids: of the outputs, in order.
         recordings: by name, how many of the outputs are its sites, in order; checkpoints of earlier versions have none.
         classes: of the outputs, in order, or None.
-        image_size: side in pixels of the pictures the network was trained on.
+        image_size: side in pixels of the images the network was trained on.
     """
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

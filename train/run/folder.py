@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.errors import BadInput, RunFailed, Stopped
-from data_prep.plain import parse_json, read_regular
-from data_prep.url import is_url, recorded, without_secrets
-from data_prep.writing import write_whole
+from data_prep.common.atomic_writes import write_whole
+from data_prep.common.errors import BadInput, RunFailed, Stopped
+from data_prep.common.safe_reading import parse_json, read_regular
+from data_prep.remote.url import is_url, recorded, without_secrets
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 from train.run.yaml_files import read_yaml
 

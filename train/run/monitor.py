@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
-from data_prep.errors import RunFailed
+from data_prep.common.errors import RunFailed
 from train.run.folder import RunFolder, epoch_of, write_atomically
 
 
@@ -110,8 +110,8 @@ class Board:
         """How values are spread."""
         self._chart(lambda board: board.add_histogram(name, values, step))
 
-    def picture(self, name: str, png: bytes, step: int) -> None:
-        """A picture."""
+    def figure(self, name: str, png: bytes, step: int) -> None:
+        """A figure."""
         pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
         self._chart(lambda board: board.add_image(name, pixels, step, dataformats="HWC"))
 

@@ -1,4 +1,4 @@
-"""Predict responses to pictures with an exported network; needs torch, numpy and Pillow, and nothing of Spiketune.
+"""Predict responses to images with an exported network; needs torch, numpy and Pillow, and nothing of Spiketune.
 
     from predictor import Predictor
 
@@ -18,13 +18,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-Picture = str | Path | Image.Image | np.ndarray
+ImageLike = str | Path | Image.Image | np.ndarray
 
 
 def fit(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Bring a picture to (size, size, 3): the shorter side resized bicubically, the longer one cropped centrally.
+    """Bring an image to (size, size, 3): the shorter side resized bicubically, the longer one cropped centrally.
 
-    A picture that has the size already is returned as it is.
+    An image that has the size already is returned as it is.
     """
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):
@@ -46,7 +46,7 @@ class Predictor:
         site_ids: of the predicted rates, in order.
         classes: of the logits, in order; None for a network that names no objects.
         units: of the rates.
-        image_size: side in pixels of the pictures that the network sees.
+        image_size: side in pixels of the images that the network sees.
     """
 
     def __init__(self, folder: str | Path | None = None, device: str = "cpu"):
@@ -61,44 +61,44 @@ class Predictor:
         self._torch, self._device = torch, device
         self._network = torch.export.load(folder / "network.pt2").module().to(device)
 
-    def predict(self, pictures: Sequence[Picture] | np.ndarray, batch_size: int = 32) -> np.ndarray:
+    def predict(self, images: Sequence[ImageLike] | np.ndarray, batch_size: int = 32) -> np.ndarray:
         """The rates of all sites.
 
         Args:
-            pictures: file names, PIL pictures, or uint8 arrays (height, width, 3) of any size, or all in one array
-                (pictures, height, width, 3).
-            batch_size: pictures in one forward pass.
+            images: file names, PIL images, or uint8 arrays (height, width, 3) of any size, or all in one array
+                (images, height, width, 3).
+            batch_size: images in one forward pass.
 
         Returns:
-            float32 (pictures, sites), in `units`.
+            float32 (images, sites), in `units`.
         """
         if self.site_ids is None:
             raise ValueError("this network predicts classes only; use predict_classes")
-        return self._run(pictures, batch_size, "rates")
+        return self._run(images, batch_size, "rates")
 
-    def predict_classes(self, pictures: Sequence[Picture] | np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Probabilities of all `classes`: float32 (pictures, classes)."""
+    def predict_classes(self, images: Sequence[ImageLike] | np.ndarray, batch_size: int = 32) -> np.ndarray:
+        """Probabilities of all `classes`: float32 (images, classes)."""
         if self.classes is None:
             raise ValueError("this network predicts rates only; use predict")
-        logits = self._torch.from_numpy(self._run(pictures, batch_size, "classes"))
+        logits = self._torch.from_numpy(self._run(images, batch_size, "classes"))
         return logits.softmax(1).numpy()
 
-    def _run(self, pictures: Sequence[Picture] | np.ndarray, batch_size: int, output: str) -> np.ndarray:
+    def _run(self, images: Sequence[ImageLike] | np.ndarray, batch_size: int, output: str) -> np.ndarray:
         found = []
-        for start in range(0, len(pictures), batch_size):
-            batch = np.stack([self._pixels(picture) for picture in pictures[start : start + batch_size]])
-            images = self._torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
+        for start in range(0, len(images), batch_size):
+            batch = np.stack([self._pixels(image) for image in images[start : start + batch_size]])
+            pixels = self._torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
             with self._torch.no_grad():
-                found.append(self._network(images)[output].cpu().numpy())
+                found.append(self._network(pixels)[output].cpu().numpy())
         return np.concatenate(found) if found else np.empty((0, len(self.site_ids or self.classes)), np.float32)
 
-    def _pixels(self, picture: Any) -> np.ndarray:
+    def _pixels(self, image: Any) -> np.ndarray:
         """uint8 (size, size, 3)."""
-        if isinstance(picture, (str, Path)):
-            with Image.open(picture) as opened:
-                picture = opened.convert("RGB")
-        if isinstance(picture, Image.Image):
-            picture = np.asarray(picture.convert("RGB"))
-        if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
-            raise ValueError(f"a picture must be uint8 (height, width, 3), not {picture.dtype} {picture.shape}")
-        return fit(picture, self.image_size)
+        if isinstance(image, (str, Path)):
+            with Image.open(image) as opened:
+                image = opened.convert("RGB")
+        if isinstance(image, Image.Image):
+            image = np.asarray(image.convert("RGB"))
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"an image must be uint8 (height, width, 3), not {image.dtype} {image.shape}")
+        return fit(image, self.image_size)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from data_prep.errors import BadInput
+from data_prep.common.errors import BadInput
 from train.run.settings import (
     LARGEST_SEED,
     WEEK,

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from data_prep.remote import FetchSettings
+from data_prep.shards.remote_files import FetchSettings
 
 LARGEST_SEED = 2**63 - 1  # that every generator takes
 WEEK = 7 * 86400.0  # seconds
@@ -61,7 +61,7 @@ class Source(Settings):
 
 
 class Backbone(Source):
-    """The network that turns a picture into features, and what of it is trained."""
+    """The network that turns an image into features, and what of it is trained."""
 
     trainable: Literal["all", "head"] = "all"
     """Train everything, or the readout alone on a frozen backbone."""
@@ -106,18 +106,18 @@ class Distill(Settings):
 
 
 class Augment(Settings):
-    """Random changes of the training pictures, other ones in each epoch. Sites code position: keep them small."""
+    """Random changes of the training images, other ones in each epoch. Sites code position: keep them small."""
 
     shift: float = Field(0.0, ge=0, le=0.5)
-    """Largest shift up, down, left and right, as a part of the picture's side."""
+    """Largest shift up, down, left and right, as a part of the image's side."""
     zoom: float = Field(0.0, ge=0, le=0.5)
-    """Largest change of size, as a part: 0.05 shows the picture between 5 % smaller and 5 % larger."""
+    """Largest change of size, as a part: 0.05 shows the image between 5 % smaller and 5 % larger."""
     brightness: float = Field(0.0, ge=0, le=1)
     """Largest change of brightness, as a part."""
     contrast: float = Field(0.0, ge=0, le=1)
-    """Largest change of contrast around the picture's mean, as a part."""
+    """Largest change of contrast around the image's mean, as a part."""
     flip: bool = False
-    """Mirror half of the pictures. Off: a site that codes the left answers otherwise to the mirrored picture."""
+    """Mirror half of the images. Off: a site that codes the left answers otherwise to the mirrored image."""
 
     @property
     def is_on(self) -> bool:
@@ -126,10 +126,10 @@ class Augment(Settings):
 
 
 class Images(Settings):
-    """How pictures reach the network."""
+    """How images reach the network."""
 
     size: int | None = Field(None, ge=16, le=4096)
-    """Side in pixels of the square picture the network sees; by default the size of the packed pictures."""
+    """Side in pixels of the square image the network sees; by default the size of the packed images."""
 
 
 class Optimizer(Settings):
@@ -216,7 +216,7 @@ class Faults(Settings):
 
 
 class Loader(Settings):
-    """How pictures are read."""
+    """How images are read."""
 
     engine: Literal["indexed", "webdataset"] = "indexed"
     """`indexed` reads any stimulus from its tar; `webdataset` streams whole tars to train, drawn with replacement, and
@@ -224,8 +224,8 @@ class Loader(Settings):
     workers: int | None = Field(None, ge=0, le=256)
     """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
     cache: Literal["off", "ram", "disk", "auto"] = "auto"
-    """Keep decoded pictures for the next epoch, once per machine for all its processes: in memory, in a nameless file
-    in the temporary folder (TMPDIR), or nowhere; auto is ram unless pictures are read only once."""
+    """Keep decoded images for the next epoch, once per machine for all its processes: in memory, in a nameless file
+    in the temporary folder (TMPDIR), or nowhere; auto is ram unless images are read only once."""
     cache_gib: float | None = Field(None, ge=0, le=1e6)
     """Most that is kept of them on a machine; by default half of the memory (disk: space) that is free at the start.
     What does not fit is decoded each time."""

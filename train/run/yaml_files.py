@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from data_prep.plain import read_regular
+from data_prep.common.safe_reading import read_regular
 
 LARGEST = 2**17  # bytes
 MOST_VALUES = 10_000  # with aliases written out, by which a few lines can stand for billions

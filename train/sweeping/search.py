@@ -19,8 +19,8 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
-from data_prep.errors import BadInput
-from data_prep.manifest import Manifest
+from data_prep.common.errors import BadInput
+from data_prep.shards.manifest import Manifest
 from train.run.folder import check_writable, flat, write_atomically, write_json
 from train.run.recipe import LARGEST_SEED, WEEK, Recipe, Settings, Text, load_recipe
 from train.run.yaml_files import describe, read_yaml

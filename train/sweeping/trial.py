@@ -12,10 +12,10 @@ from typing import Literal
 import torch
 import yaml
 
-from data_prep.errors import DIVERGED, BadInput
-from train.parallel.processes import uses_gpu
+from data_prep.common.errors import DIVERGED, BadInput
+from train.distributed.launch_environment import uses_gpu
 from train.run.folder import write_atomically
-from train.sweeping.keeper import Beat, run_kept
+from train.sweeping.supervised_process import Beat, run_kept
 
 COMMANDS = Path(__file__).resolve().parents[1]
 # What a launcher above the worker has set would make a trial believe that it belongs to that launcher's job.
@@ -93,7 +93,7 @@ class Launcher:
         return [*launch, str(COMMANDS / script), *map(str, words)]
 
     def run(self, command: Sequence[str], beat: Beat, lock: int, log: Path, check: Callable[[], None]) -> Outcome:
-        """Run what `command` gave and say how it ended; see `train.sweeping.keeper.run_kept`."""
+        """Run what `command` gave and say how it ended; see `train.sweeping.supervised_process.run_kept`."""
         before = log.stat().st_size if log.exists() else 0
         code = run_kept(command, beat, lock, log, self.environment(), check)
         with log.open("rb") as file:

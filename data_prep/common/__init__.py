@@ -1,0 +1,1 @@
+"""What every part of data_prep/ and train/ may use."""

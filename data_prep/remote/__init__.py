@@ -1,0 +1,1 @@
+"""Files behind URLs: reading, downloading, keeping; public data sets."""

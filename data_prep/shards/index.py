@@ -1,0 +1,205 @@
+"""index.npz: where in its tar each member of each stimulus lies.
+
+Any stimulus can be read without scanning:
+
+    members               (members,)     the extensions that may occur: MEMBERS in data_prep/shards/members.py
+    <split>.stimulus_id   (stimuli,)     ids in the order of the shards
+    <split>.shard         (stimuli,)     position of its tar in the manifest's list for the split
+    <split>.offset        (stimuli, members)   byte offset of the member's data in the tar, -1 where it is absent
+    <split>.size          (stimuli, members)   bytes
+    <split>.crc32         (stimuli, members)   of these bytes: no flipped bit passes as a number; older folders lack it
+"""
+
+import mmap
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_prep.common.atomic_writes import write_arrays
+from data_prep.common.errors import BadInput
+from data_prep.common.safe_reading import is_name, npz_arrays
+from data_prep.remote.url import FolderUrl
+from data_prep.shards.files import Files
+from data_prep.shards.manifest import Manifest, Split
+from data_prep.shards.members import MEMBERS, member_table
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """Where the members of a split's stimuli lie; the arrays are described at the top of this file."""
+
+    stimulus_id: np.ndarray
+    shard: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    crc32: np.ndarray | None
+
+    @classmethod
+    def of_tar(cls, ids: list[str], places: np.ndarray, sums: np.ndarray) -> "SplitIndex":
+        """The index of one tar.
+
+        Args:
+            ids: of its stimuli.
+            places: offset and size of each member, int64 (stimuli, members, 2).
+            sums: CRC-32 of each member, uint32 (stimuli, members).
+        """
+        places = places.reshape(len(ids), len(MEMBERS), 2)
+        return cls(np.array(ids), np.zeros(len(ids), np.int32), places[..., 0], places[..., 1], sums)
+
+    @classmethod
+    def joined(cls, tars: "Sequence[SplitIndex]") -> "SplitIndex":
+        """The index of a split, from those of its tars."""
+        return cls(
+            stimulus_id=np.concatenate([tar.stimulus_id for tar in tars]),
+            shard=np.repeat(np.arange(len(tars), dtype=np.int32), [len(tar.shard) for tar in tars]),
+            offset=np.concatenate([tar.offset for tar in tars]),
+            size=np.concatenate([tar.size for tar in tars]),
+            crc32=np.concatenate([tar.crc32 for tar in tars]),
+        )
+
+    def arrays(self, split: str) -> dict[str, np.ndarray]:
+        """Its arrays by their names in the file."""
+        return {f"{split}.{part}": getattr(self, part) for part in SplitIndex.__dataclass_fields__}
+
+
+def index_shard(path: Path) -> SplitIndex:
+    """Find every member of one tar, and read it for its checksum.
+
+    Raises:
+        BadInput: as `member_table`.
+    """
+    ids, places = member_table(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        return SplitIndex.of_tar(ids, places, checksums(content, places))
+
+
+def checksums(content: mmap.mmap | memoryview, places: np.ndarray) -> np.ndarray:
+    """CRC-32 of each member of a tar, 0 where a stimulus has none: uint32 (stimuli, members).
+
+    Args:
+        content: of the tar.
+        places: offset and size of each member, int64 (stimuli, members, 2).
+    """
+    flat = places.reshape(-1, 2).tolist()
+    sums = [0 if offset < 0 else zlib.crc32(content[offset : offset + size]) for offset, size in flat]
+    return np.array(sums, np.uint32).reshape(places.shape[:2])
+
+
+def write_index(folder: Path, splits: Mapping[str, SplitIndex]) -> None:
+    """Write `index.npz`.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    arrays: dict[str, np.ndarray] = {"members": np.array(MEMBERS)}
+    for name, index in splits.items():
+        arrays |= index.arrays(name)
+    write_arrays(folder / "index.npz", arrays)
+
+
+def load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> dict[str, SplitIndex]:
+    """The index of a packed folder, by split.
+
+    Args:
+        folder: that it describes, for messages.
+        files: of the folder.
+        manifest: of the folder.
+
+    Raises:
+        BadInput: it is missing, damaged, or of other shards.
+    """
+    path = folder / "index.npz"
+    try:
+        with files.table("index.npz", manifest) as file:
+            index = index_of(npz_arrays(file), manifest)
+    except (OSError, ValueError, KeyError) as error:
+        raise BadInput(
+            f"{path} cannot be read ({error}); data_prep/show.py with --index makes it anew where the tars lie"
+        ) from None
+    _check_apart(path, index)
+    return index
+
+
+def _check_apart(path: Path | FolderUrl, index: Mapping[str, SplitIndex]) -> None:
+    """Refuse a stimulus that is in two splits: a score on the one would be one on stimuli that were fitted."""
+    split_of: dict[str, str] = {}
+    for name, split in index.items():
+        for stimulus in split.stimulus_id.tolist():
+            if (other := split_of.setdefault(stimulus, name)) != name:
+                raise BadInput(f"{path}: stimulus {stimulus} is in {other} and in {name}; pack the recording again")
+
+
+def index_of(arrays: Mapping[str, np.ndarray], manifest: Manifest) -> dict[str, SplitIndex]:
+    """The index by split, from its arrays.
+
+    Raises:
+        ValueError: it lists members that there are not, or other stimuli than the manifest counts.
+        KeyError: an array is missing.
+    """
+    members = tuple(arrays["members"].tolist())
+    if members != MEMBERS[: len(members)]:  # those of older folders are fewer
+        raise ValueError(f"it lists the members {', '.join(map(str, members))}")
+    found = {}
+    for name, split in manifest.splits.items():
+        parts = {part: arrays[f"{name}.{part}"] for part in SplitIndex.__dataclass_fields__ if part != "crc32"}
+        index = SplitIndex(**parts, crc32=arrays.get(f"{name}.crc32"))
+        _check(name, index, split, len(members))
+        found[name] = _widened(index)
+    return found
+
+
+def _check(name: str, index: SplitIndex, split: Split, members: int) -> None:
+    """Refuse an index that does not describe the manifest's shards.
+
+    Raises:
+        ValueError: naming the split and what is wrong.
+    """
+    per_member = (split.stimuli, members)
+    for part, kinds, shape in (
+        ("stimulus_id", "U", (split.stimuli,)),
+        ("shard", "iu", (split.stimuli,)),
+        ("offset", "i", per_member),
+        ("size", "iu", per_member),
+        ("crc32", "u", per_member),
+    ):
+        array = getattr(index, part)
+        if array is None and part == "crc32":
+            continue
+        if array.dtype.kind not in kinds or array.shape != shape:
+            raise ValueError(
+                f"{name}: {part} is {array.dtype} {array.shape}, which does not list the {split.stimuli} stimuli that "
+                "manifest.json counts"
+            )
+    if index.shard.min() < 0 or index.shard.max() >= len(split.shards) or (np.diff(index.shard) < 0).any():
+        raise ValueError(f"{name}: shard does not count the {len(split.shards)} shards in their order")
+    counts = np.bincount(index.shard, minlength=len(split.shards)).tolist()
+    if counts != [shard.stimuli for shard in split.shards]:
+        raise ValueError(f"{name}: it does not list the stimuli that manifest.json counts in each shard")
+    length = np.array([shard.bytes for shard in split.shards])[index.shard, None]
+    there = index.offset >= 0
+    if (there & ((index.size < 0) | (index.size > length) | (index.offset > length - index.size))).any():
+        raise ValueError(f"{name}: a member lies beyond the end of its shard")
+    _check_ids(name, index.stimulus_id.tolist())
+
+
+def _check_ids(name: str, ids: list[str]) -> None:
+    if len(set(ids)) < len(ids):
+        seen: set[str] = set()
+        raise ValueError(f"{name}: stimulus {next(key for key in ids if key in seen or seen.add(key))} is there twice")
+    if odd := next((key for key in ids if not is_name(key)), None):
+        raise ValueError(f"{name}: stimulus id {odd[:100]!r} is not printable or too long")
+
+
+def _widened(index: SplitIndex) -> SplitIndex:
+    """An index with a column for every member that there may be by now."""
+    lacking = ((0, 0), (0, len(MEMBERS) - index.offset.shape[1]))
+    return SplitIndex(
+        index.stimulus_id,
+        index.shard,
+        np.pad(index.offset, lacking, constant_values=-1),
+        np.pad(index.size, lacking),
+        None if index.crc32 is None else np.pad(index.crc32, lacking),
+    )

@@ -1,0 +1,285 @@
+"""manifest.json: what a shard folder says of itself, as a typed and checked model."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from data_prep.common.atomic_writes import write_whole
+from data_prep.common.errors import BadInput
+from data_prep.common.safe_reading import LONGEST_NAME, is_name, parse_json, read_regular
+
+FORMAT_VERSION = 1
+MOST_STIMULI, MOST_BYTES = 10**9, 2**50  # of a split and of a shard; what claims more is damaged or made to exhaust
+LARGEST_SIDE = 2**16  # pixels
+
+
+def _named(text: str) -> str:
+    if not is_name(text):
+        raise ValueError(f"must be a printable line of at most {LONGEST_NAME} characters")
+    return text
+
+
+Name = Annotated[str, AfterValidator(_named)]
+Count = Annotated[int, Field(ge=1, le=MOST_STIMULI)]
+Bytes = Annotated[int, Field(ge=1, le=MOST_BYTES)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Shard(_Part):
+    """One tar file of a split."""
+
+    file: str = Field(pattern=r"^(?:[A-Za-z0-9_-][A-Za-z0-9_.-]*/)?[A-Za-z0-9_.-]+\.tar$")
+    stimuli: Count
+    bytes: Bytes
+    sha256: Sha256
+
+
+class Table(_Part):
+    """A table beside the shards: index.npz, targets.npz."""
+
+    bytes: Bytes
+    sha256: Sha256
+
+
+class Split(_Part):
+    """The shards of one split; `responses` tells whether its stimuli carry rates."""
+
+    stimuli: Count
+    responses: bool
+    shards: list[Shard] = Field(min_length=1)
+
+
+class Image(_Part):
+    """Size in pixels and mode of the images; `mixed` where they are not all alike (then the largest are given)."""
+
+    width: int = Field(ge=1, le=LARGEST_SIDE)
+    height: int = Field(ge=1, le=LARGEST_SIDE)
+    mode: Name
+    mixed: bool = False
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of the square that a network sees of the largest image, if nothing else is asked for."""
+        return min(self.width, self.height)
+
+    @classmethod
+    def of(cls, images: set[tuple[int, int, str]]) -> "Image":
+        """What there is to say of images of these widths, heights and modes."""
+        widths, heights, modes = zip(*images, strict=True)
+        mode = modes[0] if len(set(modes)) == 1 else "mixed"
+        return cls(width=max(widths), height=max(heights), mode=mode, mixed=len(images) > 1)
+
+
+class Rates(_Part):
+    """Per-site mean and standard deviation over the train split; null for a site never recorded there."""
+
+    units: Name
+    mean: list[float | None]
+    std: list[Annotated[float, Field(ge=0)] | None]
+
+    @classmethod
+    def of(cls, train: np.ndarray, units: str) -> "Rates":
+        """The statistics of responses, float32 (stimuli, sites), NaN = not recorded."""
+        present = ~np.isnan(train)
+        count = present.sum(axis=0)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean = np.where(present, train, 0).sum(axis=0, dtype=np.float64) / count
+            variance = np.square(np.where(present, train - mean, 0)).sum(axis=0) / count
+        return cls(units=units, mean=to_json_list(mean), std=to_json_list(np.sqrt(variance)))
+
+
+Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+class Ceiling(_Part):
+    """What trials tell of the best a model could do (see `data_prep/ceiling.py`); null where a site has no estimate.
+
+    Attributes:
+        method: what `reliability` is.
+        random_splits, seed: of `split_half`.
+        stimuli: with at least two repetitions.
+        repetitions: "min", "mean" and "max" of those.
+        reliability: of the trial average, per site: what scores are compared with.
+        ci95: per site, over stimuli; `mean_ci95` of the mean over sites. Folders packed before have neither, and
+            their reliability is the split-half one.
+        split_half: another estimate of the reliability, by Spearman and Brown.
+        ncsnr, noise_ceiling: of Allen et al. 2022; the ceiling as a share, 0..1.
+        explainable_share: of the variance of single trials, Cadena et al. 2019.
+    """
+
+    method: Name
+    random_splits: int
+    seed: int
+    stimuli: int
+    repetitions: dict[Literal["min", "mean", "max"], float]
+    reliability: list[Annotated[float, Field(le=1)] | None]  # far below 0 where there is next to no signal
+    ci95: list[Interval | None] | None = None
+    mean_ci95: Interval | None = None
+    split_half: list[float | None] | None = None
+    ncsnr: list[float | None] | None = None
+    noise_ceiling: list[float | None] | None = None
+    explainable_share: list[float | None] | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What a score that rests on the reliability says of it."""
+        return {"method": self.method} | ({} if self.mean_ci95 is None else {"ci95": self.mean_ci95})
+
+
+class Manifest(_Part):
+    """The whole of manifest.json."""
+
+    format: Literal["spiketune-shards"] = "spiketune-shards"
+    format_version: Literal[1] = FORMAT_VERSION
+    name: Name
+    simulated: bool
+    provenance: dict[str, Any]
+    splits: dict[Literal["train", "val", "test"], Split]
+    sites: list[dict[str, Any]]  # none where there are labels only
+    classes: list[Name] | None
+    image: Image
+    rates: Rates
+    response_window_ms: tuple[float, float] | None
+    group_by: Name | None = None
+    ceiling: Ceiling | None = None
+    truth: dict[str, Any] | None = None
+    files: dict[Literal["index.npz", "targets.npz"], Table] = {}
+    checksum: Sha256 | None = None  # of all the rest, so that a flipped digit is no other number; see `save`
+
+    @field_validator("provenance")
+    @classmethod
+    def _shown(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """What data_prep/shards/summary.py shows of it; the rest is kept as it is."""
+        warnings, straddling = value.get("warnings", []), value.get("straddling", {})
+        if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
+            raise ValueError("warnings must be a list of sentences")
+        if not isinstance(straddling, dict) or not all(
+            isinstance(found, dict) and {"groups", "of"} <= found.keys() for found in straddling.values()
+        ):
+            raise ValueError("straddling must tell groups and of by fact")
+        return value
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all shards' hashes: it tells whether two folders hold the same data."""
+        shards = [shard.sha256 for split in self.splits.values() for shard in split.shards]
+        return hashlib.sha256("".join(shards).encode()).hexdigest()
+
+    @property
+    def site_ids(self) -> list[str]:
+        """The ids of the sites, in the order of the columns of every rates member."""
+        return [str(site["id"]) for site in self.sites]
+
+    def save(self, path: Path) -> None:
+        """Write the manifest as JSON, with the checksum of its content."""
+        content = self.model_dump(mode="json", exclude={"checksum"})
+        content["checksum"] = _checksum(content)
+        write_whole(path, f"{json.dumps(content, indent=1, allow_nan=False)}\n".encode())
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    """A hash of what a manifest says, however it is laid out."""
+    rest = {name: value for name, value in content.items() if name != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check the manifest of a shard folder.
+
+    Raises:
+        BadInput: no such folder, no manifest in it, or a manifest that is damaged or of another format version.
+    """
+    path = folder / "manifest.json"
+    if not folder.is_dir():
+        raise BadInput(f"{folder} is not a folder; give a shard folder made by data_prep/pack.py")
+    if not path.is_file():
+        raise BadInput(
+            f"{folder} has no manifest.json, so it is no (finished) shard folder, nor are there tars that others wrote"
+        )
+    try:
+        content = read_regular(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} cannot be read ({error})") from None
+    return parse_manifest(content, path)
+
+
+def parse_manifest(content: bytes, path: Path | str) -> Manifest:
+    """Check the content of a manifest.json.
+
+    Args:
+        content: of the file.
+        path: of the file, for messages.
+
+    Raises:
+        BadInput: it is damaged or of another format version.
+    """
+    try:
+        found = parse_json(content)
+        manifest = Manifest.model_validate_json(content)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = ".".join(str(part) for part in fault["loc"]) or "the file"
+        raise BadInput(f"{path}: {where}: {fault['msg']}; pack the recording again") from None
+    except ValueError as error:
+        raise BadInput(f"{path}: is not readable as JSON ({error}); pack the recording again") from None
+    _check_names(manifest, path)
+    _check_lengths(manifest, path)
+    if manifest.checksum not in (None, _checksum(found)):
+        raise BadInput(
+            f"{path}: its content is not what was written (the checksum differs); copy it again, or, if you edited it "
+            "by hand, remove the line with the checksum"
+        )
+    return manifest
+
+
+def _check_names(manifest: Manifest, path: Path | str) -> None:
+    sites = len(manifest.sites)
+    ids = [site.get("id") for site in manifest.sites]
+    if None in ids or len(set(map(str, ids))) != sites:
+        raise BadInput(f"{path}: sites: each of the {sites} sites needs an id of its own")
+    if odd := next((site_id for site_id in map(str, ids) if not is_name(site_id)), None):
+        raise BadInput(f"{path}: sites: the id {odd[:100]!r} is not printable or too long")
+    if manifest.classes is not None and len(set(manifest.classes)) != len(manifest.classes):
+        raise BadInput(f"{path}: classes: two have one name, so that labels would mean either")
+    files = [shard.file for split in manifest.splits.values() for shard in split.shards]
+    if len(set(files)) < len(files):
+        twice = Counter(files).most_common(1)[0][0]
+        raise BadInput(f"{path}: splits: {twice} is listed twice; each tar belongs to one place of one split")
+
+
+def _check_lengths(manifest: Manifest, path: Path | str) -> None:
+    sites, ceiling = len(manifest.sites), manifest.ceiling
+    lists = {"rates.mean": manifest.rates.mean, "rates.std": manifest.rates.std}
+    if ceiling is not None:
+        names = ("reliability", "ci95", "split_half", "ncsnr", "noise_ceiling", "explainable_share")
+        lists |= {f"ceiling.{name}": getattr(ceiling, name) for name in names if getattr(ceiling, name) is not None}
+    for name, values in lists.items():
+        if len(values) != sites:
+            raise BadInput(f"{path}: {name} has {len(values)} values for {sites} sites; pack the recording again")
+    known = [mean is None for mean in manifest.rates.mean]
+    if known != [std is None for std in manifest.rates.std]:
+        raise BadInput(f"{path}: rates: a site has a mean and no std, or the reverse; pack the recording again")
+    for name, split in manifest.splits.items():
+        counted = sum(shard.stimuli for shard in split.shards)
+        if counted != split.stimuli:
+            raise BadInput(f"{path}: splits.{name}.stimuli is {split.stimuli}, but its shards hold {counted}")
+
+
+def to_json_list(values: Iterable[float]) -> list[float | None]:
+    """Floats for JSON, which has no NaN: what is not finite becomes null."""
+    return [float(value) if math.isfinite(value) else None for value in values]
+
+
+def from_json_list(values: Iterable[float | None]) -> np.ndarray:
+    """The inverse of `to_json_list`: float64, null becomes NaN."""
+    return np.array([math.nan if value is None else value for value in values], dtype=np.float64)

@@ -1,0 +1,120 @@
+"""What a shard folder holds, for people: a summary in words and a contact sheet of its images."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from data_prep.common.errors import BadInput
+from data_prep.common.image_decoding import rgb_image
+from data_prep.common.safe_reading import printable
+from data_prep.common.terminal import bold, histogram
+from data_prep.shards.folder import ShardFolder, ShardSplit
+from data_prep.shards.manifest import Ceiling, Manifest, from_json_list
+
+
+def summary(folder: ShardFolder) -> str:
+    """What a shard folder holds, as text for a terminal."""
+    manifest = folder.manifest
+    simulated = "  (SIMULATED: no brain was recorded)" if manifest.simulated else ""
+    lines = []
+    for name, split in manifest.splits.items():
+        size = sum(shard.bytes for shard in split.shards) / 1e6
+        responses = "with responses" if split.responses else "without responses"
+        lines.append(f"  {name:<6} {split.stimuli:>6,} stimuli {responses}, {len(split.shards)} shards, {size:,.1f} MB")
+    lines.append(_split_line(manifest))
+    image = manifest.image
+    size = f"{image.width} x {image.height} px {image.mode}"
+    lines.append(f"  images {'up to ' if image.mixed else ''}{size}")
+    regions = sorted({str(site["region"]) for site in manifest.sites if "region" in site})
+    lines.append(f"  sites  {len(manifest.sites)}{' in ' + ', '.join(regions) if regions else ''}")
+    if manifest.sites:
+        lines.append(_rates_line(folder))
+    if manifest.classes:
+        shown = ", ".join(manifest.classes[:6]) + (", ..." if len(manifest.classes) > 6 else "")
+        lines.append(f"  objects {len(manifest.classes)}: {shown}")
+    if manifest.ceiling:
+        lines += _ceiling_lines(manifest.ceiling)
+    lines += [f"  warning: {text}" for text in [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]]
+    title = f"{bold(printable(manifest.name))}{simulated}  in {printable(str(folder.folder))}"
+    return "\n".join([title, *map(printable, lines)])  # others' words must not steer the terminal
+
+
+def _split_line(manifest: Manifest) -> str:
+    """How the stimuli were divided, e.g. "grouped, split_by object, split_seed 0"."""
+    rule = manifest.provenance.get("split", "not told")
+    if isinstance(rule, dict):
+        settings = (f"{name} {value}" for name, value in rule.items() if name != "method" and value is not None)
+        rule = ", ".join([str(rule.get("method", "random")), *settings])
+    return f"  division  {rule}"
+
+
+def _shared_groups(manifest: Manifest) -> Iterator[str]:
+    """What it means that groups of stimuli are in train and held out as well."""
+    for fact, found in manifest.provenance.get("straddling", {}).items():
+        count = f"{found['groups']} of {found['of']} values of {fact!r} are both in train and held out"
+        if fact == manifest.group_by:
+            yield f"{count}, though the stimuli were divided by it: scores do not hold for a new {fact}"
+        else:
+            yield (
+                f"{count}: scores hold for new images of them, not for a new {fact} "
+                f"(pack with --split grouped --split-by {fact} for that)"
+            )
+
+
+def _ceiling_lines(ceiling: Ceiling) -> list[str]:
+    """Reliability with its interval and method, and what else trials tell."""
+    rho = from_json_list(ceiling.reliability)
+    if np.isnan(rho).all():
+        return [f"  ceiling  none: no site has enough repetitions and variance ({ceiling.method})"]
+    interval = "" if ceiling.mean_ci95 is None else " [{:.3f}, {:.3f}]".format(*ceiling.mean_ci95)
+    lines = [
+        f"  reliability of the trial average: median {np.nanmedian(rho):.3f}, mean {np.nanmean(rho):.3f}{interval} "
+        f"over {ceiling.stimuli:,} stimuli with {ceiling.repetitions['mean']:.1f} repetitions on average",
+        f"    ({ceiling.method})",
+        f"    sites by reliability: 0 {histogram(rho[np.isfinite(rho)], 0, 1)} 1",
+    ]
+    others = {
+        "split-half (Spearman-Brown)": ceiling.split_half,
+        "ncsnr": ceiling.ncsnr,
+        "noise ceiling": ceiling.noise_ceiling,
+        "explainable share of single trials": ceiling.explainable_share,
+    }
+    medians = (f"{name} {np.nanmedian(from_json_list(v)):.3f}" for name, v in others.items() if v and any(v))
+    if text := ", ".join(medians):
+        lines.append(f"    medians over sites: {text}")
+    return lines
+
+
+def _rates_line(folder: ShardFolder) -> str:
+    rates, window = folder.manifest.rates, folder.manifest.response_window_ms
+    mean = from_json_list(rates.mean)
+    when = f", {window[0]:g}-{window[1]:g} ms after onset" if window else ""
+    return f"  rates  {np.nanmin(mean):.3g} to {np.nanmax(mean):.3g} on average per site ({rates.units}{when})"
+
+
+def contact_sheet(
+    split: ShardSplit, columns: int = 8, rows: int = 6, tile: int = 112, among: np.ndarray | None = None
+) -> Image.Image:
+    """Evenly spaced images of a split, each with its object's name.
+
+    Args:
+        split: to take images from.
+        columns, rows: of the sheet.
+        tile: pixels of one image's side.
+        among: positions to choose from; by default all.
+    """
+    among = np.arange(len(split)) if among is None else among
+    positions = among[np.unique(np.linspace(0, len(among) - 1, columns * rows).astype(int))]
+    sheet = Image.new("RGB", (columns * tile, -(-len(positions) // columns) * (tile + 14)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for place, position in enumerate(positions):
+        x, y = place % columns * tile, place // columns * (tile + 14)
+        data, encoding = split.image(position)
+        try:
+            image = rgb_image(data, encoding)
+        except ValueError as error:
+            raise BadInput(f"{split.place(position)}.{encoding} cannot be decoded ({error})") from None
+        sheet.paste(image.resize((tile - 2, tile - 2)), (x, y))
+        draw.text((x + 2, y + tile), split.label(position) or split.stimulus_ids[position], fill="black")
+    return sheet

@@ -1,0 +1,161 @@
+"""Spikes -> responses: counts in windows, spikes per second, baseline subtraction, z-scores within sessions.
+
+Windows are half-open, [start, end), in the time unit of what they are applied to, relative to stimulus onset.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from data_prep.common.errors import BadInput
+
+Windows = Sequence[tuple[float, float]]
+
+
+def spike_counts(spike_times: np.ndarray, onsets: np.ndarray, windows: Windows) -> np.ndarray:
+    """Count a site's spikes in windows around each presentation.
+
+    Args:
+        spike_times: float (spikes,), in ascending order.
+        onsets: float (presentations,), when each stimulus came on, in the same clock and unit; NaN = not presented.
+        windows: (start, end) after onset, in the same unit; a spike at `start` counts, one at `end` does not.
+
+    Returns:
+        float64 (presentations, windows); NaN where the onset is NaN.
+
+    Raises:
+        BadInput: a window that ends before it starts, or spike times that are NaN or not in order.
+    """
+    check_windows(windows)
+    spike_times, onsets = np.asarray(spike_times, np.float64), np.asarray(onsets, np.float64)
+    if not (np.diff(spike_times) >= 0).all() or np.isnan(spike_times).any():
+        raise BadInput("spike times must be in ascending order, without NaN")
+    counts = np.empty((len(onsets), len(windows)))
+    for k, (start, end) in enumerate(windows):
+        first, last = (np.searchsorted(spike_times, onsets + edge, side="left") for edge in (start, end))
+        counts[:, k] = last - first
+    counts[np.isnan(onsets)] = np.nan
+    return counts
+
+
+def raster_counts(rasters: np.ndarray, first_ms: float, window_ms: tuple[float, float]) -> np.ndarray:
+    """Count spikes in a window of rasters with bins of 1 ms.
+
+    Args:
+        rasters: integer (..., bins), spikes per millisecond; a trial with a negative number or NaN in the window is
+            missing.
+        first_ms: time of the first bin's start after stimulus onset.
+        window_ms: (start, end) after onset.
+
+    Returns:
+        float64 (...,), spikes; NaN = missing.
+
+    Raises:
+        BadInput: the window is not within the rasters, or does not begin and end with a bin.
+    """
+    bins = raster_bins(rasters.shape[-1], first_ms, window_ms)
+    inside = rasters[..., bins]
+    missing = ~(inside >= 0).all(axis=-1)
+    return np.where(missing, np.nan, inside.sum(axis=-1, dtype=np.float64))
+
+
+def raster_bins(bins: int, first_ms: float, window_ms: tuple[float, float]) -> slice:
+    """The bins of a window, see `raster_counts`."""
+    check_windows([window_ms])
+    first, last = (edge - first_ms for edge in window_ms)
+    if first != int(first) or last != int(last):
+        raise BadInput(f"the window {_text(window_ms)} ms must begin and end with a bin of 1 ms ({first_ms:g} + k)")
+    if first < 0 or last > bins:
+        raise BadInput(
+            f"the window {_text(window_ms)} ms is not within the rasters, which go from {first_ms:g} to "
+            f"{first_ms + bins:g} ms after stimulus onset"
+        )
+    return slice(int(first), int(last))
+
+
+def per_second(counts: np.ndarray, window_ms: tuple[float, float]) -> np.ndarray:
+    """Counts in a window -> spikes/s."""
+    return counts / ((window_ms[1] - window_ms[0]) / 1000)
+
+
+def check_windows(windows: Windows) -> None:
+    """Refuse windows that do not start before they end.
+
+    Raises:
+        BadInput: naming the first.
+    """
+    for start, end in windows:
+        if not start < end:
+            raise BadInput(f"a window must start before it ends, not {_text((start, end))}")
+
+
+def _text(window: tuple[float, float]) -> str:
+    return f"{window[0]:g} to {window[1]:g}"
+
+
+class SessionScale:
+    """Mean and standard deviation of every site in every session, over all its presentations.
+
+    Presentations are taken in block by block, in float64 and merged by Chan's update, so that no recording has to be in
+    memory for it.
+
+    Args:
+        sessions: how many; they are numbered from 0.
+        sites: number of sites.
+    """
+
+    def __init__(self, sessions: int, sites: int):
+        self.count, self._mean, self._squares = (np.zeros((sessions, sites)) for _ in range(3))
+
+    def add(self, responses: np.ndarray, session: np.ndarray) -> None:
+        """Take in presentations.
+
+        Args:
+            responses: float (presentations, sites), NaN = missing.
+            session: int (presentations,), the number of each one's session.
+        """
+        for number in np.unique(session):
+            block = responses[session == number].astype(np.float64)
+            there = ~np.isnan(block)
+            n = there.sum(axis=0)
+            mean = np.where(there, block, 0).sum(axis=0) / np.maximum(n, 1)
+            squares = (np.where(there, block - mean, 0) ** 2).sum(axis=0)
+            joint = np.maximum(self.count[number] + n, 1)
+            delta = mean - self._mean[number]
+            self._squares[number] += squares + delta**2 * self.count[number] * n / joint
+            self._mean[number] += delta * n / joint
+            self.count[number] += n
+
+    @property
+    def mean(self) -> np.ndarray:
+        """float64 (sessions, sites); NaN where a site has no presentation."""
+        return np.where(self.count > 0, self._mean, np.nan)
+
+    @property
+    def std(self) -> np.ndarray:
+        """float64 (sessions, sites), dividing by the count; NaN where the responses do not vary."""
+        std = np.sqrt(self._squares / np.maximum(self.count, 1))
+        return np.where(std > 1e-12 * np.abs(self._mean), std, np.nan)
+
+    def z_score(self, responses: np.ndarray, session: np.ndarray) -> np.ndarray:
+        """Each presentation in standard deviations from its session's mean: float64, the shape of `responses`.
+
+        A site that does not vary within a session has no z-score there: NaN.
+        """
+        return (responses - self.mean[session]) / self.std[session]
+
+
+def z_score_within(responses: np.ndarray, sessions: Sequence) -> np.ndarray:
+    """z-score each site's responses within each session.
+
+    Args:
+        responses: float (presentations, sites), NaN = missing.
+        sessions: the session of each presentation.
+
+    Returns:
+        float64 (presentations, sites); NaN for missing responses and where a site does not vary within a session.
+    """
+    names, number = np.unique(np.asarray(sessions), return_inverse=True)
+    scale = SessionScale(len(names), responses.shape[1])
+    scale.add(responses, number)
+    return scale.z_score(responses, number)

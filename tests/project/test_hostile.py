@@ -1,0 +1,114 @@
+"""Bad and hostile input: refused by name in one sentence, nothing executed, nothing left behind, in bounded time."""
+
+import signal
+import time
+from pathlib import Path
+
+import bad_runs
+import bad_shards
+import bad_sources
+import pytest
+from helpers import assert_refused, run_here
+from hostile import Case, Kit, edit, sealed
+from launching import SMALL
+from make_sources import make_folder
+
+from data_prep.shards.packing import pack
+from data_prep.sources.folder import Folder
+
+SECONDS = 20  # that refusing may take on a busy machine; what hangs takes for ever
+
+CORPORA: dict[str, dict[str, Case]] = {
+    "manifest": bad_shards.MANIFESTS,
+    "index": bad_shards.INDEXES,
+    "tar": bad_shards.TARS,
+    "stranger's tar": bad_shards.STRANGERS,
+    "address": bad_shards.ADDRESSES,
+    "folder": bad_sources.FOLDERS,
+    "archive": bad_sources.ARCHIVES,
+    "hdf5": bad_sources.HDF5,
+    "recipe": bad_runs.RECIPES,
+    "contradiction": bad_runs.CONTRADICTIONS,
+    "weights": bad_runs.WEIGHTS,
+    "run": bad_runs.RUNS,
+}
+CASES = {f"{corpus}: {name}": case for corpus, cases in CORPORA.items() for name, case in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[Path, Path]:
+    """A shard folder (12 stimuli to train on in two shards, 4 sites, trials and objects) and a run on it."""
+    folder = tmp_path_factory.mktemp("whole")
+    make_folder(folder / "src", n=20, splits=True, sites=4, trials=3)
+    packed = pack(Folder(source=folder / "src").open(), folder / "shards", stimuli_per_shard=8, workers=1).folder
+    options = [*SMALL, "--epochs", "1", "--batch.global-size", "4", "--task.kind", "hybrid"]
+    done = run_here("train/finetune.py", "--data", packed, "--out", folder / "run", *options)
+    assert done.returncode == 0, done.stderr
+    return packed, folder / "run"
+
+
+@pytest.fixture
+def kit(made, tmp_path) -> Kit:
+    return Kit(tmp_path, *made)
+
+
+@pytest.fixture(autouse=True)
+def _never_for_ever():
+    """What hangs is interrupted, and fails."""
+    signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"it took longer than {SECONDS} s"))
+    signal.alarm(SECONDS)
+    yield
+    signal.alarm(0)
+
+
+def everything_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_is_refused_by_name(kit, case, monkeypatch):
+    make, words = CASES[case]
+    command = make(kit)
+    monkeypatch.chdir(kit.folder)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(kit.folder / "cache"))
+    before, started = everything_in(kit.folder), time.monotonic()
+    done = run_here(*command)
+    assert_refused(done, *words)
+    assert done.stderr.isprintable() or all(line.isprintable() for line in done.stderr.splitlines())
+    assert not kit.canary.exists()
+    assert everything_in(kit.folder) == before
+    assert time.monotonic() - started < SECONDS
+
+
+def test_a_contact_sheet_that_leads_elsewhere_overwrites_nothing(kit):
+    """What a stranger's folder links to stays as it is, and the sheet takes the link's place."""
+    folder, precious = kit.shards(), kit.write("precious", "mine")
+    (folder / "contact_sheet.png").symlink_to(precious)
+    assert run_here("data_prep/show.py", folder).returncode == 0
+    assert precious.read_text() == "mine"
+    assert not (folder / "contact_sheet.png").is_symlink()
+    assert (folder / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_shown_of_a_stranger_does_not_steer_the_terminal(kit):
+    folder = sealed(kit.shards())
+
+    def change(content: dict) -> None:
+        content["sites"][0]["region"] = content["provenance"]["split"] = "\x1b[2J\x07"
+        content["provenance"]["warnings"] = ["\x1b]0;owned\x07\nerror: all is well"]
+
+    edit(folder / "manifest.json", change)
+    done = run_here("data_prep/show.py", folder)
+    assert done.returncode == 0, done.stderr
+    assert all(line.isprintable() for line in done.stdout.splitlines())
+    assert "\\x1b]0;owned" in done.stdout
+
+
+def test_more_processes_than_stimuli_are_refused(kit, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "64")
+    done = run_here("train/finetune.py", "--data", kit.packed, "--out", kit.folder / "out", *SMALL)
+    assert_refused(done, "64 processes cannot share")
+
+
+def test_there_are_many():
+    assert len(CASES) >= 300

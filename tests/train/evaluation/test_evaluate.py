@@ -1,0 +1,122 @@
+"""Scores are exact, and the same on any number of processes."""
+
+import shutil
+
+import numpy as np
+import pytest
+from helpers import run_command, run_here
+from launching import SMALL, launch, metrics, predictions, succeed
+from make_sources import make_folder, make_it_h5
+from sklearn.metrics import explained_variance_score, mean_squared_error, r2_score
+
+from data_prep.shards.folder import ShardFolder
+
+SCORES = ("r2", "explained_variance", "mse", "pearson_r")
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    """The trained run evaluated on 1, 2 and 3 processes."""
+    runs = {}
+    for processes in (1, 2, 3):
+        runs[processes] = tmp_path_factory.mktemp("evaluated") / "run"
+        shutil.copytree(trained, runs[processes], symlinks=True)
+        succeed(processes, "train/evaluate.py", runs[processes], "--split", "val")
+    return runs
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_metrics_do_not_depend_on_the_number_of_processes(evaluated, processes):
+    one, more = metrics(evaluated[1]), metrics(evaluated[processes])
+    assert more["world_size"] == processes
+    assert more["stimuli"] == one["stimuli"]
+    np.testing.assert_allclose(
+        predictions(evaluated[processes])["prediction"], predictions(evaluated[1])["prediction"], rtol=1e-5, atol=1e-5
+    )
+    for score in SCORES:
+        assert more["regression"][score]["per_site"] == pytest.approx(one["regression"][score]["per_site"], rel=1e-6)
+        assert more["regression"][score]["mean"] == pytest.approx(one["regression"][score]["mean"], rel=1e-6)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_metrics_equal_scikit_learn_on_the_predictions(evaluated, processes):
+    arrays, found = predictions(evaluated[processes]), metrics(evaluated[processes])["regression"]
+    y, p = arrays["target"].astype(np.float64), arrays["prediction"].astype(np.float64)
+    assert found["r2"]["mean"] == pytest.approx(r2_score(y, p), rel=1e-6)
+    assert found["explained_variance"]["mean"] == pytest.approx(explained_variance_score(y, p), rel=1e-6)
+    assert found["mse"]["mean"] == pytest.approx(mean_squared_error(y, p), rel=1e-6)
+    r = [np.corrcoef(y[:, site], p[:, site])[0, 1] for site in range(y.shape[1])]
+    assert found["pearson_r"]["per_site"] == pytest.approx(r, rel=1e-6)
+
+
+def test_every_stimulus_is_predicted_once_in_the_order_of_the_shards(recording, evaluated):
+    val = ShardFolder(recording).split("val")
+    for run in evaluated.values():
+        arrays = predictions(run)
+        assert arrays["stimulus_id"].tolist() == val.stimulus_ids
+        assert metrics(run)["stimuli"] == ShardFolder(recording).manifest.splits["val"].stimuli
+        np.testing.assert_array_equal(arrays["target"], val.rates())
+
+
+def test_metrics_name_what_they_rest_on(evaluated):
+    found = metrics(evaluated[1])
+    assert found["simulated"] is True
+    assert found["selected_on"] == ["inner"]
+    method = found["regression"]["ceiling"]["method"]
+    assert "variance components" in method
+    for name in ("ceiled_explained_variance", "ceiled_pearson_r"):
+        assert found["regression"][name]["ceiling"] == method
+    assert "repetitions" in found["regression"]["feve"]["ceiling"]
+    low, high = found["regression"]["r2"]["ci95"]
+    assert low < found["regression"]["r2"]["mean"] < high
+
+
+def test_the_course_file_from_pack_to_predictions(tmp_path):
+    """IT_data.h5 has no test responses: there the predictions alone are written."""
+    make_it_h5(tmp_path / "IT_data.h5", n_train=60, n_val=20, n_test=11, size=32, sites=7)
+    packed = run_command(["data_prep/pack.py", "it-h5", tmp_path / "IT_data.h5", "--out", tmp_path / "shards"])
+    assert packed.returncode == 0, packed.stderr
+    run = tmp_path / "run"
+    succeed(2, "train/finetune.py", "--data", tmp_path / "shards", "--out", run, *SMALL)
+    for split, processes in (("val", 3), ("test", 2)):
+        succeed(processes, "train/evaluate.py", run, "--split", split)
+    assert metrics(run)["stimuli"] == 20
+    unknown = predictions(run, "test")
+    assert unknown["prediction"].shape == (11, 7)
+    assert "target" not in unknown
+    assert not (run / "eval" / "test" / "metrics.json").exists()
+    assert np.isfinite(unknown["prediction"]).all()
+
+
+def test_hybrid_scores_responses_and_classes(recording, tmp_path):
+    run = tmp_path / "run"
+    succeed(2, "train/finetune.py", "--data", recording, "--out", run, *SMALL, "--task.kind", "hybrid", "--epochs", "1")
+    succeed(2, "train/evaluate.py", run)
+    found = metrics(run)
+    assert set(found["classification"]) == {"top1", "top5", "balanced_accuracy", "per_class"}
+    assert 0 <= found["classification"]["top1"] <= found["classification"]["top5"] <= 1
+    assert len(found["regression"]["r2"]["per_site"]) == 12
+
+
+def test_other_sites_than_the_run_was_trained_for_are_refused(trained, tmp_path):
+    make_it_h5(tmp_path / "IT_data.h5", n_train=20, n_val=10, n_test=5, size=32, sites=12)
+    packed = run_command(["data_prep/pack.py", "it-h5", tmp_path / "IT_data.h5", "--out", tmp_path / "shards"])
+    assert packed.returncode == 0, packed.stderr
+    done = launch(1, "train/evaluate.py", trained, "--data", tmp_path / "shards")
+    assert done.returncode == 2
+    assert "site list" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_classes_that_no_training_stimulus_shows_are_warned_of(tmp_path):
+    make_folder(tmp_path / "src", n=60, n_objects=6)
+    words = ["--split", "grouped", "--split-by", "object", "--split-fractions", "0.3", "0.1"]
+    packed = run_here("data_prep/pack.py", "folder", tmp_path / "src", "--out", tmp_path / "shards", *words)
+    assert packed.returncode == 0, packed.stderr
+    run = tmp_path / "run"
+    task = ["--task.kind", "classification", "--epochs", "1"]
+    assert run_here("train/finetune.py", "--data", tmp_path / "shards", "--out", run, *SMALL, *task).returncode == 0
+    done = run_here("train/evaluate.py", run)
+    assert "by construction" in done.stderr
+    assert metrics(run)["classification"]["classes_not_in_train"] == 2
+    assert metrics(run)["classification"]["top1"] == 0

@@ -1,0 +1,168 @@
+"""What is exported predicts what train/evaluate.py predicts, in programs that know nothing of this project."""
+
+import importlib.util
+import io
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.io
+import timm
+import torch
+from helpers import assert_refused, run_here
+from launching import SMALL, predictions
+from PIL import Image
+
+from data_prep.shards.folder import ShardFolder
+from train.data.decoding import fit
+
+xarray = pytest.importorskip("xarray")
+pytest.importorskip("h5netcdf")
+
+SIZE = 32
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+    """A trained and scored run, and everything it can be exported to."""
+    folder = tmp_path_factory.mktemp("exported")
+    run = folder / "run"
+    shutil.copytree(trained, run, symlinks=True)
+    assert run_here("train/evaluate.py", run).returncode == 0
+    done = run_here("train/export.py", run, "--out", folder / "out", "--format", "netcdf", "mat", "timm", "predictor")
+    assert done.returncode == 0, done.stderr
+    return run, folder / "out"
+
+
+@pytest.fixture(scope="module")
+def images(recording):
+    """The images of val, uint8 (stimuli, SIZE, SIZE, 3)."""
+    val = ShardFolder(recording).split("val")
+    decoded = [Image.open(io.BytesIO(val.image(k)[0])).convert("RGB") for k in range(len(val))]
+    return np.stack([fit(np.asarray(image), SIZE) for image in decoded])
+
+
+def same(found, run):
+    expected = predictions(run)["prediction"]
+    assert expected.std() > 0
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.std())
+
+
+def test_xarray_reads_the_predictions_with_their_coordinates(exported, recording):
+    run, out = exported
+    val = ShardFolder(recording).split("val")
+    with xarray.open_dataset(out / "predictions_val.nc", engine="h5netcdf") as dataset:
+        assembly = dataset["prediction"].load()
+        np.testing.assert_array_equal(dataset["target"], val.rates())
+    assert assembly.dims == ("presentation", "neuroid")
+    np.testing.assert_array_equal(assembly, predictions(run)["prediction"])
+    assert assembly["stimulus_id"].values.tolist() == val.stimulus_ids
+    assert assembly["object"].values.tolist() == [val.meta(k)["object"] for k in range(len(val))]
+    assert assembly["neuroid_id"].values.tolist() == val.manifest.site_ids
+    assert set(assembly["region"].values) == {"IT (simulated)"}
+    assert assembly["object"].dims == ("presentation",)
+    np.testing.assert_allclose(assembly["size"], [val.meta(k)["size"] for k in range(len(val))])
+
+
+def test_matlab_files_hold_the_same(exported, recording):
+    run, out = exported
+    found = scipy.io.loadmat(out / "predictions_val.mat", simplify_cells=True)
+    np.testing.assert_array_equal(found["prediction"], predictions(run)["prediction"])
+    assert found["stimuli"]["stimulus_id"].tolist() == ShardFolder(recording).split("val").stimulus_ids
+    assert found["facts"]["split"] == "val"
+
+
+def test_the_predictor_predicts_the_same(exported, images):
+    run, out = exported
+    spec = importlib.util.spec_from_file_location("exported_predictor", out / "predictor.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    predictor = module.Predictor()
+    assert predictor.site_ids == predictions(run)["site_id"].tolist()
+    for batch_size in (1, 7, 64):
+        same(predictor.predict(images, batch_size), run)
+
+
+def test_the_predictor_needs_nothing_of_this_project(exported, images, tmp_path):
+    run, out = exported
+    np.save(tmp_path / "images.npy", images)
+    program = (
+        "import sys, numpy as np, predictor; "
+        "np.save('found.npy', predictor.Predictor().predict(np.load('images.npy'))); "
+        "alien = {'train', 'data_prep', 'accelerate', 'deepspeed', 'timm'} & set(sys.modules); assert not alien, alien"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(out), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    same(np.load(tmp_path / "found.npy"), run)
+
+
+def test_timm_loads_the_network_with_its_readout(exported, images):
+    run, out = exported
+    net = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    mean, std = (torch.tensor(net.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    images = (torch.from_numpy(images).permute(0, 3, 1, 2) / 255 - mean) / std
+    with torch.no_grad():
+        same(net(images).numpy(), run)
+
+
+def test_onnx_predicts_the_same(exported, images, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    run, _ = exported
+    assert run_here("train/export.py", run, "--out", tmp_path, "--format", "onnx").returncode == 0
+    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
+    (rates,) = session.run(["rates"], {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))})
+    same(rates, run)
+
+
+@pytest.fixture(scope="module")
+def cut_hybrid(recording, tmp_path_factory):
+    """A hybrid, cut to two layers, with a readout that timm has no place for."""
+    run = tmp_path_factory.mktemp("cut") / "run"
+    settings = [
+        "--backbone.cut",
+        "stages.0+stages.1",
+        "--task.kind",
+        "hybrid",
+        "--readout.kind",
+        "gaussian",
+        "--epochs",
+        "1",
+    ]
+    assert run_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *settings).returncode == 0
+    assert run_here("train/evaluate.py", run).returncode == 0
+    return run
+
+
+def test_a_cut_hybrid_is_exported_too(cut_hybrid, images, tmp_path):
+    done = run_here("train/export.py", cut_hybrid, "--out", tmp_path, "--format", "predictor", "timm")
+    assert done.returncode == 0, done.stderr
+    assert "cut at stages.0+stages.1" in done.stdout
+    spec = importlib.util.spec_from_file_location("cut_predictor", tmp_path / "predictor.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    predictor = module.Predictor()
+    same(predictor.predict(images), cut_hybrid)
+    chances = predictor.predict_classes(images)
+    assert chances.shape == (len(images), len(predictor.classes))
+    np.testing.assert_allclose(chances.sum(1), 1, rtol=1e-5)
+
+
+def test_nothing_is_overwritten(exported):
+    run, out = exported
+    assert_refused(run_here("train/export.py", run, "--out", out, "--format", "mat"), "exists already")
+
+
+def test_predictions_have_to_be_there(exported, tmp_path):
+    run, _ = exported
+    done = run_here("train/export.py", run, "--out", tmp_path / "x", "--format", "mat", "--split", "test")
+    assert_refused(done, "train/evaluate.py")
+    assert_refused(run_here("train/export.py", tmp_path, "--out", tmp_path / "x", "--format", "timm"), "no run folder")

@@ -1,0 +1,241 @@
+"""Whatever ends a process, the run goes on and ends as if nothing had happened."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from helpers import slow
+from launching import (
+    SMALL,
+    STOP_WHILE_SCORING,
+    finish_started,
+    largest_difference,
+    launch,
+    losses,
+    run_patched,
+    start,
+    succeed,
+    weights,
+)
+
+from data_prep.common.errors import STOPPED
+from train.finetuning.bottlenecks import Pace
+from train.run.checkpoint import load_progress
+
+EPOCHS = 12
+OPTIONS = [*SMALL, "--epochs", EPOCHS]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(recording, tmp_path_factory):
+    """A run on two processes that nothing disturbs."""
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    succeed(2, "train/finetune.py", "--data", recording, "--out", out, *OPTIONS)
+    return out
+
+
+def ranks_of(run: Path) -> dict[int, psutil.Process]:
+    """The processes of a run, by rank."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if str(run) in words and "processes.py" not in " ".join(words):
+            found[int(process.environ()["RANK"])] = process
+    return found
+
+
+def wait_for_epochs(run: Path, count: int = 1) -> None:
+    """Until so many epochs are in the run's history."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        if (run / "history.jsonl").exists() and len((run / "history.jsonl").read_text().splitlines()) >= count:
+            return
+        time.sleep(0.01)
+    raise AssertionError("the run did not begin")
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Two runs ended in the same losses and the same weights, bitwise."""
+    assert losses(run) == losses(other)
+    assert len(losses(run)) == EPOCHS
+    assert largest_difference(weights(run), weights(other)) == 0
+
+
+@pytest.mark.parametrize("whom", [pytest.param("rank 0", marks=slow), "rank 1", "launcher"])
+def test_a_preempted_job_saves_and_goes_on_when_it_is_started_again(recording, undisturbed, tmp_path, whom):
+    run, command = tmp_path / "run", ["train/finetune.py", "--data", recording, "--out", tmp_path / "run", *OPTIONS]
+    started = start(2, *command, SPIKETUNE_JOB="mine")
+    wait_for_epochs(run)
+    if whom == "launcher":
+        started.send_signal(signal.SIGUSR1)
+    else:
+        ranks_of(run)[int(whom[-1])].send_signal(signal.SIGTERM)
+    done = finish_started(started)
+    assert done.returncode == STOPPED, done.stderr
+    assert done.stderr.count("stopped by SIG") == 1
+    assert "Traceback" not in done.stderr
+    stopped = load_progress(run / "checkpoints" / "last")
+    assert stopped.epoch < EPOCHS
+    said = succeed(2, *command, SPIKETUNE_JOB="mine")
+    assert f"(step {stopped.step})" in said
+    assert_same(run, undisturbed)
+
+
+def test_another_job_does_not_go_on_with_the_run(recording, undisturbed):
+    done = launch(2, "train/finetune.py", "--data", recording, "--out", undisturbed, *OPTIONS, SPIKETUNE_JOB="other")
+    assert done.returncode == 2
+    assert "holds a run already" in done.stderr
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=slow)])
+def test_a_lost_process_is_named_and_all_are_started_again(recording, undisturbed, tmp_path, fault):
+    """A hung one is given up after the time-out, which must hold for DeepSpeed's groups and for ours alike."""
+    run = tmp_path / "run"
+    command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS, "--faults.timeout", "3"]
+    started = start(2, "--max-restarts", "1", *command)
+    wait_for_epochs(run)
+    ranks_of(run)[1].send_signal(fault)
+    began = time.monotonic()
+    done = finish_started(started)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - began < 90
+    assert "starting again (1 of 1)" in done.stderr
+    assert "resumed after epoch" in done.stdout
+    if fault == signal.SIGSTOP:
+        assert "rank 1 on" in done.stderr
+        assert "has ended or hangs" in (run / "failures" / "rank_0.txt").read_text() + done.stderr
+    assert_same(run, undisturbed)
+
+
+def test_bad_input_is_not_tried_again(recording, trained):
+    command = ["train/finetune.py", "--data", recording, "--out", trained, *OPTIONS]
+    done = launch(2, "--max-restarts", "3", *command)
+    assert done.returncode == 2
+    assert done.stderr.count("holds a run already") == 1
+    assert "starting again" not in done.stderr
+
+
+def test_a_run_that_is_stopped_while_it_scores_scores_again(recording, trained, tmp_path):
+    options = ["--data", recording, "--out", tmp_path / "run", *SMALL]
+    done = run_patched("finetuning.loop", STOP_WHILE_SCORING, *options)
+    assert done.returncode == STOPPED, done.stderr
+    assert len(losses(tmp_path / "run")) == 1
+    succeed(1, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", "--resume")
+    assert losses(tmp_path / "run") == losses(trained)
+    assert largest_difference(weights(tmp_path / "run"), weights(trained)) == 0
+
+
+# The fourth step's loss is NaN on the last rank.
+NAN_ONCE = """
+part = module.SquaredError.part
+def broken(self, outputs, batch, sum_over_ranks):
+    if self.training:
+        broken.calls += 1
+    value = part(self, outputs, batch, sum_over_ranks)
+    last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
+    return value * float("nan") if broken.calls in {calls} and last and self.training else value
+broken.calls = 0
+module.SquaredError.part = broken
+"""
+
+
+@pytest.fixture(scope="module")
+def left_out(recording, tmp_path_factory):
+    """The run of one process whose fourth step was left out, and what it said."""
+    run = tmp_path_factory.mktemp("nan") / "run"
+    options = ["--data", recording, "--out", run, *SMALL, "--backbone.name", "test_convnext"]
+    done = run_patched("models.objectives", NAN_ONCE.format(calls={4}), *options)
+    assert done.returncode == 0, done.stderr
+    return run, done.stdout
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_named(left_out, trained):
+    run, said = left_out
+    assert "warning: step 4 is left out: the loss was not finite on rank 0, which saw " in said
+    assert said.count("warning:") == 1
+    assert all(abs(loss) < 10 for loss in losses(run))
+    assert losses(run) != losses(trained)
+    assert load_progress(run / "checkpoints" / "last").step == load_progress(trained / "checkpoints" / "last").step
+
+
+@pytest.mark.parametrize(
+    "strategy", ["ddp", pytest.param("zero0", marks=slow), pytest.param("zero1", marks=slow), "zero3"]
+)
+def test_every_strategy_leaves_the_step_out(recording, left_out, tmp_path, strategy):
+    run = tmp_path / "run"
+    chosen = strategy if strategy == "ddp" else f"ds_configs/{strategy}.json"
+    options = ["--data", recording, "--out", run, *SMALL, "--strategy", chosen]
+    done = run_patched("models.objectives", NAN_ONCE.format(calls={4}), *options, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "step 4 is left out: the loss was not finite on rank 1, which saw" in done.stdout
+    assert losses(run) == pytest.approx(losses(left_out[0]), rel=1e-4)
+    assert largest_difference(weights(run), weights(left_out[0])) < 1e-3
+
+
+def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(recording, tmp_path):
+    run = tmp_path / "run"
+    options = ["--data", recording, "--out", run, *SMALL, "--faults.bad-steps", "3"]
+    done = run_patched("models.objectives", NAN_ONCE.format(calls=set(range(7, 11))), *options)
+    assert done.returncode == 1
+    assert "steps in a row had a loss or a gradient that is not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert load_progress(run / "checkpoints" / "last").epoch == 1
+
+
+def test_running_statistics_survive_a_step_that_is_not_finite(recording, tmp_path):
+    """Images that become NaN on their way poison BatchNorm's statistics before the loss is known."""
+    patch = """
+forward = module.Network.forward
+def broken(self, images):
+    broken.calls += self.training
+    return forward(self, images * float("nan") if broken.calls == 4 and self.training else images)
+broken.calls = 0
+module.Network.forward = broken
+"""
+    run = tmp_path / "run"
+    options = ["--data", recording, "--out", run, *SMALL, "--backbone.name", "test_resnet"]
+    done = run_patched("models.tasks", patch, *options)
+    assert done.returncode == 0, done.stderr
+    assert "step 4 is left out" in done.stdout
+    assert all(bool(tensor.isfinite().all()) for tensor in weights(run).values() if tensor.is_floating_point())
+
+
+def test_a_full_disk_ends_logging_but_not_the_run(recording, tmp_path):
+    """Charts and the log are lost, and that is said; a checkpoint that cannot be saved ends the run in a sentence."""
+    patch = """
+import errno
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+module.SummaryWriter.add_scalar = full
+module.logging.FileHandler.flush = full
+"""
+    done = run_patched("run.monitor", patch, "--data", recording, "--out", tmp_path / "run", *SMALL)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("cannot be written (No space left on device); going on without charts") == 1
+    assert done.stderr.count("log.txt cannot be written") == 1
+    assert len(losses(tmp_path / "run")) == 2
+
+
+def test_what_slows_a_run_down_is_said_once():
+    pace, facts = Pace(), {"steps": 10, "hosts": ["one", "two", "three"]}
+    assert pace.remarks(waited=0.5, trained=10.0, busy=[0.3, 0.32, 0.31], **facts) == []
+    (drift,) = pace.remarks(waited=0.5, trained=10.0, busy=[0.3, 0.9, 0.3], **facts)
+    assert "rank 1 on two needs 3.0 times as long" in drift
+    (loader,) = pace.remarks(waited=4.0, trained=10.0, busy=[0.3, 0.9, 0.3], **facts)
+    assert "40% of the time is waiting for images" in loader
+    assert pace.remarks(waited=4.0, trained=10.0, busy=[0.3, 0.9, 0.3], **facts) == []
+
+
+def test_charts_tell_where_a_steps_time_goes(undisturbed):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(undisturbed / "tensorboard"))
+    events.Reload()
+    parts = ("data_wait", "forward", "backward", "optimizer", "communication")
+    names = {"speed/images_per_second", *(f"speed/{part}_seconds" for part in parts)}
+    assert names <= set(events.Tags()["scalars"])
+    times = [json.loads(line)["train_seconds"] for line in (undisturbed / "history.jsonl").read_text().splitlines()]
+    assert all(event.value < sum(times) for event in events.Scalars("speed/forward_seconds"))

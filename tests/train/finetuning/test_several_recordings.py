@@ -1,0 +1,255 @@
+"""Runs on several recordings are as elastic and exact as on one, and each recording is scored with its own readout."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from helpers import assert_refused, run_here
+from launching import SMALL, history, largest_difference, losses, succeed, weights
+from several import pack_two
+from sklearn.metrics import r2_score
+
+from data_prep.shards.folder import ShardFolder
+from train.data.loader import Stimuli, evaluation_loader
+from train.data.recordings import joined
+from train.models.network import Network
+from train.run.checkpoint import checked_tensors, load_progress
+from train.run.recipe import load_recipe
+
+# Accumulation over batches that do not divide by the processes, an average of the weights, readouts from a ridge: a
+# process has at most two stimuli in a pass, so that many show one recording alone.
+OPTIONS = [
+    *(*SMALL, "--batch.global-size", "7", "--batch.per-device", "2", "--mix", "equal", "--ema", "0.9"),
+    *("--backbone.cut", "stages.1", "--readout.kind", "low_rank", "--readout.rank", "4", "--readout.start", "ridge"),
+    *("--optimizer.lr", "1e-3", "--checkpoint.every-steps", "3", "--checkpoint.keep", "100"),
+]
+LOSS, TENSOR = 1e-6, 1e-5
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory) -> list[Path]:
+    return pack_two(tmp_path_factory.mktemp("two"))
+
+
+def finetune(processes: int, *words) -> str:
+    """Train; one process runs here."""
+    if processes > 1:
+        return succeed(processes, "train/finetune.py", *words)
+    done = run_here("train/finetune.py", *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def run_on(two, tmp_path_factory):
+    """The run of so many processes, under a strategy."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def run(processes: int, strategy: str = "ddp") -> Path:
+        out = folder / f"{strategy}_{processes}"
+        if not out.exists():
+            setting = strategy if strategy == "ddp" else f"ds_configs/{strategy}.json"
+            finetune(processes, "--data", *two, "--out", out, *OPTIONS, "--strategy", setting)
+        return out
+
+    return run
+
+
+def assert_close(run: Path, other: Path) -> None:
+    assert losses(run) == pytest.approx(losses(other), rel=LOSS)
+    assert largest_difference(weights(run), weights(other)) < TENSOR
+
+
+@pytest.fixture(scope="module")
+def scored(run_on) -> Path:
+    """The run of one process, each recording scored on val."""
+    done = run_here("train/evaluate.py", run_on(1))
+    assert done.returncode == 0, done.stderr
+    for line in ("one, val: 12 stimuli", "two, val: 20 stimuli"):
+        assert line in done.stdout
+    return run_on(1)
+
+
+def results(run: Path, recording: str) -> tuple[dict, dict[str, np.ndarray]]:
+    """metrics.json and predictions.npz of a recording's val."""
+    folder = run / "eval" / "val" / recording
+    with np.load(folder / "predictions.npz", allow_pickle=False) as arrays:
+        return json.loads((folder / "metrics.json").read_text()), dict(arrays)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (3, "ddp"), (2, "zero3")])
+def test_the_run_does_not_depend_on_processes_or_strategy(run_on, processes, strategy):
+    assert_close(run_on(processes, strategy), run_on(1))
+
+
+def test_a_run_goes_on_in_mid_epoch_on_another_number_of_processes(run_on, two, tmp_path):
+    """Step 12 of 18 is the third of the second epoch."""
+    run = tmp_path / "run"
+    shutil.copytree(run_on(1), run, symlinks=True)
+    for checkpoint in (run / "checkpoints").glob("step_*"):
+        if int(checkpoint.name.removeprefix("step_")) > 12:
+            shutil.rmtree(checkpoint)
+    said = finetune(2, "--data", *two, "--out", run, "--resume")
+    assert "resumed after epoch 1, step 3 of the next (step 12)" in said
+    assert_close(run, run_on(1))
+    swapped = run_here("train/finetune.py", "--data", *reversed(two), "--out", run, "--resume")
+    assert_refused(swapped, "other shards", "in the same order")
+
+
+def test_the_mean_over_recordings_selects_and_is_recorded(run_on):
+    run = run_on(1)
+    for epoch in history(run):
+        each = epoch["recordings"]
+        assert list(each) == ["one", "two"]
+        assert epoch["inner"]["r2"] == pytest.approx(np.mean([found["r2"] for found in each.values()]), rel=1e-12)
+    progress = load_progress(run / "checkpoints" / "best")
+    assert progress.best == max(epoch["inner"]["r2"] for epoch in history(run))
+    assert progress.recordings == {"one": 5, "two": 7}
+    assert "mix equal: equally many stimuli of each in a step" in (run / "log.txt").read_text()
+    env = json.loads((run / "env.json").read_text())
+    assert [Path(place).name for place in env["data"]] == env["recordings"] == ["one", "two"]
+
+
+def test_stimuli_in_proportion_train_what_the_joined_folder_trains(two, tmp_path):
+    """Where no stimulus is shared it is the same thing; with val to select, since only inner splits differ."""
+    packed = run_here("data_prep/pack.py", "joined", *two, "--out", tmp_path / "joined", "--workers", 1)
+    assert packed.returncode == 0, packed.stderr
+    options = [*SMALL, "--readout.kind", "flattened", "--backbone.cut", "stages.1", "--early-stopping.split", "val"]
+    finetune(1, "--data", tmp_path / "joined", "--out", tmp_path / "of_joined", *options)
+    run = tmp_path / "together"
+    finetune(1, "--data", *two, "--out", run, *options)
+    assert_close(run, tmp_path / "of_joined")
+    assert run_here("train/evaluate.py", run).returncode == 0
+    best = load_progress(run / "checkpoints" / "best").epoch
+    (epoch,) = [line for line in history(run) if line["epoch"] == best]
+    for name, scores in epoch["recordings"].items():  # what selects is what is scored afterwards
+        found = results(run, name)[0]["regression"]
+        for score, value in scores.items():
+            assert found[score]["mean"] == pytest.approx(value, rel=1e-5)
+
+
+def test_a_ridge_start_is_that_of_each_recording_alone(two, tmp_path):
+    """The seed's backbone is the same; the readouts of one and two lie one after the other in that of both."""
+    options = [*SMALL, "--epochs", "1", "--optimizer.lr", "1e-12", "--optimizer.weight-decay", "0"]
+    options += ["--readout.start", "ridge", "--readout.kind", "factorised", "--backbone.cut", "stages.1"]
+    found = {}
+    for name, places in {"one": two[:1], "two": two[1:], "both": two}.items():
+        finetune(1, "--data", *places, "--out", tmp_path / name, *options)
+        found[name] = weights(tmp_path / name)
+    for tensor in ("heads.rates.sites.weight", "heads.rates.sites.bias", "objective.responses.rate_std"):
+        alone = torch.cat([found["one"][tensor], found["two"][tensor]])
+        torch.testing.assert_close(found["both"][tensor], alone, rtol=1e-3, atol=1e-4)
+    assert found["both"]["heads.rates.sites.weight"].abs().max() > 0.1
+
+
+def test_a_hybrid_with_one_readout_to_the_classes_of_both(two, tmp_path):
+    options = [*SMALL, "--task.kind", "hybrid", "--task.weighting", "uncertainty", "--epochs", "1"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"data": [str(place) for place in two], "mix": "equal"}))
+    finetune(1, recipe, "--out", tmp_path / "run", *options)
+    assert run_here("train/evaluate.py", tmp_path / "run").returncode == 0
+    for name, sites in (("one", 5), ("two", 7)):
+        metrics, _ = results(tmp_path / "run", name)
+        assert len(metrics["regression"]["r2"]["per_site"]) == sites
+        assert 0 <= metrics["classification"]["top1"] <= 1
+
+
+def test_a_correlation_is_calibrated_on_each_recordings_own_stimuli(two, tmp_path):
+    options = [*SMALL, "--loss.responses", "correlation", "--mix", "equal"]
+    finetune(1, "--data", *two, "--out", tmp_path / "run", *options)
+    assert run_here("train/evaluate.py", tmp_path / "run", "--split", "train").returncode == 0
+    for name in ("one", "two"):
+        folder = tmp_path / "run" / "eval" / "train" / name
+        found = json.loads((folder / "metrics.json").read_text())["regression"]
+        assert found["r2"]["mean"] == pytest.approx(found["explained_variance"]["mean"], abs=0.05)
+        assert found["r2"]["mean"] > 0
+
+
+# ---- scores --------------------------------------------------------------------------------------------------------
+
+
+def test_each_recording_is_scored_with_its_own_readout(scored, two):
+    """As the whole network predicts it, on its own stimuli, in its own units."""
+    folders = [ShardFolder(place) for place in two]
+    network = Network(load_recipe(scored / "recipe.yaml"), joined([folder.manifest for folder in folders]), 32).eval()
+    network.load_state_dict(checked_tensors(network, scored / "checkpoints" / "best", "network"))
+    for folder, name, columns in zip(folders, ("one", "two"), (slice(0, 5), slice(5, 12)), strict=True):
+        val = folder.split("val")
+        (batch,) = evaluation_loader(Stimuli(val, 32), size=len(val), rank=0, ranks=1, workers=0, pin=False)
+        with torch.no_grad():
+            expected = network.objective.responses.in_units(network(batch.images)["rates"])[:, columns]
+        metrics, arrays = results(scored, name)
+        np.testing.assert_allclose(arrays["prediction"], expected, rtol=1e-4, atol=1e-4)
+        np.testing.assert_array_equal(arrays["target"], val.rates())
+        assert arrays["stimulus_id"].tolist() == val.stimulus_ids
+        assert arrays["site_id"].tolist() == folder.manifest.site_ids
+        there = ~np.isnan(arrays["target"])
+        r2 = [r2_score(arrays["target"][own, k], arrays["prediction"][own, k]) for k, own in enumerate(there.T)]
+        assert metrics["regression"]["r2"]["per_site"] == pytest.approx(r2, rel=1e-5)
+        assert (metrics["recording"], metrics["trained_on"]) == (name, ["one", "two"])
+
+
+def test_scores_do_not_depend_on_processes_or_on_what_else_is_scored(scored, two, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(scored, run, symlinks=True)
+    shutil.rmtree(run / "eval")
+    succeed(3, "train/evaluate.py", run)
+    before, arrays = zip(*(results(run, name) for name in ("one", "two")), strict=True)
+    for name, metrics, found in zip(("one", "two"), before, arrays, strict=True):
+        expected, predicted = results(scored, name)
+        np.testing.assert_allclose(found["prediction"], predicted["prediction"], rtol=1e-5, atol=1e-5)
+        assert metrics["regression"]["r2"]["mean"] == pytest.approx(expected["regression"]["r2"]["mean"], rel=1e-6)
+    shutil.rmtree(run / "eval")
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(two[1], moved)
+    assert run_here("train/evaluate.py", run, "--data", moved).returncode == 0
+    assert not (run / "eval" / "val" / "one").exists()
+    assert np.array_equal(results(run, "two")[1]["prediction"], results(scored, "two")[1]["prediction"])
+
+
+def test_a_recording_that_the_run_does_not_know_is_refused(scored, two, recording, tmp_path):
+    assert_refused(run_here("train/evaluate.py", scored, "--data", recording), "not trained on a recording", "one, two")
+    assert_refused(run_here("train/evaluate.py", scored, "--data", two[0], two[0]), "both called 'one'")
+    other = tmp_path / "other"
+    shutil.copytree(two[0], other)
+    content = json.loads((other / "manifest.json").read_text())
+    del content["checksum"]  # it was edited by hand
+    content["sites"][2]["id"] = "another"
+    (other / "manifest.json").write_text(json.dumps(content))
+    assert_refused(run_here("train/evaluate.py", scored, "--data", other), "site list", "'site_002' is 'another'")
+
+
+def test_a_run_on_one_recording_is_scored_on_one(trained, two):
+    assert_refused(run_here("train/evaluate.py", trained, "--data", *two), "was trained on one recording")
+    refused = run_here("train/export.py", trained, "--out", trained, "--format", "timm", "--recording", "one")
+    assert_refused(refused, "not trained on several recordings")
+
+
+# ---- handing on ----------------------------------------------------------------------------------------------------
+
+
+def test_the_network_is_exported_with_the_readout_of_one(scored, two, tmp_path):
+    words = ["train/export.py", scored, "--out", tmp_path / "out", "--format", "predictor", "mat"]
+    assert_refused(run_here(*words), "--recording", "one, two")
+    assert_refused(run_here(*words, "--recording", "three"), "--recording", "one, two")
+    assert not (tmp_path / "out").exists()
+    done = run_here(*words, "--recording", "two")
+    assert done.returncode == 0, done.stderr
+    spec = importlib.util.spec_from_file_location("predictor_of_two", tmp_path / "out" / "predictor.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    predictor = module.Predictor(tmp_path / "out")
+    val = ShardFolder(two[1]).split("val")
+    (batch,) = evaluation_loader(Stimuli(val, 32), size=len(val), rank=0, ranks=1, workers=0, pin=False)
+    found = predictor.predict(batch.images.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_allclose(found, results(scored, "two")[1]["prediction"], rtol=1e-4, atol=1e-4)
+    assert predictor.site_ids == val.manifest.site_ids
+    assert (tmp_path / "out" / "predictions_val.mat").exists()

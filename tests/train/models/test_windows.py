@@ -1,0 +1,151 @@
+"""Receptive fields: a site that sees a part of the image is found there; layers may be read together."""
+
+import numpy as np
+import pytest
+import torch
+from helpers import assert_refused, run_here
+from launching import metrics, predictions, succeed
+from make_sources import make_folder
+
+from data_prep.shards.folder import ShardFolder
+from data_prep.shards.packing import pack
+from data_prep.sources.folder import Folder
+from train.data.loader import Stimuli
+from train.models.backbone import Backbone
+from train.models.features import LayerFeatures, PixelFeatures
+from train.models.windows import WHOLE, Window, windows
+from train.regression.gram import ROUNDING
+from train.regression.kernel_regression import Method, centred, regress
+from train.regression.stacking import stack
+from train.run.recipe import Source
+
+SIZE, STAGES = 32, ["stages.0", "stages.1"]
+COUNTS = {"train": 180, "val": 60}
+PLACES = np.array([[-4 / 7, -4 / 7], [4 / 7, 0.0], [0.0, 4 / 7]])  # right and down, in half sides
+NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", SIZE]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """300 images; each site tells how two halves of a patch of the image differ, and noise."""
+    path = tmp_path_factory.mktemp("fields")
+    made = make_folder(path / "src", n=300, splits=True, sites=len(PLACES), size=SIZE)
+    rates = []
+    for x, y in PLACES:
+        column, row = (round((place + 1) / 2 * SIZE) for place in (x, y))
+        patch = made.images[:, row - 3 : row + 3, column - 3 : column + 3].astype(np.float64)
+        rates.append(patch[:, :, 3:].mean((1, 2, 3)) - patch[:, :, :3].mean((1, 2, 3)))
+    rates = np.stack(rates, axis=1)
+    rates = (rates - rates.mean(0)) / rates.std(0) + np.random.default_rng(0).normal(size=rates.shape)
+    np.save(path / "src" / "rates.npy", rates.astype(np.float32))
+    return pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=100, workers=1).folder
+
+
+def probed(run, data, *words):
+    done = run_here("train/probe.py", "--data", data, "--out", run, "--loader.workers", 0, *words)
+    assert done.returncode == 0, done.stderr
+    return metrics(run)
+
+
+@pytest.fixture(scope="module")
+def on_pixels(data, tmp_path_factory):
+    """Probes of the pixels: of the whole image, and through windows."""
+    folder = tmp_path_factory.mktemp("pixels")
+    words = ["--layers", "pixels", "--images.size", SIZE]
+    return [(folder / field, probed(folder / field, data, *words, "--field", field)) for field in ("whole", "gaussian")]
+
+
+def test_windows_are_gaussian_and_the_first_is_the_whole_map():
+    assert windows()[0] == WHOLE
+    assert (WHOLE.weights(4, 4) == 1).all()
+    weights = Window(x=0.5, y=-0.25, width=0.4).weights(4, 8).reshape(4, 8)
+    down, right = -0.25, 0.375  # the middle of row 1 and of column 5
+    assert weights[1, 5] == pytest.approx(np.exp(-((down + 0.25) ** 2 + (right - 0.5) ** 2) / (2 * 0.4**2)))
+
+
+def test_a_site_is_read_where_it_sees(on_pixels):
+    (_, whole), (_, through) = on_pixels
+    assert through["regression"]["r2"]["mean"] > whole["regression"]["r2"]["mean"] + 0.03
+    centre = np.array(through["layers"]["pixels"]["field_centre"][0], float).T
+    np.testing.assert_allclose(centre, PLACES, atol=0.3)
+
+
+def test_what_selects_is_an_honest_estimate(on_pixels):
+    """On stimuli that neither the regression nor the windows' weights were fitted on."""
+    _, (_, through) = on_pixels
+    assert through["layers"]["pixels"]["inner_r2"] == pytest.approx(through["regression"]["r2"]["mean"], abs=0.15)
+
+
+def test_predictions_of_the_stimuli_left_out_are_kept(on_pixels, data):
+    train = ShardFolder(data).split("train")
+    for run, _ in on_pixels:
+        kept = predictions(run, "left_out")
+        assert kept["stimulus_id"].tolist() == train.stimulus_ids
+        np.testing.assert_array_equal(kept["target"], train.rates())
+        assert 0.1 < np.corrcoef(kept["prediction"][:, 0], kept["target"][:, 0])[0, 1] < 0.9
+
+
+def test_a_sum_of_layers_is_ridge_on_features_of_one_size(data, tmp_path):
+    probed(tmp_path / "run", data, *NETWORK, "--layers", "stages.0+stages.1")
+    products = 0
+    for own in centred_features(data).values():
+        products = products + own @ own.T / np.square(own).sum()
+    gram, rates = gram_and_rates(products, data, ROUNDING["float32"])
+    expected = regress(gram, rates, Method("ridge", 1000)).prediction
+    np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(("layers", "processes"), [("stages.1+stages.0", 1), ("stages.1+stages.0", 3), ("pixels", 1)])
+def test_each_window_is_a_ridge_on_features_weighed_by_it(data, tmp_path, layers, processes):
+    """On any number of processes, in stripes of a few rows; a map of few positions and one of many (pixels)."""
+    run, own_words = tmp_path / "run", NETWORK if layers != "pixels" else ["--images.size", SIZE]
+    words = [*own_words, "--layers", layers, "--field", "gaussian", "--products", "float64", "--memory", "0.002"]
+    if processes == 1:
+        probed(run, data, *words)
+    else:
+        succeed(processes, "train/probe.py", "--data", data, "--out", run, "--loader.workers", 0, *words)
+    assert list(metrics(run)["layers"]) == ["pixels" if layers == "pixels" else "stages.0+stages.1"]
+    fits = []
+    for window in windows():
+        products = 0
+        for layer, own in centred_features(data, layers).items():
+            side = {"pixels": SIZE, "stages.0": 7, "stages.1": 4}[layer]
+            seen = own * np.sqrt(np.tile(window.weights(side, side), own.shape[1] // side**2))
+            products = products + seen @ seen.T / np.square(seen).sum()
+        gram, rates = gram_and_rates(products, data, ROUNDING["float64"])
+        fits.append(regress(gram, rates, Method("ridge", 1000)))
+    stacked = stack([fit.left_out for fit in fits], rates, [fit.prediction for fit in fits])
+    np.testing.assert_allclose(predictions(run)["prediction"], stacked.prediction, atol=1e-4)
+    np.testing.assert_allclose(predictions(run, "left_out")["prediction"], stacked.left_out, atol=1e-4)
+
+
+def centred_features(data, layers=""):
+    """Of all stimuli, train before val, float64 by layer."""
+    shards = ShardFolder(data)
+    torch.manual_seed(0)
+    look = LayerFeatures(Backbone(Source(name="test_convnext", weights="random"), SIZE).eval(), STAGES, 7)
+    images = [Stimuli(shards.split(name), SIZE).images(np.arange(count)) for name, count in COUNTS.items()]
+    with torch.no_grad():
+        features = (PixelFeatures() if layers == "pixels" else look)(torch.cat(images).permute(0, 3, 1, 2))
+    return {layer: (own.double() - own.double().mean(0)).numpy() for layer, own in features.items()}
+
+
+def gram_and_rates(products, data, rounding):
+    """For the regression from train to val."""
+    fit, held_out = np.split(np.arange(len(products)), [COUNTS["train"]])
+    return centred(products, fit, held_out, rounding), ShardFolder(data).split("train").rates()
+
+
+def test_windows_need_leave_one_out(data, tmp_path):
+    words = ["--layers", "pixels", "--readout", "ols", "--field", "gaussian"]
+    done = run_here("train/probe.py", "--data", data, "--out", tmp_path / "run", *words)
+    assert_refused(done, "field", "ridge")
+
+
+def test_a_layer_may_join_more_modules_than_a_file_name_holds(data, tmp_path):
+    run = tmp_path / "run"
+    probed(run, data, *NETWORK, "--layers", "stages.*.blocks.*.*+stages.*.blocks.*.mlp.*")
+    (layer,) = metrics(run)["layers"]
+    assert len(layer) > 255
+    (line,) = [line for line in (run / "eval" / "val" / "table.md").read_text().splitlines() if "(chosen)" in line]
+    assert len(line) < 255

@@ -1,0 +1,374 @@
+"""The plan: what a step needs against what real steps allocate, how strategies divide it, and what is recommended."""
+
+import shlex
+
+import pytest
+import torch
+from helpers import ROOT, assert_refused, run_here
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+
+from data_prep.common.errors import BadInput
+from train import finetune
+from train.data.order import accumulation
+from train.finetuning.schedule import build_optimizer
+from train.models.network import Network, parameter_groups
+from train.planning.memory import (
+    GIB,
+    NAMES,
+    SIMPLEST_FIRST,
+    Strategy,
+    choices,
+    memory,
+    read_strategy,
+    recommended,
+    sent,
+    usable,
+)
+from train.planning.step_cost import (
+    MEASURED,
+    AutocastAsOnCuda,
+    Needs,
+    activation_bytes,
+    empty_batch,
+    forward_and_backward,
+    measure,
+    optimizer_cost,
+    paper_manifest,
+)
+from train.run.recipe import Optimizer, Recipe
+
+SITES, CLASSES, SIDE, BATCH = 12, 5, 64, 16
+CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
+DDP, ZERO0, ZERO1, ZERO2, ZERO3 = (read_strategy(name) for name in NAMES[:5])
+ZERO2_OFFLOAD, ZERO3_OFFLOAD = (read_strategy(name) for name in NAMES[5:])
+NEEDS = Needs(
+    trainable=GIB, frozen=0, largest=2**20, state=2 * GIB, temporary=0, average=0, fixed=0, per_stimulus=GIB / 4
+)
+CNN2 = ("--backbone.name", "cnn2", "--backbone.weights", "random", "--images.size", "32")
+
+
+def made(settings: dict) -> tuple[Recipe, Network]:
+    """A recipe for images of 64 px, and its network as it trains, with gradients."""
+    backbone = {"weights": "random"} | settings.pop("backbone")
+    recipe = Recipe.model_validate({"backbone": backbone, "images": {"size": SIDE}} | settings)
+    network = Network(recipe, paper_manifest(SITES, CLASSES, SIDE), SIDE).train()
+    network = network.to(memory_format=torch.channels_last)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    return recipe, network
+
+
+def allocated_peak(work) -> int:
+    """The most bytes that torch's CPU allocator had given out during `work`, by its own profiler.
+
+    What a convolution allocates and frees within itself is left out: it is the kernel's, and a GPU has other kernels.
+    """
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        work()
+    changes = []
+
+    def visit(event, convolution):
+        if event.tag == _EventType.TorchOp and event.name in CONVOLUTIONS:
+            convolution = event.id
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            changes.append((event.start_time_ns, fields.ptr, fields.alloc_size, convolution))
+        for child in event.children:
+            visit(child, convolution)
+
+    for root in profiled.profiler.kineto_results.experimental_event_tree():
+        visit(root, None)
+    changes.sort(key=lambda change: change[0])
+    born, workspaces = {}, set()
+    for number, (_, address, size, convolution) in enumerate(changes):
+        if size > 0:
+            born[address] = (number, convolution)
+        elif address in born:
+            first, where = born.pop(address)
+            if where is not None and where == convolution:
+                workspaces |= {first, number}
+    held = peak = 0
+    for number, (_, _, size, _) in enumerate(changes):
+        held += 0 if number in workspaces else size
+        peak = max(peak, held)
+    return peak
+
+
+LITE0 = "tf_efficientnet_lite0"
+STEPS = {
+    "bf16": {"backbone": {"name": "resnet18"}},
+    "fp32": {"backbone": {"name": "resnet18"}, "precision": "fp32"},
+    "bf16 recomputed": {"backbone": {"name": LITE0, "gradient_checkpointing": True}},
+    "fp32 recomputed": {"backbone": {"name": LITE0, "gradient_checkpointing": True}, "precision": "fp32"},
+    "transformer": {"backbone": {"name": "vit_tiny_patch16_224"}},
+    "norms in float32": {"backbone": {"name": "convnext_atto"}},
+    "head": {"backbone": {"name": LITE0, "trainable": "head"}},
+    "hybrid, augmented": {
+        "backbone": {"name": "cnn3"},
+        "task": {"kind": "hybrid", "weighting": "uncertainty"},
+        "readout": {"kind": "flattened"},
+        "augment": {"shift": 0.1, "zoom": 0.1, "contrast": 0.2},
+    },
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_activations_are_what_a_real_step_allocates(name):
+    recipe, network = made(dict(STEPS[name]))
+    manifest = paper_manifest(SITES, CLASSES, SIDE)
+
+    def step():
+        with AutocastAsOnCuda():
+            forward_and_backward(network, recipe, empty_batch(recipe, manifest, BATCH))
+
+    assert activation_bytes(network, recipe, manifest, BATCH) == pytest.approx(allocated_peak(step), rel=0.01)
+
+
+def test_norms_keep_more_on_a_gpu_than_under_a_cpus_autocast():
+    recipe, network = made({"backbone": {"name": "convnext_atto"}})
+    manifest = paper_manifest(SITES, CLASSES, SIDE)
+    on_cpu = allocated_peak(lambda: forward_and_backward(network, recipe, empty_batch(recipe, manifest, BATCH)))
+    assert activation_bytes(network, recipe, manifest, BATCH) > 1.05 * on_cpu
+
+
+def test_batches_between_those_measured_are_not_underestimated():
+    recipe, network = made({"backbone": {"name": "resnet18"}})
+    manifest = paper_manifest(SITES, CLASSES, SIDE)
+    needs = measure(recipe, manifest)
+    for batch in (*MEASURED, BATCH):
+        direct = activation_bytes(network, recipe, manifest, batch)
+        assert direct <= needs.activations(batch) * 1.0001
+        assert needs.activations(batch) <= 1.25 * direct
+
+
+def test_recomputing_activations_needs_fewer_and_adds_no_weights():
+    manifest = paper_manifest(SITES, CLASSES, SIDE)
+    kept, recomputed = (
+        measure(made({"backbone": {"name": "resnet18", "gradient_checkpointing": on}})[0], manifest)
+        for on in (False, True)
+    )
+    assert recomputed.per_stimulus < 0.7 * kept.per_stimulus
+    assert (recomputed.weights, recomputed.state) == (kept.weights, kept.state)
+
+
+@pytest.mark.parametrize("name", ["nadam", "adam", "adamw", "radam", "lion", "sgd"])
+@pytest.mark.parametrize("trainable", ["all", "head"])
+def test_weights_gradients_and_optimizer_state_are_exact(name, trainable):
+    recipe, network = made({"backbone": {"name": "cnn2", "trainable": trainable}, "optimizer": {"name": name}})
+    optimizer = build_optimizer(recipe.optimizer, parameter_groups(network, recipe), torch.device("cpu"))
+    optimizer.step()
+    needs = measure(recipe, paper_manifest(SITES, CLASSES, SIDE))
+    assert needs.trainable == sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
+    assert needs.weights == sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    assert needs.state == sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+
+
+def test_optimizers_keep_what_they_are_known_to_keep():
+    bytes_kept = {name: optimizer_cost(Optimizer(name=name)).state for name in ("nadam", "adamw", "lion", "sgd")}
+    assert bytes_kept == {"nadam": 8, "adamw": 8, "lion": 4, "sgd": 4}
+    assert optimizer_cost(Optimizer(name="sgd", momentum=0)).state == 0
+
+
+def test_an_optimizers_step_is_counted_where_it_needs_more_than_the_activations():
+    recipe, network = made({"backbone": {"name": "resnet18"}})
+    optimizer = build_optimizer(recipe.optimizer, parameter_groups(network, recipe), torch.device("cpu"))
+    optimizer.step()
+    needs = measure(recipe, paper_manifest(SITES, CLASSES, SIDE))
+    assert needs.temporary == pytest.approx(allocated_peak(optimizer.step), rel=0.05)
+    small = Needs(**(vars(needs) | {"fixed": 0, "per_stimulus": 1}))
+    assert memory(DDP, small, 1, 1, 1).buffers == needs.temporary - 1
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp32", "bf16 recomputed"])
+def test_the_total_is_the_peak_of_whole_steps_from_an_empty_memory(name):
+    recipe, _ = made(dict(STEPS[name]))
+    manifest = paper_manifest(SITES, CLASSES, SIDE)
+
+    def steps():
+        network = Network(recipe, manifest, SIDE).train().to(memory_format=torch.channels_last)
+        optimizer = build_optimizer(recipe.optimizer, parameter_groups(network, recipe), torch.device("cpu"))
+        for _ in range(2):
+            for _ in range(2):
+                forward_and_backward(network, recipe, empty_batch(recipe, manifest, BATCH))
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    needs = measure(recipe, manifest)
+    assert memory(DDP, needs, 1, BATCH, 2).total == pytest.approx(allocated_peak(steps), rel=0.1)
+
+
+def test_a_running_average_is_one_more_copy_and_zero3_also_keeps_its_part():
+    averaged = Needs(**(vars(NEEDS) | {"average": GIB}))
+    assert memory(DDP, averaged, 4, 1, 1).weights == 2 * GIB
+    assert memory(ZERO3, averaged, 4, 1, 1).weights == GIB / 4 + GIB + GIB / 4
+
+
+@pytest.mark.parametrize(
+    ("strategy", "weights", "gradients", "optimizer"),
+    [
+        (DDP, 1, 1, 2),
+        (ZERO0, 1, 1, 2),
+        (ZERO1, 1, 1, 3 / 8),
+        (ZERO2, 1, 1 / 8, 3 / 8),
+        (ZERO3, 1 / 8, 1 / 8, 3 / 8),
+        (ZERO2_OFFLOAD, 1, 0, 0),
+        (ZERO3_OFFLOAD, 0, 0, 0),
+    ],
+    ids=NAMES,
+)
+def test_strategies_divide_memory_as_the_zero_paper_says(strategy, weights, gradients, optimizer):
+    held = memory(strategy, NEEDS, 8, 1, 1)
+    expected = [weights * GIB, gradients * GIB, optimizer * GIB]
+    assert [held.weights, held.gradients, held.optimizer] == expected
+    assert held.activations == GIB / 4
+    assert held.total == sum(expected) + held.activations + held.buffers
+
+
+def test_what_the_gpu_gives_away_the_host_takes():
+    assert memory(ZERO2, NEEDS, 8, 1, 1).host == 0
+    assert memory(ZERO2_OFFLOAD, NEEDS, 8, 1, 1).host == pytest.approx(GIB * (3 + 1 + 1) / 8)
+    assert memory(ZERO3_OFFLOAD, NEEDS, 8, 1, 1).host == pytest.approx(GIB * (3 + 1 + 1 + 1) / 8)
+
+
+def test_more_gpus_mean_less_each_under_zero_and_not_under_ddp():
+    for strategy in (ZERO1, ZERO2, ZERO3):
+        totals = [memory(strategy, NEEDS, gpus, 1, 1).total for gpus in (2, 4, 8, 64)]
+        assert totals == sorted(set(totals), reverse=True)
+    assert len({memory(DDP, NEEDS, gpus, 1, 1).total for gpus in (2, 8, 64)}) == 1
+
+
+def test_ddp_holds_accumulating_gradients_beside_its_buckets():
+    assert memory(DDP, NEEDS, 8, 1, 1).buffers == memory(DDP, NEEDS, 1, 1, 4).buffers == 0
+    assert memory(DDP, NEEDS, 8, 1, 4).buffers == GIB
+
+
+def test_communication_is_what_links_have_counted():
+    for gpus in (2, 8):
+        ring = GIB * (gpus - 1) / gpus
+        for strategy, times in {DDP: 2, ZERO0: 2, ZERO1: 3, ZERO2: 3, ZERO2_OFFLOAD: 3, ZERO3: 3}.items():
+            assert sent(strategy, NEEDS, gpus, 1) == times * ring
+        assert sent(DDP, NEEDS, gpus, 4) == 2 * ring
+        assert sent(ZERO1, NEEDS, gpus, 4) == 3 * ring
+        assert sent(ZERO2, NEEDS, gpus, 4) == 9 * ring
+        assert sent(ZERO3, NEEDS, gpus, 4) == 3 * 4 * ring
+    assert all(sent(read_strategy(name), NEEDS, 1, 4) == 0 for name in NAMES)
+
+
+def test_bucket_sizes_come_from_the_strategys_file(tmp_path, monkeypatch):
+    assert ZERO2.reduce == 2 * 50_000_000 * 4
+    monkeypatch.setattr(memory, "CONFIGS", tmp_path)
+    (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}')
+    assert read_strategy("zero2") == Strategy("zero2", 2, reduce=4000)
+    for content in (None, "no JSON", "[]", '{"zero_optimization": {}}'):
+        if content is not None:
+            (tmp_path / "zero3.json").write_text(content)
+        with pytest.raises(BadInput, match=r"zero3\.json"):
+            read_strategy("zero3")
+
+
+def plan(gib: float, gpus: int = 8, needs: Needs = NEEDS, **settings):
+    return choices(Recipe.model_validate(settings), needs, gpus, gib * GIB)
+
+
+def test_the_recommendation_goes_from_ddp_over_zero_to_nothing_as_memory_shrinks():
+    names = []
+    for tenths in range(80, 5, -1):
+        best = recommended(plan(tenths / 10))
+        names.append(best.strategy if best else None)
+    assert list(dict.fromkeys(names)) == [*SIMPLEST_FIRST, None]
+
+
+def test_the_largest_batch_that_fits_is_taken_and_one_more_would_not_fit():
+    for gib in (5, 7, 9, 60):
+        for choice in plan(gib, batch={"global_size": 100}):
+            strategy = read_strategy(choice.strategy)
+            if not choice.fits:
+                assert memory(strategy, NEEDS, 8, 1, 100).total > usable(gib * GIB)
+                continue
+            assert choice.pieces == accumulation(100, 8, choice.per_device)
+            assert choice.memory.total <= usable(gib * GIB)
+            assert memory(strategy, NEEDS, 8, choice.largest, 1).total <= usable(gib * GIB)
+            assert memory(strategy, NEEDS, 8, choice.largest + 1, 1).total > usable(gib * GIB)
+            larger = [
+                batch for batch in range(choice.per_device + 1, 14) if accumulation(100, 8, batch) < choice.pieces
+            ]
+            for batch in larger:
+                assert memory(strategy, NEEDS, 8, batch, accumulation(100, 8, batch)).total > usable(gib * GIB)
+
+
+def test_a_loss_of_the_whole_batch_is_not_divided():
+    whole = {
+        choice.strategy: choice for choice in plan(7, loss={"responses": "correlation"}, batch={"global_size": 80})
+    }
+    parts = {choice.strategy: choice for choice in plan(7, batch={"global_size": 80})}
+    assert parts["ddp"].fits
+    assert parts["ddp"].pieces > 1
+    assert not whole["ddp"].fits
+    assert whole["ddp"].per_device == 10
+
+
+def test_strategies_that_cannot_run_a_recipe_are_left_out():
+    assert [choice.strategy for choice in plan(24, precision="fp16")] == ["ddp"]
+    assert {"zero3", "zero3_offload"}.isdisjoint(choice.strategy for choice in plan(24, compile=True))
+
+
+def test_more_gpus_than_stimuli_are_refused():
+    with pytest.raises(BadInput, match=r"batch\.global_size"):
+        plan(24, gpus=33)
+
+
+def recommendation(done) -> list[str]:
+    """The words of the command that a plan ends with."""
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in NAMES)
+    return shlex.split(done.stdout.splitlines()[-1])
+
+
+def test_the_recommended_command_trains_what_was_planned(tmp_path):
+    paper_manifest(SITES, CLASSES, SIDE).save(tmp_path / "manifest.json")
+    recipe = ROOT / "train" / "recipes" / "cnn2.yaml"
+    options = ["--gpus", "4", "--memory=8", "--optimizer.name", "lion", "--batch.per-device", "1", "--data", tmp_path]
+    words = recommendation(run_here("train/plan.py", recipe, "--images.size", "32", *options))
+    launcher, command = words[: words.index("train/finetune.py")], words[words.index("train/finetune.py") + 1 :]
+    assert " ".join(launcher) == ("accelerate launch --config_file launch/accelerate/ddp.yaml --num_processes 4")
+    trained, settings = finetune.parse_command_line(command)
+    assert trained.data == [str(tmp_path)]
+    assert (settings.backbone.name, settings.optimizer.name, settings.images.size) == ("cnn2", "lion", 32)
+    assert settings.batch.per_device == 8
+
+
+def test_one_gpu_needs_no_launcher_and_machines_need_names():
+    alone = recommendation(run_here("train/plan.py", *CNN2, "--gpus", "1", "--memory", "8", "--sites", "3"))
+    assert alone[:2] == ["python", "train/finetune.py"]
+    machines = ("--gpus", "4", "--machines", "2", "--memory", "8", "--strategy", "ds_configs/zero2.json")
+    words = " ".join(recommendation(run_here("train/plan.py", *CNN2, *machines)))
+    assert "--num_processes 4 --num_machines 2 --machine_rank RANK --main_process_ip HOST" in words
+    assert "--strategy ddp" in words
+
+
+def test_where_nothing_fits_the_table_is_shown_and_a_sentence_says_what_would_help():
+    done = run_here("train/plan.py", *CNN2, "--gpus", "2", "--memory", "0.65", "--precision", "fp32")
+    assert_refused(done, "nothing fits", "GiB", "backbone.gradient_checkpointing", "images.size", "precision bf16")
+    assert "zero3_offload" in done.stdout
+    assert "recommended" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--gpus", "0", "--memory", "24"), "gpus"),
+        (("--gpus", "2", "--memory", "-1"), "memory"),
+        (("--gpus", "2"), "memory"),
+        (("--gpus", "2", "--memory", "24", "--machines", "4"), "machines"),
+        (("--gpus", "64", "--memory", "24"), "batch.global_size"),
+        (("--gpus", "2", "--memory", "24", "--data", ".", "--sites", "4"), "--sites"),
+        (("--gpus", "2", "--memory", "24", "--data", "nowhere"), "nowhere"),
+        (("--gpus", "2", "--memory", "24", "--optimizer.lrr", "1"), "optimizer.lr"),
+        (("--gpus", "2", "--memory", "24", "--backbone.name", "resnet1"), "resnet1"),
+    ],
+)
+def test_bad_input_is_refused_in_a_sentence(words, named):
+    backbone = () if "--backbone.name" in words else CNN2
+    assert_refused(run_here("train/plan.py", *backbone, *words), named)

@@ -1,0 +1,203 @@
+"""Probes: exact ridge on any number of processes; and the table over runs."""
+
+import os
+import time
+
+import numpy as np
+import pytest
+from helpers import run_command, run_here, start_command
+from launching import SMALL, metrics, predictions, succeed
+from sklearn.cross_decomposition import PLSRegression
+from sklearn.decomposition import PCA
+from sklearn.linear_model import LinearRegression, RidgeCV
+
+from data_prep.shards.folder import ShardFolder
+from train.data.loader import Stimuli
+from train.evaluation.plots import layer_label
+from train.regression.kernel_regression import PENALTIES
+
+LAYERS = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
+
+
+@pytest.fixture(scope="module")
+def probed(recording, tmp_path_factory):
+    """All stages of a random network, probed on 1, 2 and 3 processes."""
+    runs = {}
+    for processes in (1, 2, 3):
+        runs[processes] = tmp_path_factory.mktemp("probed") / f"run_{processes}"
+        succeed(processes, "train/probe.py", "--data", recording, "--out", runs[processes], *LAYERS)
+    return runs
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_a_probe_does_not_depend_on_the_number_of_processes(probed, processes):
+    one, more = metrics(probed[1]), metrics(probed[processes])
+    assert list(more["layers"]) == list(one["layers"])
+    assert more["chosen"] == one["chosen"]
+    for layer, block in one["layers"].items():
+        expected = block["regression"]["r2"]["per_site"]
+        assert more["layers"][layer]["regression"]["r2"]["per_site"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+def pixels_and_rates(recording, size):
+    """Images as float64 rows and responses, by split."""
+    shards = ShardFolder(recording)
+    images, rates = {}, {}
+    for name in ("train", "val"):
+        split = shards.split(name)
+        stimuli = Stimuli(split, size)
+        images[name] = stimuli.images(stimuli.subset).numpy().transpose(0, 3, 1, 2)
+        images[name] = images[name].reshape(len(stimuli), -1).astype(np.float64) / 255
+        rates[name] = split.rates().astype(np.float64)
+    return images, rates
+
+
+def test_ridge_on_pixels_equals_scikit_learn(recording, tmp_path):
+    """RidgeCV chooses by the same leave-one-out error; one site at a time gives each its own penalty."""
+    options = ["--layers", "pixels", "--images.size", "16", "--components", "None"]
+    succeed(2, "train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
+    images, rates = pixels_and_rates(recording, 16)
+    centred = images["train"] - images["train"].mean(0)
+    unit = np.square(centred).sum() / len(centred)
+    expected = [
+        RidgeCV(alphas=PENALTIES * unit, gcv_mode="eigen").fit(images["train"], y).predict(images["val"])
+        for y in rates["train"].T
+    ]
+    np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], np.array(expected).T, rtol=5e-4)
+
+
+def probe_pixels(recording, out, processes, *options):
+    """Predictions from pixels with products in float64, in blocks of very few columns, which must add up."""
+    words = ["train/probe.py", "--data", recording, "--out", out, "--layers", "pixels", "--images.size", "16"]
+    words += ["--products", "float64", "--memory", "0.0001", *options]
+    if processes > 1:
+        succeed(processes, *words)
+    else:
+        done = run_here(*words)
+        assert done.returncode == 0, done.stderr
+    return predictions(out)["prediction"]
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_least_squares_on_principal_components_equals_scikit_learn(recording, tmp_path, processes):
+    found = probe_pixels(recording, tmp_path / "run", processes, "--readout", "ols", "--components", "30")
+    images, rates = pixels_and_rates(recording, 16)
+    pca = PCA(30, svd_solver="full").fit(images["train"])
+    fit = LinearRegression().fit(pca.transform(images["train"]), rates["train"])
+    np.testing.assert_allclose(found, fit.predict(pca.transform(images["val"])), rtol=2e-6)  # of float32 pixels
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_partial_least_squares_equals_scikit_learn(recording, tmp_path, processes):
+    found = probe_pixels(recording, tmp_path / "run", processes, "--readout", "pls", "--latent", "6")
+    images, rates = pixels_and_rates(recording, 16)
+    fit = PLSRegression(6, scale=False, tol=1e-12, max_iter=5000).fit(images["train"], rates["train"])
+    np.testing.assert_allclose(found, fit.predict(images["val"]), rtol=1e-5)
+
+
+def test_the_network_of_a_run_is_probed_from_its_folder(recording, tmp_path):
+    """The study's re-trained classifier: other features than the random ones it began with, and the same as its own."""
+    run, options = tmp_path / "run", ["--backbone.name", "test_convnext", "--images.size", "32"]
+    finetuned = ["--task.kind", "classification", "--optimizer.lr", "1e-2", "--epochs", "3"]
+    assert run_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *finetuned).returncode == 0
+    found = {}
+    for name, weights in (("trained", run), ("file", run / "checkpoints/best/network.safetensors"), ("not", "random")):
+        out = tmp_path / name
+        words = ["--layers", "stages.3", "--backbone.weights", weights, *options]
+        done = run_here("train/probe.py", "--data", recording, "--out", out, *words)
+        assert done.returncode == 0, done.stderr
+        found[name] = predictions(out)["prediction"]
+    np.testing.assert_array_equal(found["trained"], found["file"])
+    assert np.abs(found["trained"] - found["not"]).max() > 0.1
+
+
+@pytest.mark.parametrize("by", ["random", "stratified", "grouped"])
+def test_cross_validation_predicts_every_stimulus_once(recording, tmp_path, by):
+    options = [*LAYERS, "--layers", "stages.1", "stages.2", "--split", "cv", "--cross-validation.by", by]
+    options += ["--cross-validation.folds", "4"]
+    done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr
+    found, predicted = metrics(tmp_path / "run", "cv"), predictions(tmp_path / "run", "cv")
+    assert found["stimuli"] == len(set(predicted["stimulus_id"])) == 240
+    assert np.isfinite(predicted["prediction"]).all()
+    assert len(found["chosen_by_fold"]) == 4
+    assert set(found["layers"]) == {"stages.1", "stages.2"}
+    for block in found["layers"].values():
+        assert {"rsa", "cka"} <= block.keys()
+
+
+def test_a_killed_probe_goes_on_from_the_stimuli_it_has(recording, tmp_path):
+    """Activations were cut off within a row; what is whole is not computed again, and the end is the same."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ["--data", recording, *LAYERS, "--batch-size", "16"]
+    assert run_here("train/probe.py", "--out", whole, *options).returncode == 0
+    process = start_command(["train/probe.py", "--out", cut, *options], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 60
+    while not list(cut.glob("scratch/*/train/*.f32")) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    stored = sorted(cut.glob("scratch/*/train/*.f32"))
+    if stored:  # else it was killed before, or after, extraction; it must go on all the same
+        with stored[0].open("ab") as file:
+            file.write(b"\x00\x01\x02")
+    done = run_here("train/probe.py", "--data", recording, "--out", cut, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert metrics(cut) == metrics(whole)
+    assert not (cut / "scratch").exists()
+
+
+def test_the_table_shows_the_numbers_of_metrics_json(probed, trained, tmp_path):
+    succeed(2, "train/evaluate.py", trained)
+    done = run_command(["train/report.py", probed[1], trained, "--out", tmp_path / "report"])
+    assert done.returncode == 0, done.stderr
+    text = (tmp_path / "report" / "table.md").read_text()
+    assert "written to" in done.stdout
+    assert "SIMULATED" in text
+    for run in (probed[1], trained):
+        row = next(line for line in text.splitlines() if line.startswith(f"| {run.name}"))
+        block = metrics(run)["regression"]
+        for score in ("r2", "explained_variance", "mse", "pearson_r"):
+            low, high = block[score]["ci95"]
+            assert f"{block[score]['mean']:.3f} [{low:.3f}, {high:.3f}]" in row
+
+
+def test_a_run_that_was_not_evaluated_is_named(recording, tmp_path):
+    succeed(1, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *SMALL, "--epochs", "1")
+    done = run_command(["train/report.py", tmp_path / "run", "--out", tmp_path / "report"])
+    assert done.returncode == 0, done.stderr
+    assert "run: not scored on val yet: 1 of 1 epochs done" in done.stdout
+    assert "train/evaluate.py" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--layers", "stages.9"], "stages"),
+        (["--layers", "pixels", "all"], "pixels are no layer"),
+        (["--layers", "head.norm"], "no output of its own"),
+        (["--split", "train"], "--split"),
+        (["--readout", "pls", "--components", "5"], "pls has `latent`"),
+        (["--split", "cv", "--cross-validation.folds", "1000"], "cannot fill 1000 folds"),
+        (["--split", "cv", "--cross-validation.by", "grouped", "--cross-validation.key", "objct"], "objct"),
+        (["--resume"], "no probe to resume"),
+    ],
+)
+def test_bad_input_to_a_probe(recording, tmp_path, options, expected):
+    done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *LAYERS, *options)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("layer", "label"),
+    [
+        ("blocks.4", "blocks.4"),
+        ("a+b+c+d", "a+b+c+d"),
+        ("blocks.2+blocks.2.0.bn2+blocks.3+blocks.4+blocks.5", "blocks.2+...+blocks.5 (5 modules)"),
+    ],
+)
+def test_layers_of_many_modules_have_short_names_in_tables(layer, label):
+    assert layer_label(layer) == label

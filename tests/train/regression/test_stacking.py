@@ -1,0 +1,74 @@
+"""Stacking against scipy's non-negative least squares, and that it trusts members by what they are worth."""
+
+import numpy as np
+import pytest
+from scipy.optimize import nnls
+
+from train.regression.stacking import PENALTY, stack
+
+STIMULI, OTHERS, SITES = 200, 50, 3
+
+
+@pytest.fixture
+def members():
+    """A good member, a poor one, one that is noise, and one that is wrong by sign; and the responses."""
+    generator = np.random.default_rng(0)
+    rates = generator.normal(5, 2, size=(STIMULI + OTHERS, SITES))
+    noise = generator.normal(size=(4, *rates.shape))
+    predictions = [rates + noise[0], rates + 3 * noise[1], 5 + noise[2], 10 - rates + noise[3]]
+    return rates, predictions
+
+
+def stacked(rates, predictions):
+    fit = slice(0, STIMULI)
+    return stack([p[fit] for p in predictions], rates[fit], [p[STIMULI:] for p in predictions])
+
+
+def test_weights_are_those_of_non_negative_least_squares(members):
+    rates, predictions = members
+    found = stacked(rates, predictions)
+    for site in range(SITES):
+        y = rates[:STIMULI, site]
+        x = np.stack([p[:STIMULI, site] for p in predictions], axis=1) - y.mean()
+        penalty = np.sqrt(PENALTY * np.square(y - y.mean()).sum()) * np.eye(len(predictions))
+        expected, _ = nnls(np.vstack([x, penalty]), np.concatenate([y - y.mean(), np.zeros(len(predictions))]))
+        np.testing.assert_allclose(found.weights[:, site], expected, atol=1e-4)
+    assert (found.weights[0] > found.weights[1]).all()
+    assert (found.weights[3] == 0).all()
+
+
+def test_the_stack_is_better_than_its_best_member_and_says_how_good_it_is(members):
+    rates, predictions = members
+    found = stacked(rates, predictions)
+
+    def error(prediction, part):
+        return np.square(prediction - rates[part]).mean()
+
+    new, seen = slice(STIMULI, None), slice(0, STIMULI)
+    assert error(found.prediction, new) < min(error(p[new], new) for p in predictions)
+    assert error(found.left_out, seen) == pytest.approx(error(found.prediction, new), rel=0.25)
+
+
+def test_left_out_predictions_do_not_know_their_own_response(members):
+    rates, predictions = members
+    before = stacked(rates, predictions)
+    changed = rates.copy()
+    changed[17] += 1000
+    after = stacked(changed, predictions)
+    np.testing.assert_array_equal(after.left_out[17], before.left_out[17])
+    assert np.abs(after.left_out - before.left_out).max() > 1
+
+
+def test_missing_responses_and_predictions_are_left_out(members):
+    rates, predictions = members
+    holey = rates.copy()
+    holey[3, 0] = np.nan
+    holey[:STIMULI, 2] = np.nan
+    predictions[1] = predictions[1].copy()
+    predictions[1][5, 1] = np.nan
+    found = stacked(holey, predictions)
+    assert np.isfinite(found.prediction[:, :2]).all()
+    assert (found.weights[:, 2] == 0).all()
+    keep = np.arange(STIMULI) != 3
+    alone = stack([p[:STIMULI][keep] for p in predictions], rates[:STIMULI][keep], [p[STIMULI:] for p in predictions])
+    np.testing.assert_allclose(found.weights[:, 0], alone.weights[:, 0], atol=1e-9)

@@ -1,0 +1,537 @@
+"""A search runs each point once, whoever works on it and whoever is killed, and tells what it found."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from helpers import ROOT, assert_refused, finish, run_here, start_command
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from data_prep.common.errors import BadInput
+from data_prep.shards.manifest import load_manifest
+from train.evaluation.plots import Axis
+from train.run.checkpoint import Progress
+from train.run.folder import RunFolder
+from train.run.recipe import load_recipe
+from train.sweep import Worker
+from train.sweeping.queue import Entry, locked, open_study
+from train.sweeping.ranking import _points, figure, rank
+from train.sweeping.search import SweepFolder, load_plan, setting
+from train.sweeping.supervised_process import Beat, run_kept, seconds_since, turn
+from train.sweeping.trial import Launcher, Outcome, outcome
+
+SMALL = {
+    "backbone": {"name": "test_convnext", "weights": "random"},
+    "precision": "fp32",
+    "epochs": 1,
+    "batch": {"global_size": 32},
+    "images": {"size": 32},
+    "optimizer": {"lr": 3e-3},
+    "loader": {"workers": 0},
+}
+GRID = {"grid": {"optimizer.lr": [1e-3, "3e-3"], "optimizer.name": ["nadam", "sgd"]}}
+SPACE = {
+    "space": {"optimizer.lr": {"low": 1e-5, "high": 1e-2, "log": True}, "epochs": {"low": 1, "high": 4}},
+    "trials": 6,
+}
+
+
+def written(folder: Path, content: dict, recipe: dict = SMALL) -> Path:
+    """A sweep file and its recipe, in a folder."""
+    (folder / "small.yaml").write_text(yaml.safe_dump(recipe))
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump({"recipe": "small.yaml", **content}, sort_keys=False))
+    return path
+
+
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "table.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """All living processes that were started for a run."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        words = process.info["cmdline"] or []
+        if any(str(folder) in word for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
+            found.append(process)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- real searches
+
+
+def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
+    """One of its four points diverges."""
+    grid = {"optimizer.lr": [1e-3, 1000], "optimizer.name": ["adamw", "sgd"]}
+    command = ["train/sweep.py", written(tmp_path, {"grid": grid}), "--data", recording, "--out", tmp_path / "out"]
+    workers = [start_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    ended = [finish(worker, timeout=300) for worker in workers]
+    assert [done.returncode for done in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    started = [line.split()[0] for done in ended for line in done.stdout.splitlines() if " started" in line]
+    assert sorted(started) == ["0000", "0001", "0002", "0003"]
+    assert all("started" in done.stdout for done in ended)
+    out = tmp_path / "out"
+    for run in started:
+        assert (out / "trials" / f"{run}.log").read_text().count("stimuli to fit") == 1
+    table = rows(out)
+    assert [row["state"] for row in table] == ["done", "done", "done", "failed"]
+    scores = [float(row["r2 on inner"]) for row in table[:3]]
+    assert scores == sorted(scores, reverse=True)
+    assert (float(table[3]["optimizer.lr"]), table[3]["optimizer.name"]) == (1000, "sgd")
+    assert "the training diverged" in table[3]["reason"]
+    text = (out / "table.md").read_text()
+    assert "val and test chose nothing" in text
+    assert f"Reported on val, which chose nothing: trial {table[0]['trial']}: R2" in text
+    assert sum(done.stdout.count("scoring") for done in ended) == 1
+    best = load_recipe(out / "best.yaml")
+    assert best.optimizer.name == table[0]["optimizer.name"]
+    assert best == load_recipe(Path(table[0]["run"]) / "recipe.yaml")
+    assert Image.open(out / "heatmap.png").size[0] > 300
+    for run in started:
+        (board,) = [folder for folder in (out / "tensorboard").iterdir() if folder.name == run]
+        assert "_hparams_/session_start_info" in EventAccumulator(str(board)).Reload().PluginTagToContent("hparams")
+    again = run_here(*command)
+    assert again.returncode == 0
+    assert "started" not in again.stdout
+
+
+def test_the_trial_of_a_killed_worker_goes_on_elsewhere(recording, tmp_path):
+    """In its run folder, from its last epoch, and with nothing left of the killed worker's processes."""
+    sweep = {
+        "set": {"epochs": 400, "early_stopping.patience": 400},
+        "grid": {"optimizer.lr": [1e-9], "optimizer.name": ["sgd"]},
+        "stale_seconds": 5,
+    }
+    command = ["train/sweep.py", written(tmp_path, sweep), "--data", recording, "--out", tmp_path / "out"]
+    run = tmp_path / "out" / "trials" / "0000"
+    killed = start_command([*command, "--processes", "2"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for(run.with_suffix(".beat").exists, killed)
+    other = start_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    wait_for((run / "checkpoints" / "last").exists, killed)
+    before = processes_of(run)
+    assert len(before) >= 4  # keeper, launcher and two ranks
+    killed.kill()
+    killed.wait()
+    psutil.wait_procs(before, timeout=15)
+    assert not any(process.is_running() for process in before)
+    wait_for(lambda: "resumed after epoch" in (run / "log.txt").read_text(), other)
+    other.terminate()
+    done = finish(other, timeout=60)
+    assert done.returncode == 143, done.stderr
+    assert "0000 started (again)" in done.stdout
+    assert not processes_of(run)
+    study = json.loads((tmp_path / "out" / "study.json").read_text())["study"]
+    assert study.startswith("out-")
+
+
+def wait_for(condition, process, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+# ------------------------------------------------------------------------- the queue, with runs that are made up
+
+
+class MadeUpRuns:
+    """A launcher that trains nothing: `ends(recipe)` says how a run ends, or gives its value.
+
+    Attributes:
+        started: the recipe of every run that was started, and whether it was to be resumed.
+    """
+
+    processes = 1
+
+    def __init__(self, manifest, ends):
+        self._manifest, self._ends, self.started = manifest, ends, []
+
+    def command(self, config, script, *words):
+        return [script, *map(str, words)]
+
+    def run(self, command, beat, lock, log, check):
+        if command[0] == "evaluate.py":
+            path = RunFolder(Path(command[1])).evaluation("val") / "metrics.json"
+            path.parent.mkdir(parents=True)
+            path.write_text('{"regression": {"r2": {"mean": 0.25}}}')
+            return Outcome("done")
+        recipe, run = load_recipe(Path(command[1])), RunFolder(Path(command[command.index("--out") + 1]))
+        self.started.append((recipe, "--resume" in command))
+        end = self._ends(recipe)
+        (run.checkpoints / "best").mkdir(parents=True, exist_ok=True)
+        shutil.copy(command[1], run.recipe)
+        if isinstance(end, Outcome):
+            return end
+        run.history.write_text('{"epoch": 1, "train_seconds": 2, "score_seconds": 1}\n')
+        progress = Progress(
+            epoch=1,
+            best=end,
+            best_epoch=1,
+            recording=self._manifest.fingerprint,
+            selection_metric=recipe.selection_metric,
+            selection_split="inner",
+            site_ids=self._manifest.site_ids,
+            classes=None,
+            image_size=32,
+        )
+        (run.checkpoints / "best" / "progress.json").write_text(progress.model_dump_json())
+        return Outcome("done")
+
+
+class NeverStop:
+    def check(self):
+        pass
+
+
+@pytest.fixture
+def worker(recording, tmp_path, monkeypatch):
+    """Makes workers of a search whose runs are made up; those of one search share its folder. They draw nothing."""
+    monkeypatch.setattr("train.sweeping.ranking.figure", lambda standings: b"")
+    manifest = load_manifest(recording)
+
+    def make(content, ends=lambda recipe: recipe.optimizer.lr) -> Worker:
+        plan, folder = load_plan(written(tmp_path, content)), SweepFolder(tmp_path / "out")
+        study = open_study(folder, plan, manifest)
+        return Worker(recording, plan, manifest, folder, study, MadeUpRuns(manifest, ends), NeverStop())
+
+    return make
+
+
+def test_a_sampled_search_runs_as_many_points_as_were_asked_for(worker, tmp_path):
+    content = SPACE | {"storage": f"sqlite:///{tmp_path}/study.db"}
+    first, second = worker(content), worker(content)
+    for one in (first, second, first):
+        one._trial(one.study.claim())
+    second.work()
+    assert first.study.claim() is None
+    recipes = [recipe for recipe, _ in first.launcher.started + second.launcher.started]
+    assert len(recipes) == len({recipe.optimizer.lr for recipe in recipes}) == 6
+    assert all(1e-5 <= recipe.optimizer.lr <= 1e-2 and 1 <= recipe.epochs <= 4 for recipe in recipes)
+    standings = second.report(second.publish())
+    assert [entry.state for entry in standings.entries] == ["done"] * 6
+    table = rows(tmp_path / "out")
+    assert float(table[0]["optimizer.lr"]) == max(recipe.optimizer.lr for recipe in recipes)
+    assert load_recipe(tmp_path / "out" / "best.yaml").optimizer.lr == float(table[0]["optimizer.lr"])
+    assert "trial " + table[0]["trial"] + ": R2 0.2500" in (tmp_path / "out" / "table.md").read_text()
+    assert figure(standings).startswith(b"\x89PNG")
+
+
+def test_a_sampled_search_is_the_same_with_the_same_seed(worker, tmp_path):
+    few, found = SPACE | {"trials": 2}, []
+    for content in (few, few, few | {"seed": 1}):
+        one = worker(content)
+        one.work()
+        found.append([recipe for recipe, _ in one.launcher.started])
+        shutil.rmtree(tmp_path / "out")
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+
+
+def test_a_failed_run_is_tried_once_more_and_a_diverged_one_is_not(worker):
+    ends = {1e-3: Outcome("failed", "killed by SIGKILL"), 3e-3: Outcome("diverged", "the training diverged: step 1")}
+    one = worker(GRID, lambda recipe: ends[recipe.optimizer.lr] if recipe.optimizer.name == "sgd" else 0.5)
+    one.work()
+    started = [
+        (recipe.optimizer.lr, resumed) for recipe, resumed in one.launcher.started if recipe.optimizer.name == "sgd"
+    ]
+    assert started == [(1e-3, False), (3e-3, False), (1e-3, True)]
+    entries = one.publish().entries
+    assert [entry.state for entry in entries] == ["done", "done", "failed", "failed"]
+    assert {entry.settings["optimizer.lr"]: entry.reason for entry in entries[2:]} == {
+        1e-3: "killed by SIGKILL",
+        3e-3: "the training diverged: step 1",
+    }
+
+
+def test_bad_input_to_a_trial_stops_the_search_which_goes_on_when_it_is_mended(worker):
+    with pytest.raises(BadInput, match=r"nowhere.pth is no file \(said by trial 0000"):
+        worker(GRID, lambda _: Outcome("bad input", "nowhere.pth is no file")).work()
+    one = worker(GRID)
+    one.work()
+    assert [entry.state for entry in one.publish().entries] == ["done"] * 4
+
+
+def test_an_interrupted_trial_is_queued_again(worker):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        worker(GRID, interrupted).work()
+    one = worker(GRID)
+    assert {entry.state for entry in one.study.entries()} == {"waiting"}
+    one.work()
+    assert len(one.launcher.started) == 4
+
+
+def test_a_trial_without_a_sign_of_life_is_picked_up_and_its_first_worker_records_nothing(worker, tmp_path):
+    slow, quick = worker(GRID), worker(GRID)
+    lost = slow.study.claim()
+    beat = tmp_path / "out" / "trials" / "0000.beat"
+    os.utime(beat, (time.time() - 100, time.time() - 100))
+    taken = [quick.study.claim() for _ in range(3)]
+    assert [claim.run for claim in taken] == ["0001", "0002", "0003"]  # 100 seconds are not too long yet
+    os.utime(beat, (time.time() - 200, time.time() - 200))
+    with locked(slow.folder.lock):
+        quick.study._put_back_stale()
+    assert not slow.study.holds(lost)
+    slow.study.succeed(lost, 0.9, {})
+    again = quick.study.claim()
+    assert (again.run, again.settings) == (lost.run, lost.settings)
+    assert not slow.study.holds(lost)
+    slow.study.succeed(lost, 0.9, {})
+    slow.study.give_back(lost, failed=True)
+    assert quick.study.claim() is None
+    quick.study.succeed(again, 0.1, {"best_epoch": 1, "epochs": 1, "seconds": 1.0})
+    assert next(entry for entry in quick.study.entries() if entry.run == "0000").value == 0.1
+
+
+def test_settings_are_ranked_by_their_mean_over_seeds(worker, tmp_path):
+    """A setting that is best with one seed, or failed with another, does not win."""
+    values = {(1e-2, 0): 0.9, (1e-2, 1): 0.1, (1e-3, 0): 0.6, (1e-3, 1): 0.5, (1e-4, 0): 0.8}
+    diverged = Outcome("diverged", "the training diverged: step 1")
+    grid = {"optimizer.lr": [1e-2, 1e-3, 1e-4], "seed": [0, 1]}
+    one = worker({"grid": grid}, lambda recipe: values.get((recipe.optimizer.lr, recipe.seed), diverged))
+    one.work()
+    table = rows(one.folder.path) if one.publish() else []
+    assert [(float(row["optimizer.lr"]), int(row["seed"])) for row in table] == [
+        *((1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1), (1e-4, 0), (1e-4, 1))
+    ]
+    assert [float(row["mean over 2 seeds"]) for row in table[:4]] == pytest.approx([0.55, 0.55, 0.5, 0.5])
+    assert load_recipe(tmp_path / "out" / "best.yaml").seed == 0
+    assert [(point.x, point.state) for point in _points(one.publish(), Axis("optimizer.lr", []), None)] == [
+        *((1e-3, "done"), (1e-2, "done"), (1e-4, "failed"))
+    ]
+    assert "order of their mean over the seeds 0, 1" in (tmp_path / "out" / "table.md").read_text()
+
+
+def test_a_metric_that_is_better_when_lower_is_minimised(worker):
+    one = worker(GRID | {"set": {"early_stopping.metric": "mse"}})
+    one.work()
+    assert [entry.value for entry in one.publish().entries] == [1e-3, 1e-3, 3e-3, 3e-3]
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        {"optimizer.lr": [1e-3, 1e-2]},
+        {"optimizer.name": ["sgd"]},
+        {"optimizer.name": ["sgd", "adam"], "schedule.kind": ["cosine", "constant"], "epochs": [1, 2]},
+        {"optimizer.clip_norm": [None, 1.0], "optimizer.name": ["sgd", "adam"]},
+    ],
+)
+def test_every_search_has_a_figure(worker, grid):
+    one = worker({"grid": grid})
+    one._trial(one.study.claim())
+    assert min(Image.open(io.BytesIO(figure(one.publish()))).size) > 300
+
+
+# ------------------------------------------------------------------------------------------------------- refusals
+
+REFUSED = {
+    "unknown key": ({"grid": {"optimizer.learning_rat": [1]}}, ["grid", "optimizer.learning_rat is not a setting"]),
+    "nearest key": ({"grid": {"optimizer.weight_deca": [1]}}, ["did you mean optimizer.weight_decay?"]),
+    "key without its section": ({"grid": {"lr": [1]}}, ["did you mean optimizer.lr?"]),
+    "section": ({"grid": {"optimizer": [1]}}, ["optimizer is a section", "optimizer.name"]),
+    "unknown key under set": (GRID | {"set": {"epoch": 3}}, ["set: epoch is not a setting", "epochs"]),
+    "bad value": ({"grid": {"optimizer.lr": [1e-3, -1]}}, ["grid: optimizer.lr", "greater than 0", "-1"]),
+    "no list": ({"grid": {"optimizer.lr": 1e-3}}, ["grid.optimizer.lr", "list"]),
+    "value twice": ({"grid": {"optimizer.lr": [1e-3, "1e-3"]}}, ["optimizer.lr names a value twice"]),
+    "contradiction": ({"grid": {"batch.per_device": [8, 64]}}, ["batch.per_device (64)", "batch.global_size (32)"]),
+    "network": ({"grid": {"backbone.name": ["resnet18", "resnet51"]}}, ["resnet51"]),
+    "selection on val": (GRID | {"set": {"early_stopping.split": "val"}}, ["early_stopping.split is val", "inner"]),
+    "split varies": ({"grid": {"early_stopping.split": ["inner", "val"]}}, ["early_stopping.split cannot vary"]),
+    "metric varies": ({"grid": {"early_stopping.metric": ["r2", "mse"]}}, ["early_stopping.metric cannot vary"]),
+    "task varies": ({"grid": {"task.kind": ["regression", "hybrid"]}}, ["task.kind cannot vary"]),
+    "set and varied": (GRID | {"set": {"optimizer.lr": 1}}, ["optimizer.lr is under `set` and under `grid`"]),
+    "nothing varies": ({}, ["either `grid`", "`space`"]),
+    "both": (GRID | SPACE, ["either `grid`", "`space`"]),
+    "no number of trials": ({"space": SPACE["space"]}, ["trials", "how many points"]),
+    "trials of a grid": (GRID | {"trials": 3}, ["trials belongs to `space`"]),
+    "seeds alone": ({"grid": {"seed": [0, 1]}}, ["seed alone"]),
+    "sampled seed": ({"space": {"seed": {"low": 0, "high": 9}}, "trials": 3}, ["seed would be chosen for its luck"]),
+    "empty interval": ({"space": {"optimizer.lr": {"low": 1, "high": 1}}, "trials": 3}, ["low (1)", "high (1)"]),
+    "interval of names": ({"space": {"optimizer.name": {"low": 1, "high": 2}}, "trials": 3}, ["optimizer.name"]),
+    "interval's fields": (
+        {"space": {"epochs": {"low": 1, "high": 2, "lgo": True}}, "trials": 3},
+        ["space: epochs: lgo is not a setting", "did you mean"],
+    ),
+    "out of bounds": ({"space": {"optimizer.lr": {"low": 0, "high": 1}}, "trials": 3}, ["optimizer.lr", "greater"]),
+    "logarithm of 0": (
+        {"space": {"optimizer.weight_decay": {"low": 0, "high": 1, "log": True}}, "trials": 3},
+        ["optimizer.weight_decay", "low > 0"],
+    ),
+    "unknown setting": (GRID | {"trails": 3}, ["trails is not a setting", "trials"]),
+    "no recipe": (GRID | {"recipe": "nowhere.yaml"}, ["recipe", "nowhere.yaml"]),
+    "storage": (GRID | {"storage": "sqlite:////nowhere/study.db"}, ["storage", "/nowhere/study.db"]),
+    "no such database": (GRID | {"storage": "mydb://user:secret@host/study"}, ["storage", "mydb"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_searches_are_refused_in_a_sentence_and_leave_nothing(recording, tmp_path, case):
+    content, words = REFUSED[case]
+    done = run_here("train/sweep.py", written(tmp_path, content), "--data", recording, "--out", tmp_path / "out")
+    assert_refused(done, *words)
+    assert "secret" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_search_that_is_no_file_or_on_no_data_is_refused(recording, tmp_path):
+    sweep = written(tmp_path, GRID)
+    out = ["--out", tmp_path / "out"]
+    assert_refused(
+        run_here("train/sweep.py", tmp_path / "nowhere.yaml", "--data", recording, *out), "no such sweep file"
+    )
+    assert_refused(run_here("train/sweep.py", sweep, "--data", tmp_path, *out), "has no manifest.json")
+    more = ["--processes", "64"]
+    assert_refused(run_here("train/sweep.py", sweep, "--data", recording, *out, *more), "64 processes cannot share")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").touch()
+    assert_refused(run_here("train/sweep.py", sweep, "--data", recording, *out), "is not an empty folder")
+
+
+def test_joining_with_another_search_or_other_data_is_refused(worker, recording, tmp_path):
+    worker(GRID)
+    command = ["--data", recording, "--out", tmp_path / "out"]
+    other = {"grid": GRID["grid"] | {"optimizer.lr": [1e-3, 1e-2]}}
+    done = run_here("train/sweep.py", written(tmp_path, other), *command)
+    assert_refused(done, "holds another sweep", "grid.optimizer.lr: [0.001, 0.003] -> [0.001, 0.01]")
+    done = run_here("train/sweep.py", written(tmp_path, GRID, SMALL | {"epochs": 2}), *command)
+    assert_refused(done, "holds another sweep", "recipe.epochs: 1 -> 2")
+    elsewhere = shutil.copytree(recording, tmp_path / "elsewhere")
+    manifest = json.loads((elsewhere / "manifest.json").read_text())
+    manifest["splits"]["train"]["shards"][0]["sha256"] = "0" * 64
+    manifest["checksum"] = None
+    (elsewhere / "manifest.json").write_text(json.dumps(manifest))
+    done = run_here("train/sweep.py", written(tmp_path, GRID), "--data", elsewhere, "--out", tmp_path / "out")
+    assert_refused(done, "holds a sweep on other data")
+    lost = GRID | {"storage": f"sqlite:///{tmp_path}/other.db"}
+    assert_refused(run_here("train/sweep.py", written(tmp_path, lost), *command), "is not in the storage")
+
+
+# ---------------------------------------------------------------------------------------------------------- parts
+
+
+def test_values_are_read_as_the_recipe_reads_them(tmp_path):
+    """YAML reads 1e-3 as a text."""
+    plan = load_plan(written(tmp_path, {"grid": {"optimizer.lr": ["1e-3", 1], "images.size": [32, None]}}))
+    assert plan.choices == {"optimizer.lr": [1e-3, 1.0], "images.size": [32, None]}
+    assert [plan.recipe(point).images.size for point in plan.points] == [32, None, 32, None]
+    space = {"optimizer.lr": {"low": "1e-4", "high": 1}, "epochs": {"low": 2, "high": 8, "step": 2}}
+    plan = load_plan(written(tmp_path, {"space": space, "trials": 2}))
+    assert (plan.ranges["optimizer.lr"].low, type(plan.ranges["optimizer.lr"].high)) == (1e-4, float)
+    assert (plan.ranges["epochs"].low, plan.ranges["epochs"].step) == (2, 2)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("train/recipes/sweeps/*.yaml")), ids=lambda path: path.stem)
+def test_presets_are_valid(path):
+    plan = load_plan(path)
+    known = {"lr_x_optimizer": "nadam", "best": "adamw"}[path.stem]
+    assert known in {setting(plan.recipe(point), "optimizer.name") for point in plan.points}
+
+
+@pytest.mark.parametrize(
+    ("code", "printed", "expected"),
+    [
+        (0, "", Outcome("done")),
+        (1, "error: no such\nreturned non-zero exit status 2.", Outcome("bad input", "no such")),
+        (1, "error: no such\n  exitcode  : -15 (pid: 1)\n  exitcode  : 2 (pid: 2)", Outcome("bad input", "no such")),
+        (
+            1,
+            "error: the training diverged: step 3\nexit status 1.",
+            Outcome("diverged", "the training diverged: step 3"),
+        ),
+        (1, "error: the disk is full\nexit status 1.", Outcome("failed", "the disk is full")),
+        (
+            1,
+            "torch.OutOfMemoryError: CUDA\nsubprocess.CalledProcessError: exit status 1.",
+            "torch.OutOfMemoryError: CUDA",
+        ),
+        (1, "died with <Signals.SIGKILL: 9>.", "killed by SIGKILL (out of memory?)"),
+        (1, "  exitcode  : -15 (pid: 1)\n  exitcode  : -11 (pid: 2)", "killed by SIGSEGV"),
+        (-9, "", "killed by SIGKILL (out of memory?)"),
+        (1, "nothing known", "ended with exit code 1"),
+    ],
+)
+def test_how_a_trial_ended_is_read_from_what_it_printed(code, printed, expected):
+    if isinstance(expected, str):
+        expected = Outcome("failed", f"{expected}; see run.log")
+    assert outcome(code, printed, Path("run.log")) == expected
+
+
+def test_a_trial_sees_nothing_of_the_launcher_that_started_the_worker(monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    environment = Launcher(1).environment()
+    assert not {"SLURM_STEP_NUM_TASKS", "ACCELERATE_MIXED_PRECISION"} & environment.keys()
+    assert environment["OMP_NUM_THREADS"] == "3"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadInput, match="plain python"):
+        Launcher(1)
+
+
+ORPHAN = "import subprocess, time; subprocess.Popen(['sleep', '1000'], start_new_session=True); time.sleep(1000)"
+WORKER = f"""
+import os, sys
+from pathlib import Path
+from train.evaluation.plots import Axis
+from train.sweeping.supervised_process import Beat, run_kept, turn
+beat = Beat(Path(sys.argv[1]), "mine", 0.1)
+with turn(beat.path, int) as lock:
+    print(run_kept([sys.executable, "-c", {ORPHAN!r}], beat, lock, Path(sys.argv[1] + ".log"), os.environ, int))
+"""
+
+
+@pytest.mark.parametrize("end", ["killed", "interrupted", "taken over"])
+def test_what_is_kept_ends_with_its_worker_and_frees_its_lock(tmp_path, end):
+    beat = tmp_path / "beat"
+    beat.write_text("mine")
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, beat], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    wait_for(lambda: len(psutil.Process(worker.pid).children(recursive=True)) == 3, worker)
+    family = psutil.Process(worker.pid).children(recursive=True)
+    assert seconds_since([beat])[0] < 5
+    if end == "taken over":
+        beat.write_text("another's")
+        assert worker.communicate()[0] == f"{128 + signal.SIGTERM}\n"
+    else:
+        worker.send_signal(signal.SIGKILL if end == "killed" else signal.SIGINT)
+        worker.communicate()
+    with turn(beat, int):
+        gone, alive = psutil.wait_procs(family, timeout=5)
+    assert not alive
+    assert len(gone) == 3
+
+
+def test_a_kept_commands_exit_code_and_output_are_passed_on(tmp_path):
+    beat, log = Beat(tmp_path / "beat", "mine", 0.1), tmp_path / "log"
+    beat.path.write_text("mine")
+    for script, code in (("print('hello'); raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)):
+        with turn(beat.path, int) as lock:
+            assert run_kept([sys.executable, "-c", script], beat, lock, log, os.environ, int) == code
+    assert log.read_text() == "hello\n"
+    assert seconds_since([tmp_path / "nowhere"]) == [float("inf")]
+
+
+def test_points_that_have_not_been_sampled_come_last(tmp_path):
+    plan = load_plan(written(tmp_path, SPACE))
+    entries = [
+        Entry("0000", {}, "waiting"),
+        Entry("0001", {"epochs": 1}, "failed"),
+        Entry("0002", {"epochs": 2}, "done", 0.1),
+    ]
+    assert [entry.run for entry in rank(plan, entries).entries] == ["0002", "0001", "0000"]

@@ -1,0 +1,105 @@
+"""What a network predicts beside what was recorded: sites, stimuli, objects."""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from train.evaluation.plots import BLUE, VERMILLION, finished, new_figure, plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+EXTREMES = 6  # stimuli of each kind that are shown
+MOST_DOTS = 2000
+
+
+def draw_sites(prediction: np.ndarray, target: np.ndarray, r2: np.ndarray, site_ids: Sequence[str]) -> "Figure":
+    """Prediction against response of the best, the median and the worst site, a dot per stimulus.
+
+    Args:
+        prediction, target: (stimuli, sites), NaN targets are left out.
+        r2: (sites,), NaN where a site has none; one at least has.
+        site_ids: names.
+    """
+    order = np.argsort(r2)[: int(np.isfinite(r2).sum())]  # NaN comes last
+    chosen = {"best": order[-1], "median": order[(len(order) - 1) // 2], "worst": order[0]}
+    figure = new_figure(9, 3.3)
+    for axes, (which, site) in zip(figure.subplots(1, 3), chosen.items(), strict=True):
+        there = np.flatnonzero(np.isfinite(target[:, site]))[:MOST_DOTS]
+        x, y = prediction[there, site], target[there, site]
+        low, high = min(x.min(), y.min()), max(x.max(), y.max())
+        axes.plot([low, high], [low, high], color="0.6", linewidth=0.8)
+        axes.scatter(x, y, s=12, color=BLUE, alpha=0.5, linewidths=0)
+        axes.set(xlabel="prediction", ylabel="response")
+        finished(figure, axes, f"{which}: {short(site_ids[site], 20)}, R² {r2[site]:.2f}")
+    return figure
+
+
+def mean_errors(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Prediction minus response per stimulus, in standard deviations of each site's responses, mean over sites.
+
+    NaN for a stimulus without responses. (stimuli, sites) twice -> (stimuli,).
+    """
+    there = np.isfinite(target)
+    count = np.maximum(there.sum(0), 1)
+    centred = np.where(there, target - np.where(there, target, 0).sum(0) / count, 0)
+    scale = np.sqrt((centred**2).sum(0) / count)
+    usable = there & (scale > 0)
+    error = np.where(usable, (prediction - target) / np.where(scale > 0, scale, 1), 0).sum(1)
+    return np.where(usable.any(1), error / np.maximum(usable.sum(1), 1), np.nan)
+
+
+def draw_extremes(errors: np.ndarray, images: Callable[[np.ndarray], np.ndarray], labels: Sequence[str]) -> "Figure":
+    """The stimuli to which the responses were most over- and underestimated.
+
+    Args:
+        errors: as of `mean_errors`; one at least is there.
+        images: of the stimuli at some positions, uint8 (n, side, side, 3).
+        labels: of all stimuli.
+    """
+    order = np.argsort(errors)[: int(np.isfinite(errors).sum())]
+    count = max(min(EXTREMES, len(order) // 2), 1)
+    chosen = np.concatenate([order[::-1][:count], order[:count]])
+    figure = new_figure(1.35 * count + 0.3, 3.9)
+    grid = figure.subplots(2, count, squeeze=False)
+    for axes, position, image in zip(grid.flat, chosen, images(chosen), strict=True):
+        axes.imshow(image)
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.spines[:].set_visible(False)
+        axes.set_title(f"{plain(short(labels[position], 18))}\n{errors[position]:+.2f} SD", fontsize=8)
+    for axes, words, colour in zip(grid[:, 0], ("overestimated", "underestimated"), (VERMILLION, BLUE), strict=True):
+        axes.set_ylabel(words, color=colour, fontsize=9)
+    return figure
+
+
+def short(title: str, most: int = 42) -> str:
+    """A title that leaves room for the figure."""
+    return title if len(title) <= most else f"{title[: most - 9]}…{title[-8:]}"
+
+
+def draw_confusion(names: Sequence[str], shown: np.ndarray, named: np.ndarray, title: str) -> "Figure":
+    """A matrix of shares, a row per object that was shown.
+
+    Args:
+        names: of the classes, in label order.
+        shown, named: int (stimuli,), labels.
+        title: of the image.
+    """
+    counts = np.zeros((len(names), len(names)))
+    np.add.at(counts, (shown, named), 1)
+    seen = np.flatnonzero(counts.sum(1) + counts.sum(0))
+    counts = counts[np.ix_(seen, seen)]
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(2.2 + 0.16 * len(seen), 10)
+    figure = new_figure(side + 1, side)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
+    labels = [plain(short(names[place], 18)) for place in seen]
+    size = 8 if len(seen) <= 30 else 5
+    axes.set_xticks(range(len(seen)), labels, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(seen)), labels, fontsize=size)
+    axes.set(xlabel="named", ylabel="shown")
+    figure.colorbar(image, ax=axes, label="share of those shown", shrink=0.8)
+    return finished(figure, axes, title)

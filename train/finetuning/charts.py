@@ -1,0 +1,171 @@
+"""What TensorBoard shows of a training beside losses and rates: train scores, sites, stimuli, objects.
+
+It is made to cost next to nothing. Train scores are those of the predictions that training makes anyway; images are
+drawn when they take at most `SHARE` of the time trained so far, and once more by train/evaluate.py.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from train.data.batches import Batch, StimulusSet
+from train.data.loader import Stimuli
+from train.distributed.runtime import Runtime
+from train.evaluation.metrics import SiteMoments, mean_score, merge_all, site_scores
+from train.evaluation.plots import encoded
+from train.evaluation.prediction_plots import draw_confusion, draw_extremes, draw_sites, mean_errors
+from train.evaluation.scoring import Scored, Scores, names_of, told
+from train.models.network import Network
+from train.run.monitor import Board, Monitor
+
+SHARE = 0.005
+FIRST_COST = 1.5  # seconds that the first images are taken to cost, most of it to import matplotlib
+MOST_KEPT = 2048  # predictions of a rank that train scores rest on
+MOST_NUMBERS = 4_000_000  # stimuli x sites of which images are drawn
+MOST_CLASSES = 100
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the network said of a micro-batch, and what would have been right; as of `Batch`, without the images."""
+
+    outputs: Mapping[str, torch.Tensor]
+    positions: torch.Tensor
+    weight: torch.Tensor
+    rates: torch.Tensor | None
+    labels: torch.Tensor | None
+
+
+class Watch:
+    """Watches a training.
+
+    Args:
+        network: that is trained.
+        runtime: this process.
+        monitor: for the charts.
+        fit: the stimuli that are trained on.
+        selection: the stimuli that select.
+        split: what these are called.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        runtime: Runtime,
+        monitor: Monitor,
+        fit: StimulusSet,
+        selection: StimulusSet,
+        split: str,
+    ):
+        self._objective, self._runtime = network.objective, runtime
+        self._monitor, self._fit, self._selection, self._split = monitor, fit, selection, split
+        self._seen: deque[_Said] = deque()
+        self._count = 0
+        self._trained = self._spent = 0.0
+        self._cost = FIRST_COST
+
+    def note(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> None:
+        """Remember what the network said of a micro-batch in training; nothing is computed and nothing copied."""
+        outputs = {name: output.detach() for name, output in outputs.items()}
+        self._seen.append(_Said(outputs, batch.positions, batch.weight, batch.rates, batch.labels))
+        self._count += len(batch.weight)
+        while self._count - len(self._seen[0].weight) >= MOST_KEPT:
+            self._count -= len(self._seen.popleft().weight)
+
+    def train_means(self) -> dict[str, float]:
+        """The scores of the last predictions of this epoch's training, over all ranks; all ranks call it.
+
+        The network changed while it made them, and saw the images augmented: they are not what it would score on
+        train at any one time. Under a loss that knows no scale there is Pearson's r alone. Of several recordings there
+        are the means over them, and each one's own, as `recording/r2`.
+        """
+        seen, self._seen, self._count = self._seen, deque(), 0
+        rates, classes = self._response_means(seen), self._class_means(seen)
+        each = {part.recording: a | b for part, a, b in zip(self._fit.parts, rates, classes, strict=True)}
+        return told(each)
+
+    def _response_means(self, seen: deque[_Said]) -> list[dict[str, float]]:
+        """Of each recording."""
+        responses = self._objective.responses
+        if responses is None:
+            return [{} for _ in self._fit.parts]
+        moments = SiteMoments(responses.rate_mean.numel(), self._runtime.device)
+        if seen:
+            rates = torch.cat([responses.in_units(said.outputs["rates"]) for said in seen])
+            target, weight = (torch.cat([getattr(said, name) for said in seen]) for name in ("rates", "weight"))
+            moments.add(rates, target, weight)
+        scores = site_scores(merge_all(self._runtime.all_gather(moments.state)))
+        shown = ("pearson_r",) if responses.ignores_offsets else tuple(scores)
+        means = [{name: mean_score(scores[name][part.columns]) for name in shown} for part in self._fit.parts]
+        return [{name: value for name, value in each.items() if np.isfinite(value)} for each in means]
+
+    def _class_means(self, seen: deque[_Said]) -> list[dict[str, float]]:
+        """Of each recording."""
+        if self._selection.labels is None:
+            return [{} for _ in self._fit.parts]
+        device = self._runtime.device
+        ends = torch.tensor([len(part) for part in self._fit.parts], device=device).cumsum(0)
+        right = torch.zeros(len(ends), 2, dtype=torch.float64, device=device)
+        for said in seen:
+            hit = (said.outputs["classes"].argmax(1) == said.labels) * said.weight
+            of = torch.bucketize(said.positions, ends[:-1], right=True)
+            right.index_add_(0, of, torch.stack((hit, said.weight), dim=1).double())
+        return [{"top1": hits / count} if count else {} for hits, count in self._runtime.sum(right).tolist()]
+
+    def epoch(self, scored: Scores, step: int, seconds: float) -> None:
+        """Chart the selecting stimuli after an epoch, images where they are cheap beside the time trained.
+
+        Args:
+            scored: of these stimuli.
+            step: optimizer steps done.
+            seconds: that the epoch took.
+        """
+        self._trained += seconds
+        board, started = self._monitor.board, time.monotonic()
+        if board is None:
+            return
+        called = names_of(self._split, list(scored.of))
+        for name, part in zip(called, scored.of.values(), strict=True):
+            draw_numbers(board, name, part, step)
+        if self._spent + self._cost <= SHARE * self._trained:
+            for name, part, stimuli in zip(called, scored.of.values(), self._selection.parts, strict=True):
+                draw_figures(board, name, part, stimuli, step)
+            self._cost = time.monotonic() - started
+            self._spent += self._cost
+
+
+def draw_numbers(board: Board, split: str, scored: Scored, step: int) -> None:
+    """The distribution of the sites' R2."""
+    if scored.moments is None:
+        return
+    r2 = site_scores(scored.moments)["r2"]
+    if np.isfinite(r2).any():
+        board.histogram(f"{split}/r2_of_sites", r2[np.isfinite(r2)], step)
+
+
+def draw_figures(board: Board, split: str, scored: Scored, stimuli: Stimuli, step: int) -> None:
+    """Sites, stimuli and objects of a split that was scored and whose predictions were kept.
+
+    Images of remote stimuli are not fetched for it.
+    """
+    if scored.moments is not None and scored.rates is not None and scored.rates.size <= MOST_NUMBERS:
+        r2 = site_scores(scored.moments)["r2"]
+        if np.isfinite(r2).any():
+            sites = [str(site["id"]) for site in stimuli.split.manifest.sites]
+            figure = draw_sites(scored.rates, stimuli.rates, r2, sites)
+            board.figure(f"{split}/best, median and worst site", encoded(figure), step)
+        errors = mean_errors(scored.rates, stimuli.rates)
+        if np.isfinite(errors).any() and not stimuli.split.is_remote:
+            board.figure(f"{split}/most over- and underestimated", _extremes(errors, stimuli), step)
+    classes = stimuli.split.manifest.classes or []
+    if scored.named is not None and stimuli.labels is not None and len(classes) <= MOST_CLASSES:
+        figure = draw_confusion(classes, stimuli.labels, scored.named, f"{split}, step {step}")
+        board.figure(f"{split}/which object was named for which", encoded(figure), step)
+
+
+def _extremes(errors: np.ndarray, stimuli: Stimuli) -> bytes:
+    return encoded(draw_extremes(errors, lambda chosen: stimuli.images(chosen).numpy(), stimuli.names()))

