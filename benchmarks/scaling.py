@@ -257,6 +257,8 @@ def measured_table(rows: list[dict]) -> str:
         computing = sum(row[part] for part in PARTS[:3])
         limit = f"{row['megabits']:g}" if row["megabits"] else "no limit"
         times = [f"{1e3 * seconds:.0f}" for seconds in (computing, row["communication"], row["step"], row["predicted"])]
+        if row["strategy"] != "ddp":
+            times[1] = "-"  # DeepSpeed's communication is part of "compute"
         volumes = [f"{volume / 1e6:.2f}" for volume in (row["bytes"], row["planned"])]
         cells = [row["strategy"], str(row["processes"]), limit if row["processes"] > 1 else "-", *times, *volumes]
         lines.append(cells)

@@ -83,7 +83,7 @@ class Engine:
         ask = Variable._execution_engine.queue_callback
         scaled.register_hook(lambda _: ask(lambda: computed.append(self.clock.now())))
         scaled.backward()
-        self.clock.count_communication(computed[0])
+        self.clock.count("communication", computed[0])
 
     def step(self) -> torch.Tensor:
         """One optimizer step with the gradients of a whole global batch; clears them.

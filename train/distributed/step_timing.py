@@ -55,19 +55,6 @@ class StepClock:
         if self._open:
             self._spans.setdefault(self._open[-1], []).append((end, begin))
 
-    def count_communication(self, begin: Moment) -> None:
-        """Count what has happened since a moment as communication, if a step is under way.
-
-        What a GPU does beside the step, in another queue, is no part of the step's time and counted under a name of
-        its own.
-        """
-        if not self._open:
-            return
-        if self._on_gpu and torch.cuda.current_stream(self._queue.device) != self._queue:
-            self._spans.setdefault("communication_beside", []).append((begin, self.now()))
-        else:
-            self.count("communication", begin)
-
     def finish_step(self) -> None:
         """The step is over, or all of it is in the device's queue."""
         self._queued.append(self._spans)

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from train.distributed.collectives import time_collectives
 from train.distributed.engine import SHARED_STATE, Engine, state_of
 from train.distributed.runtime import Runtime
 
@@ -39,7 +38,6 @@ class ZeroEngine(Engine):
     ):
         super().__init__(runtime, wrapped, network, optimizer, pieces=pieces, clip_norm=clip_norm)
         self._stage: int = wrapped.zero_optimization_stage()
-        time_collectives(self.clock)
         if self._stage == 3:
             for parameter in network.parameters():
                 if parameter.ds_persist:  # small ones stay whole; the losses' own are read outside of a forward pass
