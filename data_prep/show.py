@@ -12,9 +12,9 @@ import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.common.atomic_writes import write_whole
+from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.command_line import Place, parse
-from data_prep.common.errors import BadInput, run_command
+from data_prep.common.errors import BadInput, CannotWrite, run_command
 from data_prep.common.progress import Progress
 from data_prep.shards.folder import ShardFolder, reindex
 from data_prep.shards.remote_files import FetchSettings
@@ -68,9 +68,9 @@ def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
     content = io.BytesIO()
     contact_sheet(split, among=positions).save(content, format="PNG")
     try:
-        write_whole(path, content.getvalue())
-    except OSError as error:
-        raise BadInput(f"{path} cannot be written ({error.strerror}); choose another --contact-sheet") from None
+        write_bytes(path, content.getvalue())
+    except CannotWrite as error:
+        raise BadInput(f"{error}; choose another --contact-sheet") from None
     print(f"  contact sheet of {what}: {path}")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_prep.common.atomic_writes import write_json, write_npz
 from data_prep.common.command_line import Place, parse
 from data_prep.common.errors import BadInput, run_command
 from data_prep.shards.folder import ShardFolder
@@ -40,7 +41,7 @@ from train.finetuning.charts import draw_figures, draw_numbers
 from train.finetuning.loop import evaluation_batch_size
 from train.models.network import Network
 from train.run.checkpoint import Progress, checked_tensors, current, load_progress
-from train.run.folder import LEFT_OUT, RunFolder, check_writable, open_run, write_json, write_npz
+from train.run.folder import LEFT_OUT, RunFolder, check_writable, open_run
 from train.run.monitor import Board
 from train.run.recipe import MOST_RECORDINGS, Loader, Recipe
 
@@ -241,7 +242,7 @@ def predictions(job: Job, scored: Scored) -> dict[str, np.ndarray]:
 def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str, Any]]:
     """Write predictions.npz and, where there is something to compare with, metrics.json; returns folder and metrics."""
     target = job.folder.evaluation(job.split, job.options.checkpoint, job.recording)
-    write_npz(target / "predictions.npz", **predictions(job, scored))
+    write_npz(target / "predictions.npz", predictions(job, scored))
     metrics: dict[str, Any] = {}
     if scored.moments is not None or scored.counts is not None:
         metrics = report(scored, job.stimuli, job.manifest, job.split, ranks)

@@ -11,13 +11,14 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.command_line import parse
 from data_prep.common.errors import BadInput, run_command
 from data_prep.shards.folder import ShardFolder
 from train.evaluation.network_export import Trained, load_trained, write_onnx, write_predictor, write_timm
 from train.evaluation.prediction_export import Assembly, assemble, mat_bytes, netcdf_bytes, read_predictions
 from train.run.checkpoint import current, load_progress
-from train.run.folder import RunFolder, check_writable, open_run, write_atomically
+from train.run.folder import RunFolder, check_writable, open_run
 
 PREDICTIONS: dict[str, tuple[str, Callable[[Assembly], bytes]]] = {
     "netcdf": ("nc", netcdf_bytes),
@@ -136,7 +137,7 @@ def main() -> None:
     for name, paths in targets.items():
         how = ""
         if name in PREDICTIONS:
-            write_atomically(paths[0], PREDICTIONS[name][1](assembly))
+            write_bytes(paths[0], PREDICTIONS[name][1](assembly))
         elif name == "timm":
             paths, how = write_timm(trained, options.out)
         else:

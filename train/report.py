@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.command_line import parse
 from data_prep.common.errors import BadInput, run_command
 from train.reporting.figures import figures
@@ -19,7 +20,7 @@ from train.reporting.page import Content, page
 from train.reporting.rows import Row, read_rows, shortest_names
 from train.reporting.sweep_results import SweepResults, is_sweep, read_sweep
 from train.reporting.tables import as_csv, groups_of, in_terminal, markdown
-from train.run.folder import check_writable, environment, write_atomically
+from train.run.folder import check_writable, environment
 
 
 class Report(BaseModel):
@@ -87,10 +88,10 @@ def main() -> None:
     content = Content(options.split, rows, groups, drawn, sweeps, made)
     for _, image in drawn:
         for kind, data in image.files.items():
-            write_atomically(options.out / "figures" / f"{image.name}.{kind}", data)
-    write_atomically(options.out / "table.md", (markdown(groups, classifiers) + "\n").encode())
-    write_atomically(options.out / "table.csv", as_csv(groups, classifiers).encode())
-    write_atomically(options.out / "report.html", page(content).encode())
+            write_bytes(options.out / "figures" / f"{image.name}.{kind}", data)
+    write_bytes(options.out / "table.md", (markdown(groups, classifiers) + "\n").encode())
+    write_bytes(options.out / "table.csv", as_csv(groups, classifiers).encode())
+    write_bytes(options.out / "report.html", page(content).encode())
     print(in_terminal(groups, classifiers, content.unscored))
     print(f"\nwritten to {options.out}: report.html, table.md, table.csv, figures/ ({len(drawn)})")
 

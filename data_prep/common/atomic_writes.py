@@ -1,40 +1,57 @@
-"""Writing files that are there whole or not at all."""
+"""Atomic writes: a file is there complete or not at all."""
 
 import contextlib
 import io
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_prep.common.errors import CannotWrite
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it and rename it; its folder is made where it is missing.
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name beside it, then rename it. Missing folders are created.
 
     Raises:
-        OSError: it cannot be written.
+        CannotWrite: the disk is full, the folder read-only ...
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a process that was killed and had our number
-        with temporary.open("xb") as file:  # never through a link that a stranger has left there
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.unlink(missing_ok=True)  # left by a killed process that had the same id
+            with temporary.open("xb") as file:  # "x" does not follow a link planted under that name
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        raise CannotWrite(path, error) from None
 
 
-def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write named arrays as an .npz file, as `write_whole`.
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, as `write_bytes` does.
 
     Raises:
-        OSError: it cannot be written.
+        CannotWrite: the disk is full, the folder read-only ...
+        ValueError: a number is not finite; JSON has none of these.
     """
-    content = io.BytesIO()
-    np.savez(content, **arrays)
-    write_whole(path, content.getvalue())
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write named arrays as an .npz file without pickles, as `write_bytes` does.
+
+    Raises:
+        CannotWrite: the disk is full, the folder read-only ...
+    """
+    content, named = io.BytesIO(), dict[str, Any](arrays)
+    np.savez(content, **named)
+    write_bytes(path, content.getvalue())

@@ -3,8 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from data_prep.common.safe_reading import printable
+from data_prep.common.terminal import printable
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 DIVERGED = "the training diverged: "  # begins the sentence of a failure that trying again would not help
@@ -33,6 +34,18 @@ class RunFailed(Exception):
     """
 
     alone = False
+
+
+class CannotWrite(RunFailed):
+    """A file could not be written.
+
+    Attributes:
+        reason: in the words of the operating system, e.g. "No space left on device".
+    """
+
+    def __init__(self, path: Path, error: OSError):
+        self.reason = error.strerror or str(error)
+        super().__init__(f"{path} cannot be written ({self.reason})")
 
 
 def run_command(main: Callable[[], None]) -> None:

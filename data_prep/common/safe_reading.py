@@ -129,8 +129,3 @@ def is_name(text: str) -> bool:
     """Whether a text from a file may be shown and compared as a name: one printable line, and not endless."""
     shown = (c.isprintable() or unicodedata.category(c) == "Zs" for c in text)  # spaces of all kinds
     return 0 < len(text) <= LONGEST_NAME and (text.isprintable() or all(shown))
-
-
-def printable(text: str) -> str:
-    """A text for a terminal, which control characters in it must not steer."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -8,6 +8,11 @@ _EIGHTHS = " ▏▎▍▌▋▊▉█"
 _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
+def printable(text: str) -> str:
+    """A text for a terminal, which control characters in it must not steer."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def bold(text: str) -> str:
     """The text, bold on a terminal and plain in a file."""
     return f"\x1b[1m{text}\x1b[0m" if sys.stdout.isatty() else text

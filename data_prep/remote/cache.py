@@ -8,7 +8,6 @@ A file is known by its content, so that the same shard is kept once, whatever UR
 kernel's: they go with their process, however it ends. What a killed process had begun goes on where it stopped.
 """
 
-import fcntl
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from data_prep.common import locks
 from data_prep.common.errors import BadInput
 
 GIB = 2**30
@@ -109,7 +109,7 @@ class ShardCache:
             yield None
             return
         try:
-            fcntl.flock(file, fcntl.LOCK_SH)
+            locks.lock(file, shared=True)
             os.utime(file)
             yield file
         finally:
@@ -180,11 +180,11 @@ class ShardCache:
     def _turn(self) -> Iterator[None]:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            lock = os.open(self.root / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+            lock = locks.open_lock(self.root / "lock")
         except OSError as error:
             raise self._unusable(error) from None
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            locks.lock(lock)
             yield
         finally:
             os.close(lock)
@@ -199,7 +199,7 @@ class ShardCache:
             if self.path(known).exists():
                 return None
             part = os.open(self._part(known), os.O_RDWR | os.O_CREAT, 0o600)
-            if _locked(part):
+            if locks.try_lock(part):
                 others = [kept for kept in self._kept() if kept.path != self._part(known)]
                 room = self._make_room(known, others, spared)
                 if room:
@@ -250,33 +250,16 @@ class ShardCache:
                 continue
             with suppress(FileNotFoundError):  # somebody tidies up by hand
                 status = path.stat()
-                fetching = name[3] is not None and _is_locked(path)
+                fetching = name[3] is not None and locks.is_locked(path)
                 found.append(_Kept(path, int(name[2]) if fetching else status.st_size, status.st_mtime, fetching))
         return found
-
-
-def _locked(file: int) -> bool:
-    """Lock a file for this process alone if nobody else has it."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_locked(path: Path) -> bool:
-    file = os.open(path, os.O_RDONLY)
-    try:
-        return not _locked(file)
-    finally:
-        os.close(file)
 
 
 def _removed(path: Path) -> bool:
     """Remove a file that nobody is reading."""
     file = os.open(path, os.O_RDONLY)
     try:
-        if not _locked(file):
+        if not locks.try_lock(file):
             return False
         path.unlink()
         return True

@@ -5,7 +5,6 @@ What has come so far lies in `<name>.part`, and the version of the file that it 
 """
 
 import errno
-import fcntl
 import hashlib
 import html.parser
 import http.client
@@ -22,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from data_prep.common import locks
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.progress import Progress
 from data_prep.remote.datasets import RemoteFile
@@ -244,10 +244,8 @@ def _part_of(target: Path) -> Iterator[_Part]:
     target.parent.mkdir(parents=True, exist_ok=True)
     path = target.with_name(target.name + ".part")
     with path.open("ab", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"{path} is being downloaded by another process; wait for it") from None
+        if not locks.try_lock(file.fileno()):
+            raise BadInput(f"{path} is being downloaded by another process; wait for it")
         part = _Part(path, file)
         try:
             yield part

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.errors import BadInput
+from data_prep.common.errors import BadInput, CannotWrite
 from data_prep.recording import Stimulus
 from data_prep.remote.url import FolderUrl, place_of
 from data_prep.shards.files import LocalFiles, files_at
@@ -426,8 +426,8 @@ def reindex(place: Path | str | FolderUrl) -> None:
         manifest.save(folder / "manifest.json")  # or it would know the index that was there before
         manifest.files = write_targets(folder, ShardFolder(folder))
         manifest.save(folder / "manifest.json")
-    except OSError as error:
-        raise BadInput(f"{folder} cannot be written ({error.strerror})") from None
+    except CannotWrite as error:
+        raise BadInput(str(error)) from None
 
 
 def _check_sum(path: Path, shard: Shard) -> None:

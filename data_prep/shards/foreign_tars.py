@@ -10,8 +10,6 @@ WebDataset's own writer or plain `tar` may have written them. Which split a tar 
 Where the folder cannot be written, that file is kept in the user's cache folder, or not at all.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import mmap
@@ -25,11 +23,13 @@ from pathlib import Path
 import numpy as np
 from pydantic import ValidationError
 
-from data_prep.common.atomic_writes import write_arrays
-from data_prep.common.errors import BadInput
+from data_prep.common import locks
+from data_prep.common.atomic_writes import write_npz
+from data_prep.common.errors import BadInput, CannotWrite
 from data_prep.common.image_decoding import image_size, sniff_encoding
 from data_prep.common.progress import Progress
-from data_prep.common.safe_reading import LONGEST_NAME, npz_arrays, printable
+from data_prep.common.safe_reading import LONGEST_NAME, npz_arrays
+from data_prep.common.terminal import printable
 from data_prep.recording import SPLITS
 from data_prep.shards.index import SplitIndex, checksums, index_of
 from data_prep.shards.manifest import Image, Manifest, Rates, Shard, Split, parse_manifest
@@ -69,7 +69,7 @@ def open_foreign(folder: Path, anew: bool = False) -> Derived:
     """
     tars = _tars_by_split(folder)
     state = _state(folder, tars)
-    with _turn(folder):
+    with locks.exclusive(folder, required=False):  # the first process reads the tars, the others what it found
         places = [folder / "index.npz", _place_elsewhere(folder)]
         derived = None if anew else next(filter(None, (_kept(path, state) for path in places)), None)
         if derived is None:
@@ -122,18 +122,6 @@ def _state(folder: Path, tars: dict[str, list[Path]]) -> str:
 # ---------------------------------------------------------------------------------------------- what was kept of it
 
 
-@contextlib.contextmanager
-def _turn(folder: Path) -> Iterator[None]:
-    """One process at a time, so that the tars are read by the first and what it found by the others."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems lock no folders; then each reads the tars
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(lock)
-
-
 def _place_elsewhere(folder: Path) -> Path:
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches / "spiketune" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.npz"
@@ -165,17 +153,17 @@ def _keep(derived: Derived, state: str, places: list[Path], folder: Path) -> Non
     arrays = {"members": np.array(MEMBERS), "manifest": np.array(manifest.model_dump_json()), "tars": np.array(state)}
     for split, found in index.items():
         arrays |= found.arrays(split)
-    failure = None
+    failure: CannotWrite | None = None
     for path in places:
         try:
-            write_arrays(path, arrays)
-        except OSError as error:
+            write_npz(path, arrays)
+        except CannotWrite as error:
             failure = failure or error
             continue
         if path.parent != folder:
-            _say(f"{folder} cannot be written ({failure.strerror}), so the index of its tars is kept as {path}")
+            _say(f"{folder} cannot be written ({failure.reason}), so the index of its tars is kept as {path}")
         return
-    _say(f"{folder} cannot be written ({failure.strerror}), nor {places[-1]}: its tars are read again each time")
+    _say(f"{folder} cannot be written ({failure.reason}), nor {places[-1]}: its tars are read again each time")
 
 
 def _say(message: str) -> None:

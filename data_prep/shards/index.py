@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.common.atomic_writes import write_arrays
+from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import is_name, npz_arrays
 from data_prep.remote.url import FolderUrl
@@ -92,12 +92,12 @@ def write_index(folder: Path, splits: Mapping[str, SplitIndex]) -> None:
     """Write `index.npz`.
 
     Raises:
-        OSError: the folder cannot be written.
+        CannotWrite: the disk is full, the folder read-only ...
     """
     arrays: dict[str, np.ndarray] = {"members": np.array(MEMBERS)}
     for name, index in splits.items():
         arrays |= index.arrays(name)
-    write_arrays(folder / "index.npz", arrays)
+    write_npz(folder / "index.npz", arrays)
 
 
 def load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> dict[str, SplitIndex]:

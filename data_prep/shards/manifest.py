@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from data_prep.common.atomic_writes import write_whole
+from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import LONGEST_NAME, is_name, parse_json, read_regular
 
@@ -184,7 +184,7 @@ class Manifest(_Part):
         """Write the manifest as JSON, with the checksum of its content."""
         content = self.model_dump(mode="json", exclude={"checksum"})
         content["checksum"] = _checksum(content)
-        write_whole(path, f"{json.dumps(content, indent=1, allow_nan=False)}\n".encode())
+        write_bytes(path, f"{json.dumps(content, indent=1, allow_nan=False)}\n".encode())
 
 
 def _checksum(content: dict[str, Any]) -> str:

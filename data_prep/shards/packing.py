@@ -4,7 +4,6 @@ Everything is written into a hidden folder beside the target, which gets the tar
 are complete. A killed pack leaves at most that hidden folder; the next pack to the same target removes it.
 """
 
-import fcntl
 import glob
 import multiprocessing
 import os
@@ -23,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.ceiling import estimate_ceiling
-from data_prep.common.errors import BadInput, RunFailed
+from data_prep.common import locks
+from data_prep.common.errors import BadInput, CannotWrite, RunFailed
 from data_prep.common.image_decoding import image_size
 from data_prep.common.progress import Progress
 from data_prep.common.safe_reading import is_name
@@ -58,8 +58,8 @@ def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) 
         manifest = _manifest(recording, packed)
         try:
             _write_tables(folder, manifest, packed)
-        except OSError as error:
-            raise RunFailed(f"{out}: {error.strerror}; nothing was packed") from None
+        except CannotWrite as error:
+            raise RunFailed(f"{out}: {error.reason}; nothing was packed") from None
     return ShardFolder(out)
 
 
@@ -111,32 +111,23 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
 
 def _claim(out: Path) -> tuple[Path, int]:
     """A hidden folder beside `out`, and its lock, which tells a living pack's folder from a dead one's."""
-    turn = os.open(out.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(turn, fcntl.LOCK_EX)  # so that nobody takes a folder that is not locked yet for a leftover
+    with locks.exclusive(out.parent):  # a folder that is not locked yet must not pass for a leftover
         _remove_leftovers(out)
         hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}.packing-", dir=out.parent))
-        lock = os.open(hidden, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock = locks.open_lock(hidden)
+        locks.lock(lock)
         return hidden, lock
-    finally:
-        os.close(turn)
 
 
 def _remove_leftovers(out: Path) -> None:
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.packing-*"):
         try:
-            lock = os.open(leftover, os.O_RDONLY)
+            in_use = locks.is_locked(leftover)
         except FileNotFoundError:  # it was finished or removed just now
             continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise BadInput(f"another pack to {out} is under way; wait for it, or choose another --out") from None
-        else:
-            shutil.rmtree(leftover, ignore_errors=True)
-        finally:
-            os.close(lock)
+        if in_use:
+            raise BadInput(f"another pack to {out} is under way; wait for it, or choose another --out")
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 # ------------------------------------------------------------------------------------------------------ processes

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 
-from data_prep.common.atomic_writes import write_arrays
+from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import npz_arrays
 from data_prep.shards.manifest import Manifest, Table
@@ -60,7 +60,7 @@ def write_targets(folder: Path, shards: "ShardFolder") -> dict[str, Table]:
         arrays[f"{name}.json_end"] = np.cumsum([len(part) for part in parts], dtype=np.int64)
         if split.has_responses:
             arrays[f"{name}.rates"] = split.rates()
-    write_arrays(folder / "targets.npz", arrays)
+    write_npz(folder / "targets.npz", arrays)
     return {file: _table(folder / file) for file in ("index.npz", "targets.npz")}
 
 

@@ -7,8 +7,7 @@ from PIL import Image, ImageDraw
 
 from data_prep.common.errors import BadInput
 from data_prep.common.image_decoding import rgb_image
-from data_prep.common.safe_reading import printable
-from data_prep.common.terminal import bold, histogram
+from data_prep.common.terminal import bold, histogram, printable
 from data_prep.shards.folder import ShardFolder, ShardSplit
 from data_prep.shards.manifest import Ceiling, Manifest, from_json_list
 

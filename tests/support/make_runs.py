@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.common.atomic_writes import write_json, write_npz
 from train.evaluation.metrics import ClassCounts, SiteMoments, classification_report, regression_report
-from train.run.folder import write_json, write_npz
 from train.run.recipe import ProbeRecipe, Recipe, save_recipe
 
 STIMULI, SITES = 80, 12
@@ -72,7 +72,7 @@ def make_classifier(path: Path, shown: np.ndarray, named: np.ndarray, classes: l
     )
     ids = np.array([f"s{k}" for k in range(len(shown))])
     arrays = {"class_id": np.array(classes), "class": shown, "predicted_class": named}
-    write_npz(path / "eval/val/predictions.npz", stimulus_id=ids, **arrays)
+    write_npz(path / "eval/val/predictions.npz", {"stimulus_id": ids, **arrays})
     return path
 
 
@@ -88,7 +88,7 @@ def _score(path: Path, target: np.ndarray, prediction: np.ndarray, more: dict[st
     write_json(path / "eval/val/metrics.json", metrics | more)
     ids, sites = np.array([f"s{k:04}" for k in range(len(target))]), np.array([f"n{k}" for k in range(target.shape[1])])
     arrays = {"stimulus_id": ids, "site_id": sites, "prediction": prediction, "target": target}
-    write_npz(path / "eval/val/predictions.npz", **arrays)
+    write_npz(path / "eval/val/predictions.npz", arrays)
 
 
 def _block(target: np.ndarray, prediction: np.ndarray, reliability: np.ndarray | None) -> dict[str, Any]:

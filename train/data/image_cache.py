@@ -11,7 +11,6 @@ The file is filled by whoever decodes an image first. Two processes may write th
     4096 * more  uint8 (images, size, size, 3)
 """
 
-import fcntl
 import hashlib
 import mmap
 import os
@@ -29,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.common import locks
 from data_prep.shards.folder import ShardSplit
 from train.data.decoding import VERSION
 from train.data.free_memory import free_memory
@@ -117,14 +117,14 @@ class ImageCache:
         self._stop_writing(reason)
 
     def _stop_writing(self, reason: str) -> None:
-        fcntl.lockf(self._descriptor, fcntl.LOCK_EX, 1, _FULL_AT)
-        if not self._is_full[0]:
+        with locks.byte_range(self._descriptor, _FULL_AT):
+            if self._is_full[0]:
+                return
             os.pwrite(self._descriptor, b"\1", _FULL_AT)
             _say(
                 f"{int(self._there.sum()):,} decoded images of {self.size} px are kept and no more ({reason}); "
                 "the others are decoded each time"
             )
-        fcntl.lockf(self._descriptor, fcntl.LOCK_UN, 1, _FULL_AT)
 
 
 class ImageCaches:
@@ -289,7 +289,7 @@ def _locked(path: Path) -> int | None:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError:
             return None
-        fcntl.flock(file, fcntl.LOCK_EX)
+        locks.lock(file)
         is_ours = os.fstat(file).st_uid == os.getuid()
         with suppress(FileNotFoundError):
             if is_ours and os.path.samestat(os.fstat(file), path.stat()):

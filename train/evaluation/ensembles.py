@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from data_prep.common.atomic_writes import write_json, write_npz
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import npz_arrays, parse_json, read_regular
 from data_prep.remote.url import recorded
@@ -26,7 +27,7 @@ from train.data.loader import Stimuli
 from train.evaluation.metrics import SiteMoments
 from train.evaluation.scoring import regression_block, report_head
 from train.regression.stacking import LEAST_STIMULI, stack
-from train.run.folder import LEFT_OUT, RunFolder, is_probe, write_json, write_npz
+from train.run.folder import LEFT_OUT, RunFolder, is_probe
 from train.run.recipe import Recipe
 
 Combine = Literal["mean", "stack"]
@@ -337,9 +338,9 @@ def _write(
     target, place = stimuli.rates, folder.evaluation(split, recording=recording)
     arrays = {} if target is None else {"target": target}
     found = Predictions(stimuli.stimulus_ids, manifest.site_ids, prediction)
-    write_npz(place / "predictions.npz", **found.arrays(), **arrays)
+    write_npz(place / "predictions.npz", found.arrays() | arrays)
     if left_out is not None:
-        write_npz(folder.evaluation(LEFT_OUT, recording=recording) / "predictions.npz", **left_out.arrays())
+        write_npz(folder.evaluation(LEFT_OUT, recording=recording) / "predictions.npz", left_out.arrays())
     if target is None:
         return {}
     moments = SiteMoments(target.shape[1])

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
 from train.models.network import Network
 from train.run import predictor
 from train.run.checkpoint import Progress, checked_tensors
-from train.run.folder import write_atomically
 from train.run.recipe import Recipe
 
 TOLERANCE = 1e-4  # by which what is written may differ from the network, relative to the outputs' spread
@@ -140,7 +140,7 @@ def _exported(network: InUnits, trained: Trained) -> torch.export.ExportedProgra
 
 
 def _write(path: Path, content: bytes) -> Path:
-    write_atomically(path, content)
+    write_bytes(path, content)
     return path
 
 

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.common.atomic_writes import write_bytes, write_json, write_npz
 from data_prep.shards.manifest import to_json_list
 from train.evaluation.metrics import SiteMoments
 from train.evaluation.plots import layer_figure, layer_label
 from train.evaluation.scoring import regression_block, report_head
 from train.probing.layers import Layer
 from train.probing.preparation import Job
-from train.run.folder import LEFT_OUT, write_atomically, write_json, write_npz
+from train.run.folder import LEFT_OUT
 from train.run.monitor import Monitor
 
 SHUFFLED = "shuffled responses"
@@ -110,9 +111,9 @@ def write_results(
     if len(job.partitions) == 1 and left_out:
         _write_predictions(job, job.folder.evaluation(LEFT_OUT), job.partitions[0].fit, left_out[0])
     figure = layer_figure(metrics)
-    write_atomically(target / "layers.png", figure)
+    write_bytes(target / "layers.png", figure)
     monitor.board.figure("explained variance by layer", figure, step=0)
-    write_atomically(target / "table.md", (table(metrics) + "\n").encode())
+    write_bytes(target / "table.md", (table(metrics) + "\n").encode())
     write_json(target / "metrics.json", metrics)  # last: it says that all is there
 
 
@@ -120,8 +121,10 @@ def _write_predictions(job: Job, folder: Path, positions: np.ndarray, prediction
     ids = job.stimulus_ids
     write_npz(
         folder / "predictions.npz",
-        stimulus_id=np.array([ids[i] for i in positions]),
-        site_id=np.array(job.manifest.site_ids),
-        prediction=prediction,
-        target=job.rates[positions],
+        {
+            "stimulus_id": np.array([ids[i] for i in positions]),
+            "site_id": np.array(job.manifest.site_ids),
+            "prediction": prediction,
+            "target": job.rates[positions],
+        },
     )

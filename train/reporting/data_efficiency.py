@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.common.safe_reading import parse_json, printable, read_regular
+from data_prep.common.safe_reading import parse_json, read_regular
+from data_prep.common.terminal import printable
 from train.evaluation.ensembles import NOTE
 from train.reporting.rows import Row, shortest_names
 from train.run.folder import FREE, RunFolder, flat

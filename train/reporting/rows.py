@@ -16,7 +16,8 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import npz_arrays, parse_json, printable, read_regular
+from data_prep.common.safe_reading import npz_arrays, parse_json, read_regular
+from data_prep.common.terminal import printable
 from train.evaluation.comparison import Predictions
 from train.evaluation.plots import layer_label
 from train.run.folder import RunFolder

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import printable
+from data_prep.common.terminal import printable
 from train.sweeping.search import SweepFolder
 
 MOST_ROWS = 50

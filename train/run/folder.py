@@ -8,9 +8,7 @@ RUN/failures/rank_N.txt                    what ended a process by surprise
 """
 
 import contextlib
-import fcntl
 import importlib.metadata
-import io
 import json
 import os
 import platform
@@ -23,11 +21,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from data_prep.common.atomic_writes import write_whole
-from data_prep.common.errors import BadInput, RunFailed, Stopped
+from data_prep.common import locks
+from data_prep.common.atomic_writes import write_json
+from data_prep.common.errors import BadInput, Stopped
 from data_prep.common.safe_reading import parse_json, read_regular
 from data_prep.remote.url import is_url, recorded, without_secrets
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
@@ -133,7 +131,7 @@ class RunFolder:
         places = places if len(places) > 1 else places[0]
         env = environment() | {"data": places} | dict(facts)
         recipe = recipe.model_copy(update={"data": places if all(map(is_url, data)) else None})
-        write_atomically(self.env, json.dumps(env, indent=1).encode())
+        write_json(self.env, env)
         temporary = self.recipe.with_suffix(".tmp")
         save_recipe(recipe, temporary)
         temporary.replace(self.recipe)
@@ -148,23 +146,16 @@ class RunFolder:
             BadInput: another process is at it, or the folder cannot be written.
         """
         try:
-            self._lock = os.open(self.path / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+            self._lock = locks.open_lock(self.path / LOCK)
         except OSError as error:
             raise BadInput(f"{self.path} cannot be written ({error.strerror})") from None
-        deadline = time.monotonic() + seconds
-        while True:
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    self.close()
-                    raise BadInput(
-                        f"{self.path}: another process is writing to this run; wait for it, or choose another --out"
-                    ) from None
-            except OSError:  # some network file systems lock nothing; then nobody is kept out
-                return
-            time.sleep(0.1)
+        try:
+            free = locks.try_lock(self._lock, seconds)
+        except OSError:  # some network file systems lock nothing; then nobody is kept out
+            return
+        if not free:
+            self.close()
+            raise BadInput(f"{self.path}: another process is writing to this run; wait for it, or choose another --out")
 
     def close(self) -> None:
         """Let others write to the run."""
@@ -326,27 +317,3 @@ def check_writable(path: Path) -> None:
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise BadInput(f"{path} cannot be written: {above} is {'read-only' if above.is_dir() else 'no folder'}")
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name beside it and rename it: it is there whole or not at all.
-
-    Raises:
-        RunFailed: it cannot be written.
-    """
-    try:
-        write_whole(path, content)
-    except OSError as error:
-        raise RunFailed(f"{path} cannot be written ({error.strerror})") from None
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON atomically; NaN has no place in it."""
-    write_atomically(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Write arrays as .npz atomically, without pickles."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
-    write_atomically(path, buffer.getvalue())

@@ -13,8 +13,9 @@ import numpy as np
 from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
+from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import RunFailed
-from train.run.folder import RunFolder, epoch_of, write_atomically
+from train.run.folder import RunFolder, epoch_of
 
 
 def layout(responses: bool, classes: bool, recordings: Sequence[str] = ()) -> dict[str, dict[str, list[Any]]]:
@@ -182,7 +183,7 @@ class Monitor:
         self.board.rewind(step)
         if self._folder.history.exists():
             kept = [line for line in self._folder.epochs() if epoch_of(line, self._folder.history) <= epoch]
-            write_atomically(self._folder.history, "".join(kept).encode())
+            write_bytes(self._folder.history, "".join(kept).encode())
 
     def close(self) -> None:
         """Write out what is still in memory."""

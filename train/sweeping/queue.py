@@ -4,12 +4,8 @@ Every point is an Optuna trial that waits in the study, also for a sampled searc
 they are taken. A point that is tried again is a new Optuna trial with the same run folder: the last one counts.
 """
 
-import fcntl
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -21,6 +17,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from data_prep.common import locks
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
 from train.finetuning.loop import LOWER_IS_BETTER
@@ -91,7 +88,7 @@ class Study:
 
     def claim(self) -> Claim | None:
         """Take the next point that waits, after putting back those whose workers are gone; None where none waits."""
-        with locked(self._folder.lock):
+        with locks.exclusive(self._folder.lock):
             self._put_back_stale()
             waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
             if not waiting:
@@ -143,7 +140,7 @@ class Study:
 
     def give_back(self, claim: Claim, failed: bool) -> None:
         """Queue a point again, as one that failed once more or as one that was only interrupted."""
-        with locked(self._folder.lock):
+        with locks.exclusive(self._folder.lock):
             if self.holds(claim):
                 self._put_back(claim.trial, claim.failures + failed)
 
@@ -156,7 +153,7 @@ class Study:
         self._end(claim, {"reason": reason}, TrialState.PRUNED if diverged else TrialState.FAIL)
 
     def _end(self, claim: Claim, attributes: dict[str, Any], state: TrialState, value: float | None = None) -> None:
-        with locked(self._folder.lock):
+        with locks.exclusive(self._folder.lock):
             if self.holds(claim):
                 for name, content in attributes.items():
                     claim.trial.set_user_attr(name, content)
@@ -202,7 +199,7 @@ def open_study(folder: SweepFolder, plan: Plan, manifest: Manifest) -> Study:
     folder.check(plan, manifest)
     made = not folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
-    with locked(folder.lock):
+    with locks.exclusive(folder.lock):
         folder.check(plan, manifest)  # again: another worker may have begun in the meantime
         joined = folder.study.is_file()
         try:
@@ -267,11 +264,3 @@ def _interval(given: Range) -> BaseDistribution:
     if isinstance(given.low, int):
         return IntDistribution(given.low, given.high, log=given.log, step=given.step or 1)
     return FloatDistribution(given.low, given.high, log=given.log, step=given.step)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file; it is free again when the holder is gone, however that happened."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -14,11 +14,13 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from data_prep.common import locks
+from data_prep.common.atomic_writes import write_bytes
 from data_prep.shards.manifest import Manifest
 from train.evaluation import plots
 from train.finetuning.loop import LOWER_IS_BETTER
-from train.run.folder import RunFolder, write_atomically
-from train.sweeping.queue import Entry, Study, locked
+from train.run.folder import RunFolder
+from train.sweeping.queue import Entry, Study
 from train.sweeping.search import SEED, Plan, SweepFolder, as_choice
 
 REPORTED = "val"
@@ -99,13 +101,13 @@ def _setting(entry: Entry) -> tuple:
 
 def publish(folder: SweepFolder, plan: Plan, manifest: Manifest, study: Study) -> Standings:
     """Write what is known now; of several workers that end a trial together, each writes after the other."""
-    with locked(folder.results_lock):
+    with locks.exclusive(folder.results_lock):
         standings = rank(plan, study.entries())
-        write_atomically(folder.table, table(folder, standings, manifest).encode())
-        write_atomically(folder.csv, _csv(folder, standings).encode())
-        write_atomically(folder.heatmap, figure(standings))
+        write_bytes(folder.table, table(folder, standings, manifest).encode())
+        write_bytes(folder.csv, _csv(folder, standings).encode())
+        write_bytes(folder.heatmap, figure(standings))
         if best := standings.best:
-            write_atomically(folder.best, _best_recipe(folder, standings, best).encode())
+            write_bytes(folder.best, _best_recipe(folder, standings, best).encode())
         for entry in standings.entries:
             _write_hparams(folder, standings, entry)
     return standings

@@ -19,9 +19,10 @@ from typing import Annotated, Any, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from data_prep.common.atomic_writes import write_bytes, write_json
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
-from train.run.folder import check_writable, flat, write_atomically, write_json
+from train.run.folder import check_writable, flat
 from train.run.recipe import LARGEST_SEED, WEEK, Recipe, Settings, Text, load_recipe
 from train.run.yaml_files import describe, read_yaml
 
@@ -423,7 +424,7 @@ class SweepFolder:
     def begin(self, plan: Plan, manifest: Manifest, study: str) -> None:
         """Write down what is searched; study.json comes last and says that everything is there."""
         for path, content in ((self.recipe, plan.base.model_dump(mode="json")), (self.sweep, _plain(plan.resolved()))):
-            write_atomically(path, yaml.safe_dump(content, sort_keys=False).encode())
+            write_bytes(path, yaml.safe_dump(content, sort_keys=False).encode())
         write_json(self.study, {"study": study, "recording": manifest.fingerprint, "data": manifest.name})
 
 

@@ -12,7 +12,6 @@ LOCK is a lock on BEAT that all of them hold together, so that a successor waits
 """
 
 import ctypes
-import fcntl
 import os
 import select
 import signal
@@ -26,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from data_prep.common import locks
 
 GRACE_SECONDS = 5.0
 POLL_SECONDS = 0.2
@@ -44,19 +45,11 @@ def turn(beat: Path, check: Callable[[], None]) -> Iterator[int]:
         check: called a few times a second; what it raises ends the waiting, and then passes on.
     """
     with beat.open("rb") as file:
-        while not _locked(file.fileno()):
+        while not locks.try_lock(file.fileno()):
             check()
             os.utime(beat)
             time.sleep(POLL_SECONDS)
         yield file.fileno()
-
-
-def _locked(lock: int) -> bool:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def run_kept(

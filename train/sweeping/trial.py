@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 import yaml
 
+from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import DIVERGED, BadInput
 from train.distributed.launch_environment import uses_gpu
-from train.run.folder import write_atomically
 from train.sweeping.supervised_process import Beat, run_kept
 
 COMMANDS = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ class Launcher:
             "use_cpu": not self.gpus,
             "mixed_precision": "no",
         }
-        write_atomically(config, yaml.safe_dump(settings, sort_keys=False).encode())
+        write_bytes(config, yaml.safe_dump(settings, sort_keys=False).encode())
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         return [*launch, str(COMMANDS / script), *map(str, words)]
 

@@ -4,8 +4,7 @@ import sys
 
 import pytest
 
-from data_prep.common.safe_reading import printable
-from data_prep.common.terminal import aligned, bar, bold, histogram
+from data_prep.common.terminal import aligned, bar, bold, histogram, printable
 
 
 def test_columns_are_under_each_other_and_numbers_to_the_right():

@@ -19,7 +19,7 @@ from make_sources import encode
 from make_tars import IMAGES, OBJECTS, RATES, members_of, npy, sample, write_samples, write_tar
 from PIL import Image
 
-from data_prep.common.errors import BadInput
+from data_prep.common.errors import BadInput, CannotWrite
 from data_prep.shards import foreign_tars
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import from_json_list
@@ -198,12 +198,12 @@ def test_other_tars_are_read_anew(folder, change):
 
 
 def test_a_folder_that_cannot_be_written_has_its_index_elsewhere_or_in_memory(folder, tmp_path, monkeypatch, capfd):
-    def write(path, arrays, write=foreign_tars.write_arrays):
+    def write(path, arrays, write=foreign_tars.write_npz):
         if folder in path.parents or nowhere:
-            raise OSError(30, "Read-only file system")
+            raise CannotWrite(path, OSError(30, "Read-only file system"))
         write(path, arrays)
 
-    monkeypatch.setattr(foreign_tars, "write_arrays", write)
+    monkeypatch.setattr(foreign_tars, "write_npz", write)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for nowhere in (True, False):
         assert len(ShardFolder(folder).split("train")) == 14

@@ -9,9 +9,9 @@ from helpers import assert_refused, run_here
 from make_runs import SITES, guess, make_probe, make_run, responses
 from sklearn.metrics import r2_score
 
+from data_prep.common.atomic_writes import write_json
 from train.reporting.rows import read_rows
 from train.reporting.tables import groups_of
-from train.run.folder import write_json
 from train.run.recipe import ProbeRecipe, Recipe
 
 TARGET = responses()

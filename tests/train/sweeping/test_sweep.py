@@ -18,6 +18,7 @@ from helpers import ROOT, assert_refused, finish, run_here, start_command
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data_prep.common import locks
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import load_manifest
 from train.evaluation.plots import Axis
@@ -25,7 +26,7 @@ from train.run.checkpoint import Progress
 from train.run.folder import RunFolder
 from train.run.recipe import load_recipe
 from train.sweep import Worker
-from train.sweeping.queue import Entry, locked, open_study
+from train.sweeping.queue import Entry, open_study
 from train.sweeping.ranking import _points, figure, rank
 from train.sweeping.search import SweepFolder, load_plan, setting
 from train.sweeping.supervised_process import Beat, run_kept, seconds_since, turn
@@ -285,7 +286,7 @@ def test_a_trial_without_a_sign_of_life_is_picked_up_and_its_first_worker_record
     taken = [quick.study.claim() for _ in range(3)]
     assert [claim.run for claim in taken] == ["0001", "0002", "0003"]  # 100 seconds are not too long yet
     os.utime(beat, (time.time() - 200, time.time() - 200))
-    with locked(slow.folder.lock):
+    with locks.exclusive(slow.folder.lock):
         quick.study._put_back_stale()
     assert not slow.study.holds(lost)
     slow.study.succeed(lost, 0.9, {})
