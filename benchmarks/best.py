@@ -29,7 +29,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_prep.ceiling import percentile_interval  # noqa: E402
-from train.evaluation.metrics import bootstrap_means, mean_score  # noqa: E402
+from train.evaluation.confidence_intervals import bootstrap_means  # noqa: E402
+from train.evaluation.metrics import mean_score  # noqa: E402
 from train.regression.kernel_regression import squared_error_r2  # noqa: E402
 
 SIMULATED = "simulated"

@@ -36,7 +36,8 @@ from train.evaluation.ensembles import (
     members_of,
     write_ensembles,
 )
-from train.evaluation.scoring import Scored, check_not_empty, report, score
+from train.evaluation.metrics_report import metrics_report
+from train.evaluation.scoring import RecordingScores, check_enough_stimuli, score
 from train.finetuning.charts import draw_figures, draw_numbers
 from train.finetuning.loop import evaluation_batch_size
 from train.models.network import Network
@@ -150,7 +151,7 @@ def prepare(options: Evaluate, run: Path, name: str) -> list[Job]:
         if name == LEFT_OUT:
             usable = np.intersect1d(usable, left_out[opened.manifest.name])
         stimuli = Stimuli(split, progress.image_size, usable, **wanted, caches=caches)
-        check_not_empty(stimuli, world_size(), name)
+        check_enough_stimuli(stimuli, world_size(), name)
         jobs.append(Job(options, name, folder, recipe, checkpoint, progress, recording, opened, stimuli, screening))
     return jobs
 
@@ -201,7 +202,7 @@ def warn_of_unseen_classes(job: Job) -> None:
         )
 
 
-def evaluate(job: Job, runtime: Runtime) -> Scored:
+def evaluate(job: Job, runtime: Runtime) -> RecordingScores:
     """Load the network and score the split over all ranks.
 
     Raises:
@@ -222,30 +223,30 @@ def evaluate(job: Job, runtime: Runtime) -> Scored:
         runtime,
         batch_size=job.options.batch_size or evaluation_batch_size(job.recipe),
         workers=workers_per_rank(setting, ranks_on_machine(), os.cpu_count() or 1),
-        keep=True,
+        keep_predictions=True,
         label=f"evaluating {job.split}{f' of {job.recording}' if job.recording else ''}",
     )
 
 
-def predictions(job: Job, scored: Scored) -> dict[str, np.ndarray]:
+def predictions(job: Job, scored: RecordingScores) -> dict[str, np.ndarray]:
     """What was predicted, and what is known of it: responses, and where the network names objects, classes."""
     arrays = {"stimulus_id": np.array(job.stimuli.stimulus_ids)}
     if scored.rates is not None:
         arrays |= {"site_id": np.array(job.manifest.site_ids), "prediction": scored.rates}
         arrays |= {} if job.stimuli.rates is None else {"target": job.stimuli.rates}
-    if scored.named is not None:
-        arrays |= {"class_id": np.array(job.manifest.classes), "predicted_class": scored.named}
+    if scored.classes is not None:
+        arrays |= {"class_id": np.array(job.manifest.classes), "predicted_class": scored.classes}
         arrays |= {} if job.stimuli.labels is None else {"class": job.stimuli.labels}
     return arrays
 
 
-def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str, Any]]:
+def write_results(job: Job, scored: RecordingScores, ranks: int) -> tuple[Path, dict[str, Any]]:
     """Write predictions.npz and, where there is something to compare with, metrics.json; returns folder and metrics."""
     target = job.folder.evaluation(job.split, job.options.checkpoint, job.recording)
     write_npz(target / "predictions.npz", predictions(job, scored))
     metrics: dict[str, Any] = {}
     if scored.moments is not None or scored.counts is not None:
-        metrics = report(scored, job.stimuli, job.manifest, job.split, ranks)
+        metrics = metrics_report(scored, job.stimuli, job.manifest, job.split, ranks)
         metrics |= {"checkpoint": job.options.checkpoint, "epoch": job.progress.epoch, "step": job.progress.step}
         metrics["selected_on"] = [job.progress.selection_split]
         if job.recording is not None:
@@ -260,7 +261,7 @@ def write_results(job: Job, scored: Scored, ranks: int) -> tuple[Path, dict[str,
     return target, metrics
 
 
-def chart(job: Job, scored: Scored) -> None:
+def chart(job: Job, scored: RecordingScores) -> None:
     """Add the scores, the sites and the stimuli to the run's TensorBoard, at the step that was scored."""
     board = Board(job.folder.tensorboard, lambda message: print(message, file=sys.stderr, flush=True))
     split = job.split if job.recording is None else f"{job.split}/{job.recording}"

@@ -8,7 +8,9 @@ import numpy as np
 import torch
 
 from data_prep.common.atomic_writes import write_json, write_npz
-from train.evaluation.metrics import ClassCounts, SiteMoments, classification_report, regression_report
+from train.evaluation.classification import ClassCounts, classification_report
+from train.evaluation.metrics_report import regression_report
+from train.evaluation.moments import SiteMoments
 from train.run.recipe import ProbeRecipe, Recipe, save_recipe
 
 STIMULI, SITES = 80, 12
@@ -67,9 +69,7 @@ def make_classifier(path: Path, shown: np.ndarray, named: np.ndarray, classes: l
     logits = torch.nn.functional.one_hot(torch.from_numpy(named), len(classes)).float()
     counts.add(logits, torch.from_numpy(shown), torch.ones(len(shown)))
     head = {"split": "val", "stimuli": len(shown), "recording": "made_up", "selected_on": ["inner"]}
-    write_json(
-        path / "eval/val/metrics.json", head | {"classification": classification_report(counts.stacked(), classes)}
-    )
+    write_json(path / "eval/val/metrics.json", head | {"classification": classification_report(counts, classes)})
     ids = np.array([f"s{k}" for k in range(len(shown))])
     arrays = {"class_id": np.array(classes), "class": shown, "predicted_class": named}
     write_npz(path / "eval/val/predictions.npz", {"stimulus_id": ids, **arrays})
@@ -92,10 +92,9 @@ def _score(path: Path, target: np.ndarray, prediction: np.ndarray, more: dict[st
 
 
 def _block(target: np.ndarray, prediction: np.ndarray, reliability: np.ndarray | None) -> dict[str, Any]:
-    moments = SiteMoments(target.shape[1])
-    moments.add(torch.from_numpy(prediction), torch.from_numpy(target))
+    moments = SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(target))
     sites = [f"n{k}" for k in range(target.shape[1])]
-    block = regression_report(moments.state, prediction, target, sites, reliability)
+    block = regression_report(moments, prediction, target, sites, reliability)
     if reliability is not None:
         block["ceiling"]["method"] = "made up"
     return block

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm, t
 
-from train.evaluation.metrics import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, bootstrap_means
-
-LOWER_IS_BETTER = ("mse",)
+from train.evaluation.confidence_intervals import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, bootstrap_means
+from train.evaluation.metrics import LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import Manifest
 from train.data.bad_samples import Screening
 from train.data.loader import Stimuli
-from train.evaluation.metrics import SiteMoments
-from train.evaluation.scoring import regression_block, report_head
+from train.evaluation.metrics_report import regression_block, report_head
+from train.evaluation.moments import SiteMoments
 from train.regression.stacking import LEAST_STIMULI, stack
 from train.run.folder import LEFT_OUT, RunFolder, is_probe
 from train.run.recipe import Recipe
@@ -343,10 +343,9 @@ def _write(
         write_npz(folder.evaluation(LEFT_OUT, recording=recording) / "predictions.npz", left_out.arrays())
     if target is None:
         return {}
-    moments = SiteMoments(target.shape[1])
-    moments.add(torch.from_numpy(prediction), torch.from_numpy(target))
+    moments = SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(target))
     metrics = report_head(found.stimulus_ids, target, manifest, split, ranks)
-    metrics["regression"] = regression_block(moments.state, prediction, target, manifest, stimuli.noise_of_rates())
+    metrics["regression"] = regression_block(moments, prediction, target, manifest, stimuli.noise_of_rates())
     metrics |= _common_facts([_metrics_of(run, split, ensemble.recording) for run in ensemble.runs])
     metrics |= {"ensemble": ensemble.facts()} | ensemble.screening.facts()
     if ensemble.weights is not None:

@@ -1,127 +1,147 @@
-"""A network's predictions for a split and the metrics over all ranks."""
+"""Predicts a split with a network, over all ranks, and scores the predictions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from data_prep.common.errors import BadInput
 from data_prep.common.progress import Progress
-from data_prep.shards.manifest import Manifest, from_json_list
-from train.data.batches import StimulusSet
-from train.data.loader import Stimuli, evaluation_loader, fingerprint, rank_positions
+from train.data.batches import Batch, StimulusSet
+from train.data.loader import Stimuli, evaluation_loader, rank_positions
 from train.distributed.runtime import Runtime
-from train.evaluation.metrics import (
-    ClassCounts,
-    SiteMoments,
-    classification_report,
-    mean_score,
-    merge_all,
-    regression_report,
-    site_scores,
-)
+from train.evaluation.classification import ClassCounts
+from train.evaluation.metrics import mean_score, site_scores
+from train.evaluation.moments import SiteMoments
 from train.models.network import Network
 
-NOISE_OF_SCORED = "noise variance of the scored stimuli's repetitions"
 
-
-@dataclass
-class Scored:
-    """What an evaluation leaves, the same on every rank.
+@dataclass(frozen=True)
+class RecordingScores:
+    """What is known of a network's predictions of a recording's split; the same on every rank.
 
     Attributes:
-        moments: merged over ranks, see `train/evaluation/metrics.py`; None where there is nothing to compare with.
-        counts: right answers per class, summed over ranks; None for a network without classes.
-        rates: predictions of all stimuli in order, float32 (stimuli, sites), in the recording's units; None where they
-            were not kept or the network predicts none.
-        named: the likeliest class of all stimuli in order, int64 (stimuli,); None as for `rates`.
+        moments: of responses and predictions; None where the network predicts none or there are no responses.
+        counts: correct classifications; None where the network predicts no classes or there are no labels.
+        rates: predictions in the recording's units, float32 (stimuli, sites), in the order of the split; None where
+            the network predicts none or they were not kept.
+        classes: likeliest class, int64 (stimuli,), in the order of the split; None likewise.
     """
 
-    moments: torch.Tensor | None
-    counts: torch.Tensor | None
+    moments: SiteMoments | None
+    counts: ClassCounts | None
     rates: np.ndarray | None
-    named: np.ndarray | None = None
+    classes: np.ndarray | None = None
 
     def value(self, metric: str) -> float:
-        """The mean over sites of a metric, or "top1"."""
-        if metric == "top1":
-            return float(self.counts[1].sum() / self.counts[0].sum())
-        return mean_score(site_scores(self.moments)[metric])
+        """The mean over sites of a metric of responses, or the accuracy "top1".
+
+        Raises:
+            KeyError: the network predicts nothing that has this metric.
+        """
+        return self.means()[metric]
 
     def means(self) -> dict[str, float]:
-        """All metrics there are, as means over sites."""
-        found = {}
+        """Every metric's mean over sites, and the accuracy "top1"."""
+        means = {}
         if self.moments is not None:
-            found |= {name: mean_score(scores) for name, scores in site_scores(self.moments).items()}
-        return found | ({"top1": self.value("top1")} if self.counts is not None else {})
+            means |= {name: mean_score(per_site) for name, per_site in site_scores(self.moments).items()}
+        if self.counts is not None:
+            means["top1"] = self.counts.accuracy()
+        return means
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scores:
-    """Of several recordings, or of one, each on its own stimuli.
+    """Scores of one or several recordings, each on its own stimuli.
 
     Attributes:
-        of: by the name of the recording.
+        by_recording: by the recording's name.
     """
 
-    of: dict[str, Scored]
+    by_recording: dict[str, RecordingScores]
 
     def value(self, metric: str) -> float:
-        """The mean over recordings of a metric; NaN where one has no value."""
-        return float(np.mean([scored.value(metric) for scored in self.of.values()]))
+        """A metric's mean over recordings; NaN if it has no value for one of them."""
+        return float(np.mean([scores.value(metric) for scores in self.by_recording.values()]))
 
     def means(self) -> dict[str, float]:
-        """All metrics there are, as means over recordings."""
-        return mean_over([scored.means() for scored in self.of.values()])
+        """Every metric's mean over recordings."""
+        return mean_over_recordings([scores.means() for scores in self.by_recording.values()])
 
-    def told(self) -> dict[str, float]:
-        """`means`, and of several recordings each one's own."""
-        return told({name: scored.means() for name, scored in self.of.items()})
+    def chart_values(self) -> dict[str, float]:
+        """`means`, and with several recordings the metrics of each."""
+        return chart_values({name: scores.means() for name, scores in self.by_recording.items()})
 
     @property
-    def moments(self) -> torch.Tensor | None:
-        """Of the sites of all recordings, in order."""
-        each = [scored.moments for scored in self.of.values()]
-        return None if each[0] is None else torch.cat(each, dim=1)
+    def moments(self) -> SiteMoments | None:
+        """Of the sites of all recordings, one recording after the other."""
+        recordings = [scores.moments for scores in self.by_recording.values() if scores.moments is not None]
+        return SiteMoments.side_by_side(recordings) if recordings else None
 
 
-def mean_over(each: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def mean_over_recordings(recordings: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """The mean over recordings of every metric that all of them have."""
-    shared = [name for name in each[0] if all(name in means for means in each)]
-    return {name: float(np.mean([means[name] for means in each])) for name in shared}
+    shared = [name for name in recordings[0] if all(name in metrics for metrics in recordings)]
+    return {name: float(np.mean([metrics[name] for metrics in recordings])) for name in shared}
 
 
-def told(each: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Metrics of recordings as charts have them: `r2` is the mean, and of several, `recording/r2` is each one's own."""
-    own = {f"{recording}/{name}": value for recording, means in each.items() for name, value in means.items()}
-    return mean_over(list(each.values())) | (own if len(each) > 1 else {})
+def chart_values(by_recording: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Metrics under the names of their charts: `r2` is the mean; with several recordings, `NAME/r2` is that of one."""
+    values = mean_over_recordings(list(by_recording.values()))
+    if len(by_recording) > 1:
+        for recording, metrics in by_recording.items():
+            values |= {f"{recording}/{name}": value for name, value in metrics.items()}
+    return values
 
 
-def names_of(split: str, recordings: Sequence[str]) -> list[str]:
-    """What a split of each recording is called: `split`, and of several recordings `split/recording`."""
-    return [f"{split}/{recording}" if len(recordings) > 1 else split for recording in recordings]
+def chart_names(split: str, recordings: Iterable[str]) -> list[str]:
+    """The name of a split in the charts of each recording: `split`, or with several recordings `split/NAME`."""
+    names = list(recordings)
+    return [split] if len(names) == 1 else [f"{split}/{name}" for name in names]
 
 
-def score_each(network: Network, stimuli: StimulusSet, runtime: Runtime, **options: Any) -> Scores:
+def score_recordings(
+    network: Network, stimuli: StimulusSet, runtime: Runtime, *, batch_size: int, workers: int, keep_predictions: bool
+) -> Scores:
     """`score` the stimuli of each recording."""
-    return Scores({part.recording: score(network, part, runtime, **options) for part in stimuli.parts})
+    return Scores(
+        {
+            recording.recording: score(
+                network,
+                recording,
+                runtime,
+                batch_size=batch_size,
+                workers=workers,
+                keep_predictions=keep_predictions,
+            )
+            for recording in stimuli.parts
+        }
+    )
 
 
 @torch.no_grad()
 def score(
-    network: Network, stimuli: Stimuli, runtime: Runtime, *, batch_size: int, workers: int, keep: bool, label: str = ""
-) -> Scored:
+    network: Network,
+    stimuli: Stimuli,
+    runtime: Runtime,
+    *,
+    batch_size: int,
+    workers: int,
+    keep_predictions: bool,
+    label: str = "",
+) -> RecordingScores:
     """Predict every stimulus once, over all ranks, in float32 and with the network in evaluation mode.
 
     Args:
         network: on the runtime's device.
-        stimuli: of one recording, to predict; of the outputs, their `columns` are scored.
+        stimuli: of one recording; `stimuli.columns` are its sites among the network's outputs.
         runtime: this process.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
-        keep: whether to gather the predictions of all stimuli.
+        keep_predictions: whether to gather the predictions of all stimuli.
         label: of the progress bar; no bar without one.
 
     Raises:
@@ -130,104 +150,84 @@ def score(
     """
     was_training = network.training
     network.eval()
-    device, own = runtime.device, rank_positions(len(stimuli), runtime.rank, runtime.ranks)
+    scorer = _RankScorer(network, stimuli, runtime, keep_predictions)
     loader = evaluation_loader(
         stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu
     )
-    responses = network.objective.responses
-    sites = 0 if responses is None else responses.rate_mean[stimuli.columns].numel()
-    moments = SiteMoments(sites, device) if responses is not None and stimuli.rates is not None else None
-    counts = (
-        ClassCounts.zeros(network.heads["classes"].out_features, device)
-        if "classes" in network.heads and stimuli.labels is not None
-        else None
-    )
-    kept = torch.empty(len(own) if keep else 0, sites, device=device)
-    named = torch.empty(len(own) if keep else 0, dtype=torch.int64, device=device)
-    seen = 0
     with Progress(len(stimuli), label, silent=not (label and runtime.leads)) as progress:
         for batch in loader:
             runtime.beat()
-            there = int(batch.weight.sum())
-            batch = batch.to(device)
-            outputs = network(batch.images)
-            if "rates" in outputs:
-                rates = responses.in_units(outputs["rates"])[:, stimuli.columns]
-                if moments is not None:
-                    moments.add(rates, batch.rates, batch.weight)
-                if keep:
-                    kept[seen : seen + there] = rates[:there]
-            if counts is not None:
-                counts.add(outputs["classes"], batch.labels, batch.weight)
-            if keep and "classes" in outputs:
-                named[seen : seen + there] = outputs["classes"][:there].argmax(1)
-            seen += there
-            progress.advance(min(there * runtime.ranks, len(stimuli) - progress.done))
+            count = int(batch.weight.sum())
+            batch = batch.to(runtime.device)
+            scorer.add(network(batch.images), batch, count)
+            progress.advance(min(count * runtime.ranks, len(stimuli) - progress.done))
     network.train(was_training)
-    _check_count(runtime, seen, len(stimuli))
-    return Scored(
-        moments=None if moments is None else merge_all(runtime.all_gather(moments.state)),
-        counts=None if counts is None else runtime.sum(counts.stacked()),
-        rates=runtime.gather_rows(kept) if keep and responses is not None else None,
-        named=runtime.gather_rows(named) if keep and "classes" in network.heads else None,
-    )
+    return scorer.over_ranks()
 
 
-def _check_count(runtime: Runtime, seen: int, expected: int) -> None:
-    total = int(runtime.sum(torch.tensor(seen, device=runtime.device)))
-    if total != expected:
-        raise RuntimeError(f"the ranks evaluated {total} stimuli, but the split has {expected}")
+class _RankScorer:
+    """Accumulates the predictions of this rank's share of the stimuli, and what they are scored by."""
+
+    def __init__(self, network: Network, stimuli: Stimuli, runtime: Runtime, keep_predictions: bool):
+        self._runtime, self._stimuli, self._keep = runtime, stimuli, keep_predictions
+        self._responses = network.objective.responses
+        self._classifies = "classes" in network.heads
+        self._seen = 0
+        kept = len(rank_positions(len(stimuli), runtime.rank, runtime.ranks)) if keep_predictions else 0
+        device, sites = runtime.device, 0
+        self._moments: SiteMoments | None = None
+        if self._responses is not None:
+            sites = self._responses.rate_mean[stimuli.columns].numel()
+            if stimuli.rates is not None:
+                self._moments = SiteMoments.zeros(sites, device)
+        self._counts: ClassCounts | None = None
+        if self._classifies and stimuli.labels is not None:
+            head = network.heads["classes"]
+            assert isinstance(head, nn.Linear)
+            self._counts = ClassCounts.zeros(head.out_features, device)
+        self._rates = torch.empty(kept, sites, device=device)
+        self._classes = torch.empty(kept, dtype=torch.int64, device=device)
+
+    def add(self, outputs: Mapping[str, torch.Tensor], batch: Batch, count: int) -> None:
+        """Take in a batch, of which the first `count` stimuli are no padding."""
+        rows = slice(self._seen, self._seen + count)
+        if self._responses is not None:
+            rates = self._responses.in_units(outputs["rates"])[:, self._stimuli.columns]
+            if self._moments is not None:
+                assert batch.rates is not None
+                self._moments = self._moments.merge(SiteMoments.of(rates, batch.rates, batch.weight))
+            if self._keep:
+                self._rates[rows] = rates[:count]
+        if self._counts is not None:
+            assert batch.labels is not None
+            self._counts.add(outputs["classes"], batch.labels, batch.weight)
+        if self._keep and self._classifies:
+            self._classes[rows] = outputs["classes"][:count].argmax(1)
+        self._seen += count
+
+    def over_ranks(self) -> RecordingScores:
+        """The scores over all ranks.
+
+        Raises:
+            RuntimeError: the ranks together did not see every stimulus once.
+        """
+        runtime, expected = self._runtime, len(self._stimuli)
+        total = int(runtime.sum(torch.tensor(self._seen, device=runtime.device)))
+        if total != expected:
+            raise RuntimeError(f"the ranks evaluated {total} stimuli, but the split has {expected}")
+        return RecordingScores(
+            moments=None if self._moments is None else self._moments.over_ranks(runtime),
+            counts=None if self._counts is None else self._counts.over_ranks(runtime),
+            rates=runtime.gather_rows(self._rates) if self._keep and self._responses is not None else None,
+            classes=runtime.gather_rows(self._classes) if self._keep and self._classifies else None,
+        )
 
 
-def report(scored: Scored, stimuli: Stimuli, manifest: Manifest, split: str, ranks: int) -> dict[str, Any]:
-    """The content of metrics.json."""
-    metrics = report_head(stimuli.stimulus_ids, stimuli.rates, manifest, split, ranks)
-    if scored.moments is not None:
-        noise = stimuli.noise_of_rates()
-        metrics["regression"] = regression_block(scored.moments, scored.rates, stimuli.rates, manifest, noise)
-    if scored.counts is not None:
-        metrics["classification"] = classification_report(scored.counts, manifest.classes or [])
-    return metrics
-
-
-def report_head(
-    stimulus_ids: list[str], rates: np.ndarray | None, manifest: Manifest, split: str, ranks: int
-) -> dict[str, Any]:
-    """What every metrics.json begins with: what was scored, and by how many processes."""
-    head = {"split": split, "stimuli": len(stimulus_ids), "world_size": ranks, "recording": manifest.name}
-    head["fingerprint"] = fingerprint(stimulus_ids, rates)
-    return head | ({"simulated": True} if manifest.simulated else {})
-
-
-def regression_block(
-    moments: torch.Tensor, prediction: np.ndarray, target: np.ndarray, manifest: Manifest, noise: np.ndarray | None
-) -> dict[str, Any]:
-    """The `regression` block of metrics.json; every score that rests on a ceiling names it.
-
-    Args:
-        moments: of responses and predictions, merged over ranks.
-        prediction, target: (stimuli, sites).
-        manifest: has the reliability of each site where there are single trials.
-        noise: (stimuli, sites), noise variance of the targets, see `Stimuli.noise_of_rates`; or None.
-    """
-    ceiling = manifest.ceiling
-    reliability = None if ceiling is None else from_json_list(ceiling.reliability)
-    trained = np.array([mean is not None for mean in manifest.rates.mean])
-    block = regression_report(moments, prediction, target, manifest.site_ids, reliability, trained, noise)
-    if ceiling is not None:
-        block["ceiling"] |= ceiling.facts()
-        for name in ("ceiled_explained_variance", "ceiled_pearson_r"):
-            block[name]["ceiling"] = ceiling.method
-    if noise is not None:
-        block["feve"]["ceiling"] = NOISE_OF_SCORED
-    return block
-
-
-def check_not_empty(stimuli: Stimuli, ranks: int, split: str) -> None:
-    """Refuse more ranks than stimuli.
+def check_enough_stimuli(stimuli: Stimuli, ranks: int, split: str) -> None:
+    """Refuse more processes than stimuli.
 
     Raises:
-        BadInput: there are.
+        BadInput: there are more.
     """
     if len(stimuli) < ranks:
-        raise BadInput(f"{ranks} processes cannot share the {len(stimuli)} stimuli of {split!r}; start fewer")
+        raise BadInput(f"{ranks} processes cannot share the {len(stimuli)} stimuli of {split!r}; start fewer processes")

@@ -15,10 +15,11 @@ import torch
 from train.data.batches import Batch, StimulusSet
 from train.data.loader import Stimuli
 from train.distributed.runtime import Runtime
-from train.evaluation.metrics import SiteMoments, mean_score, merge_all, site_scores
+from train.evaluation.metrics import mean_score, site_scores
+from train.evaluation.moments import SiteMoments
 from train.evaluation.plots import encoded
 from train.evaluation.prediction_plots import draw_confusion, draw_extremes, draw_sites, mean_errors
-from train.evaluation.scoring import Scored, Scores, names_of, told
+from train.evaluation.scoring import RecordingScores, Scores, chart_names, chart_values
 from train.models.network import Network
 from train.run.monitor import Board, Monitor
 
@@ -86,19 +87,19 @@ class Watch:
         seen, self._seen, self._count = self._seen, deque(), 0
         rates, classes = self._response_means(seen), self._class_means(seen)
         each = {part.recording: a | b for part, a, b in zip(self._fit.parts, rates, classes, strict=True)}
-        return told(each)
+        return chart_values(each)
 
     def _response_means(self, seen: deque[_Said]) -> list[dict[str, float]]:
         """Of each recording."""
         responses = self._objective.responses
         if responses is None:
             return [{} for _ in self._fit.parts]
-        moments = SiteMoments(responses.rate_mean.numel(), self._runtime.device)
+        moments = SiteMoments.zeros(responses.rate_mean.numel(), self._runtime.device)
         if seen:
             rates = torch.cat([responses.in_units(said.outputs["rates"]) for said in seen])
             target, weight = (torch.cat([getattr(said, name) for said in seen]) for name in ("rates", "weight"))
-            moments.add(rates, target, weight)
-        scores = site_scores(merge_all(self._runtime.all_gather(moments.state)))
+            moments = SiteMoments.of(rates, target, weight)
+        scores = site_scores(moments.over_ranks(self._runtime))
         shown = ("pearson_r",) if responses.ignores_offsets else tuple(scores)
         means = [{name: mean_score(scores[name][part.columns]) for name in shown} for part in self._fit.parts]
         return [{name: value for name, value in each.items() if np.isfinite(value)} for each in means]
@@ -128,17 +129,17 @@ class Watch:
         board, started = self._monitor.board, time.monotonic()
         if board is None:
             return
-        called = names_of(self._split, list(scored.of))
-        for name, part in zip(called, scored.of.values(), strict=True):
+        called = chart_names(self._split, scored.by_recording)
+        for name, part in zip(called, scored.by_recording.values(), strict=True):
             draw_numbers(board, name, part, step)
         if self._spent + self._cost <= SHARE * self._trained:
-            for name, part, stimuli in zip(called, scored.of.values(), self._selection.parts, strict=True):
+            for name, part, stimuli in zip(called, scored.by_recording.values(), self._selection.parts, strict=True):
                 draw_figures(board, name, part, stimuli, step)
             self._cost = time.monotonic() - started
             self._spent += self._cost
 
 
-def draw_numbers(board: Board, split: str, scored: Scored, step: int) -> None:
+def draw_numbers(board: Board, split: str, scored: RecordingScores, step: int) -> None:
     """The distribution of the sites' R2."""
     if scored.moments is None:
         return
@@ -147,7 +148,7 @@ def draw_numbers(board: Board, split: str, scored: Scored, step: int) -> None:
         board.histogram(f"{split}/r2_of_sites", r2[np.isfinite(r2)], step)
 
 
-def draw_figures(board: Board, split: str, scored: Scored, stimuli: Stimuli, step: int) -> None:
+def draw_figures(board: Board, split: str, scored: RecordingScores, stimuli: Stimuli, step: int) -> None:
     """Sites, stimuli and objects of a split that was scored and whose predictions were kept.
 
     Images of remote stimuli are not fetched for it.
@@ -162,8 +163,8 @@ def draw_figures(board: Board, split: str, scored: Scored, stimuli: Stimuli, ste
         if np.isfinite(errors).any() and not stimuli.split.is_remote:
             board.figure(f"{split}/most over- and underestimated", _extremes(errors, stimuli), step)
     classes = stimuli.split.manifest.classes or []
-    if scored.named is not None and stimuli.labels is not None and len(classes) <= MOST_CLASSES:
-        figure = draw_confusion(classes, stimuli.labels, scored.named, f"{split}, step {step}")
+    if scored.classes is not None and stimuli.labels is not None and len(classes) <= MOST_CLASSES:
+        figure = draw_confusion(classes, stimuli.labels, scored.classes, f"{split}, step {step}")
         board.figure(f"{split}/which object was named for which", encoded(figure), step)
 
 

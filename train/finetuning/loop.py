@@ -16,8 +16,8 @@ from train.data.loader import TrainLoader
 from train.data.order import stream_seed
 from train.distributed.engine import Engine, average_batch_statistics, batch_statistics
 from train.distributed.runtime import Runtime
-from train.evaluation.metrics import least_squares_lines
-from train.evaluation.scoring import Scores, score_each
+from train.evaluation.metrics import LOWER_IS_BETTER
+from train.evaluation.scoring import Scores, score_recordings
 from train.finetuning.bottlenecks import Pace
 from train.finetuning.charts import Watch
 from train.finetuning.ema import RunningAverage
@@ -31,7 +31,6 @@ from train.run.monitor import Monitor
 from train.run.recipe import Recipe
 
 STEPS_BETWEEN_LOOKS = 10
-LOWER_IS_BETTER = ("mse",)
 
 
 @dataclass
@@ -273,13 +272,27 @@ class Training:
         if self.average is not None:
             self.average.gather()
             average_batch_statistics(network, self.runtime)
-        options = {"batch_size": evaluation_batch_size(self.recipe), "workers": self.workers}
+        batch_size = evaluation_batch_size(self.recipe)
         responses = network.objective.responses
         if responses is not None and responses.ignores_offsets:
             responses.reset()
-            scores = score_each(network, self.loader.stimuli, self.runtime, **options, keep=False)
-            responses.calibrate(least_squares_lines(scores.moments))
-        return score_each(network, self.selection, self.runtime, **options, keep=True)
+            scores = score_recordings(
+                network,
+                self.loader.stimuli,
+                self.runtime,
+                batch_size=batch_size,
+                workers=self.workers,
+                keep_predictions=False,
+            )
+            responses.calibrate(scores.moments.least_squares_lines())
+        return score_recordings(
+            network,
+            self.selection,
+            self.runtime,
+            batch_size=batch_size,
+            workers=self.workers,
+            keep_predictions=True,
+        )
 
     def _select(self, scored: Scores) -> bool:
         """Compare with the best epoch so far; all ranks see the same reduced numbers and decide alike.
@@ -289,10 +302,12 @@ class Training:
         """
         metric, best = self.progress.selection_metric, self.progress.best
         value = scored.value(metric)
-        if math.isnan(value) and scored.moments is not None and not bool(torch.isfinite(scored.moments).all()):
+        if math.isnan(value) and scored.moments is not None and not scored.moments.is_finite():
             raise RunFailed(f"{DIVERGED}its predictions are not finite; lower optimizer.lr or set optimizer.clip_norm")
         if math.isnan(value):
-            part = next(part for part in self.selection.parts if math.isnan(scored.of[part.recording].value(metric)))
+            part = next(
+                part for part in self.selection.parts if math.isnan(scored.by_recording[part.recording].value(metric))
+            )
             raise RunFailed(
                 f"{metric} has no value on the {len(part)} stimuli of {self.progress.selection_split} of "
                 f"{part.recording}: too few, or constant responses or predictions; raise early_stopping.inner_fraction "
@@ -344,13 +359,15 @@ class Training:
         """Write a line, points in charts, and a line of history.jsonl, which has all `facts`."""
         progress, means = self.progress, scored.means()
         shown = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
-        each = {name: part.means() for name, part in scored.of.items()} if len(scored.of) > 1 else {}
+        each = (
+            {name: part.means() for name, part in scored.by_recording.items()} if len(scored.by_recording) > 1 else {}
+        )
         if each:
             of_each = ", ".join(f"{name} {part[progress.selection_metric]:.4f}" for name, part in each.items())
             shown += f"  ({progress.selection_metric}: {of_each})"
         speed = f"  {facts['images_per_second']:,.0f} images/s" if "images_per_second" in facts else ""
         self.monitor.say(f"{where}  {progress.selection_split}: {shown}{speed}{'  *' if best else ''}")
-        charts = {f"{progress.selection_split}/{name}": value for name, value in scored.told().items()}
+        charts = {f"{progress.selection_split}/{name}": value for name, value in scored.chart_values().items()}
         charts |= {f"train/{name}": value for name, value in as_trained.items()}
         charts["selection/value"] = means[progress.selection_metric]
         self.monitor.scalars(charts, progress.step)

@@ -22,7 +22,7 @@ from train.data.recordings import Divided, Recordings
 from train.data.streaming import StreamLoader
 from train.distributed.launch_environment import rank, ranks_on_machine, uses_gpu, world_size
 from train.distributed.strategy import chosen_strategy, fill_deepspeed, zero_stage
-from train.evaluation.scoring import check_not_empty
+from train.evaluation.scoring import check_enough_stimuli
 from train.finetuning.training_targets import learn_from_teacher, site_weights, with_rates_of
 from train.models.losses import RESPONSE_LOSSES
 from train.run.folder import RunFolder
@@ -208,7 +208,7 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
     divided = recordings.divide(recipe, screening)
     fit, selection = training_stimuli(recordings, divided, recipe)
     for part in selection.parts:
-        check_not_empty(part, ranks, recipe.early_stopping.split)
+        check_enough_stimuli(part, ranks, recipe.early_stopping.split)
     remarks = [*screening.warnings(), *remarks_on(folders, recipe.loader), *remarks_on_division(recordings, divided)]
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
     loader_type = StreamLoader if recipe.loader.engine == "webdataset" else TrainLoader

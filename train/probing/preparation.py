@@ -18,7 +18,7 @@ from train.data.image_cache import ImageCaches
 from train.data.loader import Stimuli, workers_per_rank
 from train.data.order import nested_subset
 from train.distributed.launch_environment import ranks_on_machine, world_size
-from train.evaluation.scoring import check_not_empty
+from train.evaluation.scoring import check_enough_stimuli
 from train.models.backbone import Backbone
 from train.models.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
 from train.models.joined_layers import parts_of
@@ -111,7 +111,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
     screening = Screening(recipe.loader)
     splits, partitions = _splits_and_partitions(shards, split, recipe, size, screening)
     for name, stimuli in splits.items():
-        check_not_empty(stimuli, world_size(), name)
+        check_enough_stimuli(stimuli, world_size(), name)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
     look, layers = PixelFeatures(), [PIXELS]
     if recipe.layers != [PIXELS]:

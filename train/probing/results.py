@@ -9,9 +9,9 @@ import torch
 
 from data_prep.common.atomic_writes import write_bytes, write_json, write_npz
 from data_prep.shards.manifest import to_json_list
-from train.evaluation.metrics import SiteMoments
+from train.evaluation.metrics_report import regression_block, report_head
+from train.evaluation.moments import SiteMoments
 from train.evaluation.plots import layer_figure, layer_label
-from train.evaluation.scoring import regression_block, report_head
 from train.probing.layers import Layer
 from train.probing.preparation import Job
 from train.run.folder import LEFT_OUT
@@ -56,9 +56,8 @@ def _selected_on(job: Job) -> str:
 
 def _block(job: Job, prediction: np.ndarray) -> dict[str, Any]:
     rates = job.rates[job.scored]
-    moments = SiteMoments(prediction.shape[1])
-    moments.add(torch.from_numpy(prediction), torch.from_numpy(rates))
-    return regression_block(moments.state, prediction, rates, job.manifest, job.noise)
+    moments = SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(rates))
+    return regression_block(moments, prediction, rates, job.manifest, job.noise)
 
 
 def _layer_report(job: Job, layer: Layer) -> dict[str, Any]:

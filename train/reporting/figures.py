@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.evaluation.comparison import LOWER_IS_BETTER
+from train.evaluation.metrics import LOWER_IS_BETTER
 from train.evaluation.plots import (
     BLUE,
     GREEN,

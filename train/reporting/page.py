@@ -16,7 +16,7 @@ from importlib.resources import files
 
 import yaml
 
-from train.evaluation.comparison import LOWER_IS_BETTER
+from train.evaluation.metrics import LOWER_IS_BETTER
 from train.reporting import published
 from train.reporting.data_efficiency import notes
 from train.reporting.figures import CONFUSION, Figure

@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from data_prep.common import locks
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
-from train.finetuning.loop import LOWER_IS_BETTER
+from train.evaluation.metrics import LOWER_IS_BETTER
 from train.sweeping.search import Plan, Range, SweepFolder, as_choice
 from train.sweeping.supervised_process import seconds_since
 

@@ -18,7 +18,7 @@ from data_prep.common import locks
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.shards.manifest import Manifest
 from train.evaluation import plots
-from train.finetuning.loop import LOWER_IS_BETTER
+from train.evaluation.metrics import LOWER_IS_BETTER
 from train.run.folder import RunFolder
 from train.sweeping.queue import Entry, Study
 from train.sweeping.search import SEED, Plan, SweepFolder, as_choice

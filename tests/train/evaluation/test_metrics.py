@@ -1,6 +1,7 @@
 """The metrics: equal to scikit-learn's, to the last digits, however the stimuli are dealt out to ranks."""
 
 import json
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -17,18 +18,13 @@ from sklearn.metrics import (
     top_k_accuracy_score,
 )
 
+from data_prep.ceiling import percentile_interval
 from data_prep.common.errors import RunFailed
-from train.evaluation.metrics import (
-    ClassCounts,
-    SiteMoments,
-    bootstrap_means,
-    classification_report,
-    fraction_of_explainable_variance,
-    merge_all,
-    percentile_interval,
-    regression_report,
-    site_scores,
-)
+from train.evaluation.classification import ClassCounts, classification_report
+from train.evaluation.confidence_intervals import bootstrap_means
+from train.evaluation.metrics import fraction_of_explainable_variance, site_scores
+from train.evaluation.metrics_report import regression_report
+from train.evaluation.moments import SiteMoments
 
 settings.register_profile("unhurried", deadline=None)  # the machine may be busy
 settings.load_profile("unhurried")
@@ -50,10 +46,8 @@ def made(stimuli=STIMULI, sites=SITES, missing=0.2, seed=0):
 
 def moments(prediction, target, weight=None):
     """All stimuli taken in at once by one rank."""
-    sums = SiteMoments(target.shape[1])
     weight = None if weight is None else torch.from_numpy(weight)
-    sums.add(torch.from_numpy(prediction), torch.from_numpy(target), weight)
-    return sums.state
+    return SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(target), weight)
 
 
 def scores(prediction, target):
@@ -119,7 +113,7 @@ def test_a_large_offset_does_not_cancel():
     near = scores(prediction, target)
     assert_same_scores(scores(prediction + 1e6, target + 1e6), near)
     parts = [moments(prediction[i::7] + 1e6, target[i::7] + 1e6) for i in range(7)]
-    assert_same_scores(site_scores(merge_all(torch.stack(parts))), near)
+    assert_same_scores(site_scores(reduce(SiteMoments.merge, parts)), near)
     sites_far_apart = 1e6 * np.arange(SITES)
     assert_same_scores(scores(prediction + sites_far_apart, target + sites_far_apart), near)
 
@@ -206,15 +200,15 @@ def test_any_partition_over_ranks_gives_the_same(partition, offset):
     prediction, target = made(missing=0.3)
     target += np.float32(offset)
     prediction += np.float32(offset)
-    states = []
+    per_rank = []
     for rank in range(ranks):
         mine = np.flatnonzero(np.array(rank_of) == rank)
-        sums = SiteMoments(SITES)
+        merged = SiteMoments.zeros(SITES)
         for start in range(0, len(mine), size):
             batch = mine[start : start + size]
-            sums.add(torch.from_numpy(prediction[batch]), torch.from_numpy(target[batch]))
-        states.append(sums.state)
-    assert_same_scores(site_scores(merge_all(torch.stack(states))), scores(prediction, target))
+            merged = merged.merge(moments(prediction[batch], target[batch]))
+        per_rank.append(merged)
+    assert_same_scores(site_scores(reduce(SiteMoments.merge, per_rank)), scores(prediction, target))
 
 
 def test_weight_zero_leaves_a_stimulus_out_whatever_it_holds():
@@ -227,9 +221,9 @@ def test_weight_zero_leaves_a_stimulus_out_whatever_it_holds():
 
 def test_no_stimuli_give_no_scores_and_change_nothing():
     prediction, target = made()
-    nothing = SiteMoments(SITES).state
+    nothing = SiteMoments.zeros(SITES)
     assert all(np.isnan(values).all() for values in site_scores(nothing).values())
-    joined = merge_all(torch.stack([nothing, moments(prediction, target), nothing]))
+    joined = nothing.merge(moments(prediction, target)).merge(nothing)
     assert_same_scores(site_scores(joined), scores(prediction, target), rtol=1e-14)
 
 
@@ -366,17 +360,15 @@ def test_classification_is_scikit_learns(ranks):
     labels = rng.integers(0, classes - 1, n)  # the last class is never shown
     logits = rng.normal(size=(n, classes)).astype(np.float32)
     logits[np.arange(n), labels] += 1.5
-    total = torch.zeros(3, classes, dtype=torch.int64)
+    counts = ClassCounts.zeros(classes)
     for rank in range(ranks):
-        counts = ClassCounts.zeros(classes)
         mine = np.arange(n)[rank::ranks]
         padded = np.concatenate([mine, np.zeros(3, int)])
         weight = torch.tensor([1.0] * len(mine) + [0.0] * 3)
         half = len(padded) // 2
         for part in (slice(None, half), slice(half, None)):
             counts.add(torch.from_numpy(logits[padded[part]]), torch.from_numpy(labels[padded[part]]), weight[part])
-        total += counts.stacked()
-    block = classification_report(total, names)
+    block = classification_report(counts, names)
     guess = logits.argmax(axis=1)
     assert block["top1"] == pytest.approx(accuracy_score(labels, guess))
     assert block["top5"] == pytest.approx(top_k_accuracy_score(labels, logits, k=5, labels=range(classes)))
@@ -389,5 +381,5 @@ def test_classification_is_scikit_learns(ranks):
 def test_fewer_classes_than_five():
     counts = ClassCounts.zeros(3)
     counts.add(torch.tensor([[3.0, 1, 2], [1, 3, 2]]), torch.tensor([0, 0]), torch.ones(2))
-    block = classification_report(counts.stacked(), ["a", "b", "c"])
+    block = classification_report(counts, ["a", "b", "c"])
     assert (block["top1"], block["top5"], block["per_class"]) == (0.5, 1.0, {"a": 0.5})

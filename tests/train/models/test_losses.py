@@ -12,7 +12,7 @@ from scipy import stats
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import Manifest
 from train.data.loader import Batch, Stimuli, TrainLoader
-from train.evaluation.metrics import SiteMoments, least_squares_lines
+from train.evaluation.moments import SiteMoments
 from train.models.losses import Correlation, Objective, PoissonLikelihood, SiteLines, SquaredError, cross_entropy
 from train.models.network import Network
 from train.run.recipe import Recipe
@@ -453,9 +453,7 @@ def test_calibration_makes_the_line_from_predictions_to_responses_the_identity(r
 
 
 def lines_of(loss: Correlation, outputs: torch.Tensor, rates: torch.Tensor) -> SiteLines:
-    moments = SiteMoments(SITES)
-    moments.add(loss.in_units(outputs), rates)
-    return least_squares_lines(moments.state)
+    return SiteMoments.of(loss.in_units(outputs), rates).least_squares_lines()
 
 
 def test_the_lines_are_saved_with_the_network(rates, manifest, outputs):

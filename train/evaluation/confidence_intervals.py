@@ -1,0 +1,99 @@
+"""Bootstrap resamples of the mean scores, from which confidence intervals are read."""
+
+import numpy as np
+import torch
+
+from train.evaluation.metrics import all_scores, mean_noise
+from train.evaluation.moments import SiteMoments
+
+BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED = 1000, 0
+RESAMPLES_AT_ONCE = 100
+
+
+def bootstrap_means(
+    prediction: np.ndarray,
+    response: np.ndarray,
+    resamples: int = BOOTSTRAP_RESAMPLES,
+    seed: int = BOOTSTRAP_SEED,
+    reliability: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
+    """Each metric's mean over sites on bootstrap resamples of the stimuli (Efron 1979).
+
+    All sites of a resample see the same stimuli, so the spread includes what sites share. The reliability is taken as
+    known: the spread is that of the score, not of its ceiling.
+
+    Args:
+        prediction, response: (stimuli, sites); NaN responses are left out.
+        resamples: number of resamples.
+        seed: of the resampling.
+        reliability: (sites,), for the scores relative to it.
+        noise: (stimuli, sites), noise variance of each response, for FEVE.
+
+    Returns:
+        Per metric float64 (resamples,).
+    """
+    moments = SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(response))
+    scores = all_scores(moments, reliability, mean_noise(noise, response))
+    undefined = {name: np.isnan(per_site) for name, per_site in scores.items()}
+    means: dict[str, list[np.ndarray]] = {name: [] for name in scores}
+
+    summands = _summands(prediction, response, noise)
+    columns = np.concatenate(list(summands.values()), axis=1)
+    stimuli, sites = response.shape
+    # The sites of all resamples of a round are handled side by side, as if there were that many more sites.
+    tiled_reliability = None if reliability is None else np.tile(reliability, RESAMPLES_AT_ONCE)
+    generator = np.random.default_rng(seed)
+    for _ in range(0, resamples, RESAMPLES_AT_ONCE):
+        draws = generator.multinomial(stimuli, np.full(stimuli, 1 / stimuli), size=RESAMPLES_AT_ONCE)
+        totals = (draws.astype(np.float64) @ columns).reshape(RESAMPLES_AT_ONCE, len(summands), sites).swapaxes(0, 1)
+        sums = dict(zip(summands, totals.reshape(len(summands), -1), strict=True))
+        noise_mean = None if noise is None else sums["noise"] / np.maximum(sums["count"], 1)
+        for name, per_site in all_scores(_moments_of_sums(sums), tiled_reliability, noise_mean).items():
+            per_resample = per_site.reshape(RESAMPLES_AT_ONCE, sites)
+            means[name].append(_mean_of_rows(np.where(undefined[name], np.nan, per_resample)))
+    return {name: np.concatenate(values)[:resamples] for name, values in means.items()}
+
+
+def _summands(prediction: np.ndarray, response: np.ndarray, noise: np.ndarray | None) -> dict[str, np.ndarray]:
+    """What is summed over the stimuli of a resample, each float64 (stimuli, sites).
+
+    Responses and predictions are centred on the mean response, so that the sums of squares do not cancel.
+    """
+    recorded = ~np.isnan(response)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        centre = np.where(recorded, response, 0).sum(axis=0, dtype=np.float64) / recorded.sum(axis=0)
+    y = np.where(recorded, response - centre, 0).astype(np.float64)
+    p = np.where(recorded, prediction - centre, 0).astype(np.float64)
+    summands = {"count": recorded.astype(np.float64), "y": y, "p": p, "yy": y * y, "pp": p * p, "yp": y * p}
+    if noise is not None:
+        summands["noise"] = np.where(recorded, noise, 0)
+    return summands
+
+
+def _moments_of_sums(sums: dict[str, np.ndarray]) -> SiteMoments:
+    """Moments from the sums of `_summands` over the stimuli of a resample."""
+    count, y, p = sums["count"], sums["y"], sums["p"]
+    divisor = np.maximum(count, 1)
+    response_squares = sums["yy"] - y * y / divisor
+    prediction_squares = sums["pp"] - p * p / divisor
+    products = sums["yp"] - y * p / divisor
+    # A resample in which the site did not vary.
+    response_squares = np.where(response_squares > 1e-12 * sums["yy"], response_squares, 0)
+    return SiteMoments(
+        count=torch.from_numpy(count),
+        response_mean=torch.from_numpy(y / divisor),
+        prediction_mean=torch.from_numpy(p / divisor),
+        residual_mean=torch.from_numpy((y - p) / divisor),
+        response_squares=torch.from_numpy(response_squares),
+        prediction_squares=torch.from_numpy(prediction_squares),
+        residual_squares=torch.from_numpy(np.maximum(response_squares + prediction_squares - 2 * products, 0)),
+        products=torch.from_numpy(products),
+    )
+
+
+def _mean_of_rows(scores: np.ndarray) -> np.ndarray:
+    """`mean_score` of each row."""
+    defined = ~np.isnan(scores)
+    with np.errstate(invalid="ignore"):
+        return np.where(defined, scores, 0).sum(1) / defined.sum(1)

@@ -1,0 +1,129 @@
+"""The content of metrics.json."""
+
+from typing import Any
+
+import numpy as np
+
+from data_prep.ceiling import percentile_interval
+from data_prep.common.errors import DIVERGED, RunFailed
+from data_prep.shards.manifest import Manifest, from_json_list, to_json_list
+from train.data.loader import Stimuli, fingerprint
+from train.evaluation.classification import classification_report
+from train.evaluation.confidence_intervals import bootstrap_means
+from train.evaluation.metrics import LEAST_RELIABILITY, all_scores, mean_noise, mean_score
+from train.evaluation.moments import SiteMoments
+from train.evaluation.scoring import RecordingScores
+
+FEVE_CEILING = "noise variance of the scored stimuli's repetitions"
+
+
+def metrics_report(
+    scores: RecordingScores, stimuli: Stimuli, manifest: Manifest, split: str, ranks: int
+) -> dict[str, Any]:
+    """What metrics.json says of a network's scores on a split."""
+    metrics = report_head(stimuli.stimulus_ids, stimuli.rates, manifest, split, ranks)
+    if scores.moments is not None:
+        assert scores.rates is not None, "the predictions of a report are kept"
+        assert stimuli.rates is not None
+        noise = stimuli.noise_of_rates()
+        metrics["regression"] = regression_block(scores.moments, scores.rates, stimuli.rates, manifest, noise)
+    if scores.counts is not None:
+        metrics["classification"] = classification_report(scores.counts, manifest.classes or [])
+    return metrics
+
+
+def report_head(
+    stimulus_ids: list[str], rates: np.ndarray | None, manifest: Manifest, split: str, ranks: int
+) -> dict[str, Any]:
+    """What every metrics.json begins with: what was scored, and on how many processes."""
+    head = {
+        "split": split,
+        "stimuli": len(stimulus_ids),
+        "world_size": ranks,
+        "recording": manifest.name,
+        "fingerprint": fingerprint(stimulus_ids, rates),
+    }
+    if manifest.simulated:
+        head["simulated"] = True
+    return head
+
+
+def regression_block(
+    moments: SiteMoments, prediction: np.ndarray, response: np.ndarray, manifest: Manifest, noise: np.ndarray | None
+) -> dict[str, Any]:
+    """The `regression` block for the sites of a recording; every score that rests on a ceiling names it.
+
+    Args:
+        moments: of responses and predictions, of all ranks.
+        prediction, response: (stimuli, sites).
+        manifest: has the reliability of each site where there are single trials.
+        noise: (stimuli, sites), noise variance of the responses (`Stimuli.noise_of_rates`), or None.
+
+    Raises:
+        RunFailed: a prediction is NaN or infinite.
+    """
+    ceiling = manifest.ceiling
+    reliability = None if ceiling is None else from_json_list(ceiling.reliability)
+    trained = np.array([mean is not None for mean in manifest.rates.mean])
+    block = regression_report(moments, prediction, response, manifest.site_ids, reliability, trained, noise)
+    if ceiling is not None:
+        block["ceiling"] |= ceiling.facts()
+        for name in ("ceiled_explained_variance", "ceiled_pearson_r"):
+            block[name]["ceiling"] = ceiling.method
+    if noise is not None:
+        block["feve"]["ceiling"] = FEVE_CEILING
+    return block
+
+
+def regression_report(
+    moments: SiteMoments,
+    prediction: np.ndarray,
+    response: np.ndarray,
+    site_ids: list[str],
+    reliability: np.ndarray | None,
+    trained: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """Every metric's mean, median, confidence interval and values per site.
+
+    Args:
+        moments: of responses and predictions, of all ranks.
+        prediction, response: (stimuli, sites), for the intervals.
+        site_ids: of the sites.
+        reliability: of the trial average, float64 (sites,), or None.
+        trained: bool (sites,), the sites that a model can have predictions for; all by default.
+        noise: noise variance of each response, float64 (stimuli, sites), or None.
+
+    Raises:
+        RunFailed: a prediction is NaN or infinite.
+    """
+    predicted = prediction if trained is None else prediction[:, trained]
+    if not np.isfinite(predicted).all():
+        raise RunFailed(f"{DIVERGED}the predictions contain NaN or infinity")
+    scores = all_scores(moments, reliability, mean_noise(noise, response))
+    resampled = dict.fromkeys(scores, np.empty(0))
+    if len(response) > 1:
+        resampled = bootstrap_means(prediction, response, reliability=reliability, noise=noise)
+    report: dict[str, Any] = {
+        name: _summary(per_site, percentile_interval(resampled[name])) for name, per_site in scores.items()
+    }
+    undefined = np.isnan(scores["r2"])
+    if undefined.any():
+        report["sites_without_r2"] = [site_ids[site] for site in np.flatnonzero(undefined)]
+    if reliability is not None:
+        report["ceiling"] = _averages(reliability) | {"per_site": to_json_list(reliability)}
+        report["least_reliability"] = LEAST_RELIABILITY
+        unreliable = ~(reliability >= LEAST_RELIABILITY)
+        if unreliable.any():
+            report["unreliable_sites"] = [site_ids[site] for site in np.flatnonzero(unreliable)]
+    return report
+
+
+def _summary(per_site: np.ndarray, ci95: list[float] | None) -> dict[str, Any]:
+    return _averages(per_site) | {"ci95": ci95, "per_site": to_json_list(per_site)}
+
+
+def _averages(per_site: np.ndarray) -> dict[str, Any]:
+    median = np.nanmedian(per_site) if np.isfinite(per_site).any() else np.nan
+    mean, median = to_json_list([mean_score(per_site), float(median)])
+    return {"mean": mean, "median": median}
