@@ -1,12 +1,12 @@
-"""How well any model could do: what of trial-averaged responses is signal, and what is noise that no image explains.
+"""Noise ceilings: how much of the variance of trial-averaged responses is signal, and so how well any model could do.
 
 With n repetitions of each of S stimuli, s^2 the variance of a site's mean rates over stimuli and v that of its single
-trials about them, the reliability of the trial average is rho = s^2 / (s^2 + v / n). Two ways lead to it:
+trials about them, the reliability of the trial average is rho = s^2 / (s^2 + v / n). It is estimated in two ways:
 
 - variance components (analysis of variance): V, the variance of the trial averages, estimates s^2 + v / n, and the
   variance of the repetitions about their average estimates v. `VarianceComponents` has everything that follows.
-- split halves: the repetitions are split at random, the half averages correlated, and the correlation corrected to all
-  repetitions (Spearman 1910; Brown 1910).
+- split halves: the repetitions are split at random, the half averages are correlated over stimuli, and the correlation
+  is corrected to the full number of repetitions (Spearman 1910; Brown 1910).
 
 rho bounds R2 and explained variance; its square root bounds Pearson's r. docs/metrics.md compares their biases.
 """
@@ -16,66 +16,89 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.shards.manifest import Ceiling, to_json_list
-
-CONSTANT = 1e-24  # a variance below this part of the squared mean is what float64 rounding makes of a constant
-LEAST_STIMULI = 4  # with two repetitions; the unbiased estimate needs more than three
+CONSTANT = 1e-24  # a variance below this fraction of the squared mean is float64 rounding of a constant
+LEAST_STIMULI = 4  # with at least two repetitions; the unbiased estimate needs more than three
 RESAMPLES, BOOTSTRAP_SEED = 1000, 0
+RANDOM_SPLITS, SPLIT_SEED = 100, 0
 _RESAMPLES_AT_ONCE = 100
 
-UNBIASED = "variance components of repetitions and stimuli, unbiased"
-RANDOM_SPLITS, SPLIT_SEED = 100, 0
+
+@dataclass(frozen=True)
+class CeilingEstimate:
+    """Noise ceilings of a recording; all float64, the last axis is sites, NaN where a site has no estimate.
+
+    Attributes:
+        repetitions: (stimuli,), of each stimulus with at least two.
+        reliability: of the trial average, from variance components.
+        resampled: (RESAMPLES, sites), the reliability on bootstrap resamples of the stimuli.
+        split_half: the split-half estimate of the reliability, over RANDOM_SPLITS.
+        ncsnr, noise_ceiling, explainable_share: see `VarianceComponents`.
+    """
+
+    repetitions: np.ndarray
+    reliability: np.ndarray
+    resampled: np.ndarray
+    split_half: np.ndarray
+    ncsnr: np.ndarray
+    noise_ceiling: np.ndarray
+    explainable_share: np.ndarray
+
+    @property
+    def ci95(self) -> list[list[float] | None]:
+        """95 % confidence interval of each site's reliability."""
+        return [percentile_interval(values) for values in self.resampled.T]
+
+    @property
+    def mean_ci95(self) -> list[float] | None:
+        """95 % confidence interval of the mean reliability over sites."""
+        known = ~np.isnan(self.resampled)
+        with np.errstate(invalid="ignore"):
+            return percentile_interval(np.where(known, self.resampled, 0).sum(axis=1) / known.sum(axis=1))
 
 
-def estimate_ceiling(blocks: Iterable[np.ndarray]) -> Ceiling | None:
-    """All that a manifest says of ceilings; None where no stimulus has two repetitions.
+def estimate_ceiling(blocks: Iterable[np.ndarray]) -> CeilingEstimate | None:
+    """Estimate the noise ceiling of every site; None where no stimulus has two repetitions.
 
     Args:
-        blocks: of sites, one after the other: float (stimuli, repetitions, sites), NaN = missing. A site's estimates
-            are the same however the sites are cut into blocks.
+        blocks: the trials of some sites after the other, each float (stimuli, repetitions, sites), NaN = missing. A
+            site's estimates do not depend on how the sites are cut into blocks.
     """
-    estimates = [_estimate(trials) for trials in blocks]
-    repetitions = np.max([found.pop("repetitions") for found in estimates], axis=0)
-    repetitions = repetitions[repetitions >= 2]
-    if not repetitions.size:
+    estimates = [_estimate_block(trials) for trials in blocks]
+    repetitions = np.max([block.repetitions for block in estimates], axis=0)
+    if not (repetitions >= 2).any():
         return None
-    found = {name: np.concatenate([part[name] for part in estimates], axis=-1) for name in estimates[0]}
-    resampled = found.pop("resampled")
-    return Ceiling(
-        method=UNBIASED,
-        random_splits=RANDOM_SPLITS,
-        seed=SPLIT_SEED,
-        stimuli=len(repetitions),
-        repetitions={"min": repetitions.min(), "mean": repetitions.mean(), "max": repetitions.max()},
-        ci95=[percentile_interval(site) for site in resampled.T],
-        mean_ci95=percentile_interval(_mean_over_sites(resampled)),
-        **{name: to_json_list(values) for name, values in found.items()},
+
+    def of_all_sites(name: str) -> np.ndarray:
+        return np.concatenate([getattr(block, name) for block in estimates], axis=-1)
+
+    return CeilingEstimate(
+        repetitions=repetitions[repetitions >= 2],
+        reliability=of_all_sites("reliability"),
+        resampled=of_all_sites("resampled"),
+        split_half=of_all_sites("split_half"),
+        ncsnr=of_all_sites("ncsnr"),
+        noise_ceiling=of_all_sites("noise_ceiling"),
+        explainable_share=of_all_sites("explainable_share"),
     )
 
 
-def _estimate(trials: np.ndarray) -> dict[str, np.ndarray]:
-    """The estimates of a block of sites, under their names in the manifest; the sites are the last axis."""
-    statistics = TrialStatistics.of(trials)
-    found = variance_components(statistics)
-    return {
-        "repetitions": statistics.count.max(axis=1),
-        "resampled": bootstrap_reliability(statistics),
-        "reliability": found.reliability,
-        "split_half": split_half_reliability(trials, RANDOM_SPLITS, SPLIT_SEED),
-        "ncsnr": found.ncsnr,
-        "noise_ceiling": found.noise_ceiling,
-        "explainable_share": found.explainable_share,
-    }
-
-
-def _mean_over_sites(values: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(values)
-    with np.errstate(invalid="ignore"):
-        return np.where(known, values, 0).sum(axis=1) / known.sum(axis=1)
+def _estimate_block(trials: np.ndarray) -> CeilingEstimate:
+    """The estimates of a block of sites; `repetitions` still counts every stimulus."""
+    statistics = TrialStatistics.from_trials(trials)
+    components = variance_components(statistics)
+    return CeilingEstimate(
+        repetitions=statistics.count.max(axis=1),
+        reliability=components.reliability,
+        resampled=bootstrap_reliability(statistics),
+        split_half=split_half_reliability(trials, RANDOM_SPLITS, SPLIT_SEED),
+        ncsnr=components.ncsnr,
+        noise_ceiling=components.noise_ceiling,
+        explainable_share=components.explainable_share,
+    )
 
 
 def percentile_interval(values: np.ndarray) -> list[float] | None:
-    """The central 95 % of bootstrap values; None where there are none."""
+    """The central 95 % of bootstrap values; None where none is finite."""
     values = values[np.isfinite(values)]
     return [float(bound) for bound in np.percentile(values, (2.5, 97.5))] if values.size else None
 
@@ -85,12 +108,12 @@ def percentile_interval(values: np.ndarray) -> list[float] | None:
 
 @dataclass(frozen=True)
 class TrialStatistics:
-    """What ceilings need to know of single trials; all float64 (stimuli, sites).
+    """Average, variance and number of the repetitions; all float64 (stimuli, sites).
 
     Attributes:
         average: over the repetitions; NaN where there are none.
-        variance: of the repetitions about their average, unbiased (dividing by n - 1); NaN for fewer than two.
-        count: repetitions, n.
+        variance: of the repetitions about their average, unbiased (divided by n - 1); NaN for fewer than two.
+        count: n, the number of repetitions.
     """
 
     average: np.ndarray
@@ -98,16 +121,20 @@ class TrialStatistics:
     count: np.ndarray
 
     @classmethod
-    def of(cls, trials: Iterable[np.ndarray]) -> "TrialStatistics":
-        """From the trials of each stimulus, float (repetitions, sites), NaN = missing."""
-        rows = [_one_stimulus(stimulus) for stimulus in trials]
-        return cls(*(np.stack(part) for part in zip(*rows, strict=True)))
+    def from_trials(cls, trials: Iterable[np.ndarray]) -> "TrialStatistics":
+        """Statistics of the trials of each stimulus, float (repetitions, sites), NaN = missing."""
+        stimuli = [_statistics_of_one_stimulus(repetitions) for repetitions in trials]
+        return cls(
+            average=np.stack([stimulus.average for stimulus in stimuli]),
+            variance=np.stack([stimulus.variance for stimulus in stimuli]),
+            count=np.stack([stimulus.count for stimulus in stimuli]),
+        )
 
     def noise_of_average(self) -> np.ndarray:
         """The noise variance in each trial average, v / n: float64 (stimuli, sites).
 
-        A stimulus with one repetition is given the site's mean v over the others; NaN where there is no repetition, and
-        for sites without any stimulus that has two.
+        A stimulus with one repetition gets the site's mean v over the others. NaN where there is no repetition, and for
+        sites where no stimulus has two.
         """
         known = ~np.isnan(self.variance)
         with np.errstate(invalid="ignore", divide="ignore"):
@@ -115,14 +142,16 @@ class TrialStatistics:
             return np.where(known, self.variance, site_mean) / np.where(self.count > 0, self.count, np.nan)
 
 
-def _one_stimulus(trials: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _statistics_of_one_stimulus(trials: np.ndarray) -> TrialStatistics:
+    """As `TrialStatistics.from_trials`, for one stimulus: the arrays are (sites,)."""
     trials = trials.astype(np.float64)
-    there = ~np.isnan(trials)
-    count = there.sum(axis=0).astype(np.float64)
+    recorded = ~np.isnan(trials)
+    count = recorded.sum(axis=0).astype(np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        average = np.where(there, trials, 0).sum(axis=0) / count
-        squares = (np.where(there, trials - average, 0) ** 2).sum(axis=0)
-        return average, np.where(count >= 2, squares / (count - 1), np.nan), count
+        average = np.where(recorded, trials, 0).sum(axis=0) / count
+        squares = (np.where(recorded, trials - average, 0) ** 2).sum(axis=0)
+        variance = np.where(count >= 2, squares / (count - 1), np.nan)
+    return TrialStatistics(average, variance, count)
 
 
 @dataclass(frozen=True)
@@ -130,8 +159,8 @@ class VarianceComponents:
     """Signal and noise, over the stimuli with at least two repetitions; all float64 (..., sites).
 
     Attributes:
-        stimuli: S, how many there are.
-        total: V, the variance of the trial averages over stimuli, unbiased; NaN where they do not vary.
+        stimuli: S, their number.
+        total: V, the unbiased variance of the trial averages over stimuli; NaN where they do not vary.
         noise: v, the mean variance of single trials about their average.
         noise_of_average: the mean of v / n over stimuli.
         mean_inverse_count: the mean of 1 / n over stimuli.
@@ -147,9 +176,9 @@ class VarianceComponents:
     def reliability(self) -> np.ndarray:
         """rho = 1 - (S - 3) / (S - 1) * (v / n) / V; NaN for fewer than `LEAST_STIMULI` stimuli.
 
-        The factor takes away the bias of the ratio: for normal responses 1 / V is on average (S - 1) / (S - 3) times
-        one over its expectation (the mean of an inverse chi-squared variable), so that this estimate is exactly right
-        on average. It can be negative where the reliability is near 0.
+        The factor (S - 3) / (S - 1) removes the bias of the ratio: for normal responses the mean of 1 / V is
+        (S - 1) / (S - 3) times one over the mean of V (the mean of an inverse chi-squared variable). The estimate is
+        therefore unbiased; it can be negative where the reliability is near 0.
         """
         with np.errstate(invalid="ignore", divide="ignore"):
             rho = 1 - (self.stimuli - 3) / (self.stimuli - 1) * self.noise_of_average / self.total
@@ -157,7 +186,7 @@ class VarianceComponents:
 
     @property
     def signal(self) -> np.ndarray:
-        """s^2 = V - v / n, unbiased; negative where there is little."""
+        """s^2 = V - v / n, unbiased; can be negative where there is little signal."""
         return self.total - self.noise_of_average
 
     @property
@@ -182,59 +211,72 @@ class VarianceComponents:
 
 def variance_components(statistics: TrialStatistics) -> VarianceComponents:
     """Signal and noise of each site; attributes are float64 (sites,)."""
-    columns, centre = _columns(statistics)
-    return _components(columns.sum(axis=1), centre, resampled_from=None)
+    summands, centre = _summands(statistics)
+    return _components(summands.sum(axis=1), centre, resampled_from=None)
 
 
 def bootstrap_reliability(
     statistics: TrialStatistics, resamples: int = RESAMPLES, seed: int = BOOTSTRAP_SEED
 ) -> np.ndarray:
-    """The reliability on bootstrap resamples of the stimuli (Efron 1979), the same ones for all sites.
+    """The reliability on bootstrap resamples of the stimuli (Efron 1979), the same resamples for all sites.
 
-    The variance of a resample's averages is on average (S - 1) / S of that of all stimuli; this is corrected.
+    The variance of a resample's averages is on average (S - 1) / S times that of all stimuli; this is corrected.
 
     Returns:
         float64 (resamples, sites); NaN for sites without an estimate.
     """
-    columns, centre = _columns(statistics)
-    rows, stimuli, sites = columns.shape
-    flat = columns.transpose(1, 0, 2).reshape(stimuli, rows * sites)
-    whole = columns[0].sum(axis=0)
-    generator, found = np.random.default_rng(seed), []
+    summands, centre = _summands(statistics)
+    rows, stimuli, sites = summands.shape
+    by_stimulus = summands.transpose(1, 0, 2).reshape(stimuli, rows * sites)
+    usable = summands[0].sum(axis=0)
+    generator = np.random.default_rng(seed)
+    reliability = []
     for _ in range(-(-resamples // _RESAMPLES_AT_ONCE)):
         times = generator.multinomial(stimuli, np.full(stimuli, 1 / stimuli), size=_RESAMPLES_AT_ONCE)
-        sums = (times.astype(np.float64) @ flat).reshape(-1, rows, sites).transpose(1, 0, 2)
-        found.append(_components(sums, centre, resampled_from=whole).reliability)
-    undefined = np.isnan(_components(columns.sum(axis=1), centre, resampled_from=None).reliability)
-    return np.where(undefined, np.nan, np.concatenate(found)[:resamples])
+        sums = (times.astype(np.float64) @ by_stimulus).reshape(-1, rows, sites).transpose(1, 0, 2)
+        reliability.append(_components(sums, centre, resampled_from=usable).reliability)
+    undefined = np.isnan(_components(summands.sum(axis=1), centre, resampled_from=None).reliability)
+    return np.where(undefined, np.nan, np.concatenate(reliability)[:resamples])
 
 
-def _columns(statistics: TrialStatistics) -> tuple[np.ndarray, np.ndarray]:
-    """Of each stimulus with two repetitions or more 1, m - c, (m - c)^2, v, v / n and 1 / n; and the centre c.
+def _summands(statistics: TrialStatistics) -> tuple[np.ndarray, np.ndarray]:
+    """What is summed over stimuli: 1, m - c, (m - c)^2, v, v / n and 1 / n, and the centre c.
 
-    Centred on the averages' mean over stimuli, so that the sums lose nothing to cancellation.
+    c is the mean over stimuli of the averages m, so that the sums lose nothing to cancellation.
 
     Returns:
-        float64 (6, stimuli, sites), zeros for the others; and c, (sites,).
+        float64 (6, stimuli, sites), zero for stimuli with fewer than two repetitions; and c, (sites,).
     """
     usable = statistics.count >= 2
     n = np.where(usable, statistics.count, 1)
     with np.errstate(invalid="ignore", divide="ignore"):
         centre = np.where(usable, statistics.average, 0).sum(axis=0) / usable.sum(axis=0)
         deviation = statistics.average - centre
-    parts = (np.ones_like(n), deviation, deviation**2, statistics.variance, statistics.variance / n, 1 / n)
-    return np.stack([np.where(usable, part, 0) for part in parts]), centre
+    summands = (np.ones_like(n), deviation, deviation**2, statistics.variance, statistics.variance / n, 1 / n)
+    return np.stack([np.where(usable, summand, 0) for summand in summands]), centre
 
 
 def _components(sums: np.ndarray, centre: np.ndarray, resampled_from: np.ndarray | None) -> VarianceComponents:
-    stimuli, deviation, squares, noise, noise_of_average, inverse = sums
+    """Signal and noise from the sums over stimuli of `_summands`.
+
+    Args:
+        sums: float64 (6, ..., sites).
+        centre: c of `_summands`, (sites,).
+        resampled_from: the number of stimuli that a bootstrap resample was drawn from, (sites,); None for no resample.
+    """
+    stimuli, deviation, squares, noise, noise_of_average, inverse_count = sums
     with np.errstate(invalid="ignore", divide="ignore"):
         total = (squares - deviation**2 / stimuli) / (stimuli - 1)
         if resampled_from is not None:
             total = total * resampled_from / (resampled_from - 1)
         varies = total > CONSTANT * centre**2 * stimuli
-        means = (part / stimuli for part in (noise, noise_of_average, inverse))
-        return VarianceComponents(stimuli, np.where(varies, total, np.nan), *means)
+        return VarianceComponents(
+            stimuli=stimuli,
+            total=np.where(varies, total, np.nan),
+            noise=noise / stimuli,
+            noise_of_average=noise_of_average / stimuli,
+            mean_inverse_count=inverse_count / stimuli,
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- split halves
@@ -244,9 +286,8 @@ def split_half_reliability(trials: np.ndarray, random_splits: int = 100, seed: i
     """Spearman-Brown corrected split-half reliability of the trial average, per site.
 
     The repetitions of every stimulus are split at random into halves (an odd one out goes to either half with equal
-    chance), the half averages are correlated over stimuli, r, and corrected to the full number of repetitions,
-    rho = 2 r / (1 + r) (Spearman 1910; Brown 1910); rho is averaged over the random splits. rho bounds R2 and
-    explained variance; its square root bounds Pearson's r.
+    chance). The half averages are correlated over stimuli, r, and corrected to the full number of repetitions,
+    rho = 2 r / (1 + r) (Spearman 1910; Brown 1910). rho is averaged over the random splits.
 
     Args:
         trials: float (stimuli, repetitions, sites), NaN = missing. For each site, stimuli with fewer than two
@@ -265,36 +306,36 @@ def split_half_reliability(trials: np.ndarray, random_splits: int = 100, seed: i
 
 def split_half_correlations(trials: np.ndarray, random_splits: int = 100, seed: int = 0) -> np.ndarray:
     """The uncorrected correlations r of `split_half_reliability`: float64 (random_splits, sites)."""
-    there = ~np.isnan(trials)
+    recorded = ~np.isnan(trials)
     with np.errstate(invalid="ignore", divide="ignore"):
-        centre = np.where(there, trials, 0).sum(axis=(0, 1), dtype=np.float64) / there.sum(axis=(0, 1))
+        centre = np.where(recorded, trials, 0).sum(axis=(0, 1), dtype=np.float64) / recorded.sum(axis=(0, 1))
     sums = np.zeros((6, random_splits, trials.shape[2]))
     for position, stimulus in enumerate(trials):
-        # A generator for each stimulus: neither the other stimuli nor the sites have a say in how it is split.
+        # A generator for each stimulus, so that its halves depend neither on the other stimuli nor on the sites.
         generator = np.random.default_rng([seed, position])
         keys, odd_one = generator.random((random_splits, len(stimulus))), generator.integers(0, 2, random_splits)
-        for repetitions, sites in _alike(there[position]):
+        for repetitions, sites in _sites_with_the_same_repetitions(recorded[position]):
             values = stimulus[np.ix_(repetitions, sites)] - centre[sites]
             first, second = _half_averages(values, keys[:, repetitions], odd_one)
-            parts = (np.ones_like(first), first, second, first**2, second**2, first * second)
-            for total, part in zip(sums, parts, strict=True):
-                total[:, sites] += part
+            summands = (np.ones_like(first), first, second, first**2, second**2, first * second)
+            for total, summand in zip(sums, summands, strict=True):
+                total[:, sites] += summand
     return _correlation(sums, centre)
 
 
-def _alike(there: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The sites of one stimulus that have the same repetitions: which these are, and the sites; both positions.
+def _sites_with_the_same_repetitions(recorded: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Group the sites of one stimulus by the repetitions they have; yields positions of the repetitions and the sites.
 
     Args:
-        there: bool (repetitions, sites). Where a site has fewer than two repetitions it is left out.
+        recorded: bool (repetitions, sites). Sites with fewer than two repetitions are left out.
     """
-    if (there == there[:, :1]).all():
-        patterns, pattern_of = there[:, :1], np.zeros(there.shape[1], int)
+    if (recorded == recorded[:, :1]).all():
+        patterns, pattern_of_site = recorded[:, :1], np.zeros(recorded.shape[1], int)
     else:
-        patterns, pattern_of = np.unique(there, axis=1, return_inverse=True)
+        patterns, pattern_of_site = np.unique(recorded, axis=1, return_inverse=True)
     for number, pattern in enumerate(patterns.T):
         if pattern.sum() >= 2:
-            yield np.flatnonzero(pattern), np.flatnonzero(pattern_of.ravel() == number)
+            yield np.flatnonzero(pattern), np.flatnonzero(pattern_of_site.ravel() == number)
 
 
 def _half_averages(values: np.ndarray, keys: np.ndarray, odd_one: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -302,20 +343,20 @@ def _half_averages(values: np.ndarray, keys: np.ndarray, odd_one: np.ndarray) ->
 
     Args:
         values: (repetitions, sites).
-        keys: (splits, repetitions), random; the smaller ones are the first half.
-        odd_one: 0 or 1 (splits,), whether the first half gets one more where their number is odd.
+        keys: (splits, repetitions), random; the repetitions with the smallest keys form the first half.
+        odd_one: 0 or 1 (splits,), whether the first half gets the odd one out.
     """
-    values, number = values.astype(np.float64), len(values)
-    size = ((number + odd_one) // 2)[:, None]
-    in_first = keys.argsort(axis=1).argsort(axis=1) < size
+    values, count = values.astype(np.float64), len(values)
+    first_size = ((count + odd_one) // 2)[:, None]
+    in_first = keys.argsort(axis=1).argsort(axis=1) < first_size
     first = in_first.astype(np.float64) @ values
-    return first / size, (values.sum(axis=0) - first) / (number - size)
+    return first / first_size, (values.sum(axis=0) - first) / (count - first_size)
 
 
 def _correlation(sums: np.ndarray, centre: np.ndarray) -> np.ndarray:
     """Pearson's r from sums over stimuli of 1, a, b, a^2, b^2 and a b: (..., sites).
 
-    NaN where fewer than three stimuli are counted or one of the two is constant.
+    NaN for fewer than three stimuli, or where a or b is constant.
 
     Args:
         sums: float64 (6, ..., sites), of averages about the centre, so that they lose nothing to cancellation.

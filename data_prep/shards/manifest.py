@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from data_prep.ceiling import RANDOM_SPLITS, SPLIT_SEED, CeilingEstimate
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import LONGEST_NAME, is_name, parse_json, read_regular
@@ -130,6 +131,25 @@ class Ceiling(_Part):
     ncsnr: list[float | None] | None = None
     noise_ceiling: list[float | None] | None = None
     explainable_share: list[float | None] | None = None
+
+    @classmethod
+    def from_estimate(cls, estimate: CeilingEstimate) -> "Ceiling":
+        """The estimate as JSON holds it: null for NaN."""
+        repetitions = estimate.repetitions
+        return cls(
+            method="variance components of repetitions and stimuli, unbiased",
+            random_splits=RANDOM_SPLITS,
+            seed=SPLIT_SEED,
+            stimuli=len(repetitions),
+            repetitions={"min": repetitions.min(), "mean": repetitions.mean(), "max": repetitions.max()},
+            reliability=to_json_list(estimate.reliability),
+            ci95=estimate.ci95,
+            mean_ci95=estimate.mean_ci95,
+            split_half=to_json_list(estimate.split_half),
+            ncsnr=to_json_list(estimate.ncsnr),
+            noise_ceiling=to_json_list(estimate.noise_ceiling),
+            explainable_share=to_json_list(estimate.explainable_share),
+        )
 
     def facts(self) -> dict[str, Any]:
         """What a score that rests on the reliability says of it."""

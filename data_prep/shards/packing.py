@@ -352,7 +352,8 @@ def _ceiling(folder: ShardFolder) -> Ceiling | None:
         return None
     width = max(1, sites * CEILING_BYTES // size)
     with Progress(sites, "noise ceilings", "sites") as progress:
-        return estimate_ceiling(_blocks_of_sites(splits, sites, width, progress))
+        estimate = estimate_ceiling(_blocks_of_sites(splits, sites, width, progress))
+    return None if estimate is None else Ceiling.from_estimate(estimate)
 
 
 def _blocks_of_sites(splits: Sequence[ShardSplit], sites: int, width: int, progress: Progress) -> Iterator[np.ndarray]:

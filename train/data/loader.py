@@ -107,7 +107,7 @@ class Stimuli(StimulusSet):
     def trial_statistics(self) -> TrialStatistics | None:
         """What ceilings need to know of the single trials of these stimuli; None where there are none."""
         trials = [self._split.array(int(position), "trials.npy") for position in self.subset]
-        return None if any(part is None for part in trials) else TrialStatistics.of(trials)
+        return None if any(part is None for part in trials) else TrialStatistics.from_trials(trials)
 
     def rates_of(self, positions: np.ndarray) -> torch.Tensor | None:
         """See `StimulusSet.rates_of`."""
