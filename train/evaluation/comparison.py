@@ -1,9 +1,9 @@
-"""Whether one model is better than another on the same stimuli, by a paired bootstrap.
+"""Is one model better than another on the same stimuli? A paired bootstrap answers.
 
 All models are resampled with the same stimuli (Efron and Tibshirani 1993, chapter 16 on paired data; Koehn 2004 for
-the use on scores of systems), so that what is hard or easy for all of them cancels in their difference. The interval
-is the percentile interval with the expanded tails of Hesterberg (2015, "What teachers should know about the bootstrap",
-section 4.3), which undo that resamples spread less than samples do when stimuli are few.
+scores of systems), so what is hard or easy for all of them cancels in their difference. The interval is the percentile
+interval with the expanded tails of Hesterberg (2015, "What teachers should know about the bootstrap", section 4.3),
+which correct for resamples spreading less than samples do when stimuli are few.
 """
 
 import itertools
@@ -19,42 +19,42 @@ from train.evaluation.metrics import LOWER_IS_BETTER
 
 
 @dataclass(frozen=True)
-class Predictions:
-    """What a model predicted, and what is needed to resample its scores.
+class ScoredPredictions:
+    """A model's predictions, and what is needed to resample its scores.
 
     Attributes:
-        prediction, target: float32 (stimuli, sites), in the same order for all models that are compared; NaN targets
-            are left out.
-        reliability: (sites,), for the scores relative to it; None where there is no ceiling.
+        prediction, response: float32 (stimuli, sites), in the same order for all models that are compared; NaN
+            responses are left out.
+        reliability: (sites,), for the scores relative to it; None without a ceiling.
     """
 
     prediction: np.ndarray
-    target: np.ndarray
+    response: np.ndarray
     reliability: np.ndarray | None = None
 
     def resampled(self, resamples: int = BOOTSTRAP_RESAMPLES, seed: int = BOOTSTRAP_SEED) -> dict[str, np.ndarray]:
         """Each metric's mean over sites on resamples, float64 (resamples,); the same stimuli for the same seed."""
-        return bootstrap_means(self.prediction, self.target, resamples, seed, self.reliability)
+        return bootstrap_means(self.prediction, self.response, resamples, seed, self.reliability)
 
 
 @dataclass(frozen=True)
 class Lead:
-    """By how much a model is ahead of the next one.
+    """How far a model is ahead of the next one.
 
     Attributes:
-        of, over: their numbers.
-        difference: of the scores, positive where `of` is better, whichever way the metric points.
-        interval: 95 %, or None where it could not be computed.
+        better, worse: indices of the two models.
+        difference: of their scores, positive where `better` is better, whichever way the metric points.
+        interval: 95 %, or None where it cannot be computed.
     """
 
-    of: int
-    over: int
+    better: int
+    worse: int
     difference: float
     interval: tuple[float, float] | None
 
     @property
     def is_certain(self) -> bool:
-        """Whether the difference is beyond its interval: the interval does not reach 0."""
+        """Whether the interval of the difference excludes 0."""
         return self.interval is not None and self.interval[0] > 0
 
 
@@ -64,26 +64,27 @@ def leads(
     """Each model's lead over the next, the best first.
 
     Args:
-        metric: which.
+        metric: to compare by.
         scores: of the models; those without one take no part.
-        resampled: `Predictions.resampled` of each, with the same seed; None where the predictions are not known.
-        stimuli: how many were scored.
+        resampled: `ScoredPredictions.resampled` of each, with the same seed; None where predictions are unknown.
+        stimuli: number of stimuli scored.
     """
     sign = -1 if metric in LOWER_IS_BETTER else 1
-    order = [k for k, score in enumerate(scores) if score is not None]
-    order.sort(key=lambda k: -sign * scores[k])
+    signed = {model: sign * score for model, score in enumerate(scores) if score is not None}
+    ranked = sorted(signed, key=lambda model: -signed[model])
+    values = [None if means is None else means.get(metric) for means in resampled]
     found = []
-    for of, over in itertools.pairwise(order):
-        pair = [None if resampled[k] is None else resampled[k].get(metric) for k in (of, over)]
-        interval = (
-            None if any(values is None for values in pair) else paired_interval(sign * (pair[0] - pair[1]), stimuli)
-        )
-        found.append(Lead(of, over, sign * (scores[of] - scores[over]), interval))
+    for better, worse in itertools.pairwise(ranked):
+        values_of_better, values_of_worse = values[better], values[worse]
+        interval = None
+        if values_of_better is not None and values_of_worse is not None:
+            interval = paired_interval(sign * (values_of_better - values_of_worse), stimuli)
+        found.append(Lead(better, worse, signed[better] - signed[worse], interval))
     return found
 
 
 def paired_interval(differences: np.ndarray, stimuli: int) -> tuple[float, float] | None:
-    """The 95 % interval of a difference from its values on resamples of `stimuli` stimuli; None where it has none."""
+    """The 95 % interval of a difference from its values on resamples of `stimuli` stimuli; None if it has none."""
     differences = differences[np.isfinite(differences)]
     if stimuli < 2 or not len(differences):
         return None

@@ -194,7 +194,7 @@ def _leads(group: Group) -> str:
     header += [_header("difference in R2"), _header("95 % interval"), _header("beyond it", "ascending", True)]
     body = []
     for lead in group.leads["r2"]:
-        of, over = group.rows[lead.of].title, group.rows[lead.over].title
+        of, over = group.rows[lead.better].title, group.rows[lead.worse].title
         verdict = "-" if lead.interval is None else "yes" if lead.is_certain else "no"
         low = "" if lead.interval is None else lead.interval[0]
         body.append(

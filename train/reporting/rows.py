@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import npz_arrays, parse_json, read_regular
 from data_prep.common.terminal import printable
-from train.evaluation.comparison import Predictions
+from train.evaluation.comparison import ScoredPredictions
 from train.evaluation.plots import layer_label
 from train.run.folder import RunFolder
 from train.run.recipe import MOST_STIMULI
@@ -285,7 +285,7 @@ class Row:
         return _arrays(folder / "predictions.npz")
 
     @cached_property
-    def predictions(self) -> Predictions | None:
+    def predictions(self) -> ScoredPredictions | None:
         """What it predicted for the responses, stimuli in alphabetical order; None where that cannot be read."""
         if self.regression is None:
             return None
@@ -299,7 +299,7 @@ class Row:
         known = None if ceiling is None else np.array([np.nan if v is None else v for v in ceiling.per_site])
         if known is not None and known.shape != (self.sites,):
             return None
-        return Predictions(prediction[order], target[order], known)
+        return ScoredPredictions(prediction[order], target[order], known)
 
     @cached_property
     def classes(self) -> dict[str, np.ndarray] | None:

@@ -119,7 +119,7 @@ class Group:
     def is_bold(self, number: int, column: Column) -> bool:
         """Whether the row is the best by that metric, and its lead over the next is beyond its interval."""
         ahead = self.leads[column.key]
-        return bool(ahead) and ahead[0].of == number and ahead[0].is_certain
+        return bool(ahead) and ahead[0].better == number and ahead[0].is_certain
 
     def ranked(self) -> list[Row]:
         """The rows by R2, the best first; those without come last."""
@@ -365,7 +365,7 @@ def _scores(group: Group, index: int, row: Row) -> dict[str, object]:
         if score := group.score(row, column):
             found[column.key] = score.mean
             found |= dict(zip((f"{column.key}_low", f"{column.key}_high"), score.ci95 or (), strict=False))
-        if lead := next((lead for lead in group.leads[column.key] if lead.of == index), None):
+        if lead := next((lead for lead in group.leads[column.key] if lead.better == index), None):
             found[f"{column.key}_lead"] = lead.difference
             ends = (f"{column.key}_lead_low", f"{column.key}_lead_high")
             found |= dict(zip(ends, lead.interval or (), strict=False))
@@ -414,7 +414,7 @@ def _lead_lines(group: Group) -> list[str]:
 
 def sentence(group: Group, lead: Lead) -> str:
     """A lead in words."""
-    of, over = group.rows[lead.of].title, group.rows[lead.over].title
+    of, over = group.rows[lead.better].title, group.rows[lead.worse].title
     if lead.interval is None:
         return f"{of} is ahead of {over} by {lead.difference:.3f} in R2; there are no predictions to test that with."
     verdict = "beyond" if lead.is_certain else "within"

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from train.evaluation.comparison import Predictions, leads, paired_interval
+from train.evaluation.comparison import ScoredPredictions, leads, paired_interval
 
 SITES, TRIALS = 8, 400
 MIX = np.random.default_rng(7).normal(size=(3, SITES)) / 2
@@ -30,7 +30,7 @@ def test_the_interval_covers_the_true_difference_as_often_as_it_says(stimuli, sh
     rng, truth, held = np.random.default_rng(stimuli), true_difference(share), {"r2": 0, "mse": 0}
     for _ in range(TRIALS):
         target, better, worse = recording(rng, stimuli, share)
-        a, b = (Predictions(prediction, target).resampled(300) for prediction in (better, worse))
+        a, b = (ScoredPredictions(prediction, target).resampled(300) for prediction in (better, worse))
         for metric, sign in (("r2", 1), ("mse", -1)):
             low, high = paired_interval(sign * (a[metric] - b[metric]), stimuli)
             held[metric] += low <= truth[metric] <= high
@@ -43,7 +43,7 @@ def test_pairing_finds_what_two_intervals_side_by_side_do_not():
     """What is hard for both models cancels: their intervals overlap, that of the difference does not reach 0."""
     target, better, _ = recording(np.random.default_rng(0), 100, 0.7)
     worse = better + 0.2 * np.random.default_rng(1).normal(size=better.shape)
-    a, b = (Predictions(prediction, target).resampled() for prediction in (better, worse))
+    a, b = (ScoredPredictions(prediction, target).resampled() for prediction in (better, worse))
     assert np.quantile(a["r2"], 0.025) < np.quantile(b["r2"], 0.975)
     assert paired_interval(a["r2"] - b["r2"], 100)[0] > 0
 
@@ -52,17 +52,17 @@ def test_leads_go_from_the_best_on_whichever_way_a_metric_points():
     values = {name: np.full(100, value) for name, value in (("a", 0.3), ("b", 0.5))}
     resampled = [{"mse": values["a"]}, {"mse": values["b"]}, None]
     found = leads("mse", [0.3, 0.5, 0.9], resampled, 50)
-    assert [(lead.of, lead.over) for lead in found] == [(0, 1), (1, 2)]
+    assert [(lead.better, lead.worse) for lead in found] == [(0, 1), (1, 2)]
     assert found[0].difference == pytest.approx(0.2)
     assert found[0].is_certain
     assert found[1].interval is None
     assert not found[1].is_certain
-    assert leads("r2", [0.3, None, 0.9], [None] * 3, 50)[0].of == 2
+    assert leads("r2", [0.3, None, 0.9], [None] * 3, 50)[0].better == 2
 
 
 def test_a_model_is_not_ahead_of_itself():
     target, better, _ = recording(np.random.default_rng(0), 100, 0.7)
-    same = Predictions(better, target).resampled()
+    same = ScoredPredictions(better, target).resampled()
     (lead,) = leads("r2", [0.4, 0.4], [same, same], 100)
     assert lead.interval == (0, 0)
     assert not lead.is_certain
