@@ -5,7 +5,7 @@ import torch
 from train.data.batches import StimulusSet
 from train.distributed.runtime import Runtime
 from train.models.backbone import Backbone
-from train.models.features import extract
+from train.regression.activations import activations_of_share
 
 
 @torch.no_grad()
@@ -30,7 +30,9 @@ def balance_layers(
 
     training = backbone.training
     backbone.eval()
-    own = extract(moments, stimuli, runtime, batch_size=batch_size, workers=workers, label="how much layers vary")
+    own = activations_of_share(
+        moments, stimuli, runtime, batch_size=batch_size, workers=workers, label="variance of each layer"
+    )
     backbone.train(training)
     totals = runtime.sum(torch.stack([own["sum"].sum(0), own["squares"].sum(0)]).to(runtime.device)) / len(stimuli)
     variances = totals[1] - totals[0].square()

@@ -14,9 +14,9 @@ from train.data.batches import StimulusSet
 from train.data.loader import rank_positions
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import mean_score
-from train.models.features import extract
 from train.models.network import Network
 from train.models.windows import Window, starting_windows
+from train.regression.activations import activations_of_share
 from train.regression.gram import COLUMNS, ROUNDING, feature_slice, multiplied
 from train.regression.kernel_regression import FewFeatures, Fit, Method, centred, regress
 
@@ -57,7 +57,9 @@ def start_from_ridge(
     def seen(x: torch.Tensor) -> torch.Tensor:
         return heads["rates"].start_features_through(x, tried) if fields else heads["rates"].start_features(x)
 
-    found = extract(look, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge")
+    found = activations_of_share(
+        look, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge"
+    )
     rows = [len(rank_positions(len(stimuli), rank, runtime.ranks)) for rank in range(runtime.ranks)]
     scores = {}
     for name, own in found.items():

@@ -1,20 +1,15 @@
-"""Activations of a frozen network, or the pixels, for a rank's share of the stimuli."""
+"""Feature extractors: the activations of a frozen network's layers, or the pixels."""
 
 import difflib
 import fnmatch
 import re
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data_prep.common.errors import BadInput
-from data_prep.common.progress import Progress
-from train.data.batches import StimulusSet
-from train.data.loader import evaluation_loader
-from train.distributed.runtime import Runtime
 from train.models.backbone import Backbone, channels_first
 from train.models.joined_layers import SUM, parts_of
 from train.models.truncation import is_dropped
@@ -88,9 +83,6 @@ def pooled(activation: torch.Tensor, grid: int | None, net: nn.Module, flat: boo
             size = [min(side, grid) for side in activation.shape[-2:]]
             activation = F.adaptive_avg_pool2d(activation, size)
     return activation.flatten(1).float() if flat else activation
-
-
-Features = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 class PixelFeatures:
@@ -176,46 +168,3 @@ class LayerFeatures:
             for handle in handles:
                 handle.remove()
         return heard
-
-
-@torch.no_grad()
-def activations(
-    features: Features,
-    stimuli: StimulusSet,
-    runtime: Runtime,
-    *,
-    batch_size: int,
-    workers: int,
-    label: str,
-    skip: int = 0,
-) -> Iterator[dict[str, torch.Tensor]]:
-    """Features of this rank's share of the stimuli, batch after batch, in the order of
-    `train.data.loader.rank_positions`.
-
-    Args:
-        features: from images to named features (b, ...).
-        stimuli: of the split.
-        runtime: this process.
-        batch_size: stimuli per forward pass.
-        workers: decoding processes.
-        label: of the progress bar.
-        skip: batches at the beginning to leave out.
-
-    Yields:
-        By name float32 (stimuli, features), on the CPU.
-    """
-    loader = evaluation_loader(
-        stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu, skip=skip
-    )
-    with Progress(len(stimuli), label, silent=not runtime.leads) as progress:
-        progress.advance(min(skip * batch_size * runtime.ranks, len(stimuli)))
-        for batch in loader:
-            there = int(batch.weight.sum())
-            yield {name: found[:there].cpu() for name, found in features(batch.to(runtime.device).images).items()}
-            progress.advance(min(there * runtime.ranks, len(stimuli) - progress.done))
-
-
-def extract(features: Features, stimuli: StimulusSet, runtime: Runtime, **options: Any) -> dict[str, torch.Tensor]:
-    """All that `activations` yields, in memory: by name float32 (own stimuli, features)."""
-    batches = list(activations(features, stimuli, runtime, **options))
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}

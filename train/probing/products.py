@@ -22,9 +22,10 @@ import torch
 
 from train.data.loader import Stimuli
 from train.distributed.runtime import Runtime
-from train.models.features import LayerFeatures, PixelFeatures, activations
+from train.models.features import LayerFeatures, PixelFeatures
 from train.models.joined_layers import parts_of
 from train.models.windows import WHOLE, Window
+from train.regression.activations import activation_batches
 from train.regression.feature_store import FeatureStore
 from train.regression.gram import Activations, inner_products
 from train.regression.windowed_gram import products_through
@@ -224,7 +225,7 @@ class Products:
         there = store.rows() // size  # whole batches: predictions may depend on a batch's shape in the last digit
         store.keep(there * size)
         look = self._look.of(list(widths))
-        for found in activations(
+        for found in activation_batches(
             look,
             stimuli,
             self._runtime,
