@@ -119,7 +119,7 @@ def training(recipe: Recipe, data: Path, out: Path) -> Iterator["Training"]:
     """
     # Imported late: it is hundreds of MiB that not every benchmark's process should hold.
     from train.distributed.runtime import started
-    from train.finetune import build
+    from train.finetuning.assembly import build
     from train.finetuning.preparation import prepare
     from train.finetuning.resume import starting_point
 

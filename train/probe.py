@@ -4,9 +4,7 @@ accelerate launch [...] train/probe.py [RECIPE.yaml] --data DIR --out RUN --laye
 launch/local.sh -n 2    train/probe.py --data DIR --out RUN --layers pixels
 """
 
-import hashlib
 import sys
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import Literal
@@ -15,14 +13,7 @@ import tyro
 
 from data_prep.common.command_line import Place, parse
 from data_prep.common.errors import run_command
-from train.distributed.runtime import Runtime, started
-from train.models.backbone import check_name
-from train.probing.layers import Probing
-from train.probing.preparation import Job, prepare
-from train.probing.products import Products
-from train.probing.results import results, table, write_results
 from train.run.folder import begun_by_this_job, open_probe
-from train.run.monitor import Monitor
 from train.run.recipe import ProbeRecipe, leading_recipe
 
 
@@ -57,7 +48,6 @@ def parse_command_line(words: list[str]) -> tuple[Probe, ProbeRecipe]:
     options.resume = resume
     recipe = ProbeRecipe(**{name: getattr(options, name) for name in ProbeRecipe.model_fields})
     recipe.check()
-    check_name(recipe.backbone.name)
     return options, recipe
 
 
@@ -67,40 +57,21 @@ def _parse_flags(words: list[str], defaults: ProbeRecipe) -> Probe:
     return parse(Probe, args=words, default=Probe.model_construct(**(dict(defaults) | missing), **others))
 
 
-def scratch_folder(options: Probe) -> Path:
-    """Where activations go; a folder that several probes are given holds one for each."""
-    if options.scratch is None:
-        return options.out / "scratch"
-    out = options.out.resolve()
-    return options.scratch / f"{out.name}-{hashlib.sha256(str(out).encode()).hexdigest()[:8]}"
-
-
-def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
-    """Probe and write."""
-    begun = time.monotonic()
-    job.look.to(runtime.device)
-    monitor.say(job.describe())
-    products = Products(job.recipe, job.splits, job.look, scratch, runtime, job.workers, monitor)
-    found = Probing(job.recipe, job.layers, job.partitions, job.rates, products, runtime).run()
-    if runtime.leads:
-        metrics, prediction = results(job, found, runtime.ranks)
-        write_results(job, found, metrics, prediction, monitor)
-        monitor.epoch({"seconds": time.monotonic() - begun})
-        monitor.say(table(metrics))
-        monitor.say(f"written to {job.folder.evaluation(job.split)}")
-    runtime.barrier()
-    products.clear()
-
-
 def main() -> None:
     """Parse, check, probe."""
     options, recipe = parse_command_line(sys.argv[1:])
+
+    from train.distributed.runtime import started
+    from train.probing.preparation import prepare
+    from train.probing.probe_run import run, scratch_folder
+    from train.run.monitor import Monitor
+
     job = prepare(recipe, options.data, options.out, options.split, options.resume)
     with started(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime, closing(job.folder):
         facts = {"processes": runtime.describe(), "split": job.split, "parameters": {"all": job.look.parameters}}
         runtime.lead(job.folder.hold if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
         with closing(Monitor(job.folder, runtime.leads)) as monitor, job.folder.keeping_failures(runtime.rank):
-            run(job, scratch_folder(options), runtime, monitor)
+            run(job, scratch_folder(options.scratch, options.out), runtime, monitor)
 
 
 if __name__ == "__main__":

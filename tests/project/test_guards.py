@@ -152,8 +152,8 @@ def commands() -> list[type[BaseModel]]:
         "data_prep.pack": "Pack",
         "data_prep.show": "Show",
         "data_prep.fetch": "Fetch",
-        "train.evaluate": "Evaluate",
-        "train.plan": "Plan",
+        "train.evaluation.options": "Evaluate",
+        "train.planning.options": "Plan",
         "train.sweep": "SweepCommand",
     }
     return [getattr(importlib.import_module(module), name) for module, name in places.items()]

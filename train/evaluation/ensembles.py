@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ from train.data.bad_samples import Screening
 from train.data.loader import Stimuli
 from train.evaluation.metrics_report import regression_block, report_head
 from train.evaluation.moments import SiteMoments
+from train.evaluation.options import Combine
 from train.regression.stacking import LEAST_STIMULI, stack
 from train.run.folder import LEFT_OUT, RunFolder, is_probe
 from train.run.recipe import Recipe
 
-Combine = Literal["mean", "stack"]
 NOTE = "ensemble.json"
 
 

@@ -1,12 +1,8 @@
-"""Fine-tuned networks for other programs: a timm checkpoint, a self-contained predictor, ONNX."""
+"""Fine-tuned networks for other programs: a timm checkpoint, or a self-contained predictor."""
 
-import importlib.util
 import io
 import json
-import shutil
-import tempfile
 from collections.abc import Mapping
-from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,57 +226,3 @@ def _with_readout(
         found = whole((images.float() - backbone.mean) / backbone.std)
         same = _close({name: found}, {name: InUnits(network)(images)[name]})
     return whole if same else None
-
-
-# ---------------------------------------------------------------------------------------------------------- ONNX
-
-
-def write_onnx(trained: Trained, out: Path) -> list[Path]:
-    """Write `network.onnx`: uint8 images (b, 3, size, size) to rates in the recording's units and/or logits.
-
-    Raises:
-        BadInput: the packages that it takes are not installed, or torch cannot convert the network.
-    """
-    if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
-        raise BadInput(f"--format onnx needs the packages onnx and onnxscript; {missing[0]} is not installed")
-    names = [name for name in ("rates", "classes") if name in trained.network.heads]
-    with _scratch(out) as scratch:
-        try:
-            with redirect_stdout(io.StringIO()), torch.no_grad():
-                torch.onnx.export(
-                    _Tuple(InUnits(trained.network), names).eval(),
-                    (trained.examples(),),
-                    scratch / "network.onnx",
-                    input_names=["images"],
-                    output_names=names,
-                    dynamic_shapes=({0: torch.export.Dim("images", min=1, max=4096)},),
-                    dynamo=True,
-                    external_data=False,
-                )
-        except Exception as error:  # the converter raises many kinds
-            text = str(error).strip().splitlines()
-            raise BadInput(
-                f"--format onnx: torch cannot convert {trained.recipe.backbone.name} "
-                f"({type(error).__name__}: {text[0][:200] if text else ''}); use predictor"
-            ) from None
-        return [_write(out / "network.onnx", (scratch / "network.onnx").read_bytes())]
-
-
-class _Tuple(nn.Module):
-    def __init__(self, network: InUnits, names: list[str]):
-        super().__init__()
-        self.network, self.names = network, names
-
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        outputs = self.network(images)
-        return tuple(outputs[name] for name in self.names)
-
-
-@contextmanager
-def _scratch(out: Path):
-    out.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=".export-", dir=out))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

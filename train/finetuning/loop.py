@@ -272,7 +272,7 @@ class Training:
         if self.average is not None:
             self.average.gather()
             average_batch_statistics(network, self.runtime)
-        batch_size = evaluation_batch_size(self.recipe)
+        batch_size = self.recipe.evaluation_batch_size
         responses = network.objective.responses
         if responses is not None and responses.ignores_offsets:
             responses.reset()
@@ -416,8 +416,3 @@ def seed_everything(seed: int, step: int, rank: int, device: torch.device) -> No
     torch.default_generator.manual_seed(number)  # `torch.manual_seed` would take a millisecond of each step
     if device.type == "cuda":
         torch.cuda.default_generators[torch.cuda.current_device()].manual_seed(number)
-
-
-def evaluation_batch_size(recipe: Recipe) -> int:
-    """Stimuli per forward pass in evaluation; it does not depend on the number of ranks."""
-    return recipe.batch.per_device or min(recipe.batch.global_size, 64)

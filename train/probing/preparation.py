@@ -19,7 +19,7 @@ from train.data.loader import Stimuli, workers_per_rank
 from train.data.order import nested_subset
 from train.distributed.launch_environment import ranks_on_machine, world_size
 from train.evaluation.scoring import check_enough_stimuli
-from train.models.backbone import Backbone
+from train.models.backbone import Backbone, check_name
 from train.models.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
 from train.models.joined_layers import parts_of
 from train.probing.layers import Partition
@@ -101,6 +101,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
     Raises:
         BadInput: it does not.
     """
+    check_name(recipe.backbone.name)
     folder = RunFolder(out)
     if resume:
         folder.check_same(recipe)

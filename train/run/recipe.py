@@ -92,6 +92,11 @@ class Recipe(Settings):
             return "top1"
         return "pearson_r" if self.loss.responses == "correlation" else "r2"
 
+    @property
+    def evaluation_batch_size(self) -> int:
+        """Stimuli per forward pass in evaluation; it does not depend on the number of ranks."""
+        return self.batch.per_device or min(self.batch.global_size, 64)
+
     def for_checkpoint(self) -> "Recipe":
         """The same recipe for a network that takes its weights from a checkpoint."""
         return self.model_copy(update={"backbone": self.backbone.model_copy(update={"weights": "random"})})

@@ -113,16 +113,6 @@ def test_timm_loads_the_network_with_its_readout(exported, images):
         same(net(images).numpy(), run)
 
 
-def test_onnx_predicts_the_same(exported, images, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    run, _ = exported
-    assert run_here("train/export.py", run, "--out", tmp_path, "--format", "onnx").returncode == 0
-    session = onnxruntime.InferenceSession(tmp_path / "network.onnx")
-    (rates,) = session.run(["rates"], {"images": np.ascontiguousarray(images.transpose(0, 3, 1, 2))})
-    same(rates, run)
-
-
 @pytest.fixture(scope="module")
 def cut_hybrid(recording, tmp_path_factory):
     """A hybrid, cut to two layers, with a readout that timm has no place for."""

@@ -25,12 +25,12 @@ from train.evaluation.plots import Axis
 from train.run.checkpoint import Progress
 from train.run.folder import RunFolder
 from train.run.recipe import load_recipe
-from train.sweep import Worker
 from train.sweeping.queue import Entry, open_study
 from train.sweeping.ranking import _points, figure, rank
 from train.sweeping.search import SweepFolder, load_plan, setting
 from train.sweeping.supervised_process import Beat, run_kept, seconds_since, turn
 from train.sweeping.trial import Launcher, Outcome, outcome
+from train.sweeping.worker import Worker
 
 SMALL = {
     "backbone": {"name": "test_convnext", "weights": "random"},
