@@ -6,6 +6,7 @@ What came of a broken download stays, and the next call goes on from there.
 """
 
 import shlex
+from functools import partial
 from pathlib import Path
 
 import tyro
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
 from data_prep.remote.datasets import DATASETS, Dataset, DatasetName
-from data_prep.remote.downloader import Downloader
+from data_prep.remote.public_files import PublicFiles
 
 
 class Fetch(BaseModel):
@@ -44,10 +45,10 @@ def main() -> None:
     """Parse the command line, download, and say how to go on."""
     options = parse(Fetch)
     dataset = DATASETS[options.dataset]
-    downloader = Downloader(options.mirror, options.retries, options.timeout, say=lambda text: print(text, flush=True))
+    files = PublicFiles(options.mirror, options.retries, options.timeout, report=partial(print, flush=True))
     _introduce(dataset)
     for file in dataset.files:
-        downloader.fetch(file, options.out)
+        files.fetch(file, options.out)
     print("go on with:")
     for name, words in dataset.pack.items():
         print(f"  python data_prep/pack.py {words.format(folder=shlex.quote(str(options.out)))} --out data/{name}")

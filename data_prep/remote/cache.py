@@ -4,7 +4,7 @@
     ROOT/<sha256>-<bytes>.part    one that is being fetched, by the process that has it locked, or that was begun
     ROOT/lock                     held by whoever decides who fetches what and what goes for it
 
-A file is known by its content, so that the same shard is kept once, whatever URL it came from. Locks (flock) are the
+A file is content by its content, so that the same shard is kept once, whatever URL it came from. Locks (flock) are the
 kernel's: they go with their process, however it ends. What a killed process had begun goes on where it stopped.
 """
 
@@ -27,8 +27,8 @@ POLL_SECONDS = 0.05
 _NAME = re.compile(r"([0-9a-f]{64})-(\d+)(\.part)?")
 
 
-class Known(Protocol):
-    """A file whose content is known beforehand: a shard, or a table of the manifest's."""
+class KnownContent(Protocol):
+    """A file whose content is content beforehand: a shard, or a table of the manifest's."""
 
     bytes: int
     sha256: str
@@ -78,22 +78,22 @@ class ShardCache:
     def _unusable(self, error: OSError) -> BadInput:
         return BadInput(f"{self.root}: remote shards cannot be kept there ({error.strerror}); set loader.shard_cache")
 
-    def check_room(self, known: Known, name: str) -> None:
+    def check_room(self, content: KnownContent, name: str) -> None:
         """Refuse a file that is too large for the budget.
 
         Raises:
             BadInput: it is.
         """
-        if known.bytes > self.budget:
+        if content.bytes > self.budget:
             raise BadInput(
-                f"{name} has {known.bytes / GIB:.3g} GiB, more than the {self.budget / GIB:.3g} GiB that may be kept "
+                f"{name} has {content.bytes / GIB:.3g} GiB, more than the {self.budget / GIB:.3g} GiB that may be kept "
                 f"in {self.root}; raise loader.shard_cache_gib, or choose another loader.shard_cache"
             )
 
-    def holds(self, known: Known) -> bool:
+    def holds(self, content: KnownContent) -> bool:
         """Whether a file is there; it then counts as used just now."""
         try:
-            os.utime(self.path(known))
+            os.utime(self.path(content))
         except FileNotFoundError:
             return False
         except OSError as error:
@@ -101,10 +101,10 @@ class ShardCache:
         return True
 
     @contextmanager
-    def open(self, known: Known) -> Iterator[int | None]:
+    def open(self, content: KnownContent) -> Iterator[int | None]:
         """A descriptor of a file, which is not given up meanwhile; None where the file is not there."""
         try:
-            file = os.open(self.path(known), os.O_RDONLY)
+            file = os.open(self.path(content), os.O_RDONLY)
         except FileNotFoundError:
             yield None
             return
@@ -117,7 +117,7 @@ class ShardCache:
 
     def fetch(
         self,
-        known: Known,
+        content: KnownContent,
         name: str,
         download: Callable[[int], None],
         wait: bool = True,
@@ -126,7 +126,7 @@ class ShardCache:
         """See to it that a file is there.
 
         Args:
-            known: the file.
+            content: the file.
             name: for messages.
             download: writes it, whole and verified, to a descriptor that may hold its beginning.
             wait: until it is there, also where somebody else fetches it or there is no room for it just now.
@@ -138,43 +138,43 @@ class ShardCache:
         Raises:
             BadInput: there is no room for it.
         """
-        self.check_room(known, name)
-        while not self.holds(known):
-            part = self._claim(known, name, spared())
+        self.check_room(content, name)
+        while not self.holds(content):
+            part = self._claim(content, name, spared())
             if part is not None:
-                self._fill(known, part, download)
+                self._fill(content, part, download)
             elif not wait:
                 return False
             else:
                 time.sleep(POLL_SECONDS)
         return True
 
-    def _fill(self, known: Known, part: int, download: Callable[[int], None]) -> None:
+    def _fill(self, content: KnownContent, part: int, download: Callable[[int], None]) -> None:
         try:
             download(part)
             os.fsync(part)  # before it gets its name, or a crash could leave a file of that name without its content
             os.utime(part)
             with self._turn():
-                self._part(known).rename(self.path(known))
+                self._part(content).rename(self.path(content))
         except OSError as error:
-            self._discard(known)
+            self._discard(content)
             raise self._unusable(error) from None
         except BadInput:  # these bytes are good for nothing
-            self._discard(known)
+            self._discard(content)
             raise
         finally:
             os.close(part)
 
-    def _discard(self, known: Known) -> None:
+    def _discard(self, content: KnownContent) -> None:
         with suppress(OSError, BadInput), self._turn():
-            self._part(known).unlink()
+            self._part(content).unlink()
 
-    def path(self, known: Known) -> Path:
+    def path(self, content: KnownContent) -> Path:
         """Where a file is kept, if it is there."""
-        return self.root / f"{known.sha256}-{known.bytes}"
+        return self.root / f"{content.sha256}-{content.bytes}"
 
-    def _part(self, known: Known) -> Path:
-        return self.root / f"{known.sha256}-{known.bytes}.part"
+    def _part(self, content: KnownContent) -> Path:
+        return self.root / f"{content.sha256}-{content.bytes}.part"
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
@@ -189,48 +189,48 @@ class ShardCache:
         finally:
             os.close(lock)
 
-    def _claim(self, known: Known, name: str, spared: Collection[str]) -> int | None:
+    def _claim(self, content: KnownContent, name: str, spared: Collection[str]) -> int | None:
         """A locked descriptor to write a file to; None where it is being fetched, or room has to be waited for.
 
         Raises:
             BadInput: there is no room, and nobody is at work who would leave some.
         """
         with self._turn():
-            if self.path(known).exists():
+            if self.path(content).exists():
                 return None
-            part = os.open(self._part(known), os.O_RDWR | os.O_CREAT, 0o600)
+            part = os.open(self._part(content), os.O_RDWR | os.O_CREAT, 0o600)
             if locks.try_lock(part):
-                others = [kept for kept in self._kept() if kept.path != self._part(known)]
-                room = self._make_room(known, others, spared)
+                others = [kept for kept in self._kept() if kept.path != self._part(content)]
+                room = self._make_room(content, others, spared)
                 if room:
                     return part
                 if not os.fstat(part).st_size:
-                    self._part(known).unlink()
+                    self._part(content).unlink()
                 if room is None:
                     os.close(part)
-                    raise self._full(known, name)
+                    raise self._full(content, name)
             os.close(part)
             return None
 
-    def _full(self, known: Known, name: str) -> BadInput:
+    def _full(self, content: KnownContent, name: str) -> BadInput:
         free = shutil.disk_usage(self.root).free
         return BadInput(
-            f"{self.root}: no space for {name} ({known.bytes / GIB:.3g} GiB; the disk has {free / GIB:.3g} GiB left, "
+            f"{self.root}: no space for {name} ({content.bytes / GIB:.3g} GiB; the disk has {free / GIB:.3g} GiB left, "
             f"the budget is {self.budget / GIB:.3g} GiB); set loader.shard_cache, or make room"
         )
 
-    def _make_room(self, known: Known, others: list[_Kept], spared: Collection[str]) -> bool | None:
+    def _make_room(self, content: KnownContent, others: list[_Kept], spared: Collection[str]) -> bool | None:
         """Give up what was not used for longest until a file fits in.
 
         Returns:
             Whether it fits in: not now, where others are at work with the rest; None where that would not help.
         """
         taken = sum(kept.size for kept in others)
-        needed = known.bytes - self._part(known).stat().st_size
+        needed = content.bytes - self._part(content).stat().st_size
         needed += sum(kept.size - kept.path.stat().st_size for kept in others if kept.fetching)
 
         def fits() -> bool:
-            return taken + known.bytes <= self.budget and shutil.disk_usage(self.root).free >= needed
+            return taken + content.bytes <= self.budget and shutil.disk_usage(self.root).free >= needed
 
         in_use = False
         for kept in sorted(others, key=lambda kept: (kept.path.name[:64] in spared, kept.used)):

@@ -1,348 +1,290 @@
-"""Downloading a file over HTTP so that it is there whole or not at all, and a broken download goes on.
+"""One download: resumed after a cut connection, retried with growing pauses, verified when it is complete."""
 
-What has come so far lies in `<name>.part`, and the version of the file that it is a part of (the server's ETag) in
-`<name>.part.etag`; the file gets its name when all of it is there and its checksum is right.
-"""
-
-import errno
 import hashlib
-import html.parser
-import http.client
-import http.cookiejar
-import re
-import shutil
+import os
+import random
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
-from data_prep.common import locks
-from data_prep.common.errors import BadInput, RunFailed
-from data_prep.common.progress import Progress
-from data_prep.remote.datasets import RemoteFile
+from data_prep.common.errors import BadInput
+from data_prep.remote.transport import Answer, RangeRefused, ServerBusy
 
-BLOCK = 2**20  # bytes
-MEGABYTE = 10**6
-LONGEST_PAUSE = 60.0  # seconds between two tries
-LARGEST_PAGE = 2**20  # bytes that are read of an HTML page
-NO_SPACE = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
+LONGEST_PAUSE = 60.0  # seconds between two attempts
 
-# How files begin that end in these; anything else under that name is a page, a pointer or damaged.
-BEGINNINGS = {
-    ".h5": (b"\x89HDF",),
-    ".nc": (b"\x89HDF", b"CDF"),
-    ".mat": (b"MATLAB", b"\x89HDF"),
-    ".zip": (b"PK",),
-}
+Request = Callable[[int, str | None], AbstractContextManager[Answer]]
+"""Asks for a file from a byte on, of a version (ETag) if that is known; see `Transport.open` for what it raises."""
 
 
-class _Later(Exception):
-    """It did not work this time and may work the next; `pause` is how long the server asks to wait, in seconds."""
-
-    def __init__(self, reason: str, pause: float = 0.0):
-        super().__init__(reason)
-        self.pause = pause
-
-
-@dataclass
-class Downloader:
-    """Downloads files, one at a time.
+@dataclass(frozen=True)
+class Retries:
+    """When to try again.
 
     Attributes:
-        mirror: an http(s) folder to take all files from, under their paths; None for where they were published.
-        retries: how many times in a row a file may fail to come on.
-        timeout: seconds of silence after which a connection is given up.
-        first_pause: seconds before the first new try; each further one waits twice as long.
-        say: where to tell what happens.
+        limit: failures in a row that are forgiven.
+        first_pause: seconds before the second attempt; each further pause is twice as long.
+        worthwhile: bytes that an attempt must bring to end a row of failures.
+        wrong_limit: complete downloads with wrong bytes that are forgiven.
     """
 
-    mirror: str | None = None
-    retries: int = 5
-    timeout: float = 60.0
-    first_pause: float = 1.0
-    say: Callable[[str], None] = print
-
-    def __post_init__(self) -> None:
-        if self.mirror is not None and not re.match(r"https?://[^/]", self.mirror):
-            raise BadInput(f"--mirror must begin with http:// or https:// and name a server, not {self.mirror!r}")
-        cookies = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
-        self._opener = urllib.request.build_opener(cookies)
-        self._opener.addheaders = [("User-Agent", "spiketune-fetch")]
-
-    def fetch(self, file: RemoteFile, folder: Path) -> Path:
-        """Download a file unless it is there, going on where an earlier try ended.
-
-        Raises:
-            BadInput: it cannot be written there, or a file of that name is there that is another one.
-            RunFailed: it cannot be had; what came of it stays for the next try.
-        """
-        target = folder / file.path
-        if target.exists():
-            _check_existing(target, file)
-            self.say(f"{target} is there already")
-            return target
-        try:
-            with _part_of(target) as part:
-                self._download(file, part, target)
-        except OSError as error:
-            if error.errno in NO_SPACE:
-                raise RunFailed(
-                    f"no space left for {target}; what has come stays, so make room and run it again"
-                ) from None
-            raise BadInput(f"{target} cannot be written ({error.strerror or error}); choose another --out") from None
-        return target
-
-    # --- one file
-
-    def _download(self, file: RemoteFile, part: "_Part", target: Path) -> None:
-        self._until_whole(file, part)
-        fault = _fault(part.path, file)
-        if fault and part.joined:
-            self.say(f"{file.path}: {fault}; it was put together from parts, so it is downloaded anew")
-            part.restart()
-            self._until_whole(file, part)
-            fault = _fault(part.path, file)
-        if fault:
-            part.finish(aside := target.with_name(target.name + ".unverified"))
-            raise RunFailed(f"{self._url(file)}: {fault}; it was put aside as {aside}")
-        part.finish(target)
-
-    def _until_whole(self, file: RemoteFile, part: "_Part") -> None:
-        failures = 0
-        while True:
-            before = part.size
-            try:
-                self._once(self._url(file), part, file.path)
-                return
-            except _Later as trouble:
-                failures = failures + 1 if part.size <= before else 1
-                if failures > self.retries:
-                    raise RunFailed(
-                        f"{self._url(file)}: {trouble}, {failures} times in a row; what has come stays, "
-                        "so run it again later"
-                    ) from None
-                pause = min(max(self.first_pause * 2 ** (failures - 1), trouble.pause), LONGEST_PAUSE)
-                self.say(f"{file.path}: {trouble}; trying again in {pause:g} s")
-                time.sleep(pause)
-
-    def _once(self, url: str, part: "_Part", name: str) -> None:
-        """One request for what is missing; raises _Later where another may do better."""
-        with self._open(url, part) as answer:
-            if answer.status == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-                if _whole_size(answer) != part.size:
-                    part.restart()
-                    raise _Later("what was there does not belong to the file that the server has now")
-                return
-            if answer.status != http.client.PARTIAL_CONTENT:
-                part.restart()  # the server ignores Range, or has another version by now
-            elif _range_start(answer) != part.size:
-                part.restart()
-                raise _Later("the server sent another part than the one that was asked for")
-            else:
-                part.joined = True
-            part.belongs_to(answer.headers.get("ETag"))
-            self._receive(answer, part, name)
-
-    def _open(self, url: str, part: "_Part", confirmed: bool = False) -> http.client.HTTPResponse:
-        request = urllib.request.Request(url)
-        if part.size:
-            request.add_header("Range", f"bytes={part.size}-")
-            if part.etag:
-                request.add_header("If-Range", part.etag)
-        with _network_trouble():
-            try:
-                answer = self._opener.open(request, timeout=self.timeout)
-            except urllib.error.HTTPError as error:
-                answer = _refusal(error, url)
-        if answer.headers.get_content_type() != "text/html":
-            return answer
-        with answer, _network_trouble():
-            page = answer.read(LARGEST_PAGE).decode("utf-8", "replace")
-            form = _Form.of(page)
-            if form is None or confirmed:
-                raise RunFailed(
-                    f"{url} answered with a web page{_title(page)} instead of the file; open it in a browser to see "
-                    "what it asks for, and put the file where it belongs by hand"
-                )
-            confirmation = urllib.parse.urljoin(answer.url, form)
-        if urllib.parse.urlsplit(confirmation).scheme not in ("http", "https"):
-            raise RunFailed(f"{url} answered with a page that leads to {confirmation}, which is no web address")
-        return self._open(confirmation, part, confirmed=True)
-
-    def _receive(self, answer: http.client.HTTPResponse, part: "_Part", name: str) -> None:
-        missing = int(length) if (length := answer.headers.get("Content-Length", "")).isdigit() else None
-        if missing is not None and missing > (free := shutil.disk_usage(part.path.parent).free):
-            raise RunFailed(
-                f"no space for {name}: {missing / 1e9:,.2f} GB are still to come, {free / 1e9:,.2f} GB are free in "
-                f"{part.path.parent}"
-            )
-        label = name if not part.size else f"{name}, from {part.size / MEGABYTE:,.0f} MB on"
-        came = 0
-        with Progress(None if missing is None else -(-missing // MEGABYTE), label, "MB") as progress:
-            while block := _block(answer):
-                part.append(block)
-                came += len(block)
-                progress.advance(-(-came // MEGABYTE) - progress.done)
-        if missing is not None and came < missing:
-            raise _Later(f"the connection ended {(missing - came) / MEGABYTE:,.1f} MB too early")
-
-    def _url(self, file: RemoteFile) -> str:
-        if self.mirror is None:
-            return file.url
-        return f"{self.mirror.rstrip('/')}/{urllib.parse.quote(file.path)}"
+    limit: int
+    first_pause: float
+    worthwhile: int = 1
+    wrong_limit: int = 0
 
 
-# -------------------------------------------------------------------------------------------------- what has come
+class Unreachable(OSError):
+    """The attempts are used up. The message says what the last one failed with.
+
+    Attributes:
+        attempts: in a row that failed.
+    """
+
+    def __init__(self, error: OSError, attempts: int):
+        super().__init__(error.strerror or str(error) or type(error).__name__)
+        self.attempts = attempts
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
-class _Part:
-    """What has come of a file, open for more; nobody else can be at it."""
+class WrongContent(Exception):
+    """The download is complete and not the file that it should be. The message says why."""
 
-    def __init__(self, path: Path, file: IO[bytes]):
-        self.path, self._file = path, file
-        self._etag_path = path.with_name(path.name + ".etag")
-        self.size = file.seek(0, 2)
-        self.joined = False  # from several answers
-        self.etag = self._etag_path.read_text() if self.size and self._etag_path.exists() else None
 
-    def append(self, block: bytes) -> None:
-        """Write and count what came. Unbuffered, so that a full disk is noticed here and not when closing."""
-        view = memoryview(block)
-        while view:
-            written = self._file.write(view)
-            self.size += written
-            view = view[written:]
+class Cancelled(Exception):
+    """Nobody waits for the file any more."""
 
-    def belongs_to(self, etag: str | None) -> None:
-        """Remember the version of the file; a weak ETag ("W/...") does not tell bytes apart."""
-        self.etag = etag if etag and not etag.startswith("W/") else None
-        if self.etag:
-            self._etag_path.write_text(self.etag)
-        else:
-            self._etag_path.unlink(missing_ok=True)
 
-    def restart(self) -> None:
-        """Throw away what has come."""
-        self._file.seek(0)
-        self._file.truncate()
-        self.size, self.etag, self.joined = 0, None, False
-        self._etag_path.unlink(missing_ok=True)
+class DiskError(Exception):
+    """The disk failed, not the network.
 
-    def finish(self, target: Path) -> None:
-        """Give the file its name."""
-        self._etag_path.unlink(missing_ok=True)
-        self.path.rename(target)
+    Attributes:
+        error: of the operating system.
+    """
+
+    def __init__(self, error: OSError):
+        super().__init__(str(error))
+        self.error = error
 
 
 @contextmanager
-def _part_of(target: Path) -> Iterator[_Part]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.with_name(target.name + ".part")
-    with path.open("ab", buffering=0) as file:
-        if not locks.try_lock(file.fileno()):
-            raise BadInput(f"{path} is being downloaded by another process; wait for it")
-        part = _Part(path, file)
-        try:
-            yield part
-        finally:
-            if part.size == 0:  # nothing to go on with
-                part.restart()
-                path.unlink(missing_ok=True)
-
-
-def _check_existing(target: Path, file: RemoteFile) -> None:
-    if fault := _fault(target, file):
-        raise BadInput(f"{target} is there already, but {fault}; remove it to download it again")
-
-
-def _fault(path: Path, file: RemoteFile) -> str | None:
-    """What is wrong with a whole file, or None."""
-    with path.open("rb") as content:
-        begins = content.read(16)
-        known = BEGINNINGS.get(Path(file.path).suffix, ())
-        if known and not begins.startswith(known):
-            return f"it is no {Path(file.path).suffix} file (it begins with {begins!r})"
-        content.seek(0)
-        if file.sha1 and (found := hashlib.file_digest(content, "sha1").hexdigest()) != file.sha1:
-            return f"its sha1 is {found}, not {file.sha1} as published: it is damaged or another version"
-    return None
-
-
-# ------------------------------------------------------------------------------------------------------- answers
-
-
-def _block(answer: http.client.HTTPResponse) -> bytes:
-    """What has arrived, without waiting for more; b"" at the end."""
-    with _network_trouble():
-        return answer.read1(BLOCK)
-
-
-@contextmanager
-def _network_trouble() -> Iterator[None]:
-    """What a network does to a connection is worth another try. No disk may be touched in the block."""
+def _disk_errors() -> Iterator[None]:
     try:
         yield
-    except (OSError, http.client.HTTPException) as error:
-        reason = getattr(error, "reason", None) or error
-        text = "no answer in time" if isinstance(reason, TimeoutError) else str(reason) or type(reason).__name__
-        raise _Later(text) from None
+    except OSError as error:
+        raise DiskError(error) from None
 
 
-def _refusal(error: urllib.error.HTTPError, url: str) -> http.client.HTTPResponse:
-    """An answer other than success: 416 is one to look at, some are worth another try, the others are final."""
-    if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
-        return error
-    with error:
-        if error.code >= 500 or error.code in (http.client.REQUEST_TIMEOUT, http.client.TOO_MANY_REQUESTS):
-            asked = error.headers.get("Retry-After", "")
-            raise _Later(f"the server answered {error.code} {error.reason}", float(asked) if asked.isdigit() else 0.0)
-        raise RunFailed(
-            f"{url}: the server answered {error.code} {error.reason}; the file may have moved (a copy of it elsewhere "
-            "can be named with --mirror)"
-        )
+class PartialFile:
+    """What has arrived of a file, hashed on the way.
+
+    Args:
+        descriptor: of a file open for reading and writing, which may hold the beginning of an earlier download.
+        algorithm: of the hash, for hashlib.
+        etag_path: where to keep the version of the file that the bytes belong to, for later processes.
+
+    Attributes:
+        size: bytes that have arrived.
+        etag: version of the file that they belong to, if known.
+        is_joined: whether they came with several answers, which may be of different files.
+    """
+
+    def __init__(self, descriptor: int, algorithm: str, etag_path: Path | None = None):
+        self._descriptor, self._algorithm, self._etag_path = descriptor, algorithm, etag_path
+        self._hash, self.size = hashlib.new(algorithm), 0
+        while block := os.pread(descriptor, 2**20, self.size):
+            self._hash.update(block)
+            self.size += len(block)
+        self.is_joined = self.size > 0
+        self.etag: str | None = None
+        if self.size and etag_path is not None and etag_path.exists():
+            self.etag = etag_path.read_text()
+
+    @property
+    def hexdigest(self) -> str:
+        """Hash of all that has arrived, in hexadecimal digits."""
+        return self._hash.hexdigest()
+
+    def beginning(self, count: int) -> bytes:
+        """The first bytes."""
+        return os.pread(self._descriptor, count, 0)
+
+    def append(self, block: bytes) -> None:
+        """Add bytes.
+
+        Raises:
+            DiskError: they cannot be written.
+        """
+        rest = memoryview(block)
+        with _disk_errors():
+            while rest:
+                written = os.pwrite(self._descriptor, rest, self.size)
+                self._hash.update(rest[:written])
+                self.size += written
+                rest = rest[written:]
+
+    def restart(self) -> None:
+        """Throw away what has arrived."""
+        with _disk_errors():
+            os.ftruncate(self._descriptor, 0)
+        self._hash, self.size, self.is_joined = hashlib.new(self._algorithm), 0, False
+        self.remember_etag(None)
+
+    def remember_etag(self, etag: str | None) -> None:
+        """Note the version of the file that the bytes belong to."""
+        self.etag = etag
+        if self._etag_path is None:
+            return
+        with _disk_errors():
+            if etag:
+                self._etag_path.write_text(etag)
+            else:
+                self._etag_path.unlink(missing_ok=True)
 
 
-def _range_start(answer: http.client.HTTPResponse) -> int | None:
-    found = re.match(r"bytes (\d+)-", answer.headers.get("Content-Range", ""))
-    return int(found.group(1)) if found else None
+class _Attempts:
+    """Counts failures in a row, and pauses between attempts."""
+
+    def __init__(self, retries: Retries, report: Callable[[str], None]):
+        self._retries, self._report, self._failures = retries, report, 0
+
+    def failed(self, error: OSError, progress: int = 0) -> None:
+        """Pause after a failure, with chance in it so that not all processes come back at once.
+
+        Args:
+            error: that ended the attempt.
+            progress: bytes that it brought all the same.
+
+        Raises:
+            Unreachable: there were too many in a row.
+        """
+        self._failures = 1 if progress >= self._retries.worthwhile else self._failures + 1
+        failure = Unreachable(error, self._failures)
+        if self._failures > self._retries.limit:
+            raise failure from None
+        pause = self._retries.first_pause * 2 ** (self._failures - 1) * random.uniform(0.5, 1)
+        if isinstance(error, ServerBusy):
+            pause = max(pause, error.pause)
+        pause = min(pause, LONGEST_PAUSE)
+        self._report(f"{failure}; trying again in {pause:.2g} s")
+        time.sleep(pause)
 
 
-def _whole_size(answer: http.client.HTTPResponse) -> int | None:
-    found = re.match(r"bytes \*/(\d+)", answer.headers.get("Content-Range", ""))
-    return int(found.group(1)) if found else None
+def _ignore(_: str) -> None:
+    pass
 
 
-class _Form(html.parser.HTMLParser):
-    """The form that Google Drive shows before a file that is too large for its virus scan: "download anyway"."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.action: str | None = None
-        self.fields: dict[str, str] = {}
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {name: value or "" for name, value in attrs}
-        if tag == "form" and found.get("id") == "download-form":
-            self.action = found.get("action")
-        elif tag == "input" and self.action is not None and found.get("type") == "hidden":
-            self.fields[found.get("name", "")] = found.get("value", "")
-
-    @classmethod
-    def of(cls, page: str) -> str | None:
-        """The address that sending the form asks for; None where there is no such form."""
-        form = cls()
-        form.feed(page)
-        if not form.action:
-            return None
-        joint = "&" if "?" in form.action else "?"
-        return form.action + (joint + urllib.parse.urlencode(form.fields) if form.fields else "")
+def _never() -> bool:
+    return False
 
 
-def _title(page: str) -> str:
-    found = re.search(r"<title[^>]*>(.*?)</title>", page, re.DOTALL | re.IGNORECASE)
-    return f" ({' '.join(found.group(1).split())[:80]!r})" if found else ""
+@dataclass(frozen=True)
+class Download:
+    """One file to download.
+
+    Attributes:
+        request: asks for it.
+        part: receives it, from where an earlier download ended.
+        fault: says what is wrong with a complete download, None if nothing.
+        retries: when to try again.
+        size: of the whole file in bytes, where it is known.
+        report: is told why an attempt is repeated.
+        cancelled: whether nobody waits for the file any more.
+    """
+
+    request: Request
+    part: PartialFile
+    fault: Callable[[PartialFile], str | None]
+    retries: Retries
+    size: int | None = None
+    report: Callable[[str], None] = _ignore
+    cancelled: Callable[[], bool] = _never
+
+    def run(self) -> None:
+        """Fetch what is missing until the file is complete and right.
+
+        Raises:
+            WrongContent: it is complete and wrong.
+            Unreachable: too many attempts failed in a row.
+            DiskError: the disk is full.
+            Cancelled: nobody waits for it any more.
+            BadInput: the server refuses it.
+        """
+        wrong = 0
+        while True:
+            fault = self._complete() or self.fault(self.part)
+            if fault is None:
+                return
+            # Bytes of several answers may be of several files; what came at one go is what the server has.
+            is_forgiven = wrong < self.retries.wrong_limit or (wrong == 0 and self.part.is_joined)
+            if not is_forgiven:
+                raise WrongContent(fault)
+            wrong += 1
+            self.report(f"{fault}; downloading all of it again")
+            self.part.restart()
+
+    def _complete(self) -> str | None:
+        """Fetch until the server has no more, or has more than there should be.
+
+        Returns:
+            A fault where the bytes cannot belong to the server's file.
+        """
+        attempts = _Attempts(self.retries, self.report)
+        while True:
+            before = self.part.size
+            try:
+                self._request_rest()
+                return None
+            except RangeRefused as error:
+                if error.size == self.part.size:  # nothing is missing
+                    return None
+                return "what arrived earlier does not belong to the file that the server has now"
+            except OSError as error:
+                attempts.failed(error, self.part.size - before)
+
+    def _request_rest(self) -> None:
+        if self.cancelled():
+            raise Cancelled
+        if self.size is not None and self.part.size >= self.size:
+            return
+        with self.request(self.part.size, self.part.etag) as answer:
+            if answer.start == 0 and self.part.size:  # no ranges there, or another version of the file by now
+                self.part.restart()
+            self.part.is_joined = self.part.size > 0
+            self.part.remember_etag(answer.etag)
+            for block in answer.blocks:
+                if self.cancelled():
+                    raise Cancelled
+                self.part.append(block)
+                if self.size is not None and self.part.size > self.size:
+                    return
+
+
+def read_small_file(request: Request, url: str, largest: int, retries: Retries) -> bytes:
+    """A file whose size and content are not known beforehand, whole in memory.
+
+    Args:
+        request: asks for it.
+        url: of it, for messages.
+        largest: bytes that it may have.
+        retries: when to try again.
+
+    Raises:
+        BadInput: it is larger, or the server refuses it.
+        Unreachable: too many attempts failed in a row.
+    """
+    attempts = _Attempts(retries, _ignore)
+    while True:
+        content = bytearray()
+        try:
+            with request(0, None) as answer:
+                for block in answer.blocks:
+                    content += block
+                    if len(content) > largest:
+                        raise BadInput(f"{url} has more than {largest:,} bytes, too many for such a file")
+            return bytes(content)
+        except OSError as error:
+            attempts.failed(error)

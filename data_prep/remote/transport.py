@@ -1,89 +1,235 @@
-"""Reading files behind a URL: http(s) with the standard library alone, everything else through fsspec's drivers.
+"""Requests for files behind URLs: http(s) with the standard library alone, everything else through fsspec's drivers.
 
-What is worth asking for again is an OSError (a cut connection, a slow answer, a server that is busy); what is not, a
-`BadInput`. Nothing here tries again: that is `data_prep/shards/remote_files.py`'s.
+A failure that another attempt may mend (a cut connection, a slow or busy server) is an OSError; anything else is a
+BadInput. Nothing here tries again: data_prep/remote/downloader.py does.
 """
 
 import base64
 import http.client
 import queue
+import re
 import ssl
 import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 from data_prep.common.errors import BadInput
 from data_prep.remote.url import FolderUrl
 
 BLOCK = 2**20
-PART = 2**22  # of a file that fsspec is asked for at a time: what is lost when a connection is cut
-SLOWEST = 1024  # bytes a second; a connection that brings less is as good as cut
+PART = 2**22  # bytes that fsspec is asked for at a time: what is lost when a connection is cut
+SLOWEST = 1024  # bytes a second; a connection that delivers less counts as cut
 INDIRECT = (  # fsspec's drivers that read what a file tells them to, or through another program or driver
     *("reference", "generic", "dask", "jupyter", "jlab", "git", "zip", "tar", "libarchive", "dir", "cached"),
     *("blockcache", "filecache", "simplecache", "asyncwrapper", "local", "data"),
 )
-WORTH_ASKING_AGAIN = (408, 425, 429)
+WORTH_ANOTHER_ATTEMPT = (408, 425, 429)  # and all from 500 on
+
+
+class FileRefused(BadInput):
+    """The server does not hand out the file, now or later.
+
+    Attributes:
+        status: of HTTP, or its equivalent.
+    """
+
+    def __init__(self, url: str, status: int):
+        self.status = status
+        explanations = {404: "does not exist", 410: "does not exist any more"}
+        explanations |= dict.fromkeys((401, 403, 407), "cannot be read: permission denied; check the credentials")
+        super().__init__(f"{url} {explanations.get(status, 'cannot be read')} (HTTP {status})")
 
 
 class RangeRefused(OSError):
-    """The file has no such bytes: what was fetched before is not of this file."""
+    """The file does not have the bytes that were asked for: what was fetched before belongs to another file.
+
+    Attributes:
+        size: bytes of the file, where the server says.
+    """
+
+    def __init__(self, message: str, size: int | None = None):
+        super().__init__(message)
+        self.size = size
+
+
+class ServerBusy(OSError):
+    """The server asks to come back later.
+
+    Attributes:
+        pause: seconds that it asks to wait.
+    """
+
+    def __init__(self, message: str, pause: float):
+        super().__init__(message)
+        self.pause = pause
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A file, or the rest of it, on its way.
+
+    Attributes:
+        blocks: the bytes.
+        start: position in the file of the first of them: the one that was asked for, or 0.
+        length: bytes that are to come, where the server says.
+        etag: version of the file by which a later request can refer to it; None where there is none.
+    """
+
+    blocks: Iterator[bytes]
+    start: int
+    length: int | None = None
+    etag: str | None = None
 
 
 class Transport(Protocol):
-    """Reads the files of a folder."""
+    """Requests files of one folder."""
 
-    def read(self, file: str, start: int, size: int | None) -> Iterator[bytes]:
-        """The bytes of a file from `start` on, block by block.
+    def open(self, file: str, start: int = 0, size: int | None = None) -> AbstractContextManager[Answer]:
+        """Ask for a file.
 
         Args:
             file: its name.
-            start: bytes to leave out; as many as the server can be told to.
+            start: bytes to leave out, if the server can do that.
             size: of the whole file, where it is known.
 
         Raises:
-            BadInput: it is not there, or may not be read.
-            OSError: something that may go better another time.
+            BadInput: it does not exist or may not be read.
+            OSError: another attempt may succeed; also raised by `Answer.blocks`.
         """
         ...
 
 
 def transport(url: FolderUrl, timeout: float) -> Transport:
-    """How the files behind a URL are read.
+    """The transport for a URL.
 
     Args:
         url: of the folder.
         timeout: seconds after which a silent connection is given up.
 
     Raises:
-        BadInput: nobody knows how, or a package is missing for it.
+        BadInput: the scheme is unknown, or a package for it is missing.
     """
     return HttpTransport(url, timeout) if url.scheme in ("http", "https") else FsspecTransport(url, timeout)
 
 
-def refusal(url: FolderUrl, file: str, status: int) -> BadInput | OSError:
-    """What an HTTP status says of a file."""
-    if status in (404, 410):
-        return BadInput(
-            f"{url / file} is not there (HTTP {status}); a URL must be that of a shard folder of data_prep/pack.py, as "
-            "tars that others wrote are read on this machine only"
-        )
-    if status in (401, 403, 407):
-        return BadInput(f"{url / file}: no permission to read it (HTTP {status}); are the credentials right?")
+def refusal(url: str, status: int) -> BadInput | OSError:
+    """The error that an HTTP status means for the file at `url`."""
     if status == 416:
         return RangeRefused("no such bytes (HTTP 416)")
-    if status in WORTH_ASKING_AGAIN or status >= 500:
+    if status in WORTH_ANOTHER_ATTEMPT or status >= 500:
         return OSError(f"HTTP {status}")
-    return BadInput(f"{url / file} cannot be read (HTTP {status})")
+    return FileRefused(url, status)
 
 
 # ------------------------------------------------------------------------------------------------------------- http
 
 
+class HttpTransport:
+    """Files of a web server; redirections and the proxies of the environment are followed."""
+
+    def __init__(self, url: FolderUrl, timeout: float):
+        self._url, self._timeout = url, timeout
+
+    def open(self, file: str, start: int = 0, size: int | None = None) -> AbstractContextManager[Answer]:
+        """See `Transport`."""
+        return http_get(self.request(file), self._url / file, self._timeout, start)
+
+    def request(self, file: str) -> urllib.request.Request:
+        """The request for one of the folder's files, with the user's credentials."""
+        request = urllib.request.Request(self._url.of(file, user=False))
+        if self._url.user is not None:
+            credentials = base64.b64encode(":".join(self._url.user).encode()).decode()
+            request.add_unredirected_header("Authorization", f"Basic {credentials}")  # not for where a redirect leads
+        return request
+
+
+@contextmanager
+def http_get(
+    request: urllib.request.Request,
+    url: str,
+    timeout: float,
+    start: int = 0,
+    etag: str | None = None,
+    send: Callable[[urllib.request.Request, float], http.client.HTTPResponse] | None = None,
+) -> Iterator[Answer]:
+    """Ask a web server for a file from byte `start` on; a server that knows no ranges sends everything.
+
+    Args:
+        request: without a range.
+        url: of the file, for messages.
+        timeout: seconds after which a silent connection is given up.
+        start: bytes to leave out.
+        etag: version of the file that these belong to; of any other, everything is sent.
+        send: performs the request; by default urllib.
+
+    Raises:
+        BadInput, OSError: as `Transport.open`.
+    """
+    request.add_header("User-Agent", "spiketune")
+    if start:
+        request.add_header("Range", f"bytes={start}-")
+        if etag:
+            request.add_header("If-Range", etag)
+    with network_errors(url):
+        response = (send or _urlopen)(request, timeout)
+    with response:
+        partial = response.status == http.client.PARTIAL_CONTENT
+        surplus = start - _first_byte(response, start) if partial else 0
+        tag = response.headers.get("ETag")
+        yield Answer(
+            blocks=_without_first(surplus, _blocks(response, url, timeout)),
+            start=start if partial else 0,
+            length=response.length,
+            etag=tag if tag and not tag.startswith("W/") else None,  # a weak one does not tell bytes apart
+        )
+
+
+def _urlopen(request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
+    return urllib.request.urlopen(request, timeout=timeout)
+
+
+@contextmanager
+def network_errors(url: str) -> Iterator[None]:
+    """Raise what goes wrong in the block as `Transport.open` says. The block must not touch a disk."""
+    try:
+        yield
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            size = re.match(r"bytes \*/(\d+)", error.headers.get("Content-Range", ""))
+            raise RangeRefused("no such bytes (HTTP 416)", int(size[1]) if size else None) from None
+        pause = error.headers.get("Retry-After", "")
+        failure = refusal(url, error.code)
+        if isinstance(failure, OSError) and pause.isdigit():
+            failure = ServerBusy(str(failure), float(pause))
+        raise failure from None
+    except ssl.SSLError as error:
+        raise _tls_failure(url, error) from None
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLError):
+            raise _tls_failure(url, error.reason) from None
+        if isinstance(error.reason, TimeoutError):
+            raise TimeoutError("no answer in time") from None
+        raise OSError(str(getattr(error.reason, "strerror", None) or error.reason)) from None
+    except TimeoutError:
+        raise TimeoutError("no answer in time") from None
+    except http.client.HTTPException as error:
+        raise OSError(f"the connection broke ({type(error).__name__})") from None
+
+
+def _tls_failure(url: str, error: ssl.SSLError) -> BadInput | OSError:
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return BadInput(f"{url}: the server's certificate is not trusted ({error.verify_message})")
+    return OSError(f"TLS: {error.reason}")
+
+
 class _Pace:
-    """Notices when too little arrives: a time-out of the socket alone would wait for a byte now and then for ever."""
+    """Notices when too little arrives: the socket's time-out alone would wait forever for a byte now and then."""
 
     def __init__(self, timeout: float):
         self._timeout = timeout
@@ -94,68 +240,37 @@ class _Pace:
         self._bytes += size
         if time.monotonic() - self._since > self._timeout:
             if self._bytes < SLOWEST * self._timeout:
-                raise TimeoutError(f"{self._bytes:,} bytes in {self._timeout:g} s")
+                raise OSError(f"only {self._bytes:,} bytes in {self._timeout:g} s")
             self._since, self._bytes = time.monotonic(), 0
 
 
-class HttpTransport:
-    """Files of a web server; redirections and the proxies of the environment are followed."""
-
-    def __init__(self, url: FolderUrl, timeout: float):
-        self._url, self._timeout = url, timeout
-
-    def read(self, file: str, start: int, size: int | None) -> Iterator[bytes]:
-        """See `Transport`; a server that knows no ranges sends everything, and the beginning is dropped."""
-        try:
-            with urllib.request.urlopen(self._request(file, start), timeout=self._timeout) as answer:
-                drop = start if answer.status != 206 else start - _first_byte(answer, start)
-                for block in self._blocks(answer):
-                    if len(block) > drop:
-                        yield block[drop:]
-                    drop = max(drop - len(block), 0)
-        except urllib.error.HTTPError as error:
-            error.close()
-            raise refusal(self._url, file, error.code) from None
-        except ssl.SSLError as error:
-            raise self._of_ssl(file, error) from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, ssl.SSLError):
-                raise self._of_ssl(file, error.reason) from None
-            raise OSError(str(getattr(error.reason, "strerror", None) or error.reason)) from None
-        except http.client.HTTPException as error:
-            raise OSError(f"the connection broke off ({type(error).__name__})") from None
-
-    def _of_ssl(self, file: str, error: ssl.SSLError) -> BadInput | OSError:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return BadInput(f"{self._url / file}: the server's certificate is not trusted ({error.verify_message})")
-        return OSError(f"TLS: {error.reason}")
-
-    def _request(self, file: str, start: int) -> urllib.request.Request:
-        request = urllib.request.Request(self._url.of(file, user=False))
-        request.add_header("User-Agent", "spiketune")
-        if start:
-            request.add_header("Range", f"bytes={start}-")
-        if self._url.user is not None:
-            words = base64.b64encode(":".join(self._url.user).encode()).decode()
-            request.add_unredirected_header("Authorization", f"Basic {words}")  # not for where we are sent to
-        return request
-
-    def _blocks(self, answer: http.client.HTTPResponse) -> Iterator[bytes]:
-        announced, arrived, pace = answer.length, 0, _Pace(self._timeout)
-        while block := answer.read1(BLOCK):
-            arrived += len(block)
-            pace.check(len(block))
-            yield block
-        if announced is not None and arrived < announced:  # which http.client takes for the end of the file
-            raise ConnectionResetError(f"the connection was cut after {arrived:,} of {announced:,} bytes")
+def _blocks(response: http.client.HTTPResponse, url: str, timeout: float) -> Iterator[bytes]:
+    announced, arrived, pace = response.length, 0, _Pace(timeout)
+    while True:
+        with network_errors(url):
+            block = response.read1(BLOCK)
+        if not block:
+            break
+        arrived += len(block)
+        pace.check(len(block))
+        yield block
+    if announced is not None and arrived < announced:  # http.client takes this for the end of the file
+        raise ConnectionResetError(f"the connection was cut after {arrived:,} of {announced:,} bytes")
 
 
-def _first_byte(answer: http.client.HTTPResponse, asked: int) -> int:
-    """The byte that a partial answer begins with, which servers are allowed to choose."""
-    unit, _, rest = answer.headers.get("Content-Range", f"bytes {asked}-").partition(" ")
-    first = rest.partition("-")[0]
-    if unit != "bytes" or not first.isdigit() or int(first) > asked:
-        raise OSError(f"the server answered with another range than bytes {asked}-")
+def _without_first(surplus: int, blocks: Iterator[bytes]) -> Iterator[bytes]:
+    for block in blocks:
+        if len(block) > surplus:
+            yield block[surplus:]
+        surplus = max(surplus - len(block), 0)
+
+
+def _first_byte(response: http.client.HTTPResponse, requested: int) -> int:
+    """The byte that a partial answer begins with; servers may choose an earlier one than was asked for."""
+    unit, _, span = response.headers.get("Content-Range", f"bytes {requested}-").partition(" ")
+    first = span.partition("-")[0]
+    if unit != "bytes" or not first.isdigit() or int(first) > requested:
+        raise OSError(f"the server answered with another range than bytes {requested}-")
     return int(first)
 
 
@@ -169,48 +284,52 @@ class FsspecTransport:
         self._url, self._timeout = url, timeout
         _check_driver(url)
 
-    def read(self, file: str, start: int, size: int | None) -> Iterator[bytes]:
-        """See `Transport`; without a size the file comes in one part."""
+    @contextmanager
+    def open(self, file: str, start: int = 0, size: int | None = None) -> Iterator[Answer]:
+        """See `Transport`; without a size the file comes in one block."""
         if size is None:
-            yield self._part(file)[start:]
-            return
+            yield Answer(iter([self._read(file, start, None)]), start)
+        else:
+            yield Answer(self._parts(file, start, size), start, size - start)
+
+    def _parts(self, file: str, start: int, size: int) -> Iterator[bytes]:
         for first in range(start, size, PART):
             end = min(first + PART, size)
-            part = self._part(file, start=first, end=end)
+            part = self._read(file, first, end)
             if len(part) != end - first:
                 raise RangeRefused(f"{len(part):,} bytes in place of {end - first:,}")
             yield part
 
-    def _part(self, file: str, **where: int) -> bytes:
+    def _read(self, file: str, start: int, end: int | None) -> bytes:
         from fsspec.core import url_to_fs
 
         def read() -> bytes:
             system, path = url_to_fs(self._url.of(file))
-            return system.cat_file(path, **where)
+            return system.cat_file(path, start=start or None, end=end)
 
         try:
             return _within(self._timeout, read)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise refusal(self._url, file, 404) from None
+            raise FileRefused(self._url / file, 404) from None
         except Exception as error:  # every driver has its own
-            raise self._meant(file, error) from None
+            raise self._failure(file, error) from None
 
-    def _meant(self, file: str, error: Exception) -> BadInput | OSError:
+    def _failure(self, file: str, error: Exception) -> BadInput | OSError:
         status = _status(error)
         if isinstance(error, PermissionError) or "credential" in type(error).__name__.lower():
             status = 403
         if isinstance(error, ImportError):
             return _missing(self._url, error)
         if status is not None and status >= 400:
-            return refusal(self._url, file, status)
+            return refusal(self._url / file, status)
         return OSError(self._url.hide(f"{type(error).__name__}: {error}"))
 
 
 def _status(error: Exception) -> int | None:
     """The HTTP status in an exception of aiohttp, requests, httpx or a driver of its own."""
-    answer = getattr(error, "response", None)
-    found = (getattr(error, "status", None), getattr(error, "code", None), getattr(answer, "status_code", None))
-    return next((int(value) for value in found if str(value).isdigit()), None)
+    response = getattr(error, "response", None)
+    candidates = (getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None))
+    return next((int(value) for value in map(str, candidates) if value.isdigit()), None)
 
 
 def _check_driver(url: FolderUrl) -> None:
@@ -222,7 +341,7 @@ def _check_driver(url: FolderUrl) -> None:
         get_filesystem_class(url.scheme)
     except ValueError:
         raise BadInput(
-            f"{url}: {url.scheme}:// is not known; there are https, s3, gs, hf and what fsspec reads"
+            f"{url}: {url.scheme}:// is not known; use https, s3, gs, hf or another scheme that fsspec reads"
         ) from None
     except ImportError as error:
         raise _missing(url, error) from None
@@ -239,25 +358,25 @@ def _missing(url: FolderUrl, error: ImportError) -> BadInput:
     return BadInput(f"{url}: {url.scheme}:// needs the package {package}: pip install {package}")
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What a call returns or raises; it is left alone in its thread when it takes too long.
+def _within(seconds: float, call: Callable[[], bytes]) -> bytes:
+    """What a call returns or raises; when it takes too long it is left alone in its thread.
 
     Raises:
         TimeoutError: it took longer.
     """
-    done: queue.SimpleQueue = queue.SimpleQueue()
+    results: queue.SimpleQueue[bytes | Exception] = queue.SimpleQueue()
 
     def run() -> None:
         try:
-            done.put((call(), None))
+            results.put(call())
         except Exception as error:
-            done.put((None, error))
+            results.put(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        value, error = done.get(timeout=seconds)
+        result = results.get(timeout=seconds)
     except queue.Empty:
         raise TimeoutError(f"no answer in {seconds:g} s") from None
-    if error is not None:
-        raise error
-    return value
+    if isinstance(result, Exception):
+        raise result
+    return result

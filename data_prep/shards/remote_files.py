@@ -1,27 +1,30 @@
 """The files of a shard folder behind a URL: fetched when they are needed, verified, and kept on disk for a while."""
 
-import hashlib
 import io
 import os
-import random
-import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.safe_reading import LARGEST_TEXT
-from data_prep.remote.cache import Known, ShardCache, default_root
-from data_prep.remote.transport import RangeRefused, Transport, transport
+from data_prep.remote.cache import KnownContent, ShardCache, default_root
+from data_prep.remote.downloader import (
+    DiskError,
+    Download,
+    PartialFile,
+    Retries,
+    Unreachable,
+    WrongContent,
+    read_small_file,
+)
+from data_prep.remote.transport import Answer, FileRefused, Transport, transport
 from data_prep.remote.url import FolderUrl
 from data_prep.shards.manifest import Manifest, Shard, parse_manifest
 
-TRIES = 5  # in a row that brought next to nothing
-WRONG_TRIES = 3  # of a whole file whose bytes are wrong
-WORTHWHILE = 2**22  # bytes that make a try count as none
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds before the second try, doubled for each further one
+RETRIES = Retries(limit=4, first_pause=0.5, worthwhile=2**22, wrong_limit=2)
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,6 @@ class FetchSettings:
 
 class WrongBytes(BadInput):
     """A file's bytes are not those that were packed."""
-
-
-class Cancelled(Exception):
-    """Nobody waits for the file any more."""
 
 
 class RemoteFiles:
@@ -79,7 +78,16 @@ class RemoteFiles:
         Raises:
             BadInput: it cannot be had, or is none.
         """
-        return parse_manifest(self._small("manifest.json"), self.url / "manifest.json")
+        try:
+            content = self._small_file("manifest.json")
+        except FileRefused as error:
+            if error.status not in (404, 410):
+                raise
+            raise BadInput(
+                f"{error}; give the URL of a shard folder made by data_prep/pack.py (tars of other origin are "
+                "read from local folders only)"
+            ) from None
+        return parse_manifest(content, self.url / "manifest.json")
 
     def check(self, manifest: Manifest) -> None:
         """Refuse shards that cannot be kept; whether they are there is found when they are fetched.
@@ -99,7 +107,7 @@ class RemoteFiles:
         """
         known = manifest.files.get(file)
         if known is None:
-            return io.BytesIO(self._small(file))
+            return io.BytesIO(self._small_file(file))
         return io.BytesIO(self._read(known, file, 0, known.bytes))
 
     def member(self, shard: Shard, offset: int, size: int) -> memoryview:
@@ -144,167 +152,74 @@ class RemoteFiles:
     # ---- fetching --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _copy(self, known: Known, file: str) -> Iterator[int]:
-        """A descriptor of the copy of a file, fetched if it is not there."""
+    def _copy(self, content: KnownContent, file: str) -> Iterator[int]:
+        """A descriptor of the copy of a file, fetched if there is none."""
         with ExitStack() as stack:
-            while (copy := stack.enter_context(self.cache.open(known))) is None:
-                self._fetch(known, file)
+            while (copy := stack.enter_context(self.cache.open(content))) is None:
+                self._fetch(content, file)
             yield copy
 
-    def _read(self, known: Known, file: str, offset: int, size: int) -> bytes:
-        with self._copy(known, file) as copy:
+    def _read(self, content: KnownContent, file: str, offset: int, size: int) -> bytes:
+        with self._copy(content, file) as copy:
             return os.pread(copy, size, offset)
 
-    def _fetch(self, known: Known, file: str, cancelled: Callable[[], bool] = lambda: False, **options: Any) -> bool:
-        def download(part: int) -> None:
-            _Download(self._transport, self.url, known, file, part, cancelled).run()
+    def _fetch(
+        self,
+        content: KnownContent,
+        file: str,
+        cancelled: Callable[[], bool] = lambda: False,
+        wait: bool = True,
+        spared: Callable[[], Collection[str]] = frozenset,
+    ) -> bool:
+        def download(descriptor: int) -> None:
+            self._download(content, file, descriptor, cancelled)
 
-        return self.cache.fetch(known, self.url / file, download, **options)
+        return self.cache.fetch(content, self.url / file, download, wait, spared)
 
-    def _small(self, file: str) -> bytes:
+    def _download(self, content: KnownContent, file: str, descriptor: int, cancelled: Callable[[], bool]) -> None:
+        """Write a file to a descriptor, which may hold its beginning.
+
+        Raises:
+            BadInput: the server refuses it, or its bytes are wrong every time.
+            RunFailed: the network fails.
+            Cancelled: nobody waits for it any more.
+            OSError: the disk fails.
+        """
+
+        def request(start: int, _: str | None) -> AbstractContextManager[Answer]:
+            return self._transport.open(file, start, content.bytes)
+
+        def fault(part: PartialFile) -> str | None:
+            return None if part.hexdigest == content.sha256 else "its sha256 differs"
+
+        part = PartialFile(descriptor, "sha256")
+        try:
+            Download(request, part, fault, RETRIES, size=content.bytes, cancelled=cancelled).run()
+        except DiskError as failure:
+            raise failure.error from None
+        except WrongContent:
+            raise WrongBytes(
+                f"{self.url / file}: these are not the bytes that were packed: manifest.json expects "
+                f"{content.bytes:,} of sha256 {content.sha256}, and {RETRIES.wrong_limit + 1} times others came (the "
+                f"last time {part.size:,} of {part.hexdigest}); copy the folder to its place again"
+            ) from None
+        except Unreachable as error:
+            raise RunFailed(
+                f"{self.url / file} cannot be fetched ({self.url.hide(str(error))}; {part.size:,} of "
+                f"{content.bytes:,} bytes came; {error.attempts} attempts); start again with --resume when the network "
+                "is up"
+            ) from None
+
+    def _small_file(self, file: str) -> bytes:
         """A file whose content is not known beforehand.
 
         Raises:
             BadInput: it cannot be had.
         """
-        tries = _Tries()
-        while True:
-            try:
-                return self._at_most(LARGEST_TEXT, file)
-            except OSError as error:
-                if not tries.again():
-                    raise BadInput(
-                        f"{self.url / file} cannot be read ({self.url.hide(said(error))}; {tries.made} tries); "
-                        "is the URL right and the network up?"
-                    ) from None
-
-    def _at_most(self, largest: int, file: str) -> bytes:
-        content = bytearray()
-        for block in self._transport.read(file, 0, None):
-            content += block
-            if len(content) > largest:
-                raise BadInput(f"{self.url / file} has more than {largest:,} bytes; a shard folder's has not")
-        return bytes(content)
-
-
-class _Tries:
-    """Counts tries that led nowhere, and pauses between them."""
-
-    def __init__(self):
-        self.made = 0
-
-    def again(self) -> bool:
-        """Whether to try again, after a pause; with chance in it, so that not all come back at the same time."""
-        self.made += 1
-        if self.made >= TRIES:
-            return False
-        time.sleep(min(FIRST_PAUSE * 2 ** (self.made - 1), LONGEST_PAUSE) * random.uniform(0.5, 1))
-        return True
-
-    def forget(self) -> None:
-        """It went on."""
-        self.made = 0
-
-
-class _Download:
-    """Writes one file to a descriptor, from where an earlier download broke off."""
-
-    def __init__(
-        self, source: Transport, url: FolderUrl, known: Known, file: str, part: int, cancelled: Callable[[], bool]
-    ):
-        self._source, self._url, self._known, self._file, self._part = source, url, known, file, part
-        self._cancelled = cancelled
-        self._hash, self._there = hashlib.sha256(), 0
-
-    def run(self) -> None:
-        """Until it is whole and its bytes are right.
-
-        Raises:
-            BadInput: they are wrong every time, or it cannot be read.
-            RunFailed: the network is not up to it.
-            Cancelled: nobody waits for it any more.
-        """
-        tries, wrong = _Tries(), 0
-        self._take_up()
-        while True:
-            before = self._there
-            try:
-                self._go_on()
-                if self._hash.hexdigest() == self._known.sha256:
-                    return
-            except _Disk as error:
-                raise error.error from None
-            except RangeRefused:  # another file than the one that was begun, or that was packed
-                pass
-            except OSError as error:
-                if self._there - before >= WORTHWHILE:
-                    tries.forget()
-                if not tries.again():
-                    raise self._unreachable(error, tries.made) from None
-                continue
-            wrong += 1
-            if wrong == WRONG_TRIES:
-                raise self._wrong_bytes()
-            self._start_over()
-
-    def _take_up(self) -> None:
-        while block := os.pread(self._part, 2**20, self._there):
-            self._hash.update(block)
-            self._there += len(block)
-        if self._there > self._known.bytes:
-            self._start_over()
-
-    def _start_over(self) -> None:
-        os.ftruncate(self._part, 0)
-        self._hash, self._there = hashlib.sha256(), 0
-
-    def _go_on(self) -> None:
-        """Fetch what is missing, or until something is wrong."""
-        if self._cancelled():
-            raise Cancelled
-        if self._there == self._known.bytes:
-            return
-        for block in self._source.read(self._file, self._there, self._known.bytes):
-            if self._cancelled():
-                raise Cancelled
-            if len(block) > self._known.bytes - self._there:  # it is another file
-                self._hash.update(block)
-                return
-            self._write(block)
-        if self._there < self._known.bytes:
-            raise RangeRefused("the file ended")
-
-    def _write(self, block: bytes) -> None:
         try:
-            written = os.pwrite(self._part, block, self._there)
-        except OSError as error:
-            raise _Disk(error) from None
-        self._hash.update(memoryview(block)[:written])
-        self._there += written
-        if written < len(block):
-            self._write(block[written:])
-
-    def _wrong_bytes(self) -> WrongBytes:
-        return WrongBytes(
-            f"{self._url / self._file}: these are not the bytes that were packed: manifest.json expects "
-            f"{self._known.bytes:,} of sha256 {self._known.sha256}, and {WRONG_TRIES} times others came (the last time "
-            f"{self._there:,} of {self._hash.hexdigest()}); copy the folder to its place again"
-        )
-
-    def _unreachable(self, error: OSError, tries: int) -> RunFailed:
-        return RunFailed(
-            f"{self._url / self._file} cannot be fetched ({self._url.hide(said(error))}; {self._there:,} of "
-            f"{self._known.bytes:,} bytes came; {tries} tries); start again with --resume when the network is up"
-        )
-
-
-class _Disk(Exception):
-    """The disk's error, apart from those of the network."""
-
-    def __init__(self, error: OSError):
-        self.error = error
-
-
-def said(error: OSError) -> str:
-    """What an error of the network says, in a few words."""
-    return error.strerror or str(error) or type(error).__name__
+            return read_small_file(lambda *_: self._transport.open(file), self.url / file, LARGEST_TEXT, RETRIES)
+        except Unreachable as error:
+            raise BadInput(
+                f"{self.url / file} cannot be read ({self.url.hide(str(error))}; {error.attempts} attempts); is the "
+                "URL right and the network up?"
+            ) from None

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from data_prep.common.errors import BadInput, RunFailed
+from data_prep.remote.downloader import Cancelled
 from data_prep.shards.folder import ShardSplit
-from data_prep.shards.remote_files import Cancelled
 from train.distributed.launch_environment import ranks_on_machine
 
 STREAMS = 4  # shards that a machine fetches at the same time; one stream rarely fills a network

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -61,7 +62,7 @@ def web(packed):
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch, tmp_path):
     """Pauses of milliseconds; copies go to a folder of the test's own."""
-    monkeypatch.setattr(remote_files, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(remote_files, "RETRIES", replace(remote_files.RETRIES, first_pause=0.01))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv(SIGNED, raising=False)
 
@@ -209,7 +210,7 @@ def test_wrong_bytes_are_never_used(web, cache):
     assert f"{web.url}/train-000003.tar" in message
     assert shard.sha256 in message
     assert "\n" not in message
-    assert web.times()["train-000003.tar"] == remote_files.WRONG_TRIES
+    assert web.times()["train-000003.tar"] == remote_files.RETRIES.wrong_limit + 1
     assert not any(name.startswith(shard.sha256) for name in kept(cache))
 
 
@@ -235,17 +236,17 @@ def test_a_network_that_stays_down_ends_in_one_sentence(web, cache):
     shards = opened(web.url, cache)
     web.always["train-000000.tar"] = ("cut", 0)
     with pytest.raises(
-        RunFailed, match=rf"{web.url}/train-000000\.tar cannot be fetched .*0 of [\d,]+ bytes .*5 tries"
+        RunFailed, match=rf"{web.url}/train-000000\.tar cannot be fetched .*0 of [\d,]+ bytes .*5 attempts"
     ):
         fetch(shards)
 
 
 def test_a_run_of_cuts_is_outlasted_as_long_as_something_comes(web, packed, cache, monkeypatch):
-    monkeypatch.setattr(remote_files, "WORTHWHILE", 500)
+    monkeypatch.setattr(remote_files, "RETRIES", replace(remote_files.RETRIES, worthwhile=500))
     web.always["train-000000.tar"] = ("cut", 1000)
     shards = opened(web.url, cache)
     assert fetch(shards) == (packed / "train-000000.tar").read_bytes()
-    assert web.times()["train-000000.tar"] > remote_files.TRIES
+    assert web.times()["train-000000.tar"] > remote_files.RETRIES.limit + 1
 
 
 def test_a_page_in_place_of_a_manifest_is_refused(web, cache):
@@ -476,7 +477,7 @@ def test_the_contact_sheet_needs_a_single_shard(web, cache):
 
 
 REFUSED = {
-    "nothing there": ("{url}/elsewhere", ("manifest.json is not there (HTTP 404)",)),
+    "nothing there": ("{url}/elsewhere", ("manifest.json does not exist (HTTP 404)",)),
     "no driver": ("s3://bucket/folder", ("s3://bucket/folder", "s3fs", "pip install s3fs")),
     "no driver for Google's": ("gs://bucket/folder", ("pip install gcsfs",)),
     "unknown": ("htp://host/folder", ("htp:// is not known",)),
@@ -501,7 +502,7 @@ def test_tars_of_others_are_refused_behind_a_url(packed, tmp_path, cache):
         shutil.copy(tar, tmp_path / "tars")
     assert len(ShardFolder(tmp_path / "tars").split("train")) == 60
     with serve(tmp_path / "tars") as web:
-        assert_refused(show(web.url, cache), f"{web.url}/manifest.json is not there", "others wrote")
+        assert_refused(show(web.url, cache), f"{web.url}/manifest.json does not exist", "of other origin")
 
 
 def test_tables_that_were_made_anew_are_those_that_are_fetched(packed, tmp_path, cache):
@@ -532,7 +533,7 @@ def test_the_streaming_engine_is_for_folders_of_this_machine(web, tmp_path):
 @pytest.mark.parametrize("status", [401, 403])
 def test_no_permission_is_told_and_not_asked_for_again(web, cache, status):
     web.always["manifest.json"] = ("status", status)
-    assert_refused(show(web.url, cache), f"{web.url}/manifest.json: no permission", str(status))
+    assert_refused(show(web.url, cache), f"{web.url}/manifest.json cannot be read: permission denied", str(status))
     assert len(web.asked) == 1
 
 
@@ -548,7 +549,7 @@ COMMANDS = {
 def test_every_command_takes_a_url_and_says_what_is_wrong_with_it(web, tmp_path, command):
     web.always["manifest.json"] = ("status", 404)
     words = [tmp_path / "out" if word == "OUT" else word for word in COMMANDS[command]]
-    assert_refused(run_here(*words, "--data", web.url), f"{web.url}/manifest.json is not there")
+    assert_refused(run_here(*words, "--data", web.url), f"{web.url}/manifest.json does not exist")
     assert not (tmp_path / "out").exists()
 
 
@@ -566,7 +567,7 @@ def test_secrets_are_asked_for_and_never_shown(web, packed, cache):
     for thing in (str(shards.folder), shards.folder / "x.tar", recorded(url), *without_secrets([url, f"--data={url}"])):
         assert web.url in thing
         assert not any(secret in thing for secret in ("me:", "pass", "hush"))
-    with pytest.raises(BadInput, match="no permission") as caught:
+    with pytest.raises(BadInput, match="permission denied") as caught:
         fetch(shards, 1)
     assert "hush" not in str(caught.value)
     assert FolderUrl(url).hide(f"cannot read {url}/x: hush?") == f"cannot read {FolderUrl(url).hide(url)}/x: hush?"
@@ -585,7 +586,7 @@ def test_processes_that_are_started_inherit_the_secrets(monkeypatch):
 
 
 def test_secrets_are_not_for_where_one_is_sent_to(packed, cache):
-    request = transport.HttpTransport(FolderUrl("https://me:word@host/folder"), 1)._request("a.tar", 0)
+    request = transport.HttpTransport(FolderUrl("https://me:word@host/folder"), 1).request("a.tar")
     assert request.full_url == "https://host/folder/a.tar"
     assert "Authorization" in request.unredirected_hdrs
     assert "Authorization" not in request.headers
