@@ -25,8 +25,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+from harness import ROOT, options_of, write_json
 from safetensors.torch import load_file
-from synthetic import ROOT, pack_simulated
+from synthetic import pack_simulated
 
 FAULTS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 STOPPED = 75
@@ -108,7 +109,7 @@ class Job:
 
 def main() -> int:
     """Parse, run undisturbed, run disturbed, count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -116,7 +117,6 @@ def main() -> int:
     parser.add_argument(
         "--timeout", type=float, default=10, help="seconds after which a process that hangs is given up"
     )
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     draw, outcomes, struck = random.Random(options.seed), [], Counter()
     with tempfile.TemporaryDirectory() as scratch:
@@ -140,8 +140,7 @@ def main() -> int:
                 print((folder / f"run_{number}.txt").read_text()[-3000:], flush=True)
     good = outcomes.count(None)
     print(f"{good} of {options.runs} runs ended as if undisturbed; faults: {dict(struck)}")
-    if options.json:
-        options.json.write_text(json.dumps({"runs": options.runs, "as undisturbed": good, "faults": struck}, indent=1))
+    write_json(options, {"runs": options.runs, "as undisturbed": good, "faults": struck})
     return int(good < options.runs)
 
 

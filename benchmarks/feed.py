@@ -9,10 +9,7 @@ turn, counted per second of processor time; medians over the turns, ratios withi
 0.99 warm. `again` is the synthetic side a second time: how far two equal things differ here.
 """
 
-import argparse
-import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Iterator
@@ -21,6 +18,7 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
+from harness import Side, Turns, measure_in_turns, options_of, write_json
 from synthetic import first_step, pack_jpegs, recipe_of, training
 
 from data_prep.shards.folder import ShardFolder
@@ -30,7 +28,6 @@ from train.finetuning.loop import Training
 from train.finetuning.preparation import training_stimuli
 from train.run.recipe import Recipe
 
-WARM_UP = 3  # steps
 STIMULI = 640
 
 
@@ -49,16 +46,20 @@ def loader_of(recipe: Recipe, data: Path, cache: str) -> TrainLoader:
     return TrainLoader(fit, seed=0, global_size=size, per_device=None, rank=0, ranks=1, workers=0, pin=False)
 
 
-def images_per_second(run: Training, batches: Iterator[list[Batch]], steps: int) -> float:
-    """Over some optimizer steps, by processor time: of one thread that computes all the time, the clock undisturbed."""
-    started, images = time.process_time(), 0
-    for micros in islice(batches, steps):
-        run._step(micros, 0)
-        images += sum(len(micro.images) for micro in micros)
-    return images / (time.process_time() - started)
+def side_of(run: Training, batches: Iterator[list[Batch]], steps: int) -> Side:
+    """A side of the comparison: images per second of processor time over some optimizer steps."""
+
+    def side() -> dict[str, float]:
+        started, images = time.process_time(), 0
+        for micros in islice(batches, steps):
+            run._step(micros, 0)
+            images += sum(len(micro.images) for micro in micros)
+        return {"images/s": images / (time.process_time() - started)}
+
+    return side
 
 
-def measure(recipe: Recipe, data: Path, out: Path, steps: int, repeats: int) -> dict[str, list[float]]:
+def measure(recipe: Recipe, data: Path, out: Path, steps: int, repeats: int) -> Turns:
     """Images per second of every side, in turns."""
     with ExitStack() as stack:
         run = stack.enter_context(training(recipe, data, out))
@@ -73,34 +74,17 @@ def measure(recipe: Recipe, data: Path, out: Path, steps: int, repeats: int) -> 
             "warm": endless(warm),
             "again": iter(lambda: fixed, None),
         }
-        found: dict[str, list[float]] = {name: [] for name in sides}
-        for batches in sides.values():
-            images_per_second(run, batches, WARM_UP)
-        for _ in range(repeats):
-            for name, batches in sides.items():
-                found[name].append(images_per_second(run, batches, steps))
-    return found
-
-
-def table(found: dict[str, list[float]]) -> str:
-    """Medians, ranges, and ratios to the synthetic side within each turn."""
-    lines = [f"{'':12}{'images/s':>10}{'range':>16}{'of synthetic':>14}"]
-    for name, speeds in found.items():
-        ratio = statistics.median(mine / other for mine, other in zip(speeds, found["synthetic"], strict=True))
-        spread = f"{min(speeds):,.1f}-{max(speeds):,.1f}"
-        lines.append(f"{name:12}{statistics.median(speeds):10,.1f}{spread:>16}{ratio:14.3f}")
-    return "\n".join(lines)
+        timed = {name: side_of(run, batches, steps) for name, batches in sides.items()}
+        return measure_in_turns(timed, repeats)["images/s"]
 
 
 def main() -> None:
     """Pack, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, repeats=9)
     parser.add_argument("--network", default="resnet18")
     parser.add_argument("--side", type=int, default=96, help="px; the packed images have as many")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--steps", type=int, default=10, help="of a side in its turn")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--json", type=Path, help="write every measurement to this file")
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = {"optimizer": {"name": "adamw"}, "loader": {"workers": 0}}
@@ -108,12 +92,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         data = pack_jpegs(folder / "shards", STIMULI, STIMULI, options.side)
-        found = measure(recipe, data, folder / "run", options.steps, options.repeats)
+        speeds = measure(recipe, data, folder / "run", options.steps, options.repeats)
     print(f"{options.network} at {options.side} px, batch {options.batch}, load average {os.getloadavg()[0]:.1f}")
-    print(table(found))
-    if options.json:
-        shown = {name: str(value) for name, value in vars(options).items()}
-        options.json.write_text(json.dumps({"options": shown, "images_per_second": found}))
+    print(speeds.table("images/s", {"of synthetic": "synthetic"}))
+    write_json(options, {"images_per_second": speeds.values})
 
 
 if __name__ == "__main__":

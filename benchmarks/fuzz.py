@@ -30,11 +30,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from harness import ROOT
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
-from synthetic import ROOT
 
 from data_prep.common.errors import BadInput
 from data_prep.common.image_decoding import convert_to_png, image_size, raw_pixels

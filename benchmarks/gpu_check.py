@@ -27,7 +27,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from synthetic import GIB, ROOT, STRATEGIES, pack_jpegs, pack_simulated, result_of, run_alone, setting_of, table
+from harness import ROOT, read_results, run_alone, table
+from synthetic import GIB, STRATEGIES, pack_jpegs, pack_simulated, setting_of
 
 from train.distributed.launch_environment import uses_gpu
 from train.planning.memory import HEADROOM
@@ -197,7 +198,7 @@ def check_host(report: Report, data: Path) -> None:
         return
     words = [sys.executable, "benchmarks/host_sync.py", "--data", data, "--json", result]
     code, said = run_alone(words, report.left(HOST_SECONDS))
-    found = result_of(result)
+    found = read_results(result)
     if found is None:
         report.log("host", said)
         report.add("host", "training step", last_words(code, said), required, False)
@@ -217,7 +218,7 @@ def time_network(
     words += ["--batch", batch, "--seconds", 5 if report.on_gpu else 2, "--json", result, *["--compile"] * compiled]
     most = COMPILE_SECONDS if compiled else SPEED_SECONDS
     code, said = run_alone(words, report.left(most), OMP_NUM_THREADS="1")
-    found = result_of(result)
+    found = read_results(result)
     if found is None:
         report.log(name, said)
         report.add("speed", name, last_words(code, said), "it trains", False)

@@ -5,14 +5,13 @@
 DIR holds a recording with classes. Without a GPU the steps are taken all the same, but nothing can be found.
 """
 
-import argparse
-import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from harness import options_of, write_json
 from synthetic import recipe_of, training
 
 NETWORK, SIDE, BATCH = "test_resnet", 64, 16
@@ -71,9 +70,8 @@ def fault_of(sections: dict, data: Path, out: Path) -> str | None:
 
 def main() -> None:
     """Try every recipe and print what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="shard folder")
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         found = {
@@ -82,8 +80,7 @@ def main() -> None:
         }
     for name, fault in found.items():
         print(f"{name}: {fault or 'no waiting'}")
-    if options.json:
-        options.json.write_text(json.dumps(found))
+    write_json(options, found)
 
 
 if __name__ == "__main__":

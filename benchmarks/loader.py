@@ -11,13 +11,10 @@ documentation does; all others uint8, to be normalised on the device. Libraries 
 benchmarks/rivals.py.
 """
 
-import argparse
 import contextlib
 import importlib.metadata
-import json
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import simplejpeg
 import torch
+from harness import Side, Turns, measure_in_turns, options_of, write_json
 from rivals import DEFAULT, Read, count, rivals
 from synthetic import write_images
 
@@ -40,7 +38,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DECODE, COPY = "bare JPEG decode", "copy in memory"
-LIMITS, LIMIT = (DECODE, COPY), "0.6"
+LIMITS = (DECODE, COPY)
 
 
 class Ours:
@@ -63,8 +61,8 @@ class Ours:
         return TrainLoader(stimuli, seed=0, global_size=batch, per_device=None, rank=0, ranks=1, workers=0, pin=False)
 
     def forget(self) -> None:
-        """Begin anew, with nothing kept."""
-        self._loader = None  # first, or the new loader would share what the old one keeps
+        """Start over with an empty cache."""
+        self._loader = None  # first, or the new loader would share the old one's images
         self._loader = self._new()
 
     def __call__(self) -> int:
@@ -100,29 +98,15 @@ def ours_and_limits(folder: Path, shards: ShardFolder, size: int, batch: int) ->
     }
 
 
-def measure(sides: dict[str, Read], repeats: int) -> dict[str, list[float]]:
-    """Images per second of every side, in turns; the first turn, which fills caches, does not count."""
-    speeds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(repeats + 1):
-        for name, read in sides.items():
-            started = time.process_time()
-            images = read()
-            if turn:
-                speeds[name].append(images / (time.process_time() - started))
-    return speeds
+def timed(read: Read) -> Side:
+    """A side of the comparison: images per second of processor time."""
 
+    def side() -> dict[str, float]:
+        started = time.process_time()
+        images = read()
+        return {"images/s": images / (time.process_time() - started)}
 
-def table(speeds: dict[str, list[float]]) -> str:
-    """Medians, ranges, and ratios to the bare decoder and to WebDataset's default, each within its own turn."""
-    lines = [f"{'':34}{'images/s':>10}{'range':>19}{'of decode':>11}{'of default':>12}"]
-    for name, found in speeds.items():
-        ratios = [
-            statistics.median(mine / other for mine, other in zip(found, speeds[base], strict=True))
-            for base in (DECODE, DEFAULT)
-        ]
-        spread = f"{min(found):,.0f}-{max(found):,.0f}"
-        lines.append(f"{name:34}{statistics.median(found):10,.0f}{spread:>19}{ratios[0]:11.2f}{ratios[1]:12.1f}")
-    return "\n".join(lines)
+    return side
 
 
 def versions() -> str:
@@ -134,33 +118,38 @@ def versions() -> str:
     return ", ".join(found)
 
 
-def chart(speeds: dict[str, list[float]], title: str) -> "Figure":
+def chart(speeds: Turns, title: str) -> "Figure":
     """A bar for every side, as long as its median, with its range; ours stand out."""
     from matplotlib.figure import Figure
 
-    names = sorted(speeds, key=lambda name: statistics.median(speeds[name]))
-    medians = [statistics.median(speeds[name]) for name in names]
-    spread = [[m - min(speeds[n]) for n, m in zip(names, medians, strict=True)]]
-    spread += [[max(speeds[n]) - m for n, m in zip(names, medians, strict=True)]]
+    names = sorted(speeds.values, key=speeds.median)
+    medians = [speeds.median(name) for name in names]
+    below = [speeds.median(name) - min(speeds.values[name]) for name in names]
+    above = [max(speeds.values[name]) - speeds.median(name) for name in names]
     figure = Figure(figsize=(8, 0.34 * len(names) + 1.2), layout="constrained")
     axes = figure.subplots()
-    colours = ["#d55e00" if name.startswith("ours") else LIMIT if name in LIMITS else "#0072b2" for name in names]
-    axes.barh(names, medians, xerr=spread, color=colours, error_kw={"elinewidth": 1, "ecolor": "0.3"})
-    for place, (name, median) in enumerate(zip(names, medians, strict=True)):
-        axes.text(max(speeds[name]) * 1.12, place, f"{median:,.0f}", va="center", fontsize=8)
+    colours = [colour_of(name) for name in names]
+    axes.barh(names, medians, xerr=[below, above], color=colours, error_kw={"elinewidth": 1, "ecolor": "0.3"})
+    for row, name in enumerate(names):
+        axes.text(max(speeds.values[name]) * 1.12, row, f"{speeds.median(name):,.0f}", va="center", fontsize=8)
     axes.set(xscale="log", xlabel="images/s on one core (logarithmic)", title=title)
     axes.set_xlim(100, axes.get_xlim()[1] * 2)
     return figure
 
 
+def colour_of(side: str) -> str:
+    """Grey for a limit, one colour for ours and one for everybody else's."""
+    if side in LIMITS:
+        return "0.6"
+    return "#d55e00" if side.startswith("ours") else "#0072b2"
+
+
 def main() -> None:
     """Make the images, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, repeats=5)
     parser.add_argument("--stimuli", type=int, default=3200)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--figure", type=Path, help="draw a bar chart, .png")
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -172,14 +161,13 @@ def main() -> None:
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
         sides = ours_and_limits(folder, shards, options.size, options.batch)
         others, missing = rivals(folder / "images", sorted(shards.folder.glob("*.tar")), folder, options.batch)
-        speeds = measure(sides | others, options.repeats)
+        measured = measure_in_turns({name: timed(read) for name, read in (sides | others).items()}, options.repeats)
+        speeds = measured["images/s"]
     print(f"load average {os.getloadavg()[0]:.1f}, {versions()}")
-    print(table(speeds))
+    print(speeds.table("images/s", {"of bare decode": DECODE, "of WebDataset's default": DEFAULT}))
     for name, reason in missing.items():
         print(f"{name}: {reason}")
-    if options.json:
-        shown = {name: str(value) for name, value in vars(options).items()}
-        options.json.write_text(json.dumps({"options": shown, "images_per_second": speeds, "missing": missing}))
+    write_json(options, {"images_per_second": speeds.values, "missing": missing})
     if options.figure:
         title = f"Reading {options.stimuli:,} JPEGs of {options.size} px in batches of {options.batch}"
         chart(speeds, title).savefig(options.figure, dpi=130)

@@ -26,7 +26,6 @@ parameter that lies across it. Or where a strategy that divides by N does not ho
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -34,17 +33,8 @@ from itertools import chain, pairwise
 from pathlib import Path
 
 import torch
-from synthetic import (
-    STRATEGIES,
-    first_step,
-    pack_simulated,
-    recipe_of,
-    result_of,
-    run_alone,
-    setting_of,
-    table,
-    training,
-)
+from harness import options_of, read_results, run_alone, table, write_json
+from synthetic import STRATEGIES, first_step, pack_simulated, recipe_of, setting_of, training
 
 from train.finetuning.loop import Training
 
@@ -156,7 +146,7 @@ def measure(options: argparse.Namespace) -> None:
             for moment in moments
         }
         each = {"kept whole": 4 * sum(whole) / sum(sizes), "largest": 4 * max(sizes) / sum(sizes)}
-        options.json.write_text(json.dumps(most | each))
+        write_json(options, most | each)
 
 
 def run_strategy(strategy: str, processes: int, data: Path, options: argparse.Namespace) -> dict:
@@ -167,7 +157,7 @@ def run_strategy(strategy: str, processes: int, data: Path, options: argparse.Na
     code, said = run_alone(words, TIMEOUT, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     if code != 0:
         sys.exit(f"{strategy} on {processes} ended with {code}:\n{said}")
-    found = result_of(result)
+    found = read_results(result)
     due = theory(strategy, processes)
     due["weights"] += found["kept whole"]
     held = {moment: sum(found[moment][kind] for kind in KINDS) for moment in (BEFORE, WITHIN)}
@@ -204,11 +194,10 @@ def rising(found: list[dict]) -> list[str]:
 
 def main() -> None:
     """Measure strategies and numbers of processes one after the other and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--strategies", nargs="+", default=NAMES, choices=NAMES)
     parser.add_argument("--network", default="resnet18")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -221,8 +210,7 @@ def main() -> None:
     header = [*("bytes a parameter", "ranks"), *(f"{kind} (theory)" for kind in KINDS)]
     header += ["held (theory)", "allowed", "within the step", "other", ""]
     print(table([header, *map(row, found)]))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    write_json(options, found)
     for strategy in (failed := rising(found)):
         print(f"{strategy} does not hold less on more processes")
     sys.exit(1 if failed or not all(map(is_allowed, found)) else 0)

@@ -10,7 +10,7 @@ is what a short script would do: the timm network itself, images normalised befo
 Each variant is a process of its own with one thread: one process without a strategy, the same under DDP over gloo,
 and under each stage of ZeRO (DeepSpeed over gloo); `pulse` is our loop on two processes under DDP, with the message
 that they exchange in every step (train/distributed/heartbeat.py) and without it. In each round every loop does a block
-of steps, in an order drawn anew. Times are medians over the blocks, in ms a step; differences and ratios are medians of
+of steps, in random order. Times are medians over the blocks, in ms a step; differences and ratios are medians of
 those within a round, with their quartiles; by the clock on the wall, and by the CPU time of the process, which other
 programs disturb less.
 
@@ -18,30 +18,18 @@ Networks: test_resnet at 64 px, batch 8; with `--large` resnet18 at 96 px, batch
 """
 
 import argparse
-import json
-import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from synthetic import (
-    STRATEGIES,
-    first_step,
-    pack_simulated,
-    recipe_of,
-    result_of,
-    run_alone,
-    setting_of,
-    table,
-    training,
-)
+from harness import Side, Turns, measure_in_turns, options_of, read_results, run_alone, table, write_json
+from synthetic import STRATEGIES, first_step, pack_simulated, recipe_of, setting_of, training
 from torch import nn
 
 from train.data.loader import Batch
@@ -55,7 +43,7 @@ from train.run.recipe import Recipe
 ALONE = ("plain", *(name for name in STRATEGIES if "offload" not in name))
 VARIANTS = (*ALONE, "pulse")
 SMALL, LARGE = ("test_resnet", 64, 8), ("resnet18", 96, 32)  # network, px, stimuli
-WARM_UP = 5  # steps of each loop that do not count
+WARM_UP = 3  # blocks of each loop that do not count
 MOST_ADDED = 0.3  # ms that our loop may add to a bare step of the tiny network
 TIMEOUT = 600  # s for one variant
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}  # the second does not count what other programs take
@@ -132,31 +120,26 @@ def lean(run: Training, batch: Batch) -> Step:
     return step
 
 
-def milliseconds(step: Step, steps: int) -> tuple[float, ...]:
-    """Time of a step in a block of some, by each of the clocks."""
-    started = [clock() for clock in CLOCKS.values()]
-    for _ in range(steps):
-        step()
-    return tuple((clock() - start) / steps * 1e3 for clock, start in zip(CLOCKS.values(), started, strict=True))
+def block_of(step: Step, steps: int) -> Side:
+    """A side of the comparison: milliseconds of a step in a block of some, by each of the clocks."""
+
+    def side() -> dict[str, float]:
+        started = {name: clock() for name, clock in CLOCKS.items()}
+        for _ in range(steps):
+            step()
+        return {name: (CLOCKS[name]() - start) / steps * 1e3 for name, start in started.items()}
+
+    return side
 
 
-def measure(loops: dict[str, Step], rounds: int, steps: int) -> dict[str, dict[str, list[float]]]:
+def measure(loops: dict[str, Step], rounds: int, steps: int) -> dict[str, dict[str, Sequence[float]]]:
     """Milliseconds a step by each clock, of every loop in every round."""
-    for step in loops.values():
-        milliseconds(step, WARM_UP)
-    found: dict[str, list[tuple[float, ...]]] = {name: [] for name in loops}
-    order, draw = list(loops), random.Random(0)
-    for _ in range(rounds):
-        draw.shuffle(order)
-        for name in order:
-            found[name].append(milliseconds(loops[name], steps))
-    return {
-        clock: {name: [times[index] for times in blocks] for name, blocks in found.items()}
-        for index, clock in enumerate(CLOCKS)
-    }
+    sides = {name: block_of(step, steps) for name, step in loops.items()}
+    turns = measure_in_turns(sides, rounds, warm_up=WARM_UP, shuffle=True)
+    return {clock: dict(turns[clock].values) for clock in CLOCKS}
 
 
-def measure_variant(options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+def measure_variant(options: argparse.Namespace) -> dict[str, dict[str, Sequence[float]]]:
     """All loops of one variant, in this process."""
     torch.set_num_threads(1)
     recipe = recipe_for(options.one, options.large)
@@ -190,18 +173,17 @@ def with_and_without_pulse(run: Training, batch: Batch) -> dict[str, Step]:
     return {"with the pulse": beating, "without": step, "without again": ours(run, batch)}
 
 
-def compared(found: dict[str, list[float]], one: str, other: str) -> dict[str, float]:
-    """By how much one loop is slower than another: quartiles of the differences in ms, and of the ratios."""
-    a, b = np.array(found[one]), np.array(found[other])
-    low, added, high = np.percentile(a - b, (25, 50, 75))
-    return {"added": added, "added_low": low, "added_high": high, "ratio": float(np.median(a / b))}
+def compared(turns: Turns, one: str, other: str) -> dict[str, float]:
+    """By how much one loop is slower than another: quartiles of the differences in ms, and the median ratio."""
+    low, added, high = turns.added(one, other)
+    return {"added": added, "added_low": low, "added_high": high, "ratio": turns.ratio(one, other)}
 
 
-def summary(found: dict[str, list[float]], pairs: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
+def summary(turns: Turns, pairs: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
     """Medians, and what is compared with what."""
     return {
-        "milliseconds": {name: float(np.median(times)) for name, times in found.items()},
-        **{name: compared(found, *pair) for name, pair in pairs.items()},
+        "milliseconds": {name: turns.median(name) for name in turns.values},
+        **{name: compared(turns, one, other) for name, (one, other) in pairs.items()},
     }
 
 
@@ -210,13 +192,15 @@ def run_variant(variant: str, data: Path, options: argparse.Namespace) -> dict[s
     result = data.parent / f"{variant}.json"
     start = ["bash", "launch/local.sh", "-n", 2] if variant == "pulse" else [sys.executable]
     words = [*start, __file__, "--one", variant, "--data", data, "--json", result]
-    words += ["--rounds", options.rounds, "--steps", options.steps, *["--large"] * options.large]
+    words += ["--rounds", options.rounds, "--steps", options.steps]
+    if options.large:
+        words.append("--large")
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHON": sys.executable}
     code, said = run_alone(words, TIMEOUT, **environment)
     if code != 0:
         sys.exit(f"{variant} ended with {code}:\n{said}")
     pairs = PULSE_PAIRS if variant == "pulse" else PAIRS
-    return {clock: summary(times, pairs) for clock, times in result_of(result).items()}
+    return {clock: summary(Turns(times), pairs) for clock, times in read_results(result).items()}
 
 
 def row(variant: str, found: dict[str, dict[str, float]]) -> list[str]:
@@ -242,19 +226,18 @@ def verdict(plain: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     """Measure the variants one after the other and print them."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--variants", nargs="+", default=VARIANTS, choices=VARIANTS)
     parser.add_argument("--large", action="store_true")
     parser.add_argument("--rounds", type=int, default=120)
     parser.add_argument("--steps", type=int, default=2, help="of a block")
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         found = measure_variant(options)
         if rank() == 0:
-            options.json.write_text(json.dumps(found))
+            write_json(options, found)
         return
     with tempfile.TemporaryDirectory() as folder:
         data = pack_simulated(Path(folder) / "data", side=(LARGE if options.large else SMALL)[1])
@@ -267,8 +250,7 @@ def main() -> None:
             print(f"the pulse, on two processes: {shown(pulse['pulse'])}; noise: {shown(pulse['noise'])}")
         if "plain" in found and not options.large:
             print(verdict(found["plain"][clock]))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    write_json(options, found)
 
 
 if __name__ == "__main__":

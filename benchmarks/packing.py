@@ -5,18 +5,16 @@
 The images are JPEGs of smooth noise, quality 90, about 20 kB each, in a folder of files with a table and responses.
 `ShardWriter` reads each file, and writes its bytes, the bytes of its responses and of its JSON: the members that ours
 writes. Ours also checks every image, hashes the tars, and writes index and manifest. `ours, one process` is the part
-that runs in each worker, without starting any: the aim is 0.9 of ShardWriter. The others are the whole command but for
-the start of Python and its imports, by the clock, so they need cores of their own. All take turns; medians over the
-repeats, ratios within a turn.
+that runs in each worker, without starting any: the aim is 0.9 of ShardWriter. The others are the whole command except
+for starting Python and its imports, so they need cores of their own. All take turns; medians over the repeats, ratios
+within a turn.
 """
 
-import argparse
 import io
 import json
 import multiprocessing
 import os
 import shutil
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import webdataset
+from harness import Side, measure_in_turns, options_of, write_json
 from synthetic import write_images
 
 from data_prep.common.worker_processes import usable_cores
@@ -62,65 +61,49 @@ def in_this_process(recording: Recording, out: Path) -> None:
         packing._write_one(out / name, indices)
 
 
-def seconds(write: Callable[[Path], None], out: Path) -> tuple[float, float]:
-    """How long writing to a new folder takes, by the clock and by this process's processor time."""
-    clock, processor = time.perf_counter(), time.process_time()
-    write(out)
-    took = time.perf_counter() - clock, time.process_time() - processor
-    shutil.rmtree(out)
-    return took
+def side_of(write: Callable[[Path], None], stimuli: int, out: Path) -> Side:
+    """A side of the comparison: images per second, by the clock, of writing to a new folder."""
+
+    def side() -> dict[str, float]:
+        started = time.perf_counter()
+        write(out)
+        seconds = time.perf_counter() - started
+        shutil.rmtree(out)
+        return {"images/s": stimuli / seconds}
+
+    return side
 
 
-def measure(source: Path, folder: Path, workers: list[int], repeats: int) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of every side, in turns; the first turn does not count."""
+def writers(source: Path, workers: list[int]) -> dict[str, Callable[[Path], None]]:
+    """Everything that writes the same shards, by name."""
     recording = Folder(source=source, name="images").open()
     sides: dict[str, Callable[[Path], None]] = {
         RIVAL: lambda out: by_webdataset(source, out),
         "ours, one process": lambda out: in_this_process(recording, out),
     }
     for count in workers:
-        sides[f"ours, {count} worker{'s' * (count > 1)}"] = lambda out, n=count: pack(recording, out, PER_SHARD, n)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-    for turn in range(repeats + 1):
-        for name, write in sides.items():
-            took = seconds(write, folder / "out")
-            if turn:
-                found[name].append(took)
-    return found
-
-
-def table(found: dict[str, list[tuple[float, float]]], stimuli: int) -> str:
-    """Medians, ranges and ratios to the library's writer; the last column by processor time, for single processes."""
-    lines = [f"{'':38}{'images/s':>10}{'range':>19}{'of ShardWriter':>16}{'by CPU time':>13}"]
-    for name, took in found.items():
-        speeds = [stimuli / clock for clock, _ in took]
-        ratios = [
-            [theirs[which] / mine[which] for mine, theirs in zip(took, found[RIVAL], strict=True)] for which in (0, 1)
-        ]
-        spread = f"{min(speeds):,.0f}-{max(speeds):,.0f}"
-        alone = f"{statistics.median(ratios[1]):13.2f}" if "worker" not in name else f"{'':13}"
-        line = f"{name:38}{statistics.median(speeds):10,.0f}{spread:>19}{statistics.median(ratios[0]):16.2f}{alone}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
+        sides[f"ours, workers: {count}"] = lambda out, n=count: pack(recording, out, PER_SHARD, n)
+    return sides
 
 
 def main() -> None:
     """Make the images, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, repeats=5)
     parser.add_argument("--stimuli", type=int, default=3200)
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write every measurement to this file")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_images(folder / "source", options.stimuli, options.size)
-        found = measure(folder / "source", folder, options.workers, options.repeats)
+        sides = {
+            name: side_of(write, options.stimuli, folder / "out")
+            for name, write in writers(folder / "source", options.workers).items()
+        }
+        speeds = measure_in_turns(sides, options.repeats)["images/s"]
     print(f"{options.stimuli:,} images, {usable_cores()} cores, load average {os.getloadavg()[0]:.1f}")
-    print(table(found, options.stimuli))
-    if options.json:
-        options.json.write_text(json.dumps({"options": vars(options) | {"json": None}, "seconds": found}))
+    print(speeds.table("images/s", {"of ShardWriter": RIVAL}))
+    write_json(options, {"images_per_second": speeds.values})
 
 
 if __name__ == "__main__":

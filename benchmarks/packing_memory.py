@@ -8,8 +8,6 @@ Peaks are of resident memory, of the process of the command's group that holds m
 aim is less than 1 GB per process. Exits with 1 where it is missed.
 """
 
-import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,8 +18,8 @@ from pathlib import Path
 
 import h5py
 import numpy as np
+from harness import options_of, table, write_json
 from PIL import Image
-from synthetic import table
 
 AIM = 1e9  # bytes per process
 STIMULI = 3200
@@ -137,11 +135,10 @@ def pack(folder: Path, words: list[str], workers: int) -> tuple[float, float]:
 
 def main() -> None:
     """Write, pack, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--gigabytes", type=float, default=2)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     found = {}
     for name in options.formats:
@@ -153,8 +150,7 @@ def main() -> None:
         print(f"{name}: {peak / 1e9:.2f} GB in the process that held most, {seconds:.0f} s", flush=True)
     rows = [[name, f"{f['peak_bytes'] / 1e9:.2f} GB", f"{f['seconds']:.0f} s"] for name, f in found.items()]
     print(table([[f"{options.gigabytes:g} GB of responses", "peak per process", "time"], *rows]))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    write_json(options, found)
     sys.exit(any(f["peak_bytes"] >= AIM for f in found.values()))
 
 

@@ -23,8 +23,9 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from harness import ROOT
 from safetensors.torch import load_file
-from synthetic import ROOT, STRATEGIES, pack_simulated, setting_of
+from synthetic import STRATEGIES, pack_simulated, setting_of
 
 TOLERANCE = {"fp32": (1e-6, 1e-5), "bf16": (1e-4, 1e-2)}
 RECIPE = [

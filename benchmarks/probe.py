@@ -1,7 +1,7 @@
 """Principal components and regression, ours against the scikit-learn recipe, side by side on the same features.
 
     python benchmarks/probe.py [--stimuli 2592] [--held-out 288] [--features 50176] [--sites 168] [--components 1000]
-                               [--repeats 3] [--processes 1 2] [--exact]
+                               [--repeats 3] [--processes 1 2] [--exact] [--json FILE]
 
 Every side runs in processes of its own (its peak memory is its own, the largest of its processes'), each with one
 thread, from features that lie on disk, in turns; medians over the repeats without the time of the imports, and how far
@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from harness import measure_in_turns, options_of, write_json
 
 
 def make_problem(folder: Path, stimuli: int, features: int, sites: int) -> None:
@@ -92,15 +92,13 @@ def scikit_learn(folder: Path, counts: tuple[int, int], components: int, solver:
     pca = PCA(components, svd_solver=solver, random_state=0)
     scores, new = pca.fit_transform(features[:fit]), pca.transform(features[fit:])
     found = {"ols": LinearRegression().fit(scores, rates[:fit]).predict(new)}
-    regressed_at = time.monotonic()
     if solver == "auto":
         penalties = np.logspace(-6, 6, 49) * np.square(scores).sum() / fit
         ridge = RidgeCV(alphas=penalties, alpha_per_target=True, gcv_mode="eigen")
         found["ridge"] = ridge.fit(scores, rates[:fit]).predict(new)
     ended_at = time.monotonic()
     np.savez(folder / f"{'exact' if solver == 'full' else 'scikit-learn'}.npz", **found)
-    ridge_seconds = ended_at - regressed_at
-    print(json.dumps({"seconds": ended_at - started_at, "gib": peak_memory(), "ridge_seconds": ridge_seconds}))
+    print(json.dumps({"seconds": ended_at - started_at, "gib": peak_memory()}))
 
 
 def peak_memory() -> float:
@@ -123,35 +121,30 @@ def run_side(side: str, folder: Path, options: argparse.Namespace) -> dict[str, 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
     """Run the sides in turns and print the comparison."""
-    sides = [*(f"ours_{processes}" for processes in options.processes), "scikit-learn"]
-    found: dict[str, list[dict]] = {side: [] for side in sides}
-    for _ in range(options.repeats):
-        for side in sides:
-            found[side].append(run_side(side, folder, options))
-            print(f"{side:<14} {found[side][-1]}", flush=True)
+    sides = {name: partial(run_side, name, folder, options) for name in sides_of(options)}
+    measured = measure_in_turns(sides, options.repeats, warm_up=0)
+    print(measured["seconds"].table("seconds", {"of scikit-learn": "scikit-learn"}))
+    print(measured["gib"].table("GiB", {"of scikit-learn": "scikit-learn"}))
+    write_json(options, {name: turns.values for name, turns in measured.items()})
     if options.exact:
-        found["exact"] = [run_side("exact", folder, options)]
-    medians = {side: statistics.median(run["seconds"] for run in runs) for side, runs in found.items()}
-    for side, runs in found.items():
-        seconds = [run["seconds"] for run in runs]
-        print(
-            f"{side:<14} {medians[side]:7.1f} s ({min(seconds):.1f} to {max(seconds):.1f})  "
-            f"{max(run['gib'] for run in runs):5.1f} GiB  {medians['scikit-learn'] / medians[side]:5.1f}x"
-        )
-    if options.exact:
+        run_side("exact", folder, options)
         exact = np.load(folder / "exact.npz")["ols"]
         for side in sides:
             error = np.abs(np.load(folder / f"{side}.npz")["ols"] - exact).max() / np.abs(exact).max()
             print(f"{side}: largest difference from the full decomposition {error:.1e} of the largest prediction")
 
 
+def sides_of(options: argparse.Namespace) -> list[str]:
+    """Ours on each number of processes, and the rival."""
+    return [*(f"ours_{processes}" for processes in options.processes), "scikit-learn"]
+
+
 def main() -> None:
     """Make the features and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, repeats=3)
     for name, value in (("stimuli", 2592), ("held-out", 288), ("features", 50176), ("sites", 168)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--components", type=int, default=1000)
-    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)

@@ -34,7 +34,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch.distributed as dist
-from synthetic import ROOT, finish, first_step, pack_simulated, recipe_of, setting_of, table, training
+from harness import ROOT, options_of, read_results, table, write_json
+from synthetic import finish, first_step, pack_simulated, recipe_of, setting_of, training
 
 from train.planning.memory import Strategy, read_strategy, sent
 from train.planning.step_cost import Needs, measure, paper_manifest
@@ -74,7 +75,7 @@ def work(options: argparse.Namespace) -> None:
             means = [{name: statistics.mean(rank[name] for rank in ranks) for name in ranks[0]} for ranks in by_step]
             found[f"{megabits:g}"] = min(means, key=lambda step: step["step"])
         if run.runtime.leads:
-            options.json.write_text(json.dumps(found))
+            write_json(options, found)
 
 
 def one_step(run, batch: list, machine: Machine | None) -> dict[str, float]:
@@ -109,7 +110,7 @@ def measured(strategy: str, processes: int, data: Path, options: argparse.Namesp
         said = [process.communicate(timeout=TIMEOUT) for process in started]
     if any(process.returncode for process in started):
         sys.exit(f"{name} failed:\n" + "".join(err for _, err in said)[-3000:])
-    return json.loads(result.read_text())
+    return read_results(result)
 
 
 # -------------------------------------------------------------------------------------------------- what the model says
@@ -311,12 +312,11 @@ def draw(rows: list[dict], far: list[dict], path: Path) -> None:
 
 def main() -> None:
     """Measure, compare, extrapolate."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--megabits", type=float, nargs="+", default=[0, 1000, 500, 200])
     parser.add_argument("--strategies", nargs="+", choices=STRATEGIES, default=STRATEGIES)
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--json", type=Path)
     parser.add_argument("--figure", type=Path)
     parser.add_argument("--from", dest="earlier", type=Path)
     for name in ("--one", "--machine"):
@@ -326,9 +326,8 @@ def main() -> None:
     if options.one:
         work(options)
         return
-    found = json.loads(options.earlier.read_text()) if options.earlier else measure_all(options)
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1))
+    found = read_results(options.earlier) if options.earlier else measure_all(options)
+    write_json(options, found)
     rows, far = compared(found, needs_of(NETWORK, SIDE, sites=12)), extrapolated(needs_of(RESNET.network, 224))
     print(measured_table(rows), error_of(rows), sep="\n\n")
     gpus, images = REFERENCE

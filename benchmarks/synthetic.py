@@ -1,20 +1,18 @@
 """What several benchmarks are measured on: a recording packed on the spot, or on paper, and a training run over it."""
 
 import csv
-import json
-import os
 import resource
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
 import torch
+from harness import ROOT
 from PIL import Image
 
 from train.data.loader import Batch
@@ -23,7 +21,6 @@ from train.run.recipe import Recipe
 if TYPE_CHECKING:
     from train.finetuning.loop import Training
 
-ROOT = Path(__file__).resolve().parents[1]
 STRATEGIES = ("ddp", "zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
 GIB = 2**30
 GRAIN, NOISE = 10, 10  # pixels between the knots of the smooth part; amplitude of the rest, grey levels
@@ -165,56 +162,3 @@ def finish(device: torch.device) -> None:
     """Wait until a GPU has done what it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def run_alone(words: Sequence[str | Path], seconds: float, **environment: str) -> tuple[int | None, str]:
-    """A command in a process group of its own, with which its children end too.
-
-    Args:
-        words: of the command, run in the repository's root.
-        seconds: until it is killed.
-        environment: on top of this process's.
-
-    Returns:
-        Its exit code, None where it was killed, and what it wrote.
-    """
-    process = subprocess.Popen(
-        [*map(str, words)],
-        cwd=ROOT,
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    code = None
-    try:
-        said, _ = process.communicate(timeout=max(seconds, 0))
-        code = process.returncode
-    except subprocess.TimeoutExpired:
-        _end(process)
-        said, _ = process.communicate()
-    finally:
-        _end(process)
-    return code, said
-
-
-def _end(process: subprocess.Popen) -> None:
-    """Kill a process and its children."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-
-
-def result_of(path: Path) -> dict | None:
-    """What a process left in a JSON file; None where it left none."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of which is the header, as a markdown table with aligned columns."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
-    return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])

@@ -11,7 +11,6 @@ resident set.
 """
 
 import argparse
-import json
 import math
 import tempfile
 import time
@@ -20,6 +19,7 @@ from itertools import count, islice
 from pathlib import Path
 
 import torch
+from harness import options_of, write_json
 from synthetic import GIB, finish, first_step, peak_bytes, recipe_of, training
 
 from data_prep.shards.manifest import load_manifest
@@ -114,21 +114,19 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="shard folder")
     parser.add_argument("--network", required=True)
     parser.add_argument("--side", type=int, default=224, help="px")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=6.0)
-    parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     found = measured(options)
     for name, value in found.items():
         in_gib = name.startswith(("peak", "estimate"))
         print(f"{name:<12} {value / GIB:.2f} GiB" if in_gib else f"{name:<12} {value:,.4g}")
-    if options.json:
-        options.json.write_text(json.dumps(found))
+    write_json(options, found)
 
 
 if __name__ == "__main__":
