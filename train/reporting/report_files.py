@@ -11,7 +11,8 @@ from train.reporting.page import Content, page
 from train.reporting.rows import Row, read_rows, shortest_names
 from train.reporting.sweep_results import SweepResults, is_sweep, read_sweep
 from train.reporting.tables import as_csv, groups_of, in_terminal, markdown
-from train.run.folder import check_writable, environment
+from train.run.environment import environment
+from train.run.folder import check_writable
 
 
 def write_report(folders: Sequence[Path], out: Path, split: str, pair: tuple[Path, Path] | None) -> None:

@@ -8,12 +8,8 @@ RUN/failures/rank_N.txt                    what ended a process by surprise
 """
 
 import contextlib
-import importlib.metadata
 import json
 import os
-import platform
-import subprocess
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +17,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_prep.common import locks
 from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput, Stopped
 from data_prep.common.safe_reading import parse_json, read_regular
-from data_prep.remote.url import is_url, recorded, without_secrets
+from data_prep.remote.url import is_url, recorded
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 from train.run.yaml_files import read_yaml
 
@@ -42,7 +36,6 @@ FREE = frozenset(  # settings of how and where it is computed, not what
         *("data", "loader.shard_cache", "loader.shard_cache_gib", "loader.fetch_timeout"),
     )
 )
-PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "webdataset", "numpy")
 
 
 class RunFolder:
@@ -129,6 +122,8 @@ class RunFolder:
         self.check_free()
         places = [recorded(place) for place in data]
         places = places if len(places) > 1 else places[0]
+        from train.run.environment import environment  # it imports torch, which a command line must not wait for
+
         env = environment() | {"data": places} | dict(facts)
         recipe = recipe.model_copy(update={"data": places if all(map(is_url, data)) else None})
         write_json(self.env, env)
@@ -280,32 +275,6 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in settings.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return found
-
-
-def environment() -> dict[str, Any]:
-    """What a row of a table needs to be made again: command, versions, commit, hardware."""
-    return {
-        "command": [Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])],
-        "python": platform.python_version(),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
-        "host": platform.node(),
-        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-        or [f"CPU, {os.cpu_count()} cores"],
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "job": os.environ.get("SPIKETUNE_JOB"),
-    }
-
-
-def _git_commit() -> str | None:
-    code = Path(__file__).parent
-    try:
-        shown = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=code, capture_output=True, text=True
-        )
-    except OSError:
-        return None
-    return shown.stdout.strip() or None
 
 
 def check_writable(path: Path) -> None:

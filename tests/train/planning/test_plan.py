@@ -258,7 +258,7 @@ def test_communication_is_what_links_have_counted():
 
 def test_bucket_sizes_come_from_the_strategys_file(tmp_path, monkeypatch):
     assert ZERO2.reduce == 2 * 50_000_000 * 4
-    monkeypatch.setattr(memory, "CONFIGS", tmp_path)
+    monkeypatch.setattr("train.planning.memory.CONFIGS", tmp_path)
     (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}')
     assert read_strategy("zero2") == Strategy("zero2", 2, reduce=4000)
     for content in (None, "no JSON", "[]", '{"zero_optimization": {}}'):
