@@ -22,7 +22,8 @@ from harness import Side, Turns, measure_in_turns, options_of, write_json
 from synthetic import first_step, pack_jpegs, recipe_of, training
 
 from data_prep.shards.folder import ShardFolder
-from train.data.loader import Batch, TrainLoader
+from train.data.batches import Batch
+from train.data.loader import TrainLoader
 from train.data.recordings import Recordings
 from train.finetuning.loop import Training
 from train.finetuning.preparation import training_stimuli
@@ -63,7 +64,7 @@ def measure(recipe: Recipe, data: Path, out: Path, steps: int, repeats: int) -> 
     """Images per second of every side, in turns."""
     with ExitStack() as stack:
         run = stack.enter_context(training(recipe, data, out))
-        stack.enter_context(run.runtime.fastest_kernels(recipe.deterministic))
+        stack.enter_context(run.runtime.cudnn_autotuning(recipe.deterministic))
         fixed = first_step(run)
         warm = loader_of(recipe, data, "ram")
         for _ in warm.epoch(0):  # every image that an epoch shows is decoded; what it leaves out, the next shows

@@ -31,7 +31,8 @@ from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from train.data.image_cache import ImageCaches
-from train.data.loader import Stimuli, TrainLoader
+from train.data.loader import TrainLoader
+from train.data.stimuli import RecordingStimuli
 from train.run.recipe import Loader
 
 if TYPE_CHECKING:
@@ -57,7 +58,9 @@ class Ours:
 
     @staticmethod
     def _open(shards: ShardFolder, size: int, batch: int, cache: str) -> TrainLoader:
-        stimuli = Stimuli(shards.split("train"), size, responses=False, caches=ImageCaches(Loader(cache=cache)))
+        stimuli = RecordingStimuli(
+            shards.split("train"), size, responses=False, caches=ImageCaches(Loader(cache=cache))
+        )
         return TrainLoader(stimuli, seed=0, global_size=batch, per_device=None, rank=0, ranks=1, workers=0, pin=False)
 
     def forget(self) -> None:

@@ -140,7 +140,7 @@ def measure(options: argparse.Namespace) -> None:
         sizes = [getattr(each, "ds_numel", each.numel()) for each in run.network.parameters()]
         whole = [each.ds_numel for each in run.network.parameters() if getattr(each, "ds_persist", False)]
         everyones = run.runtime.gather_objects(moments)
-    if run.runtime.leads:
+    if run.runtime.is_main:
         most = {
             moment: {kind: max(own[moment][kind] for own in everyones) / sum(sizes) for kind in (*KINDS, "other")}
             for moment in moments

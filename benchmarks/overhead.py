@@ -32,7 +32,7 @@ from harness import Side, Turns, measure_in_turns, options_of, read_results, run
 from synthetic import STRATEGIES, first_step, pack_simulated, recipe_of, setting_of, training
 from torch import nn
 
-from train.data.loader import Batch
+from train.data.batches import Batch
 from train.distributed.engine import Engine
 from train.distributed.launch_environment import rank
 from train.finetuning.loop import Training
@@ -73,7 +73,7 @@ def under_ddp(run: Training) -> Training:
     """The run with its network in DDP, which one process alone would go without."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     wrapped = nn.parallel.DistributedDataParallel(run.network, gradient_as_bucket_view=True)
-    run.engine = Engine(run.runtime, wrapped, run.network, run.engine.optimizer, pieces=1, clip_norm=None)
+    run.engine = Engine(run.runtime, wrapped, run.network, run.engine.optimizer, accumulation_steps=1, clip_norm=None)
     return run
 
 

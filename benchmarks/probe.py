@@ -62,23 +62,23 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
 
 def ours(folder: Path, counts: tuple[int, int], components: int) -> None:
     """The Gram matrix over all processes, one eigendecomposition for both regressions."""
-    from train.distributed.runtime import started
+    from train.distributed.runtime import start_runtime
     from train.regression.gram import ROUNDING, Activations, inner_products
     from train.regression.kernel_regression import Method, centred, regress
 
-    with started(None, "fp32") as runtime:
+    with start_runtime(None, "fp32") as runtime:
         stores, rates = own_stores(folder, counts, runtime), np.load(folder / "rates.npy")
         runtime.barrier()
         started_at = time.monotonic()
         products = inner_products(Activations(stores, counts, runtime, 0.5, "float32"), "layer", 0)
-        if runtime.leads:
+        if runtime.is_main:
             everyone = np.arange(sum(counts))
             gram = centred(products, everyone[: counts[0]], everyone[counts[0] :], ROUNDING["float32"])
             fits = {kind: regress(gram, rates[: counts[0]], Method(kind, components)) for kind in ("ols", "ridge")}
             seconds = time.monotonic() - started_at
             np.savez(folder / f"ours_{runtime.ranks}.npz", **{kind: fit.prediction for kind, fit in fits.items()})
         peaks = runtime.gather_objects(peak_memory())
-        if runtime.leads:
+        if runtime.is_main:
             print(json.dumps({"seconds": seconds, "gib": max(peaks)}))
 
 

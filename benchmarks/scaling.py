@@ -74,7 +74,7 @@ def work(options: argparse.Namespace) -> None:
             by_step = zip(*run.runtime.gather_objects(steps), strict=True)
             means = [{name: statistics.mean(rank[name] for rank in ranks) for name in ranks[0]} for ranks in by_step]
             found[f"{megabits:g}"] = min(means, key=lambda step: step["step"])
-        if run.runtime.leads:
+        if run.runtime.is_main:
             write_json(options, found)
 
 

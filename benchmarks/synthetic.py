@@ -15,7 +15,7 @@ import torch
 from harness import ROOT
 from PIL import Image
 
-from train.data.loader import Batch
+from train.data.batches import Batch
 from train.run.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -115,13 +115,13 @@ def training(recipe: Recipe, data: Path, out: Path) -> Iterator["Training"]:
         out: run folder to make.
     """
     # Imported late: it is hundreds of MiB that not every benchmark's process should hold.
-    from train.distributed.runtime import started
+    from train.distributed.runtime import start_runtime
     from train.finetuning.assembly import build
     from train.finetuning.preparation import prepare
     from train.finetuning.resume import starting_point
 
     job = prepare(recipe, [data], out, resume=False)
-    with started(job.deepspeed, recipe.precision, recipe.deterministic) as runtime:
+    with start_runtime(job.deepspeed, recipe.precision, recipe.deterministic) as runtime:
         built = build(job, starting_point(job, runtime), runtime)
         built.network.train()
         try:
@@ -146,8 +146,8 @@ def synthetic_batch(size: int, side: int, sites: int, device: torch.device) -> B
         rates=torch.from_numpy(draw.normal(size=(size, sites)).astype(np.float32)),
         labels=None,
         draws=None,
-        stimuli=size,
-        observed=size * sites,
+        global_stimuli=size,
+        global_observed=size * sites,
     ).to(device)
 
 

@@ -23,7 +23,7 @@ from harness import options_of, write_json
 from synthetic import GIB, finish, first_step, peak_bytes, recipe_of, training
 
 from data_prep.shards.manifest import load_manifest
-from train.data.loader import Batch
+from train.data.batches import Batch
 from train.distributed.launch_environment import uses_gpu
 from train.finetuning.loop import Training
 from train.planning.memory import memory, read_strategy, usable
@@ -86,7 +86,7 @@ def loader_rate(run: Training, seconds: float) -> float:
 def run_once(recipe: Recipe, options: argparse.Namespace, out: Path) -> dict[str, float]:
     """Measure a run: images a second, and bytes."""
     found = {}
-    with training(recipe, options.data, out) as run, run.runtime.fastest_kernels(recipe.deterministic):
+    with training(recipe, options.data, out) as run, run.runtime.cudnn_autotuning(recipe.deterministic):
         device, fixed = run.runtime.device, first_step(run)
         seconds_for(run, [fixed] * WARM_UP)
         found["peak_trying"] = peak_bytes(device)

@@ -20,17 +20,17 @@ def main() -> None:
     if options.combine != "mean" and not several:
         raise BadInput("--combine joins several runs; there is one")
 
-    from train.distributed.runtime import started
+    from train.distributed.runtime import start_runtime
     from train.evaluation.ensemble_scoring import join, prepare_ensembles
     from train.evaluation.run_results import run_one
     from train.evaluation.run_scoring import prepare
 
     jobs, ensembles = prepare_ensembles(options) if several else (prepare(options, options.runs[0], options.split), [])
     recipe = jobs[0].recipe if jobs else Recipe()
-    with started(None, "fp32", recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
+    with start_runtime(None, "fp32", recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
         for job in jobs:
             run_one(job, runtime)
-        if ensembles and runtime.leads:
+        if ensembles and runtime.is_main:
             join(options, ensembles, runtime.ranks)
 
 

@@ -61,7 +61,7 @@ def main() -> None:
     """Parse, check, build, train, close."""
     options, recipe = parse_command_line(sys.argv[1:])
 
-    from train.distributed.runtime import started
+    from train.distributed.runtime import start_runtime
     from train.finetuning.assembly import build
     from train.finetuning.preparation import prepare
     from train.finetuning.resume import starting_point
@@ -69,9 +69,9 @@ def main() -> None:
     job = prepare(recipe, options.data, options.out, options.resume)
     recipe = job.recipe
     settings = (job.deepspeed, recipe.precision, recipe.deterministic)
-    with started(*settings, timeouts=recipe.faults.timeouts) as runtime, closing(job.folder):
+    with start_runtime(*settings, timeouts=recipe.faults.timeouts) as runtime, closing(job.folder):
         if job.resume:
-            runtime.lead(job.folder.hold)
+            runtime.run_on_main(job.folder.hold)
         start = starting_point(job, runtime)
         training = build(job, start, runtime)
         with closing(training.monitor), job.folder.keeping_failures(runtime.rank):

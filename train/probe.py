@@ -61,16 +61,16 @@ def main() -> None:
     """Parse, check, probe."""
     options, recipe = parse_command_line(sys.argv[1:])
 
-    from train.distributed.runtime import started
+    from train.distributed.runtime import start_runtime
     from train.probing.preparation import prepare
     from train.probing.probe_run import run, scratch_folder
     from train.run.monitor import Monitor
 
     job = prepare(recipe, options.data, options.out, options.split, options.resume)
-    with started(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime, closing(job.folder):
+    with start_runtime(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime, closing(job.folder):
         facts = {"processes": runtime.describe(), "split": job.split, "parameters": {"all": job.look.parameters}}
-        runtime.lead(job.folder.hold if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
-        with closing(Monitor(job.folder, runtime.leads)) as monitor, job.folder.keeping_failures(runtime.rank):
+        runtime.run_on_main(job.folder.hold if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
+        with closing(Monitor(job.folder, runtime.is_main)) as monitor, job.folder.keeping_failures(runtime.rank):
             run(job, scratch_folder(options.scratch, options.out), runtime, monitor)
 
 

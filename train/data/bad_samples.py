@@ -23,18 +23,18 @@ SHOWN = 8  # stimuli that a sentence names
 
 
 @dataclass
-class Screening:
+class BadSamples:
     """Which stimuli can be read, and what is wrong with the others.
 
     Attributes:
         setting: of the recipe.
-        several: whether splits of several recordings are looked at; they are then called `recording/split`.
+        name_recordings: call splits `recording/split`, where there are several recordings.
         left_out: by split, {stimulus: what is wrong with it}; nothing unless it is to skip.
         looked_at: by split, the number of stimuli.
     """
 
     setting: Loader
-    several: bool = False
+    name_recordings: bool = False
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)
     looked_at: dict[str, int] = field(default_factory=dict)
 
@@ -43,7 +43,7 @@ class Screening:
         """Whether bad stimuli are left out."""
         return self.setting.on_bad_sample == "skip"
 
-    def usable(self, split: ShardSplit, size: int | None, *, responses: bool, classes: bool) -> np.ndarray:
+    def usable_positions(self, split: ShardSplit, size: int | None, *, responses: bool, classes: bool) -> np.ndarray:
         """The positions in a split that can be used, ascending; all where a bad one is to stop the run.
 
         Args:
@@ -60,7 +60,7 @@ class Screening:
         def fault(position: int) -> str | None:
             return _fault(split, position, size, responses, classes)
 
-        name = f"{split.manifest.name}/{split.name}" if self.several else split.name
+        name = f"{split.manifest.name}/{split.name}" if self.name_recordings else split.name
         silent, threads = rank() != 0, max((os.cpu_count() or 1) // ranks_on_machine(), 1)
         with (
             Progress(len(split), f"looking at {name}", silent=silent) as shown,

@@ -11,7 +11,7 @@ from torch.utils.data import get_worker_info
 KEPT = 4  # batches: one in use, the next one, and those of an evaluation between them
 
 
-class BatchMemory:
+class BatchBuffers:
     """Fresh memory costs a page fault for every 4 KiB, which takes longer than copying an image there."""
 
     def __init__(self):

@@ -132,12 +132,12 @@ class ImageCaches:
 
     Args:
         settings: where images are kept, and how much of them.
-        once: whether each image is read only once, so that `auto` keeps none.
+        single_pass: whether each image is read only once, so that `auto` keeps none.
     """
 
-    def __init__(self, settings: Loader, once: bool = False):
+    def __init__(self, settings: Loader, single_pass: bool = False):
         self._mode = "ram" if settings.cache == "auto" else settings.cache
-        if settings.cache == "auto" and once:
+        if settings.cache == "auto" and single_pass:
             self._mode = "off"
         self._left = 0 if self._mode == "off" else _budget(self._mode, settings.cache_gib)
         self._open: dict[str, ImageCache] = {}

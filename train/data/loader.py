@@ -4,7 +4,6 @@ The order comes from `train/data/order.py`; this file only reads what it says. I
 everything else happens on the device, in the network.
 """
 
-import hashlib
 import multiprocessing
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,17 +12,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.ceiling import TrialStatistics
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.worker_processes import serve_parent
-from data_prep.shards.folder import ShardSplit
-from train.data.batch_buffers import BatchMemory
-from train.data.batches import Batch, Group, StimulusSet, Work
-from train.data.decoding import decode_at
-from train.data.image_cache import ImageCaches
+from train.data.batches import Batch, Work
 from train.data.order import (
-    Blocks,
-    Layout,
     accumulation,
     augmentation_draws,
     evaluation_batches,
@@ -33,150 +25,9 @@ from train.data.order import (
     steps_per_epoch,
     stimuli_of_epoch,
 )
+from train.data.stimuli import StimulusSet
 
 MAX_WORKERS = 8
-
-
-class Stimuli(StimulusSet):
-    """The stimuli of a split, or of a part of it, with their responses and labels in memory and images on disk.
-
-    Args:
-        split: opened shards.
-        size: side in pixels of the images to deliver.
-        subset: positions in the split that are used, int64; all of them by default. Everything below counts within it.
-        responses: whether to read the responses.
-        classes: whether to read the labels.
-        caches: where decoded images are kept; by default none are.
-        apart: keep the subset's images apart from the split's others: what is read in every epoch, though little of
-            the split, then stays where not all of them fit in.
-        columns: which of a network's outputs are for its sites; by default all.
-    """
-
-    def __init__(
-        self,
-        split: ShardSplit,
-        size: int,
-        subset: np.ndarray | None = None,
-        responses: bool = True,
-        classes: bool = False,
-        caches: ImageCaches | None = None,
-        apart: bool = False,
-        columns: slice = slice(None),
-    ):
-        self._split = split
-        self._memory = BatchMemory()
-        self.size, self.columns = size, columns
-        self.subset = np.arange(len(split)) if subset is None else subset
-        self._kept_as = np.arange(len(self.subset)) if apart else self.subset
-        self._cache = None if caches is None else caches.of(split, size, self.subset if apart else None)
-        self.stimulus_ids = [split.stimulus_ids[position] for position in self.subset]
-        self.rates = split.rates(self.subset) if responses else None
-        self.labels = split.labels(self.subset) if classes else None
-        self.observed = None if self.rates is None else (~np.isnan(self.rates)).sum(axis=1)
-
-    @property
-    def parts(self) -> tuple["Stimuli"]:
-        """Itself: one recording is the case of one."""
-        return (self,)
-
-    @property
-    def split(self) -> ShardSplit:
-        """Where they lie."""
-        return self._split
-
-    @property
-    def recording(self) -> str:
-        """The name of their recording."""
-        return self._split.manifest.name
-
-    def fingerprint(self) -> str:
-        """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
-        return fingerprint(self.stimulus_ids, self.rates)
-
-    def noise_of_rates(self) -> np.ndarray | None:
-        """The noise variance of each response that is an average over trials: float64 (stimuli, sites).
-
-        None where there are no responses or no single trials, or where the responses are no average of the trials.
-        """
-        statistics = None if self.rates is None else self.trial_statistics()
-        if statistics is None:
-            return None
-        same = np.isclose(statistics.average, self.rates, rtol=1e-4, atol=1e-5, equal_nan=True).all()
-        return statistics.noise_of_average() if same else None
-
-    def trial_statistics(self) -> TrialStatistics | None:
-        """What ceilings need to know of the single trials of these stimuli; None where there are none."""
-        trials = [self._split.array(int(position), "trials.npy") for position in self.subset]
-        return None if any(part is None for part in trials) else TrialStatistics.from_trials(trials)
-
-    def rates_of(self, positions: np.ndarray) -> torch.Tensor | None:
-        """See `StimulusSet.rates_of`."""
-        return None if self.rates is None else torch.from_numpy(self.rates[positions])
-
-    def groups_of(self, batch: np.ndarray) -> tuple[Group, ...]:
-        """See `StimulusSet.groups_of`."""
-        return () if self.rates is None else (Group(self.rates.shape[1], int(self.observed[batch].sum())),)
-
-    def images(self, positions: np.ndarray) -> torch.Tensor:
-        """See `StimulusSet.images`."""
-        images = self._memory.take((len(positions), self.size, self.size, 3))
-        pixels, kept_as = images.numpy(), self._kept_as[positions]
-        missing = range(len(positions)) if self._cache is None else self._cache.read(kept_as, pixels)
-        decoded: dict[int, int] = {}
-        for row in missing:
-            position = int(positions[row])
-            if position in decoded:  # padding repeats a stimulus
-                pixels[row] = pixels[decoded[position]]
-                continue
-            decode_at(self._split, int(self.subset[position]), pixels[row])
-            decoded[position] = row
-            if self._cache is not None:
-                self._cache.write(int(kept_as[row]), pixels[row])
-        return images
-
-    def names(self) -> list[str]:
-        """What each stimulus shows, or its id where nothing tells."""
-        found = zip(self.subset, self.stimulus_ids, strict=True)
-        return [self._split.label(int(place)) or name for place, name in found]
-
-    def blocks(self, together: int) -> Blocks:
-        """How the stimuli lie in shards, for an order that mixes `together` of these at a time."""
-        shards = self._split.shards_of(self.subset)
-        if (np.diff(shards) < 0).any():
-            raise ValueError("stimuli that are read shard by shard must be in the order in which they are stored")
-        return Blocks(tuple(np.unique(shards, return_counts=True)[1].tolist()), together)
-
-    def layout(self, block_shards: int | None) -> Layout:
-        """See `StimulusSet.layout`."""
-        return None if block_shards is None else self.blocks(block_shards)
-
-    def shards_to_fetch(self, positions: np.ndarray) -> np.ndarray:
-        """See `StimulusSet.shards_to_fetch`; shards whose images are kept are left out."""
-        if not self._split.is_remote:
-            return np.empty(0, np.int64)
-        if self._cache is not None:
-            positions = positions[~self._cache.holds(self._kept_as[positions])]
-        return np.unique(self._split.shards_of(self.subset[positions]))
-
-    def shuffle_responses(self, seed: int) -> None:
-        """See `StimulusSet.shuffle_responses`."""
-        circle = np.random.default_rng([seed, len(self)]).permutation(len(self))
-        shuffled = np.empty_like(self.rates)
-        shuffled[circle] = self.rates[np.roll(circle, 1)]
-        self.replace_responses(shuffled)
-
-    def replace_responses(self, rates: np.ndarray) -> None:
-        """Put others in place of the recorded responses: float (stimuli, sites), NaN = none."""
-        self.rates = rates.astype(np.float32)
-        self.observed = (~np.isnan(self.rates)).sum(axis=1)
-
-
-def fingerprint(stimulus_ids: list[str], rates: np.ndarray | None) -> str:
-    """A hash of stimuli's ids and responses."""
-    found = hashlib.sha256("\n".join(stimulus_ids).encode())
-    if rates is not None:
-        found.update(rates.tobytes())
-    return found.hexdigest()
 
 
 class TrainLoader:
@@ -216,8 +67,8 @@ class TrainLoader:
                 f"{ranks} processes cannot share a global batch of {self.global_size} stimuli; "
                 "raise batch.global_size or start fewer processes"
             )
-        self.pieces = accumulation(self.global_size, ranks, per_device)
-        self.largest_piece = -(-self.global_size // (ranks * self.pieces))
+        self.accumulation_steps = accumulation(self.global_size, ranks, per_device)
+        self.largest_micro_batch = -(-self.global_size // (ranks * self.accumulation_steps))
         self.steps = steps_per_epoch(of_epoch, self.global_size)
         self._open(workers, pin)
 
@@ -226,11 +77,11 @@ class TrainLoader:
         self._batches = data_loader(self.stimuli, self._schedule, workers, pin)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """Yield each global step's micro-batches, `pieces` of them, from `first_step` on."""
+        """Yield each global step's micro-batches, `accumulation_steps` of them, from `first_step` on."""
         self._schedule.items = self._work(epoch, first_step)
         batches = iter(self._batches)
         for _ in range(first_step, self.steps):
-            yield [next(batches) for _ in range(self.pieces)]
+            yield [next(batches) for _ in range(self.accumulation_steps)]
 
     def _work(self, epoch: int, first_step: int) -> list[Work]:
         work = []
@@ -239,7 +90,7 @@ class TrainLoader:
             draws = augmentation_draws(self.seed, epoch, step, len(batch), self.draws) if self.draws else None
             work += [
                 self.stimuli.work(micro, batch, draws)
-                for micro in micro_batches(batch, self.rank, self.ranks, self.pieces)
+                for micro in micro_batches(batch, self.rank, self.ranks, self.accumulation_steps)
             ]
         return work
 
@@ -280,7 +131,7 @@ class _Batches(DataLoader):
     def _fetched_ahead(self) -> AbstractContextManager[Callable[[], None]]:
         """As of `StimulusSet`; a stream says nothing of what it is going to read."""
         if isinstance(self.dataset, StimulusSet):
-            return self.dataset.fetched_ahead(self.sampler)
+            return self.dataset.prefetching(self.sampler)
         return nullcontext(lambda: None)
 
 
@@ -317,7 +168,7 @@ class _Schedule:
 def data_loader(source: Dataset, work, workers: int, pin: bool) -> "DataLoader[Batch]":
     """Batches that workers read from `source`, as `work` tells; None where the source tells itself."""
     # Workers are forked from a server that has imported torch, so that starting some takes no seconds.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["train.data.loader"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["train.data.stimuli"])
     return _Batches(
         source,
         batch_size=None,  # an item is a whole batch

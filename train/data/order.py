@@ -156,16 +156,17 @@ class MicroBatch:
     places: np.ndarray
 
 
-def micro_batches(batch: np.ndarray, rank: int, ranks: int, pieces: int) -> list[MicroBatch]:
-    """Deal a rank's share of a global batch out to `pieces` micro-batches.
+def micro_batches(batch: np.ndarray, rank: int, ranks: int, accumulation_steps: int) -> list[MicroBatch]:
+    """Deal a rank's share of a global batch out to `accumulation_steps` micro-batches.
 
     Every rank must take part in every collective operation, so a micro-batch is never empty: where a rank has fewer
-    stimuli than pieces, it repeats the batch's first stimulus with weight 0, which adds nothing to loss or gradient.
+    stimuli than micro-batches, it repeats the batch's first stimulus with weight 0, which adds nothing to loss or
+    gradient.
     """
     own = share(np.arange(len(batch)), rank, ranks)
     dealt = []
-    for piece in range(pieces):
-        places = share(own, piece, pieces)
+    for piece in range(accumulation_steps):
+        places = share(own, piece, accumulation_steps)
         weight = np.ones(len(places), np.float32)
         if not len(places):
             places, weight = np.zeros(1, np.int64), np.zeros(1, np.float32)

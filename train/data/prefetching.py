@@ -16,7 +16,7 @@ STREAMS = 4  # shards that a machine fetches at the same time; one stream rarely
 SECONDS_BETWEEN_LOOKS = 0.1
 
 
-class FetchAhead:
+class ShardPrefetcher:
     """Follows a reader through its work and keeps fetched what it needs next.
 
     What it looks ahead at, from where the reader is, never has more bytes than may be kept. A shard that cannot be
@@ -40,7 +40,7 @@ class FetchAhead:
         self._changed = threading.Condition()
         self._ended = False
 
-    def __enter__(self) -> "FetchAhead":
+    def __enter__(self) -> "ShardPrefetcher":
         with self._changed:
             self._look_ahead()
         for _ in range(max(STREAMS // ranks_on_machine(), 1)):

@@ -14,7 +14,7 @@ from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder, ShardSplit
 from data_prep.shards.manifest import Image, Manifest, Rates, Split
 from data_prep.splits import folds
-from train.data.bad_samples import Screening
+from train.data.bad_samples import BadSamples
 from train.data.order import inner_splits, nested_subset
 from train.run.folder import is_folder_name
 from train.run.recipe import LEAST_CORRELATED, EarlyStopping, Recipe
@@ -24,20 +24,20 @@ Images = set[tuple[str, int]]  # told by the stimulus's id and the bytes of the 
 
 
 @dataclass
-class Divided:
+class FitAndSelection:
     """What of a recording is trained on, and what selects.
 
     Attributes:
         train: the split that is trained on.
         fit: positions in it.
-        selects: the split that holds the stimuli that select.
+        selection_split: the split that holds the stimuli that select.
         selection: positions in it.
         left_out: train stimuli that are in neither, because another recording holds them out.
     """
 
     train: ShardSplit
     fit: np.ndarray
-    selects: ShardSplit
+    selection_split: ShardSplit
     selection: np.ndarray
     left_out: int = 0
 
@@ -83,7 +83,7 @@ class Recordings:
     @cached_property
     def manifest(self) -> Manifest:
         """Of all of them as one recording, whose sites are those of one after the other."""
-        return joined(self.manifests)
+        return combined_manifest(self.manifests)
 
     @property
     def sites(self) -> dict[str, int]:
@@ -133,7 +133,7 @@ class Recordings:
         """Side in pixels of the images that the network sees."""
         return recipe.images.size or self.manifest.image.side
 
-    def divide(self, recipe: Recipe, screening: Screening | None = None) -> list[Divided]:
+    def divide(self, recipe: Recipe, screening: BadSamples | None = None) -> list[FitAndSelection]:
         """Each recording's stimuli to fit and those that select, as `early_stopping.split` says.
 
         Alone each would be divided in the same way, but for what they share: a stimulus that is inner in one is inner
@@ -148,37 +148,37 @@ class Recordings:
         Raises:
             BadInput: nothing is left of one, or it has fewer stimuli than the subset, or fewer groups than folds.
         """
-        found, screening = [], screening or Screening(recipe.loader, several=len(self) > 1)
+        found, screening = [], screening or BadSamples(recipe.loader, name_recordings=len(self) > 1)
         trains = [folder.split("train") for folder in self.folders]
-        used = [used_of(train, recipe) for train in trains]
+        used = [subset_positions(train, recipe) for train in trains]
         usable = [self._usable(train, recipe, screening) for train in trains]
         if recipe.early_stopping.split == "val":
             for folder, train, own, readable in zip(self.folders, trains, used, usable, strict=True):
                 val = folder.split("val")
                 fit = np.intersect1d(own, readable)
-                found.append(Divided(train, fit, val, self._usable(val, recipe, screening)))
+                found.append(FitAndSelection(train, fit, val, self._usable(val, recipe, screening)))
         else:
             groups = [_groups(*each) for each in zip(trains, used, usable, strict=True)]
             divided = _inner_parts(groups, recipe.early_stopping, recipe.seed)
             for train, own, parts, readable in zip(trains, used, divided, usable, strict=True):
                 fit, inner = (np.intersect1d(own[part], readable) for part in parts)
-                found.append(Divided(train, fit, train, inner))
+                found.append(FitAndSelection(train, fit, train, inner))
         self._hold_out(found)
         return found
 
-    def _usable(self, split: ShardSplit, recipe: Recipe, screening: Screening) -> np.ndarray:
+    def _usable(self, split: ShardSplit, recipe: Recipe, screening: BadSamples) -> np.ndarray:
         task = recipe.task
         needed = {"responses": task.predicts_responses, "classes": task.predicts_classes}
-        return screening.usable(split, self.image_size(recipe), **needed)
+        return screening.usable_positions(split, self.image_size(recipe), **needed)
 
-    def _hold_out(self, divided: list[Divided]) -> None:
+    def _hold_out(self, divided: list[FitAndSelection]) -> None:
         """Leave out of each recording's train split what others hold out."""
         reported = [self._reported(folder) for folder in self.folders]
-        selecting = [_images(part.selects, part.selection) for part in divided]
+        selecting = [_images(part.selection_split, part.selection) for part in divided]
         for number, part in enumerate(divided):
             before = len(part.fit) + len(part.selection)
             of_others = set().union(*(held for k, held in enumerate(reported) if k != number))
-            if part.selects is part.train:
+            if part.selection_split is part.train:
                 part.selection = _without(part.train, part.selection, of_others)
             of_others = of_others.union(*(held for k, held in enumerate(selecting) if k != number))
             part.fit = _without(part.train, part.fit, of_others)
@@ -207,7 +207,7 @@ def _without(split: ShardSplit, positions: np.ndarray, held: Images) -> np.ndarr
     return positions[np.array([(split.stimulus_ids[k], int(sizes[k])) not in held for k in positions], bool)]
 
 
-def used_of(train: ShardSplit, recipe: Recipe) -> np.ndarray:
+def subset_positions(train: ShardSplit, recipe: Recipe) -> np.ndarray:
     """Positions of the training stimuli that a recipe uses, to fit and to select; ascending.
 
     Raises:
@@ -244,7 +244,7 @@ def _inner_parts(
     return found
 
 
-def joined(manifests: Sequence[Manifest]) -> Manifest:
+def combined_manifest(manifests: Sequence[Manifest]) -> Manifest:
     """What several recordings are as one: their sites one after the other, each with its own scale.
 
     Site ids are as they were, so they may come twice. One manifest is returned as it is.

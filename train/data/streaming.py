@@ -25,7 +25,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.members import BLOCK, IMAGE_MEMBERS, key_and_kind, not_plain
-from train.data.batch_buffers import BatchMemory
+from train.data.batch_buffers import BatchBuffers
 from train.data.batches import Batch, Work
 from train.data.decoding import decode_into
 from train.data.loader import TrainLoader, data_loader
@@ -43,12 +43,12 @@ class StreamLoader(TrainLoader):
         self._next_step: int | None = None
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
-        """Yield each global step's micro-batches, `pieces` of them, from `first_step` on."""
+        """Yield each global step's micro-batches, `accumulation_steps` of them, from `first_step` on."""
         if self._next_step != epoch * self.steps + first_step:
             self._next_step = epoch * self.steps + first_step
             self._stream = iter(data_loader(_Stream(self, self._next_step), None, self._workers, self._pin))
         for _ in range(first_step, self.steps):
-            step = [next(self._stream) for _ in range(self.pieces)]
+            step = [next(self._stream) for _ in range(self.accumulation_steps)]
             self._next_step += 1
             yield step
 
@@ -57,13 +57,13 @@ class _Stream(IterableDataset):
     """A rank's micro-batches from `first_step` (counted over all epochs) on, without an end; workers take turns."""
 
     def __init__(self, loader: TrainLoader, first_step: int):
-        self.first_step, self.steps, self.pieces = first_step, loader.steps, loader.pieces
+        self.first_step, self.steps, self.accumulation_steps = first_step, loader.steps, loader.accumulation_steps
         self.stimuli, self.seed, self.draws = loader.stimuli, loader.seed, loader.draws
         self.rank, self.ranks, self.global_size = loader.rank, loader.ranks, loader.global_size
-        self.memory = BatchMemory()
+        self.memory = BatchBuffers()
         split = self.stimuli.split
         self.sizes = {str(split.folder / shard.file): shard.bytes for shard in split.shards}
-        self.dealt = micro_batches(np.arange(self.global_size), self.rank, self.ranks, self.pieces)
+        self.dealt = micro_batches(np.arange(self.global_size), self.rank, self.ranks, self.accumulation_steps)
         observed = self.stimuli.observed
         self.observed = 0 if observed is None else round(self.global_size * float(observed.mean()))
 
@@ -72,7 +72,7 @@ class _Stream(IterableDataset):
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         samples = self._samples(self.rank * workers + worker, self.ranks * workers)
         for number in itertools.count(worker, workers):
-            step, piece = divmod(number, self.pieces)
+            step, piece = divmod(number, self.accumulation_steps)
             try:
                 yield self._batch(samples, self.first_step + step, self.dealt[piece])
             except BadInput as error:

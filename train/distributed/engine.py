@@ -28,7 +28,7 @@ class Engine:
         wrapped: the network as the strategy wrapped it.
         network: the network itself.
         optimizer: the torch optimizer; its parameter groups hold the learning rates under every strategy.
-        pieces: micro-batches per optimizer step.
+        accumulation_steps: micro-batches per optimizer step.
         clip_norm: largest norm of the gradient, or None.
         scales_loss: multiply the loss by a factor that keeps float16 gradients from becoming 0, and find that factor.
     """
@@ -40,13 +40,13 @@ class Engine:
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        pieces: int,
+        accumulation_steps: int,
         clip_norm: float | None,
         scales_loss: bool = False,
     ):
         self.runtime, self.network, self.optimizer = runtime, network, optimizer
         self.clock = StepClock(runtime.device)
-        self._wrapped, self._pieces, self._clip_norm = wrapped, pieces, clip_norm
+        self._wrapped, self._accumulation_steps, self._clip_norm = wrapped, accumulation_steps, clip_norm
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self._unscaled = torch.ones((), device=runtime.device)
@@ -60,9 +60,9 @@ class Engine:
         """The network's outputs for a micro-batch, in training."""
         return self._wrapped(images)
 
-    def micro_batch(self, piece: int) -> AbstractContextManager:
+    def accumulate(self, piece: int) -> AbstractContextManager:
         """Around forward and backward of a micro-batch: gradients travel between ranks with the last one only."""
-        return self._wrapped.no_sync() if self._is_ddp and piece < self._pieces - 1 else nullcontext()
+        return self._wrapped.no_sync() if self._is_ddp and piece < self._accumulation_steps - 1 else nullcontext()
 
     @property
     def _is_ddp(self) -> bool:
@@ -136,7 +136,7 @@ class Engine:
         self._scaler.update()
         return torch.zeros((), dtype=torch.bool, device=self.runtime.device)
 
-    def set_rate(self, factor: float) -> None:
+    def set_learning_rate(self, factor: float) -> None:
         """Set every group's learning rate to `factor` times its peak."""
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
@@ -147,18 +147,18 @@ class Engine:
         """The network's tensors by name; every rank must take part."""
         return self.network.state_dict()
 
-    def held(self) -> list[torch.Tensor]:
+    def local_tensors(self) -> list[torch.Tensor]:
         """The float32 tensors that this rank holds of the network: all of them, or its part of those that are cut up.
 
         The same objects throughout a run, in the order of `network_tensors`.
         """
         return [tensor for tensor in self.network.state_dict().values() if tensor.dtype == torch.float32]
 
-    def cut(self, wholes: list[torch.Tensor]) -> list[torch.Tensor]:
+    def partition(self, wholes: list[torch.Tensor]) -> list[torch.Tensor]:
         """Whole tensors like the network's -> what this rank would hold of them, see `held`."""
         return wholes
 
-    def whole(self, held: list[torch.Tensor]) -> list[torch.Tensor]:
+    def gather(self, held: list[torch.Tensor]) -> list[torch.Tensor]:
         """The other way round; every rank must take part."""
         return held
 
@@ -192,7 +192,7 @@ def state_of(tensors: dict[str, torch.Tensor], parameter: str) -> dict[str, torc
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def batch_statistics(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+def batch_norm_statistics(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """BatchNorm's running statistics by name; they differ between ranks, as each normalises its own batches."""
     for name, module in network.named_modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
@@ -200,8 +200,8 @@ def batch_statistics(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
             yield f"{name}.running_var", module.running_var
 
 
-def average_batch_statistics(network: nn.Module, runtime: Runtime) -> None:
+def average_batch_norm_statistics(network: nn.Module, runtime: Runtime) -> None:
     """Average BatchNorm's running statistics over ranks, in place."""
     if runtime.ranks > 1:
-        for _, statistic in batch_statistics(network):
+        for _, statistic in batch_norm_statistics(network):
             statistic.copy_(runtime.mean(statistic))

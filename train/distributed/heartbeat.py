@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 MEMORY = 0.9  # of the running averages, per step
 
 
-class Pulse:
+class Heartbeat:
     """The messages of one process.
 
     Attributes:

@@ -71,9 +71,9 @@ def ranks_on_machine() -> int:
 
 def uses_gpu() -> bool:
     """Whether this run computes on GPUs: where there are any, unless ACCELERATE_USE_CPU says otherwise."""
-    return torch.cuda.is_available() and not cpu_wanted()
+    return torch.cuda.is_available() and not cpu_requested()
 
 
-def cpu_wanted() -> bool:
+def cpu_requested() -> bool:
     """Whether the CPU was asked for, GPUs or not."""
     return os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true"

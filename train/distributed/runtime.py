@@ -1,6 +1,6 @@
 """Processes, devices, precision and DeepSpeed: the only file that starts Accelerate and DeepSpeed.
 
-`started(...)` finds out how many processes there are, joins them and gives a `Runtime`; `engine.py` steps.
+`start_runtime(...)` finds out how many processes there are, joins them and gives a `Runtime`; `engine.py` steps.
 """
 
 import logging
@@ -28,9 +28,9 @@ from accelerate.utils import (
 from torch import nn
 
 from data_prep.common.errors import BadInput, RunFailed
-from train.distributed.heartbeat import Pulse
-from train.distributed.launch_environment import cpu_wanted, ranks_on_machine, uses_gpu, world_size
-from train.distributed.strategy import name_of
+from train.distributed.heartbeat import Heartbeat
+from train.distributed.launch_environment import cpu_requested, ranks_on_machine, uses_gpu, world_size
+from train.distributed.strategy import strategy_name
 
 TIMEOUTS = (1800.0, 300.0)  # seconds, until the first step is done and from then on
 
@@ -57,16 +57,16 @@ class Runtime:
     def __init__(self, accelerator: Accelerator, deepspeed: dict[str, Any] | None, timeouts: tuple[float, float]):
         self._accelerator = accelerator
         self.deepspeed = deepspeed is not None
-        self._strategy = name_of(deepspeed, accelerator.num_processes)
+        self._strategy = strategy_name(deepspeed, accelerator.num_processes)
         self.rank: int = accelerator.process_index
         self.ranks: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.hosts: list[str] = self.gather_objects(socket.gethostname())
-        self.pulse = Pulse(self.ranks, timedelta(seconds=timeouts[0]))
+        self.heartbeat = Heartbeat(self.ranks, timedelta(seconds=timeouts[0]))
         self._timeout, self._beats = timedelta(seconds=timeouts[1]), 0
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the process that writes and speaks for all."""
         return self.rank == 0
 
@@ -89,7 +89,7 @@ class Runtime:
         Raises:
             Stopped: a rank was told to stop; all ranks raise it at the same beat.
         """
-        self.pulse.beat(busy)
+        self.heartbeat.beat(busy)
         self._beats += 1
         if self._beats == 2 and self.ranks > 1:
             for group in dist.distributed_c10d._world.pg_map:  # DeepSpeed's and the pulse's as well
@@ -138,20 +138,20 @@ class Runtime:
         """The mean over ranks, in float64."""
         return self.all_gather(tensor).double().mean(0)
 
-    def sum_to(self, tensor: torch.Tensor, rank: int) -> torch.Tensor | None:
+    def reduce_to(self, tensor: torch.Tensor, rank: int) -> torch.Tensor | None:
         """The sum over ranks, on one rank; None on the others."""
         if self.ranks > 1:
             dist.reduce(tensor, dst=rank)
         return tensor if self.rank == rank else None
 
-    def lead(self, work: Callable[[], None]) -> None:
+    def run_on_main(self, work: Callable[[], None]) -> None:
         """Let the leading rank alone do something; what it finds wrong, all ranks raise.
 
         Raises:
             BadInput: `work` does.
         """
         fault = None
-        if self.leads:
+        if self.is_main:
             try:
                 work()
             except BadInput as error:
@@ -168,7 +168,7 @@ class Runtime:
         return values
 
     @contextmanager
-    def fastest_kernels(self, deterministic: bool) -> Iterator[None]:
+    def cudnn_autotuning(self, deterministic: bool) -> Iterator[None]:
         """Let cuDNN try its kernels and take the fastest; in training only, as it may choose others in another run."""
         torch.backends.cudnn.benchmark = not deterministic
         try:
@@ -202,7 +202,7 @@ class Runtime:
 
 
 @contextmanager
-def started(
+def start_runtime(
     deepspeed: dict[str, Any] | None,
     precision: str,
     deterministic: bool = False,
@@ -230,7 +230,7 @@ def started(
     runtime = None
     try:
         runtime = Runtime(_accelerator(deepspeed, timeouts[0]), deepspeed, timeouts)
-        with runtime.pulse.listening():
+        with runtime.heartbeat.listening():
             yield runtime
     except RuntimeError as error:
         if "deterministic implementation" in str(error):
@@ -262,7 +262,7 @@ def _check_launcher(precision: str) -> None:
     if launcher not in ("no", precision):
         raise BadInput(f"the launcher was told --mixed_precision {launcher}, the recipe says precision: {precision}")
     gpus = torch.cuda.device_count()
-    if 0 < gpus < ranks_on_machine() and not cpu_wanted():
+    if 0 < gpus < ranks_on_machine() and not cpu_requested():
         raise BadInput(
             f"{ranks_on_machine()} processes were started on a machine with {gpus} GPUs; start one per GPU, "
             "or set ACCELERATE_USE_CPU=true"

@@ -11,7 +11,7 @@ from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json, read_regular
 
 
-def chosen_strategy(setting: str | None) -> dict[str, Any] | None:
+def resolve_strategy(setting: str | None) -> dict[str, Any] | None:
     """The DeepSpeed configuration to use, or None for DDP (and for one process).
 
     Args:
@@ -68,7 +68,7 @@ def zero_stage(config: dict[str, Any] | None) -> int | None:
     return None if config is None else config["zero_optimization"]["stage"]
 
 
-def name_of(config: dict[str, Any] | None, ranks: int) -> str:
+def strategy_name(config: dict[str, Any] | None, ranks: int) -> str:
     """What a strategy is called, for the log."""
     if config is None:
         return "DDP" if ranks > 1 else "one process"
@@ -78,13 +78,15 @@ def name_of(config: dict[str, Any] | None, ranks: int) -> str:
     return f"DeepSpeed ZeRO-{zero['stage']}" + (f" with {' and '.join(away)} on the CPU" if away else "")
 
 
-def fill_deepspeed(config: dict[str, Any], *, share: int, pieces: int, ranks: int, clip_norm: float | None) -> dict:
+def complete_deepspeed_config(
+    config: dict[str, Any], *, share: int, accumulation_steps: int, ranks: int, clip_norm: float | None
+) -> dict:
     """A DeepSpeed configuration with every number that follows from the recipe.
 
     Args:
         config: of the file.
         share: the most stimuli of one micro-batch.
-        pieces: micro-batches per optimizer step.
+        accumulation_steps: micro-batches per optimizer step.
         ranks: processes.
         clip_norm: of the recipe, None for no clipping.
 
@@ -93,8 +95,8 @@ def fill_deepspeed(config: dict[str, Any], *, share: int, pieces: int, ranks: in
     """
     filled = {
         "train_micro_batch_size_per_gpu": share,
-        "gradient_accumulation_steps": pieces,
-        "train_batch_size": share * pieces * ranks,
+        "gradient_accumulation_steps": accumulation_steps,
+        "train_batch_size": share * accumulation_steps * ranks,
         "gradient_clipping": clip_norm or 0.0,
         # NAdam and SGD are "untested" in DeepSpeed's words; the project's tests compare them with DDP.
         "zero_allow_untested_optimizer": True,

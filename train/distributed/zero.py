@@ -22,7 +22,7 @@ class ZeroEngine(Engine):
         wrapped: DeepSpeed's engine.
         network: the network itself.
         optimizer: the torch optimizer.
-        pieces: micro-batches per optimizer step.
+        accumulation_steps: micro-batches per optimizer step.
         clip_norm: largest norm of the gradient, which DeepSpeed has been told.
     """
 
@@ -33,10 +33,12 @@ class ZeroEngine(Engine):
         network: nn.Module,
         optimizer: torch.optim.Optimizer,
         *,
-        pieces: int,
+        accumulation_steps: int,
         clip_norm: float | None,
     ):
-        super().__init__(runtime, wrapped, network, optimizer, pieces=pieces, clip_norm=clip_norm)
+        super().__init__(
+            runtime, wrapped, network, optimizer, accumulation_steps=accumulation_steps, clip_norm=clip_norm
+        )
         self._stage: int = wrapped.zero_optimization_stage()
         if self._stage == 3:
             for parameter in network.parameters():
@@ -52,7 +54,7 @@ class ZeroEngine(Engine):
 
         DeepSpeed averages over ranks and micro-batches, both of which are undone here.
         """
-        self._wrapped.backward(loss * (self.runtime.ranks * self._pieces))
+        self._wrapped.backward(loss * (self.runtime.ranks * self._accumulation_steps))
         if not self._wrapped.is_gradient_accumulation_boundary():
             self._wrapped.step()  # counts the micro-batch
 
@@ -76,12 +78,12 @@ class ZeroEngine(Engine):
             tensors[name] = self._whole_weight(parameter, parameter.ds_tensor)
         return tensors
 
-    def held(self) -> list[torch.Tensor]:
+    def local_tensors(self) -> list[torch.Tensor]:
         """The float32 tensors that this rank holds of the network, see `Engine.held`."""
         cut = self._cut_parameters()
         return [cut[name].ds_tensor if name in cut else x for name, x in self._float_tensors()]
 
-    def cut(self, wholes: list[torch.Tensor]) -> list[torch.Tensor]:
+    def partition(self, wholes: list[torch.Tensor]) -> list[torch.Tensor]:
         """Whole tensors like the network's -> what this rank would hold of them, see `held`."""
         cut = self._cut_parameters()
         return [
@@ -89,7 +91,7 @@ class ZeroEngine(Engine):
             for (name, _), tensor in zip(self._float_tensors(), wholes, strict=True)
         ]
 
-    def whole(self, held: list[torch.Tensor]) -> list[torch.Tensor]:
+    def gather(self, held: list[torch.Tensor]) -> list[torch.Tensor]:
         """The other way round; every rank must take part."""
         cut = self._cut_parameters()
         return [
@@ -180,8 +182,8 @@ class _CutTogether:
 
     def whole(self, parts: torch.Tensor) -> list[torch.Tensor]:
         sizes = [parameter.numel() for parameter in self.parameters]
-        pieces = parts.flatten()[: sum(sizes)].split(sizes)
-        return [piece.view(p.shape).clone() for piece, p in zip(pieces, self.parameters, strict=True)]
+        flat = parts.flatten()[: sum(sizes)].split(sizes)
+        return [whole.view(p.shape).clone() for whole, p in zip(flat, self.parameters, strict=True)]
 
     def cut(self, wholes: list[torch.Tensor], runtime: Runtime) -> torch.Tensor:
         return _padded(torch.cat([whole.flatten() for whole in wholes]), len(self.part), runtime.ranks)[runtime.rank]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
-from train.data.bad_samples import Screening
+from train.data.bad_samples import BadSamples
 from train.data.recordings import Recordings
 from train.evaluation.ensembles import Ensemble, check_place, data_of, is_fine_tuned, members_of, write_ensembles
 from train.evaluation.options import Evaluate
@@ -41,7 +41,7 @@ def prepare_ensembles(options: Evaluate) -> tuple[list[Job], list[Ensemble]]:
     loader = Loader(on_bad_sample=skips, shard_cache=options.shard_cache)
     shards = [ShardFolder(place, loader.fetch) for place in options.data or data_of(options.runs[0])]
     ensembles = [
-        Ensemble(members_of(options.runs, recipes, opened.manifest.name), options.combine, opened, Screening(loader))
+        Ensemble(members_of(options.runs, recipes, opened.manifest.name), options.combine, opened, BadSamples(loader))
         for opened in Recordings(shards).folders
     ]
     check_place(options.out, ensembles)

@@ -22,8 +22,8 @@ from data_prep.common.safe_reading import npz_arrays, parse_json, read_regular
 from data_prep.remote.url import recorded
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import Manifest
-from train.data.bad_samples import Screening
-from train.data.loader import Stimuli
+from train.data.bad_samples import BadSamples
+from train.data.stimuli import RecordingStimuli
 from train.evaluation.metrics_report import regression_block, report_head
 from train.evaluation.moments import SiteMoments
 from train.evaluation.options import Combine
@@ -175,9 +175,9 @@ class Ensemble:
         screening: tells which of these can be read.
     """
 
-    def __init__(self, members: Sequence[Member], combine: Combine, shards: ShardFolder, screening: Screening):
+    def __init__(self, members: Sequence[Member], combine: Combine, shards: ShardFolder, screening: BadSamples):
         self.members, self._combine, self._shards, self.screening = list(members), combine, shards, screening
-        self._stimuli: dict[str, Stimuli] = {}
+        self._stimuli: dict[str, RecordingStimuli] = {}
         self.weights: np.ndarray | None = None  # (members, sites), once they are learned
 
     @property
@@ -210,13 +210,13 @@ class Ensemble:
         if Predictions.of(run, split, self.recording).site_ids != self.manifest.site_ids:
             raise BadInput(f"{run} predicts other sites than {self._shards.folder} has")
 
-    def stimuli_of(self, split: str) -> Stimuli:
+    def stimuli_of(self, split: str) -> RecordingStimuli:
         """The stimuli of a split that can be read, with their responses where it has some."""
         if split not in self._stimuli:
             of_split, size = self._shards.split(split), self.manifest.image.side
             responses = of_split.has_responses
-            usable = self.screening.usable(of_split, size, responses=responses, classes=False)
-            self._stimuli[split] = Stimuli(of_split, size, usable, responses)
+            usable = self.screening.usable_positions(of_split, size, responses=responses, classes=False)
+            self._stimuli[split] = RecordingStimuli(of_split, size, usable, responses)
         return self._stimuli[split]
 
     def predict(self, split: str) -> np.ndarray:

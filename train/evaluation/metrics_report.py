@@ -7,7 +7,7 @@ import numpy as np
 from data_prep.ceiling import percentile_interval
 from data_prep.common.errors import DIVERGED, RunFailed
 from data_prep.shards.manifest import Manifest, from_json_list, to_json_list
-from train.data.loader import Stimuli, fingerprint
+from train.data.stimuli import RecordingStimuli, fingerprint
 from train.evaluation.classification import classification_report
 from train.evaluation.confidence_intervals import bootstrap_means
 from train.evaluation.metrics import LEAST_RELIABILITY, all_scores, mean_noise, mean_score
@@ -18,7 +18,7 @@ FEVE_CEILING = "noise variance of the scored stimuli's repetitions"
 
 
 def metrics_report(
-    scores: RecordingScores, stimuli: Stimuli, manifest: Manifest, split: str, ranks: int
+    scores: RecordingScores, stimuli: RecordingStimuli, manifest: Manifest, split: str, ranks: int
 ) -> dict[str, Any]:
     """What metrics.json says of a network's scores on a split."""
     metrics = report_head(stimuli.stimulus_ids, stimuli.rates, manifest, split, ranks)
@@ -57,7 +57,7 @@ def regression_block(
         moments: of responses and predictions, of all ranks.
         prediction, response: (stimuli, sites).
         manifest: has the reliability of each site where there are single trials.
-        noise: (stimuli, sites), noise variance of the responses (`Stimuli.noise_of_rates`), or None.
+        noise: (stimuli, sites), noise variance of the responses (`RecordingStimuli.noise_of_rates`), or None.
 
     Raises:
         RunFailed: a prediction is NaN or infinite.

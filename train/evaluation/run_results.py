@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.atomic_writes import write_json, write_npz
-from train.data.bad_samples import Screening
-from train.data.recordings import used_of
+from train.data.bad_samples import BadSamples
+from train.data.recordings import subset_positions
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics_report import metrics_report
 from train.evaluation.run_scoring import Job, evaluate
@@ -24,7 +24,7 @@ def unseen_classes(job: Job) -> int:
     if job.stimuli.labels is None:
         return 0
     train = job.shards.split("train")
-    usable = Screening(job.recipe.loader).usable(train, None, responses=False, classes=True)
+    usable = BadSamples(job.recipe.loader).usable_positions(train, None, responses=False, classes=True)
     return len(np.setdiff1d(job.stimuli.labels, train.labels(usable)))
 
 
@@ -63,7 +63,7 @@ def write_results(job: Job, scored: RecordingScores, ranks: int) -> tuple[Path, 
         if job.recording is not None:
             metrics["trained_on"] = list(job.progress.recordings)
         metrics |= job.screening.facts()
-        metrics["training_stimuli"] = len(used_of(job.shards.split("train"), job.recipe))
+        metrics["training_stimuli"] = len(subset_positions(job.shards.split("train"), job.recipe))
         if unseen := unseen_classes(job):
             metrics["classification"]["classes_not_in_train"] = unseen
         if job.recipe.task.shuffle_responses:
@@ -96,7 +96,7 @@ def shown_scores(metrics: dict[str, Any]) -> str:
 def run_one(job: Job, runtime: Runtime) -> None:
     """Score a fine-tuned run on a recording, write, chart and say how good it is."""
     scored = evaluate(job, runtime)
-    if not runtime.leads:
+    if not runtime.is_main:
         return
     warn_of_unseen_classes(job)
     target, metrics = write_results(job, scored, runtime.ranks)
@@ -106,7 +106,7 @@ def run_one(job: Job, runtime: Runtime) -> None:
     warn_of_bad_samples(job.screening)
 
 
-def warn_of_bad_samples(screening: Screening) -> None:
+def warn_of_bad_samples(screening: BadSamples) -> None:
     """Say aloud what was left out."""
     for warning in screening.warnings():
         print(warning, file=sys.stderr, flush=True)

@@ -10,10 +10,11 @@ import numpy as np
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import Manifest
-from train.data.bad_samples import Screening
+from train.data.bad_samples import BadSamples
 from train.data.image_cache import ImageCaches
-from train.data.loader import Stimuli, workers_per_rank
+from train.data.loader import workers_per_rank
 from train.data.recordings import Recordings
+from train.data.stimuli import RecordingStimuli
 from train.distributed.launch_environment import ranks_on_machine, world_size
 from train.distributed.runtime import Runtime
 from train.evaluation.options import Evaluate
@@ -49,8 +50,8 @@ class Job:
     progress: Progress
     recording: str | None
     shards: ShardFolder
-    stimuli: Stimuli
-    screening: Screening
+    stimuli: RecordingStimuli
+    screening: BadSamples
 
     @property
     def manifest(self) -> Manifest:
@@ -81,7 +82,7 @@ def prepare(options: Evaluate, run: Path, name: str) -> list[Job]:
     if len(shards) > 1 and not progress.is_of_several:
         raise BadInput(f"data: {run} was trained on one recording; name one shard folder")
     left_out = _left_out(folder, recipe, progress, shards) if name == LEFT_OUT else {}
-    jobs, caches = [], ImageCaches(recipe.loader, once=True)
+    jobs, caches = [], ImageCaches(recipe.loader, single_pass=True)
     for opened in Recordings(shards).folders:
         where, recording, own = str(opened.folder), None, progress
         if progress.is_of_several:
@@ -91,11 +92,11 @@ def prepare(options: Evaluate, run: Path, name: str) -> list[Job]:
         split = opened.split("train" if name == LEFT_OUT else name)
         responses = recipe.task.predicts_responses and split.has_responses
         wanted = {"responses": responses, "classes": recipe.task.predicts_classes}
-        screening = Screening(recipe.loader)
-        usable = screening.usable(split, progress.image_size, **wanted)
+        screening = BadSamples(recipe.loader)
+        usable = screening.usable_positions(split, progress.image_size, **wanted)
         if name == LEFT_OUT:
             usable = np.intersect1d(usable, left_out[opened.manifest.name])
-        stimuli = Stimuli(split, progress.image_size, usable, **wanted, caches=caches)
+        stimuli = RecordingStimuli(split, progress.image_size, usable, **wanted, caches=caches)
         check_enough_stimuli(stimuli, world_size(), name)
         jobs.append(Job(options, name, folder, recipe, checkpoint, progress, recording, opened, stimuli, screening))
     return jobs

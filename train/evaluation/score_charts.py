@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from train.data.loader import Stimuli
+from train.data.stimuli import RecordingStimuli
 from train.evaluation.metrics import site_scores
 from train.evaluation.plots import encoded
 from train.evaluation.prediction_plots import draw_confusion, draw_extremes, draw_sites, mean_errors
@@ -22,7 +22,7 @@ def draw_numbers(board: Board, split: str, scored: RecordingScores, step: int) -
         board.histogram(f"{split}/r2_of_sites", r2[np.isfinite(r2)], step)
 
 
-def draw_figures(board: Board, split: str, scored: RecordingScores, stimuli: Stimuli, step: int) -> None:
+def draw_figures(board: Board, split: str, scored: RecordingScores, stimuli: RecordingStimuli, step: int) -> None:
     """Sites, stimuli and objects of a split that was scored and whose predictions were kept.
 
     Images of remote stimuli are not fetched for it.
@@ -42,5 +42,5 @@ def draw_figures(board: Board, split: str, scored: RecordingScores, stimuli: Sti
         board.figure(f"{split}/which object was named for which", encoded(figure), step)
 
 
-def _extremes(errors: np.ndarray, stimuli: Stimuli) -> bytes:
+def _extremes(errors: np.ndarray, stimuli: RecordingStimuli) -> bytes:
     return encoded(draw_extremes(errors, lambda chosen: stimuli.images(chosen).numpy(), stimuli.names()))

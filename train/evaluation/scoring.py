@@ -9,8 +9,9 @@ from torch import nn
 
 from data_prep.common.errors import BadInput
 from data_prep.common.progress import Progress
-from train.data.batches import Batch, StimulusSet
-from train.data.loader import Stimuli, evaluation_loader, rank_positions
+from train.data.batches import Batch
+from train.data.loader import evaluation_loader, rank_positions
+from train.data.stimuli import RecordingStimuli, StimulusSet
 from train.distributed.runtime import Runtime
 from train.evaluation.classification import ClassCounts
 from train.evaluation.metrics import mean_score, site_scores
@@ -109,7 +110,7 @@ def score_recordings(
     """`score` the stimuli of each recording."""
     return Scores(
         {
-            recording.recording: score(
+            recording.name: score(
                 network,
                 recording,
                 runtime,
@@ -117,7 +118,7 @@ def score_recordings(
                 workers=workers,
                 keep_predictions=keep_predictions,
             )
-            for recording in stimuli.parts
+            for recording in stimuli.recordings
         }
     )
 
@@ -125,7 +126,7 @@ def score_recordings(
 @torch.no_grad()
 def score(
     network: Network,
-    stimuli: Stimuli,
+    stimuli: RecordingStimuli,
     runtime: Runtime,
     *,
     batch_size: int,
@@ -154,7 +155,7 @@ def score(
     loader = evaluation_loader(
         stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu
     )
-    with Progress(len(stimuli), label, silent=not (label and runtime.leads)) as progress:
+    with Progress(len(stimuli), label, silent=not (label and runtime.is_main)) as progress:
         for batch in loader:
             runtime.beat()
             count = int(batch.weight.sum())
@@ -168,7 +169,7 @@ def score(
 class _RankScorer:
     """Accumulates the predictions of this rank's share of the stimuli, and what they are scored by."""
 
-    def __init__(self, network: Network, stimuli: Stimuli, runtime: Runtime, keep_predictions: bool):
+    def __init__(self, network: Network, stimuli: RecordingStimuli, runtime: Runtime, keep_predictions: bool):
         self._runtime, self._stimuli, self._keep = runtime, stimuli, keep_predictions
         self._responses = network.objective.responses
         self._classifies = "classes" in network.heads
@@ -223,7 +224,7 @@ class _RankScorer:
         )
 
 
-def check_enough_stimuli(stimuli: Stimuli, ranks: int, split: str) -> None:
+def check_enough_stimuli(stimuli: RecordingStimuli, ranks: int, split: str) -> None:
     """Refuse more processes than stimuli.
 
     Raises:

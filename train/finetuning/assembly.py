@@ -37,8 +37,8 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
     if not job.resume:
         several = {"recordings": job.recordings.names} if len(job.recordings) > 1 else {}
         facts = {"processes": runtime.describe(), "parameters": size} | several | job.facts
-        runtime.lead(lambda: job.folder.claim(recipe, job.data, facts))
-    monitor, what = Monitor(job.folder, runtime.leads), (loader, job.selection, job.workers)
+        runtime.run_on_main(lambda: job.folder.claim(recipe, job.data, facts))
+    monitor, what = Monitor(job.folder, runtime.is_main), (loader, job.selection, job.workers)
     if monitor.board is not None:
         several = job.recordings.names if len(job.recordings) > 1 else []
         monitor.board.lay_out(layout(recipe.task.predicts_responses, recipe.task.predicts_classes, several))
@@ -74,7 +74,7 @@ def build_engine(job: Job, network: Network, runtime: Runtime) -> Engine:
     settings = job.recipe.optimizer
     optimizer = build_optimizer(settings, parameter_groups(network, job.recipe), runtime.device)
     wrapped = runtime.wrap(network, optimizer)
-    options = {"pieces": job.loader.pieces, "clip_norm": settings.clip_norm}
+    options = {"accumulation_steps": job.loader.accumulation_steps, "clip_norm": settings.clip_norm}
     if runtime.deepspeed:
         engine = ZeroEngine(runtime, wrapped, network, optimizer, **options)
     else:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from train.data.batches import Batch, StimulusSet
+from train.data.batches import Batch
+from train.data.stimuli import StimulusSet
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import mean_score, site_scores
 from train.evaluation.moments import SiteMoments
@@ -82,14 +83,14 @@ class Watch:
         """
         seen, self._seen, self._count = self._seen, deque(), 0
         rates, classes = self._response_means(seen), self._class_means(seen)
-        each = {part.recording: a | b for part, a, b in zip(self._fit.parts, rates, classes, strict=True)}
+        each = {part.name: a | b for part, a, b in zip(self._fit.recordings, rates, classes, strict=True)}
         return chart_values(each)
 
     def _response_means(self, seen: deque[_Said]) -> list[dict[str, float]]:
         """Of each recording."""
         responses = self._objective.responses
         if responses is None:
-            return [{} for _ in self._fit.parts]
+            return [{} for _ in self._fit.recordings]
         moments = SiteMoments.zeros(responses.rate_mean.numel(), self._runtime.device)
         if seen:
             rates = torch.cat([responses.in_units(said.outputs["rates"]) for said in seen])
@@ -97,15 +98,15 @@ class Watch:
             moments = SiteMoments.of(rates, target, weight)
         scores = site_scores(moments.over_ranks(self._runtime))
         shown = ("pearson_r",) if responses.ignores_offsets else tuple(scores)
-        means = [{name: mean_score(scores[name][part.columns]) for name in shown} for part in self._fit.parts]
+        means = [{name: mean_score(scores[name][part.columns]) for name in shown} for part in self._fit.recordings]
         return [{name: value for name, value in each.items() if np.isfinite(value)} for each in means]
 
     def _class_means(self, seen: deque[_Said]) -> list[dict[str, float]]:
         """Of each recording."""
         if self._selection.labels is None:
-            return [{} for _ in self._fit.parts]
+            return [{} for _ in self._fit.recordings]
         device = self._runtime.device
-        ends = torch.tensor([len(part) for part in self._fit.parts], device=device).cumsum(0)
+        ends = torch.tensor([len(part) for part in self._fit.recordings], device=device).cumsum(0)
         right = torch.zeros(len(ends), 2, dtype=torch.float64, device=device)
         for said in seen:
             hit = (said.outputs["classes"].argmax(1) == said.labels) * said.weight
@@ -129,7 +130,9 @@ class Watch:
         for name, part in zip(called, scored.by_recording.values(), strict=True):
             draw_numbers(board, name, part, step)
         if self._spent + self._cost <= SHARE * self._trained:
-            for name, part, stimuli in zip(called, scored.by_recording.values(), self._selection.parts, strict=True):
+            for name, part, stimuli in zip(
+                called, scored.by_recording.values(), self._selection.recordings, strict=True
+            ):
                 draw_figures(board, name, part, stimuli, step)
             self._cost = time.monotonic() - started
             self._spent += self._cost

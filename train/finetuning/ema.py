@@ -29,10 +29,10 @@ class RunningAverage:
 
     def follow(self, engine: Engine) -> None:
         """Follow the weights of an engine, beginning with what `network` holds."""
-        self._engine, self._sources = engine, engine.held()
+        self._engine, self._sources = engine, engine.local_tensors()
         # The objective's constants are float64, and one such tensor would make the whole list slow.
         self._whole = [tensor for tensor in self.network.state_dict().values() if tensor.dtype == torch.float32]
-        self._averages = engine.cut(self._whole)
+        self._averages = engine.partition(self._whole)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -42,6 +42,6 @@ class RunningAverage:
     @torch.no_grad()
     def gather(self) -> None:
         """Bring `network` up to date where ranks hold parts of it; every rank must take part."""
-        for own, whole in zip(self._whole, self._engine.whole(self._averages), strict=True):
+        for own, whole in zip(self._whole, self._engine.gather(self._averages), strict=True):
             if own is not whole:
                 own.copy_(whole)

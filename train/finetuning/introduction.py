@@ -28,7 +28,7 @@ def introduce(job: Job, network: Network, size: dict[str, int], runtime: Runtime
     )
     monitor.say(
         f"{runtime.describe()}, {recipe.precision}; {loader.steps} steps an epoch of {loader.global_size} stimuli, "
-        f"in {loader.pieces} micro-batch{'es' * (loader.pieces > 1)} per process"
+        f"in {loader.accumulation_steps} micro-batch{'es' * (loader.accumulation_steps > 1)} per process"
     )
 
 
@@ -36,9 +36,9 @@ def introduce_recordings(job: Job, monitor: Monitor) -> None:
     """Say what several recordings have of their own, and how a step mixes them."""
     if len(job.recordings) == 1:
         return
-    for fit, selection in zip(job.loader.stimuli.parts, job.selection.parts, strict=True):
+    for fit, selection in zip(job.loader.stimuli.recordings, job.selection.recordings, strict=True):
         sites = len(fit.split.manifest.sites)
-        monitor.say(f"  {fit.recording}: {len(fit):,} to fit, {len(selection):,} to select, {sites} sites")
+        monitor.say(f"  {fit.name}: {len(fit):,} to fit, {len(selection):,} to select, {sites} sites")
     mixes = {
         "proportional": "every stimulus once an epoch; the loss is the mean over all recorded responses",
         "equal": "equally many stimuli of each in a step; the loss is the mean over recordings",

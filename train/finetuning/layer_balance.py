@@ -2,7 +2,7 @@
 
 import torch
 
-from train.data.batches import StimulusSet
+from train.data.stimuli import StimulusSet
 from train.distributed.runtime import Runtime
 from train.models.backbone import Backbone
 from train.regression.activations import activations_of_share

@@ -11,10 +11,11 @@ from data_prep.common import progress as show
 from data_prep.common.errors import DIVERGED, RunFailed, Stopped
 from data_prep.shards.manifest import to_json_list
 from train.data.augment import augment
-from train.data.batches import Batch, StimulusSet
+from train.data.batches import Batch
 from train.data.loader import TrainLoader
 from train.data.order import stream_seed
-from train.distributed.engine import Engine, average_batch_statistics, batch_statistics
+from train.data.stimuli import StimulusSet
+from train.distributed.engine import Engine, average_batch_norm_statistics, batch_norm_statistics
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import LOWER_IS_BETTER
 from train.evaluation.scoring import Scores, score_recordings
@@ -94,7 +95,7 @@ class Training:
         while self.progress.epoch < self.recipe.epochs and not self._out_of_patience():
             started, first_step = time.monotonic(), self.progress.step
             try:
-                with self.runtime.fastest_kernels(self.recipe.deterministic):
+                with self.runtime.cudnn_autotuning(self.recipe.deterministic):
                     loss = self._epoch()
                 trained, as_trained = time.monotonic(), self._watch.train_means()
                 scored = self._score()
@@ -153,7 +154,7 @@ class Training:
             self.loader.steps - self._first_step,
             f"epoch {self.progress.epoch + 1}",
             "steps",
-            silent=not self.runtime.leads,
+            silent=not self.runtime.is_main,
         ) as bar:
             waited, self._waited = time.monotonic(), 0.0
             for micros in self.loader.epoch(self.progress.epoch, self._first_step):
@@ -197,7 +198,7 @@ class Training:
         losses, runtime = self.progress.losses, self.runtime
         if len(losses) == runtime.ranks:
             return losses[runtime.rank]
-        return sum(losses) if runtime.leads else 0.0
+        return sum(losses) if runtime.is_main else 0.0
 
     def _saves_midway(self) -> bool:
         every = self.recipe.checkpoint.every_steps
@@ -229,13 +230,13 @@ class Training:
 
     def _set_rates(self, drops: int) -> None:
         schedule, step = self.recipe.schedule, self.progress.step
-        self.engine.set_rate(rate_factor(schedule, step, self.total_steps, drops))
+        self.engine.set_learning_rate(rate_factor(schedule, step, self.total_steps, drops))
         if (value := momentum(schedule, step, self.total_steps)) is not None:
             set_momentum(self.engine.optimizer, value)
 
     def _piece(self, piece: int, batch: Batch) -> dict[str, torch.Tensor]:
         """Forward and backward of one micro-batch."""
-        with self.engine.micro_batch(piece):
+        with self.engine.accumulate(piece):
             with self.engine.clock.part("forward"):
                 augments = batch.draws is not None
                 images = augment(batch.images, batch.draws, self.recipe.augment) if augments else batch.images
@@ -268,10 +269,10 @@ class Training:
     def _score(self) -> Scores:
         """Score the stimuli that select, with the network that is going to be saved."""
         network = self.scored_network
-        average_batch_statistics(self.network, self.runtime)
+        average_batch_norm_statistics(self.network, self.runtime)
         if self.average is not None:
             self.average.gather()
-            average_batch_statistics(network, self.runtime)
+            average_batch_norm_statistics(network, self.runtime)
         batch_size = self.recipe.evaluation_batch_size
         responses = network.objective.responses
         if responses is not None and responses.ignores_offsets:
@@ -306,11 +307,11 @@ class Training:
             raise RunFailed(f"{DIVERGED}its predictions are not finite; lower optimizer.lr or set optimizer.clip_norm")
         if math.isnan(value):
             part = next(
-                part for part in self.selection.parts if math.isnan(scored.by_recording[part.recording].value(metric))
+                part for part in self.selection.recordings if math.isnan(scored.by_recording[part.name].value(metric))
             )
             raise RunFailed(
                 f"{metric} has no value on the {len(part)} stimuli of {self.progress.selection_split} of "
-                f"{part.recording}: too few, or constant responses or predictions; raise early_stopping.inner_fraction "
+                f"{part.name}: too few, or constant responses or predictions; raise early_stopping.inner_fraction "
                 "or choose another early_stopping.metric"
             )
         sign = -1 if metric in LOWER_IS_BETTER else 1
@@ -337,7 +338,7 @@ class Training:
             tensors |= {"network": self.average.network.state_dict(), "training": self.engine.network_tensors()}
         tensors["statistics"] = self._statistics_of_ranks(tensors) if self.progress.losses else {}
         failure = None
-        if self.runtime.leads:
+        if self.runtime.is_main:
             try:
                 save_checkpoint(self.folder.checkpoints, tensors, self.progress, self.recipe.checkpoint.keep)
             except (OSError, SafetensorError) as error:
@@ -350,7 +351,7 @@ class Training:
         networks = {"network": self.scored_network} | ({} if self.average is None else {"training": self.network})
         found = {}
         for file, network in networks.items() if self.runtime.ranks > 1 else ():
-            for name, own in batch_statistics(network):
+            for name, own in batch_norm_statistics(network):
                 found[f"{file}|{name}"] = self.runtime.all_gather(own)
                 tensors[file][name] = self.runtime.mean(own).to(own)
         return found
@@ -384,7 +385,7 @@ class Training:
 
     def _remark(self, steps: int, seconds: float) -> None:
         if steps:
-            facts = {"busy": self.runtime.pulse.busy.tolist(), "hosts": self.runtime.hosts}
+            facts = {"busy": self.runtime.heartbeat.busy.tolist(), "hosts": self.runtime.hosts}
             for sentence in self._pace.remarks(waited=self._waited, trained=seconds, steps=steps, **facts):
                 self.monitor.say(sentence)
 
@@ -392,7 +393,7 @@ class Training:
         """Say where the run begins again, and drop what was written after that."""
         for fault in start.faults:
             self.monitor.say(f"warning: {fault}; taking the checkpoint before")
-        if start.checkpoint is not None and self.runtime.leads:
+        if start.checkpoint is not None and self.runtime.is_main:
             forget_newer(self.folder.checkpoints, self.progress)
         if start.begins:
             self.monitor.rewind(-1, -1)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 import torch
 
 from data_prep.common.errors import DIVERGED, RunFailed
-from train.data.batches import Batch, StimulusSet
-from train.distributed.engine import batch_statistics
+from train.data.batches import Batch
+from train.data.stimuli import StimulusSet
+from train.distributed.engine import batch_norm_statistics
 from train.distributed.runtime import Runtime
 from train.models.network import Network
 
@@ -37,7 +38,7 @@ class FiniteSteps:
         self._kept = self._statistics()
 
     def _statistics(self) -> dict[str, torch.Tensor]:
-        return {name: statistic.clone() for name, statistic in batch_statistics(self._network)}
+        return {name: statistic.clone() for name, statistic in batch_norm_statistics(self._network)}
 
     def note(self, step: int, micros: Sequence[Batch], loss: torch.Tensor, left_out: torch.Tensor) -> None:
         """Remember a step until the next look.
@@ -103,6 +104,6 @@ class FiniteSteps:
         self._say(f"warning: step {step} is left out: {where}")
 
     def _restore(self) -> None:
-        for name, statistic in batch_statistics(self._network):
+        for name, statistic in batch_norm_statistics(self._network):
             if not bool(torch.isfinite(statistic).all()):
                 statistic.copy_(self._kept[name])

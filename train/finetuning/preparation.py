@@ -13,15 +13,15 @@ from data_prep.remote.cache import GIB
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import Manifest
 from train.data.augment import KINDS
-from train.data.bad_samples import Screening
-from train.data.batches import StimulusSet
-from train.data.combined_stimuli import together
+from train.data.bad_samples import BadSamples
+from train.data.combined_stimuli import combine_recordings
 from train.data.image_cache import ImageCaches
-from train.data.loader import Stimuli, TrainLoader, workers_per_rank
-from train.data.recordings import Divided, Recordings
+from train.data.loader import TrainLoader, workers_per_rank
+from train.data.recordings import FitAndSelection, Recordings
+from train.data.stimuli import RecordingStimuli, StimulusSet
 from train.data.streaming import StreamLoader
 from train.distributed.launch_environment import rank, ranks_on_machine, uses_gpu, world_size
-from train.distributed.strategy import chosen_strategy, fill_deepspeed, zero_stage
+from train.distributed.strategy import complete_deepspeed_config, resolve_strategy, zero_stage
 from train.evaluation.scoring import check_enough_stimuli
 from train.finetuning.training_targets import learn_from_teacher, site_weights, with_rates_of
 from train.models.backbone import check_name
@@ -31,7 +31,7 @@ from train.run.recipe import Loader, Recipe
 
 
 def training_stimuli(
-    recordings: Recordings, divided: Sequence[Divided], recipe: Recipe
+    recordings: Recordings, divided: Sequence[FitAndSelection], recipe: Recipe
 ) -> tuple[StimulusSet, StimulusSet]:
     """The stimuli to fit and the stimuli that select, as they were divided.
 
@@ -48,10 +48,11 @@ def training_stimuli(
     apart = recipe.loader.order == "blocks" and recipe.early_stopping.split == "inner"
     parts = list(zip(divided, recordings.columns, strict=True))
     selection = [
-        Stimuli(part.selects, size, part.selection, **wanted, apart=apart, columns=columns) for part, columns in parts
+        RecordingStimuli(part.selection_split, size, part.selection, **wanted, separate_cache=apart, columns=columns)
+        for part, columns in parts
     ]
-    fit = [Stimuli(part.train, size, part.fit, **to_fit, columns=columns) for part, columns in parts]
-    return together(fit, recipe.mix), together(selection, recipe.mix)
+    fit = [RecordingStimuli(part.train, size, part.fit, **to_fit, columns=columns) for part, columns in parts]
+    return combine_recordings(fit, recipe.mix), combine_recordings(selection, recipe.mix)
 
 
 def check_loss(recipe: Recipe, fit: StimulusSet, pieces: int) -> None:
@@ -70,11 +71,11 @@ def check_loss(recipe: Recipe, fit: StimulusSet, pieces: int) -> None:
             f"loss.responses: {recipe.loss.responses} needs each process's share of a batch in one pass; leave out "
             "batch.per_device, or lower batch.global_size"
         )
-    for part in fit.parts if recipe.loss.responses == "poisson" else ():
+    for part in fit.recordings if recipe.loss.responses == "poisson" else ():
         for stimulus, site in np.argwhere(part.rates < 0)[:1]:
             raise BadInput(
                 f"loss.responses: poisson needs raw, non-negative rates, but site "
-                f"{part.split.manifest.site_ids[site]} of {part.recording} has {part.rates[stimulus, site]:.4g} for "
+                f"{part.split.manifest.site_ids[site]} of {part.name} has {part.rates[stimulus, site]:.4g} for "
                 f"stimulus {part.stimulus_ids[stimulus]}: these responses were z-scored or had a baseline subtracted; "
                 "use mse, or pack the raw rates"
             )
@@ -136,7 +137,7 @@ class Job:
     site_weights: np.ndarray | None
 
 
-def remarks_on_division(recordings: Recordings, divided: Sequence[Divided]) -> list[str]:
+def remarks_on_division(recordings: Recordings, divided: Sequence[FitAndSelection]) -> list[str]:
     """What several recordings keep from each other."""
     return [
         f"note: {part.left_out:,} of the {len(part.train):,} train stimuli of {name} are left out, because another "
@@ -205,11 +206,11 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
         folder.check_free()
     folders = [ShardFolder(place, recipe.loader.fetch) for place in data]
     check_engine(folders, recipe.loader)
-    recordings, screening = Recordings(folders), Screening(recipe.loader, several=len(folders) > 1)
+    recordings, screening = Recordings(folders), BadSamples(recipe.loader, name_recordings=len(folders) > 1)
     recordings.check(recipe)
     divided = recordings.divide(recipe, screening)
     fit, selection = training_stimuli(recordings, divided, recipe)
-    for part in selection.parts:
+    for part in selection.recordings:
         check_enough_stimuli(part, ranks, recipe.early_stopping.split)
     remarks = [*screening.warnings(), *remarks_on(folders, recipe.loader), *remarks_on_division(recordings, divided)]
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
@@ -234,15 +235,15 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
         for stimuli in (fit, selection):
             stimuli.shuffle_responses(recipe.seed)
     if recipe.distill.teacher is not None:
-        remarks += [learn_from_teacher(part, recipe.distill) for part in fit.parts]
-    check_loss(recipe, fit, loader.pieces)
-    deepspeed = chosen_strategy(recipe.strategy)
+        remarks += [learn_from_teacher(part, recipe.distill) for part in fit.recordings]
+    check_loss(recipe, fit, loader.accumulation_steps)
+    deepspeed = resolve_strategy(recipe.strategy)
     check_hardware(recipe, zero_stage(deepspeed), ranks)
     if deepspeed is not None:
-        deepspeed = fill_deepspeed(
+        deepspeed = complete_deepspeed_config(
             deepspeed,
-            share=loader.largest_piece,
-            pieces=loader.pieces,
+            share=loader.largest_micro_batch,
+            accumulation_steps=loader.accumulation_steps,
             ranks=ranks,
             clip_norm=recipe.optimizer.clip_norm,
         )

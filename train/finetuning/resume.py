@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.common.errors import BadInput
-from train.distributed.engine import Engine, batch_statistics
+from train.distributed.engine import Engine, batch_norm_statistics
 from train.distributed.runtime import Runtime
 from train.finetuning.ema import RunningAverage
 from train.finetuning.preparation import Job
@@ -51,7 +51,7 @@ class StartingPoint:
 
 def _load_own_statistics(network: Network, checkpoint: Path, file: str, rank: int) -> None:
     """Give BatchNorm the statistics that this rank had in mid-epoch, in place of their mean."""
-    own = list(batch_statistics(network))
+    own = list(batch_norm_statistics(network))
     tensors = load_tensors(checkpoint, "statistics") if own else {}
     for name, statistic in own:
         statistic.copy_(tensors[f"{file}|{name}"][rank])
@@ -72,7 +72,7 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
         classes=job.manifest.classes if job.recipe.task.predicts_classes else None,
         image_size=job.loader.stimuli.size,
     )
-    found = newest_whole(job.folder.checkpoints) if job.resume and runtime.leads else (None, [])
+    found = newest_whole(job.folder.checkpoints) if job.resume and runtime.is_main else (None, [])
     checkpoint, faults = runtime.gather_objects(found)[0]
     if checkpoint is None:
         if faults:

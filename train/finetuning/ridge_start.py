@@ -10,8 +10,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from train.data.batches import StimulusSet
 from train.data.loader import rank_positions
+from train.data.stimuli import StimulusSet
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import mean_score
 from train.models.network import Network
@@ -80,7 +80,7 @@ def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> Fit
     found = None
     if width < len(features):
         whole = runtime.gather_rows(features.T.contiguous()).T
-        if runtime.leads:
+        if runtime.is_main:
             found = regress(FewFeatures.centred(whole, whole[:0]), targets, Method("ridge"))
     elif (products := _inner_products(features, runtime)) is not None:
         everyone = np.arange(len(features))
@@ -95,7 +95,7 @@ def _inner_products(features: torch.Tensor, runtime: Runtime) -> torch.Tensor | 
     for start in range(0, features.shape[1], COLUMNS):
         chunk = features[:, start : start + COLUMNS]
         total += multiplied(chunk - chunk.mean(0, dtype=torch.float64).float(), "float32")
-    return runtime.sum_to(total, 0)
+    return runtime.reduce_to(total, 0)
 
 
 def _primal(features: torch.Tensor, found: Fit, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,9 +125,9 @@ def _of_each(
     """Of each recording, the features of its stimuli, and what the outputs to its sites should be."""
     rates = stimuli.rates_of(np.arange(len(stimuli))).to(runtime.device)
     targets = network.objective.responses.target(rates).cpu().numpy()
-    sizes = [len(part) for part in stimuli.parts]
+    sizes = [len(part) for part in stimuli.recordings]
     own_targets = np.split(targets, np.cumsum(sizes)[:-1])
-    for part, own, wanted in zip(stimuli.parts, features.split(sizes), own_targets, strict=True):
+    for part, own, wanted in zip(stimuli.recordings, features.split(sizes), own_targets, strict=True):
         yield own, wanted[:, part.columns]
 
 

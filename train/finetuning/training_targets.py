@@ -7,8 +7,7 @@ import numpy as np
 from data_prep.ceiling import variance_components
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest, to_json_list
-from train.data.batches import StimulusSet
-from train.data.loader import Stimuli
+from train.data.stimuli import RecordingStimuli, StimulusSet
 from train.evaluation.ensembles import Predictions
 from train.run.folder import LEFT_OUT
 from train.run.recipe import Distill
@@ -18,7 +17,9 @@ LEAST_WEIGHT = 0.05  # of a site in the loss, however unreliable
 
 def with_rates_of(manifest: Manifest, stimuli: StimulusSet) -> Manifest:
     """A manifest whose sites have the mean and standard deviation over these stimuli, each of its own recording."""
-    mean, std = (np.concatenate(of) for of in zip(*(_mean_and_std(part.rates) for part in stimuli.parts), strict=True))
+    mean, std = (
+        np.concatenate(of) for of in zip(*(_mean_and_std(part.rates) for part in stimuli.recordings), strict=True)
+    )
     scale = manifest.rates.model_copy(update={"mean": to_json_list(mean), "std": to_json_list(std)})
     return manifest.model_copy(update={"rates": scale})
 
@@ -39,10 +40,10 @@ def site_weights(fit: StimulusSet) -> np.ndarray:
     Raises:
         BadInput: there are no single trials.
     """
-    return np.concatenate([_weights_of(part) for part in fit.parts])
+    return np.concatenate([_weights_of(part) for part in fit.recordings])
 
 
-def _weights_of(fit: Stimuli) -> np.ndarray:
+def _weights_of(fit: RecordingStimuli) -> np.ndarray:
     statistics = fit.trial_statistics()
     if statistics is None:
         raise BadInput(
@@ -58,7 +59,7 @@ def _weights_of(fit: Stimuli) -> np.ndarray:
     return weights / weights.mean()
 
 
-def learn_from_teacher(fit: Stimuli, recipe: Distill) -> str:
+def learn_from_teacher(fit: RecordingStimuli, recipe: Distill) -> str:
     """Mix a teacher's predictions into the responses of a recording's stimuli to fit; returns what was done, in words.
 
     What is mixed in was predicted without the stimulus' own response: a teacher that has seen it would hand on its
@@ -68,18 +69,18 @@ def learn_from_teacher(fit: Stimuli, recipe: Distill) -> str:
     Raises:
         BadInput: the teacher predicts other sites, or none of the stimuli.
     """
-    taught = Predictions.of(Path(recipe.teacher), LEFT_OUT, fit.recording)
+    taught = Predictions.of(Path(recipe.teacher), LEFT_OUT, fit.name)
     if taught.site_ids != fit.split.manifest.site_ids:
         raise BadInput(f"distill.teacher: {recipe.teacher} predicts other sites than {fit.split.folder} has")
     teacher = taught.rows(fit.stimulus_ids)
     known = ~np.isnan(teacher)
     if not known.any():
         raise BadInput(
-            f"distill.teacher: {recipe.teacher} predicts none of the {len(fit)} stimuli of {fit.recording} to fit"
+            f"distill.teacher: {recipe.teacher} predicts none of the {len(fit)} stimuli of {fit.name} to fit"
         )
     mixed = np.where(np.isnan(fit.rates), teacher, (1 - recipe.weight) * fit.rates + recipe.weight * teacher)
     fit.replace_responses(np.where(known, mixed, fit.rates))
     return (
-        f"{recipe.teacher} teaches {int(known.any(axis=1).sum()):,} of the stimuli of {fit.recording} to fit; its "
+        f"{recipe.teacher} teaches {int(known.any(axis=1).sum()):,} of the stimuli of {fit.name} to fit; its "
         f"share in the responses is {recipe.weight:g}"
     )

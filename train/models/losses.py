@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data_prep.shards.manifest import Manifest, from_json_list
-from train.data.loader import Batch
+from train.data.batches import Batch
 from train.run.recipe import Recipe
 
 SumOverRanks = Callable[[torch.Tensor], torch.Tensor]
@@ -152,7 +152,7 @@ class Correlation(ResponseLoss):
         wrong, counted = torch.where(counts > 0, (1 - r) * counts, 0).split(sites), counts.split(sites)
         of_groups = [part.sum() / count.sum().clamp(min=1) for part, count in zip(wrong, counted, strict=True)]
         loss = (sum(of_groups) / len(of_groups)).float()
-        share = batch.weight.sum() / batch.stimuli  # of the value, so that the parts add up to it
+        share = batch.weight.sum() / batch.global_stimuli  # of the value, so that the parts add up to it
         return loss - loss.detach() * (1 - share)
 
     def reset(self) -> None:
@@ -208,7 +208,7 @@ class Objective(nn.Module):
     def _by_uncertainty(self, responses: torch.Tensor, classes: torch.Tensor, batch: Batch) -> torch.Tensor:
         """L_r exp(-s_r) / 2 + L_c exp(-s_c) + (s_r + s_c) / 2, with s = log sigma^2 learned (Kendall et al. 2018)."""
         precision = torch.exp(-self.log_variance)
-        share = batch.weight.sum() / batch.stimuli
+        share = batch.weight.sum() / batch.global_stimuli
         return responses * precision[0] / 2 + classes * precision[1] + self.log_variance.sum() / 2 * share
 
     def learned_weights(self) -> dict[str, torch.Tensor]:
@@ -234,7 +234,7 @@ def mean_over_groups(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
 def cross_entropy(logits: torch.Tensor, batch: Batch, label_smoothing: float = 0.0) -> torch.Tensor:
     """This micro-batch's part of the mean cross-entropy over the stimuli of the global batch."""
     losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=label_smoothing)
-    return (losses * batch.weight).sum() / batch.stimuli
+    return (losses * batch.weight).sum() / batch.global_stimuli
 
 
 def rate_scale(manifest: Manifest) -> tuple[np.ndarray, np.ndarray]:

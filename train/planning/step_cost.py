@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_prep.shards.manifest import Image, Manifest, Rates, Shard, Split
 from train.data.augment import KINDS, augment
-from train.data.loader import Batch
+from train.data.batches import Batch
 from train.finetuning.schedule import build_optimizer
 from train.models.network import Network
 from train.run import recipe as settings
@@ -213,8 +213,8 @@ def empty_batch(recipe: Recipe, manifest: Manifest, size: int) -> Batch:
         rates=torch.zeros(size, len(manifest.sites)) if recipe.task.predicts_responses else None,
         labels=torch.zeros(size, dtype=torch.int64) if recipe.task.predicts_classes else None,
         draws=torch.zeros(size, KINDS) if recipe.augment.is_on else None,
-        stimuli=size,
-        observed=size * len(manifest.sites),
+        global_stimuli=size,
+        global_observed=size * len(manifest.sites),
     )
 
 

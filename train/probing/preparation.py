@@ -13,10 +13,11 @@ from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import Manifest
 from data_prep.splits import folds
-from train.data.bad_samples import Screening
+from train.data.bad_samples import BadSamples
 from train.data.image_cache import ImageCaches
-from train.data.loader import Stimuli, workers_per_rank
+from train.data.loader import workers_per_rank
 from train.data.order import nested_subset
+from train.data.stimuli import RecordingStimuli
 from train.distributed.launch_environment import ranks_on_machine, world_size
 from train.evaluation.scoring import check_enough_stimuli
 from train.models.backbone import Backbone, check_name
@@ -53,12 +54,12 @@ class Job:
     resume: bool
     manifest: Manifest
     folder: RunFolder
-    splits: dict[str, Stimuli]
+    splits: dict[str, RecordingStimuli]
     partitions: list[Partition]
     look: LayerFeatures | PixelFeatures
     layers: list[str]
     workers: int
-    screening: Screening
+    screening: BadSamples
 
     def describe(self) -> str:
         """What is probed, for the log."""
@@ -109,7 +110,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
         folder.check_free()
     shards = ShardFolder(data, recipe.loader.fetch)
     size = recipe.images.size or _trained_on(Path(recipe.backbone.weights)) or shards.manifest.image.side
-    screening = Screening(recipe.loader)
+    screening = BadSamples(recipe.loader)
     splits, partitions = _splits_and_partitions(shards, split, recipe, size, screening)
     for name, stimuli in splits.items():
         check_enough_stimuli(stimuli, world_size(), name)
@@ -131,17 +132,19 @@ def _trained_on(weights: Path) -> int | None:
 
 
 def _splits_and_partitions(
-    shards: ShardFolder, split: str, recipe: ProbeRecipe, size: int, screening: Screening
-) -> tuple[dict[str, Stimuli], list[Partition]]:
+    shards: ShardFolder, split: str, recipe: ProbeRecipe, size: int, screening: BadSamples
+) -> tuple[dict[str, RecordingStimuli], list[Partition]]:
     if split == "cv" and (recipe.subset is not None or recipe.shuffle_responses):
         raise BadInput("subset and shuffle_responses change the training stimuli, and --split cv fits on all; use val")
     names = ["train", split] if split != "cv" else [name for name in shards.manifest.splits if _responds(shards, name)]
-    caches = ImageCaches(recipe.loader, once=True)  # their activations are kept instead
-    usable = {name: screening.usable(shards.split(name), size, responses=True, classes=False) for name in names}
+    caches = ImageCaches(recipe.loader, single_pass=True)  # their activations are kept instead
+    usable = {
+        name: screening.usable_positions(shards.split(name), size, responses=True, classes=False) for name in names
+    }
     if recipe.subset is not None:
         drawn = nested_subset(len(shards.split("train")), recipe.subset, recipe.seed)
         usable["train"] = np.intersect1d(usable["train"], drawn)
-    splits = {name: Stimuli(shards.split(name), size, usable[name], caches=caches) for name in names}
+    splits = {name: RecordingStimuli(shards.split(name), size, usable[name], caches=caches) for name in names}
     if recipe.shuffle_responses:
         splits["train"].shuffle_responses(recipe.seed)
     count = [len(stimuli) for stimuli in splits.values()]

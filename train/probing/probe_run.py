@@ -27,7 +27,7 @@ def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     monitor.say(job.describe())
     products = Products(job.recipe, job.splits, job.look, scratch, runtime, job.workers, monitor)
     found = Probing(job.recipe, job.layers, job.partitions, job.rates, products, runtime).run()
-    if runtime.leads:
+    if runtime.is_main:
         metrics, prediction = results(job, found, runtime.ranks)
         write_results(job, found, metrics, prediction, monitor)
         monitor.epoch({"seconds": time.monotonic() - begun})

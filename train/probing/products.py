@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from train.data.loader import Stimuli
+from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
 from train.models.features import LayerFeatures, PixelFeatures
 from train.models.joined_layers import parts_of
@@ -66,7 +66,7 @@ class Products:
     def __init__(
         self,
         recipe: ProbeRecipe,
-        splits: Mapping[str, Stimuli],
+        splits: Mapping[str, RecordingStimuli],
         look: LayerFeatures | PixelFeatures,
         scratch: Path,
         runtime: Runtime,
@@ -212,7 +212,7 @@ class Products:
         stripes = products_through([view.window for view in views], parts_of(views[0].layer), maps, held)
         for rows in stripes:
             for view, own in zip(views, rows, strict=True):
-                summed = self._runtime.sum_to(own, owners[view])
+                summed = self._runtime.reduce_to(own, owners[view])
                 if summed is not None:
                     self._append(files, view, summed.cpu().numpy())
 
@@ -220,7 +220,7 @@ class Products:
         """The activations of this rank's stimuli, split by split."""
         return [self._store(name, stimuli, widths) for name, stimuli in self._splits.items()]
 
-    def _store(self, name: str, stimuli: Stimuli, widths: Mapping[str, int]) -> FeatureStore:
+    def _store(self, name: str, stimuli: RecordingStimuli, widths: Mapping[str, int]) -> FeatureStore:
         store, size = FeatureStore(self._scratch / name, widths), self._recipe.batch_size
         there = store.rows() // size  # whole batches: predictions may depend on a batch's shape in the last digit
         store.keep(there * size)

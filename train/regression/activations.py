@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from data_prep.common.progress import Progress
-from train.data.batches import StimulusSet
 from train.data.loader import evaluation_loader
+from train.data.stimuli import StimulusSet
 from train.distributed.runtime import Runtime
 
 FeatureExtractor = Callable[[torch.Tensor], dict[str, torch.Tensor]]
@@ -41,7 +41,7 @@ def activation_batches(
     loader = evaluation_loader(
         stimuli, size=batch_size, rank=runtime.rank, ranks=runtime.ranks, workers=workers, pin=runtime.on_gpu, skip=skip
     )
-    with Progress(len(stimuli), label, silent=not runtime.leads) as progress:
+    with Progress(len(stimuli), label, silent=not runtime.is_main) as progress:
         progress.advance(min(skip * batch_size * runtime.ranks, len(stimuli)))
         for batch in loader:
             count = int(batch.weight.sum())  # without padding

@@ -143,7 +143,7 @@ def inner_products(activations: Activations, layer: str, owner: int) -> np.ndarr
     for received in activations.slices(layer):
         for columns in received.split(COLUMNS, dim=1):
             total += multiplied(columns, activations.precision)
-    summed = runtime.sum_to(total, owner)
+    summed = runtime.reduce_to(total, owner)
     return None if summed is None else summed.cpu().numpy()
 
 

@@ -33,8 +33,9 @@ from data_prep.shards.packing import pack
 from data_prep.shards.remote_files import FetchSettings
 from data_prep.sources.folder import Folder
 from train.data.image_cache import ImageCaches
-from train.data.loader import Stimuli, TrainLoader, evaluation_loader
+from train.data.loader import TrainLoader, evaluation_loader
 from train.data.recordings import Recordings
+from train.data.stimuli import RecordingStimuli
 from train.finetuning.preparation import remarks_on, training_stimuli
 from train.run.checkpoint import load_progress
 from train.run.recipe import Loader, Recipe
@@ -77,7 +78,7 @@ def opened(url, cache: Path, gib: float | None = None, timeout: float = 5.0) -> 
 
 
 def loader_of(shards: ShardFolder, rank=0, ranks=1, workers=0, block_shards=None, **options) -> TrainLoader:
-    stimuli = Stimuli(shards.split("train"), 32, **options)
+    stimuli = RecordingStimuli(shards.split("train"), 32, **options)
     common = {"seed": 3, "global_size": 8, "per_device": None, "workers": workers, "pin": False}
     return TrainLoader(stimuli, rank=rank, ranks=ranks, block_shards=block_shards, **common)
 
@@ -412,7 +413,7 @@ def test_fetching_ahead_ends_with_the_reader(web, cache):
 
 def test_an_evaluation_reads_each_shard_once_however_little_is_kept(web, packed, cache):
     size = max(path.stat().st_size for path in packed.glob("*.tar"))
-    stimuli = Stimuli(opened(web.url, cache, 2.5 * size / GIB).split("train"), 32)
+    stimuli = RecordingStimuli(opened(web.url, cache, 2.5 * size / GIB).split("train"), 32)
     list(evaluation_loader(stimuli, size=7, rank=0, ranks=1, workers=0, pin=False))
     assert sorted(web.times().values()) == [1] * 10
 

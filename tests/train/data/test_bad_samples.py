@@ -22,9 +22,9 @@ from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
-from train.data.bad_samples import Screening
-from train.data.batches import StimulusSet
+from train.data.bad_samples import BadSamples
 from train.data.recordings import Recordings
+from train.data.stimuli import StimulusSet
 from train.finetuning.preparation import training_stimuli
 from train.run.folder import RunFolder
 from train.run.recipe import Loader, Recipe
@@ -152,7 +152,7 @@ def test_nothing_left_is_refused(copied):
         tar.write_bytes(tar.read_bytes().replace(b"\x89PNG", b"\x89PGN"))
     split = ShardFolder(indexed_anew(copied)).split("val")
     with pytest.raises(BadInput, match=r"no stimulus of val can be read: .*val-000000\.tar"):
-        Screening(Loader(on_bad_sample="skip")).usable(split, 32, responses=True, classes=False)
+        BadSamples(Loader(on_bad_sample="skip")).usable_positions(split, 32, responses=True, classes=False)
 
 
 # ---- two at one folder ---------------------------------------------------------------------------------------------

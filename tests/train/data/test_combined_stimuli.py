@@ -21,10 +21,11 @@ from data_prep.shards.manifest import load_manifest
 from data_prep.shards.packing import pack
 from data_prep.shards.remote_files import FetchSettings
 from data_prep.sources.folder import Folder
-from train.data.combined_stimuli import Together
-from train.data.loader import Stimuli, TrainLoader, evaluation_loader
+from train.data.combined_stimuli import CombinedStimuli
+from train.data.loader import TrainLoader, evaluation_loader
 from train.data.order import Blocks, Turns, epoch_order, inner_split, inner_splits, stimuli_of_epoch
 from train.data.recordings import Recordings
+from train.data.stimuli import RecordingStimuli
 from train.finetuning.preparation import remarks_on_division, training_stimuli
 from train.models.losses import Objective
 from train.run.recipe import Recipe
@@ -42,10 +43,10 @@ def two(tmp_path_factory):
     return pack_two(tmp_path_factory.mktemp("two"))
 
 
-def parts_of(places, **options) -> list[Stimuli]:
+def parts_of(places, **options) -> list[RecordingStimuli]:
     recordings = Recordings([ShardFolder(place) for place in places])
     return [
-        Stimuli(folder.split("train"), SIZE, columns=columns, classes=True, **options)
+        RecordingStimuli(folder.split("train"), SIZE, columns=columns, classes=True, **options)
         for folder, columns in zip(recordings.folders, recordings.columns, strict=True)
     ]
 
@@ -131,7 +132,7 @@ def test_what_is_shared_is_on_one_side_and_every_recording_has_both(members, fra
 @pytest.mark.parametrize("workers", [0, 2])
 def test_every_stimulus_comes_with_its_own_image_and_sites(two, mix, workers):
     parts = parts_of(two)
-    both, first = Together(parts, mix), len(parts[0])
+    both, first = CombinedStimuli(parts, mix), len(parts[0])
     alone = [
         next(iter(evaluation_loader(part, size=len(part), rank=0, ranks=1, workers=0, pin=False))) for part in parts
     ]
@@ -145,14 +146,14 @@ def test_every_stimulus_comes_with_its_own_image_and_sites(two, mix, workers):
             sites = batch.rates[row].split(SITES)
             assert torch.equal(sites[k].nan_to_num(-1), alone[k].rates[own].nan_to_num(-1))
             assert torch.isnan(sites[1 - k]).all()
-            assert both.stimulus_ids[position] == f"{parts[k].recording}/{parts[k].stimulus_ids[own]}"
+            assert both.stimulus_ids[position] == f"{parts[k].name}/{parts[k].stimulus_ids[own]}"
     assert mixed > 2
 
 
 @pytest.mark.parametrize("mix", ["proportional", "equal"])
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_the_ranks_together_see_the_same_step(two, mix, ranks):
-    both = Together(parts_of(two), mix)
+    both = CombinedStimuli(parts_of(two), mix)
     steps, layout, observed = {"proportional": 13, "equal": 10}[mix], both.layout(None), []
     everyone = [list(loader_of(both, rank, ranks).epoch(4)) for rank in range(ranks)]
     assert {len(found) for found in everyone} == {steps}
@@ -174,7 +175,7 @@ def test_the_ranks_together_see_the_same_step(two, mix, ranks):
 
 
 def test_a_run_can_go_on_with_another_number_of_ranks(two):
-    both = Together(parts_of(two), "equal")
+    both = CombinedStimuli(parts_of(two), "equal")
     before = [batch for rank in range(3) for step in list(loader_of(both, rank, 3).epoch(0))[:4] for batch in step]
     after = [batch for rank in range(2) for step in loader_of(both, rank, 2).epoch(0, 4) for batch in step]
     whole = [batch for step in loader_of(both).epoch(0) for batch in step]
@@ -182,7 +183,7 @@ def test_a_run_can_go_on_with_another_number_of_ranks(two):
 
 
 def test_shuffled_responses_stay_within_their_recording(two):
-    both, plain = Together(parts_of(two), "proportional"), Together(parts_of(two), "proportional")
+    both, plain = CombinedStimuli(parts_of(two), "proportional"), CombinedStimuli(parts_of(two), "proportional")
     both.shuffle_responses(0)
     everyone = np.arange(len(both))
     before, after = (stimuli.rates_of(everyone).numpy() for stimuli in (plain, both))
@@ -198,12 +199,12 @@ def test_remote_recordings_are_fetched_ahead_into_one_cache(two, tmp_path):
         fetch = FetchSettings(tmp_path / "cache", 6.5 * size / GIB, 5.0)
         recordings = Recordings([ShardFolder(place, fetch) for place in (one.url, other.url)])
         far = [
-            Stimuli(folder.split("train"), SIZE, columns=columns, classes=True)
+            RecordingStimuli(folder.split("train"), SIZE, columns=columns, classes=True)
             for folder, columns in zip(recordings.folders, recordings.columns, strict=True)
         ]
         near = parts_of(two)
         for parts in (far, [near[0], far[1]]):
-            found, expected = (Together(each, "proportional") for each in (parts, near))
+            found, expected = (CombinedStimuli(each, "proportional") for each in (parts, near))
             for epoch in range(2):
                 batches, others = (loader_of(each, block_shards=3).epoch(epoch) for each in (found, expected))
                 for step, local in zip(batches, others, strict=True):
@@ -222,7 +223,7 @@ def test_remote_recordings_are_fetched_ahead_into_one_cache(two, tmp_path):
 @pytest.mark.parametrize("mix", ["proportional", "equal"])
 def test_the_loss_is_the_mean_that_the_mix_says(two, mix, loss):
     """The parts of all ranks add up to it, and a recording's own readout gets a gradient from its own stimuli alone."""
-    recordings, both = Recordings([ShardFolder(place) for place in two]), Together(parts_of(two), mix)
+    recordings, both = Recordings([ShardFolder(place) for place in two]), CombinedStimuli(parts_of(two), mix)
     objective = Objective(recipe_of(loss={"responses": loss}), recordings.manifest)
     weight = torch.randn(16, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
@@ -253,7 +254,7 @@ def test_the_loss_is_the_mean_that_the_mix_says(two, mix, loss):
 
 @pytest.mark.parametrize("mix", ["proportional", "equal"])
 def test_a_correlation_is_averaged_over_sites_or_over_recordings(two, mix):
-    recordings, both = Recordings([ShardFolder(place) for place in two]), Together(parts_of(two), mix)
+    recordings, both = Recordings([ShardFolder(place) for place in two]), CombinedStimuli(parts_of(two), mix)
     objective = Objective(recipe_of(loss={"responses": "correlation"}), recordings.manifest)
     (batch,) = next(iter(loader_of(both, global_size=40, per_device=None).epoch(0)))
     outputs = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
@@ -296,8 +297,8 @@ def divided(places, **early_stopping):
     parts = recordings.divide(recipe)
     fit, selection = training_stimuli(recordings, parts, recipe)
     return (
-        [set(part.stimulus_ids) for part in fit.parts],
-        [set(part.stimulus_ids) for part in selection.parts],
+        [set(part.stimulus_ids) for part in fit.recordings],
+        [set(part.stimulus_ids) for part in selection.recordings],
         (remarks_on_division(recordings, parts)),
     )
 

@@ -26,7 +26,8 @@ from data_prep.sources.folder import Folder
 from train.data import image_cache
 from train.data.free_memory import free_memory
 from train.data.image_cache import GIB, ImageCaches
-from train.data.loader import Stimuli, TrainLoader, evaluation_loader
+from train.data.loader import TrainLoader, evaluation_loader
+from train.data.stimuli import RecordingStimuli
 from train.run.recipe import Loader, Recipe, load_recipe, save_recipe
 
 IMAGE = 32 * 32 * 3
@@ -55,8 +56,8 @@ def copied(folder: Path, to: Path) -> ShardFolder:
     return ShardFolder(to)
 
 
-def opened(shards, mode="ram", gib=None, **options) -> Stimuli:
-    return Stimuli(shards.split("train"), 32, caches=ImageCaches(Loader(cache=mode, cache_gib=gib)), **options)
+def opened(shards, mode="ram", gib=None, **options) -> RecordingStimuli:
+    return RecordingStimuli(shards.split("train"), 32, caches=ImageCaches(Loader(cache=mode, cache_gib=gib)), **options)
 
 
 def loader_of(stimuli, workers=0, rank=0, ranks=1) -> TrainLoader:
@@ -131,7 +132,7 @@ def test_workers_fill_what_their_parent_and_its_other_workers_read(shards):
 def test_parts_of_a_split_share_its_images(shards):
     caches = ImageCaches(Loader(cache="ram"))
     split = shards.split("train")
-    one, other = (Stimuli(split, 32, np.arange(first, 30, 2), caches=caches) for first in (0, 1))
+    one, other = (RecordingStimuli(split, 32, np.arange(first, 30, 2), caches=caches) for first in (0, 1))
     whole = opened(shards)
     expected = evaluated(opened(shards, "off"))[:30]
     assert torch.equal(evaluated(one)[:15], expected[::2])
@@ -150,11 +151,11 @@ def test_runs_on_other_data_or_at_another_size_do_not_mix(shards, packed, tmp_pa
     for one, other in zip(shown, plain, strict=True):
         assert torch.equal(one, evaluated(other))
     small, val = (
-        Stimuli(shards.split(name), size, caches=ImageCaches(Loader(cache="ram")))
+        RecordingStimuli(shards.split(name), size, caches=ImageCaches(Loader(cache="ram")))
         for name, size in (("train", 16), ("val", 32))
     )
-    assert torch.equal(evaluated(small), evaluated(Stimuli(shards.split("train"), 16)))
-    assert torch.equal(evaluated(val), evaluated(Stimuli(shards.split("val"), 32)))
+    assert torch.equal(evaluated(small), evaluated(RecordingStimuli(shards.split("train"), 16)))
+    assert torch.equal(evaluated(val), evaluated(RecordingStimuli(shards.split("val"), 32)))
 
 
 def test_a_damaged_image_is_named_and_not_kept(shards):
@@ -199,7 +200,7 @@ def test_as_many_images_as_fit_are_kept_and_one_line_says_so(shards, fit, worker
 
 def test_all_caches_of_a_run_share_its_budget(shards, capfd):
     caches = ImageCaches(Loader(cache="ram", cache_gib=(35 * IMAGE + 100) / GIB))
-    train, val = (Stimuli(shards.split(name), 32, caches=caches) for name in ("train", "val"))
+    train, val = (RecordingStimuli(shards.split(name), 32, caches=caches) for name in ("train", "val"))
     assert train._cache.capacity == 30
     assert val._cache.capacity == 5
     assert "5 of 10 decoded images of 32 px fit" in capfd.readouterr().err
@@ -233,9 +234,9 @@ def test_no_memory_at_all_is_said_and_survived(shards, monkeypatch, capfd):
 
 def test_auto_keeps_nothing_that_is_read_once(shards):
     split = shards.split("train")
-    assert ImageCaches(Loader(), once=True).of(split, 32) is None
+    assert ImageCaches(Loader(), single_pass=True).of(split, 32) is None
     assert ImageCaches(Loader()).of(split, 32) is not None
-    assert ImageCaches(Loader(cache="ram"), once=True).of(split, 32) is not None
+    assert ImageCaches(Loader(cache="ram"), single_pass=True).of(split, 32) is not None
 
 
 def test_the_budget_is_half_of_what_is_free_and_never_all(monkeypatch):
@@ -295,7 +296,7 @@ def test_descriptors_and_memory_stay_flat(shards):
 
 def test_resident_memory_stays_flat(shards):
     """An epoch delivers 5 MB here: forgotten batches would show."""
-    stimuli = Stimuli(shards.split("train"), 256, caches=ImageCaches(Loader(cache="ram")))
+    stimuli = RecordingStimuli(shards.split("train"), 256, caches=ImageCaches(Loader(cache="ram")))
     loader = loader_of(stimuli)
     for epoch in range(3):
         images(loader, epoch)

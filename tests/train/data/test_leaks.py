@@ -18,7 +18,8 @@ from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from train.data.image_cache import ImageCaches
-from train.data.loader import Stimuli, TrainLoader
+from train.data.loader import TrainLoader
+from train.data.stimuli import RecordingStimuli
 from train.run.recipe import Loader
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at what processes hold in /proc")
@@ -28,12 +29,13 @@ RANK = """
 import sys
 from data_prep.common.errors import run_command
 from data_prep.shards.folder import ShardFolder
-from train.data.loader import Stimuli, TrainLoader
+from train.data.loader import TrainLoader
+from train.data.stimuli import RecordingStimuli
 from train.data.image_cache import ImageCaches
 from train.run.recipe import Loader
 
 def main():
-    stimuli = Stimuli(ShardFolder(sys.argv[1]).split("train"), 32, caches=ImageCaches(Loader(cache="ram")))
+    stimuli = RecordingStimuli(ShardFolder(sys.argv[1]).split("train"), 32, caches=ImageCaches(Loader(cache="ram")))
     loader = TrainLoader(stimuli, seed=0, global_size=4, per_device=None, rank=0, ranks=1, workers=2, pin=False)
     steps = loader.epoch(0)
     held = next(steps)
@@ -140,7 +142,7 @@ def test_when_all_have_ended_their_images_are_freed(shards, ranks):
 
 
 def test_epochs_with_workers_leave_memory_and_descriptors_flat(shards):
-    stimuli = Stimuli(shards.split("train"), 256, caches=ImageCaches(Loader(cache="ram")))
+    stimuli = RecordingStimuli(shards.split("train"), 256, caches=ImageCaches(Loader(cache="ram")))
     loader = TrainLoader(stimuli, seed=0, global_size=4, per_device=None, rank=0, ranks=1, workers=2, pin=False)
 
     def after(epochs: range) -> tuple[int, int]:

@@ -16,10 +16,12 @@ from data_prep.shards.folder import MEMBERS, ShardFolder, index_shard
 from data_prep.shards.packing import pack
 from data_prep.shards.summary import contact_sheet
 from data_prep.sources.folder import Folder
-from train.data.batch_buffers import BatchMemory
+from train.data.batch_buffers import BatchBuffers
+from train.data.batches import Batch
 from train.data.decoding import decode, decode_into, fit
-from train.data.loader import Batch, Stimuli, TrainLoader, evaluation_loader, rank_positions, workers_per_rank
+from train.data.loader import TrainLoader, evaluation_loader, rank_positions, workers_per_rank
 from train.data.order import global_batch
+from train.data.stimuli import RecordingStimuli
 from train.models.network import Network
 from train.run.recipe import Recipe
 
@@ -38,7 +40,7 @@ def recording(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def stimuli(recording):
-    return Stimuli(recording.shards.split("train"), 32, classes=True)
+    return RecordingStimuli(recording.shards.split("train"), 32, classes=True)
 
 
 def train_loader(stimuli, rank=0, ranks=1, workers=0, global_size=7, per_device=None, seed=5):
@@ -98,16 +100,16 @@ def test_a_batch_holds_the_sources_pixels_responses_and_labels(recording, stimul
 
 
 def test_what_is_not_asked_for_is_not_there(recording):
-    bare = Stimuli(recording.shards.split("val"), 32, responses=False)
+    bare = RecordingStimuli(recording.shards.split("val"), 32, responses=False)
     (batch,) = evaluation_loader(bare, size=10, rank=0, ranks=1, workers=0, pin=False)
     assert batch.rates is None
     assert batch.labels is None
-    assert batch.observed == 0
+    assert batch.global_observed == 0
 
 
 def test_a_part_of_a_split_is_counted_from_its_own_start(recording, stimuli):
     subset = np.array([29, 3, 17, 8])
-    part = Stimuli(recording.shards.split("train"), 32, subset=subset, classes=True)
+    part = RecordingStimuli(recording.shards.split("train"), 32, subset=subset, classes=True)
     (batch,) = evaluation_loader(part, size=4, rank=0, ranks=1, workers=0, pin=False)
     (whole,) = evaluation_loader(stimuli, size=30, rank=0, ranks=1, workers=0, pin=False)
     assert len(part) == 4
@@ -151,9 +153,9 @@ def test_the_ranks_together_see_the_same_step(recording, stimuli, ranks, per_dev
         batches = [batch for steps in everyone for batch in steps[step]]
         assert counted(batches) == expected.tolist()
         assert sum(float(batch.weight.sum()) for batch in batches) == 7
-        assert {batch.stimuli for batch in batches} == {7}
+        assert {batch.global_stimuli for batch in batches} == {7}
         rates = recording.rates[np.array(recording.train)[expected]]
-        assert {batch.observed for batch in batches} == {int((~np.isnan(rates)).sum())}
+        assert {batch.global_observed for batch in batches} == {int((~np.isnan(rates)).sum())}
         assert all(1 <= len(batch.positions) <= (per_device or 7) for batch in batches)
         assert len({len(steps[step]) for steps in everyone}) == 1
 
@@ -185,10 +187,10 @@ def test_epochs_and_seeds_differ(stimuli):
 
 
 def test_fewer_stimuli_than_a_batch_make_one_step(recording):
-    few = Stimuli(recording.shards.split("train"), 32, subset=np.arange(5))
+    few = RecordingStimuli(recording.shards.split("train"), 32, subset=np.arange(5))
     ((batch,),) = read_steps(train_loader(few, global_size=64))
     assert sorted(counted([batch])) == [0, 1, 2, 3, 4]
-    assert batch.stimuli == 5
+    assert batch.global_stimuli == 5
 
 
 def test_more_processes_than_stimuli_in_a_batch_are_refused(stimuli):
@@ -209,8 +211,10 @@ def test_evaluation_takes_every_stimulus_once(stimuli, ranks, size):
     assert len({len(batches) for batches in everyone}) == 1
     assert {tuple(batch.images.shape) for batches in everyone for batch in batches} == {(size, 3, 32, 32)}
     assert sorted(position for batches in everyone for position in counted(batches)) == list(range(30))
-    assert sum(batch.stimuli for batches in everyone for batch in batches) == 30
-    assert sum(batch.observed for batches in everyone for batch in batches) == int((~np.isnan(stimuli.rates)).sum())
+    assert sum(batch.global_stimuli for batches in everyone for batch in batches) == 30
+    assert sum(batch.global_observed for batches in everyone for batch in batches) == int(
+        (~np.isnan(stimuli.rates)).sum()
+    )
     for rank, batches in enumerate(everyone):
         assert counted(batches) == rank_positions(30, rank, ranks).tolist()
 
@@ -223,7 +227,7 @@ def test_a_damaged_image_is_named_in_one_sentence(recording, tmp_path, workers):
     data = bytearray(tar.read_bytes())
     data[index.offset[2, png] + index.size[2, png] // 2] ^= 0xFF
     tar.write_bytes(data)
-    damaged = Stimuli(ShardFolder(tmp_path / "shards").split("train"), 32)
+    damaged = RecordingStimuli(ShardFolder(tmp_path / "shards").split("train"), 32)
     with pytest.raises(BadInput) as caught:
         list(evaluation_loader(damaged, size=8, rank=0, ranks=1, workers=workers, pin=False))
     message = str(caught.value)
@@ -328,7 +332,9 @@ class Raw(Recording):
 def test_raw_members_are_packed_read_and_shown(tmp_path):
     made = make_images(6, size=32)[0]
     shards = pack(Raw(made), tmp_path / "shards", stimuli_per_shard=4, workers=1)
-    (batch,) = evaluation_loader(Stimuli(shards.split("train"), 32), size=6, rank=0, ranks=1, workers=0, pin=False)
+    (batch,) = evaluation_loader(
+        RecordingStimuli(shards.split("train"), 32), size=6, rank=0, ranks=1, workers=0, pin=False
+    )
     assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), made)
     assert contact_sheet(shards.split("train"), 3, 2, 48).size == (144, 124)
     assert all(fault is None for _, fault in shards.verify())
@@ -344,7 +350,7 @@ def test_an_index_from_before_raw_members_is_read(recording, tmp_path):
         }
     np.savez(tmp_path / "shards" / "index.npz", **old)
     sealed(tmp_path / "shards")
-    stimuli = Stimuli(ShardFolder(tmp_path / "shards").split("train"), 32)
+    stimuli = RecordingStimuli(ShardFolder(tmp_path / "shards").split("train"), 32)
     (batch,) = evaluation_loader(stimuli, size=30, rank=0, ranks=1, workers=0, pin=False)
     assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), recording.images[recording.train])
     assert all(fault is None for _, fault in ShardFolder(tmp_path / "shards").verify())
@@ -429,7 +435,7 @@ def test_a_crop_that_needs_no_resizing_does_not_blur():
 
 
 def test_memory_is_used_again_only_when_no_view_of_a_batch_is_left():
-    memory, shape = BatchMemory(), (2, 4, 4, 3)
+    memory, shape = BatchBuffers(), (2, 4, 4, 3)
     batch = memory.take(shape)
     place, view = batch.data_ptr(), batch.permute(0, 3, 1, 2)[1:]
     del batch

@@ -13,7 +13,7 @@ from make_tars import IMAGES, RATES, members_of, sample, write_samples, write_ta
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
-from train.data.loader import Stimuli
+from train.data.stimuli import RecordingStimuli
 from train.data.streaming import StreamLoader
 
 STREAM = ("--loader.engine", "webdataset")
@@ -30,8 +30,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stimuli(folder) -> Stimuli:
-    return Stimuli(ShardFolder(folder).split("train"), 24)
+def stimuli(folder) -> RecordingStimuli:
+    return RecordingStimuli(ShardFolder(folder).split("train"), 24)
 
 
 def stream(stimuli, rank=0, ranks=1, workers=0, seed=3, **options) -> StreamLoader:
@@ -71,13 +71,13 @@ def test_every_rank_takes_the_same_steps_and_its_share(stimuli, ranks):
         assert len({len(steps[step]) for steps in everyone}) == 1
         batches = [batch for steps in everyone for batch in steps[step]]
         assert sum(float(batch.weight.sum()) for batch in batches) == 5
-        assert {batch.stimuli for batch in batches} == {5}
-        assert {batch.observed for batch in batches} == {25}  # of 5 stimuli with 5 sites; 1 in 70 is missing
+        assert {batch.global_stimuli for batch in batches} == {5}
+        assert {batch.global_observed for batch in batches} == {25}  # of 5 stimuli with 5 sites; 1 in 70 is missing
 
 
 def test_stimuli_that_are_held_out_are_never_shown(folder):
     subset = np.array([0, 2, 3, 9, 13])
-    part = Stimuli(ShardFolder(folder).split("train"), 24, subset)
+    part = RecordingStimuli(ShardFolder(folder).split("train"), 24, subset)
     loader = stream(part, global_size=5)
     taken = {position for epoch in range(8) for batch in shown(loader, epoch + 1) for position in batch}
     assert taken == set(range(5))
@@ -123,7 +123,7 @@ def test_epochs_go_on_and_a_resumed_one_begins_a_stream_that_repeats(stimuli):
 def test_what_has_become_of_a_tar_is_told_in_one_sentence(tmp_path, members, words, workers):
     """Tars are checked when they are indexed, and not trusted later."""
     tar = write_samples(tmp_path / "train.tar", range(3))
-    stimuli = Stimuli(ShardFolder(tmp_path).split("train"), 24)
+    stimuli = RecordingStimuli(ShardFolder(tmp_path).split("train"), 24)
     write_tar(tar, members)
     with pytest.raises(BadInput, match=words) as caught:
         list(stream(stimuli, workers=workers, global_size=3).epoch(0))
@@ -133,7 +133,7 @@ def test_what_has_become_of_a_tar_is_told_in_one_sentence(tmp_path, members, wor
 @pytest.mark.parametrize("change", [lambda tar: os.truncate(tar, tar.stat().st_size - 512), Path.unlink])
 def test_a_tar_that_is_cut_or_gone_is_named(tmp_path, change):
     tar = write_samples(tmp_path / "train.tar", range(3))
-    stimuli = Stimuli(ShardFolder(tmp_path).split("train"), 24)
+    stimuli = RecordingStimuli(ShardFolder(tmp_path).split("train"), 24)
     change(tar)
     with pytest.raises(BadInput, match=r"train\.tar (has .* bytes by now|cannot be read .*No such file)"):
         list(stream(stimuli, global_size=3).epoch(0))

@@ -9,8 +9,9 @@ from helpers import run_command
 from launching import SMALL, kill_after_an_epoch, largest_difference, launch, losses, metrics, succeed, weights
 
 from data_prep.shards.folder import ShardFolder
-from train.data.loader import Stimuli, TrainLoader
+from train.data.loader import TrainLoader
 from train.data.order import inner_split
+from train.data.stimuli import RecordingStimuli
 from train.models.network import Network
 from train.run.checkpoint import load_progress
 from train.run.recipe import Recipe, load_recipe
@@ -42,7 +43,7 @@ def gradient_by_hand(recording, run_recipe: Recipe) -> tuple[dict, dict]:
     shards = ShardFolder(recording)
     train = shards.split("train")
     fit, _ = inner_split(np.array(train.stimulus_ids), run_recipe.early_stopping.inner_fraction, run_recipe.seed)
-    stimuli = Stimuli(train, 32, fit)
+    stimuli = RecordingStimuli(train, 32, fit)
     options = {"seed": run_recipe.seed, "global_size": len(fit), "per_device": None, "workers": 0, "pin": False}
     (batch,) = next(TrainLoader(stimuli, rank=0, ranks=1, **options).epoch(0))
     torch.manual_seed(run_recipe.seed)

@@ -15,8 +15,8 @@ from timm.models import register_model
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
-from train.data.loader import Stimuli
 from train.data.recordings import Recordings
+from train.data.stimuli import RecordingStimuli
 from train.distributed.engine import Engine
 from train.finetuning import loop
 from train.finetuning.ema import RunningAverage
@@ -69,7 +69,7 @@ def as_set(rows: np.ndarray) -> set[bytes]:
 
 def test_shuffling_moves_whole_rows_and_leaves_the_stimuli(data):
     split = ShardFolder(data).split("train")
-    before, after, again, other = (Stimuli(split, 32, classes=True) for _ in range(4))
+    before, after, again, other = (RecordingStimuli(split, 32, classes=True) for _ in range(4))
     for stimuli, seed in ((after, 3), (again, 3), (other, 4)):
         stimuli.shuffle_responses(seed)
     assert as_set(after.rates) == as_set(before.rates)
@@ -83,7 +83,7 @@ def test_shuffling_moves_whole_rows_and_leaves_the_stimuli(data):
 
 def test_the_number_of_responses_moves_with_them(holey):
     """The loss is normalised by it."""
-    stimuli = Stimuli(ShardFolder(holey).split("train"), 32)
+    stimuli = RecordingStimuli(ShardFolder(holey).split("train"), 32)
     before = stimuli.observed
     stimuli.shuffle_responses(0)
     assert np.array_equal(stimuli.observed, (~np.isnan(stimuli.rates)).sum(1))
@@ -181,7 +181,7 @@ def test_the_running_average_is_the_moving_average_of_weights_and_statistics():
     optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
     average = RunningAverage(network, 0.8)
     runtime = SimpleNamespace(ranks=1, device=torch.device("cpu"))
-    average.follow(Engine(runtime, network, network, optimizer, pieces=1, clip_norm=None))
+    average.follow(Engine(runtime, network, network, optimizer, accumulation_steps=1, clip_norm=None))
     expected = {name: x.double().clone() for name, x in network.state_dict().items()}
     for step in range(1, 60):
         optimizer.zero_grad()

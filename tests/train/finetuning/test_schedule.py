@@ -41,7 +41,7 @@ def test_onecycle_is_torchs_with_its_momentum_in_every_step(name, warmup, total)
         theirs, max_lr=[1e-3, 3e-4], total_steps=total, pct_start=warmup, cycle_momentum=True
     )
     for step in range(total):
-        Engine.set_rate(engine, rate_factor(recipe, step, total))
+        Engine.set_learning_rate(engine, rate_factor(recipe, step, total))
         set_momentum(ours, momentum(recipe, step, total))
         for mine, torchs in zip(ours.param_groups, theirs.param_groups, strict=True):
             assert mine["lr"] == pytest.approx(torchs["lr"], rel=1e-9)
@@ -162,14 +162,16 @@ def engine_of(name: str, *, clip_norm: float | None = None, scales_loss: bool = 
     network, recipe = network_and_recipe(optimizer={"name": name, "lr": 1e-2, "weight_decay": 0.1, **options})
     optimizer = build_optimizer(recipe.optimizer, parameter_groups(network, recipe), CPU)
     runtime = SimpleNamespace(ranks=1, device=CPU)
-    return Engine(runtime, network, network, optimizer, pieces=1, clip_norm=clip_norm, scales_loss=scales_loss)
+    return Engine(
+        runtime, network, network, optimizer, accumulation_steps=1, clip_norm=clip_norm, scales_loss=scales_loss
+    )
 
 
 def step(engine: Engine, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in engine.network.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=generator)
-    engine.set_rate(0.5)
+    engine.set_learning_rate(0.5)
     engine.step()
 
 
@@ -209,7 +211,7 @@ def test_a_scaled_loss_takes_the_same_steps_and_finds_its_scale_again(tmp_path):
         engine_of("adamw", scales_loss=True),
     )
     for engine in (plain, scaled):
-        engine.set_rate(1.0)
+        engine.set_learning_rate(1.0)
         for clip_norm in (None, 0.1):
             engine._clip_norm = clip_norm
             engine.backward(engine.forward(images)["rates"].square().sum() + 1)
@@ -234,7 +236,7 @@ def test_weight_decay_shrinks_matrices_and_spares_the_rest(name):
             parameter.fill_(1.0)
     for parameter in engine.network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    engine.set_rate(1.0)
+    engine.set_learning_rate(1.0)
     engine.step()
     head = engine.network.heads["rates"].sites
     assert (head.weight < 1).all()

@@ -15,8 +15,9 @@ from several import pack_two
 from sklearn.metrics import r2_score
 
 from data_prep.shards.folder import ShardFolder
-from train.data.loader import Stimuli, evaluation_loader
-from train.data.recordings import joined
+from train.data.loader import evaluation_loader
+from train.data.recordings import combined_manifest
+from train.data.stimuli import RecordingStimuli
 from train.models.network import Network
 from train.run.checkpoint import checked_tensors, load_progress
 from train.run.recipe import load_recipe
@@ -179,11 +180,13 @@ def test_a_correlation_is_calibrated_on_each_recordings_own_stimuli(two, tmp_pat
 def test_each_recording_is_scored_with_its_own_readout(scored, two):
     """As the whole network predicts it, on its own stimuli, in its own units."""
     folders = [ShardFolder(place) for place in two]
-    network = Network(load_recipe(scored / "recipe.yaml"), joined([folder.manifest for folder in folders]), 32).eval()
+    network = Network(
+        load_recipe(scored / "recipe.yaml"), combined_manifest([folder.manifest for folder in folders]), 32
+    ).eval()
     network.load_state_dict(checked_tensors(network, scored / "checkpoints" / "best", "network"))
     for folder, name, columns in zip(folders, ("one", "two"), (slice(0, 5), slice(5, 12)), strict=True):
         val = folder.split("val")
-        (batch,) = evaluation_loader(Stimuli(val, 32), size=len(val), rank=0, ranks=1, workers=0, pin=False)
+        (batch,) = evaluation_loader(RecordingStimuli(val, 32), size=len(val), rank=0, ranks=1, workers=0, pin=False)
         with torch.no_grad():
             expected = network.objective.responses.in_units(network(batch.images)["rates"])[:, columns]
         metrics, arrays = results(scored, name)
@@ -248,7 +251,7 @@ def test_the_network_is_exported_with_the_readout_of_one(scored, two, tmp_path):
     spec.loader.exec_module(module)
     predictor = module.Predictor(tmp_path / "out")
     val = ShardFolder(two[1]).split("val")
-    (batch,) = evaluation_loader(Stimuli(val, 32), size=len(val), rank=0, ranks=1, workers=0, pin=False)
+    (batch,) = evaluation_loader(RecordingStimuli(val, 32), size=len(val), rank=0, ranks=1, workers=0, pin=False)
     found = predictor.predict(batch.images.permute(0, 2, 3, 1).numpy())
     np.testing.assert_allclose(found, results(scored, "two")[1]["prediction"], rtol=1e-4, atol=1e-4)
     assert predictor.site_ids == val.manifest.site_ids

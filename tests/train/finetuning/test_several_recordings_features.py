@@ -95,7 +95,7 @@ def damaged(two: list[Path], folder: Path) -> tuple[list[Path], str]:
 def stimuli_of(places, **recipe) -> list[list[str]]:
     recordings, recipe = Recordings([ShardFolder(place) for place in places]), Recipe.model_validate(recipe)
     found = training_stimuli(recordings, recordings.divide(recipe), recipe)
-    return [part.stimulus_ids for stimuli in found for part in stimuli.parts]
+    return [part.stimulus_ids for stimuli in found for part in stimuli.recordings]
 
 
 def test_what_cannot_be_read_of_one_recording_is_named_and_left_out(two, tmp_path):
@@ -249,9 +249,9 @@ def test_a_subset_is_of_each_and_scales_its_sites(two):
     recipe = Recipe.model_validate({"subset": 20, "seed": 1})
     recordings = Recordings([ShardFolder(place) for place in two])
     fit, selection = training_stimuli(recordings, recordings.divide(recipe), recipe)
-    assert [len(a) + len(b) for a, b in zip(fit.parts, selection.parts, strict=True)] == [20, 20]
+    assert [len(a) + len(b) for a, b in zip(fit.recordings, selection.recordings, strict=True)] == [20, 20]
     scaled = with_rates_of(recordings.manifest, fit).rates
-    means = np.concatenate([np.nanmean(part.rates, axis=0) for part in fit.parts])
+    means = np.concatenate([np.nanmean(part.rates, axis=0) for part in fit.recordings])
     np.testing.assert_allclose(scaled.mean, means, rtol=1e-5)
     assert scaled.mean != recordings.manifest.rates.mean
 

@@ -12,8 +12,8 @@ from networks import backbone, images, refusal
 
 from data_prep.common.errors import STOPPED, BadInput
 from data_prep.shards.folder import ShardFolder
-from train.data.loader import Stimuli
-from train.distributed.runtime import started
+from train.data.stimuli import RecordingStimuli
+from train.distributed.runtime import start_runtime
 from train.finetuning.layer_balance import balance_layers
 from train.models.joined_layers import SIDE, averages
 
@@ -133,8 +133,8 @@ def test_balancing_leaves_batch_statistics_as_they_are(recording):
     """And does not depend on them being those of a batch, or the number of processes would matter."""
     network = backbone("test_resnet", "layer1+layer3", size=32).train()
     before = {name: tensor.clone() for name, tensor in network.net.state_dict().items()}
-    with started(None, "fp32") as runtime:
-        stimuli = Stimuli(ShardFolder(recording).split("train"), 32)
+    with start_runtime(None, "fp32") as runtime:
+        stimuli = RecordingStimuli(ShardFolder(recording).split("train"), 32)
         balance_layers(network, stimuli, runtime, batch_size=16, workers=0)
     assert network.training
     assert (network.join.scales != 1).all()

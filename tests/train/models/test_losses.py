@@ -11,7 +11,9 @@ from scipy import stats
 
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import Manifest
-from train.data.loader import Batch, Stimuli, TrainLoader
+from train.data.batches import Batch
+from train.data.loader import TrainLoader
+from train.data.stimuli import RecordingStimuli
 from train.evaluation.moments import SiteMoments
 from train.models.losses import Correlation, Objective, PoissonLikelihood, SiteLines, SquaredError, cross_entropy
 from train.models.network import Network
@@ -68,8 +70,8 @@ def batch_of(rates, labels=None, weight=None, stimuli=None, observed=None) -> Ba
         rates=rates,
         labels=labels,
         draws=None,
-        stimuli=len(rates) if stimuli is None else stimuli,
-        observed=int((~torch.isnan(rates)).sum()) if observed is None else observed,
+        global_stimuli=len(rates) if stimuli is None else stimuli,
+        global_observed=int((~torch.isnan(rates)).sum()) if observed is None else observed,
     )
 
 
@@ -343,7 +345,7 @@ def test_a_hybrid_is_the_single_task_when_the_other_weight_is_zero(recording, ki
         weight = torch.randn(single.heads["rates"].sites.weight.shape, generator=torch.Generator().manual_seed(0))
         for network in (single, both):
             network.heads["rates"].sites.weight.data.copy_(weight)
-    stimuli = Stimuli(ShardFolder(recording).split("train"), 32, np.arange(16), responses=True, classes=True)
+    stimuli = RecordingStimuli(ShardFolder(recording).split("train"), 32, np.arange(16), responses=True, classes=True)
     options = {"seed": 0, "global_size": 16, "per_device": None, "workers": 0, "pin": False}
     (batch,) = next(TrainLoader(stimuli, rank=0, ranks=1, **options).epoch(0))
     losses, outputs = [], []

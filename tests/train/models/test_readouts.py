@@ -12,8 +12,9 @@ from sklearn.linear_model import Ridge, RidgeCV
 
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import Manifest
-from train.data.loader import Stimuli, evaluation_loader
-from train.distributed.runtime import started
+from train.data.loader import evaluation_loader
+from train.data.stimuli import RecordingStimuli
+from train.distributed.runtime import start_runtime
 from train.finetuning.ridge_start import SHARPNESS, start_from_ridge
 from train.models.network import Network
 from train.models.readouts import build_readout, parameter_count
@@ -107,7 +108,7 @@ class Data:
     """Stimuli to fit, and all images by split."""
 
     manifest: Manifest
-    train: Stimuli
+    train: RecordingStimuli
     images: dict[str, torch.Tensor]
 
 
@@ -115,10 +116,10 @@ class Data:
 def data(holey) -> Data:
     shards, images = ShardFolder(holey), {}
     for name in ("train", "val"):
-        stimuli = Stimuli(shards.split(name), 32, classes=True)
+        stimuli = RecordingStimuli(shards.split(name), 32, classes=True)
         (batch,) = evaluation_loader(stimuli, size=len(stimuli), rank=0, ranks=1, workers=0, pin=False)
         images[name] = batch.images
-    return Data(shards.manifest, Stimuli(shards.split("train"), 32, classes=True), images)
+    return Data(shards.manifest, RecordingStimuli(shards.split("train"), 32, classes=True), images)
 
 
 def network(data: Data, kind: str, task: str = "regression", **readout) -> Network:
@@ -133,7 +134,7 @@ def network(data: Data, kind: str, task: str = "regression", **readout) -> Netwo
 
 def ridge_started(data: Data, kind: str, task: str = "regression", **readout) -> tuple[Network, dict[str, float]]:
     net = network(data, kind, task, **readout)
-    with started(None, "fp32") as runtime:
+    with start_runtime(None, "fp32") as runtime:
         scores = start_from_ridge(net, data.train, runtime, batch_size=16, workers=0)
     return net, scores
 
@@ -217,7 +218,7 @@ def test_a_ridge_sees_features_as_in_evaluation_and_leaves_the_backbone_as_it_is
     settings = {"backbone": {"name": "test_resnet", "weights": "random", "cut": "layer2"}, "precision": "bf16"}
     net = Network(Recipe.model_validate(settings), data.manifest, 32).train()
     before = {name: x.clone() for name, x in net.backbone.state_dict().items()}
-    with started(None, "bf16") as runtime:
+    with start_runtime(None, "bf16") as runtime:
         start_from_ridge(net, data.train, runtime, batch_size=16, workers=0)
     assert net.training
     assert all(torch.equal(x, before[name]) for name, x in net.backbone.state_dict().items())

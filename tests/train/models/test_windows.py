@@ -10,7 +10,7 @@ from make_sources import make_folder
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
-from train.data.loader import Stimuli
+from train.data.stimuli import RecordingStimuli
 from train.models.backbone import Backbone
 from train.models.features import LayerFeatures, PixelFeatures
 from train.models.windows import WHOLE, Window, windows
@@ -124,7 +124,7 @@ def centred_features(data, layers=""):
     shards = ShardFolder(data)
     torch.manual_seed(0)
     look = LayerFeatures(Backbone(Source(name="test_convnext", weights="random"), SIZE).eval(), STAGES, 7)
-    images = [Stimuli(shards.split(name), SIZE).images(np.arange(count)) for name, count in COUNTS.items()]
+    images = [RecordingStimuli(shards.split(name), SIZE).images(np.arange(count)) for name, count in COUNTS.items()]
     with torch.no_grad():
         features = (PixelFeatures() if layers == "pixels" else look)(torch.cat(images).permute(0, 3, 1, 2))
     return {layer: (own.double() - own.double().mean(0)).numpy() for layer, own in features.items()}

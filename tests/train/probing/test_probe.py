@@ -12,7 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, RidgeCV
 
 from data_prep.shards.folder import ShardFolder
-from train.data.loader import Stimuli
+from train.data.stimuli import RecordingStimuli
 from train.evaluation.plots import layer_label
 from train.regression.kernel_regression import PENALTIES
 
@@ -45,7 +45,7 @@ def pixels_and_rates(recording, size):
     images, rates = {}, {}
     for name in ("train", "val"):
         split = shards.split(name)
-        stimuli = Stimuli(split, size)
+        stimuli = RecordingStimuli(split, size)
         images[name] = stimuli.images(stimuli.subset).numpy().transpose(0, 3, 1, 2)
         images[name] = images[name].reshape(len(stimuli), -1).astype(np.float64) / 255
         rates[name] = split.rates().astype(np.float64)
