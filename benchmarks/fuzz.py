@@ -43,7 +43,7 @@ from data_prep.shards.index import load_index
 from data_prep.shards.manifest import Manifest, parse_manifest
 from data_prep.shards.members import read_array, read_json
 from data_prep.shards.packing import pack
-from data_prep.shards.response_table import load_targets
+from data_prep.shards.response_table import load_response_table
 from data_prep.sources.files.image_files import ImageFiles
 from data_prep.sources.files.response_arrays import open_npy
 from data_prep.sources.folder import Folder
@@ -186,7 +186,7 @@ def targets(folder: Path) -> dict[str, Target]:
             lambda data: load_index(folder, _Table(data), manifest), [index, _npz(**read_index), _npz(a=objects), code]
         ),
         "targets": Target(
-            lambda data: load_targets(io.BytesIO(data), "targets.npz", manifest),
+            lambda data: load_response_table(io.BytesIO(data), "targets.npz", manifest),
             [(shards / "targets.npz").read_bytes(), _npz(a=objects), code],
         ),
         "tar": Target(

@@ -16,8 +16,9 @@ from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.command_line import Place, parse
 from data_prep.common.errors import BadInput, CannotWrite, run_command
 from data_prep.common.progress import Progress
-from data_prep.shards.folder import ShardFolder, reindex
-from data_prep.shards.remote_files import FetchSettings
+from data_prep.remote.cache import FetchSettings
+from data_prep.shards.folder import ShardFolder
+from data_prep.shards.reindexing import reindex
 from data_prep.shards.summary import contact_sheet, summary
 
 

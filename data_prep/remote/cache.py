@@ -27,6 +27,21 @@ POLL_SECONDS = 0.05
 _NAME = re.compile(r"([0-9a-f]{64})-(\d+)(\.part)?")
 
 
+@dataclass(frozen=True)
+class FetchSettings:
+    """How remote files are fetched and cached.
+
+    Attributes:
+        folder: of the cache; by default `default_root`.
+        gib: the most that the cache may take; by default half of the disk's free space.
+        timeout: seconds after which a silent connection is given up.
+    """
+
+    folder: Path | None = None
+    gib: float | None = None
+    timeout: float = 30.0
+
+
 class KnownContent(Protocol):
     """A file whose content is content beforehand: a shard, or a table of the manifest's."""
 

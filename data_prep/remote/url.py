@@ -78,7 +78,7 @@ def is_url(place: object) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(:.+)?//", str(place)) is not None
 
 
-def place_of(place: Path | str | FolderUrl) -> Path | FolderUrl:
+def parse_location(place: Path | str | FolderUrl) -> Path | FolderUrl:
     """What a user gave for a shard folder, as a path or as a URL; of file:// as a path.
 
     Raises:
@@ -99,7 +99,7 @@ def place_of(place: Path | str | FolderUrl) -> Path | FolderUrl:
 
 def recorded(place: Path | str | FolderUrl) -> str:
     """A place as it may be written down: a URL without secrets, a path in full."""
-    place = place_of(place)
+    place = parse_location(place)
     return str(place) if isinstance(place, FolderUrl) else str(place.resolve())
 
 
@@ -114,7 +114,7 @@ def without_secrets(words: Iterable[str]) -> list[str]:
 
 def passed_on(place: str) -> str:
     """A place for the command lines of processes to start, which everybody can read: they inherit the secrets."""
-    found = place_of(place)
+    found = parse_location(place)
     if isinstance(found, FolderUrl) and found.has_secrets:
         os.environ[SIGNED] = found.text
         return str(found)

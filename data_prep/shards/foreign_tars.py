@@ -57,12 +57,12 @@ def is_foreign(folder: Path) -> bool:
     return folder.is_dir() and not (folder / "manifest.json").exists() and any(_visible(folder, ".tar", *_COMPRESSED))
 
 
-def open_foreign(folder: Path, anew: bool = False) -> Derived:
+def open_foreign(folder: Path, read_again: bool = False) -> Derived:
     """The manifest and the index of a folder of tars, as kept from an earlier time or read from the tars.
 
     Args:
         folder: with tars, in it or in its sub-folders.
-        anew: read the tars even where nothing has changed.
+        read_again: read the tars even if nothing has changed.
 
     Raises:
         BadInput: a tar that is damaged or that holds anything but stimuli of one kind, naming the tar and the key.
@@ -71,7 +71,7 @@ def open_foreign(folder: Path, anew: bool = False) -> Derived:
     state = _state(folder, tars)
     with locks.exclusive(folder, required=False):  # the first process reads the tars, the others what it found
         places = [folder / "index.npz", _place_elsewhere(folder)]
-        derived = None if anew else next(filter(None, (_kept(path, state) for path in places)), None)
+        derived = None if read_again else next(filter(None, (_kept(path, state) for path in places)), None)
         if derived is None:
             derived = _derive(folder, tars)
             _keep(derived, state, places, folder)

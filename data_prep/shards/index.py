@@ -22,9 +22,11 @@ from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import is_name, npz_arrays
 from data_prep.remote.url import FolderUrl
-from data_prep.shards.files import Files
 from data_prep.shards.manifest import Manifest, Split
 from data_prep.shards.members import MEMBERS, member_table
+from data_prep.shards.storage import Files
+
+FILE = "index.npz"
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,18 @@ class SplitIndex:
             size=np.concatenate([tar.size for tar in tars]),
             crc32=np.concatenate([tar.crc32 for tar in tars]),
         )
+
+    def describes(self, shard: int, tar: "SplitIndex") -> bool:
+        """Whether it says of one shard what the index of that tar alone says."""
+        rows = self.shard == shard
+        same = (
+            np.array_equal(self.stimulus_id[rows], tar.stimulus_id)
+            and np.array_equal(self.offset[rows], tar.offset)
+            and np.array_equal(self.size[rows], tar.size)
+        )
+        if self.crc32 is None or tar.crc32 is None:
+            return same
+        return same and np.array_equal(self.crc32[rows], tar.crc32)
 
     def arrays(self, split: str) -> dict[str, np.ndarray]:
         """Its arrays by their names in the file."""
@@ -97,7 +111,7 @@ def write_index(folder: Path, splits: Mapping[str, SplitIndex]) -> None:
     arrays: dict[str, np.ndarray] = {"members": np.array(MEMBERS)}
     for name, index in splits.items():
         arrays |= index.arrays(name)
-    write_npz(folder / "index.npz", arrays)
+    write_npz(folder / FILE, arrays)
 
 
 def load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> dict[str, SplitIndex]:
@@ -111,9 +125,9 @@ def load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> di
     Raises:
         BadInput: it is missing, damaged, or of other shards.
     """
-    path = folder / "index.npz"
+    path = folder / FILE
     try:
-        with files.table("index.npz", manifest) as file:
+        with files.table(FILE, manifest) as file:
             index = index_of(npz_arrays(file), manifest)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(

@@ -52,6 +52,12 @@ class Table(_Part):
     bytes: Bytes
     sha256: Sha256
 
+    @classmethod
+    def of(cls, path: Path) -> "Table":
+        """The entry of a file."""
+        with path.open("rb") as file:
+            return cls(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
 
 class Split(_Part):
     """The shards of one split; `responses` tells whether its stimuli carry rates."""

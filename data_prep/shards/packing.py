@@ -29,10 +29,11 @@ from data_prep.common.progress import Progress
 from data_prep.common.safe_reading import is_name
 from data_prep.common.worker_processes import serve_parent
 from data_prep.recording import SPLITS, Recording, Stimulus
-from data_prep.shards.folder import ShardFolder, ShardSplit, write_shard
-from data_prep.shards.index import SplitIndex, write_index
+from data_prep.shards.folder import ShardFolder, ShardSplit
+from data_prep.shards.index import SplitIndex
 from data_prep.shards.manifest import Ceiling, Image, Manifest, Rates, Shard, Split
-from data_prep.shards.response_table import write_targets
+from data_prep.shards.reindexing import write_tables
+from data_prep.shards.writer import write_shard
 from data_prep.splits import grouping_facts, straddling
 
 CEILING_BYTES = 64 * 2**20  # of trials whose ceilings are estimated at once, which takes about four times as much
@@ -57,7 +58,7 @@ def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) 
         packed = _write_shards(recording, folder, stimuli_per_shard, workers)
         manifest = _manifest(recording, packed)
         try:
-            _write_tables(folder, manifest, packed)
+            write_tables(folder, manifest, packed.split_indexes(), _ceiling)
         except CannotWrite as error:
             raise RunFailed(f"{out}: {error.reason}; nothing was packed") from None
     return ShardFolder(out)
@@ -152,6 +153,10 @@ class _Packed:
     def all(self) -> list[_PackedShard]:
         """The shards of all splits."""
         return [shard for shards in self.shards.values() for shard in shards]
+
+    def split_indexes(self) -> dict[str, SplitIndex]:
+        """The index of each split."""
+        return {split: SplitIndex.joined([packed.index for packed in shards]) for split, shards in self.shards.items()}
 
 
 _recording: Recording
@@ -273,18 +278,6 @@ class _Watcher:
 
 
 # ------------------------------------------------------------------------------------------------------- manifest
-
-
-def _write_tables(folder: Path, manifest: Manifest, packed: _Packed) -> None:
-    """Write the index, the targets and the manifest, and estimate the ceiling on the way."""
-    write_index(
-        folder, {split: SplitIndex.joined([tar.index for tar in tars]) for split, tars in packed.shards.items()}
-    )
-    manifest.save(folder / "manifest.json")
-    shards = ShardFolder(folder)
-    manifest.ceiling = _ceiling(shards)
-    manifest.files = write_targets(folder, shards)
-    manifest.save(folder / "manifest.json")
 
 
 def _manifest(recording: Recording, packed: _Packed) -> Manifest:

@@ -1,16 +1,15 @@
-"""The files of a shard folder behind a URL: fetched when they are needed, verified, and kept on disk for a while."""
+"""The files of a shard folder behind a URL: fetched when they are needed, verified, and cached on disk."""
 
 import io
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.safe_reading import LARGEST_TEXT
-from data_prep.remote.cache import KnownContent, ShardCache, default_root
+from data_prep.remote.cache import FetchSettings, KnownContent, ShardCache, default_root
 from data_prep.remote.downloader import (
     DiskError,
     Download,
@@ -27,56 +26,41 @@ from data_prep.shards.manifest import Manifest, Shard, parse_manifest
 RETRIES = Retries(limit=4, first_pause=0.5, worthwhile=2**22, wrong_limit=2)
 
 
-@dataclass(frozen=True)
-class FetchSettings:
-    """How remote shards are fetched and kept.
-
-    Attributes:
-        folder: for copies; by default that of the user (`shard_cache.default_root`).
-        gib: budget of the copies; by default half of what is free on the disk.
-        timeout: seconds after which a silent connection is given up.
-    """
-
-    folder: Path | None = None
-    gib: float | None = None
-    timeout: float = 30.0
-
-
 class WrongBytes(BadInput):
     """A file's bytes are not those that were packed."""
 
 
 class RemoteFiles:
-    """The files of a shard folder behind a URL. It can be passed to other processes.
+    """The files of a shard folder behind a URL. Instances can be passed to other processes.
 
     Args:
         url: of the folder.
-        settings: how they are fetched and kept.
+        settings: how they are fetched and cached.
 
     Raises:
-        BadInput: a driver for such URLs is missing, or copies cannot be kept.
+        BadInput: a driver for such URLs is missing, or the cache cannot be written.
     """
 
     def __init__(self, url: FolderUrl, settings: FetchSettings):
         self.url, self._settings = url, settings
         self._transport: Transport = transport(url, settings.timeout)
-        self._copies: ShardCache | None = None
+        self._cache: ShardCache | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_copies": None}
+        return self.__dict__ | {"_cache": None}
 
     @property
     def cache(self) -> ShardCache:
-        """Where copies are kept; made when it is needed, as the manifest alone needs none."""
-        if self._copies is None:
-            self._copies = ShardCache(self._settings.folder or default_root(), self._settings.gib)
-        return self._copies
+        """The local copies; created when needed, as reading the manifest alone needs none."""
+        if self._cache is None:
+            self._cache = ShardCache(self._settings.folder or default_root(), self._settings.gib)
+        return self._cache
 
     def manifest(self) -> Manifest:
-        """The folder's manifest, as it is there now.
+        """The folder's manifest as it is now.
 
         Raises:
-            BadInput: it cannot be had, or is none.
+            BadInput: it cannot be read, or is damaged.
         """
         try:
             content = self._small_file("manifest.json")
@@ -90,40 +74,40 @@ class RemoteFiles:
         return parse_manifest(content, self.url / "manifest.json")
 
     def check(self, manifest: Manifest) -> None:
-        """Refuse shards that cannot be kept; whether they are there is found when they are fetched.
+        """Refuse shards that do not fit into the cache. Missing shards are noticed when they are fetched.
 
         Raises:
-            BadInput: the largest is larger than the budget.
+            BadInput: the largest exceeds the budget.
         """
         shards = [shard for split in manifest.splits.values() for shard in split.shards]
         largest = max(shards, key=lambda shard: shard.bytes)
         self.cache.check_room(largest, self.url / largest.file)
 
     def table(self, file: str, manifest: Manifest) -> BinaryIO:
-        """One of the folder's tables, for reading; verified where the manifest tells its hash.
+        """One of the folder's tables, for reading; verified where the manifest lists its hash.
 
         Raises:
-            BadInput: it cannot be had.
+            BadInput, RunFailed: it cannot be fetched.
         """
-        known = manifest.files.get(file)
-        if known is None:
+        entry = manifest.files.get(file)
+        if entry is None:
             return io.BytesIO(self._small_file(file))
-        return io.BytesIO(self._read(known, file, 0, known.bytes))
+        return io.BytesIO(self._read(entry, file, 0, entry.bytes))
 
     def member(self, shard: Shard, offset: int, size: int) -> memoryview:
-        """Bytes of a shard, which is fetched if it is not there.
+        """Bytes of a shard, which is fetched if necessary.
 
         Raises:
-            BadInput, RunFailed: it cannot be had.
+            BadInput, RunFailed: it cannot be fetched.
         """
         return memoryview(self._read(shard, shard.file, offset, size))
 
     @contextmanager
     def local(self, shard: Shard) -> Iterator[Path]:
-        """A copy of a shard, fetched if it is not there, and not given up within the block.
+        """A copy of a shard, fetched if necessary, and not evicted within the block.
 
         Raises:
-            BadInput, RunFailed: it cannot be had.
+            BadInput, RunFailed: it cannot be fetched.
         """
         with self._copy(shard, shard.file):
             yield self.cache.path(shard)
@@ -133,19 +117,19 @@ class RemoteFiles:
         return [shard.sha256]
 
     def fetch(self, shard: Shard, cancelled: Callable[[], bool], spared: Callable[[], Collection[str]]) -> bool:
-        """Fetch a shard ahead of its use, unless another process is at it or there is no room for it just now.
+        """Fetch a shard before it is used, unless another process is fetching it or the cache is full of files in use.
 
         Args:
             shard: to fetch.
             cancelled: whether nobody waits for it any more.
-            spared: gives the hashes of the shards that are given up last when room is needed.
+            spared: gives the hashes of the shards that are evicted last when space is needed.
 
         Returns:
-            Whether it is there.
+            Whether a copy exists now.
 
         Raises:
             Cancelled: `cancelled` became true.
-            BadInput, RunFailed: it cannot be had.
+            BadInput, RunFailed: it cannot be fetched.
         """
         return self._fetch(shard, shard.file, cancelled, wait=False, spared=spared)
 
@@ -214,7 +198,7 @@ class RemoteFiles:
         """A file whose content is not known beforehand.
 
         Raises:
-            BadInput: it cannot be had.
+            BadInput: it cannot be fetched.
         """
         try:
             return read_small_file(lambda *_: self._transport.open(file), self.url / file, LARGEST_TEXT, RETRIES)

@@ -8,69 +8,75 @@ first step.
     <split>.json_end   int64 (stimuli,), where each of them ends
 """
 
-import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 
 from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import npz_arrays
-from data_prep.shards.manifest import Manifest, Table
+from data_prep.shards.manifest import Manifest
 
-if TYPE_CHECKING:
-    from data_prep.shards.folder import ShardFolder
+FILE = "targets.npz"
 
 
 @dataclass(frozen=True)
-class Targets:
+class ResponseTable:
     """Responses and descriptions of a split's stimuli; the arrays are described at the top of this file."""
 
     rates: np.ndarray | None
     json: np.ndarray
     json_end: np.ndarray
 
+    @classmethod
+    def of(cls, rates: np.ndarray | None, descriptions: Sequence[bytes]) -> "ResponseTable":
+        """The table of a split.
+
+        Args:
+            rates: float32 (stimuli, sites), or None for a split without responses.
+            descriptions: the JSON member of each stimulus.
+        """
+        ends = np.cumsum([len(description) for description in descriptions], dtype=np.int64)
+        return cls(rates, np.frombuffer(b"".join(descriptions), np.uint8), ends)
+
     @property
-    def is_plain(self) -> bool:
-        """Whether the arrays are of their types, and no description ends before it begins or beyond the end."""
+    def is_well_formed(self) -> bool:
+        """Whether the arrays have their types, and no description ends before it begins or beyond the end."""
         types = self.json.dtype == np.uint8 and self.json_end.dtype.kind == "i"
         if not types or self.json.ndim != 1 or (self.rates is not None and self.rates.dtype != np.float32):
             return False
         return bool((np.diff(self.json_end, prepend=0) >= 0).all() and (self.json_end <= len(self.json)).all())
 
-    def meta(self, position: int) -> bytes:
+    def description(self, position: int) -> bytes:
         """A stimulus's JSON member."""
         start = int(self.json_end[position - 1]) if position else 0
         return self.json[start : int(self.json_end[position])].tobytes()
 
 
-def write_targets(folder: Path, shards: "ShardFolder") -> dict[str, Table]:
-    """Write targets.npz beside the shards.
+def write_response_table(folder: Path, tables: Mapping[str, ResponseTable]) -> None:
+    """Write targets.npz into a shard folder.
 
-    Returns:
-        The tables that lie there now, index.npz too, for the manifest.
+    Args:
+        folder: of the shards.
+        tables: by split.
+
+    Raises:
+        CannotWrite: the disk is full, the folder read-only ...
     """
     arrays: dict[str, np.ndarray] = {}
-    for name in shards.manifest.splits:
-        split = shards.split(name)
-        parts = [split.member(position, "json") or b"{}" for position in range(len(split))]
-        arrays[f"{name}.json"] = np.frombuffer(b"".join(parts), np.uint8)
-        arrays[f"{name}.json_end"] = np.cumsum([len(part) for part in parts], dtype=np.int64)
-        if split.has_responses:
-            arrays[f"{name}.rates"] = split.rates()
-    write_npz(folder / "targets.npz", arrays)
-    return {file: _table(folder / file) for file in ("index.npz", "targets.npz")}
+    for split, table in tables.items():
+        arrays[f"{split}.json"] = table.json
+        arrays[f"{split}.json_end"] = table.json_end
+        if table.rates is not None:
+            arrays[f"{split}.rates"] = table.rates
+    write_npz(folder / FILE, arrays)
 
 
-def _table(path: Path) -> Table:
-    with path.open("rb") as file:
-        return Table(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-
-
-def load_targets(file: BinaryIO, name: str, manifest: Manifest) -> dict[str, Targets]:
-    """Read what `write_targets` has written, by split.
+def load_response_table(file: BinaryIO, name: str, manifest: Manifest) -> dict[str, ResponseTable]:
+    """Read what `write_response_table` has written, by split.
 
     Args:
         file: targets.npz, opened.
@@ -78,23 +84,31 @@ def load_targets(file: BinaryIO, name: str, manifest: Manifest) -> dict[str, Tar
         manifest: of the shards.
 
     Raises:
-        BadInput: it is damaged, or of other shards.
+        BadInput: it is damaged, or belongs to other shards.
     """
+    tables: dict[str, ResponseTable] = {}
     try:
         arrays = npz_arrays(file)
-        found = {
-            split: Targets(arrays.get(f"{split}.rates"), arrays[f"{split}.json"], arrays[f"{split}.json_end"])
-            for split in manifest.splits
-        }
+        for split in manifest.splits:
+            rates = arrays.get(f"{split}.rates")
+            tables[split] = ResponseTable(rates, arrays[f"{split}.json"], arrays[f"{split}.json_end"])
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(f"{name} cannot be read ({error}); pack the recording again") from None
-    for split, facts in manifest.splits.items():
-        rates, expected = found[split].rates, (facts.stimuli, len(manifest.sites))
-        if not found[split].is_plain:
-            raise BadInput(f"{name}: {split}: holds other types than float32, uint8 and int64; pack again")
-        shape = rates.shape if rates is not None else expected if not facts.responses else None
-        if shape != expected or found[split].json_end.shape != expected[:1]:
-            raise BadInput(f"{name}: {split}: is not of the stimuli that manifest.json counts; pack again")
-        if rates is not None and np.isinf(rates).any():
-            raise BadInput(f"{name}: {split}: holds an infinite rate; NaN stands for what was not recorded")
-    return found
+    for split, table in tables.items():
+        _check(table, f"{name}: {split}", manifest, split)
+    return tables
+
+
+def _check(table: ResponseTable, location: str, manifest: Manifest, split: str) -> None:
+    facts = manifest.splits[split]
+    if not table.is_well_formed:
+        raise BadInput(f"{location}: has other types than float32, uint8 and int64; pack the recording again")
+    matches = table.json_end.shape == (facts.stimuli,)
+    if table.rates is None:
+        matches = matches and not facts.responses
+    else:
+        matches = matches and table.rates.shape == (facts.stimuli, len(manifest.sites))
+    if not matches:
+        raise BadInput(f"{location}: does not describe the stimuli that manifest.json counts; pack the recording again")
+    if table.rates is not None and np.isinf(table.rates).any():
+        raise BadInput(f"{location}: contains an infinite rate; NaN stands for what was not recorded")

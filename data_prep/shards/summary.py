@@ -113,7 +113,7 @@ def contact_sheet(
         try:
             image = rgb_image(data, encoding)
         except ValueError as error:
-            raise BadInput(f"{split.place(position)}.{encoding} cannot be decoded ({error})") from None
+            raise BadInput(f"{split.location(position)}.{encoding} cannot be decoded ({error})") from None
         sheet.paste(image.resize((tile - 2, tile - 2)), (x, y))
         draw.text((x + 2, y + tile), split.label(position) or split.stimulus_ids[position], fill="black")
     return sheet

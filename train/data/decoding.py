@@ -44,7 +44,7 @@ def decode_at(split: ShardSplit, position: int, pixels: np.ndarray) -> None:
     try:
         decode_into(pixels, data, encoding)
     except ValueError as error:
-        raise BadInput(f"{split.place(position)}.{encoding} cannot be decoded ({error})") from None
+        raise BadInput(f"{split.location(position)}.{encoding} cannot be decoded ({error})") from None
 
 
 def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:

@@ -156,7 +156,7 @@ def remarks_on(folders: Sequence[ShardFolder], loader: Loader) -> list[str]:
     found = [
         f"note: {folder.folder} has no targets.npz, so all shards were read for their responses; pack again"
         for folder in remote
-        if not folder.has_targets
+        if not folder.has_response_table
     ]
     budget = trains[0].files.cache.budget
     sizes = sorted((shard.bytes for train in trains for shard in train.shards), reverse=True)

@@ -2,7 +2,7 @@
 
 import shlex
 
-from data_prep.remote.url import place_of
+from data_prep.remote.url import parse_location
 from train.planning.memory import Choice
 from train.planning.options import Plan
 
@@ -12,7 +12,7 @@ REPLACED = ("--batch.per-device", "--strategy")
 
 def command(choice: Choice, options: Plan, words: list[str]) -> str:
     """The command line that trains as recommended, with the recipe and the settings that the plan was given."""
-    data = shlex.join(str(place_of(place)) for place in options.data) if options.data else "DIR"
+    data = shlex.join(str(parse_location(place)) for place in options.data) if options.data else "DIR"
     strategy = "" if options.strategy is None else f" --strategy {_strategy_setting(choice.strategy)}"
     recipe, flags = ([words[0]], words[1:]) if words[0].endswith((".yaml", ".yml")) else ([], words)
     return (

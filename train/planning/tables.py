@@ -1,8 +1,8 @@
 """What train/plan.py prints: what is planned, a table of strategies, and a recommendation."""
 
 from data_prep.common.errors import BadInput
-from data_prep.shards.files import files_at
 from data_prep.shards.manifest import Manifest
+from data_prep.shards.storage import open_files
 from train.data.recordings import combined_manifest
 from train.planning.launch_command import command
 from train.planning.memory import CONTEXT, GIB, HEADROOM, Choice, choices, recommended, usable
@@ -42,7 +42,7 @@ def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
 def manifest_of(options: Plan) -> Manifest:
     """The recording that is planned for: that of --data, or one on paper."""
     if options.data is not None:
-        return combined_manifest([files_at(place).manifest() for place in options.data])
+        return combined_manifest([open_files(place).manifest() for place in options.data])
     return paper_manifest(options.sites or SITES, options.classes or CLASSES, SIDE)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from data_prep.shards.remote_files import FetchSettings
+from data_prep.remote.cache import FetchSettings
 
 LARGEST_SEED = 2**63 - 1  # that every generator takes
 WEEK = 7 * 86400.0  # seconds

@@ -11,8 +11,8 @@ from typing import Any
 
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.remote.url import passed_on
-from data_prep.shards.files import files_at
 from data_prep.shards.manifest import Manifest
+from data_prep.shards.storage import open_files
 from train.models.backbone import check_name
 from train.run.checkpoint import current, load_progress
 from train.run.folder import RunFolder
@@ -236,7 +236,7 @@ def prepare(sweep: Path, data: str, out: Path, processes: int | None, stop: Stop
     Raises:
         BadInput: something cannot be used; nothing has been written then.
     """
-    plan, manifest = load_plan(sweep), files_at(data).manifest()
+    plan, manifest = load_plan(sweep), open_files(data).manifest()
     check_names(sweep, plan)
     launcher, smallest = Launcher(processes), min(plan.values("batch.global_size"))
     if smallest < launcher.processes:

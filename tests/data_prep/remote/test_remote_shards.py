@@ -25,12 +25,11 @@ from web_server import serve
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.remote import cache as shard_cache
 from data_prep.remote import transport
-from data_prep.remote.cache import GIB
-from data_prep.remote.url import SIGNED, FolderUrl, passed_on, place_of, recorded, without_secrets
+from data_prep.remote.cache import GIB, FetchSettings
+from data_prep.remote.url import SIGNED, FolderUrl, parse_location, passed_on, recorded, without_secrets
 from data_prep.shards import remote_files
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
-from data_prep.shards.remote_files import FetchSettings
 from data_prep.sources.folder import Folder
 from train.data.image_cache import ImageCaches
 from train.data.loader import TrainLoader, evaluation_loader
@@ -142,7 +141,7 @@ def test_a_folder_without_a_table_of_responses_is_read_shard_by_shard(packed, tm
     with serve(tmp_path / "old") as web:
         far = opened(web.url, cache)
         assert np.array_equal(far.split("train").rates(), ShardFolder(packed).split("train").rates(), equal_nan=True)
-        assert not far.has_targets
+        assert not far.has_response_table
         assert_same(read(loader_of(far)), read(loader_of(ShardFolder(packed))))
 
 
@@ -261,7 +260,7 @@ def test_a_page_in_place_of_a_manifest_is_refused(web, cache):
 READER = """
 import sys
 from pathlib import Path
-from data_prep.shards.remote_files import FetchSettings
+from data_prep.remote.cache import FetchSettings
 from data_prep.shards.folder import ShardFolder
 split = ShardFolder(sys.argv[1], FetchSettings(Path(sys.argv[2]), float(sys.argv[3]))).split("train")
 for position in range(len(split)):
@@ -581,8 +580,8 @@ def test_processes_that_are_started_inherit_the_secrets(monkeypatch):
     monkeypatch.setenv(SIGNED, "")
     shown = passed_on(secret)
     assert shown == "https://host/folder"
-    assert place_of(shown).text == secret
-    assert place_of("https://host/other").text == "https://host/other"
+    assert parse_location(shown).text == secret
+    assert parse_location("https://host/other").text == "https://host/other"
     assert passed_on("some/folder") == "some/folder"
 
 

@@ -22,8 +22,10 @@ from make_sources import encode, make_folder, make_it_h5
 from PIL import Image
 
 from data_prep.common.errors import BadInput
-from data_prep.shards.folder import MEMBERS, ShardFolder, index_shard
+from data_prep.shards.folder import ShardFolder
+from data_prep.shards.index import index_shard
 from data_prep.shards.manifest import from_json_list
+from data_prep.shards.members import MEMBERS
 from data_prep.shards.packing import _whole_or_nothing, pack
 from data_prep.sources.folder import Folder
 

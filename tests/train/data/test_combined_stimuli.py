@@ -15,11 +15,10 @@ from several import pack_recording, pack_two
 from web_server import serve
 
 from data_prep.common.errors import BadInput
-from data_prep.remote.cache import GIB
+from data_prep.remote.cache import GIB, FetchSettings
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.manifest import load_manifest
 from data_prep.shards.packing import pack
-from data_prep.shards.remote_files import FetchSettings
 from data_prep.sources.folder import Folder
 from train.data.combined_stimuli import CombinedStimuli
 from train.data.loader import TrainLoader, evaluation_loader

@@ -20,7 +20,9 @@ from launching import SMALL, losses, succeed
 from make_sources import make_folder
 
 from data_prep.common.errors import BadInput
-from data_prep.shards.folder import MEMBERS, ShardFolder, index_shard
+from data_prep.shards.folder import ShardFolder
+from data_prep.shards.index import index_shard
+from data_prep.shards.members import MEMBERS
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from train.data import image_cache

@@ -12,7 +12,9 @@ from PIL import Image
 
 from data_prep.common.errors import BadInput
 from data_prep.recording import Recording, Stimulus
-from data_prep.shards.folder import MEMBERS, ShardFolder, index_shard
+from data_prep.shards.folder import ShardFolder
+from data_prep.shards.index import index_shard
+from data_prep.shards.members import MEMBERS
 from data_prep.shards.packing import pack
 from data_prep.shards.summary import contact_sheet
 from data_prep.sources.folder import Folder

@@ -1,4 +1,4 @@
-"""The files of a shard folder on this machine; those behind a URL are in `data_prep/shards/remote_files.py`."""
+"""Where the files of a shard folder are stored: on this machine, or behind a URL (data_prep/shards/remote_files.py)."""
 
 import hashlib
 import mmap
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from data_prep.common.errors import BadInput
-from data_prep.remote.url import FolderUrl, place_of
+from data_prep.remote.cache import FetchSettings
+from data_prep.remote.url import FolderUrl, parse_location
 from data_prep.shards.manifest import Manifest, Shard, load_manifest
-from data_prep.shards.remote_files import FetchSettings, RemoteFiles
+from data_prep.shards.remote_files import RemoteFiles
 
 
 class Files(Protocol):
@@ -21,7 +22,7 @@ class Files(Protocol):
         ...
 
     def check(self, manifest: Manifest) -> None:
-        """Refuse what is known to be wrong with the shards without reading them."""
+        """Refuse faults of the shards that show without reading them."""
         ...
 
     def table(self, file: str, manifest: Manifest) -> BinaryIO:
@@ -41,22 +42,24 @@ class Files(Protocol):
         ...
 
 
-def files_at(place: Path | str | FolderUrl, settings: FetchSettings | None = None) -> "LocalFiles | RemoteFiles":
+def open_files(location: Path | str | FolderUrl, settings: FetchSettings | None = None) -> "LocalFiles | RemoteFiles":
     """The files of the shard folder at a path or a URL.
 
     Args:
-        place: of the folder.
+        location: of the folder.
         settings: how remote shards are fetched and kept.
 
     Raises:
         BadInput: a URL that cannot be read.
     """
-    found = place_of(place)
-    return RemoteFiles(found, settings or FetchSettings()) if isinstance(found, FolderUrl) else LocalFiles(found)
+    location = parse_location(location)
+    if isinstance(location, FolderUrl):
+        return RemoteFiles(location, settings or FetchSettings())
+    return LocalFiles(location)
 
 
 class LocalFiles:
-    """The files of a folder of this machine. Shards are mapped into memory, by each process that reads them."""
+    """The files of a local folder. Each process that reads shards maps them into memory."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -87,20 +90,20 @@ class LocalFiles:
         """One of the folder's tables, opened.
 
         Raises:
-            BadInput: it is not there, or is not the one that the manifest knows.
+            BadInput: it does not exist, or is not the one that the manifest lists.
         """
         path = self._folder / file
         if not path.is_file():
             raise BadInput(f"{self._folder} has no {file}; data_prep/show.py {self._folder} --index makes one")
-        opened, known = path.open("rb"), manifest.files.get(file)
-        if known is not None and hashlib.file_digest(opened, "sha256").hexdigest() != known.sha256:
-            opened.close()
+        table, entry = path.open("rb"), manifest.files.get(file)
+        if entry is not None and hashlib.file_digest(table, "sha256").hexdigest() != entry.sha256:
+            table.close()
             raise BadInput(
-                f"{path} is not the one that was packed with manifest.json (its sha256 differs): damaged, or of other "
-                "shards; copy the folder again, or let data_prep/show.py --index make it anew"
+                f"{path} is not the one that was packed with manifest.json (its sha256 differs): it is damaged or "
+                "belongs to other shards; copy the folder again, or write it again with data_prep/show.py --index"
             )
-        opened.seek(0)
-        return opened
+        table.seek(0)
+        return table
 
     def member(self, shard: Shard, offset: int, size: int) -> memoryview:
         """Bytes of a shard, without a copy."""
@@ -111,10 +114,10 @@ class LocalFiles:
 
     @contextmanager
     def local(self, shard: Shard) -> Iterator[Path]:
-        """Where a shard lies."""
+        """The path of a shard."""
         yield self._folder / shard.file
 
     def state(self, shard: Shard) -> list[Any]:
-        """Where a shard lies and when it was last written, so that a damaged copy differs as well."""
+        """The path of a shard and when it was last written, so that a damaged copy differs as well."""
         path = self._folder.resolve() / shard.file
         return [str(path), path.stat().st_mtime_ns, shard.sha256]
