@@ -68,7 +68,7 @@ def assert_same_batch(one: Batch, other: Batch):
     assert torch.equal(one.weight, other.weight)
     assert torch.equal(one.labels, other.labels)
     assert torch.equal(one.rates.nan_to_num(-1), other.rates.nan_to_num(-1))
-    assert (one.stimuli, one.observed) == (other.stimuli, other.observed)
+    assert (one.global_stimuli, one.global_observed) == (other.global_stimuli, other.global_observed)
 
 
 def assert_same_steps(one, other):
