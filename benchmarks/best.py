@@ -1,4 +1,4 @@
-"""How well responses to new images are predicted: the tables of docs/best.md, in one command.
+"""How well responses to new images are predicted: the tables of docs/results/best.md, in one command.
 
     python benchmarks/best.py RECORDING [RECORDING ...] --out OUT [--folds 5] [--subsets 100 200 400]
 

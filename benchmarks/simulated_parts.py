@@ -1,4 +1,4 @@
-"""What of a simulated recording can be explained, and which of its components predictions have (docs/best.md).
+"""What of a simulated recording can be explained, and which of its components predictions have (docs/results/best.md).
 
     python benchmarks/simulated_parts.py SHARDS RUN [RUN ...]
 

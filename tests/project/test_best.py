@@ -1,4 +1,4 @@
-"""The command that makes the tables of docs/best.md: it goes on where it was stopped."""
+"""The command that makes the tables of docs/results/best.md: it goes on where it was stopped."""
 
 import importlib.util
 import json

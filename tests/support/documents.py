@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpers import ROOT
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BEGINNING = re.compile(r"([A-Z_]+=\S+ )*(python|bash|pip|tensorboard|torchrun|accelerate|sbatch|launch/\w+\.sh)\s")
 INLINE = re.compile(r"`((?:python |bash |pip |tensorboard |(?:train/|data_prep/)?\w+\.py )[^`]*)`")
 
