@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from data_prep.ceiling import percentile_interval  # noqa: E402
 from train.evaluation.confidence_intervals import bootstrap_means  # noqa: E402
 from train.evaluation.metrics import mean_score  # noqa: E402
-from train.regression.kernel_regression import squared_error_r2  # noqa: E402
+from train.regression.methods import r2_per_site  # noqa: E402
 
 SIMULATED = "simulated"
 GIVEN = "given"
@@ -253,7 +253,7 @@ def scores(folders: Sequence[Path]) -> dict[str, Any]:
     prediction, target = (np.concatenate(rows) for rows in zip(*parts, strict=True))
     metrics = json.loads((folders[0] / "eval" / "val" / "metrics.json").read_text())
     resampled = bootstrap_means(prediction, target)
-    found = {"r2": mean_score(squared_error_r2(prediction, target)), "ci95": percentile_interval(resampled["r2"])}
+    found = {"r2": mean_score(r2_per_site(prediction, target)), "ci95": percentile_interval(resampled["r2"])}
     found |= {"stimuli": len(target), "training_stimuli": metrics.get("training_stimuli")}
     if len(folders) == 1:
         regression = metrics["regression"]

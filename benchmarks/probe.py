@@ -42,7 +42,7 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
     """This process's share of the stimuli to fit and of those held out, as a probe has them on disk."""
     import torch
 
-    from train.data.order import share
+    from train.data.order import rank_share
     from train.regression.feature_store import FeatureStore
 
     stores, start = [], 0
@@ -50,7 +50,7 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
         whole = np.load(folder / "features.npy", mmap_mode="r")
         width = whole.shape[1]
         store = FeatureStore(folder / f"{name}_{runtime.rank}_of_{runtime.ranks}", {"layer": width})
-        store.keep(0)
+        store.truncate(0)
         for position in share(np.arange(start, start + count), runtime.rank, runtime.ranks):
             # Not through the map: its pages would count as this process's memory.
             row = np.fromfile(whole.filename, np.float32, width, offset=whole.offset + int(position) * width * 4)
@@ -63,17 +63,20 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
 def ours(folder: Path, counts: tuple[int, int], components: int) -> None:
     """The Gram matrix over all processes, one eigendecomposition for both regressions."""
     from train.distributed.runtime import start_runtime
-    from train.regression.gram import ROUNDING, Activations, inner_products
-    from train.regression.kernel_regression import Method, centred, regress
+    from train.regression.feature_slices import StoredActivations
+    from train.regression.gram import centred_gram
+    from train.regression.inner_products import inner_products
+    from train.regression.methods import Method, regress
+    from train.regression.precision import ROUNDING
 
     with start_runtime(None, "fp32") as runtime:
         stores, rates = own_stores(folder, counts, runtime), np.load(folder / "rates.npy")
         runtime.barrier()
         started_at = time.monotonic()
-        products = inner_products(Activations(stores, counts, runtime, 0.5, "float32"), "layer", 0)
+        products = inner_products(StoredActivations(stores, counts, runtime, 0.5, "float32"), "layer", 0)
         if runtime.is_main:
             everyone = np.arange(sum(counts))
-            gram = centred(products, everyone[: counts[0]], everyone[counts[0] :], ROUNDING["float32"])
+            gram = centred_gram(products, everyone[: counts[0]], everyone[counts[0] :], ROUNDING["float32"])
             fits = {kind: regress(gram, rates[: counts[0]], Method(kind, components)) for kind in ("ols", "ridge")}
             seconds = time.monotonic() - started_at
             np.savez(folder / f"ours_{runtime.ranks}.npz", **{kind: fit.prediction for kind, fit in fits.items()})

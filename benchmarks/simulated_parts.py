@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from data_prep.shards.folder import ShardFolder  # noqa: E402
 from data_prep.sources import simulated as made  # noqa: E402
 from train.evaluation.metrics import mean_score  # noqa: E402
-from train.regression.kernel_regression import squared_error_r2  # noqa: E402
+from train.regression.methods import r2_per_site  # noqa: E402
 
 PERMUTATIONS = 200
 LEARNABLE = ("object", "pose", "view", "image")
@@ -65,8 +65,8 @@ def main() -> None:
     rows = [int(name.rpartition("_")[2]) for name in val.stimulus_ids]
     sites, raw = population(shards.manifest.provenance["options"])
     measured, known = val.rates(), without_detail(sites, raw)[rows]
-    print(f"noise-free rates   {mean_score(squared_error_r2(made.mean_rates(sites, raw)[rows], measured)):.3f}")
-    print(f"all but detail     {mean_score(squared_error_r2(known, measured)):.3f}")
+    print(f"noise-free rates   {mean_score(r2_per_site(made.mean_rates(sites, raw)[rows], measured)):.3f}")
+    print(f"all but detail     {mean_score(r2_per_site(known, measured)):.3f}")
     drives = np.stack([raw[name][rows] for name in LEARNABLE])
     best = slopes(known, drives)
     print(f"{'':40}  R2     {'  '.join(f'{name:8}' for name in LEARNABLE)}")
@@ -74,7 +74,7 @@ def main() -> None:
         with np.load(run / "eval" / "val" / "predictions.npz", allow_pickle=False) as arrays:
             predicted = arrays["prediction"].astype(np.float64)
         of_best = (slopes(predicted, drives) * best).sum(1) / np.square(best).sum(1)
-        score = mean_score(squared_error_r2(predicted, measured))
+        score = mean_score(r2_per_site(predicted, measured))
         print(f"{str(run)[-40:]:40}  {score:.3f}  {'  '.join(f'{share:<8.2f}' for share in of_best)}")
 
 

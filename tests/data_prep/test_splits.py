@@ -13,7 +13,7 @@ from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
 from data_prep.sources.simulated import Simulated
 from data_prep.split_options import Division
-from data_prep.splits import straddling
+from data_prep.splits import folds, straddling
 
 N = 60
 
@@ -152,3 +152,16 @@ def test_divisions_that_make_no_sense_are_refused(source, options, words):
 def test_an_option_of_the_source_that_would_be_ignored_is_refused(source, tmp_path):
     command = ["data_prep/pack.py", "folder", source.source, "--out", tmp_path / "x", "--split", "random"]
     assert_refused(run_here(*command, "--val-fraction", "0.2"), "--val-fraction", "--split-fractions")
+
+
+def test_folds_keep_groups_together_or_deal_them_out():
+    groups = np.repeat(np.arange(12), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12])
+    together = folds(groups, 3, seed=1)
+    assert sorted(np.concatenate(together)) == list(range(len(groups)))
+    owners = [set(groups[part]) for part in together]
+    assert sum(map(len, owners)) == 12
+    assert max(map(len, together)) - min(map(len, together)) <= 12
+    dealt = folds(groups, 3, seed=1, stratified=True)
+    for group in range(12):
+        counts = [(groups[part] == group).sum() for part in dealt]
+        assert max(counts) - min(counts) <= 1

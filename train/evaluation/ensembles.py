@@ -27,7 +27,7 @@ from train.data.stimuli import RecordingStimuli
 from train.evaluation.metrics_report import regression_block, report_head
 from train.evaluation.moments import SiteMoments
 from train.evaluation.options import Combine
-from train.regression.stacking import LEAST_STIMULI, stack
+from train.regression.stacking import MIN_STIMULI, stack
 from train.run.folder import LEFT_OUT, RunFolder, is_probe
 from train.run.recipe import Recipe
 
@@ -237,7 +237,7 @@ class Ensemble:
         if self._combine == "mean":
             return np.average(predictions, axis=0, weights=self._shares).astype(np.float32)
         names, left_out = self._common()
-        if len(names) < LEAST_STIMULI:
+        if len(names) < MIN_STIMULI:
             raise BadInput(
                 f"only {len(names)} training stimuli were left out by all members, too few to learn weights from; "
                 "train folds (early_stopping.folds), or take --combine mean"

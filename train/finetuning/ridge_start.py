@@ -1,6 +1,6 @@
 """Head first: readouts that begin at the ridge solution on the features of the backbone as it is, in closed form.
 
-Each rank computes the features of its own stimuli and gets all stimuli of a slice of them (`train/regression/gram.py`);
+Each rank computes the features of its own stimuli and gets all stimuli of a slice of them (`train/regression/feature_slices.py`);
 weights are computed slice by slice. A site's penalty is chosen by exact leave-one-out.
 """
 
@@ -17,8 +17,10 @@ from train.evaluation.metrics import mean_score
 from train.models.network import Network
 from train.models.windows import Window, starting_windows
 from train.regression.activations import activations_of_share
-from train.regression.gram import COLUMNS, ROUNDING, feature_slice, multiplied
-from train.regression.kernel_regression import FewFeatures, Fit, Method, centred, regress
+from train.regression.feature_slices import exchange_features
+from train.regression.gram import FeatureMatrix, centred_gram
+from train.regression.precision import COLUMNS_PER_PRODUCT, ROUNDING, symmetric_product
+from train.regression.ridge import RidgeFit, ridge
 
 SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of the classes
 
@@ -63,7 +65,7 @@ def start_from_ridge(
     rows = [len(rank_positions(len(stimuli), rank, runtime.ranks)) for rank in range(runtime.ranks)]
     scores = {}
     for name, own in found.items():
-        features = feature_slice(own, runtime, rows)
+        features = exchange_features(own, runtime, rows)
         if name == "rates" and fields:
             scores[name] = _start_fields(network, features, own.shape[1], tried, stimuli, runtime)
         elif name == "rates":
@@ -74,31 +76,31 @@ def start_from_ridge(
     return scores
 
 
-def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> Fit:
+def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> RidgeFit:
     """The ridge on every rank, from its slice of the features; it predicts nothing but what it leaves out."""
     width = int(runtime.sum(torch.tensor(features.shape[1], device=features.device)))
     found = None
     if width < len(features):
         whole = runtime.gather_rows(features.T.contiguous()).T
         if runtime.is_main:
-            found = regress(FewFeatures.centred(whole, whole[:0]), targets, Method("ridge"))
+            found = ridge(FeatureMatrix.centred(whole, whole[:0]), targets)
     elif (products := _inner_products(features, runtime)) is not None:
         everyone = np.arange(len(features))
-        gram = centred(products.cpu().numpy(), everyone, everyone[:0], ROUNDING["float32"])
-        found = regress(gram, targets, Method("ridge"))
+        gram = centred_gram(products.cpu().numpy(), everyone, everyone[:0], ROUNDING["float32"])
+        found = ridge(gram, targets)
     return runtime.gather_objects(found)[0]
 
 
 def _inner_products(features: torch.Tensor, runtime: Runtime) -> torch.Tensor | None:
     """Float64 (n, n), on the leading rank."""
     total = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
-    for start in range(0, features.shape[1], COLUMNS):
-        chunk = features[:, start : start + COLUMNS]
-        total += multiplied(chunk - chunk.mean(0, dtype=torch.float64).float(), "float32")
+    for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
+        chunk = features[:, start : start + COLUMNS_PER_PRODUCT]
+        total += symmetric_product(chunk - chunk.mean(0, dtype=torch.float64).float(), "float32")
     return runtime.reduce_to(total, 0)
 
 
-def _primal(features: torch.Tensor, found: Fit, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
+def _primal(features: torch.Tensor, found: RidgeFit, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights (outputs, features) and bias (outputs,), float32, from the weights of the stimuli.
 
     An output that lacks responses to some stimuli has a dual of 0 there, and its features are centred on the others.
@@ -109,8 +111,8 @@ def _primal(features: torch.Tensor, found: Fit, runtime: Runtime) -> tuple[torch
     used = (dual != 0).double()
     used /= used.sum(0).clamp(min=1)
     weights, shift = [], torch.zeros(dual.shape[1], dtype=torch.float64, device=device)
-    for start in range(0, features.shape[1], COLUMNS):
-        chunk = features[:, start : start + COLUMNS].double()
+    for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
+        chunk = features[:, start : start + COLUMNS_PER_PRODUCT].double()
         weights.append((chunk - chunk.mean(0)).T @ dual)
         shift += ((used.T @ chunk) * weights[-1].T).sum(1)
     own = torch.cat(weights).float() if weights else torch.zeros(0, dual.shape[1], device=device)
@@ -147,8 +149,10 @@ def _outputs(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, r
     first = runtime.rank * weight.shape[1] // runtime.ranks
     own = weight[:, first : first + features.shape[1]].double()
     total = torch.zeros(len(features), len(weight), dtype=torch.float64, device=features.device)
-    for start in range(0, features.shape[1], COLUMNS):
-        total += features[:, start : start + COLUMNS].double() @ own[:, start : start + COLUMNS].T
+    for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
+        total += (
+            features[:, start : start + COLUMNS_PER_PRODUCT].double() @ own[:, start : start + COLUMNS_PER_PRODUCT].T
+        )
     return (runtime.sum(total) + bias).float()
 
 

@@ -14,8 +14,10 @@ from train.evaluation.metrics import mean_score
 from train.evaluation.similarity import cka, rsa
 from train.models.windows import WHOLE, Window, windows
 from train.probing.products import Products, View
-from train.regression.gram import ROUNDING
-from train.regression.kernel_regression import Method, centred, folded_r2, regress, squared_error_r2
+from train.regression.gram import centred_gram
+from train.regression.methods import Method, folded_r2, r2_per_site, regress
+from train.regression.precision import ROUNDING
+from train.regression.ridge import RidgeFit
 from train.regression.stacking import stack
 from train.run.recipe import ProbeRecipe
 
@@ -100,9 +102,9 @@ class Probing:
         rounding = ROUNDING[recipe.products]
         for partition in self._partitions:
             rates = self._rates[partition.fit]
-            found = regress(centred(products, partition.fit, partition.held_out, rounding), rates, method)
+            found = regress(centred_gram(products, partition.fit, partition.held_out, rounding), rates, method)
             prediction[partition.held_out] = found.prediction
-            if found.inner_r2 is not None:
+            if isinstance(found, RidgeFit):
                 layer.inner_r2.append(mean_score(found.inner_r2))
                 layer.penalty.append(found.penalty)
                 layer.left_out.append(found.left_out)
@@ -125,7 +127,7 @@ class Probing:
             stacked = stack(left_out, rates, [layer.prediction[held_out] for layer in found.values()])
             joined.prediction[held_out] = stacked.prediction
             joined.left_out.append(stacked.left_out)
-            joined.inner_r2.append(mean_score(squared_error_r2(stacked.left_out, rates)))
+            joined.inner_r2.append(mean_score(r2_per_site(stacked.left_out, rates)))
             weights = stacked.weights * bounded[:, None]
             with np.errstate(invalid="ignore"):
                 joined.centre.append(places @ weights / weights.sum(axis=0))

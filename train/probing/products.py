@@ -26,9 +26,10 @@ from train.models.features import LayerFeatures, PixelFeatures
 from train.models.joined_layers import parts_of
 from train.models.windows import WHOLE, Window
 from train.regression.activations import activation_batches
+from train.regression.feature_slices import StoredActivations
 from train.regression.feature_store import FeatureStore
-from train.regression.gram import Activations, inner_products
-from train.regression.windowed_gram import products_through
+from train.regression.inner_products import inner_products
+from train.regression.windowed_inner_products import windowed_inner_products
 from train.run.monitor import Monitor
 from train.run.recipe import ProbeRecipe
 
@@ -97,7 +98,7 @@ class Products:
             for part in parts_of(layer):
                 if last_use[part] == layer:
                     for store in stores:
-                        store.discard(part)
+                        store.delete(part)
             self._monitor.say(f"{layer}: {self.width(layer):,} features")
         return owners
 
@@ -163,7 +164,7 @@ class Products:
     ) -> None:
         """The products of a layer, through all its windows."""
         counts = [len(stimuli) for stimuli in self._splits.values()]
-        held = Activations(stores, counts, self._runtime, self._recipe.memory, self._recipe.products)
+        held = StoredActivations(stores, counts, self._runtime, self._recipe.memory, self._recipe.products)
         own = [view for view in views if owners[view] == self._runtime.rank]
         with self._being_written(own, sum(counts)) as files:
             if len(views) == 1:
@@ -190,8 +191,8 @@ class Products:
         halved = view.window != WHOLE and self._recipe.products != "float64"
         return np.dtype(np.float32 if halved else np.float64)
 
-    def _write_whole(self, view: View, owner: int, held: Activations, files: Mapping[View, BinaryIO]) -> None:
-        """Where several modules are read together, each is brought to the same mean square (see `products_through`)."""
+    def _write_whole(self, view: View, owner: int, held: StoredActivations, files: Mapping[View, BinaryIO]) -> None:
+        """Where several modules are read together, each is brought to the same mean square (see `windowed_inner_products`)."""
         parts, found = parts_of(view.layer), []
         for part in parts:
             products = inner_products(held, part, owner)
@@ -205,11 +206,11 @@ class Products:
         files[view].write(memoryview(np.ascontiguousarray(rows, self._dtype(view))).cast("B"))
 
     def _write_windows(
-        self, views: Sequence[View], owners: Mapping[View, int], held: Activations, files: Mapping[View, BinaryIO]
+        self, views: Sequence[View], owners: Mapping[View, int], held: StoredActivations, files: Mapping[View, BinaryIO]
     ) -> None:
         with torch.no_grad():
             maps = self._look.map_sizes(self._image)
-        stripes = products_through([view.window for view in views], parts_of(views[0].layer), maps, held)
+        stripes = windowed_inner_products([view.window for view in views], parts_of(views[0].layer), maps, held)
         for rows in stripes:
             for view, own in zip(views, rows, strict=True):
                 summed = self._runtime.reduce_to(own, owners[view])
@@ -222,8 +223,10 @@ class Products:
 
     def _store(self, name: str, stimuli: RecordingStimuli, widths: Mapping[str, int]) -> FeatureStore:
         store, size = FeatureStore(self._scratch / name, widths), self._recipe.batch_size
-        there = store.rows() // size  # whole batches: predictions may depend on a batch's shape in the last digit
-        store.keep(there * size)
+        there = (
+            store.complete_rows() // size
+        )  # whole batches: predictions may depend on a batch's shape in the last digit
+        store.truncate(there * size)
         look = self._look.of(list(widths))
         for found in activation_batches(
             look,

@@ -1,6 +1,8 @@
-"""Activations of a rank's stimuli on disk, one growing file per layer: they need no memory, and survive a kill.
+"""Activations of this rank's stimuli on disk, one growing file per layer.
 
-FOLDER/<layer>.f32      float32 (own stimuli, features), row after row
+They take no memory, and survive when the process is killed.
+
+    FOLDER/<layer>.f32      float32 (stimuli of this rank, features), row after row
 """
 
 from collections.abc import Mapping
@@ -11,15 +13,15 @@ import torch
 
 from data_prep.common.errors import RunFailed
 
-BYTES = 4
+FLOAT32_BYTES = 4
 
 
 class FeatureStore:
     """The activations of one rank's stimuli.
 
     Args:
-        folder: made if it is not there.
-        widths: features of each layer.
+        folder: created if missing.
+        widths: number of features of each layer.
     """
 
     def __init__(self, folder: Path, widths: Mapping[str, int]):
@@ -29,18 +31,18 @@ class FeatureStore:
     def _path(self, layer: str) -> Path:
         return self._folder / f"{layer}.f32"
 
-    def rows(self) -> int:
-        """How many stimuli are there for all layers; a kill may have left some layers behind, or half a row."""
+    def complete_rows(self) -> int:
+        """Number of stimuli stored for all layers: a killed process may leave some layers behind, or half a row."""
         return min(
-            self._path(layer).stat().st_size // (width * BYTES) if self._path(layer).exists() else 0
+            self._path(layer).stat().st_size // (width * FLOAT32_BYTES) if self._path(layer).exists() else 0
             for layer, width in self._widths.items()
         )
 
-    def keep(self, rows: int) -> None:
+    def truncate(self, rows: int) -> None:
         """Drop all but the first `rows` stimuli."""
         for layer, width in self._widths.items():
             with self._path(layer).open("ab") as file:
-                file.truncate(rows * width * BYTES)
+                file.truncate(rows * width * FLOAT32_BYTES)
 
     def append(self, features: Mapping[str, torch.Tensor]) -> None:
         """Add stimuli.
@@ -49,36 +51,36 @@ class FeatureStore:
             features: per layer float32 (stimuli, features), on the CPU.
 
         Raises:
-            RunFailed: there is no room.
+            RunFailed: the disk is full.
         """
         for layer, rows in features.items():
             try:
                 with self._path(layer).open("ab") as file:
-                    file.write(memoryview(rows.contiguous().numpy()).cast("B"))
+                    file.write(rows.contiguous().numpy().data)
             except OSError as error:
                 raise RunFailed(
                     f"{self._folder} has no room for the activations ({error.strerror}); probe fewer --layers, lower "
-                    "--pool, or give another place with --scratch"
+                    "--pool, or choose another folder with --scratch"
                 ) from None
 
     def width(self, layer: str) -> int:
-        """Features of a layer."""
+        """Number of features of a layer."""
         return self._widths[layer]
 
-    def read_columns(self, layer: str, start: int, stop: int, into: np.ndarray) -> None:
-        """Some features of all stimuli of this rank; only these are read, and nothing else is held.
+    def read_columns(self, layer: str, start: int, stop: int, out: np.ndarray) -> None:
+        """Read features `start` to `stop` of all stimuli of this rank, and nothing else.
 
         Args:
             layer: whose features.
-            start, stop: of the features.
-            into: float32 (own stimuli, stop - start), which is filled.
+            start, stop: range of the features.
+            out: float32 (stimuli of this rank, stop - start), which is filled.
         """
-        stride = self._widths[layer] * BYTES
+        stride = self._widths[layer] * FLOAT32_BYTES
         with self._path(layer).open("rb", buffering=0) as file:
-            for row, features in enumerate(into):
-                file.seek(row * stride + start * BYTES)
-                file.readinto(memoryview(features).cast("B"))
+            for row, features in enumerate(out):
+                file.seek(row * stride + start * FLOAT32_BYTES)
+                file.readinto(features.data)
 
-    def discard(self, layer: str) -> None:
+    def delete(self, layer: str) -> None:
         """Free the space of a layer."""
         self._path(layer).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Several predictions of the same stimuli joined into one: their mean, or a sum whose weights are learned per site.
+"""Stacking: several predictions of the same stimuli combined with weights that are learned per site.
 
 The weights are learned on predictions that each member made of training stimuli it was not fitted on (left out one at
 a time, or fold by fold); otherwise the member that fits its own training stimuli best would get all the weight.
@@ -12,14 +12,15 @@ import numpy as np
 from data_prep.splits import folds
 
 PENALTY = 0.002  # on the squared weights, in units of the site's variance: members that are alike share their weight
-SWEEPS = 300
-FOLDS, SEED = 5, 0  # of the stimuli, for `Stacked.left_out`
-LEAST_STIMULI = 10  # to learn weights from
+MAX_ITERATIONS = 300  # of coordinate descent
+TOLERANCE = 1e-6  # on the change of weights
+FOLDS, FOLD_SEED = 5, 0  # of the stimuli, for `Stacked.left_out`
+MIN_STIMULI = 10  # to learn weights from
 
 
 @dataclass(frozen=True)
 class Stacked:
-    """What stacking found.
+    """The result of stacking.
 
     Attributes:
         weights: float64 (members, sites), none negative; 0 for a site with too few responses.
@@ -32,49 +33,62 @@ class Stacked:
     left_out: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Combination:
+    """mean + sum_m w_m (prediction_m - mean) for each site.
+
+    Attributes:
+        weights: w, float64 (members, sites).
+        mean: float64 (sites,).
+    """
+
+    weights: np.ndarray
+    mean: np.ndarray
+
+    def apply(self, predictions: np.ndarray) -> np.ndarray:
+        """Predictions (members, n, sites) -> (n, sites)."""
+        return np.einsum("ms,mns->ns", self.weights, np.nan_to_num(predictions - self.mean)) + self.mean
+
+
 def stack(left_out: Sequence[np.ndarray], rates: np.ndarray, predictions: Sequence[np.ndarray]) -> Stacked:
-    """Learn how much of each member a site's prediction takes.
+    """Learn how much each member contributes to a site's prediction.
 
     Per site, the squared error of mean + sum_m w_m (prediction_m - mean) is minimised over weights w >= 0 (Breiman
-    1996), with a small penalty on their squares; mean is that of the site's responses. Weights that are small in sum
+    1996), with a small penalty on their squares; mean is that of the site's responses. Weights that sum to less than 1
     pull predictions towards the mean.
 
     Args:
-        left_out: of each member, (n, sites): predictions of stimuli that it was not fitted on.
+        left_out: for each member, (n, sites): predictions of stimuli that it was not fitted on.
         rates: (n, sites), the responses to these; NaN = not recorded.
-        predictions: of each member, (stimuli, sites): what is to be joined.
+        predictions: for each member, (stimuli, sites): what is to be combined.
     """
-    members, rows = np.stack(left_out).astype(np.float64), rates.astype(np.float64)
-    weights, mean = _weights(members, rows)
-    crossed = np.empty(rows.shape)
-    everyone = np.arange(len(rows))
-    for fold in folds(everyone, min(FOLDS, len(rows)), SEED):
-        others = np.setdiff1d(everyone, fold)
-        crossed[fold] = _joined(members[:, fold], *_weights(members[:, others], rows[others]))
-    joined = _joined(np.stack(predictions).astype(np.float64), weights, mean)
-    return Stacked(weights, joined.astype(np.float32), crossed.astype(np.float32))
+    members, rates = np.stack(left_out).astype(np.float64), rates.astype(np.float64)
+    combination = _learn(members, rates)
+    crossed = np.empty(rates.shape)
+    all_stimuli = np.arange(len(rates))
+    for fold in folds(all_stimuli, min(FOLDS, len(rates)), FOLD_SEED):
+        others = np.setdiff1d(all_stimuli, fold)
+        crossed[fold] = _learn(members[:, others], rates[others]).apply(members[:, fold])
+    prediction = combination.apply(np.stack(predictions).astype(np.float64))
+    return Stacked(combination.weights, prediction.astype(np.float32), crossed.astype(np.float32))
 
 
-def _joined(predictions: np.ndarray, weights: np.ndarray, mean: np.ndarray) -> np.ndarray:
-    return np.einsum("ms,mns->ns", weights, np.nan_to_num(predictions - mean)) + mean
-
-
-def _weights(members: np.ndarray, rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (members, sites) and the mean response of each site, from its stimuli that all members predicted."""
-    there = ~np.isnan(rates) & ~np.isnan(members).any(axis=0)
-    count = there.sum(axis=0)
+def _learn(members: np.ndarray, rates: np.ndarray) -> _Combination:
+    """Weights from the stimuli of a site that all members (members, n, sites) predicted."""
+    usable = ~np.isnan(rates) & ~np.isnan(members).any(axis=0)
+    count = usable.sum(axis=0)
     with np.errstate(invalid="ignore"):
-        mean = np.where(there, rates, 0).sum(axis=0) / count
-    y = np.where(there, rates - mean, 0)
-    x = np.where(there, members - mean, 0)
+        mean = np.where(usable, rates, 0).sum(axis=0) / count
+    y = np.where(usable, rates - mean, 0)
+    x = np.where(usable, members - mean, 0)
     products = np.einsum("kns,mns->skm", x, x)
     variance = np.square(y).sum(axis=0)
     products[:, range(len(x)), range(len(x))] += PENALTY * variance[:, None] + np.finfo(float).tiny
-    weights = _non_negative(products, np.einsum("mns,ns->sm", x, y))
-    return np.where(count >= LEAST_STIMULI, weights.T, 0), mean
+    weights = _non_negative_least_squares(products, np.einsum("mns,ns->sm", x, y))
+    return _Combination(np.where(count >= MIN_STIMULI, weights.T, 0), mean)
 
 
-def _non_negative(products: np.ndarray, target: np.ndarray) -> np.ndarray:
+def _non_negative_least_squares(products: np.ndarray, target: np.ndarray) -> np.ndarray:
     """Minimise w' P w / 2 - t' w over w >= 0 for every site, by coordinate descent: (sites, members).
 
     Args:
@@ -82,12 +96,12 @@ def _non_negative(products: np.ndarray, target: np.ndarray) -> np.ndarray:
         target: t, (sites, members).
     """
     weights = np.zeros(target.shape)
-    for _ in range(SWEEPS):
+    for _ in range(MAX_ITERATIONS):
         before = weights.copy()
         for member in range(target.shape[1]):
-            own = products[:, member, member]
-            others = np.einsum("sm,sm->s", products[:, member], weights) - own * weights[:, member]
-            weights[:, member] = np.maximum(0, (target[:, member] - others) / own)
-        if np.abs(weights - before).max(initial=0) < 1e-6:
+            diagonal = products[:, member, member]
+            others = np.einsum("sm,sm->s", products[:, member], weights) - diagonal * weights[:, member]
+            weights[:, member] = np.maximum(0, (target[:, member] - others) / diagonal)
+        if np.abs(weights - before).max(initial=0) < TOLERANCE:
             break
     return weights

@@ -18,7 +18,7 @@ from train.distributed.runtime import start_runtime
 from train.finetuning.ridge_start import SHARPNESS, start_from_ridge
 from train.models.network import Network
 from train.models.readouts import build_readout, parameter_count
-from train.regression.kernel_regression import PENALTIES
+from train.regression.ridge import PENALTIES
 from train.run.recipe import Readout, Recipe
 
 KINDS = ("linear", "flattened", "low_rank", "factorised", "gaussian")

@@ -14,8 +14,9 @@ from train.data.stimuli import RecordingStimuli
 from train.models.backbone import Backbone
 from train.models.features import LayerFeatures, PixelFeatures
 from train.models.windows import WHOLE, Window, windows
-from train.regression.gram import ROUNDING
-from train.regression.kernel_regression import Method, centred, regress
+from train.regression.gram import centred_gram
+from train.regression.precision import ROUNDING
+from train.regression.ridge import ridge
 from train.regression.stacking import stack
 from train.run.recipe import Source
 
@@ -91,7 +92,7 @@ def test_a_sum_of_layers_is_ridge_on_features_of_one_size(data, tmp_path):
     for own in centred_features(data).values():
         products = products + own @ own.T / np.square(own).sum()
     gram, rates = gram_and_rates(products, data, ROUNDING["float32"])
-    expected = regress(gram, rates, Method("ridge", 1000)).prediction
+    expected = ridge(gram, rates, 1000).prediction
     np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, atol=1e-3)
 
 
@@ -113,7 +114,7 @@ def test_each_window_is_a_ridge_on_features_weighed_by_it(data, tmp_path, layers
             seen = own * np.sqrt(np.tile(window.weights(side, side), own.shape[1] // side**2))
             products = products + seen @ seen.T / np.square(seen).sum()
         gram, rates = gram_and_rates(products, data, ROUNDING["float64"])
-        fits.append(regress(gram, rates, Method("ridge", 1000)))
+        fits.append(ridge(gram, rates, 1000))
     stacked = stack([fit.left_out for fit in fits], rates, [fit.prediction for fit in fits])
     np.testing.assert_allclose(predictions(run)["prediction"], stacked.prediction, atol=1e-4)
     np.testing.assert_allclose(predictions(run, "left_out")["prediction"], stacked.left_out, atol=1e-4)
@@ -133,7 +134,7 @@ def centred_features(data, layers=""):
 def gram_and_rates(products, data, rounding):
     """For the regression from train to val."""
     fit, held_out = np.split(np.arange(len(products)), [COUNTS["train"]])
-    return centred(products, fit, held_out, rounding), ShardFolder(data).split("train").rates()
+    return centred_gram(products, fit, held_out, rounding), ShardFolder(data).split("train").rates()
 
 
 def test_windows_need_leave_one_out(data, tmp_path):

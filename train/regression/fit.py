@@ -1,0 +1,78 @@
+"""The result of a regression from features to sites, put together from groups of sites recorded alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Self, TypeVar
+
+import numpy as np
+
+from train.regression.gram import Predictors
+
+MIN_STIMULI = 3  # to fit a site
+
+
+@dataclass
+class Fit:
+    """A regression of every site; NaN for a site with fewer than `MIN_STIMULI` responses.
+
+    Attributes:
+        prediction: float32 (held out, sites), in the units of the responses.
+        dual: float64 (n, sites), the weights of the stimuli; those of the features are X' dual. 0 for stimuli that a
+            site has no response to.
+        mean: float64 (sites,), of the responses; the prediction at the mean features of a site's stimuli.
+    """
+
+    prediction: np.ndarray
+    dual: np.ndarray
+    mean: np.ndarray
+
+    @classmethod
+    def empty(cls, held_out: int, stimuli: int, sites: int) -> Self:
+        """No site is fitted yet."""
+        return cls(
+            prediction=np.full((held_out, sites), np.nan, np.float32),
+            dual=np.zeros((stimuli, sites)),
+            mean=np.full(sites, np.nan),
+        )
+
+    def insert(self, group: Self, recorded: np.ndarray, sites: np.ndarray) -> None:
+        """Take over the fit of a group of sites.
+
+        Args:
+            group: the fit.
+            recorded: (n,) bool, its stimuli.
+            sites: positions of its sites.
+        """
+        self.prediction[:, sites] = group.prediction
+        self.mean[sites] = group.mean
+        self.dual[np.ix_(recorded, sites)] = group.dual
+
+
+FitType = TypeVar("FitType", bound=Fit)
+
+
+def fit_site_groups(
+    predictors: Predictors,
+    rates: np.ndarray,
+    fit_group: Callable[[Predictors, np.ndarray], FitType],
+    result: FitType,
+) -> FitType:
+    """Fit together the sites that were recorded for the same stimuli: they share one decomposition.
+
+    The features are centred on the stimuli of each such group.
+
+    Args:
+        predictors: of all stimuli.
+        rates: float32 or float64 (n, sites); NaN = not recorded.
+        fit_group: fits float64 responses (stimuli, sites) without NaN.
+        result: an empty fit, which is filled.
+    """
+    patterns, pattern_of_site = np.unique(~np.isnan(rates), axis=1, return_inverse=True)
+    for index, recorded in enumerate(patterns.T):
+        if recorded.sum() < MIN_STIMULI:
+            continue
+        sites = np.flatnonzero(pattern_of_site == index)
+        of_group = predictors if recorded.all() else predictors.subset(recorded)
+        group = fit_group(of_group, rates[recorded][:, sites].astype(np.float64))
+        result.insert(group, recorded, sites)
+    return result

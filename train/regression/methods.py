@@ -1,0 +1,84 @@
+"""The regression methods of a probe by name, and their cross-validated R2."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from train.regression.fit import Fit
+from train.regression.gram import Predictors, centred_gram
+from train.regression.least_squares import least_squares, partial_least_squares
+from train.regression.ridge import ridge
+
+
+@dataclass(frozen=True)
+class Method:
+    """A regression from features to sites.
+
+    Attributes:
+        kind: ridge with a penalty per site by leave-one-out; ordinary least squares on principal components; or partial
+            least squares.
+        components: number of principal components (all where None), or of latent dimensions of pls.
+    """
+
+    kind: Literal["ridge", "ols", "pls"]
+    components: int | None = None
+
+
+def regress(predictors: Predictors, rates: np.ndarray, method: Method) -> Fit:
+    """Fit every site.
+
+    Args:
+        predictors: of the stimuli to fit and those held out; for pls a Gram matrix.
+        rates: float32 or float64 (n, sites); NaN = not recorded.
+        method: of regression.
+    """
+    match method.kind:
+        case "ridge":
+            return ridge(predictors, rates, method.components)
+        case "ols":
+            return least_squares(predictors, rates, method.components)
+        case "pls":
+            return partial_least_squares(predictors, rates, method.components)
+
+
+def folded_r2(
+    products: np.ndarray,
+    stimuli: np.ndarray,
+    rates: np.ndarray,
+    method: Method,
+    folds: Sequence[np.ndarray],
+    rounding: float = 0.0,
+) -> np.ndarray:
+    """R2 per site where each fold is predicted from the others, float64 (sites,).
+
+    Args:
+        products: (N, N) inner products of features.
+        stimuli: (n,) positions among the N.
+        rates: (n, sites) of these stimuli.
+        method: of regression.
+        folds: positions among the n, each in exactly one fold.
+        rounding: of the products, see `train.regression.gram.GramMatrix`.
+    """
+    predicted = np.full(rates.shape, np.nan)
+    all_stimuli = np.arange(len(stimuli))
+    for fold in folds:
+        others = np.setdiff1d(all_stimuli, fold)
+        gram = centred_gram(products, stimuli[others], stimuli[fold], rounding)
+        predicted[fold] = regress(gram, rates[others], method).prediction
+    return r2_per_site(predicted, rates)
+
+
+def r2_per_site(predicted: np.ndarray, rates: np.ndarray) -> np.ndarray:
+    """R2 per site, float64 (sites,), of predictions (n, sites) of rates (n, sites), NaN = not recorded.
+
+    NaN for a site whose responses are constant.
+    """
+    recorded = ~np.isnan(rates)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(recorded, rates, 0).sum(0) / recorded.sum(0)
+        deviation = np.where(recorded, rates - mean, 0)
+        error = np.where(recorded, rates - predicted, 0)
+        total = np.square(deviation).sum(0, dtype=np.float64)
+        return np.where(total > 0, 1 - np.square(error).sum(0, dtype=np.float64) / total, np.nan)

@@ -1,0 +1,96 @@
+"""Ridge regression with a penalty per site, chosen by exact leave-one-out."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Self
+
+import numpy as np
+
+from train.regression.fit import Fit, fit_site_groups
+from train.regression.gram import Predictors
+
+PENALTIES = np.logspace(-6, 6, 49)  # in units of the Gram matrix's mean eigenvalue
+
+
+@dataclass
+class RidgeFit(Fit):
+    """A ridge regression of every site; NaN for a site with too few responses.
+
+    Attributes:
+        penalty: float64 (sites,), in units of the mean eigenvalue.
+        inner_r2: float64 (sites,), R2 of `left_out`.
+        left_out: float32 (n, sites), the prediction for each stimulus from the others, on the principal components of
+            all; NaN where a site has no response to it.
+    """
+
+    penalty: np.ndarray
+    inner_r2: np.ndarray
+    left_out: np.ndarray
+
+    @classmethod
+    def empty(cls, held_out: int, stimuli: int, sites: int) -> Self:
+        """See `Fit.empty`."""
+        fit = Fit.empty(held_out, stimuli, sites)
+        return cls(
+            prediction=fit.prediction,
+            dual=fit.dual,
+            mean=fit.mean,
+            penalty=np.full(sites, np.nan),
+            inner_r2=np.full(sites, np.nan),
+            left_out=np.full((stimuli, sites), np.nan, np.float32),
+        )
+
+    def insert(self, group: Self, recorded: np.ndarray, sites: np.ndarray) -> None:
+        """See `Fit.insert`."""
+        super().insert(group, recorded, sites)
+        self.penalty[sites] = group.penalty
+        self.inner_r2[sites] = group.inner_r2
+        self.left_out[np.ix_(recorded, sites)] = group.left_out
+
+
+def ridge(predictors: Predictors, rates: np.ndarray, components: int | None = None) -> RidgeFit:
+    """Ridge regression on principal component scores: a = U (S^2 + penalty)^-1 U' y.
+
+    Args:
+        predictors: of the stimuli to fit and those held out.
+        rates: float32 or float64 (n, sites); NaN = not recorded.
+        components: number of principal components; all where None.
+    """
+    empty = RidgeFit.empty(predictors.held_out, *rates.shape)
+    return fit_site_groups(predictors, rates, partial(_fit_group, components=components), empty)
+
+
+def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None) -> RidgeFit:
+    """The leave-one-out residual of stimulus i is e_i / (1 - H_ii), with H the hat matrix (PRESS, Allen 1974), so every
+    penalty of a wide grid costs one product.
+    """
+    spectrum = predictors.spectrum.leading(components)
+    eigenvalues, vectors = spectrum.values[:, None], spectrum.vectors
+    mean = rates.mean(axis=0)
+    centred_rates = rates - mean
+    mean_eigenvalue = predictors.trace / len(rates) or 1.0
+    rotated, squared = vectors.T @ centred_rates, vectors**2
+
+    def left_out_errors(penalties: np.ndarray) -> np.ndarray:
+        shrinkage = eigenvalues / (eigenvalues + penalties * mean_eigenvalue)
+        hat_diagonal = 1 / len(rates) + squared @ shrinkage
+        return (centred_rates - vectors @ (shrinkage * rotated)) / np.clip(1 - hat_diagonal, 1e-9, None)
+
+    variance = np.square(centred_rates).sum(axis=0)
+    best_press = np.full(rates.shape[1], np.inf)
+    penalty = np.full(rates.shape[1], PENALTIES[-1])
+    for candidate in PENALTIES:
+        press = np.square(left_out_errors(np.array([candidate]))).sum(axis=0)
+        better = press < best_press
+        best_press, penalty = np.where(better, press, best_press), np.where(better, candidate, penalty)
+    dual = vectors @ (rotated / (eigenvalues + penalty * mean_eigenvalue))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        inner_r2 = np.where(variance > 0, 1 - best_press / variance, np.nan)
+    return RidgeFit(
+        prediction=(predictors.predict(dual) + mean).astype(np.float32),
+        dual=dual,
+        mean=mean,
+        penalty=penalty,
+        inner_r2=inner_r2,
+        left_out=(rates - left_out_errors(penalty)).astype(np.float32),
+    )
