@@ -42,7 +42,7 @@ def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
     """This process's share of the stimuli to fit and of those held out, as a probe has them on disk."""
     import torch
 
-    from train.data.order import rank_share
+    from train.data.order import share
     from train.regression.feature_store import FeatureStore
 
     stores, start = [], 0

@@ -1,7 +1,8 @@
 """Head first: readouts that begin at the ridge solution on the features of the backbone as it is, in closed form.
 
-Each rank computes the features of its own stimuli and gets all stimuli of a slice of them (`train/regression/feature_slices.py`);
-weights are computed slice by slice. A site's penalty is chosen by exact leave-one-out.
+Each rank computes the features of its own stimuli and gets all stimuli of a slice of them
+(`train/regression/feature_slices.py`); weights are computed slice by slice. A site's penalty is chosen by exact
+leave-one-out.
 """
 
 from collections.abc import Iterator

@@ -192,7 +192,7 @@ class Products:
         return np.dtype(np.float32 if halved else np.float64)
 
     def _write_whole(self, view: View, owner: int, held: StoredActivations, files: Mapping[View, BinaryIO]) -> None:
-        """Where several modules are read together, each is brought to the same mean square (see `windowed_inner_products`)."""
+        """The features of several modules are each brought to the same mean square, see `windowed_inner_products`."""
         parts, found = parts_of(view.layer), []
         for part in parts:
             products = inner_products(held, part, owner)
