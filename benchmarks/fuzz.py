@@ -48,7 +48,7 @@ from data_prep.sources.files.image_files import ImageFiles
 from data_prep.sources.files.response_arrays import open_npy
 from data_prep.sources.folder import Folder
 from train.data.decoding import decode
-from train.evaluation.prediction_export import read_predictions
+from train.evaluation.predictions_file import read_predictions
 from train.models.weights import read_weights
 from train.run.checkpoint import SUMS, Progress, _sum, load_progress, load_tensors, newest_whole
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe

@@ -21,17 +21,16 @@ def main() -> None:
         raise BadInput("--combine joins several runs; there is one")
 
     from train.distributed.runtime import start_runtime
-    from train.evaluation.ensemble_scoring import join, prepare_ensembles
-    from train.evaluation.run_results import run_one
-    from train.evaluation.run_scoring import prepare
+    from train.evaluation.ensemble_evaluation import combine_members, prepare_ensembles
+    from train.evaluation.run_evaluation import prepare, run_job
 
     jobs, ensembles = prepare_ensembles(options) if several else (prepare(options, options.runs[0], options.split), [])
     recipe = jobs[0].recipe if jobs else Recipe()
     with start_runtime(None, "fp32", recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
         for job in jobs:
-            run_one(job, runtime)
-        if ensembles and runtime.is_main:
-            join(options, ensembles, runtime.ranks)
+            run_job(job, runtime)
+        if options.out is not None and runtime.is_main:
+            combine_members(options.out, ensembles, runtime.ranks)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def main() -> None:
     """Parse, check, write."""
     options = parse(Export, args=sys.argv[1:])
 
-    from train.evaluation.run_export import export
+    from train.evaluation.exporting.run_export import export
 
     export(options)
 

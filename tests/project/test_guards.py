@@ -31,7 +31,10 @@ FORBIDDEN = {
     "yaml.safe_load": ("train/distributed/launch_environment.py",),  # the configuration of the user's own launcher
     "yaml.SafeLoader": ("train/run/yaml_files.py",),
     "torch.load": ("train/models/weights.py", "train/models/backbone.py"),
-    "h5py.File": ("data_prep/sources/files/hdf5.py", "train/evaluation/prediction_export.py"),  # the latter writes
+    "h5py.File": (
+        "data_prep/sources/files/hdf5.py",
+        "train/evaluation/exporting/prediction_export.py",
+    ),  # the latter writes
     "netcdf_file": ("data_prep/sources/files/netcdf.py",),
     "tarfile.open": ("data_prep/shards/members.py",),
     "zipfile.ZipFile": (

@@ -27,7 +27,12 @@ def draw_figures(board: Board, split: str, scored: RecordingScores, stimuli: Rec
 
     Images of remote stimuli are not fetched for it.
     """
-    if scored.moments is not None and scored.rates is not None and scored.rates.size <= MOST_NUMBERS:
+    if (
+        scored.moments is not None
+        and scored.rates is not None
+        and stimuli.rates is not None
+        and scored.rates.size <= MOST_NUMBERS
+    ):
         r2 = site_scores(scored.moments)["r2"]
         if np.isfinite(r2).any():
             sites = [str(site["id"]) for site in stimuli.split.manifest.sites]

@@ -46,7 +46,7 @@ class RecordingScores:
 
     def means(self) -> dict[str, float]:
         """Every metric's mean over sites, and the accuracy "top1"."""
-        means = {}
+        means: dict[str, float] = {}
         if self.moments is not None:
             means |= {name: mean_score(per_site) for name, per_site in site_scores(self.moments).items()}
         if self.counts is not None:

@@ -8,7 +8,7 @@ from data_prep.ceiling import variance_components
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest, to_json_list
 from train.data.stimuli import RecordingStimuli, StimulusSet
-from train.evaluation.ensembles import Predictions
+from train.evaluation.predictions_file import predictions_of
 from train.run.folder import LEFT_OUT
 from train.run.recipe import Distill
 
@@ -69,7 +69,7 @@ def learn_from_teacher(fit: RecordingStimuli, recipe: Distill) -> str:
     Raises:
         BadInput: the teacher predicts other sites, or none of the stimuli.
     """
-    taught = Predictions.of(Path(recipe.teacher), LEFT_OUT, fit.name)
+    taught = predictions_of(Path(recipe.teacher), LEFT_OUT, fit.name)
     if taught.site_ids != fit.split.manifest.site_ids:
         raise BadInput(f"distill.teacher: {recipe.teacher} predicts other sites than {fit.split.folder} has")
     teacher = taught.rows(fit.stimulus_ids)

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.common.safe_reading import parse_json, read_regular
 from data_prep.common.terminal import printable
-from train.evaluation.ensembles import NOTE
+from train.evaluation.ensemble_evaluation import ENSEMBLE_FILE
 from train.reporting.rows import Row, shortest_names
 from train.run.folder import FREE, RunFolder, flat
 from train.run.yaml_files import read_yaml
@@ -130,12 +130,12 @@ class _Systems:
         return self._known[run]
 
     def _facts(self, run: Path, depth: int) -> Any:
-        if not (run / NOTE).is_file():
+        if not (run / ENSEMBLE_FILE).is_file():
             settings = flat(read_yaml(RunFolder(run).recipe))
             if settings.get("distill.teacher") is not None:
                 return None  # the teacher's training stimuli count as well
             return {name: value for name, value in settings.items() if name not in APART}
-        note = parse_json(read_regular(run / NOTE))
+        note = parse_json(read_regular(run / ENSEMBLE_FILE))
         members = [Path(member) for one in note["members"] for member in one["runs"]]
         systems = [self.of(member, depth + 1) for member in members] if depth < DEEPEST else []
         return [note["combine"], *sorted(systems)] if systems and None not in systems else None

@@ -89,7 +89,7 @@ class Group:
         """Of each row, whether its predictions are those of the stimuli and responses that the first ones' are."""
         known = next((row.predictions for row in self.rows if row.predictions is not None), None)
         return [
-            row.predictions is not None and np.array_equal(row.predictions.target, known.target, equal_nan=True)
+            row.predictions is not None and np.array_equal(row.predictions.response, known.response, equal_nan=True)
             for row in self.rows
         ]
 

@@ -227,13 +227,13 @@ def test_a_killed_process_leaves_the_folder_free(tmp_path):
 
 def test_a_checkpoint_that_changes_meanwhile_is_not_mixed_with_the_next(run, packed, tmp_path, monkeypatch):
     """`best` is looked up once: what is said of the network and its weights are of one checkpoint."""
-    from train.evaluation import run_scoring
+    from train.evaluation import run_evaluation
     from train.evaluation.options import Evaluate
 
     own = shutil.copytree(run, tmp_path / "run", symlinks=True)
     folder = own / "checkpoints"
     (step,) = folder.glob("step_*")
-    load = run_scoring.load_progress
+    load = run_evaluation.load_progress
 
     def overtaken(path: Path):
         found = load(path)
@@ -244,8 +244,8 @@ def test_a_checkpoint_that_changes_meanwhile_is_not_mixed_with_the_next(run, pac
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_scoring, "load_progress", overtaken)
-        (job,) = run_scoring.prepare(Evaluate(runs=[own], data=[str(packed)]), own, "val")
+        patched.setattr(run_evaluation, "load_progress", overtaken)
+        (job,) = run_evaluation.prepare(Evaluate(runs=[own], data=[str(packed)]), own, "val")
     assert job.checkpoint.name == step.name
     assert job.progress.step != 900
 

@@ -1,0 +1,1 @@
+"""Exports a run for other programs: its predictions, or its network."""

@@ -1,0 +1,274 @@
+"""Exports a fine-tuned network: as a predictor that needs torch only, or as a timm checkpoint."""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from data_prep.common.atomic_writes import write_bytes
+from data_prep.common.errors import BadInput
+from data_prep.shards.manifest import Manifest
+from train.models.network import Network
+from train.models.readouts import Linear
+from train.run import predictor
+from train.run.checkpoint import Progress, checked_tensors
+from train.run.recipe import Recipe
+
+TOLERANCE = 1e-4  # largest difference of an exported network's outputs, relative to the spread of the outputs
+EXAMPLES = 3  # images that an exported network is tried on
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """A fine-tuned network in evaluation mode, on the CPU, and what its outputs are.
+
+    Attributes:
+        network: the network.
+        recipe: of the run.
+        manifest: of the recording.
+        progress: of the checkpoint; names sites and classes.
+    """
+
+    network: Network
+    recipe: Recipe
+    manifest: Manifest
+    progress: Progress
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the images it takes."""
+        return self.progress.image_size
+
+    @property
+    def timm_name(self) -> str:
+        """timm's name of the architecture, without that of the weights."""
+        return self.recipe.backbone.name.split(".")[0]
+
+    @property
+    def timm_output(self) -> str | None:
+        """The output that one linear layer computes from pooled features, as in timm: "rates", "classes" or None."""
+        if "rates" not in self.network.heads:
+            return "classes"
+        is_linear = self.recipe.readout.kind == "linear" and self.recipe.loss.responses != "poisson"
+        return "rates" if is_linear else None
+
+    def examples(self) -> torch.Tensor:
+        """Random images to try it on, uint8 (EXAMPLES, 3, size, size)."""
+        generator = torch.Generator().manual_seed(0)
+        shape = (EXAMPLES, 3, self.image_size, self.image_size)
+        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+
+def load_trained(
+    recipe: Recipe, checkpoint: Path, progress: Progress, manifest: Manifest, rows: slice = slice(None)
+) -> TrainedNetwork:
+    """Load the network of a run.
+
+    Args:
+        recipe: of the run.
+        checkpoint: folder.
+        progress: of the checkpoint; with several recordings, of the one to export (`Progress.of`).
+        manifest: of the recording.
+        rows: of the readout, which belong to the recording (`Progress.rows_of`).
+    """
+    network = Network(recipe.for_evaluation(), manifest, progress.image_size)
+    network.load_state_dict(checked_tensors(network, checkpoint, "network", rows))
+    return TrainedNetwork(network.eval(), recipe, manifest, progress)
+
+
+class NetworkInUnits(nn.Module):
+    """Images, uint8 (b, 3, size, size) -> "rates" (b, sites) in the recording's units and/or "classes", logits."""
+
+    def __init__(self, network: Network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        """See the class."""
+        outputs = self.network(images)
+        responses = self.network.objective.responses
+        if responses is not None:
+            outputs["rates"] = responses.in_units(outputs["rates"])
+        return outputs
+
+
+def _are_close(outputs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+    if outputs.keys() != expected.keys():
+        return False
+    for name, values in expected.items():
+        difference = (outputs[name] - values).abs().max()
+        if difference > TOLERANCE * values.std().clamp(min=1e-6):
+            return False
+    return True
+
+
+# ------------------------------------------------------------------------------------------------------- predictor
+
+
+def write_predictor(trained: TrainedNetwork, out: Path) -> list[Path]:
+    """Write `network.pt2`, `predictor.json` and `predictor.py` (`train/run/predictor.py`, which reads the others).
+
+    Returns:
+        The files.
+
+    Raises:
+        BadInput: torch.export cannot export the network.
+    """
+    network = NetworkInUnits(trained.network).eval()
+    program = _exported(network, trained)
+    with torch.no_grad():
+        if not _are_close(program.module()(trained.examples()), network(trained.examples())):
+            raise RuntimeError("the exported network does not predict what the run predicts")
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    progress = trained.progress
+    facts = {
+        "site_ids": progress.site_ids if "rates" in trained.network.heads else None,
+        "classes": progress.classes if "classes" in trained.network.heads else None,
+        "units": trained.manifest.rates.units,
+        "image_size": trained.image_size,
+        "recording": trained.manifest.name,
+        "simulated": trained.manifest.simulated,
+        "torch": torch.__version__,
+    }
+    files = {
+        out / "network.pt2": content.getvalue(),
+        out / "predictor.json": json.dumps(facts, indent=1).encode(),
+        out / "predictor.py": Path(predictor.__file__).read_bytes(),
+    }
+    for path, data in files.items():
+        write_bytes(path, data)
+    return list(files)
+
+
+def _exported(network: NetworkInUnits, trained: TrainedNetwork) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("images", min=1, max=4096)
+    try:
+        with torch.no_grad():
+            return torch.export.export(network, (trained.examples(),), dynamic_shapes=({0: batch},), strict=False)
+    except Exception as error:  # torch.export raises many kinds
+        reason = str(error).splitlines()[0][:200]
+        raise BadInput(
+            f"--format predictor: torch.export cannot export {trained.recipe.backbone.name} "
+            f"({type(error).__name__}: {reason}); try --format timm"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------------------------ timm
+
+
+def write_timm(trained: TrainedNetwork, out: Path) -> tuple[list[Path], str]:
+    """Write the backbone, and the readout if timm has a place for it, as a checkpoint that timm loads.
+
+    Returns:
+        The files, and how to load them.
+
+    Raises:
+        BadInput: the network is not one of timm's.
+    """
+    backbone, name = trained.network.backbone, trained.recipe.backbone.name
+    if type(backbone.net).__module__.startswith("train."):
+        raise BadInput(f"--format timm: {name} is Spiketune's own network, not one of timm's; use --format predictor")
+    weights = out / "model.safetensors"
+    if backbone.cut is not None:
+        write_bytes(weights, save(_contiguous_tensors(backbone.net)))
+        return [weights], (
+            f"the network is cut at {backbone.cut}, so the file has only the tensors up to there: "
+            f"timm.create_model({name!r}, num_classes=0).load_state_dict(load_file({str(weights)!r}), strict=False)"
+        )
+    model_args = {"img_size": trained.image_size} if hasattr(backbone.net, "set_input_size") else {}
+    classifier = _timm_classifier(trained, model_args)
+    net, outputs, comment = backbone.net, 0, "without a classifier"
+    if classifier is not None:
+        net, outputs = classifier.net, classifier.outputs
+        comment = f"its {outputs} outputs are the {trained.timm_output}"
+    config = {
+        "architecture": trained.timm_name,
+        "num_classes": outputs,
+        "model_args": model_args,
+        "pretrained_cfg": _pretrained_cfg(backbone.net, trained.image_size, outputs),
+        "site_ids": trained.progress.site_ids,
+    }
+    write_bytes(weights, save(_contiguous_tensors(net)))
+    write_bytes(out / "config.json", json.dumps(config, indent=1).encode())
+    loading = f"timm.create_model('local-dir:{out.resolve()}', pretrained=True)  # {comment}"
+    return [weights, out / "config.json"], loading
+
+
+def _contiguous_tensors(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.contiguous() for name, tensor in net.state_dict().items()}
+
+
+def _pretrained_cfg(net: nn.Module, side: int, outputs: int) -> dict[str, Any]:
+    """What timm needs to prepare images for the network."""
+    cfg = net.pretrained_cfg
+    assert isinstance(cfg, Mapping)
+    return {
+        "mean": list(cfg["mean"]),
+        "std": list(cfg["std"]),
+        "input_size": [3, side, side],
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "num_classes": outputs,
+        "classifier": cfg.get("classifier"),
+        "first_conv": cfg.get("first_conv"),
+    }
+
+
+@dataclass(frozen=True)
+class _TimmClassifier:
+    """A network of timm's whose classifier is our readout.
+
+    Attributes:
+        net: the network.
+        outputs: of the classifier.
+    """
+
+    net: nn.Module
+    outputs: int
+
+
+def _timm_classifier(trained: TrainedNetwork, model_args: Mapping[str, Any]) -> _TimmClassifier | None:
+    """timm's network with our linear readout, to the sites in the recording's units or to classes, as its classifier.
+
+    None if the readout is not linear, if the units are not a linear function of its outputs, or if timm's classifier
+    sits elsewhere: whether both predict the same is tried out.
+    """
+    network, name = trained.network, trained.timm_output
+    if name is None:
+        return None
+    readout = _linear_layer(network, name)
+    # timm's networks have methods that nn.Module does not have.
+    net: Any = timm.create_model(trained.timm_name, num_classes=readout.out_features, **model_args).eval()
+    classifier = net.get_classifier()
+    if not isinstance(classifier, nn.Linear) or classifier.weight.shape != readout.weight.shape:
+        return None
+    net.load_state_dict(_contiguous_tensors(network.backbone.net), strict=False)
+    with torch.no_grad():
+        offset, scale = torch.zeros_like(readout.bias), torch.ones_like(readout.bias)
+        responses = network.objective.responses
+        if name == "rates":
+            assert responses is not None
+            scale = responses.in_units(scale) - responses.in_units(offset)
+            offset = responses.in_units(offset)
+        classifier.weight.copy_(readout.weight * scale[:, None])
+        classifier.bias.copy_(readout.bias * scale + offset)
+        images = trained.examples()
+        outputs = net((images.float() - network.backbone.mean) / network.backbone.std)
+        same = _are_close({name: outputs}, {name: NetworkInUnits(network)(images)[name]})
+    return _TimmClassifier(net, readout.out_features) if same else None
+
+
+def _linear_layer(network: Network, output: str) -> nn.Linear:
+    layer = network.heads[output]
+    if isinstance(layer, Linear):
+        layer = layer.sites
+    assert isinstance(layer, nn.Linear), f"the readout to {output} is not linear"
+    return layer

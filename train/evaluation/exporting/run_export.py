@@ -1,0 +1,127 @@
+"""Exports a run: its predictions, or its network."""
+
+import sys
+from pathlib import Path
+
+from data_prep.common.atomic_writes import write_bytes
+from data_prep.common.errors import BadInput
+from data_prep.shards.folder import ShardFolder
+from train.evaluation.exporting.network_export import TrainedNetwork, load_trained, write_predictor, write_timm
+from train.evaluation.exporting.prediction_export import Assembly, assemble, mat_bytes, netcdf_bytes
+from train.evaluation.options import Export
+from train.evaluation.predictions_file import PREDICTIONS_FILE, read_predictions
+from train.run.checkpoint import current, load_progress
+from train.run.folder import RunFolder, check_writable, open_run
+
+PREDICTION_FORMATS = {"netcdf": (".nc", netcdf_bytes), "mat": (".mat", mat_bytes)}
+NETWORK_FILES = {
+    "timm": ("model.safetensors", "config.json"),
+    "predictor": ("network.pt2", "predictor.json", "predictor.py"),
+}
+
+
+def export(options: Export) -> None:
+    """Check everything, then write each format and print its files.
+
+    Raises:
+        BadInput: the run cannot be exported as asked, or a file exists already.
+    """
+    _check_recording(options)
+    _check_files(options)
+    # Both are loaded before anything is written.
+    assembly = _load_assembly(options) if set(options.format) & PREDICTION_FORMATS.keys() else None
+    network = _load_network(options) if set(options.format) & NETWORK_FILES.keys() else None
+    for name in options.format:
+        if assembly is not None and name in PREDICTION_FORMATS:
+            path = _prediction_file(options, name)
+            _, to_bytes = PREDICTION_FORMATS[name]
+            write_bytes(path, to_bytes(assembly))
+            _print_files(name, [path])
+        elif network is not None and name == "timm":
+            paths, loading = write_timm(network, options.out)
+            _print_files(name, paths)
+            print(f"  {loading}", flush=True)
+        elif network is not None:
+            _print_files(name, write_predictor(network, options.out))
+
+
+def _print_files(name: str, paths: list[Path]) -> None:
+    print(f"{name}: {', '.join(map(str, paths))}", flush=True)
+
+
+def _prediction_file(options: Export, name: str) -> Path:
+    split = RunFolder(options.run).evaluation(options.split, options.checkpoint).name
+    suffix, _ = PREDICTION_FORMATS[name]
+    return options.out / f"predictions_{split}{suffix}"
+
+
+def _check_recording(options: Export) -> None:
+    """With several recordings, one has to be named; otherwise none.
+
+    Raises:
+        BadInput: naming the recordings.
+    """
+    names = RunFolder(options.run).recordings()
+    if names and options.recording not in names:
+        raise BadInput(f"{options.run} was trained on {', '.join(names)}: name one of them with --recording")
+    if not names and options.recording is not None:
+        raise BadInput(f"--recording: {options.run} was not trained on several recordings; leave it out")
+
+
+def _check_files(options: Export) -> None:
+    """Refuse to overwrite a file.
+
+    Raises:
+        BadInput: a file exists already, or the folder cannot be written.
+    """
+    check_writable(options.out)
+    for name in options.format:
+        if name in PREDICTION_FORMATS:
+            paths = [_prediction_file(options, name)]
+        else:
+            paths = [options.out / file for file in NETWORK_FILES[name]]
+        for path in paths:
+            if path.exists():
+                raise BadInput(f"{path} exists already; choose another --out")
+
+
+def _load_assembly(options: Export) -> Assembly:
+    folder = RunFolder(options.run)
+    if not folder.recipe.is_file():
+        raise BadInput(f"{options.run} is not a run folder (it has no recipe.yaml)")
+    scored = folder.evaluation(options.split, options.checkpoint, options.recording)
+    predictions = read_predictions(scored / PREDICTIONS_FILE)
+    return assemble(predictions, _find_shards(options, folder), options.split)
+
+
+def _find_shards(options: Export, folder: RunFolder) -> ShardFolder | None:
+    """The shard folder, which knows more about stimuli and sites; None if it no longer exists."""
+    if options.data is not None:
+        return ShardFolder(options.data)
+    try:
+        return ShardFolder(_data_of(options, folder))
+    except BadInput as error:
+        print(f"warning: exported without facts about stimuli and sites: {error}", file=sys.stderr)
+        return None
+
+
+def _load_network(options: Export) -> TrainedNetwork:
+    folder, recipe = open_run(options.run)
+    checkpoint = current(folder.checkpoints, options.checkpoint)
+    progress = load_progress(checkpoint)
+    data = options.data or _data_of(options, folder)
+    rows = slice(None)
+    if options.recording is not None:
+        rows = progress.rows_of(options.recording, "--recording")
+        progress = progress.of(options.recording, "--recording")
+    manifest = ShardFolder(data).manifest
+    progress.check_fits(manifest, str(data))
+    return load_trained(recipe, checkpoint, progress, manifest, rows)
+
+
+def _data_of(options: Export, folder: RunFolder) -> str:
+    """The shard folder of the recording."""
+    folders = folder.data_folders()
+    if options.recording is None:
+        return folders[0]
+    return folders[folder.recordings().index(options.recording)]
