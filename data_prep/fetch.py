@@ -17,6 +17,11 @@ from data_prep.common.errors import run_command
 from data_prep.remote.datasets import DATASETS, Dataset, DatasetName
 from data_prep.remote.public_files import PublicFiles
 
+EXAMPLES = (
+    "majaj2015 --out downloads/majaj2015",
+    "tvsd --out downloads/tvsd --retries 20",
+)
+
 
 class Fetch(BaseModel):
     """Download a public recording."""
@@ -43,7 +48,7 @@ def _introduce(dataset: Dataset) -> None:
 
 def main() -> None:
     """Parse the command line, download, and say how to go on."""
-    options = parse(Fetch)
+    options = parse(Fetch, examples=EXAMPLES)
     dataset = DATASETS[options.dataset]
     files = PublicFiles(options.mirror, options.retries, options.timeout, report=partial(print, flush=True))
     _introduce(dataset)

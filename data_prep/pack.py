@@ -27,6 +27,11 @@ from data_prep.sources.simulated import Simulated
 from data_prep.sources.tvsd import Tvsd
 from data_prep.split_options import Division
 
+EXAMPLES = (
+    "folder my_recording --out data/mine",
+    "simulated --out data/simulated --stimuli 1000 --sites 50",
+)
+
 
 class Pack(Division):
     """Pack a recording into a folder of WebDataset shards."""
@@ -51,8 +56,7 @@ class Pack(Division):
 
 def options_of(words: Sequence[str] | None = None) -> Pack:
     """The options in the words of a command line, by default this process's."""
-    omit = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
-    return parse(Pack, words, config=omit)
+    return parse(Pack, words, examples=EXAMPLES)
 
 
 def main() -> None:

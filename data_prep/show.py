@@ -13,13 +13,19 @@ import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.atomic_writes import write_bytes
-from data_prep.common.command_line import Place, parse
+from data_prep.common.command_line import parse
 from data_prep.common.errors import BadInput, CannotWrite, run_command
+from data_prep.common.option_fields import Place
 from data_prep.common.progress import Progress
 from data_prep.remote.cache import FetchSettings
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.reindexing import reindex
 from data_prep.shards.summary import contact_sheet, summary
+
+EXAMPLES = (
+    "data/it",
+    "data/it --verify --contact-sheet sheet.png",
+)
 
 
 class Show(BaseModel):
@@ -77,7 +83,7 @@ def _draw_contact_sheet(folder: ShardFolder, path: Path) -> None:
 
 def main() -> None:
     """Parse the command line, print, draw and verify."""
-    options = parse(Show)
+    options = parse(Show, examples=EXAMPLES)
     if options.index:
         reindex(options.folder)
     folder = ShardFolder(options.folder, FetchSettings(options.shard_cache, options.shard_cache_gib))

@@ -5,17 +5,20 @@ launch/local.sh -n 2    train/evaluate.py RUN --split val
 launch/local.sh -n 2    train/evaluate.py RUN PROBE RUN ... --combine stack --out ENSEMBLE
 """
 
-import sys
-
 from data_prep.common.command_line import parse
 from data_prep.common.errors import BadInput, run_command
 from train.evaluation.options import Evaluate
 from train.run.recipe import Recipe
 
+EXAMPLES = (
+    "runs/a --split test",
+    "runs/a runs/b probes/c --combine stack --out runs/ensemble",
+)
+
 
 def main() -> None:
     """Parse, check, score, write."""
-    options = parse(Evaluate, args=sys.argv[1:])
+    options = parse(Evaluate, examples=EXAMPLES)
     several = len(options.runs) > 1 or options.out is not None
     if options.combine != "mean" and not several:
         raise BadInput("--combine joins several runs; there is one")

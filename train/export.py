@@ -3,16 +3,19 @@
 python train/export.py RUN --out DIR --format {netcdf,mat,timm,predictor} [...]
 """
 
-import sys
-
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
 from train.evaluation.options import Export
 
+EXAMPLES = (
+    "runs/a --out exported --format predictor",
+    "runs/a --out exported --format netcdf mat --split test",
+)
+
 
 def main() -> None:
     """Parse, check, write."""
-    options = parse(Export, args=sys.argv[1:])
+    options = parse(Export, examples=EXAMPLES)
 
     from train.evaluation.exporting.run_export import export
 

@@ -9,20 +9,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
-import tyro
 from pydantic import Field
 
-from data_prep.common.command_line import Place, parse
 from data_prep.common.errors import run_command
-from train.run.folder import begun_by_this_job, open_run
-from train.run.recipe import MOST_RECORDINGS, Recipe, leading_recipe
+from data_prep.common.option_fields import Place
+from train.run.folder import open_run
+from train.run.recipe import MOST_RECORDINGS, Recipe
+from train.run.recipe_command import parse_resumable
+
+EXAMPLES = (
+    "train/recipes/resnet50.yaml --data data/it --out runs/resnet50",
+    "train/recipes/resnet50.yaml --data data/it --out runs/slower --optimizer.lr 3e-4 --epochs 60",
+)
 
 
 class Finetune(Recipe):
-    """Fine-tune a vision backbone to predict the responses of a recording's sites.
-
-    A recipe (.yaml) as the first word gives the defaults: train/finetune.py [RECIPE.yaml] --data DIR --out RUN ...
-    """
+    """Fine-tune a vision backbone to predict the responses of a recording's sites."""
 
     data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)]
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...); several train one
@@ -34,27 +36,8 @@ class Finetune(Recipe):
 
 
 def parse_command_line(words: list[str]) -> tuple[Finetune, Recipe]:
-    """A command line, whose first word may be a recipe, as options and as the recipe they amount to.
-
-    With --resume and no recipe, the run's own recipe gives the defaults.
-
-    Raises:
-        BadInput: anything in it that is unknown, out of bounds or contradictory.
-    """
-    recipe, words = leading_recipe(words, Recipe)
-    options = _parse_flags(words, recipe or Recipe(data="" if "--resume" in words else None))
-    resume = options.resume or begun_by_this_job(options.out)
-    if resume and recipe is None:
-        options = _parse_flags(words, open_run(options.out)[1])
-    options.resume = resume
-    recipe = Recipe(**{name: getattr(options, name) for name in Recipe.model_fields})
-    recipe.check()
-    return options, recipe
-
-
-def _parse_flags(words: list[str], defaults: Recipe) -> Finetune:
-    missing = {"data": defaults.places or tyro.MISSING, "out": tyro.MISSING}
-    return parse(Finetune, args=words, default=Finetune.model_construct(**(dict(defaults) | missing), resume=False))
+    """The options, and the recipe in them."""
+    return parse_resumable(Finetune, Recipe, words, EXAMPLES, lambda run: open_run(run)[1])
 
 
 def main() -> None:

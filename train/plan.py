@@ -6,28 +6,24 @@ python train/plan.py [RECIPE.yaml] --gpus 8 --memory 24 [--machines 1] [--data D
 
 import sys
 
-import tyro
-
-from data_prep.common.command_line import parse
 from data_prep.common.errors import BadInput, run_command
 from train.planning.options import Plan
-from train.run.recipe import Recipe, leading_recipe
+from train.run.recipe import Recipe
+from train.run.recipe_command import parse_with_recipe
+
+EXAMPLES = (
+    "train/recipes/resnet50.yaml --gpus 8 --memory 24",
+    "--backbone.name resnet152 --gpus 16 --memory 80 --machines 2 --data data/it",
+)
 
 
 def parse_command_line(words: list[str]) -> tuple[Plan, Recipe]:
-    """A command line, whose first word may be a recipe, as options and as the recipe they amount to.
+    """The options, and the recipe in them.
 
     Raises:
         BadInput: anything in it that is unknown, out of bounds or contradictory.
     """
-    before, words = leading_recipe(words, Recipe)
-    missing = dict.fromkeys(("gpus", "memory"), tyro.MISSING)
-    own = {"machines": 1, "sites": None, "classes": None}
-    before = before or Recipe()
-    given = dict(before) | {"data": before.places or None}
-    options = parse(Plan, args=words, default=Plan.model_construct(**given, **missing, **own))
-    recipe = Recipe(**{name: getattr(options, name) for name in Recipe.model_fields})
-    recipe.check()
+    options, recipe = parse_with_recipe(Plan, Recipe, words, EXAMPLES)
     if options.gpus % options.machines:
         raise BadInput(f"machines: {options.gpus} GPUs cannot be divided evenly among {options.machines} machines")
     if options.data is not None and (options.sites or options.classes):

@@ -7,27 +7,28 @@ launch/local.sh -n 2    train/probe.py --data DIR --out RUN --layers pixels
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-import tyro
-
-from data_prep.common.command_line import Place, parse
 from data_prep.common.errors import run_command
-from train.run.folder import begun_by_this_job, open_probe
-from train.run.recipe import ProbeRecipe, leading_recipe
+from data_prep.common.option_fields import OFTEN_CHANGED, Place
+from train.run.folder import open_probe
+from train.run.recipe import ProbeRecipe
+from train.run.recipe_command import parse_resumable
+
+EXAMPLES = (
+    "--data data/it --out runs/pixels --layers pixels",
+    "train/recipes/probes/resnet50.yaml --data data/it --out runs/layers --split cv",
+)
 
 
 class Probe(ProbeRecipe):
-    """Predict the responses from a frozen network's activations, or from the pixels, exactly.
-
-    A recipe (.yaml) as the first word gives the defaults: train/probe.py [RECIPE.yaml] --data DIR --out RUN ...
-    """
+    """Predict the responses from a frozen network's activations, or from the pixels, exactly."""
 
     data: Place
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     out: Path
     """Run folder to make."""
-    split: Literal["val", "test", "cv"] = "val"
+    split: Annotated[Literal["val", "test", "cv"], OFTEN_CHANGED] = "val"
     """The stimuli to score: of a split, by a regression on train; or all, each fold by a regression on the others."""
     scratch: Path | None = None
     """Folder for activations while the probe runs; by default in the run folder."""
@@ -36,25 +37,8 @@ class Probe(ProbeRecipe):
 
 
 def parse_command_line(words: list[str]) -> tuple[Probe, ProbeRecipe]:
-    """A command line, whose first word may be a recipe, as options and as the recipe they amount to.
-
-    With --resume and no recipe, the probe's own recipe gives the defaults.
-    """
-    recipe, words = leading_recipe(words, ProbeRecipe)
-    options = _parse_flags(words, recipe or ProbeRecipe(data="" if "--resume" in words else None))
-    resume = options.resume or begun_by_this_job(options.out)
-    if resume and recipe is None:
-        options = _parse_flags(words, open_probe(options.out))
-    options.resume = resume
-    recipe = ProbeRecipe(**{name: getattr(options, name) for name in ProbeRecipe.model_fields})
-    recipe.check()
-    return options, recipe
-
-
-def _parse_flags(words: list[str], defaults: ProbeRecipe) -> Probe:
-    missing = {"data": tyro.MISSING if defaults.data is None else defaults.data, "out": tyro.MISSING}
-    others = {"split": "val", "scratch": None, "resume": False}
-    return parse(Probe, args=words, default=Probe.model_construct(**(dict(defaults) | missing), **others))
+    """The options, and the recipe in them."""
+    return parse_resumable(Probe, ProbeRecipe, words, EXAMPLES, open_probe)
 
 
 def main() -> None:

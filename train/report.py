@@ -3,7 +3,6 @@
 python train/report.py RUN [RUN ...] --out DIR [--split val] [--pair RUN RUN]
 """
 
-import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,6 +11,11 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
+
+EXAMPLES = (
+    "runs/a runs/b probes/c --out report",
+    "runs/a runs/b --out report --split test --pair runs/a runs/b",
+)
 
 
 class Report(BaseModel):
@@ -31,7 +35,7 @@ class Report(BaseModel):
 
 def main() -> None:
     """Parse, read, compare, draw, write."""
-    options = parse(Report, args=sys.argv[1:])
+    options = parse(Report, examples=EXAMPLES)
 
     from train.reporting.report_files import write_report
 

@@ -5,14 +5,19 @@ python train/sweep.py SWEEP.yaml --data DIR --out SWEEP_DIR [--processes N]
 The same command again, on this machine or another one, joins the search.
 """
 
-import sys
 from pathlib import Path
 
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.common.command_line import Place, parse
+from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
+from data_prep.common.option_fields import Place
+
+EXAMPLES = (
+    "train/recipes/sweeps/SWEEP.yaml --data data/it --out sweeps/a",
+    "train/recipes/sweeps/SWEEP.yaml --data data/it --out sweeps/a --processes 2",
+)
 
 
 class SweepCommand(BaseModel):
@@ -35,7 +40,7 @@ class SweepCommand(BaseModel):
 
 def main() -> None:
     """Parse, check, search, score the best, tell."""
-    options = parse(SweepCommand, args=sys.argv[1:])
+    options = parse(SweepCommand, examples=EXAMPLES)
 
     from train.sweeping.worker import Stop, prepare, say
 

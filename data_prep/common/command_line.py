@@ -1,56 +1,175 @@
-"""Command lines from typed models, with tyro; what is wrong with one is said in a sentence."""
+"""Command lines from pydantic models: tyro parses them; help pages and error messages are our own."""
 
 import contextlib
+import difflib
 import io
+import os
 import re
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, TypeVar
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import tyro
+from pydantic import BaseModel
 
+from data_prep.common.command_help import help_page, usage
 from data_prep.common.errors import BadInput
+from data_prep.common.option_fields import Option, options_of, subcommands
 
-Parsed = TypeVar("Parsed")
-Place = Annotated[str, tyro.conf.arg(metavar="PATH|URL")]
-"""The type of an option that takes a shard folder."""
+Parsed = TypeVar("Parsed", bound=BaseModel)
+SUBCOMMAND_SETTINGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
+
+# tyro's complaints, as running text
+_OUT_OF_BOUNDS = re.compile(
+    r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type=\w+\]"
+)
+_NO_CHOICE = re.compile(r"invalid choice (.*) for argument '(.*)'\. Expected one of \((.*)\)")
+_REPHRASED = (
+    (r"^(Value error|Invalid choice|Unrecognized options|Required options|Parsing error|Missing argument) ", ""),
+    (r"^Error parsing (\S+): ", r"\1: "),
+    (r"^Unrecognized options: ", "unexpected argument: "),
+    (r"invalid literal for int\(\) with base 10: (.*)", r"\1 is not a whole number"),
+    (r"could not convert string to float: (.*)", r"\1 is not a number"),
+    (r"no type matching \S+ could be instantiated from \[(.*)\]\.", r"\1 is not a valid value"),
+)
 
 
 def parse(
-    model: type[Parsed] | Callable[..., Parsed],
-    args: Sequence[str] | None = None,
-    default: Any = None,
-    config: Sequence[Any] = (),
+    model: type[Parsed],
+    words: Sequence[str] | None = None,
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    before: str = "",
+    examples: Sequence[str] = (),
 ) -> Parsed:
-    """Parse a command line into `model`.
+    """Parse a command line into `model`; --help prints a page about it and exits.
 
     Args:
-        model: a pydantic model or a function; its docstrings are the help text.
-        args: the words of the command line; by default those of this process.
-        default: an instance that gives the defaults.
-        config: further tyro settings.
+        model: of the options; the docstrings of its fields are their help texts.
+        words: of the command line; by default those of this process.
+        defaults: values of fields, in place of the model's own defaults.
+        before: arguments that were read before `words`, for the usage line.
+        examples: command lines for the help page, without the name of the program.
 
     Raises:
-        BadInput: an unknown option (with the nearest names), a missing one, or a value out of its bounds.
+        BadInput: an unknown option (with the nearest name), a missing one, or a value out of its bounds.
     """
+    words = sys.argv[1:] if words is None else list(words)
+    program = _program()
+    choices = _subcommands(model)
+    options = options_of(model, defaults or {})
+    chosen = next((word for word in words if word in choices), None)
+    if chosen is not None:
+        program += f" {chosen}"
+        options = [*options_of(choices[chosen], {}), *options]
+    elif choices:
+        before = f"{{{','.join(choices)}}}"
+    usage_line = usage(program, options, before)
+    if {"-h", "--help"} & set(words):
+        shown = [f"{_program()} {example}" for example in examples]
+        print(help_page(usage_line, choices.get(chosen or "", model), options, shown, None if chosen else choices))
+        raise SystemExit(0)
+    if choices and chosen is None:
+        raise BadInput(_unknown_subcommand(words, choices))
+    _check_flags(words, options, usage_line)
+    return _parse_with_tyro(model, words, defaults, usage_line)
+
+
+def _program() -> str:
+    """The command as it is shown: relative to the working folder where it lies below it."""
+    relative = os.path.relpath(sys.argv[0])
+    return sys.argv[0] if relative.startswith("..") else relative
+
+
+def _subcommands(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
+    return {name: kind for field in model.model_fields.values() for name, kind in subcommands(field).items()}
+
+
+def _unknown_subcommand(words: Sequence[str], choices: Mapping[str, Any]) -> str:
+    names = ", ".join(choices)
+    if not words or words[0].startswith("-"):
+        return f"name one of {names} first; {_program()} --help tells what they are"
+    return f"{words[0]!r} is none of {names}{_did_you_mean(difflib.get_close_matches(words[0], choices, n=1))}"
+
+
+def _check_flags(words: Sequence[str], options: Sequence[Option], usage_line: str) -> None:
+    """Refuse unknown flags, and a command line without the required ones.
+
+    Raises:
+        BadInput: with the nearest flags, or with the usage line.
+    """
+    known = {_normal(flag): flag for option in options for flag in option.flags}
+    given = [_normal(word.partition("=")[0]) for word in words if re.match(r"--[a-zA-Z]", word)]
+    for flag in given:
+        if flag not in known:
+            near = _nearest(flag, list(known))
+            raise BadInput(f"{flag} is not an option{_did_you_mean(known[name] for name in near)} ({_help_hint()})")
+    missing = [
+        option.usage
+        for option in options
+        if option.required and not option.positional and not {*map(_normal, option.flags)} & set(given)
+    ]
+    if missing:
+        raise BadInput(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; usage: {usage_line}")
+
+
+def _normal(flag: str) -> str:
+    return flag.replace("_", "-")
+
+
+def _nearest(flag: str, known: Sequence[str]) -> list[str]:
+    """The flags that are meant: those that end alike (--lr for --optimizer.lr), else the most similar one."""
+    last = flag.lstrip("-").rpartition(".")[2]
+    alike = [name for name in known if name.lstrip("-").rpartition(".")[2] == last]
+    return alike or difflib.get_close_matches(flag, known, n=1)
+
+
+def _did_you_mean(names: Any) -> str:
+    text = " or ".join(names)
+    return f"; did you mean {text}?" if text else ""
+
+
+def _help_hint() -> str:
+    return f"{_program()} --help lists the options"
+
+
+def _parse_with_tyro(
+    model: type[Parsed], words: Sequence[str], defaults: Mapping[str, Any] | None, usage_line: str
+) -> Parsed:
+    default = None
+    if defaults is not None:
+        own = {
+            name: tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
+            for name, field in model.model_fields.items()
+        }
+        default = model.model_construct(None, **(own | dict(defaults)))
     complaint = io.StringIO()
+    config = (tyro.conf.FlagCreatePairsOff, *(SUBCOMMAND_SETTINGS if _subcommands(model) else ()))
     try:
         with contextlib.redirect_stderr(complaint):
-            settings = (tyro.conf.FlagCreatePairsOff, *config)
-            return tyro.cli(model, args=args, default=default, config=settings)
+            return tyro.cli(model, args=words, default=default, config=config)
     except SystemExit as end:
         if end.code in (0, None):
             raise
-        raise BadInput(_sentence(complaint.getvalue())) from None
+        raise BadInput(_sentence(complaint.getvalue(), usage_line)) from None
 
 
-def _sentence(box: str) -> str:
-    """tyro's framed complaint as running text, without the frame and the links."""
-    lines = [re.sub(r"[╭╮╰╯│─]", " ", line).strip() for line in box.splitlines()]
-    text = " ".join(line for line in lines if line)
-    text = re.sub(r"\[/?bold\]", "", text)
-    text = re.sub(r"For further information visit \S+", "", text)
-    text = re.sub(r"\[type=\w+, input_value=(.*?), input_type=\w+\]", r"(not \1)", text)
-    text = re.sub(r"^(Value error|Invalid choice|Unrecognized options|Required options|Parsing error) +", "", text)
-    text = re.sub(r"Error parsing .*?: \d+ validation errors? for \w+ ", "", text)
-    text = re.sub(r"For full helptext, (see|run):? (.*?)--help", r"(\2--help lists the options)", text)
-    return re.sub(r"\s+", " ", text).strip()
+def _sentence(box: str, usage_line: str) -> str:
+    """tyro's framed complaint as one sentence, without the frame, links and repeated help."""
+    lines = [re.sub(r"[╭╮╰╯│─]|-{4,}", " ", line).strip() for line in box.splitlines()]
+    text = re.sub(r"\[/?bold\]", "", " ".join(line for line in lines if line))
+    text = re.split(r"Argument helptext:|Perhaps you meant:|For full helptext,|Got errors:", text)[0]
+    text = " ".join(text.split())
+    if "Missing from" in text or "List should have at least 1 item" in text:
+        return f"an argument is missing; usage: {usage_line}"
+    if match := _OUT_OF_BOUNDS.search(text):
+        section, name, fault, value = match.groups()
+        where = f"{section}.{name}" if section[0].islower() else name
+        return f"{where}: {fault} (not {value})"
+    if match := _NO_CHOICE.search(text):
+        value, flag, choices = match.group(1), match.group(2), re.findall(r"'(.*?)'", match.group(3))
+        near = difflib.get_close_matches(value.strip("'"), choices, n=1)
+        return f"{flag}: {value} is not one of {', '.join(choices)}{_did_you_mean(near)}"
+    for pattern, replacement in _REPHRASED:
+        text = re.sub(pattern, replacement, text)
+    return text

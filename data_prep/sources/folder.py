@@ -26,7 +26,7 @@ SITE_ID_COLUMNS = ("id", "site_id", "neuroid_id")
 _STIMULUS_ID = re.compile(r"[A-Za-z0-9_-]+")
 
 
-class Folder(BaseModel, extra="forbid"):
+class Folder(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """Images and responses from a folder with stimuli.csv and rates or trials."""
 
     source: tyro.conf.Positional[Path]

@@ -30,7 +30,7 @@ PROBES = 4  # images per split that `open` looks at
 _BLOCK_IMAGES = 16
 
 
-class ItH5(BaseModel, extra="forbid"):
+class ItH5(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """The EPFL course's IT recording, IT_data.h5."""
 
     source: tyro.conf.Positional[Path]

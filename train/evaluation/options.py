@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.common.command_line import Place
+from data_prep.common.option_fields import Place
 from train.run.recipe import MOST_RECORDINGS
 
 Combine = Literal["mean", "stack"]

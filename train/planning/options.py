@@ -4,15 +4,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from data_prep.common.command_line import Place
+from data_prep.common.option_fields import Place
 from train.run.recipe import MOST_RECORDINGS, Recipe
 
 
 class Plan(Recipe):
-    """Estimate what a recipe needs of each GPU under every strategy, and recommend a strategy and a batch.
-
-    A recipe (.yaml) as the first word gives the defaults: train/plan.py [RECIPE.yaml] --gpus 8 --memory 24 ...
-    """
+    """Estimate what a recipe needs of each GPU under every strategy, and recommend a strategy and a batch."""
 
     gpus: int = Field(ge=1, le=1_000_000)
     """GPUs over all machines."""

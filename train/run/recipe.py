@@ -1,5 +1,7 @@
 """The typed settings of a run. Every field's docstring is its help text on the command line."""
 
+import difflib
+import os
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -7,6 +9,7 @@ import yaml
 from pydantic import Field, ValidationError
 
 from data_prep.common.errors import BadInput
+from data_prep.common.option_fields import OFTEN_CHANGED
 from train.run.settings import (
     LARGEST_SEED,
     WEEK,
@@ -59,7 +62,7 @@ class Recipe(Settings):
     mix: Literal["proportional", "equal"] = "proportional"
     """Of several recordings: every stimulus once an epoch, and the mean over all responses; or equally many stimuli of
     each in a step, until the smallest has no more, and the mean over recordings of each one's mean."""
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Annotated[Literal["fp32", "bf16", "fp16"], OFTEN_CHANGED] = "bf16"
     """Of the training forward pass: float32, or autocast over float32 weights, for fp16 (of a GPU, with ddp) with a
     scaled loss. Evaluation is float32."""
     subset: int | None = Field(None, ge=LEAST_SUBSET, le=MOST_STIMULI)
@@ -73,9 +76,9 @@ class Recipe(Settings):
     """Decay per step of a running average of the weights, which is then what is scored and saved (0.99, say)."""
     deterministic: bool = False
     """Use only kernels that repeat bitwise on a GPU (slower there); on a CPU runs repeat anyway."""
-    epochs: int = Field(30, ge=1, le=1_000_000)
+    epochs: Annotated[int, OFTEN_CHANGED] = Field(30, ge=1, le=1_000_000)
     """Passes over the training stimuli; the schedule is laid out for all of them."""
-    seed: int = Field(0, ge=0, le=LARGEST_SEED)
+    seed: Annotated[int, OFTEN_CHANGED] = Field(0, ge=0, le=LARGEST_SEED)
     """Of the initial weights, the order of the stimuli, a subset of them and the inner split."""
 
     @property
@@ -194,15 +197,15 @@ class CrossValidation(Settings):
 class ProbeRecipe(Settings):
     """All settings of a probe."""
 
-    layers: list[Text] = Field(["all"], min_length=1, max_length=10_000)
+    layers: Annotated[list[Text], OFTEN_CHANGED] = Field(["all"], min_length=1, max_length=10_000)
     """`pixels`, `all` (every stage), or names of the network's modules, with globs; `a+b` reads both together."""
     pool: int | None = Field(7, ge=1, le=4096)
     """Average-pool the maps of a layer to at most this many rows and columns; None keeps them whole."""
-    field: Literal["whole", "gaussian"] = "whole"
+    field: Annotated[Literal["whole", "gaussian"], OFTEN_CHANGED] = "whole"
     """Ridge reads from the whole map alike, or each site finds its receptive field among Gaussian windows over it."""
-    readout: Literal["ridge", "ols", "pls"] = "ridge"
+    readout: Annotated[Literal["ridge", "ols", "pls"], OFTEN_CHANGED] = "ridge"
     """Ridge with a penalty per site by leave-one-out, or least squares, on principal components; or PLS."""
-    components: int | None = Field(1000, ge=1, le=1_000_000)
+    components: Annotated[int | None, OFTEN_CHANGED] = Field(1000, ge=1, le=1_000_000)
     """Principal components for ridge and ols, all where None (ridge then is that on the features themselves)."""
     latent: int = Field(25, ge=1, le=100_000)
     """Latent dimensions of pls."""
@@ -211,7 +214,7 @@ class ProbeRecipe(Settings):
     cross_validation: CrossValidation = CrossValidation()
     products: Literal["float64", "float32", "tf32", "bf16"] = "float32"
     """Of the inner products of features: rounding 1e-16, 1e-7, and where the hardware has them 1e-3, 4e-3."""
-    memory: float = Field(1.0, gt=0, le=1e6)
+    memory: Annotated[float, OFTEN_CHANGED] = Field(1.0, gt=0, le=1e6)
     """GiB of features that a process holds at one time; the others wait on disk."""
     backbone: Source = Source()
     images: Images = Images()
@@ -226,7 +229,7 @@ class ProbeRecipe(Settings):
     loader: Loader = Loader()
     timeout: float = Field(1800.0, ge=1, le=WEEK)
     """Seconds that processes wait for each other: one decomposes a matrix while the others have nothing to do."""
-    seed: int = Field(0, ge=0, le=LARGEST_SEED)
+    seed: Annotated[int, OFTEN_CHANGED] = Field(0, ge=0, le=LARGEST_SEED)
     """Of random weights, of a subset and of shuffled responses."""
 
     def check(self) -> None:
@@ -260,7 +263,7 @@ def load_recipe(path: Path, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
     try:
         content = read_yaml(path)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such recipe") from None
+        raise BadInput(f"{path}: no such recipe{_did_you_mean(path)}") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} is not readable as YAML: {error}") from None
     if not isinstance(content, dict | None):
@@ -271,11 +274,12 @@ def load_recipe(path: Path, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
         raise BadInput(f"{path}: {describe(error, model)}") from None
 
 
-def leading_recipe(words: list[str], model: type[AnyRecipe]) -> tuple[AnyRecipe | None, list[str]]:
-    """The recipe that a command line begins with, None where it begins with something else, and the other words."""
-    if words and words[0].endswith((".yaml", ".yml")):
-        return load_recipe(Path(words[0]), model), words[1:]
-    return None, words
+def _did_you_mean(path: Path) -> str:
+    shipped = Path(__file__).resolve().parents[1] / "recipes"
+    folders = (shipped / "probes", shipped, path.parent)  # of recipes with the same name, the last counts
+    recipes = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, recipes, n=1)
+    return f"; did you mean {os.path.relpath(recipes[near[0]])}?" if near else ""
 
 
 def save_recipe(recipe: Recipe | ProbeRecipe, path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from data_prep.common.option_fields import OFTEN_CHANGED
 from data_prep.remote.cache import FetchSettings
 
 LARGEST_SEED = 2**63 - 1  # that every generator takes
@@ -26,7 +27,7 @@ class Settings(BaseModel):
 class Task(Settings):
     """What the network learns to predict."""
 
-    kind: Literal["regression", "classification", "hybrid"] = "regression"
+    kind: Annotated[Literal["regression", "classification", "hybrid"], OFTEN_CHANGED] = "regression"
     """Responses, the object shown, or both from one backbone."""
     regression_weight: float = Field(1.0, ge=0, le=1e6)
     """Weight of the response loss in the hybrid sum."""
@@ -51,9 +52,9 @@ class Task(Settings):
 class Source(Settings):
     """A network and where its weights come from."""
 
-    name: Text = "tf_efficientnet_lite0"
+    name: Annotated[Text, OFTEN_CHANGED] = "tf_efficientnet_lite0"
     """Any timm model name, or our small `cnn2` and `cnn3`."""
-    weights: Text = "pretrained"
+    weights: Annotated[Text, OFTEN_CHANGED] = "pretrained"
     """`pretrained` (an installed package, else timm's hub), `random`, a .safetensors/.pth file, or a run folder."""
     cut: Text | None = None
     """End the network after this stage or module, e.g. layer3 or blocks.4, or read several together, as
@@ -63,7 +64,7 @@ class Source(Settings):
 class Backbone(Source):
     """The network that turns an image into features, and what of it is trained."""
 
-    trainable: Literal["all", "head"] = "all"
+    trainable: Annotated[Literal["all", "head"], OFTEN_CHANGED] = "all"
     """Train everything, or the readout alone on a frozen backbone."""
     batch_norm: Literal["live", "frozen", "synced"] = "live"
     """Normalise by each process's own share of the batch; by the statistics that came with the weights (a frozen
@@ -75,7 +76,7 @@ class Backbone(Source):
 class Readout(Settings):
     """From the backbone's features to the sites; docs/recipes.md has the formulas."""
 
-    kind: Literal["linear", "flattened", "low_rank", "factorised", "gaussian"] = "linear"
+    kind: Annotated[Literal["linear", "flattened", "low_rank", "factorised", "gaussian"], OFTEN_CHANGED] = "linear"
     """On pooled features; on the whole map; through shared dimensions; mask x channels; a Gaussian position."""
     rank: int = Field(32, ge=1, le=65_536)
     """Dimensions that the sites share, of low_rank."""
@@ -137,7 +138,7 @@ class Optimizer(Settings):
 
     name: Literal["nadam", "adam", "adamw", "radam", "lion", "sgd"] = "nadam"
     """The optimizer; weight decay is decoupled for all but sgd and adam."""
-    lr: float = Field(1e-3, gt=0, le=1000)
+    lr: Annotated[float, OFTEN_CHANGED] = Field(1e-3, gt=0, le=1000)
     """Peak learning rate."""
     backbone_lr_factor: float = Field(1.0, gt=0, le=1000)
     """The backbone's learning rate as a part of `lr`, which the readout has."""
@@ -167,7 +168,7 @@ class Schedule(Settings):
 class Batch(Settings):
     """How many stimuli make an optimizer step."""
 
-    global_size: int = Field(32, ge=1, le=1_000_000)
+    global_size: Annotated[int, OFTEN_CHANGED] = Field(32, ge=1, le=1_000_000)
     """Stimuli per optimizer step, over all processes together."""
     per_device: int | None = Field(None, ge=1, le=1_000_000)
     """The most stimuli in one forward pass of one process; gradient accumulation follows from it."""

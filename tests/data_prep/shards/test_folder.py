@@ -551,7 +551,7 @@ def test_members_that_lie_apart_are_refused(tmp_path):
 # ---- bad command lines ---------------------------------------------------------------------------------------------
 
 BAD_COMMAND_LINES = {
-    "unknown option": (["--trails", "t.npy"], "Perhaps you meant", "--trials"),
+    "unknown option": (["--trails", "t.npy"], "did you mean", "--trials"),
     "unknown option of the command": (["--worker", "3"], "--workers"),
     "a word too many": (["and more"], "and more"),
     "below its bound": (["--workers", "0"], "workers", "greater than or equal to 1"),
@@ -578,8 +578,8 @@ def test_a_bad_command_line_is_refused_in_one_sentence(tmp_path, case):
     [
         ([PACK, "folder", "src"], ["--out"]),
         ([PACK, "foldr", "src", "--out", "x"], ["foldr", "folder"]),
-        ([PACK], ["--out"]),
-        ([SHOW], ["PATH"]),
+        ([PACK], ["simulated", "--help"]),
+        ([SHOW], ["FOLDER"]),
         ([SHOW, "a", "--verfy"], ["--verify"]),
     ],
 )

@@ -1,0 +1,146 @@
+"""The options of a command as the fields of its pydantic model, with the flags and defaults they have."""
+
+import types
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import tyro
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+VALUE_NAMES: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", bool: ""}
+
+_POSITIONAL = tyro.conf.Positional[int].__metadata__[0]
+
+
+@dataclass(frozen=True)
+class Mark:
+    """What is known about a field besides its type; used as `Annotated[int, OFTEN_CHANGED]`."""
+
+    meaning: str
+
+
+OFTEN_CHANGED = Mark("among the settings that people change most; help shows it first")
+
+
+@dataclass(frozen=True)
+class ValueName:
+    """What help shows for an option's value in place of its type."""
+
+    text: str
+
+
+Place = Annotated[str, ValueName("PATH|URL")]
+"""The type of an option that takes a shard folder."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command line.
+
+    Attributes:
+        name: dotted, as in a recipe: optimizer.lr.
+        field: of the model.
+        default: its value where the option is not given; tyro.MISSING for a required one.
+        section: the model that holds the field.
+    """
+
+    name: str
+    field: FieldInfo
+    default: Any
+    section: type[BaseModel]
+
+    @property
+    def required(self) -> bool:
+        """Whether it has to be given."""
+        return self.default is tyro.MISSING
+
+    @property
+    def positional(self) -> bool:
+        """Whether it is given without a flag."""
+        return _POSITIONAL in self.field.metadata
+
+    @property
+    def value_name(self) -> str:
+        """What help shows for its value: PATH, {mean,stack}, ..."""
+        names = [mark.text for mark in self.field.metadata if isinstance(mark, ValueName)]
+        return names[0] if names else _value_name(self.field.annotation)
+
+    @property
+    def flags(self) -> list[str]:
+        """Its flags; settings of a section are spelled as in a recipe."""
+        name = self.name if "." in self.name else self.name.replace("_", "-")
+        if self.default is True:
+            section, dot, last = name.rpartition(".")
+            name = f"{section}{dot}no-{last}"
+        aliases = [alias for mark in self.field.metadata for alias in getattr(mark, "aliases", None) or ()]
+        return [f"--{name}", *aliases]
+
+    @property
+    def usage(self) -> str:
+        """The option as a usage line shows it."""
+        if self.positional:
+            name = self.value_name if self.value_name.startswith("{") else self.name.upper()
+            return f"{name} ..." if self.value_name.endswith(" ...") else name
+        return f"{self.flags[0]} {self.value_name}".rstrip()
+
+
+def _value_name(kind: Any) -> str:
+    origin, inner = get_origin(kind), [part for part in get_args(kind) if part is not type(None)]
+    if origin is Annotated:
+        names = [mark.text for mark in inner[1:] if isinstance(mark, ValueName)]
+        return names[0] if names else _value_name(inner[0])
+    if origin is Literal:
+        return f"{{{','.join(map(str, inner))}}}"
+    if origin in (Union, types.UnionType):
+        return "|".join(dict.fromkeys(map(_value_name, inner)))
+    if origin is list or (origin is tuple and Ellipsis in inner):
+        return f"{_value_name(inner[0])} ..."
+    if origin is tuple:
+        return " ".join(map(_value_name, inner))
+    return VALUE_NAMES.get(kind, "VALUE")
+
+
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo, type[BaseModel]]]:
+    """Every field of a model and of the sections in it: its dotted name, the field, the model that holds it."""
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from leaf_fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field, model
+
+
+def marked(model: type[BaseModel], mark: Mark) -> frozenset[str]:
+    """The dotted names of the fields that have a mark."""
+    return frozenset(name for name, field, _ in leaf_fields(model) if mark in field.metadata)
+
+
+def options_of(model: type[BaseModel], defaults: Mapping[str, Any]) -> list[Option]:
+    """The options of a command; `defaults` replace those of the model's own fields."""
+    return [
+        Option(name, field, _default(name, field, defaults), section)
+        for name, field, section in leaf_fields(model)
+        if not subcommands(field)
+    ]
+
+
+def _default(name: str, field: FieldInfo, defaults: Mapping[str, Any]) -> Any:
+    first, *rest = name.split(".")
+    if first in defaults:
+        value = defaults[first]
+        for part in rest:
+            value = getattr(value, part)
+        return value
+    return tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def subcommands(field: FieldInfo) -> dict[str, type[BaseModel]]:
+    """By name, the models of a field that is a choice of subcommands; empty for any other."""
+    choices = {}
+    for choice in get_args(field.annotation):
+        for mark in getattr(choice, "__metadata__", ()):
+            if isinstance(choice.__origin__, type) and issubclass(choice.__origin__, BaseModel):
+                choices[mark.name] = choice.__origin__
+    return choices

@@ -1,0 +1,93 @@
+"""Every command answers --help and a mistyped word at once: without the libraries that its work takes."""
+
+import subprocess
+import sys
+
+import pytest
+from helpers import ROOT, assert_refused, run_here
+
+COMMANDS = [f"data_prep/{name}.py" for name in ("pack", "show", "fetch")]
+COMMANDS += [f"train/{name}.py" for name in ("finetune", "evaluate", "probe", "sweep", "report", "plan", "export")]
+SLOW = ("torch", "timm", "accelerate", "deepspeed", "webdataset", "h5py", "pyarrow", "scipy", "matplotlib", "optuna")
+IMPORTS = """
+import runpy, sys
+script, *sys.argv = sys.argv[1:]
+sys.argv.insert(0, script)
+try:
+    runpy.run_path(script, run_name="__main__")
+except SystemExit:
+    pass
+print("imported:", *sorted({name.split(".")[0] for name in sys.modules}))
+"""
+
+
+def imported_by(*command: str) -> set[str]:
+    """The packages that a command has imported when it ends."""
+    words = [sys.executable, "-c", IMPORTS, *command]
+    done = subprocess.run(words, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=60)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_imports_nothing_slow(command):
+    slow = {*SLOW} - ({"h5py", "pyarrow"} if command.endswith("pack.py") else set())
+    assert imported_by(command, "--help") & slow == set()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--data", "d", "--out", "o", "--epoch", "3"],
+        ["--data", "d", "--out", "o", "--optimizer.lrr", "1"],
+        ["--data", "d", "--out", "o", "--batch.per_device", "64"],
+        ["nosuch.yaml"],
+        [],
+    ],
+    ids=" ".join,
+)
+def test_a_bad_command_line_imports_nothing_slow(words):
+    assert imported_by("train/finetune.py", *words) & {*SLOW} == set()
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["train/finetune.py", "--epoch", "3"], ["--epoch is not an option", "did you mean --epochs?"]),
+        (["train/finetune.py", "--optimizer.lrr", "1"], ["did you mean --optimizer.lr?"]),
+        (["train/finetune.py", "--lr", "1"], ["did you mean --optimizer.lr?"]),
+        (["train/finetune.py", "resnet5.yaml"], ["no such recipe; did you mean train/recipes/resnet50.yaml?"]),
+        (["train/probe.py", "resnet50"], ["no such recipe", "resnet50.yaml"]),
+        (
+            ["train/finetune.py", "--out", "o"],
+            ["--data PATH|URL ... is missing", "usage: train/finetune.py"],
+        ),
+        (["train/finetune.py", "--data", "d", "--out", "o", "--optimizer.lr", "-1"], ["optimizer.lr: ", "-1"]),
+        (["train/finetune.py", "--data", "d", "--out", "o", "--epochs", "x"], ["--epochs: 'x' is not a whole number"]),
+        (["train/evaluate.py"], ["missing; usage: train/evaluate.py RUNS ..."]),
+        (["train/evaluate.py", "r", "--split", "vall"], ["--split", "did you mean val?"]),
+        (["data_prep/pack.py", "foldr"], ["did you mean folder?"]),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_right(command, words):
+    assert_refused(run_here(*command), *words)
+
+
+def test_help_begins_with_what_people_need():
+    page = run_here("train/finetune.py", "--help").stdout
+    usage, _, examples, required, often, *_ = page.split("\n\n")
+    assert " ".join(usage.split()).startswith("usage: train/finetune.py [RECIPE.yaml] --data PATH|URL ... --out PATH")
+    assert examples.count("train/finetune.py") == 2
+    assert [line.split()[0] for line in required.splitlines() if line.startswith("  --")] == ["--data", "--out"]
+    assert sum(line.startswith("  --") for line in often.splitlines()) == 10
+
+
+def test_help_shows_the_defaults_of_the_recipe():
+    page = run_here("train/finetune.py", "train/recipes/resnet50.yaml", "--help").stdout
+    assert "[resnet50" in page
+
+
+def test_help_of_a_source_lists_its_options():
+    page = run_here("data_prep/pack.py", "folder", "--help").stdout
+    assert "usage: data_prep/pack.py folder SOURCE --out PATH" in page
+    assert "--rasters PATH" in page
+    assert "--spikes" not in page
