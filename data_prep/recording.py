@@ -44,18 +44,18 @@ class Recording(ABC):
 
     Attributes:
         name: short name, e.g. "majaj2015".
-        provenance: JSON-able: where it comes from, what was done to it, warnings found on the way.
+        provenance: JSON-able: where it comes from, how it was processed, warnings raised on the way.
         simulated: True for recordings that no brain took part in.
         sites: one dict per site, each with at least `id`; `region`, `subject` ... where known.
-        response_window_ms: (start, end) after stimulus onset, or None where the source does not tell.
-        units: of the rates, e.g. "spikes/s", or "as recorded" where the source does not tell.
+        response_window_ms: (start, end) after stimulus onset; None where the source does not say.
+        units: of the rates, e.g. "spikes/s", or "as recorded" where the source does not say.
         stimulus_ids: all ids, in the source's order.
         splits: one of `SPLITS` per stimulus.
         objects: the object shown, per stimulus; None where the source has no labels.
-        group_by: the fact in `meta` that says which stimuli were kept together in one split; None where none were.
+        group_by: the fact in `meta` by which stimuli were kept together in one split; None where none was used.
         truth: facts known only of a simulation, e.g. `{"reliability": [...]}` per site.
-        meta: per stimulus what is known of it before it is read, a part of `Stimulus.meta`; None where nothing is.
-        answered: per split, whether its stimuli have responses; None where all have.
+        meta: per stimulus, the part of `Stimulus.meta` that is known before the stimulus is read; None where none is.
+        split_has_responses: per split, whether its stimuli have responses; None where all have.
     """
 
     name: str
@@ -70,15 +70,23 @@ class Recording(ABC):
     group_by: str | None = None
     truth: dict[str, Any] | None = None
     meta: list[dict[str, Any]] | None = None
-    answered: dict[str, bool] | None = None
+    split_has_responses: dict[str, bool] | None = None
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
         """Yield the stimuli at `indices` (positions in `stimulus_ids`), in that order, without holding them all."""
 
+    def known_meta(self, index: int) -> dict[str, Any]:
+        """What is known of a stimulus before it is read."""
+        return {} if self.meta is None else self.meta[index]
+
+    def has_responses(self, index: int) -> bool:
+        """Whether the split of a stimulus has responses."""
+        return self.split_has_responses is None or self.split_has_responses.get(self.splits[index], True)
+
 
 def trial_average(trials: np.ndarray) -> np.ndarray:
-    """Mean over the repetitions that are there.
+    """Mean over the recorded repetitions.
 
     Args:
         trials: float (..., repetitions, sites), NaN = missing.
@@ -86,8 +94,8 @@ def trial_average(trials: np.ndarray) -> np.ndarray:
     Returns:
         float32 (..., sites); NaN where a site has no repetition at all.
     """
-    present = ~np.isnan(trials)
-    count = present.sum(axis=-2)
-    total = np.where(present, trials, 0.0).sum(axis=-2, dtype=np.float64)
+    recorded = ~np.isnan(trials)
+    count = recorded.sum(axis=-2)
+    total = np.where(recorded, trials, 0.0).sum(axis=-2, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (total / count).astype(np.float32)

@@ -1,6 +1,6 @@
-"""Spikes -> responses: counts in windows, spikes per second, baseline subtraction, z-scores within sessions.
+"""From spikes to responses: counts in windows, spikes per second, z-scores within sessions.
 
-Windows are half-open, [start, end), in the time unit of what they are applied to, relative to stimulus onset.
+Windows are half-open, [start, end), relative to stimulus onset, in the time unit of the spikes.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 
-Windows = Sequence[tuple[float, float]]
+Windows = Sequence[tuple[float, float]] | np.ndarray
 
 
 def spike_counts(spike_times: np.ndarray, onsets: np.ndarray, windows: Windows) -> np.ndarray:
@@ -17,14 +17,14 @@ def spike_counts(spike_times: np.ndarray, onsets: np.ndarray, windows: Windows) 
 
     Args:
         spike_times: float (spikes,), in ascending order.
-        onsets: float (presentations,), when each stimulus came on, in the same clock and unit; NaN = not presented.
+        onsets: float (presentations,), stimulus onsets on the same clock, in the same unit; NaN = not presented.
         windows: (start, end) after onset, in the same unit; a spike at `start` counts, one at `end` does not.
 
     Returns:
         float64 (presentations, windows); NaN where the onset is NaN.
 
     Raises:
-        BadInput: a window that ends before it starts, or spike times that are NaN or not in order.
+        BadInput: a window that does not start before it ends, or spike times that are NaN or out of order.
     """
     check_windows(windows)
     spike_times, onsets = np.asarray(spike_times, np.float64), np.asarray(onsets, np.float64)
@@ -32,8 +32,8 @@ def spike_counts(spike_times: np.ndarray, onsets: np.ndarray, windows: Windows) 
         raise BadInput("spike times must be in ascending order, without NaN")
     counts = np.empty((len(onsets), len(windows)))
     for k, (start, end) in enumerate(windows):
-        first, last = (np.searchsorted(spike_times, onsets + edge, side="left") for edge in (start, end))
-        counts[:, k] = last - first
+        first = np.searchsorted(spike_times, onsets + start, side="left")
+        counts[:, k] = np.searchsorted(spike_times, onsets + end, side="left") - first
     counts[np.isnan(onsets)] = np.nan
     return counts
 
@@ -42,16 +42,15 @@ def raster_counts(rasters: np.ndarray, first_ms: float, window_ms: tuple[float, 
     """Count spikes in a window of rasters with bins of 1 ms.
 
     Args:
-        rasters: integer (..., bins), spikes per millisecond; a trial with a negative number or NaN in the window is
-            missing.
-        first_ms: time of the first bin's start after stimulus onset.
+        rasters: integer (..., bins), spikes per millisecond; a trial with a negative number in the window is missing.
+        first_ms: start of the first bin, after stimulus onset.
         window_ms: (start, end) after onset.
 
     Returns:
         float64 (...,), spikes; NaN = missing.
 
     Raises:
-        BadInput: the window is not within the rasters, or does not begin and end with a bin.
+        BadInput: the window is not within the rasters, or does not start and end on a bin's edge.
     """
     bins = raster_bins(rasters.shape[-1], first_ms, window_ms)
     inside = rasters[..., bins]
@@ -62,12 +61,14 @@ def raster_counts(rasters: np.ndarray, first_ms: float, window_ms: tuple[float, 
 def raster_bins(bins: int, first_ms: float, window_ms: tuple[float, float]) -> slice:
     """The bins of a window, see `raster_counts`."""
     check_windows([window_ms])
-    first, last = (edge - first_ms for edge in window_ms)
+    first, last = window_ms[0] - first_ms, window_ms[1] - first_ms
     if first != int(first) or last != int(last):
-        raise BadInput(f"the window {_text(window_ms)} ms must begin and end with a bin of 1 ms ({first_ms:g} + k)")
+        raise BadInput(
+            f"the window {_text(window_ms)} ms must start and end on the edge of a 1 ms bin ({first_ms:g} + k)"
+        )
     if first < 0 or last > bins:
         raise BadInput(
-            f"the window {_text(window_ms)} ms is not within the rasters, which go from {first_ms:g} to "
+            f"the window {_text(window_ms)} ms is not within the rasters, which span {first_ms:g} to "
             f"{first_ms + bins:g} ms after stimulus onset"
         )
     return slice(int(first), int(last))
@@ -79,11 +80,7 @@ def per_second(counts: np.ndarray, window_ms: tuple[float, float]) -> np.ndarray
 
 
 def check_windows(windows: Windows) -> None:
-    """Refuse windows that do not start before they end.
-
-    Raises:
-        BadInput: naming the first.
-    """
+    """Raise BadInput for the first window that does not start before it ends."""
     for start, end in windows:
         if not start < end:
             raise BadInput(f"a window must start before it ends, not {_text((start, end))}")
@@ -96,30 +93,32 @@ def _text(window: tuple[float, float]) -> str:
 class SessionScale:
     """Mean and standard deviation of every site in every session, over all its presentations.
 
-    Presentations are taken in block by block, in float64 and merged by Chan's update, so that no recording has to be in
-    memory for it.
+    Presentations are added block by block, in float64 and merged by Chan's update, so that a recording never has to be
+    in memory as a whole.
 
     Args:
-        sessions: how many; they are numbered from 0.
+        sessions: number of sessions; they are numbered from 0.
         sites: number of sites.
     """
 
     def __init__(self, sessions: int, sites: int):
-        self.count, self._mean, self._squares = (np.zeros((sessions, sites)) for _ in range(3))
+        self.count = np.zeros((sessions, sites))
+        self._mean = np.zeros((sessions, sites))
+        self._squares = np.zeros((sessions, sites))
 
     def add(self, responses: np.ndarray, session: np.ndarray) -> None:
-        """Take in presentations.
+        """Add presentations.
 
         Args:
             responses: float (presentations, sites), NaN = missing.
-            session: int (presentations,), the number of each one's session.
+            session: int (presentations,), the number of each presentation's session.
         """
         for number in np.unique(session):
             block = responses[session == number].astype(np.float64)
-            there = ~np.isnan(block)
-            n = there.sum(axis=0)
-            mean = np.where(there, block, 0).sum(axis=0) / np.maximum(n, 1)
-            squares = (np.where(there, block - mean, 0) ** 2).sum(axis=0)
+            recorded = ~np.isnan(block)
+            n = recorded.sum(axis=0)
+            mean = np.where(recorded, block, 0).sum(axis=0) / np.maximum(n, 1)
+            squares = (np.where(recorded, block - mean, 0) ** 2).sum(axis=0)
             joint = np.maximum(self.count[number] + n, 1)
             delta = mean - self._mean[number]
             self._squares[number] += squares + delta**2 * self.count[number] * n / joint
@@ -133,14 +132,14 @@ class SessionScale:
 
     @property
     def std(self) -> np.ndarray:
-        """float64 (sessions, sites), dividing by the count; NaN where the responses do not vary."""
+        """float64 (sessions, sites), of the population (divided by the count); NaN where the responses do not vary."""
         std = np.sqrt(self._squares / np.maximum(self.count, 1))
         return np.where(std > 1e-12 * np.abs(self._mean), std, np.nan)
 
     def z_score(self, responses: np.ndarray, session: np.ndarray) -> np.ndarray:
-        """Each presentation in standard deviations from its session's mean: float64, the shape of `responses`.
+        """Standard deviations from the session's mean: float64, the shape of `responses`.
 
-        A site that does not vary within a session has no z-score there: NaN.
+        NaN where a site does not vary within a session.
         """
         return (responses - self.mean[session]) / self.std[session]
 

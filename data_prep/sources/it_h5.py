@@ -1,31 +1,34 @@
 """Source `it-h5`: IT_data.h5 of the EPFL course NX-414, normalised HvM images and rates of 168 IT sites.
 
-The images in the file are float (N, 3, H, W), (x / 255 - mean) / std with ImageNet's mean and std. They are brought
-back to the uint8 they were made from; how far the values are from whole numbers tells whether they ever were.
+The images in the file are float (N, 3, H, W), (x / 255 - mean) / std with ImageNet's mean and std. They are converted
+back to uint8; how far the values are from whole numbers shows whether they were ever uint8.
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import tyro
 from pydantic import BaseModel
 
 from data_prep.common.errors import BadInput
-from data_prep.common.image_decoding import encode_png
 from data_prep.recording import SPLITS, Recording, Stimulus
 from data_prep.sources.files import hdf5
+
+if TYPE_CHECKING:
+    import h5py
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# In uint8 steps. float32 leaves about 1e-4 and float16 up to 0.06; images that never were uint8 reach 0.5.
+# In uint8 steps. float32 leaves about 1e-4 and float16 up to 0.06; images that were never uint8 reach 0.5.
 ROUNDING_WARNING = 0.1
 RANGE_TOLERANCE = 0.5
-PROBES = 4  # images per split that `open` looks at
+PROBES = 4  # images per split that `open` checks
 
 _BLOCK_IMAGES = 16
 
@@ -46,37 +49,35 @@ class ItH5(BaseModel, extra="forbid", use_attribute_docstrings=True):
         """
         if not self.source.is_file():
             raise BadInput(f"{self.source}: no such file; SOURCE must be the course's IT_data.h5")
-        with hdf5.reading(self.source) as file:
-            size = {split: _check_images(hdf5.dataset(file, f"stimulus_{split}")) for split in SPLITS}
-            _check_equal(self.source, "image sizes", {split: shape[1:] for split, shape in size.items()})
-            count = {split: shape[0] for split, shape in size.items()}
-            objects = {split: _objects(hdf5.dataset(file, f"object_{split}"), count[split]) for split in SPLITS}
-            sites, answered = {}, {}
-            for split in SPLITS:
-                if split == "test" and not hdf5.has(file, "spikes_test"):
-                    answered[split] = False
-                    continue
-                sites[split], answered[split] = _check_spikes(hdf5.dataset(file, f"spikes_{split}"), count[split])
-            _check_equal(self.source, "numbers of sites", sites)
-            error = max(_probe(hdf5.dataset(file, f"stimulus_{split}")) for split in SPLITS)
-        height, width = size["train"][2:]
-        provenance = {
-            "source": "it-h5",
-            "path": str(self.source.resolve()),
-            "images": f"float (3, {height}, {width}), ImageNet normalisation undone, rounded to uint8, lossless PNG",
-            "probed_uint8_rounding_error": error,
-            "warnings": [rounding_warning(error)] if error > ROUNDING_WARNING else [],
-        }
+        with hdf5.open_file(self.source) as file:
+            contents = {split: _check_split(file, split) for split in SPLITS}
+            self._check_equal("image sizes", {split: found.image_shape for split, found in contents.items()})
+            sites = {split: found.sites for split, found in contents.items() if found.sites is not None}
+            self._check_equal("numbers of sites", sites)
+            error = max(_probe_rounding_error(hdf5.dataset(file, f"stimulus_{split}")) for split in SPLITS)
+        _, height, width = contents["train"].image_shape
+        images = f"float (3, {height}, {width}), ImageNet normalisation undone, rounded to uint8, lossless PNG"
         return ItH5Recording(
             name=self.name or self.source.stem,
-            provenance=provenance,
+            provenance={
+                "source": "it-h5",
+                "path": str(self.source.resolve()),
+                "images": images,
+                "probed_uint8_rounding_error": error,
+                "warnings": [rounding_warning(error)] if error > ROUNDING_WARNING else [],
+            },
             sites=[{"id": f"site_{i:03d}", "region": "IT"} for i in range(sites["train"])],
-            stimulus_ids=[f"{split}_{i:05d}" for split in SPLITS for i in range(count[split])],
-            splits=[split for split in SPLITS for _ in range(count[split])],
-            objects=[name for split in SPLITS for name in objects[split]],
+            response_window_ms=(70.0, 170.0),
+            stimulus_ids=[f"{split}_{i:05d}" for split in SPLITS for i in range(len(contents[split].objects))],
+            splits=[split for split in SPLITS for _ in contents[split].objects],
+            objects=[name for split in SPLITS for name in contents[split].objects],
             path=self.source,
-            answered=answered,
+            split_has_responses={split: found.has_responses for split, found in contents.items()},
         )
+
+    def _check_equal(self, quantity: str, values: dict[str, Any]) -> None:
+        if len(set(values.values())) > 1:
+            raise BadInput(f"{self.source}: the splits have different {quantity}: {values}")
 
 
 @dataclass(kw_only=True)
@@ -88,7 +89,6 @@ class ItH5Recording(Recording):
     """
 
     path: Path
-    response_window_ms: tuple[float, float] | None = (70.0, 170.0)
 
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
         """Yield the stimuli at `indices`; consecutive ones are read from the file in small blocks.
@@ -99,57 +99,66 @@ class ItH5Recording(Recording):
             BadInput: an image with NaN or with values that cannot be ImageNet-normalised.
         """
         first = {split: self.splits.index(split) for split in set(self.splits)}
-        with hdf5.reading(self.path) as file:
-            for run in self._blocks(file, indices, first):
-                split = self.splits[run[0]]
-                rows = slice(run[0] - first[split], run[-1] + 1 - first[split])
-                images = hdf5.dataset(file, f"stimulus_{split}")[rows]
-                rates = None
-                if self.answered[split]:
-                    rates = hdf5.dataset(file, f"spikes_{split}")[rows].astype(np.float32)
-                for k, i in enumerate(run):
-                    where = f"{self.path}: image {rows.start + k} of stimulus_{split}"
-                    uint8, error = denormalise(images[k], where)
-                    yield Stimulus(
-                        id=self.stimulus_ids[i],
-                        image=encode_png(uint8.transpose(1, 2, 0)),
-                        encoding="png",
-                        rates=None if rates is None else rates[k],
-                        meta={"object": self.objects[i], "uint8_rounding_error": error},
-                    )
+        with hdf5.open_file(self.path) as file:
+            for block in self._blocks(file, indices, first):
+                split = self.splits[block[0]]
+                rows = slice(block[0] - first[split], block[-1] + 1 - first[split])
+                yield from self._read_block(file, split, rows, block)
+
+    def _read_block(self, file: h5py.File, split: str, rows: slice, block: list[int]) -> Iterator[Stimulus]:
+        """The stimuli of a block, which are `rows` of a split."""
+        from data_prep.common.image_decoding import encode_png  # slow to import
+
+        assert self.objects is not None
+        images = hdf5.dataset(file, f"stimulus_{split}")[rows]
+        rates = None
+        if self.has_responses(block[0]):
+            rates = hdf5.dataset(file, f"spikes_{split}")[rows].astype(np.float32)
+        for k, i in enumerate(block):
+            pixels, error = denormalise(images[k], f"{self.path}: image {rows.start + k} of stimulus_{split}")
+            yield Stimulus(
+                id=self.stimulus_ids[i],
+                image=encode_png(pixels.transpose(1, 2, 0)),
+                encoding="png",
+                rates=None if rates is None else rates[k],
+                meta={"object": self.objects[i], "uint8_rounding_error": error},
+            )
 
     def _blocks(self, file: h5py.File, indices: Sequence[int], first: dict[str, int]) -> Iterator[list[int]]:
         """Cut `indices` into runs of consecutive stimuli of one split that lie in one block of the file."""
         length = {split: _block_length(hdf5.dataset(file, f"stimulus_{split}")) for split in first}
-        run: list[int] = []
+        block: list[int] = []
         for i in indices:
             split = self.splits[i]
-            fits = run and i == run[-1] + 1 and self.splits[run[-1]] == split
-            if run and not (fits and (i - first[split]) % length[split]):
-                yield run
-                run = []
-            run.append(int(i))
-        if run:
-            yield run
+            consecutive = block and i == block[-1] + 1 and self.splits[block[-1]] == split
+            if block and not (consecutive and (i - first[split]) % length[split]):
+                yield block
+                block = []
+            block.append(int(i))
+        if block:
+            yield block
 
 
-def denormalise(image: np.ndarray, where: str) -> tuple[np.ndarray, float]:
+# ---- images --------------------------------------------------------------------------------------------------------
+
+
+def denormalise(image: np.ndarray, location: str) -> tuple[np.ndarray, float]:
     """Undo the ImageNet normalisation of float (3, H, W).
 
     Returns:
         uint8 (3, H, W), and the largest rounding error in uint8 steps, 0 to 0.5.
 
     Raises:
-        BadInput: NaN or infinite values, or values outside 0..255 once undone; the message starts with `where`.
+        BadInput: NaN or infinite values, or values outside 0..255 once undone; the message starts with `location`.
     """
-    steps = _to_steps(image)
+    steps = _to_uint8_steps(image)
     if not np.isfinite(steps).all():
-        raise BadInput(f"{where} has values that are NaN or infinite")
+        raise BadInput(f"{location} has values that are NaN or infinite")
     low, high = float(steps.min()), float(steps.max())
     if low < -RANGE_TOLERANCE or high > 255 + RANGE_TOLERANCE:
         raise BadInput(
-            f"{where} cannot be ImageNet-normalised: undone, its values go from {low:.1f} to {high:.1f} instead of "
-            "0 to 255; expected is (x / 255 - mean) / std per channel"
+            f"{location} cannot be ImageNet-normalised: undone, its values range from {low:.1f} to {high:.1f} instead "
+            "of 0 to 255; expected (x / 255 - mean) / std per channel"
         )
     whole = np.clip(np.rint(steps), 0, 255)
     return whole.astype(np.uint8), float(np.abs(steps - whole).max())
@@ -158,12 +167,12 @@ def denormalise(image: np.ndarray, where: str) -> tuple[np.ndarray, float]:
 def rounding_warning(error: float) -> str:
     """What an error above `ROUNDING_WARNING` means."""
     return (
-        f"the images differ from whole uint8 steps by up to {error:.2f}: they never were uint8 (resized in floating "
-        "point, say), so the packed images are rounded ones"
+        f"the images differ from whole uint8 steps by up to {error:.2f}: they never were uint8 (perhaps resized in "
+        "floating point), so the packed images are rounded"
     )
 
 
-def _to_steps(image: np.ndarray) -> np.ndarray:
+def _to_uint8_steps(image: np.ndarray) -> np.ndarray:
     """float (..., 3, H, W), normalised -> float32, same shape, in uint8 steps."""
     mean = np.float32(255) * np.array(IMAGENET_MEAN, np.float32)[:, None, None]
     std = np.float32(255) * np.array(IMAGENET_STD, np.float32)[:, None, None]
@@ -171,80 +180,98 @@ def _to_steps(image: np.ndarray) -> np.ndarray:
         return image.astype(np.float32) * std + mean
 
 
-# ---- the file's structure ------------------------------------------------------------------------------------------
-
-
-def _check_equal(path: Path, what: str, values: dict[str, Any]) -> None:
-    if len(set(values.values())) > 1:
-        raise BadInput(f"{path}: the splits have different {what}: {values}")
-
-
-def _check_images(dataset: h5py.Dataset) -> tuple[int, ...]:
-    """The shape (N, 3, H, W) of a dataset of images."""
-    shape = dataset.shape or ()
-    if dataset.dtype.kind != "f" or len(shape) != 4 or shape[1] != 3 or not all(shape):
-        raise BadInput(f"{hdf5.at(dataset)} is {dataset.dtype} {shape}; expected is float (stimuli, 3, height, width)")
-    return shape
-
-
-def _check_spikes(dataset: h5py.Dataset, n: int) -> tuple[int, bool]:
-    """The number of sites, and whether anything was recorded."""
-    shape = dataset.shape or ()
-    if dataset.dtype.kind not in "fiu" or len(shape) != 2 or shape[0] != n or not all(shape):
-        raise BadInput(f"{hdf5.at(dataset)} is {dataset.dtype} {shape}; expected are numbers, shape ({n}, sites)")
-    with np.errstate(over="ignore"):
-        rates = dataset[()].astype(np.float32)
-    if np.isinf(rates).any():
-        row, site = np.argwhere(np.isinf(rates))[0]
-        raise BadInput(
-            f"{hdf5.at(dataset)}: the response of site {site} to stimulus {row} is infinite; use NaN if missing"
-        )
-    return shape[1], not bool(np.isnan(rates).all())
-
-
-def _objects(dataset: h5py.Dataset, n: int) -> list[str]:
-    """The object names: latin-1 bytes, unless the file itself declares UTF-8."""
-    if not hdf5.is_text(dataset):
-        raise BadInput(f"{hdf5.at(dataset)} is of type {dataset.dtype}; expected are latin-1 strings, shape ({n},)")
-    if dataset.shape not in ((n,), (n, 1)):
-        raise BadInput(f"{hdf5.at(dataset)} has the shape {dataset.shape}; expected is ({n},), one name per image")
-    declared = h5py.check_string_dtype(dataset.dtype)
-    encoding = "utf-8" if declared and declared.encoding == "utf-8" else "latin-1"
-    names = [bytes(n).decode(encoding, "replace").strip("\x00 \t\r\n") for n in dataset[()].reshape(-1)]
-    if "" in names:
-        raise BadInput(f"{hdf5.at(dataset)}: the object of stimulus {names.index('')} is empty; every image needs one")
-    return names
-
-
-def _block_length(dataset: h5py.Dataset) -> int:
-    """How many images to read at once: whole chunks, so that none is decompressed twice, and never much memory."""
-    image_bytes = max(1, dataset.dtype.itemsize * int(np.prod(dataset.shape[1:])))
-    chunk = dataset.chunks[0] if dataset.chunks else 1
+def _block_length(images: h5py.Dataset) -> int:
+    """How many images to read at once: whole chunks, so that none is decompressed twice, in little memory."""
+    image_bytes = max(1, images.dtype.itemsize * int(np.prod(images.shape[1:])))
+    chunk = images.chunks[0] if images.chunks else 1
     length = chunk * -(-_BLOCK_IMAGES // chunk)
     return max(1, min(length, hdf5.BLOCK_BYTES // image_bytes))
 
 
-def _probe(dataset: h5py.Dataset) -> float:
-    """Look at a few evenly spaced images: their largest rounding error, in uint8 steps.
+def _probe_rounding_error(images: h5py.Dataset) -> float:
+    """The largest rounding error of a few evenly spaced images, in uint8 steps.
 
     Raises:
         BadInput: values in another scale. Those of 0..1 and -1..1 fall into 0..255 when ImageNet's normalisation is
             undone, so the range alone does not tell: images are judged by which scale makes whole uint8 steps.
     """
-    rows = np.unique(np.linspace(0, len(dataset) - 1, PROBES).round().astype(int))
-    images = np.stack([dataset[int(row)] for row in rows]).astype(np.float32)
-    error = max(
-        denormalise(image, f"{hdf5.at(dataset)}: image {row}")[1] for row, image in zip(rows, images, strict=True)
-    )
+    rows = np.unique(np.linspace(0, len(images) - 1, PROBES).round().astype(int))
+    probes = np.stack([images[int(row)] for row in rows]).astype(np.float32)
+    location = hdf5.location(images)
+    error = max(denormalise(image, f"{location}: image {row}")[1] for row, image in zip(rows, probes, strict=True))
     if error > ROUNDING_WARNING:
-        in_unit = images.min() >= 0 and images.max() <= 1
-        if in_unit or (np.abs(images).max() <= 1 and _distance_to_whole(images * 127.5 + 127.5) < 0.01):
+        in_unit = probes.min() >= 0 and probes.max() <= 1
+        if in_unit or (np.abs(probes).max() <= 1 and _distance_to_whole(probes * 127.5 + 127.5) < 0.01):
             raise BadInput(
-                f"{hdf5.at(dataset)} cannot be ImageNet-normalised: its values lie in "
-                f"{'0..1' if in_unit else '-1..1'}; expected is (x / 255 - mean) / std per channel"
+                f"{location} cannot be ImageNet-normalised: its values lie in {'0..1' if in_unit else '-1..1'}; "
+                "expected (x / 255 - mean) / std per channel"
             )
     return error
 
 
 def _distance_to_whole(steps: np.ndarray) -> float:
     return float(np.abs(steps - np.rint(steps)).max())
+
+
+# ---- the file's structure ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _SplitContents:
+    """What a split of the file holds; `sites` is None where it has no spikes."""
+
+    image_shape: tuple[int, ...]
+    objects: list[str]
+    sites: int | None
+    has_responses: bool
+
+
+def _check_split(file: h5py.File, split: str) -> _SplitContents:
+    stimuli, *image_shape = _check_images(hdf5.dataset(file, f"stimulus_{split}"))
+    objects = _objects(hdf5.dataset(file, f"object_{split}"), stimuli)
+    if split == "test" and not hdf5.contains(file, "spikes_test"):
+        return _SplitContents(tuple(image_shape), objects, None, False)
+    sites, has_responses = _check_spikes(hdf5.dataset(file, f"spikes_{split}"), stimuli)
+    return _SplitContents(tuple(image_shape), objects, sites, has_responses)
+
+
+def _check_images(images: h5py.Dataset) -> tuple[int, ...]:
+    """The shape (N, 3, H, W) of a dataset of images."""
+    shape: tuple[int, ...] = images.shape or ()
+    if images.dtype.kind != "f" or len(shape) != 4 or shape[1] != 3 or not all(shape):
+        raise BadInput(f"{hdf5.location(images)} is {images.dtype} {shape}; expected float (stimuli, 3, height, width)")
+    return shape
+
+
+def _check_spikes(spikes: h5py.Dataset, stimuli: int) -> tuple[int, bool]:
+    """The number of sites, and whether anything was recorded."""
+    shape: tuple[int, ...] = spikes.shape or ()
+    if spikes.dtype.kind not in "fiu" or len(shape) != 2 or shape[0] != stimuli or not all(shape):
+        raise BadInput(
+            f"{hdf5.location(spikes)} is {spikes.dtype} {shape}; expected numbers of shape ({stimuli}, sites)"
+        )
+    with np.errstate(over="ignore"):
+        rates = spikes[()].astype(np.float32)
+    if np.isinf(rates).any():
+        row, site = np.argwhere(np.isinf(rates))[0]
+        raise BadInput(
+            f"{hdf5.location(spikes)}: the response of site {site} to stimulus {row} is infinite; use NaN if missing"
+        )
+    return shape[1], not bool(np.isnan(rates).all())
+
+
+def _objects(data: h5py.Dataset, stimuli: int) -> list[str]:
+    """The object names: latin-1 bytes, unless the file itself declares UTF-8."""
+    import h5py
+
+    location = hdf5.location(data)
+    if not hdf5.is_text(data):
+        raise BadInput(f"{location} is of type {data.dtype}; expected latin-1 strings of shape ({stimuli},)")
+    if data.shape not in ((stimuli,), (stimuli, 1)):
+        raise BadInput(f"{location} has the shape {data.shape}; expected ({stimuli},), one name per image")
+    declared = h5py.check_string_dtype(data.dtype)
+    encoding = "utf-8" if declared and declared.encoding == "utf-8" else "latin-1"
+    names = [bytes(name).decode(encoding, "replace").strip("\x00 \t\r\n") for name in data[()].reshape(-1)]
+    if "" in names:
+        raise BadInput(f"{location}: the object of stimulus {names.index('')} is empty; every image needs one")
+    return names

@@ -2,38 +2,42 @@
 
     /{split}/stimulus_ids                       (stimuli,), or a group with one such dataset per subject
     /{split}/neural_data/{subject}/{region}     (stimuli, sites)
-    /noise_ceilings/{subject}/{region}          (sites,), in percent of the attribute max_nc; not necessary
+    /noise_ceilings/{subject}/{region}          (sites,), in percent of the attribute max_nc; optional
 
-An id that occurs several times in a split was shown as many times: its rows are trials. The images are files named
-by id, or an array in this or another HDF5 file: beside the ids of a split, or with ids of its own, or in the order of
-the numbers that are the ids.
+An id that occurs several times in a split was shown as many times: its rows are trials. The images are files named by
+id, or an array in this or another HDF5 file: beside the ids of a split, with ids of its own, or indexed by the numbers
+that are the ids.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import tyro
 
 from data_prep.common.errors import BadInput
-from data_prep.common.image_decoding import encode_png
 from data_prep.recording import SPLITS, Recording
 from data_prep.sources.files import hdf5
-from data_prep.sources.files.image_files import ImageFiles, Loaded
-from data_prep.sources.files.presentations import HeldOutVal, Images, PresentedRecording
-from data_prep.sources.files.trials import (
+from data_prep.sources.files.held_out import HeldOutVal
+from data_prep.sources.files.ids import safe_ids, select_sites, source_id
+from data_prep.sources.files.image_files import EncodedImage, ImageFiles
+from data_prep.sources.files.named_images_recording import ImageStore, NamedImagesRecording
+from data_prep.sources.files.presentations import (
     TRIALS_BYTES,
     gather_trials,
+    pad_repetitions,
     rates_and_trials,
     rows_by_stimulus,
-    safe_ids,
-    select_sites,
 )
+
+if TYPE_CHECKING:
+    import h5py
 
 IMAGE_NAMES = ("stimuli", "images", "pictures", "imgBrick")
 IMAGE_IDS = ("stimulus_ids", "ids")
@@ -49,7 +53,7 @@ class MbsH5(HeldOutVal):
     images: Path | None = None
     """Folder or zip with an image per stimulus id, or an HDF5 file with an array of them. Default: SOURCE itself."""
     image_dataset: str | None = None
-    """Name of the array of images in the HDF5 file. Default: stimuli, images, images or imgBrick."""
+    """Name of the array of images in the HDF5 file. Default: stimuli, images, pictures or imgBrick."""
     subject: tuple[str, ...] = ()
     """Only these subjects."""
     region: tuple[str, ...] = ()
@@ -65,31 +69,23 @@ class MbsH5(HeldOutVal):
         Raises:
             BadInput: naming the file, the dataset, and what would be right.
         """
-        with hdf5.reading(self.source) as file:
-            split_names = [split for split in SPLITS if hdf5.has(file, split)]
-            if not split_names:
-                inside = ", ".join(sorted(file)) or "nothing"
-                raise BadInput(f"{self.source}: expected are groups train, val, test; it holds {inside}")
-            parts = self._parts(file, split_names)
-            subjects = list(dict.fromkeys(part.subject for part in parts))
-            rows = {(split, subject): _rows(file, split, subject) for split in split_names for subject in subjects}
-            for part in parts:
-                part.check(file, rows)
-            origin = _origin(rows, self.source)
-            images, image_names = self._images(file, origin)
-            sites = [site for part in parts for site in part.describe(file)]
-            recorded = {split for split in split_names if any(hdf5.has(file, part.path(split)) for part in parts)}
-        names = list(origin)
-        ids = safe_ids(names)
-        training = [i for i, name in enumerate(names) if origin[name] == "train"]
-        meta = [{} if safe == name else {"source_id": name} for name, safe in zip(names, ids, strict=True)]
-        splits, rule = list(origin.values()), "as in the file"
-        if "val" in split_names:
-            self.refuse_options(f"{self.source} has a split val")
-        elif training:
-            dealt, rule = self.deal([meta[i] for i in training], self.source)
-            for i, split in zip(training, dealt, strict=True):
-                splits[i] = split
+        with hdf5.open_file(self.source) as file:
+            file_splits = [split for split in SPLITS if hdf5.contains(file, split)]
+            if not file_splits:
+                content = ", ".join(sorted(file)) or "nothing"
+                raise BadInput(f"{self.source}: expected groups train, val, test; it holds {content}")
+            areas = self._areas(file, file_splits)
+            subjects = list(dict.fromkeys(area.subject for area in areas))
+            rows = {(split, subject): _rows(file, split, subject) for split in file_splits for subject in subjects}
+            for area in areas:
+                area.check(file, rows)
+            split_of = self._split_of_stimuli(rows)
+            images, image_names = self._find_images(file, split_of)
+            sites = [site for area in areas for site in area.sites(file)]
+            recorded = {split for split in file_splits if any(hdf5.contains(file, area.path(split)) for area in areas)}
+        names, ids = list(split_of), safe_ids(list(split_of))
+        meta = [source_id(name, safe_id) for name, safe_id in zip(names, ids, strict=True)]
+        splits, rule = self._splits(list(split_of.values()), file_splits, meta)
         return MbsH5Recording(
             name=self.name or self.source.stem,
             provenance={
@@ -107,151 +103,176 @@ class MbsH5(HeldOutVal):
             image_names=image_names,
             meta=meta,
             path=self.source,
-            parts=parts,
+            areas=areas,
             rows=rows,
-            origin=list(origin.items()),
+            origin=list(split_of.items()),
             recorded=recorded,
-            answered={split: source in recorded for split, source in zip(splits, origin.values(), strict=True)},
+            split_has_responses={
+                split: file_split in recorded for split, file_split in zip(splits, split_of.values(), strict=True)
+            },
         )
 
-    def _parts(self, file: h5py.File, split_names: Sequence[str]) -> list["Part"]:
-        """The datasets of the subjects and regions that are asked for, in the order in which they first occur."""
-        found = {}
-        for split in split_names:
+    def _areas(self, file: h5py.File, file_splits: Sequence[str]) -> list[Area]:
+        """The areas of the subjects and regions that are asked for, in the order in which they first occur."""
+        areas: dict[tuple[str, str], Area] = {}
+        for split in file_splits:
             neural = hdf5.subgroup(file, f"{split}/neural_data")
             for subject in neural:
                 for region in hdf5.subgroup(neural, subject):
-                    shape = hdf5.numbers(neural, f"{subject}/{region}", 2).shape
-                    found.setdefault((subject, region), Part(subject, region, shape[1]))
-        parts = list(found.values())
-        facts = [{"subject": part.subject, "region": part.region} for part in parts]
+                    shape = hdf5.numeric_dataset(neural, f"{subject}/{region}", 2).shape
+                    areas.setdefault((subject, region), Area(subject, region, shape[1]))
+        facts = [{"subject": subject, "region": region} for subject, region in areas]
         keep = select_sites(facts, "subject", self.subject, "--subject", self.source)
         keep &= select_sites(facts, "region", self.region, "--region", self.source)
         if not keep.any():
             raise BadInput(f"{self.source}: no responses of subject {self.subject} in region {self.region}")
-        return [part for part, kept in zip(parts, keep, strict=True) if kept]
+        return [area for area, kept in zip(areas.values(), keep, strict=True) if kept]
 
-    def _images(self, file: h5py.File, origin: dict[str, str]) -> tuple[Images, list[str]]:
-        """Where the images lie, and the name of each stimulus's there."""
+    def _split_of_stimuli(self, rows: Rows) -> dict[str, str]:
+        """{stimulus: the split it is in}, in the file's order."""
+        split_of: dict[str, str] = {}
+        for (split, _), stimuli in rows.items():
+            for name in stimuli:
+                if (first := split_of.setdefault(name, split)) != split:
+                    raise BadInput(
+                        f"{self.source}: stimulus {name!r} is in {first} and in {split}; it must be in one split"
+                    )
+        return split_of
+
+    def _splits(
+        self, in_file: list[str], file_splits: Sequence[str], meta: list[dict[str, Any]]
+    ) -> tuple[list[str], Any]:
+        """The split of every stimulus, and how it was made; val is taken from train where the file has none."""
+        if "val" in file_splits:
+            self.refuse_split_options(f"{self.source} has a split val")
+        training = [i for i, split in enumerate(in_file) if split == "train"]
+        if "val" in file_splits or not training:
+            return in_file, "as in the file"
+        assigned, rule = self.assign([meta[i] for i in training], self.source)
+        splits = list(in_file)
+        for i, split in zip(training, assigned, strict=True):
+            splits[i] = split
+        return splits, rule
+
+    def _find_images(self, file: h5py.File, split_of: Mapping[str, str]) -> tuple[ImageStore, list[str]]:
+        """Where the images are stored, and the name of each stimulus's image there."""
+        import h5py
+
         if self.images is None:
-            return ImageArrays(self.source), _image_rows(file, origin, self.image_dataset)
+            return ImageArrays(self.source), _image_rows(file, split_of, self.image_dataset)
         if self.images.is_file() and h5py.is_hdf5(self.images):
-            with hdf5.reading(self.images) as other:
-                return ImageArrays(self.images), _image_rows(other, origin, self.image_dataset)
+            with hdf5.open_file(self.images) as image_file:
+                return ImageArrays(self.images), _image_rows(image_file, split_of, self.image_dataset)
         files = ImageFiles(self.images)
-        return files, files.find_all({name: [name] for name in origin})
+        return files, files.find_all({name: [name] for name in split_of})
+
+
+# ---- responses -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Part:
-    """The responses of one subject's region."""
+class Area:
+    """One subject's region, recorded at a number of sites."""
 
     subject: str
     region: str
-    sites: int
+    site_count: int
 
     def path(self, split: str) -> str:
-        """Where they are in the file."""
+        """Where its responses are in the file."""
         return f"{split}/neural_data/{self.subject}/{self.region}"
 
     def check(self, file: h5py.File, rows: Rows) -> None:
-        """Refuse responses that do not fit the ids of their split or those of another split."""
-        for (split, subject), found in rows.items():
-            if subject != self.subject or not hdf5.has(file, self.path(split)):
+        """Refuse responses that do not fit the ids of their split, or those of another split."""
+        for (split, subject), stimuli in rows.items():
+            if subject != self.subject or not hdf5.contains(file, self.path(split)):
                 continue
-            shape = hdf5.numbers(file, self.path(split), 2).shape
-            expected = (sum(map(len, found.values())), self.sites)
+            shape = hdf5.numeric_dataset(file, self.path(split), 2).shape
+            expected = (sum(map(len, stimuli.values())), self.site_count)
             if shape != expected:
                 raise BadInput(
-                    f"{file.filename}: {self.path(split)} has the shape {shape}; expected is {expected}, "
+                    f"{file.filename}: {self.path(split)} has the shape {shape}; expected {expected}, "
                     "one row per stimulus id and the same sites in every split"
                 )
 
-    def describe(self, file: h5py.File) -> list[dict[str, Any]]:
-        """The facts of its sites, the noise ceiling as a fraction of the variance among them."""
-        sites = [
+    def sites(self, file: h5py.File) -> list[dict[str, Any]]:
+        """The facts about its sites, with the noise ceiling as a fraction of the variance."""
+        sites: list[dict[str, Any]] = [
             {"id": f"{self.subject}_{self.region}_{k:04d}", "subject": self.subject, "region": self.region}
-            for k in range(self.sites)
+            for k in range(self.site_count)
         ]
         path = f"noise_ceilings/{self.subject}/{self.region}"
-        if hdf5.has(file, path):
-            found = hdf5.numbers(file, path)
-            if found.size != self.sites:
-                raise BadInput(f"{hdf5.at(found)} has {found.size} values for {self.sites} sites")
-            ceilings = found[()].ravel().astype(np.float64) / float(file.attrs.get("max_nc", 100.0))
-            for site, ceiling in zip(sites, ceilings.tolist(), strict=True):
-                site |= {"noise_ceiling": ceiling} if np.isfinite(ceiling) else {}
+        if not hdf5.contains(file, path):
+            return sites
+        data = hdf5.numeric_dataset(file, path)
+        if data.size != self.site_count:
+            raise BadInput(f"{hdf5.location(data)} has {data.size} values for {self.site_count} sites")
+        ceilings = data[()].ravel().astype(np.float64) / float(file.attrs.get("max_nc", 100.0))
+        for site, ceiling in zip(sites, ceilings.tolist(), strict=True):
+            if np.isfinite(ceiling):
+                site["noise_ceiling"] = ceiling
         return sites
 
 
 @dataclass(kw_only=True)
-class MbsH5Recording(PresentedRecording):
+class MbsH5Recording(NamedImagesRecording):
     """A file that `MbsH5.open` has checked.
 
-    Attributes (beside those of `PresentedRecording`):
+    Attributes (beside those of `NamedImagesRecording`):
         path: the HDF5 file.
-        parts: the subjects' regions, in the order of the sites.
+        areas: in the order of the sites.
         rows: {(split, subject): {stimulus: its rows}}.
         origin: each stimulus's id in the file and the split it is in there.
         recorded: the splits of the file that have responses.
     """
 
     path: Path
-    parts: list[Part]
+    areas: list[Area]
     rows: Rows
     origin: list[tuple[str, str]]
     recorded: set[str]
 
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
         """Yield rates and trials; NaN for the sites of a subject that did not see the stimulus."""
-        repetitions = max(len(rows) for found in self.rows.values() for rows in found.values())
+        repetitions = max(len(rows) for stimuli in self.rows.values() for rows in stimuli.values())
         block = max(1, TRIALS_BYTES // (4 * len(self.sites) * repetitions))
-        with hdf5.reading(self.path) as file:
-            for split, run in groupby(indices, key=lambda i: self.origin[i][1]):
-                run = list(run)
+        with hdf5.open_file(self.path) as file:
+            for split, consecutive in groupby((self.origin[i] for i in indices), key=lambda origin: origin[1]):
+                names = [name for name, _ in consecutive]
                 if split not in self.recorded:
-                    yield from ((None, None) for _ in run)
+                    yield from ((None, None) for _ in names)
                     continue
-                for start in range(0, len(run), block):
-                    names = [self.origin[i][0] for i in run[start : start + block]]
-                    yield from rates_and_trials(self._trials(file, split, names), repetitions)
+                for start in range(0, len(names), block):
+                    trials = self._trials(file, split, names[start : start + block])
+                    yield from rates_and_trials(trials, repetitions)
 
     def _trials(self, file: h5py.File, split: str, names: list[str]) -> Iterator[np.ndarray]:
         """Yield the trials of stimuli over all sites: float32 (presentations, sites)."""
-        parts = [self._part_trials(file, part, split, names) for part in self.parts]
-        for pieces in zip(*parts, strict=True):
-            depth = max(len(piece) for piece in pieces)
-            padded = [np.pad(p, ((0, depth - len(p)), (0, 0)), constant_values=np.nan) for p in pieces]
-            yield np.concatenate(padded, axis=1)
+        trials_per_area = [self._area_trials(file, area, split, names) for area in self.areas]
+        for area_trials in zip(*trials_per_area, strict=True):
+            repetitions = max(map(len, area_trials))
+            yield np.concatenate([pad_repetitions(trials, repetitions) for trials in area_trials], axis=1)
 
-    def _part_trials(self, file: h5py.File, part: Part, split: str, names: list[str]) -> Iterator[np.ndarray]:
-        none = np.empty(0, np.int64)
-        if not hdf5.has(file, part.path(split)):
-            return iter([np.empty((0, part.sites), np.float32)] * len(names))
-        found = hdf5.numbers(file, part.path(split), 2)
-        rows = [self.rows[split, part.subject].get(name, none) for name in names]
-        return gather_trials(found.__getitem__, rows, part.sites, hdf5.rows_at_once(found))
+    def _area_trials(self, file: h5py.File, area: Area, split: str, names: list[str]) -> Iterator[np.ndarray]:
+        if not hdf5.contains(file, area.path(split)):
+            return iter([np.empty((0, area.site_count), np.float32)] * len(names))
+        responses = hdf5.numeric_dataset(file, area.path(split), 2)
+        not_shown = np.empty(0, np.int64)
+        rows = [self.rows[split, area.subject].get(name, not_shown) for name in names]
+        return gather_trials(responses.__getitem__, rows, area.site_count, hdf5.rows_at_once(responses))
 
 
 def _rows(file: h5py.File, split: str, subject: str) -> dict[str, np.ndarray]:
     """The rows of every stimulus that a subject saw in a split."""
     ids = hdf5.member(file, f"{split}/stimulus_ids")
-    if isinstance(ids, h5py.Group):  # one dataset per subject
-        return rows_by_stimulus(hdf5.texts(hdf5.dataset(ids, subject))) if hdf5.has(ids, subject) else {}
-    return rows_by_stimulus(hdf5.texts(hdf5.dataset(file, f"{split}/stimulus_ids")))
+    if not hdf5.is_group(ids):
+        return rows_by_stimulus(hdf5.read_texts(hdf5.dataset(file, f"{split}/stimulus_ids")))
+    if not hdf5.contains(ids, subject):
+        return {}
+    return rows_by_stimulus(hdf5.read_texts(hdf5.dataset(ids, subject)))
 
 
-def _origin(rows: Rows, path: Path) -> dict[str, str]:
-    """{stimulus: the split it is in}, in the file's order."""
-    origin: dict[str, str] = {}
-    for (split, _), found in rows.items():
-        for name in found:
-            if (before := origin.setdefault(name, split)) != split:
-                raise BadInput(f"{path}: stimulus {name!r} is in {before} and in {split}; it must be in one split")
-    return origin
-
-
-# ---- images in HDF5 ----------------------------------------------------------------------------------------------
+# ---- images in HDF5 ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -261,53 +282,69 @@ class ImageArrays:
     path: Path
 
     @contextmanager
-    def reading(self) -> Iterator[Callable[[str], Loaded]]:
+    def reading(self) -> Iterator[Callable[[str], EncodedImage]]:
         """Open for reading: a function from an image's name to the image, as lossless PNG."""
-        with hdf5.reading(self.path) as file:
-            yield lambda name: self._load(file, name)
-
-    def _load(self, file: h5py.File, name: str) -> Loaded:
-        found, _, row = name.rpartition("#")
-        return encode_png(hdf5.dataset(file, found)[int(row)]), "png", {}
+        with hdf5.open_file(self.path) as file:
+            yield lambda name: _load_image(file, name)
 
 
-def _image_rows(file: h5py.File, origin: dict[str, str], named: str | None) -> list[str]:
+def _load_image(file: h5py.File, name: str) -> EncodedImage:
+    from data_prep.common.image_decoding import encode_png  # slow to import
+
+    path, _, row = name.rpartition("#")
+    return EncodedImage(encode_png(hdf5.dataset(file, path)[int(row)]), "png")
+
+
+def _image_rows(file: h5py.File, split_of: Mapping[str, str], named: str | None) -> list[str]:
     """The name, DATASET#ROW, of every stimulus's image."""
     candidates = IMAGE_NAMES if named is None else (named,)
+    splits = dict.fromkeys(split_of.values())
     for name in candidates:
-        if hdf5.has(file, name):
-            row_of = _ids_of_array(file, hdf5.dataset(file, name))
-            paths = dict.fromkeys(origin, name)
-            break
-        split_paths = {split: f"{split}/{name}" for split in set(origin.values())}
-        if all(hdf5.has(file, path) for path in split_paths.values()):
-            row_of = {}
-            for split, path in split_paths.items():
-                ids = hdf5.texts(hdf5.dataset(file, f"{split}/stimulus_ids"))
-                row_of |= {stimulus: row for row, stimulus in enumerate(ids)}
-                _check_images(hdf5.dataset(file, path), len(ids))
-            paths = {stimulus: split_paths[split] for stimulus, split in origin.items()}
-            break
+        if hdf5.contains(file, name):
+            row_of = _rows_in_array(file, name)
+            image_names = {stimulus: f"{name}#{row_of[stimulus]}" for stimulus in split_of if stimulus in row_of}
+        elif all(hdf5.contains(file, f"{split}/{name}") for split in splits):
+            row_of_split = {split: _rows_in_split_array(file, split, name) for split in splits}
+            image_names = {
+                stimulus: f"{split}/{name}#{row_of_split[split][stimulus]}"
+                for stimulus, split in split_of.items()
+                if stimulus in row_of_split[split]
+            }
+        else:
+            continue
+        if missing := [stimulus for stimulus in split_of if stimulus not in image_names]:
+            raise BadInput(
+                f"{file.filename}: {len(missing)} of {len(split_of)} stimuli have no image in {name}, "
+                f"e.g. {missing[0]!r}"
+            )
+        return list(image_names.values())
+    raise BadInput(
+        f"{file.filename}: there is no array of images called {' or '.join(candidates)}, neither at the top nor "
+        "in the splits; name one with --image-dataset, or a folder of images with --images"
+    )
+
+
+def _rows_in_array(file: h5py.File, name: str) -> dict[str, int]:
+    """{stimulus: its row} in an array at the top of the file: by the ids beside it, else by number."""
+    images = hdf5.dataset(file, name)
+    ids_name = next((ids for ids in IMAGE_IDS if hdf5.contains(file, ids)), None)
+    if ids_name is None:
+        ids = [str(row) for row in range(len(images))]
     else:
+        ids = hdf5.read_texts(hdf5.dataset(file, ids_name))
+    _check_images(images, len(ids))
+    return {stimulus: row for row, stimulus in enumerate(ids)}
+
+
+def _rows_in_split_array(file: h5py.File, split: str, name: str) -> dict[str, int]:
+    """{stimulus: its row} in the array of a split, which is in the order of its ids."""
+    ids = hdf5.read_texts(hdf5.dataset(file, f"{split}/stimulus_ids"))
+    _check_images(hdf5.dataset(file, f"{split}/{name}"), len(ids))
+    return {stimulus: row for row, stimulus in enumerate(ids)}
+
+
+def _check_images(images: h5py.Dataset, count: int) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[0] != count or images.shape[3] != 3:
         raise BadInput(
-            f"{file.filename}: there is no array of images called {' or '.join(candidates)}, neither at the top nor "
-            "in the splits; name one with --image-dataset, or a folder of images with --images"
+            f"{hdf5.location(images)} is {images.dtype} {images.shape}; expected uint8 ({count}, height, width, 3)"
         )
-    if missing := [stimulus for stimulus in origin if stimulus not in row_of]:
-        raise BadInput(
-            f"{file.filename}: {len(missing)} of {len(origin)} stimuli have no image in {name}, {missing[0]!r} for one"
-        )
-    return [f"{paths[stimulus]}#{row_of[stimulus]}" for stimulus in origin]
-
-
-def _ids_of_array(file: h5py.File, found: h5py.Dataset) -> dict[str, int]:
-    """{stimulus: its row} of an array at the top of the file: by the ids beside it, else by number."""
-    ids = next((name for name in IMAGE_IDS if hdf5.has(file, name)), None)
-    names = list(map(str, range(len(found)))) if ids is None else hdf5.texts(hdf5.dataset(file, ids))
-    _check_images(found, len(names))
-    return {name: row for row, name in enumerate(names)}
-
-
-def _check_images(found: h5py.Dataset, n: int) -> None:
-    if found.dtype != np.uint8 or found.ndim != 4 or found.shape[0] != n or found.shape[3] != 3:
-        raise BadInput(f"{hdf5.at(found)} is {found.dtype} {found.shape}; expected is uint8 ({n}, height, width, 3)")

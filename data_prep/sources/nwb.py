@@ -1,33 +1,39 @@
 """Source `nwb`: spike times and a table of presentations from an NWB file, counted in windows after stimulus onset.
 
 /units                  spike_times with spike_times_index, a row per unit, and columns about the units
-/intervals/TABLE        start_time and a column that tells the stimulus, a row per presentation
+/intervals/TABLE        start_time and a column that names the stimulus, a row per presentation
 """
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import h5py
 import numpy as np
 import tyro
 
 from data_prep.common.errors import BadInput
 from data_prep.recording import Recording
-from data_prep.sources.files import hdf5
+from data_prep.sources.files import hdf5, nwb_tables
+from data_prep.sources.files.held_out import HeldOut
+from data_prep.sources.files.ids import safe_ids, select_sites, source_id
 from data_prep.sources.files.image_files import ImageFiles
-from data_prep.sources.files.presentations import HeldOut, PresentedRecording, objects_of
-from data_prep.sources.files.tables import present
-from data_prep.sources.files.trials import TRIALS_BYTES, rates_and_trials, rows_by_stimulus, safe_ids, select_sites
+from data_prep.sources.files.named_images_recording import NamedImagesRecording, objects_of
+from data_prep.sources.files.presentations import TRIALS_BYTES, rates_and_trials, rows_by_stimulus
+from data_prep.sources.files.tables import row_facts
 from data_prep.spikes import check_windows, spike_counts
+
+if TYPE_CHECKING:
+    import h5py
 
 STIMULUS_COLUMNS = ("stimulus_id", "image_id", "stimulus_name", "image_name", "stim_id", "stimulus", "image", "frame")
 OBJECT_COLUMNS = {"object_name": "object", "category_name": "category"}  # what tables call them, and we
 REGION_COLUMNS = ("region", "brain_area", "brain_region", "area", "location")
 TABLES = ("presentations", "stimulus_presentations", "trials")  # preferred in this order, if there are several
-NO_PRESENTATIONS = ("epochs", "invalid_times")  # what else may be among the intervals
+NOT_PRESENTATIONS = ("epochs", "invalid_times")  # other tables that may be among the intervals
 
 Windows = tuple[tuple[float, float], ...]
 
@@ -42,7 +48,7 @@ class Nwb(HeldOut):
     table: str | None = None
     """Table of presentations in /intervals. Default: the only one, else presentations or trials."""
     stimulus_column: str | None = None
-    """Its column that tells the stimulus. Default: stimulus_id, image_id, stimulus_name ..., whichever is there."""
+    """Its column that names the stimulus. Default: the first that exists of stimulus_id, image_id, stimulus_name ..."""
     onset_column: str = "start_time"
     """Its column with the time of the onset in seconds."""
     image_column: str | None = None
@@ -65,32 +71,37 @@ class Nwb(HeldOut):
             BadInput: naming the file, the table, column or option, and what would be right.
         """
         check_windows(self.window_ms)
-        with hdf5.reading(self.source) as file:
-            table = self._table(file)
-            onset = _column(table, (self.onset_column,), "--onset-column")
-            stimulus = _column(
-                table, (self.stimulus_column,) if self.stimulus_column else STIMULUS_COLUMNS, "--stimulus-column"
-            )
-            onsets = hdf5.numbers(table, onset, 1)[()].astype(np.float64)
-            stimuli = _texts(hdf5.dataset(table, stimulus))
-            facts = {name: _values(found) for name, found in _columns(table).items() if not name.endswith("_time")}
-            units, spans = self._units(file)
+        with hdf5.open_file(self.source) as file:
+            table = self._presentation_table(file)
+            onset_column = nwb_tables.find_column(table, (self.onset_column,), "--onset-column")
+            stimulus_names = (self.stimulus_column,) if self.stimulus_column else STIMULUS_COLUMNS
+            stimulus_column = nwb_tables.find_column(table, stimulus_names, "--stimulus-column")
+            onsets = hdf5.numeric_dataset(table, onset_column, 1)[()].astype(np.float64)
+            shown = nwb_tables.read_names(hdf5.dataset(table, stimulus_column))
+            columns = {
+                name: nwb_tables.read_values(column)
+                for name, column in nwb_tables.columns(table).items()
+                if not name.endswith("_time")
+            }
+            units = self._units(file)
         left_out = {"", *self.ignore}
-        rows = {name: rows for name, rows in rows_by_stimulus(stimuli).items() if name not in left_out}
+        rows = {name: rows for name, rows in rows_by_stimulus(shown).items() if name not in left_out}
         if not rows:
-            raise BadInput(f"{self.source}: the column {stimulus} tells no stimulus of any presentation")
+            raise BadInput(f"{self.source}: the column {stimulus_column} names no stimulus for any presentation")
+        facts = [_constant_facts(columns, shown_at) | {"stimulus_id": name} for name, shown_at in rows.items()]
+        images, image_names = self._find_images(list(rows), facts)
         ids = safe_ids(list(rows))
-        facts = [_constant(facts, shown) | {"stimulus_id": name} for name, shown in rows.items()]
-        images, image_names = self._images(list(rows), facts)
-        meta = [_meta(known, name, safe) for known, name, safe in zip(facts, rows, ids, strict=True)]
-        splits, rule = self.deal(meta, self.source)
+        meta = [
+            _as_meta(known) | source_id(name, safe_id) for known, name, safe_id in zip(facts, rows, ids, strict=True)
+        ]
+        splits, rule = self.assign(meta, self.source)
         return NwbRecording(
             name=self.name or self.source.stem,
             provenance={
                 "source": "nwb",
                 "path": str(self.source.resolve()),
                 "presentations": sum(map(len, rows.values())),
-                "columns": {"onset": onset, "stimulus": stimulus},
+                "columns": {"onset": onset_column, "stimulus": stimulus_column},
                 "windows_ms": self.window_ms,
                 "selected": {"region": self.region},
                 "split": rule,
@@ -108,214 +119,123 @@ class Nwb(HeldOut):
             path=self.source,
             onsets=onsets,
             rows=list(rows.values()),
-            spans=spans,
+            recorded_units=units,
             windows=self.window_ms,
         )
 
-    def _table(self, file: h5py.File) -> h5py.Group:
-        """The table of presentations."""
+    def _presentation_table(self, file: h5py.File) -> h5py.Group:
         intervals = hdf5.subgroup(file, "intervals")
-        names = [name for name in intervals if name not in NO_PRESENTATIONS]
+        names = [name for name in intervals if name not in NOT_PRESENTATIONS]
         if self.table is not None:
             names = [name for name in intervals if name == self.table]
         elif len(names) > 1:
             names = [name for name in TABLES if name in names]
         if not names:
-            there = ", ".join(intervals) or "nothing"
-            raise BadInput(f"{self.source}: name the table of presentations with --table; /intervals holds {there}")
+            existing = ", ".join(intervals) or "nothing"
+            raise BadInput(f"{self.source}: name the table of presentations with --table; /intervals holds {existing}")
         return hdf5.subgroup(intervals, names[0])
 
-    def _units(self, file: h5py.File) -> tuple[list[dict[str, Any]], dict[int, tuple[int, int]]]:
-        """The facts of the units that are kept, and {unit's row: where its spikes begin and end in spike_times}."""
+    def _units(self, file: h5py.File) -> list[Unit]:
+        """The units that are kept."""
         group = hdf5.subgroup(file, "units")
-        if not hdf5.has(group, "spike_times"):
+        if not hdf5.contains(group, "spike_times"):
             raise BadInput(f"{self.source}: /units has no spike_times; it holds {', '.join(group)}")
-        spans = _spans(group, "spike_times")
-        columns = {name: _values(found) for name, found in _columns(group).items() if name != "id"}
-        names = [self.region_column] if self.region_column else [name for name in REGION_COLUMNS if name in columns]
-        if self.region_column and self.region_column not in columns:
-            raise _no_column(group, (self.region_column,), "--region-column")
-        locations = columns[names[0]] if names else _electrode_locations(file, group)
-        columns["region"] = locations or [None] * len(spans)
-        columns["subject"] = [_subject(file)] * len(spans)
-        ids = hdf5.texts(hdf5.dataset(group, "id")) if hdf5.has(group, "id") else [str(k) for k in range(len(spans))]
-        units = [{"id": f"unit_{ids[k]}"} | present(columns, k) for k in range(len(spans))]
-        keep = select_sites(units, "region", self.region, "--region", self.source)
-        kept = np.flatnonzero(keep).tolist()
-        return [units[k] for k in kept], {k: spans[k] for k in kept}
+        spans = nwb_tables.ragged_spans(group, "spike_times")
+        columns = {name: nwb_tables.read_values(column) for name, column in nwb_tables.columns(group).items()}
+        columns["region"] = self._regions(file, group, columns) or [None] * len(spans)
+        columns["subject"] = [nwb_tables.subject_id(file)] * len(spans)
+        if hdf5.contains(group, "id"):
+            ids = hdf5.read_texts(hdf5.dataset(group, "id"))
+        else:
+            ids = [str(row) for row in range(len(spans))]
+        facts = [{"id": f"unit_{ids[row]}"} | row_facts(columns, row) for row in range(len(spans))]
+        keep = select_sites(facts, "region", self.region, "--region", self.source)
+        return [Unit(row, facts[row], spans[row]) for row in np.flatnonzero(keep).tolist()]
 
-    def _images(self, names: list[str], facts: list[dict[str, Any]]) -> tuple[ImageFiles, list[str]]:
-        """Where the images lie, and each stimulus's there."""
+    def _regions(self, file: h5py.File, units: h5py.Group, columns: dict[str, list[Any]]) -> list[Any] | None:
+        """The region of each unit."""
+        if self.region_column:
+            return columns[nwb_tables.find_column(units, (self.region_column,), "--region-column")]
+        for name in REGION_COLUMNS:
+            if name in columns:
+                return columns[name]
+        return nwb_tables.electrode_locations(file, units)
+
+    def _find_images(self, names: list[str], facts: list[dict[str, Any]]) -> tuple[ImageFiles, list[str]]:
+        """The folder or archive of the images, and each stimulus's image there."""
         if "{" in self.images:
-            fixed = self.images.split("{")[0].rpartition("/")
-            template = self.images[len("".join(fixed[:2])) :]
-            files = ImageFiles(Path("".join(fixed[:2]) or "."))
-            wanted = [[_filled(template, known)] for known in facts]
+            folder, slash, _ = self.images.split("{")[0].rpartition("/")
+            template = self.images[len(folder + slash) :]
+            files = ImageFiles(Path(folder + slash or "."))
+            wanted = [[_fill_template(template, known)] for known in facts]
+        elif self.image_column is not None:
+            files = ImageFiles(Path(self.images))
+            paths = [str(_known_fact(known, self.image_column, "--image-column")) for known in facts]
+            wanted = [[path, name] for path, name in zip(paths, names, strict=True)]
         else:
             files = ImageFiles(Path(self.images))
             wanted = [[name] for name in names]
-            if self.image_column is not None:
-                for paths, known in zip(wanted, facts, strict=True):
-                    paths.insert(0, str(_known(known, self.image_column, "--image-column")))
         return files, files.find_all(dict(zip(names, wanted, strict=True)))
 
 
+@dataclass(frozen=True)
+class Unit:
+    """A unit of the file.
+
+    Attributes:
+        row: in /units.
+        facts: `id` and what else is known of it.
+        span: where its spikes begin and end in spike_times.
+    """
+
+    row: int
+    facts: dict[str, Any]
+    span: tuple[int, int]
+
+
 @dataclass(kw_only=True)
-class NwbRecording(PresentedRecording):
+class NwbRecording(NamedImagesRecording):
     """A file that `Nwb.open` has checked.
 
-    Attributes (beside those of `PresentedRecording`):
+    Attributes (beside those of `NamedImagesRecording`):
         path: the NWB file.
         onsets: of all presentations, in seconds.
         rows: the presentations of each stimulus.
-        spans: {unit's row: where its spikes begin and end in spike_times}, in the order of the sites.
-        windows: after onset, in ms; they are the faster index of the sites.
+        recorded_units: in the order of the sites.
+        windows: after onset, in ms; the windows of a unit are consecutive sites.
     """
 
     path: Path
     onsets: np.ndarray
     rows: list[np.ndarray]
-    spans: dict[int, tuple[int, int]]
+    recorded_units: list[Unit]
     windows: Windows
 
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
         """Yield rates and trials in spikes/s; NaN for presentations during which a unit was not observed."""
         repetitions = max(map(len, self.rows))
         block = max(1, TRIALS_BYTES // (4 * len(self.sites) * repetitions))
-        with hdf5.reading(self.path) as file:
+        with hdf5.open_file(self.path) as file:
             for start in range(0, len(indices), block):
                 rows = [self.rows[i] for i in indices[start : start + block]]
                 rates = self._rates(file, self.onsets[np.concatenate(rows)])
                 yield from rates_and_trials(np.split(rates, np.cumsum(list(map(len, rows)))[:-1]), repetitions)
 
     def _rates(self, file: h5py.File, onsets: np.ndarray) -> np.ndarray:
-        """The rates of all sites in some presentations: float32 (presentations, sites). One unit is held at a time."""
+        """The rates of all sites in some presentations, float32 (presentations, sites); holds one unit at a time."""
         windows = np.array(self.windows) / 1000
-        spikes = hdf5.numbers(file, "units/spike_times", 1)
-        observed = _observed(hdf5.subgroup(file, "units"))
-        rates = np.empty((len(onsets), len(self.spans), len(self.windows)), np.float32)
-        for k, (unit, (begin, end)) in enumerate(self.spans.items()):
-            counts = spike_counts(np.sort(spikes[begin:end]), onsets, windows)
+        spikes = hdf5.numeric_dataset(file, "units/spike_times", 1)
+        observed = nwb_tables.observation_intervals(hdf5.subgroup(file, "units"))
+        rates = np.empty((len(onsets), len(self.recorded_units), len(self.windows)), np.float32)
+        for k, unit in enumerate(self.recorded_units):
+            counts = spike_counts(np.sort(spikes[slice(*unit.span)]), onsets, windows)
             if observed is not None:
-                counts[~_within(observed(unit), onsets, windows)] = np.nan
+                counts[~_within_intervals(observed(unit.row), onsets, windows)] = np.nan
             rates[:, k] = counts / (windows[:, 1] - windows[:, 0])
         return rates.reshape(len(onsets), -1)
 
 
-# ---- tables of NWB -------------------------------------------------------------------------------------------------
-
-
-def _columns(table: h5py.Group) -> dict[str, h5py.Dataset]:
-    """The columns that hold one number or text a row."""
-    rows = len(hdf5.dataset(table, "id")) if hdf5.has(table, "id") else None
-    columns = {}
-    for name in table:
-        found = hdf5.member(table, name)
-        plain = isinstance(found, h5py.Dataset) and found.ndim == 1 and (hdf5.is_numeric(found) or hdf5.is_text(found))
-        ragged = name.endswith("_index") or hdf5.has(table, f"{name}_index")
-        if plain and not ragged and rows in (None, len(found)) and name != "id":
-            columns[name] = hdf5.contained(found)
-    return columns
-
-
-def _no_column(table: h5py.Group, names: Sequence[str], flag: str) -> BadInput:
-    there = ", ".join(_columns(table)) or "none"
-    return BadInput(f"{hdf5.at(table)}: there is no column {' or '.join(names)}; there are {there}; choose with {flag}")
-
-
-def _column(table: h5py.Group, names: Sequence[str], flag: str) -> str:
-    """The first of `names` that is a column of the table."""
-    columns = _columns(table)
-    found = next((name for name in names if name in columns), None)
-    if found is None:
-        raise _no_column(table, names, flag)
-    return found
-
-
-def _texts(found: h5py.Dataset) -> list[str]:
-    """A column spelled out; whole floats without a point, nothing where there is no number."""
-    if found.dtype.kind == "f":
-        return ["" if np.isnan(value) else f"{value:g}" for value in found[()].tolist()]
-    return hdf5.texts(found)
-
-
-def _values(found: h5py.Dataset) -> list[Any]:
-    """A column as plain numbers or text, None for what is not known."""
-    if hdf5.is_text(found):
-        return [text or None for text in hdf5.texts(found)]
-    return [value if np.isfinite(value) else None for value in found[()].tolist()]
-
-
-def _constant(columns: dict[str, list[Any]], rows: np.ndarray) -> dict[str, Any]:
-    """What is the same in all presentations of a stimulus."""
-    same = {}
-    for name, values in columns.items():
-        found = {values[row] for row in rows}
-        if len(found) == 1 and (value := found.pop()) is not None:
-            same[name] = value
-    return same
-
-
-def _meta(facts: dict[str, Any], name: str, safe: str) -> dict[str, Any]:
-    """Facts as a Stimulus has them: object and category under these names, as text."""
-    meta = {OBJECT_COLUMNS.get(fact, fact): value for fact, value in facts.items() if fact != "stimulus_id"}
-    meta |= {fact: str(meta[fact]) for fact in ("object", "category") if fact in meta}
-    return meta if safe == name else meta | {"source_id": name}
-
-
-def _known(facts: dict[str, Any], name: str, flag: str) -> Any:
-    if name not in facts:
-        there = ", ".join(sorted(facts))
-        raise BadInput(f"{flag}: {name!r} is not known of stimulus {facts['stimulus_id']!r}; known are {there}")
-    return facts[name]
-
-
-def _filled(template: str, facts: dict[str, Any]) -> str:
-    """A template of paths for one stimulus; only names of facts may stand in its braces."""
-    try:
-        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
-        return template.format(**{name: _known(facts, name, "--images") for name in fields})
-    except (ValueError, KeyError, IndexError) as error:
-        raise BadInput(f"--images {template}: not a template such as stimuli/{{stimulus_id}}.png ({error})") from None
-
-
-def _spans(group: h5py.Group, name: str) -> list[tuple[int, int]]:
-    """Where each row's values begin and end in a ragged column."""
-    ends = hdf5.numbers(group, f"{name}_index", 1)[()].astype(np.int64)
-    if len(ends) and (ends[0] < 0 or np.any(np.diff(ends) < 0) or ends[-1] > len(hdf5.numbers(group, name))):
-        raise BadInput(f"{hdf5.at(group)}/{name}_index does not fit {name}; the file is damaged")
-    return list(zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True))
-
-
-def _electrode_locations(file: h5py.File, units: h5py.Group) -> list[str | None] | None:
-    """The location of each unit's first electrode, where the file has electrodes."""
-    path = "general/extracellular_ephys/electrodes/location"
-    if not hdf5.has(units, "electrodes") or not hdf5.has(file, path):
-        return None
-    locations = hdf5.texts(hdf5.dataset(file, path))
-    rows = hdf5.numbers(units, "electrodes", 1)[()].tolist()
-    if any(not 0 <= row < len(locations) for row in rows):
-        raise BadInput(f"{hdf5.at(units)}/electrodes names electrodes that there are not; the file is damaged")
-    spans = (
-        _spans(units, "electrodes") if hdf5.has(units, "electrodes_index") else [(k, k + 1) for k in range(len(rows))]
-    )
-    return [locations[rows[begin]] or None if begin < end else None for begin, end in spans]
-
-
-def _subject(file: h5py.File) -> str | None:
-    path = "general/subject/subject_id"
-    return hdf5.decoded(hdf5.dataset(file, path)[()]) if hdf5.has(file, path) else None
-
-
-def _observed(units: h5py.Group) -> Any:
-    """From a unit's row to the spans of time in which it was observed, (spans, 2) seconds; None if that is not told."""
-    if not hdf5.has(units, "obs_intervals"):
-        return None
-    intervals, spans = hdf5.numbers(units, "obs_intervals", 2), _spans(units, "obs_intervals")
-    return lambda unit: intervals[slice(*spans[unit])]
-
-
-def _within(intervals: np.ndarray, onsets: np.ndarray, windows: np.ndarray) -> np.ndarray:
+def _within_intervals(intervals: np.ndarray, onsets: np.ndarray, windows: np.ndarray) -> np.ndarray:
     """Whether each window (seconds) of each presentation lies within an interval: bool (presentations, windows)."""
     start, end = onsets[:, None] + windows[:, 0], onsets[:, None] + windows[:, 1]
     inside = np.zeros(start.shape, bool)
@@ -324,12 +244,48 @@ def _within(intervals: np.ndarray, onsets: np.ndarray, windows: np.ndarray) -> n
     return inside
 
 
-def _sites(units: list[dict[str, Any]], windows: Windows) -> list[dict[str, Any]]:
-    """The facts of every site: a unit, or a unit in one of several windows."""
+def _sites(units: list[Unit], windows: Windows) -> list[dict[str, Any]]:
+    """The facts about every site: a unit, or a unit in one of several windows."""
     if len(windows) == 1:
-        return units
+        return [unit.facts for unit in units]
     return [
-        unit | {"id": f"{unit['id']}_{start:g}-{end:g}ms", "unit": unit["id"], "window_ms": [start, end]}
+        unit.facts
+        | {"id": f"{unit.facts['id']}_{start:g}-{end:g}ms", "unit": unit.facts["id"], "window_ms": [start, end]}
         for unit in units
         for start, end in windows
     ]
+
+
+# ---- facts about stimuli -------------------------------------------------------------------------------------------
+
+
+def _constant_facts(columns: dict[str, list[Any]], rows: np.ndarray) -> dict[str, Any]:
+    """The facts that are the same in all presentations of a stimulus."""
+    facts = {}
+    for name, values in columns.items():
+        distinct = {values[row] for row in rows}
+        if len(distinct) == 1 and distinct != {None}:
+            facts[name] = distinct.pop()
+    return facts
+
+
+def _as_meta(facts: dict[str, Any]) -> dict[str, Any]:
+    """Facts as a Stimulus has them: object and category under these names, as text."""
+    meta = {OBJECT_COLUMNS.get(name, name): value for name, value in facts.items() if name != "stimulus_id"}
+    return meta | {name: str(meta[name]) for name in ("object", "category") if name in meta}
+
+
+def _known_fact(facts: dict[str, Any], name: str, flag: str) -> Any:
+    if name not in facts:
+        known = ", ".join(sorted(facts))
+        raise BadInput(f"{flag}: {name!r} is not known of stimulus {facts['stimulus_id']!r}; known are {known}")
+    return facts[name]
+
+
+def _fill_template(template: str, facts: dict[str, Any]) -> str:
+    """A template of paths for one stimulus; only names of facts may be in its braces."""
+    try:
+        fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+        return template.format(**{name: _known_fact(facts, name, "--images") for name in fields})
+    except (ValueError, KeyError, IndexError) as error:
+        raise BadInput(f"--images {template}: not a template such as stimuli/{{stimulus_id}}.png ({error})") from None

@@ -1,7 +1,7 @@
 """Source `tvsd`: the THINGS ventral stream spiking dataset (Papale et al. 2025), one monkey's THINGS_normMUA.mat.
 
-MATLAB v7.3 files are HDF5 with the axes reversed: what MATLAB calls (1024, 22248) is (22248, 1024) here. Files that
-were written again by other programs may have them the other way round; the 1024 channels tell which.
+MATLAB v7.3 files are HDF5 with the axes reversed: what MATLAB calls (1024, 22248) is (22248, 1024) here. Files that other
+programs have rewritten may have them the other way round; the axis of 1024 channels shows which.
 
     train_MUA      (22248, 1024)     one presentation each
     test_MUA_reps  (30, 100, 1024)   single presentations of the test stimuli
@@ -12,13 +12,14 @@ were written again by other programs may have them the other way round; the 1024
 The responses are normalised per day, averaged over a window that depends on the region (norm_MUA.m of the dataset).
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import h5py
 import numpy as np
 import tyro
 from pydantic import Field
@@ -26,9 +27,14 @@ from pydantic import Field
 from data_prep.common.errors import BadInput
 from data_prep.recording import Recording
 from data_prep.sources.files import hdf5
+from data_prep.sources.files.held_out import HeldOutVal
+from data_prep.sources.files.ids import safe_ids, select_sites
 from data_prep.sources.files.image_files import ImageFiles
-from data_prep.sources.files.presentations import HeldOutVal, PresentedRecording
-from data_prep.sources.files.trials import gather_trials, rates_and_trials, safe_ids, select_sites
+from data_prep.sources.files.named_images_recording import NamedImagesRecording
+from data_prep.sources.files.presentations import gather_trials, rates_and_trials
+
+if TYPE_CHECKING:
+    import h5py
 
 CHANNELS = 1024
 REGIONS = {  # first and last channel + 1, counted from 0
@@ -36,7 +42,7 @@ REGIONS = {  # first and last channel + 1, counted from 0
     "N": {"V1": (0, 512), "V4": (512, 768), "IT": (768, 1024)},
 }
 WINDOWS_MS = {"V1": (25.0, 125.0), "V4": (50.0, 150.0), "IT": (75.0, 175.0)}
-QUALITIES = {"SNR_max": "snr_max", "oracle": "oracle"}
+QUALITIES = {"SNR_max": "snr_max", "oracle": "oracle"}  # names of the datasets, and ours
 
 
 class Tvsd(HeldOutVal):
@@ -53,7 +59,7 @@ class Tvsd(HeldOutVal):
     region: tuple[Literal["V1", "V4", "IT"], ...] = ()
     """Only these regions."""
     min_reliability: float | None = Field(None, ge=-1, le=1)
-    """Only channels whose mean correlation between repetitions is at least this, 0.3 say."""
+    """Only channels whose mean correlation between repetitions is at least this, e.g. 0.3."""
     name: str | None = None
     """Name of the recording. Default: tvsd-F or tvsd-N."""
 
@@ -64,24 +70,19 @@ class Tvsd(HeldOutVal):
             BadInput: naming the file, the dataset or option, and what would be right.
         """
         monkey = self._monkey()
-        paths = _things_paths(self._images())
-        count = {split: len(names) for split, names in paths.items()}
-        with hdf5.reading(self.source) as file:
-            _check(file, "train_MUA", (count["train"], CHANNELS))
-            repetitions = _check(file, "test_MUA_reps", (None, count["test"], CHANNELS))[0]
-            qualities = _qualities(file)
-        sites = _sites(monkey, qualities)
-        keep = select_sites(sites, "region", self.region, "--region", self.source)
-        if self.min_reliability is not None:
-            keep &= qualities["reliability"] >= self.min_reliability
-            if not keep.any():
-                raise BadInput(f"{self.source}: no channel has a reliability of {self.min_reliability:g} or more")
-        kept = [site for site, chosen in zip(sites, keep, strict=True) if chosen]
-        names = [name for split in ("train", "test") for name in paths[split]]
+        paths = _image_paths(self._image_list())
+        train_stimuli, test_stimuli = len(paths["train"]), len(paths["test"])
+        with hdf5.open_file(self.source) as file:
+            _check_shape(file, "train_MUA", (train_stimuli, CHANNELS))
+            repetitions, _, _ = _check_shape(file, "test_MUA_reps", (None, test_stimuli, CHANNELS))
+            qualities = _channel_qualities(file)
+        channels = self._select_channels(monkey, qualities)
+        sites = [_site(monkey, channel, qualities) for channel in channels.tolist()]
+        names = paths["train"] + paths["test"]
         meta = [{"object": Path(name).parent.name or Path(name).stem, "things_path": name} for name in names]
-        dealt, rule = self.deal(meta[: count["train"]], self.source)
+        train_splits, rule = self.assign(meta[:train_stimuli], self.source)
         images = ImageFiles(self.images)
-        regions = {site["region"] for site in kept}
+        regions = {site["region"] for site in sites}
         return TvsdRecording(
             name=self.name or f"tvsd-{monkey}",
             provenance={
@@ -91,145 +92,170 @@ class Tvsd(HeldOutVal):
                 "selected": {"region": self.region, "min_reliability": self.min_reliability},
                 "split": {"test": "as in the dataset", **rule},
             },
-            sites=kept,
+            sites=sites,
             response_window_ms=WINDOWS_MS[regions.pop()] if len(regions) == 1 else None,
             units="normalised multi-unit activity",
             stimulus_ids=safe_ids([Path(name).stem for name in names]),
-            splits=[*dealt, *["test"] * count["test"]],
+            splits=train_splits + ["test"] * test_stimuli,
             objects=[facts["object"] for facts in meta],
             group_by=self.group_by,
             images=images,
             image_names=images.find_all({name: [name] for name in names}),
             meta=meta,
             path=self.source,
-            channels=np.flatnonzero(keep),
-            trained=count["train"],
+            channels=channels,
+            train_stimuli=train_stimuli,
             repetitions=repetitions,
         )
 
     def _monkey(self) -> str:
         if self.monkey is not None:
             return self.monkey
-        said = [monkey for monkey in REGIONS if f"monkey{monkey}" in str(self.source.resolve())]
-        if len(said) != 1:
-            raise BadInput(f"{self.source}: the path does not say whose file it is; say --monkey F or --monkey N")
-        return said[0]
+        named = [monkey for monkey in REGIONS if f"monkey{monkey}" in str(self.source.resolve())]
+        if len(named) != 1:
+            raise BadInput(f"{self.source}: the path does not name the monkey; add --monkey F or --monkey N")
+        return named[0]
 
-    def _images(self) -> Path:
-        beside = self.source.parent
-        choices = (
-            [self.image_list] if self.image_list else [beside / "_logs" / "things_imgs.mat", beside / "things_imgs.mat"]
-        )
-        found = next((path for path in choices if path.is_file()), None)
-        if found is None:
-            raise BadInput(f"{choices[0]}: no such file; name the dataset's things_imgs.mat with --image-list")
-        return found
+    def _image_list(self) -> Path:
+        folder = self.source.parent
+        defaults = [folder / "_logs" / "things_imgs.mat", folder / "things_imgs.mat"]
+        candidates = [self.image_list] if self.image_list else defaults
+        for path in candidates:
+            if path.is_file():
+                return path
+        raise BadInput(f"{candidates[0]}: no such file; name the dataset's things_imgs.mat with --image-list")
+
+    def _select_channels(self, monkey: str, qualities: dict[str, np.ndarray]) -> np.ndarray:
+        """The channels to keep, counted from 0."""
+        regions = [{"region": _region(monkey, channel)} for channel in range(CHANNELS)]
+        keep = select_sites(regions, "region", self.region, "--region", self.source)
+        if self.min_reliability is not None:
+            keep &= qualities["reliability"] >= self.min_reliability
+            if not keep.any():
+                raise BadInput(f"{self.source}: no channel has a reliability of {self.min_reliability:g} or more")
+        return np.flatnonzero(keep)
 
 
 @dataclass(kw_only=True)
-class TvsdRecording(PresentedRecording):
+class TvsdRecording(NamedImagesRecording):
     """Files that `Tvsd.open` has checked; the training stimuli come first, then the test stimuli.
 
-    Attributes (beside those of `PresentedRecording`):
+    Attributes (beside those of `NamedImagesRecording`):
         path: THINGS_normMUA.mat.
         channels: those that are kept, counted from 0.
-        trained: number of training stimuli.
+        train_stimuli: number of training stimuli.
         repetitions: of a test stimulus.
     """
 
     path: Path
     channels: np.ndarray
-    trained: int
+    train_stimuli: int
     repetitions: int
 
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
         """Yield the single response to a training stimulus; average and trials of a test stimulus."""
-        with hdf5.reading(self.path) as file:
-            for is_train, run in groupby(indices, key=lambda i: i < self.trained):
+        with hdf5.open_file(self.path) as file:
+            for is_train, consecutive in groupby(indices, key=lambda i: i < self.train_stimuli):
                 if is_train:
-                    yield from rates_and_trials(self._single(file, list(run)), 1)
+                    yield from rates_and_trials(self._train_responses(file, list(consecutive)), 1)
                 else:
-                    trials = (self._repeated(file, i - self.trained) for i in run)
+                    trials = (self._test_trials(file, i - self.train_stimuli) for i in consecutive)
                     yield from rates_and_trials(trials, self.repetitions)
 
-    def _single(self, file: h5py.File, indices: list[int]) -> Iterator[np.ndarray]:
-        found = hdf5.numbers(file, "train_MUA", 2)
-        axis = 0 if found.shape[1] == CHANNELS else 1
+    def _train_responses(self, file: h5py.File, indices: list[int]) -> Iterator[np.ndarray]:
+        responses = hdf5.numeric_dataset(file, "train_MUA", 2)
+        stimulus_axis = 0 if responses.shape[1] == CHANNELS else 1
 
         def read(rows: slice) -> np.ndarray:
-            return (found[rows] if axis == 0 else found[:, rows].T)[:, self.channels]
+            return (responses[rows] if stimulus_axis == 0 else responses[:, rows].T)[:, self.channels]
 
         rows = [np.array([i]) for i in indices]
-        return gather_trials(read, rows, len(self.channels), hdf5.rows_at_once(found, axis))
+        return gather_trials(read, rows, len(self.channels), hdf5.rows_at_once(responses, stimulus_axis))
 
-    def _repeated(self, file: h5py.File, stimulus: int) -> np.ndarray:
-        found = hdf5.numbers(file, "test_MUA_reps", 3)
-        trials = found[:, stimulus]
-        return (trials if found.shape[2] == CHANNELS else trials.T)[:, self.channels].astype(np.float32)
-
-
-def _check(file: h5py.File, name: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
-    """Refuse an array of another shape, in either orientation; returns its shape as `expected` has it."""
-    found = hdf5.numbers(file, name, len(expected))
-    for shape in (found.shape, found.shape[::-1]):
-        if all(want in (None, have) for want, have in zip(expected, shape, strict=True)):
-            return shape
-    raise BadInput(
-        f"{hdf5.at(found)} has the shape {found.shape}; expected is {expected}, or the reverse "
-        f"({CHANNELS} channels, and as many stimuli as things_imgs.mat lists)".replace("None", "repetitions")
-    )
+    def _test_trials(self, file: h5py.File, stimulus: int) -> np.ndarray:
+        """float32 (repetitions, sites)."""
+        responses = hdf5.numeric_dataset(file, "test_MUA_reps", 3)
+        trials = responses[:, stimulus]
+        return (trials if responses.shape[2] == CHANNELS else trials.T)[:, self.channels].astype(np.float32)
 
 
-def _qualities(file: h5py.File) -> dict[str, np.ndarray]:
-    """What the file tells of each channel: float64 (1024,), NaN where it has no value."""
-    pairs = hdf5.numbers(file, "reliab", 2)
-    values = pairs[()].astype(np.float64)
-    if CHANNELS not in values.shape:
-        raise BadInput(f"{hdf5.at(pairs)} has the shape {pairs.shape}; expected is (pairs of repetitions, {CHANNELS})")
-    values = values if values.shape[1] == CHANNELS else values.T
-    known = ~np.isnan(values)
+# ---- channels ------------------------------------------------------------------------------------------------------
+
+
+def _region(monkey: str, channel: int) -> str:
+    return next(region for region, (first, end) in REGIONS[monkey].items() if first <= channel < end)
+
+
+def _site(monkey: str, channel: int, qualities: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The facts about a channel."""
+    region = _region(monkey, channel)
+    site = {
+        "id": f"{monkey}_{channel:04d}",
+        "region": region,
+        "subject": monkey,
+        "channel": channel,
+        "window_ms": list(WINDOWS_MS[region]),
+    }
+    known = {name: float(values[channel]) for name, values in qualities.items()}
+    return site | {name: value for name, value in known.items() if np.isfinite(value)}
+
+
+def _channel_qualities(file: h5py.File) -> dict[str, np.ndarray]:
+    """The file's measures of each channel: float64 (1024,), NaN where it has no value."""
+    pairs = hdf5.numeric_dataset(file, "reliab", 2)
+    correlations = pairs[()].astype(np.float64)
+    if CHANNELS not in correlations.shape:
+        raise BadInput(
+            f"{hdf5.location(pairs)} has the shape {pairs.shape}; expected (pairs of repetitions, {CHANNELS})"
+        )
+    if correlations.shape[1] != CHANNELS:
+        correlations = correlations.T
+    known = ~np.isnan(correlations)
     with np.errstate(invalid="ignore"):
-        qualities = {"reliability": np.where(known, values, 0).sum(axis=0) / known.sum(axis=0)}
+        qualities = {"reliability": np.where(known, correlations, 0).sum(axis=0) / known.sum(axis=0)}
     for name, fact in QUALITIES.items():
-        if hdf5.has(file, name) and (found := hdf5.numbers(file, name)).size == CHANNELS:
-            qualities[fact] = found[()].astype(np.float64).ravel()
+        if hdf5.contains(file, name):
+            values = hdf5.numeric_dataset(file, name)
+            if values.size == CHANNELS:
+                qualities[fact] = values[()].astype(np.float64).ravel()
     return qualities
 
 
-def _sites(monkey: str, qualities: dict[str, np.ndarray]) -> list[dict[str, Any]]:
-    """The facts of all channels, in their order."""
-    sites: list[dict[str, Any]] = [{} for _ in range(CHANNELS)]
-    for region, (first, end) in REGIONS[monkey].items():
-        for channel in range(first, end):
-            sites[channel] = {
-                "id": f"{monkey}_{channel:04d}",
-                "region": region,
-                "subject": monkey,
-                "channel": channel,
-                "window_ms": list(WINDOWS_MS[region]),
-            }
-            known = {name: float(values[channel]) for name, values in qualities.items()}
-            sites[channel] |= {name: value for name, value in known.items() if np.isfinite(value)}
-    return sites
+# ---- arrays --------------------------------------------------------------------------------------------------------
 
 
-def _things_paths(path: Path) -> dict[str, list[str]]:
+def _check_shape(file: h5py.File, name: str, expected: tuple[int | None, ...]) -> tuple[int, ...]:
+    """Refuse an array of another shape, in either orientation; returns its shape in the order of `expected`."""
+    data = hdf5.numeric_dataset(file, name, len(expected))
+    for shape in (data.shape, data.shape[::-1]):
+        if all(length in (None, actual) for length, actual in zip(expected, shape, strict=True)):
+            return shape
+    axes = ", ".join("repetitions" if length is None else str(length) for length in expected)
+    raise BadInput(
+        f"{hdf5.location(data)} has the shape {data.shape}; expected ({axes}), or the reverse "
+        f"({CHANNELS} channels, and as many stimuli as things_imgs.mat lists)"
+    )
+
+
+def _image_paths(path: Path) -> dict[str, list[str]]:
     """{split: the images' paths below the THINGS folder}, in the order of the responses."""
-    with hdf5.reading(path) as file:
+    with hdf5.open_file(path) as file:
         return {split: _referenced_texts(file, f"{split}_imgs/things_path") for split in ("train", "test")}
 
 
 def _referenced_texts(file: h5py.File, name: str) -> list[str]:
     """MATLAB's cell array of text: references to arrays of UTF-16 codes. Backslashes become slashes."""
-    found = hdf5.dataset(file, name)
-    if h5py.check_ref_dtype(found.dtype) is not h5py.Reference:
-        raise BadInput(
-            f"{hdf5.at(found)} is {found.dtype}; expected are references to text, as MATLAB v7.3 writes them"
-        )
+    import h5py
+
+    references = hdf5.dataset(file, name)
+    location = hdf5.location(references)
+    if h5py.check_ref_dtype(references.dtype) is not h5py.Reference:
+        raise BadInput(f"{location} is {references.dtype}; expected references to text, as MATLAB v7.3 writes them")
     texts = []
-    for k, reference in enumerate(found[()].ravel()):
+    for k, reference in enumerate(references[()].ravel()):
         codes = file[reference] if reference else None
         if not isinstance(codes, h5py.Dataset) or codes.dtype != np.uint16:
-            raise BadInput(f"{hdf5.at(found)}: entry {k} does not refer to text")
-        texts.append(hdf5.contained(codes)[()].tobytes().decode("utf-16-le", "replace").replace("\\", "/"))
+            raise BadInput(f"{location}: entry {k} does not refer to text")
+        hdf5.check_stored_inside(codes)
+        texts.append(codes[()].tobytes().decode("utf-16-le", "replace").replace("\\", "/"))
     return texts

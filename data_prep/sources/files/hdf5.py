@@ -1,148 +1,200 @@
-"""HDF5 files of others: opened for reading only, and nothing is followed that leads out of the file."""
+"""Safe reading of HDF5 files: read-only, and no link or external storage that leads out of the file is followed.
+
+h5py is imported where it is used, so that the command line does not wait for it.
+"""
+
+from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
-import h5py
 import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import check_claim
 
-BLOCK_BYTES = 64 * 2**20  # of HDF5's chunk cache, and the most that is read of a dataset at once
+if TYPE_CHECKING:
+    import h5py
+
+    Node: TypeAlias = h5py.Group | h5py.Dataset
+
+BLOCK_BYTES = 64 * 2**20  # size of HDF5's chunk cache, and the most that is read of a dataset at once
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[h5py.File]:
-    """Open for reading, with a chunk cache that holds a block; what HDF5 cannot read is bad input."""
+def open_file(path: Path) -> Iterator[h5py.File]:
+    """Open for reading, with a chunk cache of `BLOCK_BYTES`.
+
+    Raises:
+        BadInput: anything that HDF5 cannot read, here or later.
+    """
+    import h5py
+
     try:
-        if not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # opening a pipe would block
             raise FileNotFoundError("no such file")
         with h5py.File(path, "r", rdcc_nbytes=BLOCK_BYTES) as file:
             yield file
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:  # it raises them all
+    except (OSError, RuntimeError, KeyError, TypeError, ValueError, MemoryError) as error:  # h5py raises all of them
         raise BadInput(f"{path}: not a readable HDF5 file, or damaged ({error})") from error
 
 
-def member(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
-    """What lies at `name`, a path below `group`: a link could name any file of the machine, so none is followed.
+# ---- groups and datasets -------------------------------------------------------------------------------------------
+
+
+def is_group(node: Node) -> bool:
+    """Whether a node is a group."""
+    import h5py
+
+    return isinstance(node, h5py.Group)
+
+
+def is_dataset(node: Node) -> bool:
+    """Whether a node is a dataset."""
+    import h5py
+
+    return isinstance(node, h5py.Dataset)
+
+
+def member(group: h5py.Group, name: str) -> Node:
+    """The node at `name`, a path below `group`. A link could point to any file of the machine, so none is followed.
 
     Raises:
-        BadInput: nothing there (with what there is), or a link on the way.
+        BadInput: nothing is there (the message lists what is), or the path contains a link.
     """
-    found: h5py.Group | h5py.Dataset = group
+    node: Node = group
     for step in name.strip("/").split("/"):
-        link = found.get(step, getlink=True) if isinstance(found, h5py.Group) else None
+        link = _link(node, step)
         if link is None:
-            raise _lacks(found, step, group, name)
-        if not isinstance(link, h5py.HardLink):
+            raise _missing(node, group, name)
+        if not _is_hard(link):
             raise BadInput(f"{group.file.filename}: {name} is a link to elsewhere; it must itself be in the file")
-        found = found[step]
-    return found
+        node = node[step]
+    return node
 
 
-def has(group: h5py.Group, name: str) -> bool:
-    """Whether something lies at `name`; a link does, and is not followed to see what is behind it."""
-    found: h5py.Group | h5py.Dataset = group
+def contains(group: h5py.Group, name: str) -> bool:
+    """Whether there is a node or a link at `name`; a link is not followed to see whether it leads anywhere."""
+    node: Node = group
     for step in name.strip("/").split("/"):
-        link = found.get(step, getlink=True) if isinstance(found, h5py.Group) else None
-        if not isinstance(link, h5py.HardLink):
+        link = _link(node, step)
+        if not _is_hard(link):
             return link is not None
-        found = found[step]
+        node = node[step]
     return True
 
 
-def _lacks(parent: h5py.Group | h5py.Dataset, step: str, group: h5py.Group, name: str) -> BadInput:
-    inside = ", ".join(sorted(parent)) if isinstance(parent, h5py.Group) else ""
+def _link(node: Node, step: str) -> h5py.HardLink | h5py.SoftLink | h5py.ExternalLink | None:
+    return node.get(step, getlink=True) if is_group(node) else None
+
+
+def _is_hard(link: object) -> bool:
+    import h5py
+
+    return isinstance(link, h5py.HardLink)
+
+
+def _missing(parent: Node, group: h5py.Group, name: str) -> BadInput:
+    inside = ", ".join(sorted(parent)) if is_group(parent) else ""
     where = "it" if parent.name == "/" else parent.name.lstrip("/")
     full = f"{group.name}/{name}".strip("/")
     return BadInput(f"{group.file.filename}: there is no dataset {full!r}; {where} holds {inside or 'nothing'}")
 
 
 def subgroup(group: h5py.Group, name: str) -> h5py.Group:
-    """A group below `group`.
+    """The group at `name`.
 
     Raises:
-        BadInput: not there, a link, or a dataset.
+        BadInput: missing, a link, or a dataset.
     """
-    found = member(group, name)
-    if not isinstance(found, h5py.Group):
-        raise BadInput(f"{at(found)} is a dataset; it must be a group")
-    return found
+    node = member(group, name)
+    if not is_group(node):
+        raise BadInput(f"{location(node)} is a dataset; it must be a group")
+    return node
 
 
 def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
-    """A dataset whose data are in this very file: outside storage could name any file of the machine.
+    """The dataset at `name`, not read yet.
 
     Raises:
-        BadInput: not there, a link, a group, or with its data in other files.
+        BadInput: missing, a link, a group, or a dataset that `check_stored_inside` refuses.
     """
-    found = member(group, name)
-    if not isinstance(found, h5py.Dataset):
-        raise BadInput(f"{at(found)} is a group; it must be a dataset")
-    return contained(found)
+    node = member(group, name)
+    if not is_dataset(node):
+        raise BadInput(f"{location(node)} is a group; it must be a dataset")
+    check_stored_inside(node)
+    return node
 
 
-def contained(found: h5py.Dataset) -> h5py.Dataset:
-    """The dataset, if its data are in the file itself, as far as it can hold them; BadInput otherwise."""
-    if found.external or found.is_virtual:
-        raise BadInput(f"{at(found)} keeps its data in other files; the data must be in the file itself")
+def check_stored_inside(data: h5py.Dataset) -> None:
+    """Refuse a dataset whose data are in other files (which could be any), or that claims more than the file can hold.
+
+    Raises:
+        BadInput: it does.
+    """
+    if data.external or data.is_virtual:
+        raise BadInput(f"{location(data)} keeps its data in other files; the data must be in the file itself")
     try:
-        check_claim(found.dtype.itemsize * math.prod(found.shape or ()), Path(found.file.filename).stat().st_size)
+        check_claim(data.dtype.itemsize * math.prod(data.shape or ()), Path(data.file.filename).stat().st_size)
     except ValueError as error:
-        raise BadInput(f"{at(found)} is {found.dtype} {found.shape}: {error}; the file is damaged") from None
-    return found
+        raise BadInput(f"{location(data)} is {data.dtype} {data.shape}: {error}; the file is damaged") from None
 
 
-def at(found: h5py.Group | h5py.Dataset) -> str:
-    """Where something is, for messages."""
-    return f"{found.file.filename}: {found.name.lstrip('/')}"
+def location(node: Node) -> str:
+    """File and name of a node, for messages."""
+    return f"{node.file.filename}: {node.name.lstrip('/')}"
 
 
-def is_text(found: h5py.Dataset) -> bool:
+# ---- numbers and text ----------------------------------------------------------------------------------------------
+
+
+def is_text(data: h5py.Dataset) -> bool:
     """Whether a dataset holds strings of fixed or of varying length."""
-    return found.dtype.kind == "S" or h5py.check_string_dtype(found.dtype) is not None
+    import h5py
+
+    return data.dtype.kind == "S" or h5py.check_string_dtype(data.dtype) is not None
 
 
-def is_numeric(found: h5py.Dataset) -> bool:
-    """Whether a dataset holds integers or floats (bool counts as such)."""
-    return found.dtype.kind in "fiub"
+def is_numeric(data: h5py.Dataset) -> bool:
+    """Whether a dataset holds integers, floats or bools."""
+    return data.dtype.kind in "fiub"
 
 
-def numbers(group: h5py.Group, name: str, ndim: int | None = None) -> h5py.Dataset:
+def numeric_dataset(group: h5py.Group, name: str, ndim: int | None = None) -> h5py.Dataset:
     """A dataset of plain numbers, not read yet.
 
     Raises:
-        BadInput: as `dataset`, or other than numbers, or with another number of axes than `ndim`.
+        BadInput: as `dataset`, or not numbers, or not `ndim` axes.
     """
-    found = dataset(group, name)
-    if not is_numeric(found) or found.shape is None or ndim not in (None, found.ndim):
+    data = dataset(group, name)
+    if not is_numeric(data) or data.shape is None or ndim not in (None, data.ndim):
         axes = "" if ndim is None else f" with {ndim} axes"
-        raise BadInput(f"{at(found)} is {found.dtype} {found.shape}; expected are plain numbers{axes}")
-    return found
+        raise BadInput(f"{location(data)} is {data.dtype} {data.shape}; expected plain numbers{axes}")
+    return data
 
 
-def texts(found: h5py.Dataset) -> list[str]:
-    """A one-dimensional dataset of strings, or of integers or bools, which are spelled out.
+def read_texts(data: h5py.Dataset) -> list[str]:
+    """A one-dimensional dataset of strings, integers or bools, as text.
 
-    Characters in a second axis, as NetCDF keeps them, are joined. Bytes that are not UTF-8 are read as latin-1.
+    Characters along a second axis, as NetCDF stores them, are joined. Bytes that are not UTF-8 are read as latin-1.
 
     Raises:
-        BadInput: anything else, object arrays and references among it.
+        BadInput: anything else, e.g. object arrays and references.
     """
-    if found.dtype.kind in "iub" and found.ndim == 1:
-        return [str(value) for value in found[()].tolist()]
-    if not is_text(found) or found.ndim not in (1, 2) or (found.ndim == 2 and found.dtype.itemsize != 1):
-        raise BadInput(f"{at(found)} is {found.dtype} {found.shape}; expected are strings or integers, one axis")
-    values = found[()]
-    if found.ndim == 2:
+    if data.dtype.kind in "iub" and data.ndim == 1:
+        return [str(value) for value in data[()].tolist()]
+    if not is_text(data) or data.ndim not in (1, 2) or (data.ndim == 2 and data.dtype.itemsize != 1):
+        raise BadInput(f"{location(data)} is {data.dtype} {data.shape}; expected strings or integers along one axis")
+    values = data[()]
+    if data.ndim == 2:
         values = [b"".join(row) for row in values.tolist()]
-    return [decoded(value) for value in values]
+    return [decode_text(value) for value in values]
 
 
-def decoded(value: bytes | str) -> str:
+def decode_text(value: bytes | str) -> str:
     """Text without padding."""
     if isinstance(value, str):
         return value.strip("\x00 \t\r\n")
@@ -153,14 +205,9 @@ def decoded(value: bytes | str) -> str:
         return data.decode("latin-1")
 
 
-def rows_at_once(found: h5py.Dataset, axis: int = 0) -> int:
-    """How many rows along `axis` to read at once: whole chunks, so that none is unpacked twice, and never much memory.
-
-    Args:
-        found: the dataset.
-        axis: along which it is read in pieces.
-    """
-    row_bytes = max(1, found.dtype.itemsize * int(np.prod(found.shape)) // max(1, found.shape[axis]))
-    chunk = found.chunks[axis] if found.chunks else 1
+def rows_at_once(data: h5py.Dataset, axis: int = 0) -> int:
+    """How many rows along `axis` to read at once: whole chunks, so that none is unpacked twice, in `BLOCK_BYTES`."""
+    row_bytes = max(1, data.dtype.itemsize * int(np.prod(data.shape)) // max(1, data.shape[axis]))
+    chunk = data.chunks[axis] if data.chunks else 1
     most = max(1, BLOCK_BYTES // row_bytes)
     return max(1, most // chunk * chunk if most >= chunk else most)

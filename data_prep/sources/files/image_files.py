@@ -1,26 +1,39 @@
-"""Images of stimuli in a folder or a zip archive, found by the names that tables give them."""
+"""Images in a folder or a zip archive, found by the names that tables give them."""
 
 import os
 import stat
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from data_prep.common.errors import BadInput
-from data_prep.common.image_decoding import packable
 from data_prep.common.safe_reading import is_name, read_regular
 
-MAX_FILE_BYTES = 256 * 2**20  # an archive's member that claims more is damaged or made to exhaust memory
+MAX_FILE_BYTES = 256 * 2**20  # an archive member that claims more is damaged or made to exhaust memory
 
-Loaded = tuple[bytes, str, dict[str, str]]  # the bytes, their encoding, and a note where they had to be converted
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as it goes into a shard.
+
+    Attributes:
+        data: the encoded image.
+        encoding: "jpg" or "png".
+        note: for the stimulus's facts, where the image had to be converted.
+    """
+
+    data: bytes
+    encoding: str
+    note: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass
 class ImageFiles:
-    """The image files in a folder, its sub-folders included, or in a zip archive.
+    """The image files in a folder and its sub-folders, or in a zip archive.
 
     Plain data: it can be pickled, and files are open only within `reading`.
 
@@ -29,77 +42,86 @@ class ImageFiles:
     """
 
     path: Path
-    _archive: bool = field(init=False)
+    _is_archive: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self._archive = self.path.is_file() and zipfile.is_zipfile(self.path)
-        if not self._archive and not self.path.is_dir():
+        self._is_archive = self.path.is_file() and zipfile.is_zipfile(self.path)
+        if not self._is_archive and not self.path.is_dir():
             raise BadInput(f"{self.path}: neither a folder nor a zip archive; the images are expected there")
 
-    def __getstate__(self) -> dict:
-        return {"path": self.path, "_archive": self._archive}  # what was found while looking is quickly made anew
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "_is_archive": self._is_archive}  # without the cached listings: they can be large
 
     def find(self, names: Sequence[str]) -> str | None:
-        """The image that one of `names` means, the first first.
+        """The image that the first matching name stands for.
 
-        A name is a path below the folder, else the name of a file in any sub-folder, else that name without its ending.
-        A file's name that occurs in several sub-folders does not tell which is meant.
+        A name is a path below the folder, else a file name in any sub-folder, else a file name without its ending. A
+        file name that occurs in several sub-folders is ambiguous and matches none.
 
         Returns:
-            its path below the folder, or None.
+            the image's path below the folder, or None.
         """
-        for name in filter(None, (name.replace("\\", "/").strip() for name in names)):
+        for name in (name.replace("\\", "/").strip() for name in names):
+            if not name:
+                continue
             inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
             if inside and self._has(name):
                 return name
             file = PurePosixPath(name).name
-            if found := self._index.get(file) or self._index.get(f"{file}.*"):
-                return found
+            path = self._paths_by_name.get(file) or self._paths_by_name.get(f"{file}.*")
+            if path is not None:
+                return path
         return None
 
-    def find_all(self, wanted: dict[str, Sequence[str]]) -> list[str]:
+    def find_all(self, wanted: Mapping[str, Sequence[str]]) -> list[str]:
         """The image of every stimulus.
 
         Args:
-            wanted: {stimulus: the names that its image may go by}.
+            wanted: {stimulus: names that its image may have}.
 
         Raises:
-            BadInput: some have none; the sentence counts them and names one.
+            BadInput: some stimuli have none; the message counts them and gives one.
         """
-        found = {stimulus: self.find(names) for stimulus, names in wanted.items()}
-        if missing := [stimulus for stimulus, name in found.items() if name is None]:
-            looked_for = ", ".join(dict.fromkeys(filter(None, wanted[missing[0]])))
+        paths, missing = [], []
+        for stimulus, names in wanted.items():
+            path = self.find(names)
+            if path is None:
+                missing.append(stimulus)
+            else:
+                paths.append(path)
+        if missing:
+            names_tried = ", ".join(dict.fromkeys(name for name in wanted[missing[0]] if name))
             raise BadInput(
-                f"{self.path}: {len(missing)} of {len(found)} stimuli have no image there, {missing[0]!r} for one "
-                f"(looked for: {looked_for})"
+                f"{self.path}: {len(missing)} of {len(wanted)} stimuli have no image there, e.g. {missing[0]!r} "
+                f"(looked for {names_tried})"
             )
-        return list(found.values())
+        return paths
 
     def _has(self, name: str) -> bool:
-        return name in self._members if self._archive else (self.path / name).is_file()
+        return name in self._members if self._is_archive else (self.path / name).is_file()
 
     @cached_property
     def _members(self) -> set[str]:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.infolist()
-        except Exception as error:  # zipfile meets damage with any kind of error
+        except Exception as error:  # a damaged archive makes zipfile raise errors of any kind
             raise BadInput(f"{self.path}: not a readable zip archive ({error})") from None
         for info in members:
             _check_member(self.path, info)
         return {info.filename for info in members if not info.is_dir()}
 
     @cached_property
-    def _index(self) -> dict[str, str | None]:
-        """{file name, or name without ending + ".*": path}; None where it does not tell which file is meant."""
-        index: dict[str, str | None] = {}
-        for path in sorted(self._members if self._archive else self._walk()):
+    def _paths_by_name(self) -> dict[str, str | None]:
+        """{file name, or name without ending + ".*": path}; None for an ambiguous name."""
+        paths: dict[str, str | None] = {}
+        for path in sorted(self._members if self._is_archive else self._walk()):
             file = PurePosixPath(path)
             if file.name.startswith(".") or "__MACOSX" in file.parts:
                 continue
             for key in {file.name, f"{file.stem}.*"}:
-                index[key] = None if key in index else path
-        return index
+                paths[key] = None if key in paths else path
+        return paths
 
     def _walk(self) -> Iterator[str]:
         for folder, _, files in os.walk(self.path):
@@ -107,27 +129,30 @@ class ImageFiles:
             yield from ((below / file).as_posix() for file in files)
 
     @contextmanager
-    def reading(self) -> Iterator[Callable[[str], Loaded]]:
-        """Open for reading: a function from a path that `find` gave to the image.
+    def reading(self) -> Iterator[Callable[[str], EncodedImage]]:
+        """Open for reading: a function from a path that `find` returned to the image.
 
         Raises:
-            BadInput: from that function, for an image that is missing, unreadable or absurdly large.
+            BadInput: raised by that function for an image that is missing, unreadable or absurdly large.
         """
-        if not self._archive:
+        if not self._is_archive:
             yield lambda name: self._load(name, lambda: read_regular(self.path / name, MAX_FILE_BYTES))
             return
         with zipfile.ZipFile(self.path) as archive:
             yield lambda name: self._load(name, lambda: _extract(archive, name))
 
-    def _load(self, name: str, read: Callable[[], bytes]) -> Loaded:
+    def _load(self, name: str, read: Callable[[], bytes]) -> EncodedImage:
+        from data_prep.common.image_decoding import packable  # slow to import
+
         try:
-            return packable(read())
-        except Exception as error:  # zipfile meets damage with any kind of error
+            data, encoding, note = packable(read())
+        except Exception as error:  # a damaged archive makes zipfile raise errors of any kind
             raise BadInput(f"{self.path / name}: the image cannot be read ({error})") from error
+        return EncodedImage(data, encoding, note)
 
 
 def _check_member(path: Path, info: zipfile.ZipInfo) -> None:
-    """Refuse what no archive of images has; nothing is ever unpacked to disk, and yet its maker meant no good."""
+    """Refuse names and kinds of members that only a malicious archive has, even though nothing is unpacked to disk."""
     name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
     if not is_name(name):
         raise BadInput(f"{path}: {name[:100]!r}: the name is too long or not printable; rename it")
@@ -142,5 +167,5 @@ def _extract(archive: zipfile.ZipFile, name: str) -> bytes:
     if info.file_size > MAX_FILE_BYTES:
         raise ValueError(f"it claims {info.file_size} bytes")
     if info.flag_bits & 1:
-        raise ValueError("the archive is locked by a password; unpack it first")
+        raise ValueError("the archive is protected by a password; unpack it first")
     return archive.read(info)

@@ -1,119 +1,95 @@
-"""What the sources that keep images and responses apart have in common."""
+"""From presentations, in the order in which they were shown, to the trials of each stimulus."""
 
-from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-from pydantic import BaseModel, Field
 
-from data_prep.common.errors import BadInput
-from data_prep.recording import Recording, Stimulus
-from data_prep.sources.files.image_files import Loaded
-from data_prep.splits import assign_splits
+from data_prep.recording import trial_average
+
+TRIALS_BYTES = 128 * 2**20  # size of the trials that are gathered in one pass over a source
 
 
-class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
-    """Which stimuli are for validation, where the source has a test split of its own."""
+def rows_by_stimulus(stimuli: Sequence[str], order: Sequence[Any] | np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """Which presentations showed each stimulus.
 
-    val_fraction: float = Field(0.09, ge=0, lt=1)
-    """Share of the stimuli for validation, taken at random from those for training."""
-    group_by: str | None = None
-    """Fact about the stimuli (object, category ...) whose values no two of the random splits may share."""
-    seed: int = Field(0, ge=0, le=2**63 - 1)
-    """Seed of the split."""
+    Args:
+        stimuli: the stimulus of every presentation.
+        order: sorts the presentations of a stimulus, e.g. the number of the repetition; by default they keep their
+            order.
 
-    def _fractions(self) -> dict[str, float]:
-        return {"val": self.val_fraction}
-
-    def deal(self, meta: Sequence[dict[str, Any]], path: Path) -> tuple[list[str], dict[str, Any]]:
-        """Assign stimuli to splits at random.
-
-        Args:
-            meta: facts of each of them, of which `group_by` may be one.
-            path: of the source, for the message.
-
-        Returns:
-            a split for each, and the rule for the provenance.
-
-        Raises:
-            BadInput: a stimulus lacks the fact to group by, or none is left to train on.
-        """
-        groups = None
-        if self.group_by is not None:
-            if any(self.group_by not in facts for facts in meta):
-                known = ", ".join(sorted(set.intersection(*(set(facts) for facts in meta)))) or "nothing"
-                raise BadInput(f"{path}: --group-by {self.group_by}: not known of every stimulus; known is {known}")
-            groups = [str(facts[self.group_by]) for facts in meta]
-        held_out = self._fractions()
-        splits = assign_splits(len(meta), {"train": 1.0 - sum(held_out.values())} | held_out, self.seed, groups)
-        return splits, {"seed": self.seed, "group_by": self.group_by, **held_out}
-
-    def refuse_options(self, reason: str) -> None:
-        """Refuse options about the split where they would be ignored; `reason` begins the sentence."""
-        for option in HeldOut.model_fields:
-            field = type(self).model_fields.get(option)
-            if field is not None and getattr(self, option) != field.default:
-                raise BadInput(f"{reason}, so --{option.replace('_', '-')} would be ignored; leave it out")
-
-
-class HeldOut(HeldOutVal):
-    """Which stimuli are held out, where the source has no splits."""
-
-    val_fraction: float = Field(0.09, ge=0, lt=1)
-    """Share of the stimuli for validation."""
-    test_fraction: float = Field(0.10, ge=0, lt=1)
-    """Share of the stimuli for testing."""
-
-    def _fractions(self) -> dict[str, float]:
-        return {"val": self.val_fraction, "test": self.test_fraction}
-
-
-def objects_of(meta: Sequence[dict[str, Any]]) -> list[str] | None:
-    """The object that each stimulus shows, or None where that is not known of every one."""
-    return [str(facts["object"]) for facts in meta] if all("object" in facts for facts in meta) else None
-
-
-class Images(Protocol):
-    """Where images lie, such as `ImageFiles`."""
-
-    def reading(self) -> AbstractContextManager[Callable[[str], Loaded]]:
-        """Open for reading: a function from an image's name to the image."""
-
-
-@dataclass(kw_only=True)
-class PresentedRecording(Recording):
-    """A recording whose images lie in files and whose responses come from elsewhere, stimulus by stimulus.
-
-    Attributes (beside those of `Recording`):
-        images: where they lie.
-        image_names: each stimulus's, for `images`.
+    Returns:
+        {stimulus: int64 rows in `stimuli`}, the stimuli in the order of their first presentation.
     """
+    if not len(stimuli):
+        return {}
+    names, first, number = np.unique(np.asarray(stimuli), return_index=True, return_inverse=True)
+    position = np.arange(len(stimuli))
+    keys = (position, number) if order is None else (position, np.asarray(order), number)
+    groups = np.split(np.lexsort(keys), np.cumsum(np.bincount(number))[:-1])
+    return {str(names[k]): groups[k] for k in np.argsort(first)}
 
-    images: Images
-    image_names: list[str]
 
-    @abstractmethod
-    def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
-        """Yield rates and trials of the stimuli at `indices`, as a Stimulus has them."""
+def gather_trials(
+    read: Callable[[slice], np.ndarray], rows: Sequence[np.ndarray], sites: int, rows_at_once: int
+) -> Iterator[np.ndarray]:
+    """Yield the trials of each stimulus in turn, in passes over a source that is in the order of presentation.
 
-    def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
-        """Yield the stimuli at `indices`; files are open while this runs, and only in the process that runs it.
+    A pass reads only the blocks of the source that hold a presentation it needs, each once.
 
-        Raises:
-            BadInput: an image that is missing, unreadable or absurdly large, or responses that cannot be read.
-        """
-        with self.images.reading() as load:
-            for i, (rates, trials) in zip(indices, self.responses(indices), strict=True):
-                image, encoding, note = load(self.image_names[i])
-                yield Stimulus(
-                    id=self.stimulus_ids[i],
-                    image=image,
-                    encoding=encoding,
-                    rates=rates,
-                    trials=trials,
-                    meta=self.meta[i] | note,
-                )
+    Args:
+        read: from a range of presentations to their responses, (presentations, sites).
+        rows: the presentations of each stimulus; empty for one that was not shown.
+        sites: number of sites.
+        rows_at_once: length of a block.
+
+    Yields:
+        float32 (presentations of the stimulus, sites).
+    """
+    most_rows = max(1, TRIALS_BYTES // (4 * max(1, sites)))
+    start = 0
+    while start < len(rows):
+        end, total = start + 1, len(rows[start])
+        while end < len(rows) and total + len(rows[end]) <= most_rows:
+            total += len(rows[end])
+            end += 1
+        yield from _gather_in_one_pass(read, rows[start:end], sites, rows_at_once)
+        start = end
+
+
+def _gather_in_one_pass(
+    read: Callable[[slice], np.ndarray], rows: Sequence[np.ndarray], sites: int, rows_at_once: int
+) -> Iterator[np.ndarray]:
+    wanted = np.concatenate(rows).astype(np.int64)
+    order = np.argsort(wanted, kind="stable")
+    trials = np.empty((len(wanted), sites), np.float32)
+    blocks = np.split(order, np.flatnonzero(np.diff(wanted[order] // rows_at_once)) + 1)
+    for block in blocks:
+        if not len(block):
+            continue
+        first, last = int(wanted[block[0]]), int(wanted[block[-1]])
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes inf, which is refused later
+            trials[block] = read(slice(first, last + 1))[wanted[block] - first]
+    yield from np.split(trials, np.cumsum([len(stimulus_rows) for stimulus_rows in rows])[:-1])
+
+
+def rates_and_trials(
+    trials_per_stimulus: Iterable[np.ndarray], repetitions: int
+) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield rates and trials as a Stimulus has them.
+
+    Args:
+        trials_per_stimulus: float32 (presentations, sites) for each stimulus.
+        repetitions: the largest number that any stimulus has; with one, the responses are rates and there are no
+            trials.
+    """
+    for trials in trials_per_stimulus:
+        if repetitions == 1:
+            yield (trials[0] if len(trials) else np.full(trials.shape[1], np.nan, np.float32)), None
+        else:
+            yield trial_average(trials), pad_repetitions(trials, repetitions)
+
+
+def pad_repetitions(trials: np.ndarray, repetitions: int) -> np.ndarray:
+    """Trials (presentations, sites) with rows of NaN appended up to a number of repetitions."""
+    return np.pad(trials, ((0, repetitions - len(trials)), (0, 0)), constant_values=np.nan)

@@ -117,7 +117,7 @@ def test_one_id_with_two_images_is_refused_and_nothing_is_left(parts, tmp_path):
     other = pack(Folder(source=source).open(), tmp_path / "shards", 50, 1).folder
     out = tmp_path / "joined"
     refused = run_here("data_prep/pack.py", "joined", folder_a, other, "--out", out, "--workers", 1)
-    assert_refused(refused, "stim0004", "another image", other, folder_a)
+    assert_refused(refused, "stim0004", "different images", other, folder_a)
     assert not list(tmp_path.glob("*joined*"))
 
 

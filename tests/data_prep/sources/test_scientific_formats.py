@@ -19,9 +19,10 @@ from data_prep.recording import Recording, Stimulus, trial_average
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.sources.brainio import Brainio
-from data_prep.sources.files import hdf5, trials
+from data_prep.sources.files import hdf5, presentations
+from data_prep.sources.files.ids import safe_ids
 from data_prep.sources.files.image_files import ImageFiles
-from data_prep.sources.files.trials import gather_trials, rows_by_stimulus, safe_ids
+from data_prep.sources.files.presentations import gather_trials, rows_by_stimulus
 from data_prep.sources.mbs_h5 import MbsH5
 from data_prep.sources.nwb import Nwb
 from data_prep.sources.tvsd import Tvsd
@@ -179,7 +180,7 @@ def test_the_public_assembly_of_averages_has_rates_and_no_trials(tmp_path):
 def test_presentations_are_read_in_pieces(assembly, monkeypatch):
     folder, written = assembly
     monkeypatch.setattr(hdf5, "BLOCK_BYTES", 4 * 10 * 20)
-    monkeypatch.setattr(trials, "TRIALS_BYTES", 4 * 10 * 30)
+    monkeypatch.setattr(presentations, "TRIALS_BYTES", 4 * 10 * 30)
     recording, longest = brainio(folder).open(), []
     plain = h5py.Dataset.__getitem__
 
@@ -311,7 +312,7 @@ BAD_SESSIONS = {
     "region": ({"region": ("V1",)}, "'V1'.*IT, V4"),
     "region column": ({"region_column": "depth"}, "no column depth.*quality.*--region-column"),
     "window": ({"window_ms": ((170.0, 70.0),)}, "a window must start before it ends"),
-    "blank": ({"ignore": ()}, "1 of 21 stimuli have no image there, 'blank'"),
+    "blank": ({"ignore": ()}, "1 of 21 stimuli have no image there, e.g. 'blank'"),
     "image column": ({"image_column": "file"}, "--image-column: 'file' is not known"),
 }
 
@@ -408,7 +409,7 @@ BAD_TVSD = {
     "channels": (set_array("test_MUA_reps", np.zeros((4, 5, 96))), {}, r"test_MUA_reps.*\(repetitions, 5, 1024\)"),
     "missing": (spoil_tvsd(lambda file: file.__delitem__("reliab")), {}, "no dataset 'reliab'; it holds"),
     "reliable": (lambda folder: None, {"min_reliability": 0.95}, "no channel has a reliability of 0.95"),
-    "paths": (plain_text, {}, "expected are references to text"),
+    "paths": (plain_text, {}, "expected references to text"),
     "images": (lambda folder: (folder / "object_images/bear").rename(folder / "bear"), {}, "have no image there"),
     "image_list": (lambda folder: None, {"image_list": Path("x.mat")}, "x.mat: no such file.*--image-list"),
 }
@@ -492,13 +493,13 @@ def edit(path: Path, name: str, value) -> None:
 
 BAD_MBS = {
     "rows": ("test/neural_data/s1/V4", np.zeros((5, 3)), r"test/neural_data/s1/V4 has the shape \(5, 3\); .*\(6, 3\)"),
-    "sites": ("test/neural_data/s1/V4", np.zeros((6, 4)), r"\(6, 4\); expected is \(6, 3\)"),
+    "sites": ("test/neural_data/s1/V4", np.zeros((6, 4)), r"\(6, 4\); expected \(6, 3\)"),
     "times": ("train/neural_data/s1/V4", np.zeros((21, 3, 80)), "plain numbers with 2 axes"),
-    "objects": ("train/stimulus_ids", np.zeros(21, [("id", int)]), "expected are strings or integers"),
+    "objects": ("train/stimulus_ids", np.zeros(21, [("id", int)]), "expected strings or integers"),
     "no ids": ("test/stimulus_ids", None, "no dataset 'test/stimulus_ids'; test holds neural_data"),
     "in two": ("test/stimulus_ids", [b"im1003.png"] * 6, "'im1003.png' is in train and in test"),
     "ceilings": ("noise_ceilings/s1/V4", np.zeros(4), "4 values for 3 sites"),
-    "floats": ("train/stimuli", np.zeros((21, 8, 8, 3)), r"expected is uint8 \(21, height, width, 3\)"),
+    "floats": ("train/stimuli", np.zeros((21, 8, 8, 3)), r"expected uint8 \(21, height, width, 3\)"),
     "soft link": ("train/neural_data/s1/V4", h5py.SoftLink("/test/neural_data/s1/V4"), "is a link to elsewhere"),
 }
 

@@ -1,0 +1,71 @@
+"""Ids of stimuli and sites that are safe and unique, and the selection of sites by what is known of them."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.common.errors import BadInput
+
+
+def safe_ids(names: Sequence[str]) -> list[str]:
+    """Ids for the shards, where they become file names: anything but letters, digits, `_` and `-` becomes `_`.
+
+    Names that would get the same id have part of their hash appended.
+    """
+    ids = [re.sub(r"[^A-Za-z0-9_-]", "_", name) or "_" for name in names]
+    names_with_id: dict[str, set[str]] = {}
+    for name, safe in zip(names, ids, strict=True):
+        names_with_id.setdefault(safe, set()).add(name)
+    return [
+        safe if len(names_with_id[safe]) == 1 else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+        for name, safe in zip(names, ids, strict=True)
+    ]
+
+
+def source_id(name: str, safe_id: str) -> dict[str, Any]:
+    """The fact that keeps a stimulus's name in the source, where its id had to differ from it."""
+    return {} if safe_id == name else {"source_id": name}
+
+
+def unique_site_ids(names: Sequence[str], owners: Sequence[str]) -> list[str]:
+    """Ids for sites: their names where these are unique, else prefixed with the owner (animal, recording).
+
+    Raises:
+        BadInput: they are not unique even so.
+    """
+    if len(set(names)) == len(names):
+        return list(names)
+    ids = [f"{owner}_{name}" if owner else name for owner, name in zip(owners, names, strict=True)]
+    if len(set(ids)) != len(ids):
+        repeated = next(name for k, name in enumerate(ids) if name in ids[:k])
+        raise BadInput(f"two sites are called {repeated!r}; each needs an id of its own")
+    return ids
+
+
+def select_sites(
+    sites: Sequence[dict[str, Any]], fact: str, wanted: Sequence[str], flag: str, path: Path | str
+) -> np.ndarray:
+    """Which sites have one of the wanted values of a fact.
+
+    Args:
+        sites: facts about every site.
+        fact: the one that decides, such as "region".
+        wanted: its values to keep; none keeps all sites.
+        flag: the option, and `path`: the file, for the message.
+
+    Returns:
+        bool (sites,).
+
+    Raises:
+        BadInput: a value that no site has; the message lists those that exist.
+    """
+    values = [str(site[fact]) if fact in site else None for site in sites]
+    for value in wanted:
+        if value not in values:
+            known = ", ".join(sorted({value for value in values if value is not None})) or "the file names none"
+            raise BadInput(f"{path}: no site has the {fact} {value!r} ({flag}); there are: {known}")
+    return np.array([not wanted or value in wanted for value in values], dtype=bool)
