@@ -56,7 +56,7 @@ class Division(BaseModel):
         recording = source.open()
         if self.split == "source":
             return recording
-        known = _answered(recording)
+        known = _with_responses(recording)
         groups = None if self.split_by is None else _facts(recording, self.split_by)
         if groups is not None:
             groups = [groups[i] for i in known]
@@ -136,10 +136,9 @@ class DividedRecording(Recording):
         return self._recording.read([self._positions[i] for i in indices])
 
 
-def _answered(recording: Recording) -> list[int]:
+def _with_responses(recording: Recording) -> list[int]:
     """The stimuli of splits that have responses."""
-    answered = recording.answered or {}
-    known = [i for i, split in enumerate(recording.splits) if answered.get(split, True)]
+    known = [i for i in range(len(recording.splits)) if recording.has_responses(i)]
     if not known:
         raise BadInput(f"{recording.name}: no stimulus has responses; there is nothing to divide")
     return known

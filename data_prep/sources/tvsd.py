@@ -1,7 +1,7 @@
 """Source `tvsd`: the THINGS ventral stream spiking dataset (Papale et al. 2025), one monkey's THINGS_normMUA.mat.
 
-MATLAB v7.3 files are HDF5 with the axes reversed: what MATLAB calls (1024, 22248) is (22248, 1024) here. Files that other
-programs have rewritten may have them the other way round; the axis of 1024 channels shows which.
+MATLAB v7.3 files are HDF5 with the axes reversed: what MATLAB calls (1024, 22248) is (22248, 1024) here. Files that
+other programs have rewritten may have them the other way round; the axis of 1024 channels shows which.
 
     train_MUA      (22248, 1024)     one presentation each
     test_MUA_reps  (30, 100, 1024)   single presentations of the test stimuli
