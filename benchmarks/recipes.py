@@ -1,4 +1,4 @@
-"""Score the recipes that fit a small CPU side by side: the tables of docs/recipes.md.
+"""Score the recipes that fit a small CPU side by side: the tables of docs/results/recipes.md.
 
     python benchmarks/recipes.py DATA OUT --seeds 0 1 2 [--size 112] [--only NAME ...]
 
