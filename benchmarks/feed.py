@@ -53,7 +53,7 @@ def side_of(run: Training, batches: Iterator[list[Batch]], steps: int) -> Side:
     def side() -> dict[str, float]:
         started, images = time.process_time(), 0
         for micros in islice(batches, steps):
-            run._step(micros, 0)
+            run.step(micros, 0)
             images += sum(len(micro.images) for micro in micros)
         return {"images/s": images / (time.process_time() - started)}
 

@@ -56,11 +56,11 @@ def fault_of(sections: dict, data: Path, out: Path) -> str | None:
     with training(recipe_of(NETWORK, SIDE, BATCH, loader={"workers": 0}, **sections), data, out) as run:
         micros = next(run.loader.epoch(0))  # on the host: the copy to the device is part of a step
         for _ in range(STEPS):
-            run._step(micros, 0)
+            run.step(micros, 0)
         try:
             with no_waiting(run.runtime.device):
                 for _ in range(STEPS):
-                    run._step(micros, 0)
+                    run.step(micros, 0)
         except RuntimeError as error:
             if "synchronizing" not in str(error):
                 raise

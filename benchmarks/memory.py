@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> None:
     with training(recipe, options.data, options.json.with_suffix(".run")) as run:
         moments, micros = watch(run), first_step(run)
         for _ in range(3):
-            run._step(micros, 0)
+            run.step(micros, 0)
         sizes = [getattr(each, "ds_numel", each.numel()) for each in run.network.parameters()]
         whole = [each.ds_numel for each in run.network.parameters() if getattr(each, "ds_persist", False)]
         everyones = run.runtime.gather_objects(moments)

@@ -2,7 +2,7 @@
 
     python benchmarks/overhead.py [--large] [--variants plain ddp zero0 ...] [--rounds 120] [--steps 2] [--json FILE]
 
-`ours` is `Training._step` as train/finetune.py builds it, on a batch that stays in memory. The bare loops pass the same
+`ours` is `Training.step` as train/finetune.py builds it, on a batch that stays in memory. The bare loops pass the same
 batch through the same network and loss: forward, backward, step, zero_grad. `bare` has the optimizer as we build it
 (fused AdamW), `bare again` is the same once more (what it differs by is noise), `unfused` torch's default AdamW. `lean`
 is what a short script would do: the timm network itself, images normalised beforehand, `mse_loss`, fused AdamW.
@@ -36,7 +36,7 @@ from train.data.batches import Batch
 from train.distributed.engine import Engine
 from train.distributed.launch_environment import rank
 from train.finetuning.loop import Training
-from train.finetuning.schedule import build_optimizer
+from train.finetuning.optimizer import build_optimizer
 from train.models.network import Network, parameter_groups
 from train.run.recipe import Recipe
 
@@ -66,7 +66,7 @@ def recipe_for(variant: str, large: bool) -> Recipe:
 
 def ours(run: Training, batch: Batch) -> Step:
     """Our loop's step."""
-    return lambda: run._step([batch], 0)
+    return lambda: run.step([batch], 0)
 
 
 def under_ddp(run: Training) -> Training:

@@ -84,7 +84,7 @@ def one_step(run, batch: list, machine: Machine | None) -> dict[str, float]:
         dist.barrier()
     sent_before = machine.bytes_sent() if machine else 0
     began = time.perf_counter()
-    run._step(batch, 0)
+    run.step(batch, 0)
     finish(run.runtime.device)
     took, seconds = time.perf_counter() - began, run.engine.clock.seconds
     parts = {part: seconds.get(part, 0.0) for part in PARTS}

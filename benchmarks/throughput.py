@@ -53,7 +53,7 @@ def seconds_for(run: Training, steps: Iterable[list[Batch]]) -> tuple[float, int
     finish(run.runtime.device)
     started, images = time.perf_counter(), 0
     for micros in steps:
-        run._step(micros, 0)
+        run.step(micros, 0)
         images += sum(len(micro.images) for micro in micros)
     finish(run.runtime.device)
     return time.perf_counter() - started, images
@@ -97,7 +97,7 @@ def run_once(recipe: Recipe, options: argparse.Namespace, out: Path) -> dict[str
         if not options.compile:
             found["loader"] = loader_rate(run, options.seconds / 2)
             found["fed"] = rate(run, epochs(run), options.seconds * 1.5)
-        found["loss"] = float(run._step(fixed, 0)["loss"])
+        found["loss"] = float(run.step(fixed, 0)["loss"])
     return found
 
 

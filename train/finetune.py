@@ -47,7 +47,7 @@ def main() -> None:
     from train.distributed.runtime import start_runtime
     from train.finetuning.assembly import build
     from train.finetuning.preparation import prepare
-    from train.finetuning.resume import starting_point
+    from train.finetuning.resume import rewind_to, starting_point
 
     job = prepare(recipe, options.data, options.out, options.resume)
     recipe = job.recipe
@@ -59,7 +59,7 @@ def main() -> None:
         training = build(job, start, runtime)
         with closing(training.monitor), job.folder.keeping_failures(runtime.rank):
             if job.resume:
-                training.go_on(start)
+                rewind_to(start, job, training.monitor, runtime)
             training.run()
 
 

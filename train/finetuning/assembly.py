@@ -9,10 +9,10 @@ from train.finetuning.ema import RunningAverage
 from train.finetuning.introduction import introduce, introduce_readouts
 from train.finetuning.layer_balance import balance_layers
 from train.finetuning.loop import Training
+from train.finetuning.optimizer import build_optimizer
 from train.finetuning.preparation import Job
 from train.finetuning.resume import StartingPoint
 from train.finetuning.ridge_start import start_from_ridge
-from train.finetuning.schedule import build_optimizer
 from train.models.network import Network, parameter_groups
 from train.models.readouts import parameter_count
 from train.run.monitor import Monitor, layout

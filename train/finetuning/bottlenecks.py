@@ -1,44 +1,44 @@
-"""What keeps a run from being faster: a loader that is waited for, or a process that the others wait for."""
+"""What slows a run down: a loader that the network waits for, or a process that the others wait for."""
 
 import statistics
 from collections.abc import Sequence
 
-LOADER_LIMITS = 0.2  # of the time
-DRIFTS = 1.5  # times as long as the others
-WORTH_SAYING = 0.1  # of a step
+from train.finetuning.epoch_log import TrainedEpoch
+
+LARGEST_DATA_WAIT = 0.2  # share of an epoch's time
+SLOW_RANK = 1.5  # times as long as the other ranks
+LEAST_DELAY = 0.1  # share of a step's time
 
 
-class Pace:
-    """Says each remark once in a run."""
+class Bottlenecks:
+    """Finds what slows a run down; mentions each kind of bottleneck once in a run."""
 
-    def __init__(self):
-        self._said: set[str] = set()
+    def __init__(self) -> None:
+        self._mentioned: set[str] = set()
 
-    def remarks(
-        self, *, waited: float, trained: float, steps: int, busy: Sequence[float], hosts: Sequence[str]
-    ) -> list[str]:
-        """Sentences about the epoch that has ended.
+    def notes(self, epoch: TrainedEpoch, busy: Sequence[float], hosts: Sequence[str]) -> list[str]:
+        """Sentences for the log about the epoch that has ended.
 
         Args:
-            waited: seconds that this process waited for images.
-            trained: seconds of the epoch.
-            steps: of the epoch.
-            busy: of each rank, seconds of its own work per step.
-            hosts: of each rank.
+            epoch: as this process trained it.
+            busy: seconds of its own work per step, of each rank.
+            hosts: machine of each rank.
         """
-        found = {}
-        if waited > LOADER_LIMITS * trained:
-            found["loader"] = (
-                f"note: the loader limits the speed: {waited / trained:.0%} of the time is waiting for images; "
-                "raise loader.workers, or let loader.cache keep the images"
+        if not epoch.steps:
+            return []
+        notes = {}
+        if epoch.data_wait_seconds > LARGEST_DATA_WAIT * epoch.seconds:
+            notes["loader"] = (
+                f"note: the loader limits the speed: {epoch.data_wait_seconds / epoch.seconds:.0%} of the time is "
+                "spent waiting for images; raise loader.workers, or let loader.cache keep the images"
             )
         slowest, usual = max(busy), statistics.median_low(busy)
-        if slowest > DRIFTS * usual > 0 and slowest - usual > WORTH_SAYING * trained / steps:
+        if slowest > SLOW_RANK * usual > 0 and slowest - usual > LEAST_DELAY * epoch.seconds / epoch.steps:
             rank = busy.index(slowest)
-            found["drift"] = (
+            notes["rank"] = (
                 f"note: rank {rank} on {hosts[rank]} needs {slowest / usual:.1f} times as long for its part of a step "
                 "as the others, and they wait for it"
             )
-        new = [sentence for kind, sentence in found.items() if kind not in self._said]
-        self._said |= found.keys()
+        new = [sentence for kind, sentence in notes.items() if kind not in self._mentioned]
+        self._mentioned |= notes.keys()
         return new

@@ -1,12 +1,12 @@
-"""What TensorBoard shows of a training beside losses and rates: train scores, sites, stimuli, objects.
+"""TensorBoard during training: losses, learning rates, speed, train scores, sites, stimuli, objects.
 
-It is made to cost next to nothing. Train scores are those of the predictions that training makes anyway; images are
-drawn when they take at most `SHARE` of the time trained so far, and once more by train/evaluate.py.
+Charts cost next to nothing. Train scores come from the predictions that training makes anyway; figures are drawn while
+they take at most `SHARE` of the time trained so far, and once more by train/evaluate.py.
 """
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 
 from train.data.batches import Batch
 from train.data.stimuli import StimulusSet
+from train.distributed.engine import Engine
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import mean_score, site_scores
 from train.evaluation.moments import SiteMoments
@@ -23,13 +24,13 @@ from train.models.network import Network
 from train.run.monitor import Monitor
 
 SHARE = 0.005
-FIRST_COST = 1.5  # seconds that the first images are taken to cost, most of it to import matplotlib
-MOST_KEPT = 2048  # predictions of a rank that train scores rest on
+FIRST_COST = 1.5  # seconds that the first figures are assumed to take, most of it to import matplotlib
+MOST_KEPT = 2048  # predictions per rank that train scores are computed from
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What the network said of a micro-batch, and what would have been right; as of `Batch`, without the images."""
+class TrainPredictions:
+    """The network's outputs for a micro-batch, and its targets as in `Batch`."""
 
     outputs: Mapping[str, torch.Tensor]
     positions: torch.Tensor
@@ -38,16 +39,16 @@ class _Said:
     labels: torch.Tensor | None
 
 
-class Watch:
-    """Watches a training.
+class TrainingCharts:
+    """The charts of a training.
 
     Args:
         network: that is trained.
         runtime: this process.
-        monitor: for the charts.
+        monitor: receives the charts.
         fit: the stimuli that are trained on.
         selection: the stimuli that select.
-        split: what these are called.
+        split: name of the split that selects.
     """
 
     def __init__(
@@ -61,78 +62,116 @@ class Watch:
     ):
         self._objective, self._runtime = network.objective, runtime
         self._monitor, self._fit, self._selection, self._split = monitor, fit, selection, split
-        self._seen: deque[_Said] = deque()
-        self._count = 0
-        self._trained = self._spent = 0.0
+        self._kept: deque[TrainPredictions] = deque()
+        self._kept_stimuli = 0
+        self._trained_seconds = self._drawing_seconds = 0.0
         self._cost = FIRST_COST
 
-    def note(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> None:
-        """Remember what the network said of a micro-batch in training; nothing is computed and nothing copied."""
-        outputs = {name: output.detach() for name, output in outputs.items()}
-        self._seen.append(_Said(outputs, batch.positions, batch.weight, batch.rates, batch.labels))
-        self._count += len(batch.weight)
-        while self._count - len(self._seen[0].weight) >= MOST_KEPT:
-            self._count -= len(self._seen.popleft().weight)
+    def chart_step(
+        self,
+        step: int,
+        losses: Mapping[str, torch.Tensor],
+        engine: Engine,
+        images_per_second: float,
+        data_wait: float,
+    ) -> None:
+        """Chart losses, learning rates and speed of a step; every rank must take part.
 
-    def train_means(self) -> dict[str, float]:
-        """The scores of the last predictions of this epoch's training, over all ranks; all ranks call it.
-
-        The network changed while it made them, and saw the images augmented: they are not what it would score on
-        train at any one time. Under a loss that knows no scale there is Pearson's r alone. Of several recordings there
-        are the means over them, and each one's own, as `recording/r2`.
+        Args:
+            step: optimizer steps done.
+            losses: this rank's share, by name.
+            engine: has the learning rates, and the seconds of the parts of a step.
+            images_per_second: over all ranks.
+            data_wait: seconds that the step waited for images.
         """
-        seen, self._seen, self._count = self._seen, deque(), 0
-        rates, classes = self._response_means(seen), self._class_means(seen)
-        each = {part.name: a | b for part, a, b in zip(self._fit.recordings, rates, classes, strict=True)}
-        return chart_values(each)
+        totals = self._runtime.sum(torch.stack(list(losses.values()))).tolist()
+        values: dict[str, float] = {}
+        for name, total in zip(losses, totals, strict=True):
+            values["train/loss" if name == "loss" else f"train/loss_{name}"] = total
+        for group in engine.optimizer.param_groups:
+            values[f"rate/{group['part']}"] = group["lr"]
+        for name, weight in self._objective.learned_weights().items():
+            values[name] = float(weight)
+        values["speed/images_per_second"] = images_per_second
+        values["speed/data_wait_seconds"] = data_wait
+        for part, seconds in engine.clock.seconds.items():
+            values[f"speed/{part}_seconds"] = seconds
+        self._monitor.scalars(values, step)
 
-    def _response_means(self, seen: deque[_Said]) -> list[dict[str, float]]:
-        """Of each recording."""
+    def keep_predictions(self, outputs: Mapping[str, torch.Tensor], batch: Batch) -> None:
+        """Keep the outputs for a micro-batch for the train scores; nothing is computed and nothing copied."""
+        outputs = {name: output.detach() for name, output in outputs.items()}
+        self._kept.append(TrainPredictions(outputs, batch.positions, batch.weight, batch.rates, batch.labels))
+        self._kept_stimuli += len(batch.weight)
+        while self._kept_stimuli - len(self._kept[0].weight) >= MOST_KEPT:
+            self._kept_stimuli -= len(self._kept.popleft().weight)
+
+    def train_scores(self) -> dict[str, float]:
+        """The scores of this epoch's last predictions in training, over all ranks; every rank must take part.
+
+        The weights changed in between and the images were augmented, so no single network would score this on train.
+        Under a loss that ignores the scale of the responses there is Pearson's r only. With several recordings there is
+        each one's score, as `NAME/r2`, besides the mean.
+        """
+        predictions, self._kept, self._kept_stimuli = self._kept, deque(), 0
+        of_responses, of_classes = self._response_scores(predictions), self._class_scores(predictions)
+        return chart_values(
+            {
+                part.name: response_scores | class_scores
+                for part, response_scores, class_scores in zip(
+                    self._fit.recordings, of_responses, of_classes, strict=True
+                )
+            }
+        )
+
+    def _response_scores(self, predictions: Sequence[TrainPredictions]) -> list[dict[str, float]]:
+        """Of each recording, the metrics that have a value, as means over sites."""
         responses = self._objective.responses
         if responses is None:
             return [{} for _ in self._fit.recordings]
         moments = SiteMoments.zeros(responses.rate_mean.numel(), self._runtime.device)
-        if seen:
-            rates = torch.cat([responses.in_units(said.outputs["rates"]) for said in seen])
-            target, weight = (torch.cat([getattr(said, name) for said in seen]) for name in ("rates", "weight"))
-            moments = SiteMoments.of(rates, target, weight)
+        if predictions:
+            moments = SiteMoments.of(
+                prediction=torch.cat([responses.in_units(kept.outputs["rates"]) for kept in predictions]),
+                response=torch.cat([kept.rates for kept in predictions if kept.rates is not None]),
+                weight=torch.cat([kept.weight for kept in predictions]),
+            )
         scores = site_scores(moments.over_ranks(self._runtime))
         shown = ("pearson_r",) if responses.ignores_offsets else tuple(scores)
         means = [{name: mean_score(scores[name][part.columns]) for name in shown} for part in self._fit.recordings]
-        return [{name: value for name, value in each.items() if np.isfinite(value)} for each in means]
+        return [{name: mean for name, mean in of_part.items() if np.isfinite(mean)} for of_part in means]
 
-    def _class_means(self, seen: deque[_Said]) -> list[dict[str, float]]:
-        """Of each recording."""
+    def _class_scores(self, predictions: Sequence[TrainPredictions]) -> list[dict[str, float]]:
+        """Of each recording, the share of stimuli whose class was the likeliest."""
         if self._selection.labels is None:
             return [{} for _ in self._fit.recordings]
         device = self._runtime.device
         ends = torch.tensor([len(part) for part in self._fit.recordings], device=device).cumsum(0)
-        right = torch.zeros(len(ends), 2, dtype=torch.float64, device=device)
-        for said in seen:
-            hit = (said.outputs["classes"].argmax(1) == said.labels) * said.weight
-            of = torch.bucketize(said.positions, ends[:-1], right=True)
-            right.index_add_(0, of, torch.stack((hit, said.weight), dim=1).double())
-        return [{"top1": hits / count} if count else {} for hits, count in self._runtime.sum(right).tolist()]
+        counts = torch.zeros(len(ends), 2, dtype=torch.float64, device=device)  # correct, shown
+        for kept in predictions:
+            correct = (kept.outputs["classes"].argmax(1) == kept.labels) * kept.weight
+            recording = torch.bucketize(kept.positions, ends[:-1], right=True)
+            counts.index_add_(0, recording, torch.stack((correct, kept.weight), dim=1).double())
+        return [{"top1": correct / shown} if shown else {} for correct, shown in self._runtime.sum(counts).tolist()]
 
-    def epoch(self, scored: Scores, step: int, seconds: float) -> None:
-        """Chart the selecting stimuli after an epoch, images where they are cheap beside the time trained.
+    def chart_epoch(self, step: int, scores: Scores, seconds: float) -> None:
+        """Chart the sites of the stimuli that select; draw figures if they are cheap beside the time trained so far.
 
         Args:
-            scored: of these stimuli.
             step: optimizer steps done.
+            scores: of these stimuli.
             seconds: that the epoch took.
         """
-        self._trained += seconds
+        self._trained_seconds += seconds
         board, started = self._monitor.board, time.monotonic()
         if board is None:
             return
-        called = chart_names(self._split, scored.by_recording)
-        for name, part in zip(called, scored.by_recording.values(), strict=True):
-            draw_numbers(board, name, part, step)
-        if self._spent + self._cost <= SHARE * self._trained:
-            for name, part, stimuli in zip(
-                called, scored.by_recording.values(), self._selection.recordings, strict=True
-            ):
-                draw_figures(board, name, part, stimuli, step)
+        names = chart_names(self._split, scores.by_recording)
+        for name, of_recording in zip(names, scores.by_recording.values(), strict=True):
+            draw_numbers(board, name, of_recording, step)
+        if self._drawing_seconds + self._cost <= SHARE * self._trained_seconds:
+            recordings = zip(names, scores.by_recording.values(), self._selection.recordings, strict=True)
+            for name, of_recording, stimuli in recordings:
+                draw_figures(board, name, of_recording, stimuli, step)
             self._cost = time.monotonic() - started
-            self._spent += self._cost
+            self._drawing_seconds += self._cost

@@ -1,7 +1,8 @@
-"""Steps whose loss or gradient is not finite: left out by the engine, named here, and bounded in number."""
+"""Reports steps whose loss or gradient is not finite, which the engine leaves out, and ends a run with too many."""
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -12,98 +13,122 @@ from train.distributed.engine import batch_norm_statistics
 from train.distributed.runtime import Runtime
 from train.models.network import Network
 
-SHOWN = 8  # stimuli that a warning names
+NAMED = 8  # stimuli in a warning
 
 
-class FiniteSteps:
-    """Keeps an eye on the steps without waiting for the device: what it has to know is read every few steps.
+@dataclass(frozen=True)
+class Step:
+    """A step that the host has not looked at yet.
 
-    BatchNorm's running statistics see the activations before anybody knows what becomes of them, so those of the last
-    good look are kept, and come back when a step was left out and they are no longer finite.
+    Attributes:
+        number: from 1.
+        positions: int64, of the stimuli of each micro-batch of this rank.
+        loss: float (), this rank's share, on the device.
+        left_out: bool (), whether the engine left the step out, on the device; the same on every rank.
+    """
+
+    number: int
+    positions: list[torch.Tensor]
+    loss: torch.Tensor
+    left_out: torch.Tensor
+
+
+class NonFiniteSteps:
+    """Watches the losses without waiting for the device: steps are recorded, and read together every few steps.
+
+    BatchNorm updates its running statistics before anybody knows whether a step is finite. So those of the last read
+    without a bad step are kept, and restored when a step was left out and they are no longer finite.
 
     Args:
         network: whose statistics are kept.
-        stimuli: to fit, for their names.
+        stimuli: that are trained on, for their ids.
         runtime: this process.
-        limit: end the run after so many bad steps in a row.
-        say: where warnings go.
+        limit: steps in a row that may be left out before the run ends.
+        warn: receives warnings.
     """
 
     def __init__(
-        self, network: Network, stimuli: StimulusSet, runtime: Runtime, limit: int, say: Callable[[str], None]
+        self, network: Network, stimuli: StimulusSet, runtime: Runtime, limit: int, warn: Callable[[str], None]
     ):
-        self._network, self._stimuli, self._runtime, self._limit, self._say = network, stimuli, runtime, limit, say
-        self._noted: list[tuple[int, list[torch.Tensor], torch.Tensor, torch.Tensor]] = []
-        self._in_a_row = 0
-        self._kept = self._statistics()
+        self._network, self._stimuli, self._runtime, self._limit, self._warn = network, stimuli, runtime, limit, warn
+        self._unread: list[Step] = []
+        self._bad_in_a_row = 0
+        self._good_statistics = self._copy_of_statistics()
 
-    def _statistics(self) -> dict[str, torch.Tensor]:
-        return {name: statistic.clone() for name, statistic in batch_norm_statistics(self._network)}
-
-    def note(self, step: int, micros: Sequence[Batch], loss: torch.Tensor, left_out: torch.Tensor) -> None:
-        """Remember a step until the next look.
+    def record(self, number: int, micro_batches: Sequence[Batch], loss: torch.Tensor, left_out: torch.Tensor) -> None:
+        """Record a step until the next `read`.
 
         Args:
-            step: its number, from 1.
-            micros: what this rank computed in it, on the host.
-            loss: this rank's part of the loss, ().
-            left_out: whether the engine left the step out, bool (), the same on every rank.
+            number: of the step, from 1.
+            micro_batches: of this rank, on the host.
+            loss: float (), this rank's share.
+            left_out: bool (), whether the engine left the step out; the same on every rank.
         """
-        seen = [micro.positions[micro.weight > 0] for micro in micros]  # copies: batches' memory is reused
-        self._noted.append((step, seen, loss, left_out))
+        positions = [batch.positions[batch.weight > 0] for batch in micro_batches]  # copies: the buffers are reused
+        self._unread.append(Step(number, positions, loss, left_out))
 
-    def look(self) -> list[float | None]:
-        """Say which of the noted steps were left out, and why; every rank must take part.
+    def read(self) -> list[float | None]:
+        """Read the recorded steps and warn of those that were left out; every rank must take part.
 
         Returns:
-            Of each step, this rank's part of the loss, None where it was left out.
+            This rank's share of the loss of each step; None for a step that was left out.
 
         Raises:
-            RunFailed: too many in a row.
+            RunFailed: too many steps in a row were left out.
         """
-        if not self._noted:
+        if not self._unread:
             return []
-        noted, self._noted = self._noted, []
-        losses = torch.stack([loss for *_, loss, _ in noted]).tolist()
-        left_out = torch.stack([bad for *_, bad in noted]).tolist()
+        steps, self._unread = self._unread, []
+        losses = torch.stack([step.loss for step in steps]).tolist()
+        left_out = torch.stack([step.left_out for step in steps]).tolist()
         if any(left_out):
-            own = [
-                None if math.isfinite(loss) else self._names(torch.cat(seen))
-                for (_, seen, *_), loss in zip(noted, losses, strict=True)
-            ]
-            everyone = self._runtime.gather_objects(own)
-            for number, (step, *_) in enumerate(noted):
-                if left_out[number]:
-                    self._warn(step, [names[number] for names in everyone])
-            self._restore()
+            self._report(steps, losses, left_out)
+            self._restore_statistics()
         else:
-            self._kept = self._statistics()
-        for bad in left_out:
-            self._in_a_row = self._in_a_row + 1 if bad else 0
-            if self._in_a_row >= self._limit:
+            self._good_statistics = self._copy_of_statistics()
+        for is_bad in left_out:
+            self._bad_in_a_row = self._bad_in_a_row + 1 if is_bad else 0
+            if self._bad_in_a_row >= self._limit:
                 raise RunFailed(
-                    f"{DIVERGED}{self._in_a_row} steps in a row had a loss or a gradient that is not finite; lower "
-                    "optimizer.lr or set optimizer.clip_norm (the checkpoints before are kept)"
+                    f"{DIVERGED}{self._bad_in_a_row} steps in a row had a loss or a gradient that is not finite; lower "
+                    "optimizer.lr or set optimizer.clip_norm (earlier checkpoints are kept)"
                 )
-        return [None if bad else loss for loss, bad in zip(losses, left_out, strict=True)]
+        return [None if is_bad else loss for loss, is_bad in zip(losses, left_out, strict=True)]
 
-    def _names(self, positions: torch.Tensor) -> list[str]:
-        return [self._stimuli.stimulus_ids[position] for position in positions.tolist()]
-
-    def _warn(self, step: int, names: list[list[str] | None]) -> None:
-        guilty = [
-            f"rank {rank}, which saw {', '.join(own[:SHOWN])}{f' and {len(own) - SHOWN} more' * (len(own) > SHOWN)}"
-            for rank, own in enumerate(names)
-            if own is not None
+    def _report(self, steps: list[Step], losses: list[float], left_out: list[bool]) -> None:
+        """Warn of each step that was left out, with the stimuli of the ranks whose loss was not finite."""
+        suspects = [
+            None if math.isfinite(loss) else self._ids(step.positions) for step, loss in zip(steps, losses, strict=True)
         ]
-        where = (
-            f"the loss was not finite on {'; and on '.join(guilty)}"
-            if guilty
-            else ("the gradient was not finite, though the loss was")
-        )
-        self._say(f"warning: step {step} is left out: {where}")
+        suspects_of_ranks = self._runtime.gather_objects(suspects)
+        for index, step in enumerate(steps):
+            if left_out[index]:
+                cause = _cause([suspects[index] for suspects in suspects_of_ranks])
+                self._warn(f"warning: step {step.number} is left out: {cause}")
 
-    def _restore(self) -> None:
+    def _ids(self, positions: list[torch.Tensor]) -> list[str]:
+        return [self._stimuli.stimulus_ids[position] for position in torch.cat(positions).tolist()]
+
+    def _copy_of_statistics(self) -> dict[str, torch.Tensor]:
+        return {name: statistic.clone() for name, statistic in batch_norm_statistics(self._network)}
+
+    def _restore_statistics(self) -> None:
         for name, statistic in batch_norm_statistics(self._network):
             if not bool(torch.isfinite(statistic).all()):
-                statistic.copy_(self._kept[name])
+                statistic.copy_(self._good_statistics[name])
+
+
+def _cause(suspects_of_ranks: list[list[str] | None]) -> str:
+    """Why a step was left out.
+
+    Args:
+        suspects_of_ranks: stimuli that each rank saw in the step; None where its loss was finite.
+    """
+    sightings = []
+    for rank, suspects in enumerate(suspects_of_ranks):
+        if suspects is not None:
+            more = f" and {len(suspects) - NAMED} more" if len(suspects) > NAMED else ""
+            sightings.append(f"rank {rank}, which saw {', '.join(suspects[:NAMED])}{more}")
+    if not sightings:
+        return "the gradient was not finite, though the loss was"
+    return f"the loss was not finite on {'; and on '.join(sightings)}"

@@ -9,7 +9,15 @@ from train.distributed.runtime import Runtime
 from train.finetuning.ema import RunningAverage
 from train.finetuning.preparation import Job
 from train.models.network import Network
-from train.run.checkpoint import Progress, checked_tensors, load_progress, load_tensors, newest_whole
+from train.run.checkpoint import (
+    Progress,
+    checked_tensors,
+    forget_newer,
+    load_progress,
+    load_tensors,
+    newest_whole,
+)
+from train.run.monitor import Monitor
 
 
 @dataclass
@@ -84,3 +92,20 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
         raise BadInput(f"{job.folder.path} was trained on other shards; resume it with the --data it began with{order}")
     progress.check_fits(job.manifest, " and ".join(map(str, job.data)))
     return StartingPoint(checkpoint, progress if progress.step else fresh, faults)
+
+
+def rewind_to(start: StartingPoint, job: Job, monitor: Monitor, runtime: Runtime) -> None:
+    """Drop what was written after the starting point, and say where the run continues."""
+    for fault in start.faults:
+        monitor.say(f"warning: {fault}; using the checkpoint before it")
+    if start.checkpoint is not None and runtime.is_main:
+        forget_newer(job.folder.checkpoints, start.progress)
+    if start.begins:
+        monitor.rewind(-1, -1)
+        monitor.say("no step was saved: starting from the beginning")
+        return
+    epoch, step = start.progress.epoch, start.progress.step
+    monitor.rewind(epoch, step)
+    steps_into_epoch = step - epoch * job.loader.steps
+    mid_epoch = f", step {steps_into_epoch} of the next" if steps_into_epoch else ""
+    monitor.say(f"resumed after epoch {epoch}{mid_epoch} (step {step})")

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules.
+"""Learning-rate schedules.
 
 A schedule is a pure function of the optimizer step (and, for plateaus, of the scores so far): the rate does not depend
 on the number of ranks, or on how often a run was resumed.
@@ -7,17 +7,24 @@ on the number of ranks, or on how often a run was resumed.
 import math
 from collections.abc import Sequence
 
-import torch
-from timm.optim import Lion
-
+from train.distributed.engine import Engine
+from train.finetuning.optimizer import set_momentum
 from train.run import recipe
 
 ONECYCLE_START, ONECYCLE_END = 1 / 25, 1 / 25e4  # of the peak, as in torch's OneCycleLR
-HIGH_MOMENTUM, LOW_MOMENTUM = 0.95, 0.85  # as there
+HIGH_MOMENTUM, LOW_MOMENTUM = 0.95, 0.85  # likewise
+
+
+def set_rates(engine: Engine, settings: recipe.Schedule, step: int, total: int, drops: int) -> None:
+    """Set learning rate and momentum for a step; arguments as of `rate_factor`."""
+    engine.set_learning_rate(rate_factor(settings, step, total, drops))
+    value = momentum(settings, step, total)
+    if value is not None:
+        set_momentum(engine.optimizer, value)
 
 
 def rate_factor(settings: recipe.Schedule, step: int, total: int, drops: int = 0) -> float:
-    """The learning rate at a step, as a part of its peak.
+    """The learning rate at a step, relative to its peak.
 
     OneCycle (Smith and Topin 2018) in torch's form: a half cosine from 1/25 of the peak up to it over the first
     `warmup` of the steps, then a half cosine down to 1/250,000. Cosine: linear up, then a half cosine down to 0 just
@@ -72,35 +79,3 @@ def _one_cycle(warmup: float, step: int, total: int, start: float, middle: float
 
 def _half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) / 2 * (1 + math.cos(math.pi * min(progress, 1.0)))
-
-
-def set_momentum(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the momentum of sgd, or the first beta of the others."""
-    for group in optimizer.param_groups:
-        if "betas" in group:
-            group["betas"] = (value, *group["betas"][1:])
-        else:
-            group["momentum"] = value
-
-
-def build_optimizer(settings: recipe.Optimizer, groups: list[dict], device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer of the recipe over parameter groups, each of which has its `peak_lr`.
-
-    Fused kernels are used where torch has them.
-    """
-    betas = (settings.momentum, 0.999)
-    fused = device.type in ("cuda", "cpu")
-    match settings.name:
-        case "sgd":
-            return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum, fused=fused)
-        case "adam":
-            return torch.optim.Adam(groups, lr=settings.lr, betas=betas, fused=fused)
-        case "adamw":
-            return torch.optim.AdamW(groups, lr=settings.lr, betas=betas, fused=fused)
-        case "nadam":
-            return torch.optim.NAdam(groups, lr=settings.lr, betas=betas, decoupled_weight_decay=True, foreach=True)
-        case "radam":
-            return torch.optim.RAdam(groups, lr=settings.lr, betas=betas, decoupled_weight_decay=True, foreach=True)
-        case "lion":
-            return Lion(groups, lr=settings.lr, betas=(settings.momentum, 0.99), foreach=True)
-    raise ValueError(settings.name)

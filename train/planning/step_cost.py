@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from data_prep.shards.manifest import Image, Manifest, Rates, Shard, Split
 from train.data.augment import KINDS, augment
 from train.data.batches import Batch
-from train.finetuning.schedule import build_optimizer
+from train.finetuning.optimizer import build_optimizer
 from train.models.network import Network
 from train.run import recipe as settings
 from train.run.recipe import Recipe

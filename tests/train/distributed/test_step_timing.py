@@ -30,12 +30,12 @@ def test_a_part_loses_what_is_communication_in_it(clock):
 # The second of two processes takes its time before each micro-batch; the first one writes the charts.
 SLOW_RANK = """
 import time
-own = module.Training._piece
+own = module.Training._forward_and_backward
 def slow(self, *args):
     if self.runtime.rank == 1:
         time.sleep({pause})
     return own(self, *args)
-module.Training._piece = slow
+module.Training._forward_and_backward = slow
 """
 
 

@@ -22,7 +22,8 @@ from launching import (
 )
 
 from data_prep.common.errors import STOPPED
-from train.finetuning.bottlenecks import Pace
+from train.finetuning.bottlenecks import Bottlenecks
+from train.finetuning.epoch_log import TrainedEpoch
 from train.run.checkpoint import load_progress
 
 EPOCHS = 12
@@ -120,7 +121,7 @@ def test_bad_input_is_not_tried_again(recording, trained):
 
 def test_a_run_that_is_stopped_while_it_scores_scores_again(recording, trained, tmp_path):
     options = ["--data", recording, "--out", tmp_path / "run", *SMALL]
-    done = run_patched("finetuning.loop", STOP_WHILE_SCORING, *options)
+    done = run_patched("finetuning.selection_scoring", STOP_WHILE_SCORING, *options)
     assert done.returncode == STOPPED, done.stderr
     assert len(losses(tmp_path / "run")) == 1
     succeed(1, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", "--resume")
@@ -147,7 +148,7 @@ def left_out(recording, tmp_path_factory):
     """The run of one process whose fourth step was left out, and what it said."""
     run = tmp_path_factory.mktemp("nan") / "run"
     options = ["--data", recording, "--out", run, *SMALL, "--backbone.name", "test_convnext"]
-    done = run_patched("models.objectives", NAN_ONCE.format(calls={4}), *options)
+    done = run_patched("models.losses", NAN_ONCE.format(calls={4}), *options)
     assert done.returncode == 0, done.stderr
     return run, done.stdout
 
@@ -168,7 +169,7 @@ def test_every_strategy_leaves_the_step_out(recording, left_out, tmp_path, strat
     run = tmp_path / "run"
     chosen = strategy if strategy == "ddp" else f"ds_configs/{strategy}.json"
     options = ["--data", recording, "--out", run, *SMALL, "--strategy", chosen]
-    done = run_patched("models.objectives", NAN_ONCE.format(calls={4}), *options, processes=2)
+    done = run_patched("models.losses", NAN_ONCE.format(calls={4}), *options, processes=2)
     assert done.returncode == 0, done.stderr
     assert "step 4 is left out: the loss was not finite on rank 1, which saw" in done.stdout
     assert losses(run) == pytest.approx(losses(left_out[0]), rel=1e-4)
@@ -178,7 +179,7 @@ def test_every_strategy_leaves_the_step_out(recording, left_out, tmp_path, strat
 def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(recording, tmp_path):
     run = tmp_path / "run"
     options = ["--data", recording, "--out", run, *SMALL, "--faults.bad-steps", "3"]
-    done = run_patched("models.objectives", NAN_ONCE.format(calls=set(range(7, 11))), *options)
+    done = run_patched("models.losses", NAN_ONCE.format(calls=set(range(7, 11))), *options)
     assert done.returncode == 1
     assert "steps in a row had a loss or a gradient that is not finite" in done.stderr
     assert "Traceback" not in done.stderr
@@ -197,7 +198,7 @@ module.Network.forward = broken
 """
     run = tmp_path / "run"
     options = ["--data", recording, "--out", run, *SMALL, "--backbone.name", "test_resnet"]
-    done = run_patched("models.tasks", patch, *options)
+    done = run_patched("models.network", patch, *options)
     assert done.returncode == 0, done.stderr
     assert "step 4 is left out" in done.stdout
     assert all(bool(tensor.isfinite().all()) for tensor in weights(run).values() if tensor.is_floating_point())
@@ -219,14 +220,20 @@ module.logging.FileHandler.flush = full
     assert len(losses(tmp_path / "run")) == 2
 
 
-def test_what_slows_a_run_down_is_said_once():
-    pace, facts = Pace(), {"steps": 10, "hosts": ["one", "two", "three"]}
-    assert pace.remarks(waited=0.5, trained=10.0, busy=[0.3, 0.32, 0.31], **facts) == []
-    (drift,) = pace.remarks(waited=0.5, trained=10.0, busy=[0.3, 0.9, 0.3], **facts)
-    assert "rank 1 on two needs 3.0 times as long" in drift
-    (loader,) = pace.remarks(waited=4.0, trained=10.0, busy=[0.3, 0.9, 0.3], **facts)
-    assert "40% of the time is waiting for images" in loader
-    assert pace.remarks(waited=4.0, trained=10.0, busy=[0.3, 0.9, 0.3], **facts) == []
+def epoch_that_waited(seconds: float) -> TrainedEpoch:
+    return TrainedEpoch(
+        loss=1.0, train_scores={}, steps=10, images_per_second=1.0, seconds=10.0, data_wait_seconds=seconds
+    )
+
+
+def test_what_slows_a_run_down_is_mentioned_once():
+    bottlenecks, hosts = Bottlenecks(), ["one", "two", "three"]
+    assert bottlenecks.notes(epoch_that_waited(0.5), [0.3, 0.32, 0.31], hosts) == []
+    (slow_rank,) = bottlenecks.notes(epoch_that_waited(0.5), [0.3, 0.9, 0.3], hosts)
+    assert "rank 1 on two needs 3.0 times as long" in slow_rank
+    (loader,) = bottlenecks.notes(epoch_that_waited(4.0), [0.3, 0.9, 0.3], hosts)
+    assert "40% of the time is spent waiting for images" in loader
+    assert bottlenecks.notes(epoch_that_waited(4.0), [0.3, 0.9, 0.3], hosts) == []
 
 
 def test_charts_tell_where_a_steps_time_goes(undisturbed):

@@ -18,7 +18,7 @@ from data_prep.sources.folder import Folder
 from train.data.recordings import Recordings
 from train.data.stimuli import RecordingStimuli
 from train.distributed.engine import Engine
-from train.finetuning import loop
+from train.finetuning import checkpointing
 from train.finetuning.ema import RunningAverage
 from train.finetuning.preparation import training_stimuli
 from train.run.recipe import Recipe
@@ -246,11 +246,11 @@ def test_an_interrupted_run_with_everything_random_ends_as_if_undisturbed(data, 
             raise KeyboardInterrupt
         save(folder, tensors, progress, keep)
 
-    save = loop.save_checkpoint
+    save = checkpointing.save_checkpoint
     with monkeypatch.context() as patched:
         patched.setattr(RunningAverage, "update", interrupted)
         if at_step is None:
-            patched.setattr(loop, "save_checkpoint", half_saved)
+            patched.setattr(checkpointing, "save_checkpoint", half_saved)
         assert finetune(tmp_path / "run", data, *options).returncode == 130
     resumed = run_here("train/finetune.py", "--data", data, "--out", tmp_path / "run", "--resume")
     assert resumed.returncode == 0, resumed.stderr

@@ -80,7 +80,7 @@ def test_a_start_that_no_epoch_betters_is_the_best(spoilt):
     assert [line["epoch"] for line in epochs] == [1, 2]
     assert [line["best"] for line in (start, *epochs)] == [True, False, False]
     assert max(line["inner"]["r2"] for line in epochs) < start["inner"]["r2"]
-    assert "on inner at the start: no epoch is better" in said
+    assert "on inner at the start: no epoch improved on it" in said
     assert (run / "checkpoints" / "best").readlink() == Path("step_0")
     scored = run_here("train/evaluate.py", run, "--split", "val")
     assert scored.returncode == 0, scored.stderr

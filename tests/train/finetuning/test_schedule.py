@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from data_prep.shards.manifest import Manifest
 from train.distributed.engine import Engine
-from train.finetuning.schedule import build_optimizer, momentum, plateaus, rate_factor, set_momentum
+from train.finetuning.optimizer import build_optimizer, set_momentum
+from train.finetuning.schedule import momentum, plateaus, rate_factor
 from train.models.network import Network, parameter_groups
 from train.run.checkpoint import Progress, load_tensors, save_checkpoint
 from train.run.recipe import Recipe, Schedule

@@ -123,7 +123,7 @@ def test_joined_layers_train_alike_on_any_number_of_processes(words, run, tmp_pa
 
 def test_a_run_that_goes_on_has_the_scales_it_had(words, run, tmp_path):
     options = [*words[1:], "--out", tmp_path / "run"]
-    assert run_patched("finetuning.loop", STOP_WHILE_SCORING, *options).returncode == STOPPED
+    assert run_patched("finetuning.selection_scoring", STOP_WHILE_SCORING, *options).returncode == STOPPED
     done = run_here("train/finetune.py", "--data", words[2], "--out", tmp_path / "run", "--resume")
     assert done.returncode == 0, done.stderr
     assert largest_difference(weights(tmp_path / "run"), weights(run)) == 0

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from data_prep.common.errors import BadInput
 from train import finetune
 from train.data.order import accumulation
-from train.finetuning.schedule import build_optimizer
+from train.finetuning.optimizer import build_optimizer
 from train.models.network import Network, parameter_groups
 from train.planning.memory import (
     GIB,

@@ -81,20 +81,21 @@ def test_a_checkpoint_for_which_there_is_no_room(recording, trained, tmp_path):
     disk = tmp_path / "disk"
     with small_disk(disk, room):
         done = run_here("train/finetune.py", "--data", recording, "--out", disk / "run", *SMALL)
-        assert_ended_in_a_sentence(done, "checkpoint step_", "No space left on device", "those before are kept")
+        assert_ended_in_a_sentence(done, "checkpoint step_", "No space left on device", "earlier ones are kept")
         mount("-o", f"remount,size={4 * room}", disk)
         assert_goes_on(disk / "run", trained)
 
 
 # The disk is changed just before something of the second epoch is written.
-THEN = """
+LOG, CHECKPOINT = ("EpochLog.epoch", "self._progress"), ("CheckpointWriter.save", "args[0]")  # method, its progress
+BREAK_DISK_BEFORE = """
 import subprocess
-own = module.Training.{method}
-def later(self, *args, **kw):
-    if self.progress.epoch == 2:
+write = module.{method}
+def break_disk_and_write(self, *args):
+    if {progress}.epoch == 2:
         subprocess.run({command}, shell=True)
-    return own(self, *args, **kw)
-module.Training.{method} = later
+    return write(self, *args)
+module.{method} = break_disk_and_write
 """
 
 
@@ -102,9 +103,9 @@ module.Training.{method} = later
 @pytest.mark.parametrize(
     ("fault", "before", "words"),
     [
-        ("full", "_tell", ("cannot be saved", "No space left on device")),
-        ("read-only", "_tell", ("history.jsonl cannot be written", "Read-only file system")),
-        ("read-only", "_save", ("cannot be saved", "Read-only file system")),
+        ("full", LOG, ("cannot be saved", "No space left on device")),
+        ("read-only", LOG, ("history.jsonl cannot be written", "Read-only file system")),
+        ("read-only", CHECKPOINT, ("cannot be saved", "Read-only file system")),
     ],
 )
 def test_a_disk_that_is_full_or_read_only_ends_the_run_in_a_sentence(
@@ -118,7 +119,7 @@ def test_a_disk_that_is_full_or_read_only_ends_the_run_in_a_sentence(
     }
     break_it, mend_it = commands[fault]
     with small_disk(disk, 2**26):
-        patch = THEN.format(method=before, command=repr(break_it))
+        patch = BREAK_DISK_BEFORE.format(method=before[0], progress=before[1], command=repr(break_it))
         done = run_patched("finetuning.loop", patch, "--data", recording, "--out", run, *SMALL)
         subprocess.run(mend_it, shell=True, check=True)
         assert_ended_in_a_sentence(done, *words)
@@ -128,7 +129,7 @@ def test_a_disk_that_is_full_or_read_only_ends_the_run_in_a_sentence(
 def test_charts_and_log_that_cannot_be_written_do_not_end_a_run(recording, trained, tmp_path):
     run, disk = tmp_path / "run", tmp_path / "disk"
     options = ["--data", recording, "--out", run]
-    assert run_patched("finetuning.loop", STOP_WHILE_SCORING, *options, *SMALL).returncode == STOPPED
+    assert run_patched("finetuning.selection_scoring", STOP_WHILE_SCORING, *options, *SMALL).returncode == STOPPED
     with small_disk(disk, 16 * PAGE):
         (disk / "log.txt").write_bytes(bytes(PAGE))
         (disk / "tensorboard").mkdir()

@@ -106,15 +106,20 @@ def test_the_predictions_say_which_object_was_named(hybrid):
 
 def test_train_scores_are_those_of_the_predictions_that_training_made(recording, tmp_path, monkeypatch):
     """All of an epoch's predictions are kept here, so their scores can be computed again."""
-    said = []
-    note = charts.Watch.note
-    monkeypatch.setattr(charts.Watch, "note", lambda self, *a: (said.append((self, *a)), note(self, *a))[1])
+    kept = []
+    keep = charts.TrainingCharts.keep_predictions
+
+    def keep_here_too(self, outputs, batch):
+        kept.append((self._objective.responses, outputs, batch))
+        keep(self, outputs, batch)
+
+    monkeypatch.setattr(charts.TrainingCharts, "keep_predictions", keep_here_too)
     out = tmp_path / "run"
     done = run_here("train/finetune.py", "--data", recording, "--out", out, *SMALL, "--epochs", "1")
     assert done.returncode == 0, done.stderr
-    responses = said[0][0]._objective.responses
-    prediction = torch.cat([responses.in_units(outputs["rates"].detach()) for _, outputs, _ in said]).double()
-    target = torch.cat([batch.rates for *_, batch in said]).double()
+    responses = kept[0][0]
+    prediction = torch.cat([responses.in_units(outputs["rates"].detach()) for _, outputs, _ in kept]).double()
+    target = torch.cat([batch.rates for *_, batch in kept]).double()
     expected = 1 - ((target - prediction) ** 2).sum(0) / ((target - target.mean(0)) ** 2).sum(0)
     with served(tmp_path) as board:
         ((_, r2),) = [point[1:] for point in board("plugin/scalars/scalars", run="run/tensorboard", tag="train/r2")]

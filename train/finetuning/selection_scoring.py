@@ -1,0 +1,63 @@
+"""Scores of the stimuli that select the best epoch, with the network that is going to be saved."""
+
+from dataclasses import dataclass
+
+from train.data.stimuli import StimulusSet
+from train.distributed.engine import average_batch_norm_statistics
+from train.distributed.runtime import Runtime
+from train.evaluation.scoring import Scores, score_recordings
+from train.finetuning.ema import RunningAverage
+from train.models.network import Network
+
+
+@dataclass(frozen=True)
+class SelectionScoring:
+    """Scores a network between epochs.
+
+    Attributes:
+        network: that is trained.
+        average: running average of its weights, which is scored instead; or None.
+        fit: the stimuli that are trained on.
+        selection: the stimuli that select.
+        runtime: this process.
+        batch_size: stimuli per forward pass.
+        workers: decoding processes per rank.
+    """
+
+    network: Network
+    average: RunningAverage | None
+    fit: StimulusSet
+    selection: StimulusSet
+    runtime: Runtime
+    batch_size: int
+    workers: int
+
+    def scores(self) -> Scores:
+        """Score the selection; every rank must take part.
+
+        A loss that ignores the scale of the responses leaves it open; it is set first, by least squares on the stimuli
+        that are trained on.
+        """
+        network = self.network
+        average_batch_norm_statistics(network, self.runtime)
+        if self.average is not None:
+            network = self.average.network
+            self.average.gather()
+            average_batch_norm_statistics(network, self.runtime)
+        responses = network.objective.responses
+        if responses is not None and responses.ignores_offsets:
+            responses.reset()
+            moments = self._score(network, self.fit, keep_predictions=False).moments
+            assert moments is not None  # the network predicts responses
+            responses.calibrate(moments.least_squares_lines())
+        return self._score(network, self.selection, keep_predictions=True)
+
+    def _score(self, network: Network, stimuli: StimulusSet, *, keep_predictions: bool) -> Scores:
+        return score_recordings(
+            network,
+            stimuli,
+            self.runtime,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            keep_predictions=keep_predictions,
+        )
