@@ -36,10 +36,10 @@ def main() -> None:
     words = sys.argv[1:]
     options, recipe = parse_command_line(words)
 
-    from train.models.backbone import check_name
+    from train.models.timm_networks import check_network_name
     from train.planning.tables import plan
 
-    check_name(recipe.backbone.name)
+    check_network_name(recipe.backbone.name)
     plan(options, recipe, words)
 
 

@@ -30,7 +30,7 @@ FORBIDDEN = {
     "torch.export.load": ("train/run/predictor.py",),  # a program by its nature, which its first lines say
     "yaml.safe_load": ("train/distributed/launch_environment.py",),  # the configuration of the user's own launcher
     "yaml.SafeLoader": ("train/run/yaml_files.py",),
-    "torch.load": ("train/models/weights.py", "train/models/backbone.py"),
+    "torch.load": ("train/models/weights.py", "train/models/timm_networks.py"),
     "h5py.File": (
         "data_prep/sources/files/hdf5.py",
         "train/evaluation/exporting/prediction_export.py",

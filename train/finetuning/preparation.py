@@ -24,8 +24,8 @@ from train.distributed.launch_environment import rank, ranks_on_machine, uses_gp
 from train.distributed.strategy import complete_deepspeed_config, resolve_strategy, zero_stage
 from train.evaluation.scoring import check_enough_stimuli
 from train.finetuning.training_targets import learn_from_teacher, site_weights, with_rates_of
-from train.models.backbone import check_name
 from train.models.losses import RESPONSE_LOSSES
+from train.models.timm_networks import check_network_name
 from train.run.folder import RunFolder
 from train.run.recipe import Loader, Recipe
 
@@ -198,7 +198,7 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
     Raises:
         BadInput: they do not.
     """
-    check_name(recipe.backbone.name)
+    check_network_name(recipe.backbone.name)
     ranks, folder = world_size(), RunFolder(out)
     if resume:
         folder.check_same(recipe)

@@ -16,7 +16,7 @@ from train.data.stimuli import StimulusSet
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import mean_score
 from train.models.network import Network
-from train.models.windows import Window, starting_windows
+from train.models.windows import Window, gaussian_windows
 from train.regression.activations import activations_of_share
 from train.regression.feature_slices import exchange_features
 from train.regression.gram import FeatureMatrix, centred_gram
@@ -51,7 +51,7 @@ def start_from_ridge(
     """
     training = network.training
     network.eval()
-    heads, tried = network.heads, starting_windows()
+    heads, tried = network.heads, gaussian_windows()
 
     def look(images: torch.Tensor) -> dict[str, torch.Tensor]:
         read = network.read(images)

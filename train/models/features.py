@@ -11,7 +11,7 @@ from torch import nn
 
 from data_prep.common.errors import BadInput
 from train.models.backbone import Backbone, channels_first
-from train.models.joined_layers import SUM, parts_of
+from train.models.joined_layers import SUM, modules_of
 from train.models.truncation import is_dropped
 
 PIXELS = "pixels"
@@ -32,7 +32,7 @@ def choose_layers(backbone: Backbone, wanted: list[str], image_size: int) -> lis
     """Resolve `all`, names and globs to names of modules, in the order of the network.
 
     A `*` stands for one part of a dotted name: `blocks.*` are the stages, not what is in them. Names joined by `+` are
-    one layer that has the features of all (`parts_of`); those come after the others.
+    one layer that has the features of all (`modules_of`); those come after the others.
 
     Args:
         backbone: with the modules.
@@ -49,7 +49,7 @@ def choose_layers(backbone: Backbone, wanted: list[str], image_size: int) -> lis
         heard = LayerFeatures(backbone, names, grid=1)(image)
     heard = {name for name in heard if not is_dropped(net.get_submodule(name))}
     stages = [name for name in stage_names(net) if name in heard]
-    cuts = [] if backbone.cut is None else parts_of(backbone.cut)
+    cuts = [] if backbone.cut is None else modules_of(backbone.cut)
     stages += [name for name in cuts if name not in stages]
 
     def named(pattern: str) -> list[str]:
@@ -66,7 +66,7 @@ def choose_layers(backbone: Backbone, wanted: list[str], image_size: int) -> lis
         chosen = {name for pattern in patterns for name in named(pattern)}
         return [name for name in names if name in chosen]
 
-    sums = [SUM.join(in_order(parts_of(pattern))) for pattern in wanted if SUM in pattern]
+    sums = [SUM.join(in_order(modules_of(pattern))) for pattern in wanted if SUM in pattern]
     return [*in_order([pattern for pattern in wanted if SUM not in pattern]), *dict.fromkeys(sums)]
 
 

@@ -17,7 +17,7 @@ SUM = "+"  # between the names of modules that are read together
 SIDE = 7  # rows and columns of the joined map
 
 
-def parts_of(layer: str) -> list[str]:
+def modules_of(layer: str) -> list[str]:
     """The modules whose features a layer has: one, or those that `+` joins."""
     return layer.split(SUM)
 

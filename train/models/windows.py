@@ -1,24 +1,25 @@
-"""Receptive fields for ridge regression: windows over a layer's map, among which each site finds its own.
+"""Gaussian windows over a layer's map, among which each site finds its receptive field.
 
-A site of the visual cortex sees a part of the image. Ridge that may read from everywhere alike spends its few
-stimuli on finding that out. With features scaled by the root of a Gaussian window g, it pays for reading far from the
-window's centre; the inner products are then sum_p g_p K_p, K_p being those of the features at position p.
+A site of the visual cortex sees a part of the image. Ridge that may read from everywhere alike spends its few stimuli
+on finding out where. With features scaled by the root of a Gaussian window g, reading far from the window's centre is
+penalised; the inner products are then sum_p g_p K_p, with K_p those of the features at position p.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-WIDTHS = (0.17, 0.25, 0.4)  # standard deviations, in half sides of the image
-CENTRES = (-4 / 7, -2 / 7, 0.0, 2 / 7, 4 / 7)  # right and down from the middle, in half sides
+# In half sides of the image.
+WIDTHS = (0.17, 0.25, 0.4)  # standard deviations
+CENTRES = (-4 / 7, -2 / 7, 0.0, 2 / 7, 4 / 7)  # right and down from the middle
 
 
 @dataclass(frozen=True)
 class Window:
-    """A Gaussian window; `width` None is the whole map, all of it alike.
+    """A Gaussian window over a map, or the whole map where `width` is None.
 
     Attributes:
-        x, y: the centre, right and down from the image's middle, in half sides.
+        x, y: centre, right and down from the image's middle, in half sides.
         width: standard deviation, in half sides.
     """
 
@@ -35,14 +36,14 @@ class Window:
         return np.exp(-squared / (2 * self.width**2)).astype(np.float32).ravel()
 
 
-WHOLE = Window()
+WHOLE_MAP = Window()
 
 
-def windows() -> list[Window]:
-    """All that a probe tries: the whole map, and a grid of centres in each width."""
-    return [WHOLE, *starting_windows()]
-
-
-def starting_windows() -> list[Window]:
-    """All that a readout may start from (`readout.start: field`)."""
+def gaussian_windows() -> list[Window]:
+    """A grid of centres in each width: where a readout may start (`readout.start: field`)."""
     return [Window(x, y, width) for width in WIDTHS for y in CENTRES for x in CENTRES]
+
+
+def probe_windows() -> list[Window]:
+    """The windows that a probe tries: the whole map, and all Gaussian ones."""
+    return [WHOLE_MAP, *gaussian_windows()]

@@ -12,7 +12,7 @@ import numpy as np
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import mean_score
 from train.evaluation.similarity import cka, rsa
-from train.models.windows import WHOLE, Window, windows
+from train.models.windows import WHOLE_MAP, Window, probe_windows
 from train.probing.products import Products, View
 from train.regression.gram import centred_gram
 from train.regression.methods import Method, folded_r2, r2_per_site, regress
@@ -83,7 +83,7 @@ class Probing:
 
     def run(self) -> dict[str, Layer]:
         """All layers, on every rank."""
-        tried = windows() if self._recipe.field == "gaussian" else [WHOLE]
+        tried = probe_windows() if self._recipe.field == "gaussian" else [WHOLE_MAP]
         owners = self._products.make([View(layer, window) for layer in self._layers for window in tried])
         solved = {view: self._solve(view) for view, owner in owners.items() if owner == self._runtime.rank}
         everyones = {view: found for part in self._runtime.gather_objects(solved) for view, found in part.items()}
@@ -97,7 +97,7 @@ class Probing:
         recipe = self._recipe
         method = Method(recipe.readout, recipe.latent if recipe.readout == "pls" else recipe.components)
         prediction = np.full(self._rates.shape, np.nan, np.float32)
-        likeness = self._likeness(products) if view.window == WHOLE else (float("nan"), float("nan"))
+        likeness = self._likeness(products) if view.window == WHOLE_MAP else (float("nan"), float("nan"))
         layer = Layer(self._products.width(view.layer), prediction, [], *likeness)
         rounding = ROUNDING[recipe.products]
         for partition in self._partitions:
@@ -115,12 +115,12 @@ class Probing:
 
     def _joined(self, found: Mapping[Window, Layer]) -> Layer:
         """A layer through all windows that were tried: each site's weights are learned on the stimuli left out."""
-        whole = found[WHOLE]
+        whole = found[WHOLE_MAP]
         if len(found) == 1:
             return whole
         joined = Layer(whole.features, np.full_like(whole.prediction, np.nan), [], whole.rsa, whole.cka)
         places = np.array([(window.x, window.y) for window in found]).T
-        bounded = np.array([window != WHOLE for window in found])
+        bounded = np.array([window != WHOLE_MAP for window in found])
         for index, partition in enumerate(self._partitions):
             rates, held_out = self._rates[partition.fit], partition.held_out
             left_out = [layer.left_out[index] for layer in found.values()]

@@ -20,9 +20,10 @@ from train.data.order import nested_subset
 from train.data.stimuli import RecordingStimuli
 from train.distributed.launch_environment import ranks_on_machine, world_size
 from train.evaluation.scoring import check_enough_stimuli
-from train.models.backbone import Backbone, check_name
+from train.models.backbone import Backbone
 from train.models.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
-from train.models.joined_layers import parts_of
+from train.models.joined_layers import modules_of
+from train.models.timm_networks import check_network_name
 from train.probing.layers import Partition
 from train.run.checkpoint import current, load_progress
 from train.run.folder import RunFolder
@@ -102,7 +103,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
     Raises:
         BadInput: it does not.
     """
-    check_name(recipe.backbone.name)
+    check_network_name(recipe.backbone.name)
     folder = RunFolder(out)
     if resume:
         folder.check_same(recipe)
@@ -120,7 +121,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
         torch.manual_seed(recipe.seed)
         backbone = Backbone(recipe.backbone, size).eval()
         layers = choose_layers(backbone, recipe.layers, size)
-        parts = dict.fromkeys(part for layer in layers for part in parts_of(layer))
+        parts = dict.fromkeys(part for layer in layers for part in modules_of(layer))
         look = LayerFeatures(backbone, list(parts), recipe.pool)
     described = (shards.manifest, folder, splits, partitions, look, layers, workers, screening)
     return Job(recipe, data, split, resume, *described)

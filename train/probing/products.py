@@ -23,8 +23,8 @@ import torch
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
 from train.models.features import LayerFeatures, PixelFeatures
-from train.models.joined_layers import parts_of
-from train.models.windows import WHOLE, Window
+from train.models.joined_layers import modules_of
+from train.models.windows import WHOLE_MAP, Window
 from train.regression.activations import activation_batches
 from train.regression.feature_slices import StoredActivations
 from train.regression.feature_store import FeatureStore
@@ -46,7 +46,7 @@ class View:
     @property
     def name(self) -> str:
         """Of its file."""
-        shape = "" if self.window == WHOLE else "@{x:+.2f}{y:+.2f}~{width:.2f}".format(**asdict(self.window))
+        shape = "" if self.window == WHOLE_MAP else "@{x:+.2f}{y:+.2f}~{width:.2f}".format(**asdict(self.window))
         layer = self.layer  # of many modules its name is longer than file systems allow
         return (layer if len(layer) <= LONGEST_NAME else hashlib.sha256(layer.encode()).hexdigest()) + shape
 
@@ -91,11 +91,11 @@ class Products:
             self._monitor.say(f"{len(found)} of {len(views)} layers and windows are there already")
         every = {layer: list(own) for layer, own in itertools.groupby(views, lambda view: view.layer)}
         missing = {layer: own for layer, own in every.items() if not all(view in found for view in own)}
-        last_use = {part: layer for layer in missing for part in parts_of(layer)}
+        last_use = {part: layer for layer in missing for part in modules_of(layer)}
         stores = self._stores({part: self._widths[part] for part in last_use}) if last_use else []
         for layer, own in missing.items():
             self._make_layer(layer, own, owners, stores)
-            for part in parts_of(layer):
+            for part in modules_of(layer):
                 if last_use[part] == layer:
                     for store in stores:
                         store.delete(part)
@@ -108,7 +108,7 @@ class Products:
 
     def width(self, layer: str) -> int:
         """Features of a layer, of all its modules."""
-        return sum(self._widths[part] for part in parts_of(layer))
+        return sum(self._widths[part] for part in modules_of(layer))
 
     def clear(self) -> None:
         """Free the scratch space."""
@@ -188,12 +188,12 @@ class Products:
 
     def _dtype(self, view: View) -> np.dtype:
         """There are many windows, and most products are rounded to float32 already."""
-        halved = view.window != WHOLE and self._recipe.products != "float64"
+        halved = view.window != WHOLE_MAP and self._recipe.products != "float64"
         return np.dtype(np.float32 if halved else np.float64)
 
     def _write_whole(self, view: View, owner: int, held: StoredActivations, files: Mapping[View, BinaryIO]) -> None:
         """The features of several modules are each brought to the same mean square, see `windowed_inner_products`."""
-        parts, found = parts_of(view.layer), []
+        parts, found = modules_of(view.layer), []
         for part in parts:
             products = inner_products(held, part, owner)
             if products is not None:
@@ -210,7 +210,7 @@ class Products:
     ) -> None:
         with torch.no_grad():
             maps = self._look.map_sizes(self._image)
-        stripes = windowed_inner_products([view.window for view in views], parts_of(views[0].layer), maps, held)
+        stripes = windowed_inner_products([view.window for view in views], modules_of(views[0].layer), maps, held)
         for rows in stripes:
             for view, own in zip(views, rows, strict=True):
                 summed = self._runtime.reduce_to(own, owners[view])

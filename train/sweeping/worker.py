@@ -13,7 +13,7 @@ from data_prep.common.errors import BadInput, RunFailed
 from data_prep.remote.url import passed_on
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.storage import open_files
-from train.models.backbone import check_name
+from train.models.timm_networks import check_network_name
 from train.run.checkpoint import current, load_progress
 from train.run.folder import RunFolder
 from train.run.recipe import Recipe, save_recipe
@@ -225,7 +225,7 @@ def check_names(sweep: Path, plan: Plan) -> None:
     """
     for name in plan.values("backbone.name"):
         try:
-            check_name(name)
+            check_network_name(name)
         except BadInput as error:
             raise BadInput(f"{sweep}: {error}") from None
 

@@ -10,7 +10,7 @@ from helpers import assert_refused, run_here
 from launching import SMALL, history, losses, metrics, succeed
 
 from train.models.readouts import Factorised, Gaussian
-from train.models.windows import Window, starting_windows
+from train.models.windows import Window, gaussian_windows
 from train.run.recipe import load_recipe
 
 SHAPE, SITES = (3, 6, 6), 4
@@ -31,7 +31,7 @@ def test_a_readout_looks_through_its_windows(kind):
 
 
 def test_windows_to_start_from_are_different():
-    assert len(set(starting_windows())) == len(starting_windows())
+    assert len(set(gaussian_windows())) == len(gaussian_windows())
 
 
 def left_out_score(run) -> float:

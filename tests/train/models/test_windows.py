@@ -13,7 +13,7 @@ from data_prep.sources.folder import Folder
 from train.data.stimuli import RecordingStimuli
 from train.models.backbone import Backbone
 from train.models.features import LayerFeatures, PixelFeatures
-from train.models.windows import WHOLE, Window, windows
+from train.models.windows import WHOLE_MAP, Window, probe_windows
 from train.regression.gram import centred_gram
 from train.regression.precision import ROUNDING
 from train.regression.ridge import ridge
@@ -57,8 +57,8 @@ def on_pixels(data, tmp_path_factory):
 
 
 def test_windows_are_gaussian_and_the_first_is_the_whole_map():
-    assert windows()[0] == WHOLE
-    assert (WHOLE.weights(4, 4) == 1).all()
+    assert probe_windows()[0] == WHOLE_MAP
+    assert (WHOLE_MAP.weights(4, 4) == 1).all()
     weights = Window(x=0.5, y=-0.25, width=0.4).weights(4, 8).reshape(4, 8)
     down, right = -0.25, 0.375  # the middle of row 1 and of column 5
     assert weights[1, 5] == pytest.approx(np.exp(-((down + 0.25) ** 2 + (right - 0.5) ** 2) / (2 * 0.4**2)))
@@ -107,7 +107,7 @@ def test_each_window_is_a_ridge_on_features_weighed_by_it(data, tmp_path, layers
         succeed(processes, "train/probe.py", "--data", data, "--out", run, "--loader.workers", 0, *words)
     assert list(metrics(run)["layers"]) == ["pixels" if layers == "pixels" else "stages.0+stages.1"]
     fits = []
-    for window in windows():
+    for window in probe_windows():
         products = 0
         for layer, own in centred_features(data, layers).items():
             side = {"pixels": SIZE, "stages.0": 7, "stages.1": 4}[layer]

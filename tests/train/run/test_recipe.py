@@ -7,7 +7,7 @@ import yaml
 from helpers import ROOT
 
 from data_prep.common.errors import BadInput
-from train.models.backbone import check_name
+from train.models.timm_networks import check_network_name
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 
 
@@ -300,7 +300,7 @@ def test_presets_are_valid(path):
 def test_presets_of_probes_are_valid(path):
     recipe = load_recipe(path, ProbeRecipe)
     recipe.check()
-    check_name(recipe.backbone.name)
+    check_network_name(recipe.backbone.name)
 
 
 def test_a_probes_recipe_is_read_and_refused_likewise(tmp_path):
