@@ -26,7 +26,7 @@ def test_accelerate_on_cpu_that_starts_one_process_of_two_is_noticed(recording, 
     command = ["train/finetune.py", "--data", recording, "--out", tmp_path / "run"]
     done = run(BIN / "accelerate", "launch", *asked, *command)
     assert done.returncode != 0
-    assert "was to start 2 processes, but this one was started alone" in done.stderr
+    assert "was asked for 2 processes, but started this one alone" in done.stderr
     assert not (tmp_path / "run").exists()
 
 
@@ -34,7 +34,7 @@ def test_srun_without_a_launcher_is_noticed(recording, tmp_path):
     options = ["--data", recording, "--out", tmp_path / "run"]
     done = run(sys.executable, "train/finetune.py", *options, SLURM_STEP_NUM_TASKS="4")
     assert done.returncode == 2
-    assert "srun was to start 4 processes" in done.stderr
+    assert "srun was asked for 4 processes" in done.stderr
 
 
 @pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
@@ -60,7 +60,7 @@ BAD = {
     "no such data": (["--data", "nowhere"], "nowhere is not a folder"),
     "batch smaller than its part": (["--batch.global-size", "4", "--batch.per-device", "8"], "batch.per_device"),
     "metric of another task": (["--early-stopping.metric", "top1"], "top1 needs task.kind"),
-    "no such strategy": (["--strategy", "ds_configs/zero9.json"], "zero9.json is no file"),
+    "no such strategy": (["--strategy", "ds_configs/zero9.json"], "zero9.json does not exist"),
     "nothing to resume": (["--resume"], "no recipe.yaml"),
 }
 

@@ -1,27 +1,29 @@
 """Network and optimizer that step in the same way under every strategy: one process, DDP, DeepSpeed.
 
-`Engine` is one process, DDP and ZeRO-0, where every rank holds everything; `zero.py` is what ZeRO cuts up.
+`Engine` is one process and DDP, where every rank holds everything; `zero.py` is DeepSpeed, whose ZeRO partitions it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 from torch.autograd import Variable
+from torch.nn.parallel import DistributedDataParallel
 
 from train.distributed.runtime import Runtime
-from train.distributed.step_timing import Moment, StepClock
+from train.distributed.step_timing import StepClock, Timestamp
 
-SHARED_STATE = ("step", "mu_product")  # of an optimizer: numbers, not one per weight
+SHARED_STATE = ("step", "mu_product")  # in an optimizer's state: one number, not one per weight
 SCALER = "loss_scale"  # stands for a parameter in the names of the optimizer's tensors
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Engine:
     """Network and optimizer, each whole on every rank.
 
     Attributes:
-        clock: where the time of a step goes; communication is what a step waits for the network and for other ranks.
+        clock: where the time of a step goes; communication is waiting for the network and for other ranks.
 
     Args:
         runtime: this process.
@@ -30,7 +32,7 @@ class Engine:
         optimizer: the torch optimizer; its parameter groups hold the learning rates under every strategy.
         accumulation_steps: micro-batches per optimizer step.
         clip_norm: largest norm of the gradient, or None.
-        scales_loss: multiply the loss by a factor that keeps float16 gradients from becoming 0, and find that factor.
+        scales_loss: multiply the loss by a factor that keeps float16 gradients from becoming 0, and adapt that factor.
     """
 
     def __init__(
@@ -47,41 +49,40 @@ class Engine:
         self.runtime, self.network, self.optimizer = runtime, network, optimizer
         self.clock = StepClock(runtime.device)
         self._wrapped, self._accumulation_steps, self._clip_norm = wrapped, accumulation_steps, clip_norm
+        self._training_forward: Callable[[torch.Tensor], dict[str, torch.Tensor]] = wrapped
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
-        self._unscaled = torch.ones((), device=runtime.device)
+        self._scale_of_one = torch.ones((), device=runtime.device)
         self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=scales_loss)
 
     def compile(self) -> None:
         """Let torch compile the network for training; scoring stays as it is, so that scores do not depend on it."""
-        self.forward = torch.compile(self._wrapped, dynamic=False)
+        self._training_forward = torch.compile(self._wrapped, dynamic=False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """The network's outputs for a micro-batch, in training."""
-        return self._wrapped(images)
+        return self._training_forward(images)
 
-    def accumulate(self, piece: int) -> AbstractContextManager:
-        """Around forward and backward of a micro-batch: gradients travel between ranks with the last one only."""
-        return self._wrapped.no_sync() if self._is_ddp and piece < self._accumulation_steps - 1 else nullcontext()
-
-    @property
-    def _is_ddp(self) -> bool:
-        return isinstance(self._wrapped, nn.parallel.DistributedDataParallel)
+    def accumulate(self, index: int) -> AbstractContextManager:
+        """Around forward and backward of micro-batch `index`: ranks exchange gradients with the last one only."""
+        if isinstance(self._wrapped, DistributedDataParallel) and index < self._accumulation_steps - 1:
+            return self._wrapped.no_sync()
+        return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's gradients. `loss` is its part of the global batch's loss (`train/models/losses.py`).
 
-        DDP averages over ranks, which is undone here, so that what arrives is the sum of the parts.
+        DDP averages over ranks, which is undone here, so that the result is the sum of the parts.
         """
         scaled = self._scaler.scale(loss * self.runtime.ranks)
-        if not self._is_ddp:
+        if not isinstance(self._wrapped, DistributedDataParallel):
             scaled.backward()
             return
-        computed: list[Moment] = []
-        # Autograd calls back in the order in which it was asked to, and DDP, which waits for the last gradients to
-        # arrive, asks when it has sent them.
-        ask = Variable._execution_engine.queue_callback
-        scaled.register_hook(lambda _: ask(lambda: computed.append(self.clock.now())))
+        computed: list[Timestamp] = []
+        # Autograd runs callbacks in the order in which they were queued, and DDP queues the one that waits for the last
+        # gradients to arrive after it has sent them.
+        queue_callback = Variable._execution_engine.queue_callback
+        scaled.register_hook(lambda _: queue_callback(lambda: computed.append(self.clock.now())))
         scaled.backward()
         self.clock.count("communication", computed[0])
 
@@ -89,46 +90,47 @@ class Engine:
         """One optimizer step with the gradients of a whole global batch; clears them.
 
         Returns:
-            Whether it was left out because the gradient is not finite: bool (), the same on every rank, on the device.
+            Whether it was skipped because the gradient is not finite: bool (), the same on every rank, on the device.
         """
         if self._scaler.is_enabled():
-            left_out = self._scaled_step()
+            skipped = self._scaled_step()
         else:
-            left_out = self._gradient_is_not_finite()
+            skipped = self._gradient_is_not_finite()
             if self._clip_norm is not None:
                 nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-            self._step_unless(left_out)
+            self._step_unless(skipped)
         self.optimizer.zero_grad(set_to_none=True)
-        return left_out
+        return skipped
 
     def _gradients(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
     def _gradient_is_not_finite(self) -> torch.Tensor:
-        found = torch.zeros((), device=self.runtime.device)
-        # GradScaler's own look, one pass over all gradients; on a CPU a norm of each takes thirty times as long.
-        torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), found, self._unscaled)
-        return found.bool()
+        non_finite = torch.zeros((), device=self.runtime.device)
+        # What GradScaler uses: one pass over all gradients. On a CPU a norm of each takes thirty times as long.
+        torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), non_finite, self._scale_of_one)
+        return non_finite.bool()
 
-    def _step_unless(self, left_out: torch.Tensor) -> None:
-        """Step, or do not; on a GPU the host does not wait to know.
+    def _step_unless(self, skip: torch.Tensor) -> None:
+        """Step or skip; on a GPU without making the host wait for `skip`.
 
-        A fused optimizer takes the answer along. Another one there steps with a gradient of 0 instead, which moves the
-        weights by what momentum it has.
+        There a fused optimizer reads it on the device. Other optimizers step with a gradient of 0 instead, which moves
+        the weights by their momentum.
         """
-        if left_out.device.type == "cpu":
-            if not left_out:
+        if skip.device.type == "cpu":
+            if not skip:
                 self.optimizer.step()
             return
         if all(group.get("fused") for group in self.optimizer.param_groups):
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, left_out.float()
+            # As GradScaler passes them to fused optimizers; the base class does not declare them.
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
         else:
             for gradient in self._gradients():
-                gradient.masked_fill_(left_out, 0)
+                gradient.masked_fill_(skip, 0)
         self.optimizer.step()
 
     def _scaled_step(self) -> torch.Tensor:
-        """With a scaled loss a gradient that overflows is nothing bad: it is how the scale is found."""
+        """With a scaled loss a gradient that overflows is no fault: that is how the scale is found."""
         if self._clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
@@ -141,26 +143,26 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
 
-    # --- what a checkpoint holds: whole tensors, whatever the strategy
+    # --- for checkpoints: whole tensors, whatever the strategy
 
     def network_tensors(self) -> dict[str, torch.Tensor]:
         """The network's tensors by name; every rank must take part."""
         return self.network.state_dict()
 
     def local_tensors(self) -> list[torch.Tensor]:
-        """The float32 tensors that this rank holds of the network: all of them, or its part of those that are cut up.
+        """The network's float32 tensors as this rank holds them: whole, or its partition of each.
 
         The same objects throughout a run, in the order of `network_tensors`.
         """
         return [tensor for tensor in self.network.state_dict().values() if tensor.dtype == torch.float32]
 
-    def partition(self, wholes: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Whole tensors like the network's -> what this rank would hold of them, see `held`."""
-        return wholes
+    def partition(self, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Whole tensors like the network's -> this rank's partitions of them, like `local_tensors`."""
+        return tensors
 
-    def gather(self, held: list[torch.Tensor]) -> list[torch.Tensor]:
-        """The other way round; every rank must take part."""
-        return held
+    def gather(self, local_tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+        """This rank's partitions, like `local_tensors` -> whole tensors; every rank must take part."""
+        return local_tensors
 
     def optimizer_tensors(self) -> dict[str, torch.Tensor]:
         """The optimizer's state as `<parameter>|<key>`; every rank must take part."""
@@ -174,28 +176,30 @@ class Engine:
         return tensors | scale
 
     def load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Go on with an optimizer's state as `optimizer_tensors` gave it, under whatever strategy."""
-        content = self.optimizer.state_dict()
+        """Restore an optimizer's state from `optimizer_tensors`, which may come from another strategy."""
+        saved = self.optimizer.state_dict()
         for index, parameter in enumerate(self._parameters):
-            content["state"][index] = state_of(tensors, self._names[id(parameter)])
-        self.optimizer.load_state_dict(content)
+            saved["state"][index] = parameter_state(tensors, self._names[id(parameter)])
+        self.optimizer.load_state_dict(saved)
         for state in self.optimizer.state.values():
             if "mu_product" in state:  # NAdam reads it on the host in every step; torch has moved it to the device
                 state["mu_product"] = state["mu_product"].cpu()
-        if scale := state_of(tensors, SCALER):
+        if scale := parameter_state(tensors, SCALER):
             self._scaler.load_state_dict({key: value.item() for key, value in scale.items()})
 
 
-def state_of(tensors: dict[str, torch.Tensor], parameter: str) -> dict[str, torch.Tensor]:
-    """What `Engine.optimizer_tensors` holds of one parameter, by key."""
+def parameter_state(tensors: dict[str, torch.Tensor], parameter: str) -> dict[str, torch.Tensor]:
+    """The part of `Engine.optimizer_tensors` that belongs to one parameter, by key."""
     prefix = f"{parameter}|"
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def batch_norm_statistics(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """BatchNorm's running statistics by name; they differ between ranks, as each normalises its own batches."""
+    """BatchNorm's running statistics by name; they differ between ranks, as each normalises its own micro-batches."""
     for name, module in network.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+        if isinstance(module, BATCH_NORMS) and module.track_running_stats:
+            assert module.running_mean is not None
+            assert module.running_var is not None
             yield f"{name}.running_mean", module.running_mean
             yield f"{name}.running_var", module.running_var
 

@@ -1,10 +1,10 @@
-"""What the processes of a run tell each other with every step, and how they stop together.
+"""A few numbers that all ranks exchange with every step, so that they stop together.
 
-A cluster stops a job with a signal, SIGTERM when it needs the machine or SIGUSR1 some time before the limit, and the
-signal may reach one process only. If that one simply ended, the others would wait for it in the next collective
-operation. So each sends a few numbers with every step and reads, one step later, what all have sent: nobody waits for
-the message, and all learn in the same step that one of them was told to stop. It travels over gloo, beside what the
-step itself exchanges, and never touches a GPU.
+A cluster stops a job with SIGTERM when it needs the machine, or with SIGUSR1 some time before the limit, and the signal
+may reach one process only. If that process just ended, the others would wait for it in their next collective
+operation. So each rank sends a message with every step and reads, one step later, what all ranks have sent: nobody
+waits for the message, and all ranks learn of the signal in the same step. Messages travel over gloo, beside the step's
+own communication, and never touch a GPU.
 """
 
 import signal
@@ -19,63 +19,74 @@ import torch.distributed as dist
 from data_prep.common.errors import Stopped
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-MEMORY = 0.9  # of the running averages, per step
+SMOOTHING = 0.9  # of the running averages, per step
 
 
 class Heartbeat:
-    """The messages of one process.
+    """This rank's messages to the others, and theirs to it.
 
     Attributes:
-        busy: seconds that each rank needed for its own work of a step, as a running average, float64 (ranks,); the time
-            that it waited for others is not in it.
+        work_seconds: time that each rank needs for its own work in a step, without waiting for others, as a running
+            average: float64 (ranks,).
 
     Args:
-        ranks: how many processes there are.
+        ranks: number of processes.
         timeout: how long to wait for the others' messages.
     """
 
     def __init__(self, ranks: int, timeout: timedelta):
-        self.busy = torch.zeros(ranks, dtype=torch.float64)
-        self._told = 0
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if ranks > 1 else None
-        self._heard = torch.zeros(ranks, 2, dtype=torch.float64)
-        self._message = torch.zeros(2, dtype=torch.float64)
-        self._under_way: dist.Work | None = None
+        self.work_seconds = torch.zeros(ranks, dtype=torch.float64)
+        self._signal = 0  # the number of the signal that this rank has received
+        self._group = _gloo_group(timeout) if ranks > 1 else None
+        self._received = torch.zeros(ranks, 2, dtype=torch.float64)  # of each rank: its signal, its seconds of work
+        self._sent = torch.zeros(2, dtype=torch.float64)
+        self._exchange: dist.Work | None = None  # under way
 
-    def beat(self, busy: float | None = None) -> None:
-        """Send this rank's message and read those of the step before; every rank must call it as often as the others.
+    def beat(self, work_seconds: float | None = None) -> None:
+        """Send this rank's message and read those of the last beat; every rank must call it equally often.
 
         Args:
-            busy: seconds this rank needed for its own work since the last beat; None leaves the averages as they are.
+            work_seconds: time that this rank needed for its own work since the last beat; None leaves the averages
+                unchanged.
 
         Raises:
-            Stopped: a rank was told to stop; all ranks raise it at the same beat.
+            Stopped: a rank has received a signal; all ranks raise it at the same beat.
             RuntimeError: a rank has ended, or did not send its message in time.
         """
         if self._group is None:
-            self._heard[0, 0] = self._told
-        elif self._under_way is not None:
-            self._under_way.wait()
-            if (spent := self._heard[:, 1]).min() >= 0:
-                self.busy = torch.where(self.busy == 0, spent, MEMORY * self.busy + (1 - MEMORY) * spent)
-        if told := int(self._heard[:, 0].max()):
-            raise Stopped(f"stopped by {signal.Signals(told).name}")
+            self._received[0, 0] = self._signal
+        elif self._exchange is not None:
+            self._exchange.wait()
+            self._update_averages(self._received[:, 1])
+        if received := int(self._received[:, 0].max()):
+            raise Stopped(f"stopped by {signal.Signals(received).name}")
         if self._group is not None:
-            self._message[0], self._message[1] = self._told, -1.0 if busy is None else busy
-            self._under_way = dist.all_gather(list(self._heard), self._message, group=self._group, async_op=True)
+            self._sent[0], self._sent[1] = self._signal, -1.0 if work_seconds is None else work_seconds
+            self._exchange = dist.all_gather(list(self._received), self._sent, group=self._group, async_op=True)
+
+    def _update_averages(self, seconds: torch.Tensor) -> None:
+        if seconds.min() >= 0:
+            average = SMOOTHING * self.work_seconds + (1 - SMOOTHING) * seconds
+            self.work_seconds = torch.where(self.work_seconds == 0, seconds, average)
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take SIGTERM and SIGUSR1 as the wish to stop at the next beat."""
+    def stop_on_signals(self) -> Iterator[None]:
+        """Within the block, SIGTERM and SIGUSR1 stop all ranks at one of the next beats."""
         if threading.current_thread() is not threading.main_thread():
             yield  # signals reach the main thread only
             return
-        before = {number: signal.signal(number, self._be_told) for number in SIGNALS}
+        before = {number: signal.signal(number, self._note_signal) for number in SIGNALS}
         try:
             yield
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def _be_told(self, number: int, _frame: object) -> None:
-        self._told = number
+    def _note_signal(self, number: int, _frame: object) -> None:
+        self._signal = number
+
+
+def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, dist.ProcessGroup)  # a number only in a process that is not part of the group
+    return group

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-Moment = float | torch.cuda.Event
-Spans = dict[str, list[tuple[Moment, Moment]]]
+Timestamp = float | torch.cuda.Event
+Spans = dict[str, list[tuple[Timestamp, Timestamp]]]  # by part, the begin and end of each stretch of time
 
 
 class StepClock:
@@ -18,19 +18,18 @@ class StepClock:
         seconds: by part, of the last step that is known to be over; empty before one is.
 
     Args:
-        device: where the step computes.
+        device: where the step is computed.
     """
 
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
         self._on_gpu = device.type == "cuda"
-        self._queue = torch.cuda.current_stream(device) if self._on_gpu else None
-        self._open: list[str] = []
+        self._open_parts: list[str] = []
         self._spans: Spans = {}
-        self._queued: deque[Spans] = deque()
+        self._finished: deque[Spans] = deque()  # steps that the device may not have done yet
 
-    def now(self) -> Moment:
-        """This moment, in what the device is doing."""
+    def now(self) -> Timestamp:
+        """The time, or the present place in the GPU's queue."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -39,34 +38,40 @@ class StepClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Count what happens inside as a part of this step, added to what the part has already."""
+        """Add the time within the block to a part of this step."""
         begin = self.now()
-        self._open.append(name)
+        self._open_parts.append(name)
         try:
             yield
         finally:
-            self._open.pop()
+            self._open_parts.pop()
         self.count(name, begin)
 
-    def count(self, name: str, begin: Moment) -> None:
-        """Count what has happened since a moment as another part than the one under way, which loses it."""
+    def count(self, name: str, begin: Timestamp) -> None:
+        """Add the time since `begin` to part `name`, and take it from the part whose block is open."""
         end = self.now()
         self._spans.setdefault(name, []).append((begin, end))
-        if self._open:
-            self._spans.setdefault(self._open[-1], []).append((end, begin))
+        if self._open_parts:
+            self._spans.setdefault(self._open_parts[-1], []).append((end, begin))
 
     def finish_step(self) -> None:
         """The step is over, or all of it is in the device's queue."""
-        self._queued.append(self._spans)
+        self._finished.append(self._spans)
         self._spans = {}
-        while self._queued and self._is_over(self._queued[0]):
-            self.seconds = {name: sum(map(_length, spans)) for name, spans in self._queued.popleft().items()}
-
-    def _is_over(self, step: Spans) -> bool:
-        return not self._on_gpu or all(moment.query() for spans in step.values() for span in spans for moment in span)
+        while self._finished and _is_over(self._finished[0]):
+            spans_of = self._finished.popleft()
+            self.seconds = {name: sum(_seconds(*span) for span in spans) for name, spans in spans_of.items()}
 
 
-def _length(span: tuple[Moment, Moment]) -> float:
-    """Seconds; negative where the end is named first."""
-    begin, end = span
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000
+def _is_over(step: Spans) -> bool:
+    events = (stamp for spans in step.values() for span in spans for stamp in span)
+    return all(event.query() for event in events if isinstance(event, torch.cuda.Event))
+
+
+def _seconds(begin: Timestamp, end: Timestamp) -> float:
+    """Negative where `end` comes first."""
+    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
+        return begin.elapsed_time(end) / 1000
+    assert isinstance(begin, float)
+    assert isinstance(end, float)
+    return end - begin

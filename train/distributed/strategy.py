@@ -1,6 +1,6 @@
-"""Which strategy a run trains under, from the recipe and the launcher's environment: DDP, or a DeepSpeed configuration.
+"""The strategy of a run, from its recipe and the launcher's environment: DDP, or a DeepSpeed configuration.
 
-Nothing here imports DeepSpeed; `train/distributed/runtime.py` does, with what is decided here.
+Nothing here imports DeepSpeed; `train/distributed/runtime.py` does, with the configuration that is made here.
 """
 
 import os
@@ -10,15 +10,20 @@ from typing import Any
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json, read_regular
 
+DeepSpeedConfig = dict[str, Any]
+LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}  # of ZeRO, for each kind of offloading
+UNSUPPORTED = ("parameter_alignment", "zero_quantized_weights", "zero_hpz_partition_size")
+RECIPE_SECTIONS = ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast", "data_types")
 
-def resolve_strategy(setting: str | None) -> dict[str, Any] | None:
+
+def resolve_strategy(setting: str | None) -> DeepSpeedConfig | None:
     """The DeepSpeed configuration to use, or None for DDP (and for one process).
 
     Args:
-        setting: `ddp`, the path of a DeepSpeed JSON, or None for what the launcher asked for.
+        setting: `ddp`, the path of a DeepSpeed JSON, or None for what the launcher asks for.
 
     Raises:
-        BadInput: recipe and launcher contradict each other, or the file is not readable as JSON.
+        BadInput: recipe and launcher contradict each other, or the file is not a DeepSpeed configuration for ZeRO.
     """
     launched_with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
@@ -32,83 +37,88 @@ def resolve_strategy(setting: str | None) -> dict[str, Any] | None:
         return None
     if launched_with_deepspeed and launcher_file != "none" and Path(launcher_file).resolve() != Path(setting).resolve():
         raise BadInput(f"strategy is {setting}, but the launcher was given {launcher_file}; they must agree")
-    return _read_deepspeed_json(Path(setting))
+    return _read_config(Path(setting))
 
 
-def _read_deepspeed_json(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> DeepSpeedConfig:
     try:
         config = parse_json(read_regular(path))
     except FileNotFoundError:
         raise BadInput(
-            f"strategy: {path} is no file; give `ddp` or a DeepSpeed JSON such as ds_configs/zero2.json"
+            f"strategy: {path} does not exist; give `ddp` or a DeepSpeed JSON such as ds_configs/zero2.json"
         ) from None
     except (OSError, ValueError) as error:
         raise BadInput(f"strategy: {path} is not readable as JSON ({error})") from None
-    _check_zero(config.get("zero_optimization") if isinstance(config, dict) else None, path)
-    return config
-
-
-def _check_zero(zero: Any, path: Path) -> None:
+    zero = config.get("zero_optimization") if isinstance(config, dict) else None
     if not isinstance(zero, dict) or zero.get("stage") not in (0, 1, 2, 3):
         stage = zero.get("stage") if isinstance(zero, dict) else None
         raise BadInput(f"strategy: {path}: zero_optimization.stage must be 0, 1, 2 or 3, not {stage}")
-    for name, least_stage in (("offload_optimizer", 1), ("offload_param", 3)):
-        device = (zero.get(name) or {"device": "none"}).get("device")
+    _check_zero(zero, path)
+    return config
+
+
+def _check_zero(zero: dict[str, Any], path: Path) -> None:
+    for name, least_stage in LEAST_STAGE.items():
+        device = _offload_device(zero, name)
         if device not in ("cpu", "none"):
             raise BadInput(f"strategy: {path}: zero_optimization.{name}.device must be cpu or none, not {device}")
         if device == "cpu" and zero["stage"] < least_stage:
             raise BadInput(f"strategy: {path}: zero_optimization.{name} needs stage {least_stage} or higher")
-    for name in ("parameter_alignment", "zero_quantized_weights", "zero_hpz_partition_size"):
+    for name in UNSUPPORTED:
         if zero.get(name):
             raise BadInput(f"strategy: {path}: zero_optimization.{name} is not supported; remove it")
 
 
-def zero_stage(config: dict[str, Any] | None) -> int | None:
+def _offload_device(zero: dict[str, Any], name: str) -> Any:
+    return (zero.get(name) or {"device": "none"}).get("device")
+
+
+def zero_stage(config: DeepSpeedConfig | None) -> int | None:
     """The ZeRO stage of a configuration, None for DDP."""
     return None if config is None else config["zero_optimization"]["stage"]
 
 
-def strategy_name(config: dict[str, Any] | None, ranks: int) -> str:
-    """What a strategy is called, for the log."""
+def strategy_name(config: DeepSpeedConfig | None, ranks: int) -> str:
+    """What a strategy is called in the log."""
     if config is None:
         return "DDP" if ranks > 1 else "one process"
     zero = config["zero_optimization"]
-    moved = {"offload_optimizer": "optimizer", "offload_param": "weights"}
-    away = [word for name, word in moved.items() if (zero.get(name) or {}).get("device") == "cpu"]
-    return f"DeepSpeed ZeRO-{zero['stage']}" + (f" with {' and '.join(away)} on the CPU" if away else "")
+    offloads = {"offload_optimizer": "optimizer", "offload_param": "weights"}
+    on_cpu = [word for name, word in offloads.items() if _offload_device(zero, name) == "cpu"]
+    return f"DeepSpeed ZeRO-{zero['stage']}" + (f" with {' and '.join(on_cpu)} on the CPU" if on_cpu else "")
 
 
 def complete_deepspeed_config(
-    config: dict[str, Any], *, share: int, accumulation_steps: int, ranks: int, clip_norm: float | None
-) -> dict:
+    config: DeepSpeedConfig, *, micro_batch: int, accumulation_steps: int, ranks: int, clip_norm: float | None
+) -> DeepSpeedConfig:
     """A DeepSpeed configuration with every number that follows from the recipe.
 
     Args:
-        config: of the file.
-        share: the most stimuli of one micro-batch.
+        config: from the file.
+        micro_batch: the most stimuli in one micro-batch.
         accumulation_steps: micro-batches per optimizer step.
-        ranks: processes.
-        clip_norm: of the recipe, None for no clipping.
+        ranks: number of processes.
+        clip_norm: largest norm of the gradient, None for no clipping.
 
     Raises:
         BadInput: the file sets one of these to another value.
     """
-    filled = {
-        "train_micro_batch_size_per_gpu": share,
+    from_recipe = {
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation_steps,
-        "train_batch_size": share * accumulation_steps * ranks,
+        "train_batch_size": micro_batch * accumulation_steps * ranks,
         "gradient_clipping": clip_norm or 0.0,
-        # NAdam and SGD are "untested" in DeepSpeed's words; the project's tests compare them with DDP.
+        # DeepSpeed calls NAdam and SGD "untested"; this project's tests compare them with DDP.
         "zero_allow_untested_optimizer": True,
-        # With offload DeepSpeed would take its own Adam, whatever the recipe's optimizer is.
+        # With offloading DeepSpeed would use its own Adam, whatever the recipe's optimizer is.
         "zero_force_ds_cpu_optimizer": False,
     }
-    for name, value in filled.items():
+    for name, value in from_recipe.items():
         if config.get(name, value) != value:
             raise BadInput(
                 f"strategy: {name} is {config[name]} in the file, but the recipe gives {value}; remove it there"
             )
-    for name in ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast", "data_types"):
+    for name in RECIPE_SECTIONS:
         if name in config:
             raise BadInput(f"strategy: the file has a section {name!r}, which the recipe decides; remove it there")
-    return config | filled
+    return config | from_recipe

@@ -219,7 +219,7 @@ class Training:
         self.progress.improved.append(is_best)
         self._log.epoch(epoch, scores, is_best, score_seconds)
         self._charts.chart_epoch(self.progress.step, scores, epoch.seconds + score_seconds)
-        for note in self._bottlenecks.notes(epoch, self.runtime.heartbeat.busy.tolist(), self.runtime.hosts):
+        for note in self._bottlenecks.notes(epoch, self.runtime.heartbeat.work_seconds.tolist(), self.runtime.hosts):
             self.monitor.say(note)
         self._checkpoints.save(self.progress)
 

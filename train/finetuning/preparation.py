@@ -242,7 +242,7 @@ def prepare(recipe: Recipe, data: Sequence[Path | str], out: Path, resume: bool)
     if deepspeed is not None:
         deepspeed = complete_deepspeed_config(
             deepspeed,
-            share=loader.largest_micro_batch,
+            micro_batch=loader.largest_micro_batch,
             accumulation_steps=loader.accumulation_steps,
             ranks=ranks,
             clip_norm=recipe.optimizer.clip_norm,

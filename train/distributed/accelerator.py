@@ -1,0 +1,104 @@
+"""Start Accelerate and DeepSpeed, and make sure that they join the processes that the launcher started."""
+
+import logging
+import os
+import socket
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DeepSpeedPlugin,
+    DistributedDataParallelKwargs,
+    DistributedType,
+    InitProcessGroupKwargs,
+)
+
+from data_prep.common.errors import BadInput
+from train.distributed.launch_environment import cpu_requested, ranks_on_machine, uses_gpu, world_size
+from train.distributed.strategy import DeepSpeedConfig
+
+
+def check_launcher(precision: str) -> None:
+    """Compare the launcher's settings with the recipe's precision and with the machine.
+
+    Raises:
+        BadInput: they contradict each other.
+    """
+    launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launcher not in ("no", precision):
+        raise BadInput(f"the launcher was told --mixed_precision {launcher}, the recipe says precision: {precision}")
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < ranks_on_machine() and not cpu_requested():
+        raise BadInput(
+            f"{ranks_on_machine()} processes were started on a machine with {gpus} GPUs; start one per GPU, "
+            "or set ACCELERATE_USE_CPU=true"
+        )
+
+
+def start_accelerator(deepspeed: DeepSpeedConfig | None, timeout: float) -> Accelerator:
+    """Join the processes that were started.
+
+    Args:
+        deepspeed: a complete configuration, or None.
+        timeout: seconds that the processes wait for each other.
+
+    Raises:
+        RuntimeError: not as many processes were joined as were started, or under another strategy.
+    """
+    started = world_size()
+    cpu = not uses_gpu()
+    handlers: list[Any] = [
+        # Buffers are averaged before evaluation and saving instead of sent along with every step.
+        DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+    ]
+    if started > 1 or deepspeed is not None:
+        handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(seconds=timeout)))
+    if deepspeed is None:
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
+        expected_types = [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
+        if started == 1:
+            expected_types.append(DistributedType.NO)  # or one of the above, if a launcher started the one process
+    else:
+        accelerator = _deepspeed_accelerator(deepspeed, cpu, handlers)
+        expected_types = [DistributedType.DEEPSPEED]
+    if accelerator.num_processes != started or accelerator.distributed_type not in expected_types:
+        raise RuntimeError(
+            f"{started} processes were started, but accelerate joined {accelerator.num_processes} "
+            f"as {accelerator.distributed_type}; start with launch/local.sh or torchrun"
+        )
+    return accelerator
+
+
+def _deepspeed_accelerator(config: DeepSpeedConfig, cpu: bool, handlers: list[Any]) -> Accelerator:
+    # DeepSpeed looks for ninja on PATH, where a virtual environment that was not activated is missing.
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    if "MASTER_PORT" not in os.environ:  # one process alone
+        os.environ["MASTER_PORT"] = str(_free_port())
+    if cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns about NAdam and SGD at every start
+    # Inference alone needs it, and compiling it takes a minute.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # With it set, accelerate silently drops DeepSpeed for DDP.
+    os.environ.pop("ACCELERATE_USE_CPU", None)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    return Accelerator(
+        mixed_precision="no",
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=config),
+        gradient_accumulation_steps=config["gradient_accumulation_steps"],
+        kwargs_handlers=handlers,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
