@@ -3,13 +3,12 @@
     python benchmarks/simulated_parts.py SHARDS RUN [RUN ...]
 
 SHARDS are of `data_prep/pack.py simulated`; each RUN (of finetune, probe, or an ensemble) was scored on val. The drives
-of all sites are made again from the recording's options (`data_prep/sources/simulated.py`), so the noise-free rates and
-what is left of them without a component are known.
+of all sites are computed again from the recording's options (`data_prep/sources/simulation/population.py`), so the
+noise-free rates and what is left of them without a component are known.
 """
 
 import argparse
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from data_prep.shards.folder import ShardFolder  # noqa: E402
-from data_prep.sources import simulated as made  # noqa: E402
+from data_prep.sources.simulation import population as model  # noqa: E402
 from train.evaluation.metrics import mean_score  # noqa: E402
 from train.regression.methods import r2_per_site  # noqa: E402
 
@@ -26,22 +25,18 @@ PERMUTATIONS = 200
 LEARNABLE = ("object", "pose", "view", "image")
 
 
-def population(options: dict) -> tuple[made.Population, dict[str, np.ndarray]]:
+def population(options: dict) -> tuple[model.Population, dict[str, np.ndarray]]:
     """The sites, and their raw drives {component: (stimuli, sites)}."""
-    seed, stimuli = options["seed"], range(options["stimuli"])
-    sites = made.make_population(seed, options["sites"])
-    poses = np.array([tuple(asdict(made.pose_of(seed, index)).values()) for index in stimuli])
-    features = [made.image_features(made.draw_stimulus(seed, index, made.RETINA)) for index in stimuli]
-    raw = made.raw_drives(sites, np.array(stimuli) % len(made.OBJECTS), poses)
-    return sites, raw | {"image": made.image_drive(sites, np.stack(features))}
+    sites = model.make_population(options["seed"], options["sites"])
+    return sites, model.stimulus_drives(sites, options["seed"], options["stimuli"])
 
 
-def without_detail(sites: made.Population, raw: dict[str, np.ndarray]) -> np.ndarray:
+def without_detail(sites: model.Population, raw: dict[str, np.ndarray]) -> np.ndarray:
     """What knows all but `detail` predicts: the mean rates over permutations of it, (stimuli, sites)."""
     generator = np.random.default_rng(0)
     total = np.zeros(raw["detail"].shape)
     for _ in range(PERMUTATIONS):
-        total += made.mean_rates(sites, raw | {"detail": generator.permutation(raw["detail"])})
+        total += model.mean_rates(sites, raw | {"detail": generator.permutation(raw["detail"])})
     return total / PERMUTATIONS
 
 
@@ -65,7 +60,7 @@ def main() -> None:
     rows = [int(name.rpartition("_")[2]) for name in val.stimulus_ids]
     sites, raw = population(shards.manifest.provenance["options"])
     measured, known = val.rates(), without_detail(sites, raw)[rows]
-    print(f"noise-free rates   {mean_score(r2_per_site(made.mean_rates(sites, raw)[rows], measured)):.3f}")
+    print(f"noise-free rates   {mean_score(r2_per_site(model.mean_rates(sites, raw)[rows], measured)):.3f}")
     print(f"all but detail     {mean_score(r2_per_site(known, measured)):.3f}")
     drives = np.stack([raw[name][rows] for name in LEARNABLE])
     best = slopes(known, drives)

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from data_prep.common.errors import BadInput
 from data_prep.recording import trial_average
-from data_prep.sources.simulated import Simulated, draw_trials, true_reliability
-from data_prep.sources.simulation.drawing import CATEGORIES, Pose, draw_scene, make_body
+from data_prep.sources.simulated import Simulated
+from data_prep.sources.simulation.drawing import Pose, draw_scene
+from data_prep.sources.simulation.objects import CATEGORIES, make_body
+from data_prep.sources.simulation.population import draw_trials, true_reliability
 
 SMALL = {"stimuli": 128, "sites": 12, "image_size": 48}
 
