@@ -9,9 +9,9 @@ import torch
 
 from data_prep.common.atomic_writes import write_bytes, write_json, write_npz
 from data_prep.shards.manifest import to_json_list
+from train.evaluation.layer_figure import layer_figure, layer_label
 from train.evaluation.metrics_report import regression_block, report_head
 from train.evaluation.moments import SiteMoments
-from train.evaluation.plots import layer_figure, layer_label
 from train.probing.layers import Layer
 from train.probing.preparation import Job
 from train.run.folder import LEFT_OUT

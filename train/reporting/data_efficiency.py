@@ -1,15 +1,15 @@
-"""How much more training stimuli are worth: the scores of one system by how many it had.
+"""Scores against training stimuli: one curve for each system that was trained on several numbers of stimuli.
 
-A system is what a lab would choose: all settings of a run but those that say which stimuli it had (`subset`, `data`),
-by what chance (`seed`, and the fold that selected its epoch) and how it was computed. An ensemble is its members'
-systems and how they are joined. Runs are put on one curve only where all of that is known and the same.
+A system is what a lab would choose: all settings of a run except which stimuli it had (`subset`, `data`), the random
+draws (`seed`, and the fold that selected its epoch), and how it was computed. An ensemble is a system made of its
+members' systems and the way they are combined. Runs share a curve only where all of this is known and equal.
 """
 
 import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,32 +20,27 @@ import numpy as np
 from data_prep.common.safe_reading import parse_json, read_regular
 from data_prep.common.terminal import printable
 from train.evaluation.ensemble_evaluation import ENSEMBLE_FILE
-from train.reporting.rows import Row, shortest_names
+from train.reporting.reported_run import ScoredRun, shortest_names
 from train.run.folder import FREE, RunFolder, flat
 from train.run.yaml_files import read_yaml
 
-APART = FREE | {"subset", "seed", "early_stopping.fold"}  # what may differ between the runs of a system
-LEAST_SIZES = 3  # for a straight line that its points do not fit by themselves
-DEEPEST = 20  # ensembles of ensembles
-MOST_NAMED = 3  # settings
+NOT_OF_THE_SYSTEM = FREE | {"subset", "seed", "early_stopping.fold"}  # settings that a system's runs may differ in
+LEAST_SIZES = 3  # below, a straight line fits too easily to mean anything
+DEEPEST = 20  # levels of ensembles of ensembles
+MOST_NAMED = 3  # settings in a system's name
 
 
 @dataclass(frozen=True)
 class Point:
-    """The runs of a system that had equally many training stimuli; they differ in seed or fold.
-
-    Attributes:
-        stimuli: how many.
-        rows: the runs.
-    """
+    """The runs of a system with the same number of training stimuli; they differ in seed or fold."""
 
     stimuli: int
-    rows: tuple[Row, ...]
+    runs: tuple[ScoredRun, ...]
 
     @cached_property
     def scores(self) -> list[float]:
         """R2 of each run, mean over sites."""
-        return [row.regression.r2.mean for row in self.rows]
+        return [scored.regression.r2.mean for scored in self.runs if scored.regression.r2.mean is not None]
 
     @property
     def mean(self) -> float:
@@ -54,27 +49,27 @@ class Point:
 
     @property
     def ci95(self) -> tuple[float, float] | None:
-        """Of a single run, its interval over the stimuli that were scored."""
-        return self.rows[0].regression.r2.ci95 if len(self.rows) == 1 else None
+        """The interval over the scored stimuli, of a single run."""
+        return self.runs[0].regression.r2.ci95 if len(self.runs) == 1 else None
 
     @property
     def spread(self) -> tuple[float, float] | None:
-        """Of several runs, the least and the greatest R2."""
-        return (min(self.scores), max(self.scores)) if len(self.rows) > 1 else None
+        """The lowest and the highest R2, of several runs."""
+        return (min(self.scores), max(self.scores)) if len(self.runs) > 1 else None
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A system's scores by its training stimuli.
+    """A system's scores against its training stimuli.
 
     Attributes:
-        name: of the system, unlike those of the others it is shown with.
-        what: the system in a few words, where they are known.
+        name: of the system, different from those of the other curves.
+        description: the system in a few words, where they are known.
         points: two or more, the fewest stimuli first.
     """
 
     name: str
-    what: str
+    description: str
     points: tuple[Point, ...]
 
     def at(self, stimuli: int) -> Point | None:
@@ -83,9 +78,9 @@ class Curve:
 
     @property
     def gain(self) -> float | None:
-        """What a doubling of the stimuli adds to R2: the slope over log2 of the stimuli of the line of least squares.
+        """R2 gained per doubling of the stimuli: the least-squares slope over log2 of the stimuli.
 
-        None of fewer than three sizes, which any line fits or nearly so.
+        None for fewer than `LEAST_SIZES` sizes.
         """
         if len(self.points) < LEAST_SIZES:
             return None
@@ -93,122 +88,150 @@ class Curve:
         return float(np.polyfit(doublings, [point.mean for point in self.points], 1)[0])
 
 
-def curves_of(rows: Sequence[Row]) -> list[Curve]:
+def curves_of(runs: Sequence[ScoredRun]) -> list[Curve]:
     """The systems that were trained on two or more numbers of stimuli, in the order of their first runs.
 
     Args:
-        rows: scored on the same held-out stimuli and sites.
+        runs: scored on the same stimuli and sites.
     """
-    systems, together = _Systems(), {}
-    for row in rows:
-        system = systems.of(row.path) if row.metrics.training_stimuli and row.regression.r2.mean is not None else None
+    systems = _Systems()
+    runs_by_system: dict[tuple[str, str | None, tuple[str, ...]], dict[int, list[ScoredRun]]] = {}
+    for scored in runs:
+        stimuli = scored.metrics.training_stimuli
+        if not stimuli or scored.regression.r2.mean is None:
+            continue
+        system = systems.digest(scored.run.path)
         if system is not None:
-            key = (system, row.metrics.control, tuple(row.metrics.trained_on))
-            together.setdefault(key, {}).setdefault(row.metrics.training_stimuli, []).append(row)
-    found = [[Point(n, tuple(sizes[n])) for n in sorted(sizes)] for sizes in together.values() if len(sizes) > 1]
-    names = _names([[row for point in points for row in point.rows] for points in found])
-    return [Curve(name, points[0].rows[0].what, tuple(points)) for name, points in zip(names, found, strict=True)]
+            key = (system, scored.metrics.control, tuple(scored.metrics.trained_on))
+            runs_by_system.setdefault(key, {}).setdefault(stimuli, []).append(scored)
+    curves = [
+        [Point(stimuli, tuple(runs_by_size[stimuli])) for stimuli in sorted(runs_by_size)]
+        for runs_by_size in runs_by_system.values()
+        if len(runs_by_size) > 1
+    ]
+    names = _names([[scored for point in points for scored in point.runs] for points in curves])
+    return [
+        Curve(name, points[0].runs[0].run.description, tuple(points))
+        for name, points in zip(names, curves, strict=True)
+    ]
 
 
 class _Systems:
-    """Tells runs of the same system by their folders; each is read once."""
+    """Tells from their folders which runs are of the same system; reads each folder once."""
 
-    def __init__(self):
-        self._known: dict[Path, str | None] = {}
+    def __init__(self) -> None:
+        self._digests: dict[Path, str | None] = {}
 
-    def of(self, run: Path, depth: int = 0) -> str | None:
-        """What a run's folder and those of no other system have in common; None where that cannot be known."""
+    def digest(self, run: Path, depth: int = 0) -> str | None:
+        """A digest that runs of the same system share; None where the system is not known."""
         run = run.absolute()
-        if run not in self._known:
-            self._known[run] = None  # which an ensemble that names itself as a member is told
+        if run not in self._digests:
+            self._digests[run] = None  # so that an ensemble that names itself as a member ends here
             try:
                 facts = self._facts(run, depth)
                 text = None if facts is None else json.dumps(facts, sort_keys=True, default=str)
             except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 text = None
-            self._known[run] = None if text is None else hashlib.sha256(text.encode()).hexdigest()
-        return self._known[run]
+            self._digests[run] = None if text is None else hashlib.sha256(text.encode()).hexdigest()
+        return self._digests[run]
 
     def _facts(self, run: Path, depth: int) -> Any:
-        if not (run / ENSEMBLE_FILE).is_file():
-            settings = flat(read_yaml(RunFolder(run).recipe))
-            if settings.get("distill.teacher") is not None:
-                return None  # the teacher's training stimuli count as well
-            return {name: value for name, value in settings.items() if name not in APART}
-        note = parse_json(read_regular(run / ENSEMBLE_FILE))
-        members = [Path(member) for one in note["members"] for member in one["runs"]]
-        systems = [self.of(member, depth + 1) for member in members] if depth < DEEPEST else []
-        return [note["combine"], *sorted(systems)] if systems and None not in systems else None
+        if (run / ENSEMBLE_FILE).is_file():
+            return self._ensemble_facts(run, depth)
+        settings = flat(read_yaml(RunFolder(run).recipe))
+        if settings.get("distill.teacher") is not None:
+            return None  # the teacher's training stimuli count as well
+        return {name: value for name, value in settings.items() if name not in NOT_OF_THE_SYSTEM}
+
+    def _ensemble_facts(self, run: Path, depth: int) -> list[str] | None:
+        if depth >= DEEPEST:
+            return None
+        ensemble = parse_json(read_regular(run / ENSEMBLE_FILE))
+        paths = [Path(path) for member in ensemble["members"] for path in member["runs"]]
+        digests = [self.digest(path, depth + 1) for path in paths]
+        known = [digest for digest in digests if digest is not None]
+        return [ensemble["combine"], *sorted(known)] if known and len(known) == len(digests) else None
 
 
 # ----------------------------------------------------------------------------------------------------------- names
 
 
-def _names(systems: Sequence[Sequence[Row]]) -> list[str]:
+def _names(systems: Sequence[Sequence[ScoredRun]]) -> list[str]:
     """A name for each system: what its folders' names begin or end with, and as much more as tells it from others."""
-    names = [_common([row.path.absolute().name for row in rows]) for rows in systems]
-    for more in (_what, _settings, _longest):
+    names = [_common_words([scored.run.path.absolute().name for scored in runs]) for runs in systems]
+    for describe in (_descriptions, _differing_settings, _largest_runs):
         for name in sorted(set(names)):
             places = [place for place, other in enumerate(names) if other == name]
-            details = more([systems[place] for place in places])
+            details = describe([systems[place] for place in places])
             if name and len(set(details)) == 1:
                 continue
             for place, detail in zip(places, details, strict=True):
                 names[place] = ", ".join(part for part in (name, detail) if part)
-    controls = [rows[0].metrics.control for rows in systems]
+    controls = [runs[0].metrics.control for runs in systems]
     return [f"{name} (CONTROL: {control})" if control else name for name, control in zip(names, controls, strict=True)]
 
 
-def _common(folders: Sequence[str]) -> str:
+def _common_words(folders: Sequence[str]) -> str:
     """The words and numbers that all names begin with, or else end with: "frozen" of frozen_100 and frozen_200."""
     words = [re.findall(r"\d+|[^\W\d_]+|[\W_]+", folder) for folder in folders]
-    first, last = _same(words), _same([word[::-1] for word in words])[::-1]
-    found = ("".join(part).strip(" _-.=") for part in (first, last))
-    return printable(next((part for part in found if re.search(r"[^\W\d_]", part)), ""))
+    start = _common_start(words)
+    end = _common_start([word[::-1] for word in words])[::-1]
+    for common in (start, end):
+        text = "".join(common).strip(" _-.=")
+        if re.search(r"[^\W\d_]", text):
+            return printable(text)
+    return ""
 
 
-def _same(words: Sequence[Sequence[str]]) -> list[str]:
-    """What all begin with."""
-    alike = itertools.takewhile(lambda of_all: len(set(of_all)) == 1, zip(*words, strict=False))
-    return [of_all[0] for of_all in alike]
+def _common_start(words: Sequence[Sequence[str]]) -> list[str]:
+    equal = itertools.takewhile(lambda column: len(set(column)) == 1, zip(*words, strict=False))
+    return [column[0] for column in equal]
 
 
-def _what(systems: Sequence[Sequence[Row]]) -> list[str]:
-    return [rows[0].what for rows in systems]
+def _descriptions(systems: Sequence[Sequence[ScoredRun]]) -> list[str]:
+    return [runs[0].run.description for runs in systems]
 
 
-def _settings(systems: Sequence[Sequence[Row]]) -> list[str]:
+def _differing_settings(systems: Sequence[Sequence[ScoredRun]]) -> list[str]:
     """The settings in which the systems differ."""
-    every = [{k: str(v) for k, v in flat(rows[0].recipe).items() if k not in APART} for rows in systems]
-    names = [name for name in dict.fromkeys(k for one in every for k in one) if len({o.get(name) for o in every}) > 1]
-    return [", ".join(printable(f"{k} {one[k]}") for k in names[:MOST_NAMED] if k in one) for one in every]
+    settings = [
+        {name: str(value) for name, value in flat(runs[0].run.settings).items() if name not in NOT_OF_THE_SYSTEM}
+        for runs in systems
+    ]
+    names = dict.fromkeys(name for of_system in settings for name in of_system)
+    differing = [name for name in names if len({of_system.get(name) for of_system in settings}) > 1]
+    return [
+        ", ".join(printable(f"{name} {of_system[name]}") for name in differing[:MOST_NAMED] if name in of_system)
+        for of_system in settings
+    ]
 
 
-def _longest(systems: Sequence[Sequence[Row]]) -> list[str]:
+def _largest_runs(systems: Sequence[Sequence[ScoredRun]]) -> list[str]:
     """The folder of the run with the most stimuli."""
-    return shortest_names([rows[-1].path for rows in systems])
+    return shortest_names([runs[-1].run.path for runs in systems])
 
 
 # ----------------------------------------------------------------------------------------------------------- words
 
 
 def have_seeds(curves: Sequence[Curve]) -> bool:
-    """Whether a point is the mean over several runs."""
+    """Whether at least one point is the mean over several runs."""
     return any(point.spread for curve in curves for point in curve.points)
 
 
-def gains(curves: Sequence[Curve]) -> str:
-    """What a doubling is worth to each system, in a sentence; empty where no system was trained on enough sizes."""
-    told = [f"{curve.gain:+.3f} ({curve.name})" for curve in curves if curve.gain is not None]
-    return f"Each doubling of the training stimuli adds to R2: {', '.join(told)}." if told else ""
+def describe_gains(curves: Sequence[Curve]) -> str:
+    """The gain per doubling of each system, in a sentence; empty where no system was trained on enough sizes."""
+    gains = [f"{curve.gain:+.3f} ({curve.name})" for curve in curves if curve.gain is not None]
+    return f"Each doubling of the training stimuli adds to R2: {', '.join(gains)}." if gains else ""
 
 
-def notes(curves: Sequence[Curve]) -> Iterator[str]:
-    """How the table of curves is to be read, in sentences."""
-    runs = "; of several seeds the mean, and in parentheses the least and the greatest" if have_seeds(curves) else ""
-    yield f"R2 by the number of training stimuli, in brackets the 95 % interval over the stimuli scored{runs}."
+def curve_notes(curves: Sequence[Curve]) -> list[str]:
+    """How to read the table of curves, in sentences."""
+    seeds = "; of several seeds the mean, and in parentheses the lowest and the highest" if have_seeds(curves) else ""
+    notes = [f"R2 by the number of training stimuli, in brackets the 95 % interval over the scored stimuli{seeds}."]
     if any(curve.gain is not None for curve in curves):
-        yield (
-            "Per doubling: the slope of a straight line over log2 of the stimuli, by least squares through the means "
-            f"of {LEAST_SIZES} sizes or more. It describes the sizes measured; beyond them curves usually flatten."
+        notes.append(
+            "Per doubling: the slope of a straight line over log2 of the stimuli, fitted by least squares to the means "
+            f"of {LEAST_SIZES} or more sizes. It describes the measured sizes; beyond them, curves usually flatten."
         )
+    return notes

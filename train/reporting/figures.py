@@ -1,109 +1,74 @@
-"""The figures of a report, drawn for a paper: vector graphics, legible in print, told apart by any colour vision."""
+"""The figures of a report, drawn for a paper: vector graphics, legible in print, told apart with any colour vision."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from train.evaluation.metrics import LOWER_IS_BETTER
-from train.evaluation.plots import (
+from train.evaluation.figure_style import (
     BLUE,
     GREEN,
     ORANGE,
     PURPLE,
     SKY,
     VERMILLION,
-    draw_layers,
+    FileFormat,
     encoded,
     finished,
     known,
     new_figure,
     plain,
+    short,
 )
-from train.evaluation.prediction_plots import draw_confusion, short
-from train.reporting.data_efficiency import gains, have_seeds
-from train.reporting.rows import Row
-from train.reporting.tables import Group
+from train.evaluation.layer_figure import draw_layers
+from train.evaluation.metrics import LOWER_IS_BETTER
+from train.evaluation.prediction_figures import draw_confusion
+from train.reporting.data_efficiency import describe_gains, have_seeds
+from train.reporting.groups import METRICS, R2, Group
+from train.reporting.reported_run import ReportedRun, ScoredRun
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-FORMATS = ("svg", "pdf", "png")
+FORMATS: tuple[FileFormat, ...] = ("svg", "pdf", "png")
 COLOURS = (BLUE, VERMILLION, GREEN, ORANGE, PURPLE, SKY, "0.35")
 LINES = ("-", "--", ":", "-.")
 WIDTH = 7.0  # inches, two columns of a journal
 MOST_CURVES = 12
-LEAST_SHOWN = -0.5  # R2 has no lower bound: a hopeless site must not make all others look alike
+LOWEST_SHOWN = -0.5  # R2 has no lower bound: a hopeless site must not make all others look alike
 MOST_CLASSES = 80
-LEAST_BETWEEN = 0.08  # two ticks' labels, as a part of a logarithmic axis
-CONFUSION = "confusion"  # begins the names of such figures
+LEAST_GAP = 0.08  # between two ticks' labels, as a fraction of a logarithmic axis
+METRIC_LABELS = {metric.key: metric.title for metric in METRICS} | {"r2": "R²", "top1": "top-1"}
 
 
 @dataclass(frozen=True)
-class Figure:
+class ReportFigure:
     """A figure in all its formats.
 
     Attributes:
         name: of its files.
-        caption: what it shows, for people who cannot see it as well.
+        caption: what it shows, also for people who cannot see it.
         files: its bytes by format.
     """
 
     name: str
     caption: str
-    files: dict[str, bytes]
+    files: dict[FileFormat, bytes]
 
 
-def figures(
-    groups: Sequence[Group], rows: Sequence[Row], pair: tuple[Path, Path] | None
-) -> Iterator[tuple[Group | None, Figure]]:
-    """Draw everything that there is data for, each with the group it belongs to.
+class EpochValue(NamedTuple):
+    """A value after an epoch."""
 
-    Args:
-        groups: of runs that can be compared.
-        rows: all runs, scored or not.
-        pair: whose sites are compared one by one; by default the two best of each group.
-    """
-    for number, group in enumerate(groups):
-        suffix = f"_{number + 1}" if len(groups) > 1 else ""
-        for name, caption, figure in _of_group(group, pair):
-            yield group, _figure(f"{name}{suffix}", caption, figure)
-    curves = [row for row in rows if len(row.epochs) > 1]
-    if curves:
-        yield None, _figure("learning_curves", _learning_caption(curves), learning_curves(curves))
-    for row in rows:
-        if row.classes is not None and len(row.classes["class_id"]) <= MOST_CLASSES:
-            caption = f"{row.name}: which object was named for which; rows add up to 1."
-            yield None, _figure(f"{CONFUSION}_{file_name(row.name)}", caption, confusion(row))
+    epoch: int
+    value: float
 
 
-def _of_group(group: Group, pair: tuple[Path, Path] | None) -> Iterator[tuple[str, str, "Figure"]]:
-    yield (
-        "sites",
-        f"R2 of every site (dots), its mean with the 95 % interval over stimuli (ring). {group.title}.",
-        sites(group),
-    )
-    if group.curves:
-        yield "data_efficiency", _efficiency_caption(group), data_efficiency(group)
-    for row in group.rows:
-        if len(row.metrics.layers) > 1:
-            scores = {name: block.regression.explained_variance.per_site for name, block in row.metrics.layers.items()}
-            figure = draw_layers(scores, row.metrics.chosen, row.name, group.ceiling.mean if group.ceiling else None)
-            caption = f"{row.name}: explained variance by layer, its distribution over sites. {group.title}."
-            yield f"layers_{file_name(row.name)}", caption, figure
-    named = [row for path in pair or () for row in group.rows if row.path == path]
-    two = named if len(named) == 2 else group.ranked()[1::-1]
-    if len(two) == 2:
-        caption = f"R2 site by site: {two[0].title} and {two[1].title}; above the line the second is better."
-        yield "site_by_site", caption, site_by_site(group, *two)
-
-
-def _figure(name: str, caption: str, figure: "Figure") -> Figure:
-    return Figure(name, caption, {kind: encoded(figure, kind) for kind in FORMATS})
+def _figure(name: str, caption: str, figure: "Figure") -> ReportFigure:
+    return ReportFigure(name, caption, {kind: encoded(figure, kind) for kind in FORMATS})
 
 
 def file_name(name: str) -> str:
@@ -111,88 +76,126 @@ def file_name(name: str) -> str:
     return "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in name)[:80]
 
 
-def sites(group: Group) -> "Figure":
+# ----------------------------------------------------------------------------------------------------- of one group
+
+
+def group_figures(group: Group, pair: tuple[Path, Path] | None, suffix: str) -> Iterator[ReportFigure]:
+    """Draw everything that there is data for.
+
+    Args:
+        group: runs that can be compared.
+        pair: the runs to compare site by site; by default the two best.
+        suffix: of the files' names, to tell several groups apart.
+    """
+    caption = f"R2 of every site (dots), its mean with the 95 % interval over stimuli (ring). {group.title}."
+    yield _figure(f"sites{suffix}", caption, draw_site_scores(group))
+    if group.curves:
+        yield _figure(f"data_efficiency{suffix}", _efficiency_caption(group), draw_data_efficiency(group))
+    for scored in group.runs:
+        if len(scored.metrics.layers) > 1:
+            yield _layer_figure(group, scored, suffix)
+    runs = [scored for path in pair or () for scored in group.runs if scored.run.path == path]
+    if len(runs) != 2:
+        runs = [group.runs[place] for place in group.ranking[1::-1]]
+    if len(runs) == 2:
+        below, above = runs
+        caption = f"R2 site by site: {below.run.title} and {above.run.title}; above the line the second is better."
+        yield _figure(f"site_by_site{suffix}", caption, draw_site_by_site(below, above))
+
+
+def _layer_figure(group: Group, scored: ScoredRun, suffix: str) -> ReportFigure:
+    name, metrics = scored.run.name, scored.metrics
+    scores = {layer: block.regression.explained_variance.per_site for layer, block in metrics.layers.items()}
+    figure = draw_layers(scores, metrics.chosen, name, group.ceiling.mean if group.ceiling else None)
+    caption = f"{name}: explained variance by layer, its distribution over sites. {group.title}."
+    return _figure(f"layers_{file_name(name)}{suffix}", caption, figure)
+
+
+def draw_site_scores(group: Group) -> "Figure":
     """The sites' R2, a line of dots per model, the best on top."""
-    rows = group.ranked()[::-1]
-    figure = new_figure(WIDTH, 0.42 * len(rows) + 1.3)
+    runs = [group.runs[place] for place in group.ranking[::-1]]
+    figure = new_figure(WIDTH, 0.42 * len(runs) + 1.3)
     axes = figure.add_subplot()
-    low = _foot([value for row in rows for value in known(row.regression.r2.per_site)])
-    for place, row in enumerate(rows):
-        values = known(row.regression.r2.per_site)
-        jitter = np.random.default_rng(0).uniform(-0.27, 0.27, len(values))
-        shown = np.maximum(values, low)
-        inside = values >= low
-        axes.scatter(shown[inside], place + jitter[inside], s=9, color=BLUE, alpha=0.35, linewidths=0)
-        axes.scatter(shown[~inside], place + jitter[~inside], s=12, color=BLUE, alpha=0.35, marker="<", linewidths=0)
-        if row.regression.r2.ci95:
-            axes.plot(row.regression.r2.ci95, [place, place], color="black", linewidth=2, solid_capstyle="butt")
-        if row.regression.r2.mean is not None:
-            axes.plot(
-                max(row.regression.r2.mean, low), place, "o", color="white", markeredgecolor="black", markersize=6
-            )
+    low = _lowest([value for scored in runs for value in known(scored.regression.r2.per_site)])
+    for place, scored in enumerate(runs):
+        _draw_sites_of(axes, place, scored, low)
     axes.axvline(0, color="0.7", linewidth=0.6, zorder=0)
-    if (ceiling := group.ceiling_of(group.columns[0])) is not None:
+    if (ceiling := group.ceiling_of(R2)) is not None:
         axes.axvline(ceiling, color="black", linestyle="--", linewidth=1)
-        axes.text(ceiling, len(rows) - 0.45, "ceiling", ha="center", va="bottom", fontsize=8)
-    axes.set_yticks(range(len(rows)), [plain(short(row.title)) for row in rows], fontsize=9)
-    axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.text(ceiling, len(runs) - 0.45, "ceiling", ha="center", va="bottom", fontsize=8)
+    axes.set_yticks(range(len(runs)), [plain(short(scored.run.title)) for scored in runs], fontsize=9)
+    axes.set_ylim(-0.6, len(runs) - 0.4)
     axes.set_xlabel("R² of a site")
     axes.grid(axis="x", color="0.92", zorder=0)
     axes.set_axisbelow(True)
     return finished(figure, axes, "")
 
 
-def _foot(values: Sequence[float]) -> float:
-    """Where an axis of R2 begins: at the least value, unless that is hopeless."""
-    return max(min(values, default=0.0), LEAST_SHOWN)
+def _draw_sites_of(axes: "Axes", place: int, scored: ScoredRun, low: float) -> None:
+    """Dots at a height; triangles stand for sites below the axis's end."""
+    r2 = scored.regression.r2
+    values = known(r2.per_site)
+    heights = place + np.random.default_rng(0).uniform(-0.27, 0.27, len(values))
+    inside = values >= low
+    shown = np.maximum(values, low)
+    axes.scatter(shown[inside], heights[inside], s=9, color=BLUE, alpha=0.35, linewidths=0)
+    axes.scatter(shown[~inside], heights[~inside], s=12, color=BLUE, alpha=0.35, marker="<", linewidths=0)
+    if r2.ci95:
+        axes.plot(r2.ci95, [place, place], color="black", linewidth=2, solid_capstyle="butt")
+    if r2.mean is not None:
+        axes.plot(max(r2.mean, low), place, "o", color="white", markeredgecolor="black", markersize=6)
 
 
-def site_by_site(group: Group, below: Row, above: Row) -> "Figure":
+def _lowest(values: Sequence[float]) -> float:
+    """Where an axis of R2 begins: at the lowest value, unless that is hopeless."""
+    return max(min(values, default=0.0), LOWEST_SHOWN)
+
+
+def draw_site_by_site(below: ScoredRun, above: ScoredRun) -> "Figure":
     """The sites' R2 under one model against that under another."""
-    x, y = ([np.nan if v is None else v for v in row.regression.r2.per_site] for row in (below, above))
-    x, y = np.array(x), np.array(y)
-    there = np.isfinite(x) & np.isfinite(y)
-    x, y = x[there], y[there]
+    x, y = (np.array(scored.regression.r2.per_site, dtype=float) for scored in (below, above))  # None becomes NaN
+    both = np.isfinite(x) & np.isfinite(y)
+    x, y = x[both], y[both]
     figure = new_figure(4.2, 4.2)
     axes = figure.add_subplot()
-    low, high = _foot([*x, *y]), max([*x, *y, 0.05])
+    low, high = _lowest([*x, *y]), max([*x, *y, 0.05])
     margin = 0.05 * (high - low)
     ends = (low - margin, high + margin)
     axes.plot(ends, ends, color="0.6", linewidth=0.8, zorder=0)
     better = y > x
-    for part, colour, marker in ((better, VERMILLION, "o"), (~better, BLUE, "s")):
-        places = np.maximum(x[part], low), np.maximum(y[part], low)
-        axes.scatter(*places, s=22, color=colour, alpha=0.65, marker=marker, linewidths=0)
-    axes.text(
-        0.04, 0.96, f"better at {better.sum()} sites", transform=axes.transAxes, va="top", color=VERMILLION, fontsize=9
-    )
-    axes.text(
-        0.96, 0.04, f"better at {(x > y).sum()} sites", transform=axes.transAxes, ha="right", color=BLUE, fontsize=9
-    )
+    for sites, colour, marker in ((better, VERMILLION, "o"), (~better, BLUE, "s")):
+        shown_x, shown_y = np.maximum(x[sites], low), np.maximum(y[sites], low)
+        axes.scatter(shown_x, shown_y, s=22, color=colour, alpha=0.65, marker=marker, linewidths=0)
+    above_count, below_count = np.count_nonzero(better), np.count_nonzero(x > y)
+    corner = axes.transAxes
+    axes.text(0.04, 0.96, f"better at {above_count} sites", transform=corner, va="top", color=VERMILLION, fontsize=9)
+    axes.text(0.96, 0.04, f"better at {below_count} sites", transform=corner, ha="right", color=BLUE, fontsize=9)
     axes.set(xlim=ends, ylim=ends, aspect="equal")
-    axes.set_xlabel(f"R², {plain(short(below.title, 34))}")
-    axes.set_ylabel(f"R², {plain(short(above.title, 34))}")
+    axes.set_xlabel(f"R², {plain(short(below.run.title, 34))}")
+    axes.set_ylabel(f"R², {plain(short(above.run.title, 34))}")
     return finished(figure, axes, "")
 
 
-def data_efficiency(group: Group) -> "Figure":
+def draw_data_efficiency(group: Group) -> "Figure":
     """R2 by the number of training stimuli, a line per system."""
-    shown, seeds = group.curves[:MOST_CURVES], have_seeds(group.curves)
-    figure = new_figure(WIDTH, 3.4 + 0.19 * math.ceil(len(shown) / 2))
+    curves, seeds = group.curves[:MOST_CURVES], have_seeds(group.curves)
+    figure = new_figure(WIDTH, 3.4 + 0.19 * math.ceil(len(curves) / 2))
     axes = figure.add_subplot()
-    for number, curve in enumerate(shown):
-        style = _style(number)
+    shown: list[float] = []
+    for place, curve in enumerate(curves):
         sizes, means = [point.stimuli for point in curve.points], [point.mean for point in curve.points]
         bands = [point.spread if seeds else point.ci95 for point in curve.points]
         low, high = np.array([(np.nan, np.nan) if band is None else band for band in bands]).T
-        axes.fill_between(sizes, low, high, color=style["color"], alpha=0.13, linewidth=0)
-        axes.plot(sizes, means, "o", markersize=5, linewidth=1.5, **style, label=plain(short(curve.name, 40)))
-    if (ceiling := group.ceiling_of(group.columns[0])) is not None:
+        axes.fill_between(sizes, low, high, color=_colour(place), alpha=0.13, linewidth=0)
+        _draw_line(axes, place, sizes, means, plain(short(curve.name, 40)), marker="o")
+        shown += means
+    if (ceiling := group.ceiling_of(R2)) is not None:
         axes.axhline(ceiling, color="black", linestyle="--", linewidth=1)
         axes.text(0.01, ceiling, "ceiling", transform=axes.get_yaxis_transform(), va="bottom", fontsize=8)
-    _limit(axes)
+        shown.append(ceiling)
+    _cut_off_hopeless(axes, shown)
     axes.set_xscale("log")
-    ticks = _apart(group.sizes)
+    ticks = _readable_ticks(group.training_sizes)
     axes.set_xticks(ticks, [f"{size:,}" for size in ticks])
     axes.minorticks_off()
     axes.set(xlabel="training stimuli", ylabel="R², mean over sites")
@@ -202,43 +205,53 @@ def data_efficiency(group: Group) -> "Figure":
     return finished(figure, axes, "")
 
 
-def _apart(sizes: Sequence[int]) -> list[int]:
-    """Those of some ascending numbers that can be written below a logarithmic axis, the greatest among them."""
-    found = [sizes[-1]]
+def _readable_ticks(sizes: Sequence[int]) -> list[int]:
+    """Those of some ascending numbers whose labels do not overlap on a logarithmic axis, including the largest."""
+    ticks = [sizes[-1]]
     for size in reversed(sizes):
-        if found[0] / size >= (sizes[-1] / sizes[0]) ** LEAST_BETWEEN:
-            found.insert(0, size)
-    return found
+        if ticks[0] / size >= (sizes[-1] / sizes[0]) ** LEAST_GAP:
+            ticks.insert(0, size)
+    return ticks
 
 
 def _efficiency_caption(group: Group) -> str:
     curves = group.curves
-    more = f" (the first {MOST_CURVES} of {len(curves)} systems)" if len(curves) > MOST_CURVES else ""
-    band = "from the least to the greatest of several seeds" if have_seeds(curves) else "95 % interval over stimuli"
-    told = f" {gains(curves)}" if gains(curves) else ""
-    return f"R2 by the number of training stimuli{more}; band: {band}.{told} {group.title}."
+    first = f" (the first {MOST_CURVES} of {len(curves)} systems)" if len(curves) > MOST_CURVES else ""
+    band = "from the lowest to the highest of several seeds" if have_seeds(curves) else "95 % interval over stimuli"
+    sentences = [f"R2 by the number of training stimuli{first}; band: {band}.", describe_gains(curves)]
+    return " ".join(sentence for sentence in (*sentences, f"{group.title}.") if sentence)
 
 
-def learning_curves(rows: Sequence[Row]) -> "Figure":
-    """Loss and selection metric by epoch; the ring is the epoch that was taken."""
-    shown = rows[:MOST_CURVES]
-    figure = new_figure(WIDTH, 2.9 + 0.19 * math.ceil(len(shown) / 2))
+# ----------------------------------------------------------------------------------------------------- of all runs
+
+
+def training_figure(runs: Sequence[ReportedRun]) -> ReportFigure | None:
+    """The learning curves of the runs that have some; None where none has."""
+    trained = [run for run in runs if len(run.epochs) > 1]
+    if not trained:
+        return None
+    first = f" (the first {MOST_CURVES} of {len(trained)} runs)" if len(trained) > MOST_CURVES else ""
+    caption = f"Training loss and selection metric by epoch; the ring is the best epoch{first}."
+    return _figure("learning_curves", caption, draw_learning_curves(trained[:MOST_CURVES]))
+
+
+def draw_learning_curves(runs: Sequence[ReportedRun]) -> "Figure":
+    """Loss and selection metric by epoch; the ring is the best epoch."""
+    figure = new_figure(WIDTH, 2.9 + 0.19 * math.ceil(len(runs) / 2))
     left, right = figure.subplots(1, 2)
-    for number, row in enumerate(shown):
-        style = _style(number)
-        _curve(
-            left, [(line["epoch"], line.get("loss")) for line in row.epochs], **style, label=plain(short(row.name, 40))
-        )
-        _curve(right, _selection(row), **style)
-        best = [
-            (line["epoch"], value)
-            for line, (_, value) in zip(row.epochs, _selection(row), strict=True)
-            if line.get("best")
-        ]
-        if best and best[-1][1] is not None:
-            right.plot(*best[-1], "o", color="white", markeredgecolor=style["color"], markersize=6, zorder=4)
-    _limit(right)
-    for axes, label in ((left, "training loss"), (right, _selection_label(shown))):
+    shown: list[float] = []
+    for place, run in enumerate(runs):
+        losses = [EpochValue(line["epoch"], line["loss"]) for line in run.epochs if _is_number(line.get("loss"))]
+        _draw_epochs(left, place, losses, plain(short(run.name, 40)))
+        selection = Selection.of(run)
+        values = selection.values(run.epochs)
+        _draw_epochs(right, place, values)
+        shown += [value for _, value in values]
+        best = [line for line in run.epochs if line.get("best")][-1:]
+        for epoch, value in selection.values(best):
+            right.plot(epoch, value, "o", color="white", markeredgecolor=_colour(place), markersize=6, zorder=4)
+    _cut_off_hopeless(right, shown)
+    for axes, label in ((left, "training loss"), (right, _selection_label(runs))):
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
@@ -248,58 +261,73 @@ def learning_curves(rows: Sequence[Row]) -> "Figure":
     return figure
 
 
-def _learning_caption(rows: Sequence[Row]) -> str:
-    more = f" (the first {MOST_CURVES} of {len(rows)} runs)" if len(rows) > MOST_CURVES else ""
-    return f"Training loss and the metric that selects, by epoch; the ring is the best epoch{more}."
+@dataclass(frozen=True)
+class Selection:
+    """The split and the metric that select a run's epoch."""
+
+    split: str
+    metric: str
+
+    @classmethod
+    def of(cls, run: ReportedRun) -> "Selection":
+        """As the run's recipe says; the default metric follows from task and loss."""
+        metric = "pearson_r" if run.setting("loss.responses") == "correlation" else "r2"
+        if run.setting("task.kind") == "classification":
+            metric = "top1"
+        split = run.setting("early_stopping.split") or "inner"
+        return cls(str(split), str(run.setting("early_stopping.metric") or metric))
+
+    @property
+    def label(self) -> str:
+        """For an axis."""
+        direction = " (lower is better)" if self.metric in LOWER_IS_BETTER else ""
+        return f"{METRIC_LABELS.get(self.metric, self.metric)} on {self.split}{direction}"
+
+    def values(self, epochs: Sequence[dict]) -> list[EpochValue]:
+        """The metric at those epochs that have it."""
+        scores = [(line["epoch"], line.get(self.split)) for line in epochs]
+        return [
+            EpochValue(epoch, score[self.metric])
+            for epoch, score in scores
+            if isinstance(score, dict) and _is_number(score.get(self.metric))
+        ]
 
 
-def _style(number: int) -> dict[str, str]:
-    """Colour and line of one of several curves."""
-    return {"color": COLOURS[number % len(COLOURS)], "linestyle": LINES[number // len(COLOURS) % len(LINES)]}
+def _selection_label(runs: Sequence[ReportedRun]) -> str:
+    labels = {Selection.of(run).label for run in runs}
+    return labels.pop() if len(labels) == 1 else "selection metric"
 
 
-def _curve(axes: "Axes", points: Sequence[tuple[int, float | None]], **style) -> None:
-    points = [(x, y) for x, y in points if isinstance(y, int | float)]
-    axes.plot([x for x, _ in points], [y for _, y in points], linewidth=1.5, **style)
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
-def _selecting(row: Row) -> tuple[str, str]:
-    """The split and the metric that choose a run's epoch."""
-    settings = row.recipe.get("early_stopping")
-    settings = settings if isinstance(settings, dict) else {}
-    kind, loss = (row.recipe.get(name) if isinstance(row.recipe.get(name), dict) else {} for name in ("task", "loss"))
-    usual = "pearson_r" if loss.get("responses") == "correlation" else "r2"
-    usual = "top1" if kind.get("kind") == "classification" else usual
-    return str(settings.get("split") or "inner"), str(settings.get("metric") or usual)
+def _draw_epochs(axes: "Axes", place: int, values: Sequence[EpochValue], label: str = "") -> None:
+    _draw_line(axes, place, [epoch for epoch, _ in values], [value for _, value in values], label)
 
 
-def _selection(row: Row) -> list[tuple[int, float | None]]:
-    split, metric = _selecting(row)
-    scores = [line.get(split) for line in row.epochs]
-    values = [score.get(metric) if isinstance(score, dict) else None for score in scores]
-    return [
-        (line["epoch"], v if isinstance(v, int | float) else None) for line, v in zip(row.epochs, values, strict=True)
-    ]
+def _draw_line(axes: "Axes", place: int, x: Sequence[float], y: Sequence[float], label: str, marker: str = "") -> None:
+    """One of several curves, in its colour and line style."""
+    line = LINES[place // len(COLOURS) % len(LINES)]
+    axes.plot(x, y, linewidth=1.5, linestyle=line, color=_colour(place), marker=marker, markersize=5, label=label)
 
 
-def _selection_label(rows: Sequence[Row]) -> str:
-    names = {"r2": "R²", "explained_variance": "EV", "mse": "MSE", "pearson_r": "Pearson r", "top1": "top-1"}
-    found = {_selecting(row) for row in rows}
-    if len(found) > 1:
-        return "metric that selects"
-    split, metric = found.pop()
-    return f"{names.get(metric, metric)} on {split}{' (lower is better)' if metric in LOWER_IS_BETTER else ''}"
+def _colour(place: int) -> str:
+    return COLOURS[place % len(COLOURS)]
 
 
-def _limit(axes: "Axes") -> None:
-    """Cut the first epochs' hopeless values off where they would flatten all others."""
-    values = [y for line in axes.lines for y in line.get_ydata()]
-    low, high = min(values, default=0), max(values, default=1)
-    if low < LEAST_SHOWN <= high:
-        axes.set_ylim(LEAST_SHOWN, high + 0.05 * (high - LEAST_SHOWN))
+def _cut_off_hopeless(axes: "Axes", values: Sequence[float]) -> None:
+    """Leave out hopeless values, as of first epochs, where they would flatten all others."""
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    if low < LOWEST_SHOWN <= high:
+        axes.set_ylim(LOWEST_SHOWN, high + 0.05 * (high - LOWEST_SHOWN))
 
 
-def confusion(row: Row) -> "Figure":
-    """Which object was named for which, as shares of those shown."""
-    names, shown, named = (row.classes[key] for key in ("class_id", "class", "predicted_class"))
-    return draw_confusion([str(name) for name in names], shown, named, row.name)
+def confusion_figures(runs: Sequence[ReportedRun]) -> Iterator[ReportFigure]:
+    """A confusion matrix for each run that predicts classes, unless these are too many to read."""
+    for run in runs:
+        classes = run.class_predictions
+        if classes is not None and len(classes.names) <= MOST_CLASSES:
+            figure = draw_confusion(classes.names, classes.shown, classes.predicted, run.name)
+            caption = f"{run.name}: predicted classes by the class that was shown; rows add up to 1."
+            yield _figure(f"confusion_{file_name(run.name)}", caption, figure)

@@ -17,9 +17,10 @@ from train.models.timm_networks import check_network_name
 from train.run.checkpoint import current, load_progress
 from train.run.folder import RunFolder
 from train.run.recipe import Recipe, save_recipe
+from train.sweeping.publishing import REPORTED, publish
 from train.sweeping.queue import Claim, Study, open_study
-from train.sweeping.ranking import REPORTED, Standings, publish
 from train.sweeping.search import Plan, SweepFolder, load_plan
+from train.sweeping.standings import Standings
 from train.sweeping.supervised_process import POLL_SECONDS, Beat, turn
 from train.sweeping.trial import Launcher, Outcome
 

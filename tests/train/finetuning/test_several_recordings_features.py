@@ -153,7 +153,7 @@ def test_a_report_has_each_recording_in_its_table(folds, joined, two, tmp_path):
     for name in ("fold_1: one", "alone", "stack: one"):
         assert name in of_one
     assert "fold_1: two" in of_two
-    assert "alone" not in of_two.split("Naming the object")[0]
+    assert "alone" not in of_two.split("Object classification")[0]
     table = (tmp_path / "report" / "table.csv").read_text()
     for name in NAMES:
         assert f"{metrics(folds[0], name)['regression']['r2']['mean']}" in table

@@ -10,8 +10,8 @@ from make_runs import SITES, guess, make_probe, make_run, responses
 from sklearn.metrics import r2_score
 
 from data_prep.common.atomic_writes import write_json
-from train.reporting.rows import read_rows
-from train.reporting.tables import groups_of
+from train.reporting.groups import groups_of
+from train.reporting.reported_run import read_run
 from train.run.recipe import ProbeRecipe, Recipe
 
 TARGET = responses()
@@ -46,13 +46,12 @@ def joined(path, *members, stimuli=None, combine="mean"):
 
 
 def curves(*runs, split="val"):
-    rows = [row for run in runs for row in read_rows(run, split, run.name)]
-    (group,) = groups_of(rows)
+    (group,) = groups_of([reported for run in runs for reported in read_run(run, split, run.name)])
     return group.curves
 
 
 def members(curve):
-    return {point.stimuli: [row.path.name for row in point.rows] for point in curve.points}
+    return {point.stimuli: [scored.run.path.name for scored in point.runs] for point in curve.points}
 
 
 def r2(run):
@@ -93,7 +92,7 @@ def test_the_curves_have_the_scores_of_the_runs(reported):
         assert float(cells[3]) == pytest.approx(gain, abs=6e-4)
         assert f"{gain:+.3f} ({name})" in said
     page = (folder / "out" / "report.html").read_text()
-    assert "More training stimuli" in page
+    assert "Score against training stimuli" in page
     assert "figures/data_efficiency.pdf, .svg, .png" in page
     assert len(list((folder / "out" / "figures").glob("data_efficiency.*"))) == 3
 

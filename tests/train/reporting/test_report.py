@@ -1,7 +1,6 @@
 """The report shows the numbers of metrics.json, says what is missing, and runs nothing that a run's folder holds."""
 
 import csv
-import html
 import json
 import shutil
 from html.parser import HTMLParser
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import assert_refused, run_here
 from make_runs import SITES, epoch_line, guess, make_classifier, make_probe, make_run, responses
+from markupsafe import escape
 
 from train.run.recipe import ProbeRecipe, Recipe
 
@@ -112,7 +112,7 @@ def test_families_are_the_studys_and_facts_are_told(reported):
     assert found["whole"]["hardware"] == "2 × GPU X"
     assert found["whole"]["command"].startswith("launch/local.sh -n 2 train/finetune.py --data data/mine")
     row = next(row for row in Page(folder / "out" / "report.html").rows if row and row[0].startswith("whole"))
-    assert {"25.6 M 100 fitted", "1.5 min", "2 × GPU X", "inner"} <= set(row)
+    assert {"25.6 M (100 fitted)", "1.5 min", "2 × GPU X", "inner"} <= set(row)
 
 
 def test_bold_is_the_best_where_the_next_is_clearly_behind(reported, tmp_path):
@@ -167,7 +167,7 @@ def test_what_a_strangers_run_says_is_only_shown(tmp_path):
     page = Page(tmp_path / "out" / "report.html")
     assert sum(tag == "script" for tag, _ in page.tags) == 1
     assert not [facts for _, facts in page.tags if any(name.startswith("on") for name in facts)]
-    assert html.escape(NASTY) in (tmp_path / "out" / "report.html").read_text()
+    assert str(escape(NASTY)) in (tmp_path / "out" / "report.html").read_text()
     assert "<img" not in (tmp_path / "out" / "table.md").read_text()
     assert "\x1b" not in done.stdout
     for line in (tmp_path / "out" / "table.csv").read_text().splitlines()[1:]:
@@ -268,7 +268,7 @@ def test_published_numbers_are_labelled(reported):
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda run: shutil.rmtree(run), ["is no run"]),
+        (lambda run: shutil.rmtree(run), ["is not a run folder"]),
         (lambda run: (run / "eval/val/metrics.json").write_text("{"), ["metrics.json", "damaged"]),
         (lambda run: (run / "eval/val/metrics.json").write_text("[" * 10**5), ["metrics.json"]),
         (lambda run: (run / "eval/val/metrics.json").write_text('{"split": "val"}'), ["metrics.json", "stimuli"]),

@@ -21,13 +21,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_prep.common import locks
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import load_manifest
-from train.evaluation.plots import Axis
 from train.run.checkpoint import Progress
 from train.run.folder import RunFolder
 from train.run.recipe import load_recipe
 from train.sweeping.queue import Entry, open_study
-from train.sweeping.ranking import _points, figure, rank
 from train.sweeping.search import SweepFolder, load_plan, setting
+from train.sweeping.search_figures import SettingAxis, best_points, draw_search
+from train.sweeping.standings import rank
 from train.sweeping.supervised_process import Beat, run_kept, seconds_since, turn
 from train.sweeping.trial import Launcher, Outcome, outcome
 from train.sweeping.worker import Worker
@@ -201,7 +201,7 @@ class NeverStop:
 @pytest.fixture
 def worker(recording, tmp_path, monkeypatch):
     """Makes workers of a search whose runs are made up; those of one search share its folder. They draw nothing."""
-    monkeypatch.setattr("train.sweeping.ranking.figure", lambda standings: b"")
+    monkeypatch.setattr("train.sweeping.publishing.draw_search", lambda standings: b"")
     manifest = load_manifest(recording)
 
     def make(content, ends=lambda recipe: recipe.optimizer.lr) -> Worker:
@@ -228,7 +228,7 @@ def test_a_sampled_search_runs_as_many_points_as_were_asked_for(worker, tmp_path
     assert float(table[0]["optimizer.lr"]) == max(recipe.optimizer.lr for recipe in recipes)
     assert load_recipe(tmp_path / "out" / "best.yaml").optimizer.lr == float(table[0]["optimizer.lr"])
     assert "trial " + table[0]["trial"] + ": R2 0.2500" in (tmp_path / "out" / "table.md").read_text()
-    assert figure(standings).startswith(b"\x89PNG")
+    assert draw_search(standings).startswith(b"\x89PNG")
 
 
 def test_a_sampled_search_is_the_same_with_the_same_seed(worker, tmp_path):
@@ -313,7 +313,7 @@ def test_settings_are_ranked_by_their_mean_over_seeds(worker, tmp_path):
     ]
     assert [float(row["mean over 2 seeds"]) for row in table[:4]] == pytest.approx([0.55, 0.55, 0.5, 0.5])
     assert load_recipe(tmp_path / "out" / "best.yaml").seed == 0
-    assert [(point.x, point.state) for point in _points(one.publish(), Axis("optimizer.lr", []), None)] == [
+    assert [(point.x, point.state) for point in best_points(one.publish(), SettingAxis("optimizer.lr", []), None)] == [
         *((1e-3, "done"), (1e-2, "done"), (1e-4, "failed"))
     ]
     assert "order of their mean over the seeds 0, 1" in (tmp_path / "out" / "table.md").read_text()
@@ -337,7 +337,7 @@ def test_a_metric_that_is_better_when_lower_is_minimised(worker):
 def test_every_search_has_a_figure(worker, grid):
     one = worker({"grid": grid})
     one._trial(one.study.claim())
-    assert min(Image.open(io.BytesIO(figure(one.publish()))).size) > 300
+    assert min(Image.open(io.BytesIO(draw_search(one.publish()))).size) > 300
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
@@ -490,7 +490,6 @@ ORPHAN = "import subprocess, time; subprocess.Popen(['sleep', '1000'], start_new
 WORKER = f"""
 import os, sys
 from pathlib import Path
-from train.evaluation.plots import Axis
 from train.sweeping.supervised_process import Beat, run_kept, turn
 beat = Beat(Path(sys.argv[1]), "mine", 0.1)
 with turn(beat.path, int) as lock:

@@ -1,11 +1,11 @@
-"""What a network predicts beside what was recorded: sites, stimuli, objects."""
+"""Figures of predictions against what was recorded: sites, stimuli, classes."""
 
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.evaluation.plots import BLUE, VERMILLION, finished, new_figure, plain
+from train.evaluation.figure_style import BLUE, VERMILLION, finished, new_figure, plain, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,24 +15,24 @@ MOST_DOTS = 2000
 
 
 def draw_sites(prediction: np.ndarray, target: np.ndarray, r2: np.ndarray, site_ids: Sequence[str]) -> "Figure":
-    """Prediction against response of the best, the median and the worst site, a dot per stimulus.
+    """Draw prediction against response at the best, the median and the worst site, a dot per stimulus.
 
     Args:
-        prediction, target: (stimuli, sites), NaN targets are left out.
-        r2: (sites,), NaN where a site has none; one at least has.
+        prediction, target: (stimuli, sites); NaN targets are left out.
+        r2: (sites,), NaN where a site has none; at least one has.
         site_ids: names.
     """
     order = np.argsort(r2)[: int(np.isfinite(r2).sum())]  # NaN comes last
     chosen = {"best": order[-1], "median": order[(len(order) - 1) // 2], "worst": order[0]}
     figure = new_figure(9, 3.3)
-    for axes, (which, site) in zip(figure.subplots(1, 3), chosen.items(), strict=True):
-        there = np.flatnonzero(np.isfinite(target[:, site]))[:MOST_DOTS]
-        x, y = prediction[there, site], target[there, site]
+    for axes, (rank, site) in zip(figure.subplots(1, 3), chosen.items(), strict=True):
+        recorded = np.flatnonzero(np.isfinite(target[:, site]))[:MOST_DOTS]
+        x, y = prediction[recorded, site], target[recorded, site]
         low, high = min(x.min(), y.min()), max(x.max(), y.max())
         axes.plot([low, high], [low, high], color="0.6", linewidth=0.8)
         axes.scatter(x, y, s=12, color=BLUE, alpha=0.5, linewidths=0)
         axes.set(xlabel="prediction", ylabel="response")
-        finished(figure, axes, f"{which}: {short(site_ids[site], 20)}, R² {r2[site]:.2f}")
+        finished(figure, axes, f"{rank}: {short(site_ids[site], 20)}, R² {r2[site]:.2f}")
     return figure
 
 
@@ -41,20 +41,20 @@ def mean_errors(prediction: np.ndarray, target: np.ndarray) -> np.ndarray:
 
     NaN for a stimulus without responses. (stimuli, sites) twice -> (stimuli,).
     """
-    there = np.isfinite(target)
-    count = np.maximum(there.sum(0), 1)
-    centred = np.where(there, target - np.where(there, target, 0).sum(0) / count, 0)
+    recorded = np.isfinite(target)
+    count = np.maximum(recorded.sum(0), 1)
+    centred = np.where(recorded, target - np.where(recorded, target, 0).sum(0) / count, 0)
     scale = np.sqrt((centred**2).sum(0) / count)
-    usable = there & (scale > 0)
+    usable = recorded & (scale > 0)
     error = np.where(usable, (prediction - target) / np.where(scale > 0, scale, 1), 0).sum(1)
     return np.where(usable.any(1), error / np.maximum(usable.sum(1), 1), np.nan)
 
 
 def draw_extremes(errors: np.ndarray, images: Callable[[np.ndarray], np.ndarray], labels: Sequence[str]) -> "Figure":
-    """The stimuli to which the responses were most over- and underestimated.
+    """Draw the stimuli whose responses were most over- and underestimated.
 
     Args:
-        errors: as of `mean_errors`; one at least is there.
+        errors: from `mean_errors`; at least one is not NaN.
         images: of the stimuli at some positions, uint8 (n, side, side, 3).
         labels: of all stimuli.
     """
@@ -69,37 +69,32 @@ def draw_extremes(errors: np.ndarray, images: Callable[[np.ndarray], np.ndarray]
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
         axes.set_title(f"{plain(short(labels[position], 18))}\n{errors[position]:+.2f} SD", fontsize=8)
-    for axes, words, colour in zip(grid[:, 0], ("overestimated", "underestimated"), (VERMILLION, BLUE), strict=True):
-        axes.set_ylabel(words, color=colour, fontsize=9)
+    for axes, label, colour in zip(grid[:, 0], ("overestimated", "underestimated"), (VERMILLION, BLUE), strict=True):
+        axes.set_ylabel(label, color=colour, fontsize=9)
     return figure
 
 
-def short(title: str, most: int = 42) -> str:
-    """A title that leaves room for the figure."""
-    return title if len(title) <= most else f"{title[: most - 9]}…{title[-8:]}"
-
-
-def draw_confusion(names: Sequence[str], shown: np.ndarray, named: np.ndarray, title: str) -> "Figure":
-    """A matrix of shares, a row per object that was shown.
+def draw_confusion(names: Sequence[str], shown: np.ndarray, predicted: np.ndarray, title: str) -> "Figure":
+    """Draw a confusion matrix: a row per class that was shown, as shares that add up to 1.
 
     Args:
         names: of the classes, in label order.
-        shown, named: int (stimuli,), labels.
-        title: of the image.
+        shown, predicted: int (stimuli,), labels.
+        title: of the figure.
     """
     counts = np.zeros((len(names), len(names)))
-    np.add.at(counts, (shown, named), 1)
-    seen = np.flatnonzero(counts.sum(1) + counts.sum(0))
-    counts = counts[np.ix_(seen, seen)]
+    np.add.at(counts, (shown, predicted), 1)
+    present = np.flatnonzero(counts.sum(1) + counts.sum(0))
+    counts = counts[np.ix_(present, present)]
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
-    side = min(2.2 + 0.16 * len(seen), 10)
+    side = min(2.2 + 0.16 * len(present), 10)
     figure = new_figure(side + 1, side)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    labels = [plain(short(names[place], 18)) for place in seen]
-    size = 8 if len(seen) <= 30 else 5
-    axes.set_xticks(range(len(seen)), labels, rotation=90, fontsize=size)
-    axes.set_yticks(range(len(seen)), labels, fontsize=size)
-    axes.set(xlabel="named", ylabel="shown")
+    labels = [plain(short(names[int(place)], 18)) for place in present]
+    size = 8 if len(present) <= 30 else 5
+    axes.set_xticks(range(len(present)), labels, rotation=90, fontsize=size)
+    axes.set_yticks(range(len(present)), labels, fontsize=size)
+    axes.set(xlabel="predicted", ylabel="shown")
     figure.colorbar(image, ax=axes, label="share of those shown", shrink=0.8)
     return finished(figure, axes, title)

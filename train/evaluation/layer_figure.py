@@ -1,0 +1,79 @@
+"""The figure of a probe: explained variance by layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from train.evaluation.figure_style import BLUE, VERMILLION, encoded, finished, known, new_figure, plain
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+MOST_NAMED = 4  # modules of one layer
+DARK = "0.25"
+
+
+def layer_label(layer: str) -> str:
+    """A layer's name for tables and figures; of many modules joined by `+`, the first, the last and their number."""
+    modules = layer.split("+")
+    return layer if len(modules) <= MOST_NAMED else f"{modules[0]}+...+{modules[-1]} ({len(modules)} modules)"
+
+
+def layer_figure(metrics: Mapping[str, Any]) -> bytes:
+    """`draw_layers` as a PNG.
+
+    Args:
+        metrics: of a probe, as metrics.json has them: with `layers`, and a ceiling where there is one.
+    """
+    scores = {
+        layer: block["regression"]["explained_variance"]["per_site"] for layer, block in metrics["layers"].items()
+    }
+    simulated = " (SIMULATED)" if metrics.get("simulated") else ""
+    title = f"{metrics['recording']}{simulated}, {metrics['stimuli']} stimuli of {metrics['split']}"
+    ceiling = metrics["regression"].get("ceiling", {}).get("mean")
+    return encoded(draw_layers(scores, metrics["chosen"], title, ceiling))
+
+
+def draw_layers(
+    per_site: Mapping[str, Sequence[float | None]], chosen: str | None, title: str, ceiling: float | None
+) -> "Figure":
+    """Draw the distribution of explained variance over sites, by layer, as in Figure 1 of the study.
+
+    Args:
+        per_site: the scores by layer; None where a site has none.
+        chosen: the layer to mark.
+        title: of the figure.
+        ceiling: mean over sites.
+    """
+    scores = [known(values) for values in per_site.values()]
+    figure = new_figure(max(5.5, 0.8 * len(scores) + 1.5), 3.8)  # wide enough for the legend
+    axes = figure.add_subplot()
+    places = range(len(scores))
+    violins = axes.violinplot(scores, places, showextrema=False, widths=0.85)
+    for layer, body in zip(per_site, list(violins["bodies"]), strict=True):
+        body.set(facecolor=VERMILLION if layer == chosen else BLUE, alpha=0.4, edgecolor="none")
+    thin = {"color": DARK, "linewidth": 1}
+    axes.boxplot(
+        scores,
+        positions=places,
+        widths=0.12,
+        showfliers=False,
+        medianprops={"color": DARK, "linewidth": 1.5},
+        boxprops=thin,
+        whiskerprops=thin,
+        capprops=thin,
+    )
+    means = [values.mean() for values in scores]
+    axes.plot(places, means, "-", color=DARK, linewidth=1)
+    axes.plot(places, means, "o", color="white", markeredgecolor="black", label="mean over sites", zorder=4)
+    if ceiling is not None:
+        axes.axhline(ceiling, color="black", linestyle="--", linewidth=1, label="ceiling, mean over sites")
+    axes.axhline(0, color="0.7", linewidth=0.6, zorder=0)
+    names = [plain(layer_label(layer)) for layer in per_site]
+    if sum(map(len, names)) > 60:
+        axes.set_xticks(places, names, rotation=35, ha="right")
+    else:
+        axes.set_xticks(places, names)
+    axes.set_ylabel("explained variance")
+    axes.plot([], [], "s", color=VERMILLION, alpha=0.4, label="chosen layer")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return finished(figure, axes, title)

@@ -1,0 +1,355 @@
+"""A run as a report presents it: title, family, description, size, cost, progress and predictions.
+
+Facts that a run folder does not hold are None.
+"""
+
+import shlex
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_prep.common.errors import BadInput
+from data_prep.common.terminal import printable
+from train.evaluation.comparison import ScoredPredictions
+from train.evaluation.layer_figure import layer_label
+from train.reporting.run_files import (
+    Classification,
+    Environment,
+    Metrics,
+    Regression,
+    read_arrays,
+    read_environment,
+    read_history,
+    read_metrics,
+    read_settings,
+)
+from train.run.folder import RunFolder
+
+LINEAR, TASK_DRIVEN, DATA_DRIVEN, HYBRID, CLASSIFICATION, OTHER = FAMILIES = (
+    "Linear regression",
+    "Task-driven",
+    "Data-driven",
+    "Hybrid",
+    "Classification",
+    "Other",
+)
+FAMILY_OF_TASK = {"regression": DATA_DRIVEN, "hybrid": HYBRID, "classification": CLASSIFICATION}
+TIME_UNITS = (("days", 86400), ("h", 3600), ("min", 60))
+
+
+@dataclass(frozen=True)
+class Size:
+    """Numbers of parameters: of the whole model, and of the part that was fitted to the recording."""
+
+    all: int
+    fitted: int
+
+
+@dataclass(frozen=True)
+class ClassPredictions:
+    """The classes that a network predicted.
+
+    Attributes:
+        names: of the classes, in label order.
+        shown, predicted: int (stimuli,), labels.
+    """
+
+    names: list[str]
+    shown: np.ndarray
+    predicted: np.ndarray
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run, or one recording of a run on several.
+
+    Attributes:
+        path: its folder.
+        name: the folder's name, preceded by parent folders where several runs share it.
+        split: whose scores are shown.
+        metrics: of that split; None where it has not been scored.
+        environment: versions, hardware, command.
+        settings: the content of recipe.yaml.
+        history: one mapping per epoch.
+        found_by: the sweep whose best trial this is.
+        recording: whose scores these are, for a run on several.
+    """
+
+    path: Path
+    name: str
+    split: str
+    metrics: Metrics | None
+    environment: Environment
+    settings: dict[str, Any] = field(repr=False)
+    history: list[dict[str, Any]] = field(repr=False)
+    found_by: str | None = None
+    recording: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The name, with the layer that a probe chose, and with what makes it a control."""
+        if self.metrics is None:
+            return self.name
+        layer = f" ({layer_label(self.metrics.chosen)})" if self.metrics.chosen and len(self.metrics.layers) > 1 else ""
+        control = f" (CONTROL: {self.metrics.control})" if self.metrics.control else ""
+        return f"{self.name}{layer}{control}"
+
+    @property
+    def is_probe(self) -> bool:
+        """Whether a regression was fitted to a frozen network's activations."""
+        return "layers" in self.settings
+
+    @property
+    def family(self) -> str:
+        """Which of the study's families it belongs to."""
+        if self.is_probe:
+            return LINEAR if self.settings["layers"] == ["pixels"] else TASK_DRIVEN
+        return FAMILY_OF_TASK.get(str(self.setting("task.kind")), OTHER)
+
+    @property
+    def description(self) -> str:
+        """The system in a few words, e.g. "resnet50, random weights, linear readout"; empty where it is not known."""
+        if self.family == LINEAR:
+            return f"{self.setting('readout')} on pixels"
+        if self.is_probe:
+            return ", ".join([*self._describe_backbone(), f"frozen, {self.setting('readout')}"])
+        if self.family == OTHER:
+            return ""
+        return ", ".join([*self._describe_backbone(), *self._describe_training()])
+
+    def _describe_backbone(self) -> list[str]:
+        words = [str(self.setting("backbone.name"))]
+        cut, weights = self.setting("backbone.cut"), self.setting("backbone.weights")
+        if cut is not None:
+            words.append(f"cut after {cut}")
+        if weights != "pretrained":
+            words.append("random weights" if weights == "random" else "other weights")
+        return words
+
+    def _describe_training(self) -> list[str]:
+        readout, loss = self.setting("readout.kind"), self.setting("loss.responses")
+        words = []
+        if self.setting("backbone.trainable") == "head":
+            words.append("head only")
+        if self.family != CLASSIFICATION and readout is not None:
+            words.append(f"{readout} readout")
+        if self.family != CLASSIFICATION and loss not in (None, "mse"):
+            words.append(f"{loss} loss")
+        if self.metrics and self.metrics.trained_on:
+            words.append(f"trained on {' + '.join(self.metrics.trained_on)}")
+        return words
+
+    def setting(self, name: str) -> Any:
+        """A setting of its recipe by dotted name; None where there is none."""
+        value: Any = self.settings
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return printable(value) if isinstance(value, str) else value
+
+    @property
+    def size(self) -> Size | None:
+        """Its numbers of parameters; None where they are not known."""
+        counts = self.environment.parameters
+        if "all" not in counts:
+            return None
+        if not self.is_probe:
+            return Size(counts["all"], counts.get("trained", counts["all"]))
+        if self.metrics is None or self.metrics.regression is None:
+            return None
+        layer = self.metrics.layers.get(self.metrics.chosen or "")
+        if layer is None or layer.features is None:
+            return None
+        fitted = (layer.features + 1) * self.metrics.regression.sites
+        return Size(counts["all"] + fitted, fitted)
+
+    @property
+    def seconds(self) -> float | None:
+        """Training time including selection; None where it is not known."""
+        names = ("train_seconds", "score_seconds", "seconds")
+        durations = [line.get(name) for line in self.history for name in names]
+        known = [float(duration) for duration in durations if isinstance(duration, int | float)]
+        return sum(known) if known else None
+
+    @property
+    def hardware(self) -> str:
+        """What it was trained on."""
+        devices, ranks = self.environment.devices, self.environment.world_size
+        if not devices:
+            return "-"
+        if not devices[0].startswith("CPU"):
+            return f"{ranks} × {devices[0]}"
+        return f"{devices[0]}, {ranks} processes" if ranks > 1 else devices[0]
+
+    @property
+    def epochs(self) -> list[dict[str, Any]]:
+        """The lines of its history that are epochs."""
+        return [line for line in self.history if isinstance(line.get("epoch"), int)]
+
+    @property
+    def progress(self) -> str:
+        """How far a run that has not been scored is, and how to score it."""
+        if self.is_probe:
+            return f"the probe is not done, or was not scored on {self.split}"
+        done = max((line["epoch"] for line in self.epochs), default=0)
+        epochs = f"{done} of {self.setting('epochs')} epochs done" if done else "no epoch done yet"
+        command = f"train/evaluate.py {self.path} --split {self.split}"
+        return f"{epochs}{self._best_so_far()}{self._last_written()}; to score it: {command}"
+
+    def _best_so_far(self) -> str:
+        best: dict[str, Any] = next((line for line in reversed(self.epochs) if line.get("best")), {})
+        scores = best.get("inner", best.get("val"))
+        if isinstance(scores, dict):
+            for metric, label in (("r2", "R2"), ("top1", "top-1")):
+                if isinstance(scores.get(metric), int | float):
+                    return f", best {label} {scores[metric]:.3f} on the selection split"
+        return ""
+
+    def _last_written(self) -> str:
+        folder = RunFolder(self.path)
+        times = [path.stat().st_mtime for path in (folder.history, folder.log, folder.recipe) if path.is_file()]
+        if not times:
+            return ""
+        seconds = max(time.time() - max(times), 0)
+        for unit, length in TIME_UNITS:
+            if seconds >= 2 * length:
+                return f", last written {seconds / length:.0f} {unit} ago"
+        return f", last written {seconds:.0f} s ago"
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands that trained and scored it; empty where they are not known."""
+        if not self.environment.command:
+            return []
+        script, *arguments = self.environment.command
+        commands = [f"launch/local.sh -n {self.environment.world_size} {shlex.join([f'train/{script}', *arguments])}"]
+        if not self.is_probe:
+            commands.append(shlex.join(["launch/local.sh", "train/evaluate.py", str(self.path), "--split", self.split]))
+        return commands
+
+    def _read_predictions(self) -> dict[str, np.ndarray]:
+        folder = RunFolder(self.path).evaluation(self.split, recording=self.recording)
+        return read_arrays(folder / "predictions.npz")
+
+    @cached_property
+    def predictions(self) -> ScoredPredictions | None:
+        """Its predicted responses, stimuli in alphabetical order; None where they cannot be read."""
+        regression = self.metrics.regression if self.metrics else None
+        arrays = self._read_predictions() if regression else {}
+        if regression is None or not {"stimulus_id", "prediction", "target"} <= arrays.keys():
+            return None
+        prediction, target, order = arrays["prediction"], arrays["target"], np.argsort(arrays["stimulus_id"])
+        if prediction.shape != target.shape or prediction.shape != (len(order), regression.sites):
+            return None
+        if regression.ceiling is None:
+            return ScoredPredictions(prediction[order], target[order])
+        reliability = np.array([np.nan if value is None else value for value in regression.ceiling.per_site])
+        if reliability.shape != (regression.sites,):
+            return None
+        return ScoredPredictions(prediction[order], target[order], reliability)
+
+    @cached_property
+    def class_predictions(self) -> ClassPredictions | None:
+        """The classes that it predicted; None where it predicts none, or they cannot be read."""
+        arrays = self._read_predictions()
+        if not {"stimulus_id", "class_id", "class", "predicted_class"} <= arrays.keys():
+            return None
+        names = [str(name) for name in arrays["class_id"]]
+        for labels in (arrays["class"], arrays["predicted_class"]):
+            if labels.dtype.kind != "i" or not len(labels) or labels.min() < 0 or labels.max() >= len(names):
+                return None
+        return ClassPredictions(names, arrays["class"], arrays["predicted_class"])
+
+
+@dataclass(frozen=True)
+class ScoredRun:
+    """A run whose predicted responses have been scored."""
+
+    run: ReportedRun
+    metrics: Metrics
+    regression: Regression
+
+
+@dataclass(frozen=True)
+class ScoredClassifier:
+    """A run whose predicted classes have been scored."""
+
+    run: ReportedRun
+    metrics: Metrics
+    classification: Classification
+
+
+def scored_runs(runs: Sequence[ReportedRun]) -> list[ScoredRun]:
+    """Those with scored responses."""
+    return [
+        ScoredRun(run, run.metrics, run.metrics.regression) for run in runs if run.metrics and run.metrics.regression
+    ]
+
+
+def scored_classifiers(runs: Sequence[ReportedRun]) -> list[ScoredClassifier]:
+    """Those with scored classes."""
+    return [
+        ScoredClassifier(run, run.metrics, run.metrics.classification)
+        for run in runs
+        if run.metrics and run.metrics.classification
+    ]
+
+
+def read_run(path: Path, split: str, name: str, found_by: str | None = None) -> list[ReportedRun]:
+    """Read a run, scored or not; a run that was scored on several recordings once for each.
+
+    Raises:
+        BadInput: it is not a run folder, or a file in it is damaged.
+    """
+    evaluation = RunFolder(path).evaluation(split)
+    scored = [] if (evaluation / "metrics.json").is_file() else sorted(evaluation.glob("*/metrics.json"))
+    if not scored:
+        return [_read_recording(path, split, name, found_by)]
+    recordings = [metrics.parent.name for metrics in scored]
+    return [
+        _read_recording(path, split, f"{name}: {printable(recording)}", found_by, recording) for recording in recordings
+    ]
+
+
+def _read_recording(
+    path: Path, split: str, name: str, found_by: str | None, recording: str | None = None
+) -> ReportedRun:
+    folder = RunFolder(path)
+    metrics_file = folder.evaluation(split, recording=recording) / "metrics.json"
+    if not path.is_dir() or not (folder.recipe.is_file() or metrics_file.is_file()):
+        raise BadInput(
+            f"{path} is not a run folder; give folders made by train/finetune.py, train/probe.py or train/sweep.py"
+        )
+    return ReportedRun(
+        path=path,
+        name=name,
+        split=split,
+        metrics=read_metrics(metrics_file) if metrics_file.is_file() else None,
+        environment=read_environment(folder.env),
+        settings=read_settings(folder.recipe),
+        history=[_scores_of(line, recording) for line in read_history(folder.history)],
+        found_by=found_by,
+        recording=recording,
+    )
+
+
+def _scores_of(epoch: dict[str, Any], recording: str | None) -> dict[str, Any]:
+    """An epoch with the scores of one of several recordings in place of their means."""
+    recordings = epoch.get("recordings")
+    scores = recordings.get(recording) if isinstance(recordings, dict) else None
+    if not isinstance(scores, dict):
+        return epoch
+    return epoch | {split: scores for split in ("inner", "val") if split in epoch}
+
+
+def shortest_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names, each with as many parent folders as it takes to tell all of them apart."""
+    parts = [folder.absolute().parts for folder in folders]
+    depth = 1
+    while depth < max(map(len, parts)) and len({part[-depth:] for part in parts}) < len(set(parts)):
+        depth += 1
+    return [printable("/".join(part[-depth:])) for part in parts]
