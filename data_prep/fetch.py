@@ -2,7 +2,7 @@
 
     python data_prep/fetch.py {majaj2015,freemanziemba2013,tvsd,it-course} --out DIR
 
-What came of a broken download stays, and the next call goes on from there.
+What has arrived of an interrupted download is kept; the next call resumes it.
 """
 
 import shlex
@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
 from data_prep.remote.datasets import DATASETS, Dataset, DatasetName
-from data_prep.remote.public_files import PublicFiles
 
 EXAMPLES = (
     "majaj2015 --out downloads/majaj2015",
@@ -29,32 +28,36 @@ class Fetch(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     dataset: tyro.conf.Positional[DatasetName]
-    """Which one."""
+    """The recording."""
     out: Path
-    """Folder for the files; what is there already is not downloaded again."""
+    """Folder for the files; files that exist are not downloaded again."""
     mirror: str | None = None
-    """Address of a folder (http or https) that has the same files under the same names, e.g. of your institute."""
+    """Address of a folder (http or https) with the same files under the same names, e.g. of your institute."""
     retries: int = Field(5, ge=0, le=1000)
-    """How many times in a row a file may fail to come on before it is given up."""
+    """Retries per file, counted from the last progress."""
     timeout: float = Field(60.0, gt=0, le=86_400)
-    """Seconds of silence after which a connection is given up and tried again."""
+    """Seconds of silence after which a connection is opened again."""
 
 
-def _introduce(dataset: Dataset) -> None:
-    print(f"{dataset.title}\n  cite:    {dataset.citation}\n  licence: {dataset.licence}", flush=True)
+def _describe(dataset: Dataset) -> str:
+    lines = [dataset.title, f"  cite:    {dataset.citation}", f"  licence: {dataset.licence}"]
     if dataset.note:
-        print(f"  note:    {dataset.note}", flush=True)
+        lines.append(f"  note:    {dataset.note}")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Parse the command line, download, and say how to go on."""
+    """Parse the command line, download, and print the commands that pack the recording."""
     options = parse(Fetch, examples=EXAMPLES)
+    from data_prep.remote.public_files import PublicFiles
+
     dataset = DATASETS[options.dataset]
-    files = PublicFiles(options.mirror, options.retries, options.timeout, report=partial(print, flush=True))
-    _introduce(dataset)
+    report = partial(print, flush=True)
+    files = PublicFiles(options.mirror, options.retries, options.timeout, report=report)
+    report(_describe(dataset))
     for file in dataset.files:
         files.fetch(file, options.out)
-    print("go on with:")
+    print("continue with:")
     for name, words in dataset.pack.items():
         print(f"  python data_prep/pack.py {words.format(folder=shlex.quote(str(options.out)))} --out data/{name}")
 

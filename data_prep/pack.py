@@ -15,8 +15,6 @@ from pydantic import Field
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
 from data_prep.common.worker_processes import usable_cores
-from data_prep.shards.packing import pack
-from data_prep.shards.summary import summary
 from data_prep.sources.brainio import Brainio
 from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
@@ -25,7 +23,7 @@ from data_prep.sources.mbs_h5 import MbsH5
 from data_prep.sources.nwb import Nwb
 from data_prep.sources.simulated import Simulated
 from data_prep.sources.tvsd import Tvsd
-from data_prep.split_options import Division
+from data_prep.splits import SplitOptions
 
 EXAMPLES = (
     "folder my_recording --out data/mine",
@@ -33,7 +31,7 @@ EXAMPLES = (
 )
 
 
-class Pack(Division):
+class Pack(SplitOptions):
     """Pack a recording into a folder of WebDataset shards."""
 
     source: (
@@ -47,22 +45,25 @@ class Pack(Division):
         | Annotated[Joined, tyro.conf.subcommand("joined")]
     )
     out: Path
-    """The shard folder to make; it must not exist yet."""
+    """The shard folder to create; it must not exist yet."""
     stimuli_per_shard: int = Field(256, ge=1, le=1_000_000)
     """Stimuli in one tar file."""
     workers: int = Field(default_factory=usable_cores, ge=1, le=1024)
     """Processes that read, encode and write; by default one for each core that this process may use."""
 
 
-def options_of(words: Sequence[str] | None = None) -> Pack:
-    """The options in the words of a command line, by default this process's."""
+def parse_options(words: Sequence[str] | None = None) -> Pack:
+    """The options in the words of a command line, by default those of this process."""
     return parse(Pack, words, examples=EXAMPLES)
 
 
 def main() -> None:
-    """Parse the command line, pack, and say what was packed."""
-    options = options_of()
-    folder = pack(options.open(options.source), options.out, options.stimuli_per_shard, options.workers)
+    """Parse the command line, pack, and print what was packed."""
+    options = parse_options()
+    from data_prep.shards.packing import pack
+    from data_prep.shards.summary import summary
+
+    folder = pack(options.open_recording(options.source), options.out, options.stimuli_per_shard, options.workers)
     print(summary(folder))
 
 

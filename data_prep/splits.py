@@ -1,18 +1,20 @@
-"""Which stimuli are for training and which are held out: seeded, and by whole groups where asked. Folds, too."""
+"""Which stimuli are held out: at random, by whole groups, or in folds; and pack's options for that."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, Protocol
 
 import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.errors import BadInput
-from data_prep.recording import SPLITS
+from data_prep.recording import SPLITS, Recording, Stimulus
 
 
 def assign_splits(n: int, fractions: Mapping[str, float], seed: int, groups: Sequence[str] | None = None) -> list[str]:
     """Assign each of `n` stimuli to a split at random.
 
     The stimuli are permuted by `numpy.random.default_rng(seed).permutation`; the first floor(val * n) go to val, the
-    next floor(test * n) to test, the rest to train. With `groups`, whole groups are permuted and dealt out in the same
+    next floor(test * n) to test, the rest to train. With `groups`, whole groups are permuted and assigned in the same
     way until a split has its share, so that no group straddles two splits.
 
     Args:
@@ -45,12 +47,12 @@ def assign_splits(n: int, fractions: Mapping[str, float], seed: int, groups: Seq
 
 
 def grouping_facts(group_by: str | None) -> tuple[str, ...]:
-    """The facts about stimuli that are watched for groups that straddle splits."""
+    """The facts about stimuli whose groups are checked for straddling splits."""
     return ("object",) if group_by in (None, "object") else ("object", group_by)
 
 
 def straddling(groups: Mapping[str, Sequence[Mapping[str, set[str]]]]) -> dict[str, dict[str, int]]:
-    """Groups whose stimuli are in train and in a split that is held out.
+    """Count the groups with stimuli both in train and in a held-out split.
 
     Args:
         groups: per split, for each of its shards, the values of each fact that occur there.
@@ -63,26 +65,27 @@ def straddling(groups: Mapping[str, Sequence[Mapping[str, set[str]]]]) -> dict[s
         for shard in shards:
             for fact, values in shard.items():
                 per_split.setdefault(fact, {}).setdefault(split, set()).update(values)
-    found = {}
+    counts = {}
     for fact, values_of in per_split.items():
-        held_out = set().union(*(values for split, values in values_of.items() if split != "train"))
-        if shared := values_of.get("train", set()) & held_out:
-            found[fact] = {"groups": len(shared), "of": len(set().union(*values_of.values()))}
-    return found
+        held_out: set[str] = set().union(*(values for split, values in values_of.items() if split != "train"))
+        shared = values_of.get("train", set()) & held_out
+        if shared:
+            counts[fact] = {"groups": len(shared), "of": len(set().union(*values_of.values()))}
+    return counts
 
 
 def folds(groups: np.ndarray, count: int, seed: int, *, stratified: bool = False) -> list[np.ndarray]:
-    """Deal stimuli out to folds.
+    """Divide stimuli into folds.
 
     Args:
         groups: a label per stimulus.
         count: folds.
         seed: of the division.
-        stratified: deal the stimuli of each group out evenly; by default the stimuli of a group stay together (unique
-            labels give a plain random division).
+        stratified: spread the stimuli of each group evenly over the folds; by default the stimuli of a group stay
+            together (unique labels give a plain random division).
 
     Returns:
-        Positions of each fold, ascending; each stimulus is in one, and none is empty where there are enough groups.
+        Positions of each fold, ascending. Each stimulus is in one fold; no fold is empty if there are enough groups.
     """
     labels, group_of = np.unique(groups, return_inverse=True)
     random = np.random.default_rng([seed, len(groups), count])
@@ -91,7 +94,7 @@ def folds(groups: np.ndarray, count: int, seed: int, *, stratified: bool = False
         fold_of = np.empty(len(groups), np.int64)
         fold_of[order] = np.arange(len(groups)) % count
     else:
-        # Large groups first, each to the fold that is smallest so far.
+        # Largest groups first, each into the fold that is smallest so far.
         sizes, filled, fold_of_group = np.bincount(group_of), np.zeros(count), np.empty(len(labels), np.int64)
         shuffled = random.permutation(len(labels))
         for group in shuffled[np.argsort(-sizes[shuffled], kind="stable")]:
@@ -99,3 +102,191 @@ def folds(groups: np.ndarray, count: int, seed: int, *, stratified: bool = False
             filled[fold_of_group[group]] += sizes[group]
         fold_of = fold_of_group[group_of]
     return [np.flatnonzero(fold_of == fold) for fold in range(count)]
+
+
+# -------------------------------------------------------------------------------------------------- pack's options
+
+# The options that each way of dividing uses, besides `split`.
+_OPTIONS_OF = {
+    "source": (),
+    "random": ("split_fractions", "split_seed"),
+    "grouped": ("split_by", "split_fractions", "split_seed"),
+    "leave-out": ("split_by", "hold_out"),
+    "k-fold": ("split_by", "folds", "fold", "split_seed"),
+}
+_REPLACED_OPTIONS = ("val_fraction", "test_fraction", "group_by")  # of the sources
+
+
+class RecordingSource(Protocol):
+    """The options of one of `data_prep/sources`."""
+
+    def open(self) -> Recording:
+        """Open the recording."""
+        ...
+
+
+class SplitOptions(BaseModel):
+    """Which stimuli are held out."""
+
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+    split: Literal["source", "random", "grouped", "leave-out", "k-fold"] = "source"
+    """Which stimuli are held out: as the source (and its options) says; stimuli at random; whole groups, e.g. objects;
+    the groups named by --hold-out; or one of several folds."""
+    split_by: str | None = None
+    """What groups stimuli (object, category, a column of the table ...), for grouped, leave-out and k-fold."""
+    split_fractions: tuple[float, float] = (0.09, 0.10)
+    """Shares of the stimuli for val and test, for random and grouped."""
+    split_seed: int = Field(0, ge=0, le=2**63 - 1)
+    """Seed for random, grouped and k-fold."""
+    hold_out: tuple[str, ...] = ()
+    """The groups that become val, for leave-out, e.g. one category."""
+    folds: int = Field(10, ge=2, le=10_000)
+    """Number of folds, for k-fold."""
+    fold: int = Field(1, ge=1, le=10_000)
+    """Which fold becomes val, counted from 1, for k-fold."""
+
+    def open_recording(self, source: RecordingSource) -> Recording:
+        """Open a source, and divide its recording in another way if these options ask for it.
+
+        Raises:
+            BadInput: options that this way of dividing would ignore, facts that the source does not know, or a
+                division that leaves nothing to train on or to hold out.
+        """
+        self._check()
+        if self.split == "source":
+            return source.open()
+        _check_replaced(source, self.split)
+        recording = source.open()
+        positions = _with_responses(recording)
+        groups = None
+        if self.split_by is not None:
+            facts = _facts(recording, self.split_by)
+            groups = [facts[position] for position in positions]
+        splits = self._divide(len(positions), groups, recording.name)
+        rule = {"method": self.split} | {name: getattr(self, name) for name in _OPTIONS_OF[self.split]}
+        return DividedRecording(recording, positions, splits, self.split_by, rule)
+
+    def _check(self) -> None:
+        for name in ("split_by", "split_fractions", "split_seed", "hold_out", "folds", "fold"):
+            is_set = getattr(self, name) != type(self).model_fields[name].default
+            if is_set and name not in _OPTIONS_OF[self.split]:
+                raise BadInput(f"{_flag(name)} would be ignored with --split {self.split}; leave it out")
+        if self.split in ("grouped", "leave-out") and self.split_by is None:
+            raise BadInput(f"--split {self.split} needs --split-by, e.g. --split-by object")
+        if self.split == "leave-out" and not self.hold_out:
+            raise BadInput("--split leave-out needs --hold-out: the groups to hold out")
+        if self.split == "k-fold" and self.fold > self.folds:
+            raise BadInput(f"--fold {self.fold}: there are {self.folds} folds, counted from 1 (--folds)")
+
+    def _divide(self, n: int, groups: list[str] | None, name: str) -> list[str]:
+        if self.split in ("random", "grouped"):
+            val, test = self.split_fractions
+            return assign_splits(n, {"train": 1 - val - test, "val": val, "test": test}, self.split_seed, groups)
+        if self.split == "leave-out":
+            assert groups is not None, "leave-out needs --split-by"
+            held_out = self._left_out(groups, name)
+        else:
+            held_out = self._in_fold(np.arange(n) if groups is None else np.array(groups), name)
+        return np.where(held_out, "val", "train").tolist()
+
+    def _left_out(self, groups: list[str], name: str) -> np.ndarray:
+        """Which stimuli belong to the groups of --hold-out: bool (stimuli,)."""
+        unknown = set(self.hold_out) - set(groups)
+        if unknown:
+            raise BadInput(f"--hold-out {min(unknown)}: no such {self.split_by} in {name}; it has {_listed(groups)}")
+        held_out = np.isin(groups, self.hold_out)
+        if held_out.all():
+            raise BadInput(f"--hold-out: {', '.join(self.hold_out)} is all that {name} has; leave some to train on")
+        return held_out
+
+    def _in_fold(self, labels: np.ndarray, name: str) -> np.ndarray:
+        """Which stimuli are in the fold --fold: bool (stimuli,)."""
+        groups = len(np.unique(labels))
+        if groups < self.folds:
+            raise BadInput(f"--folds {self.folds}: {name} has only {groups} groups or stimuli")
+        held_out = np.zeros(len(labels), bool)
+        held_out[folds(labels, self.folds, self.split_seed)[self.fold - 1]] = True
+        return held_out
+
+
+class DividedRecording(Recording):
+    """A recording, or the part of it that has responses, with other splits.
+
+    Args:
+        recording: as its source delivers it.
+        positions: of the stimuli to keep, ascending.
+        splits: of those.
+        group_by: the fact that keeps stimuli together.
+        rule: how the splits came about, for the manifest.
+    """
+
+    def __init__(
+        self, recording: Recording, positions: list[int], splits: list[str], group_by: str | None, rule: dict[str, Any]
+    ):
+        super().__init__(
+            name=recording.name,
+            simulated=recording.simulated,
+            sites=recording.sites,
+            response_window_ms=recording.response_window_ms,
+            units=recording.units,
+            truth=recording.truth,
+            stimulus_ids=[recording.stimulus_ids[position] for position in positions],
+            objects=None if recording.objects is None else [recording.objects[position] for position in positions],
+            meta=None if recording.meta is None else [recording.meta[position] for position in positions],
+            splits=splits,
+            group_by=group_by,
+            provenance=recording.provenance | {"split": rule},
+        )
+        self._recording, self._positions = recording, positions
+        left_out = len(recording.stimulus_ids) - len(positions)
+        if left_out:
+            warning = f"{left_out} stimuli without responses were left out of the division"
+            self.provenance["warnings"] = [*recording.provenance.get("warnings", []), warning]
+
+    def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
+        """See `Recording.read`."""
+        return self._recording.read([self._positions[index] for index in indices])
+
+
+def _check_replaced(source: RecordingSource, split: str) -> None:
+    """Refuse options of a source that a division by `split` would ignore."""
+    for name in _REPLACED_OPTIONS:
+        field = type(source).model_fields.get(name) if isinstance(source, BaseModel) else None
+        if field is not None and getattr(source, name) != field.default:
+            raise BadInput(f"{_flag(name)} would be ignored with --split {split}; use --split-fractions and --split-by")
+
+
+def _with_responses(recording: Recording) -> list[int]:
+    """The positions of the stimuli in splits that have responses."""
+    positions = [position for position in range(len(recording.splits)) if recording.has_responses(position)]
+    if not positions:
+        raise BadInput(f"{recording.name}: no stimulus has responses; there is nothing to divide")
+    return positions
+
+
+def _facts(recording: Recording, name: str) -> list[str]:
+    """A fact about every stimulus, as text."""
+    values: Sequence[Any]
+    if recording.meta is not None:
+        values = [facts.get(name) for facts in recording.meta]
+        known = sorted(set().union(*recording.meta))
+    else:
+        values = recording.objects if name == "object" and recording.objects else [None]
+        known = ["object"] if recording.objects else []
+    if None in values:
+        raise BadInput(
+            f"--split-by {name}: {recording.name} does not know this of every stimulus; it knows "
+            f"{_listed(known) or 'nothing'}"
+        )
+    return [str(value) for value in values]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _listed(names: Sequence[str]) -> str:
+    distinct = sorted(set(names))
+    ending = ", ..." if len(distinct) > 8 else ""
+    return ", ".join(distinct[:8]) + ending

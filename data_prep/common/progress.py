@@ -2,8 +2,7 @@
 
 import sys
 import time
-
-from tqdm import tqdm
+from types import TracebackType
 
 
 class Progress:
@@ -13,7 +12,7 @@ class Progress:
     what took longer than that; quick work is silent.
 
     Args:
-        total: number of items; None where nobody knows.
+        total: number of items; None if unknown.
         label: what is being done, e.g. "packing".
         unit: name of one item.
         silent: show nothing, as on every rank but the first.
@@ -25,11 +24,12 @@ class Progress:
         self.total, self.label, self.unit, self.silent = total, label, unit, silent
         self.done = 0
         self._started = self._last_line = time.monotonic()
-        self._said_at: int | None = None  # what was done when the last line was printed
-        terminal = sys.stderr.isatty() and not silent
-        self._bar = (
-            tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True, leave=False) if terminal else None
-        )
+        self._printed: int | None = None  # how many were done when the last line was printed
+        self._bar = None
+        if sys.stderr.isatty() and not silent:
+            from tqdm import tqdm  # here, so that commands that show no bar start faster
+
+            self._bar = tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True, leave=False)
 
     def advance(self, by: int = 1, note: str = "") -> None:
         """Count `by` more items as done; `note` is shown behind the count."""
@@ -38,21 +38,23 @@ class Progress:
             self._bar.set_postfix_str(note, refresh=False)
             self._bar.update(by)
         elif not self.silent and time.monotonic() - self._last_line > self.SECONDS_BETWEEN_LINES:
-            self._line(note)
+            self._print_line(note)
 
-    def _line(self, note: str = "") -> None:
-        self._last_line, self._said_at = time.monotonic(), self.done
+    def _print_line(self, note: str = "") -> None:
+        self._last_line, self._printed = time.monotonic(), self.done
         elapsed = self._last_line - self._started
         rate = self.done / elapsed if elapsed > 0 else 0.0
-        tail = f", {note}" if note else ""
-        of = "" if self.total is None else f"/{self.total}"
-        print(f"{self.label}: {self.done}{of} {self.unit}, {rate:,.0f}/s{tail}", file=sys.stderr, flush=True)
+        total = "" if self.total is None else f"/{self.total}"
+        line = f"{self.label}: {self.done}{total} {self.unit}, {rate:,.0f}/s"
+        if note:
+            line += f", {note}"
+        print(line, file=sys.stderr, flush=True)
 
     def __enter__(self) -> "Progress":
         return self
 
-    def __exit__(self, kind, *_) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: TracebackType | None) -> None:
         if self._bar is not None:
             self._bar.close()
-        elif not self.silent and kind is None and self._said_at not in (None, self.done):
-            self._line()
+        elif not self.silent and kind is None and self._printed not in (None, self.done):
+            self._print_line()

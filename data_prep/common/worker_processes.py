@@ -1,4 +1,4 @@
-"""Helper processes that do not outlive the one they work for."""
+"""Worker processes that do not outlive their parent."""
 
 import multiprocessing
 import multiprocessing.connection
@@ -13,14 +13,16 @@ def usable_cores() -> int:
 
 
 def serve_parent(*_: object) -> None:
-    """Called first in a helper process: leave Ctrl-C to the parent, and end when the parent is gone.
+    """Called first in a worker process: leave Ctrl-C to the parent, and end when the parent is gone.
 
-    A killed parent cannot stop its helpers, and they would wait for work for ever, holding on to its files.
+    A killed parent cannot stop its workers, and they would wait for work forever, holding on to its files.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this process was not started by multiprocessing"
+    multiprocessing.connection.wait([parent.sentinel])
     os._exit(1)

@@ -90,10 +90,10 @@ class ShardFolder:
                 with path.open("rb") as file:
                     if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                         raise WrongBytes
-                fresh = index_shard(path)
+                tar_index = index_shard(path)
         except WrongBytes:
             return "its bytes are not those that were packed (sha256 differs)"
-        return None if self._index[split].describes(number, fresh) else "index.npz does not describe it"
+        return None if self._index[split].describes(number, tar_index) else "index.npz does not describe it"
 
 
 class ShardSplit:

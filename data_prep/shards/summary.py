@@ -1,47 +1,55 @@
-"""What a shard folder holds, for people: a summary in words and a contact sheet of its images."""
+"""What a shard folder contains, for people: a summary in words, a verification, a contact sheet of its images."""
 
+import io
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from data_prep.common.errors import BadInput
+from data_prep.common.atomic_writes import write_bytes
+from data_prep.common.errors import BadInput, CannotWrite
 from data_prep.common.image_decoding import rgb_image
+from data_prep.common.progress import Progress
 from data_prep.common.terminal import bold, histogram, printable
 from data_prep.shards.folder import ShardFolder, ShardSplit
 from data_prep.shards.manifest import Ceiling, Manifest, from_json_list
 
 
 def summary(folder: ShardFolder) -> str:
-    """What a shard folder holds, as text for a terminal."""
+    """What a shard folder contains, as text for a terminal."""
     manifest = folder.manifest
     simulated = "  (SIMULATED: no brain was recorded)" if manifest.simulated else ""
     lines = []
     for name, split in manifest.splits.items():
-        size = sum(shard.bytes for shard in split.shards) / 1e6
+        megabytes = sum(shard.bytes for shard in split.shards) / 1e6
         responses = "with responses" if split.responses else "without responses"
-        lines.append(f"  {name:<6} {split.stimuli:>6,} stimuli {responses}, {len(split.shards)} shards, {size:,.1f} MB")
+        lines.append(
+            f"  {name:<6} {split.stimuli:>6,} stimuli {responses}, {len(split.shards)} shards, {megabytes:,.1f} MB"
+        )
     lines.append(_split_line(manifest))
     image = manifest.image
-    size = f"{image.width} x {image.height} px {image.mode}"
-    lines.append(f"  images {'up to ' if image.mixed else ''}{size}")
+    largest = "up to " if image.mixed else ""
+    lines.append(f"  images {largest}{image.width} x {image.height} px {image.mode}")
     regions = sorted({str(site["region"]) for site in manifest.sites if "region" in site})
-    lines.append(f"  sites  {len(manifest.sites)}{' in ' + ', '.join(regions) if regions else ''}")
+    location = f" in {', '.join(regions)}" if regions else ""
+    lines.append(f"  sites  {len(manifest.sites)}{location}")
     if manifest.sites:
         lines.append(_rates_line(folder))
     if manifest.classes:
-        shown = ", ".join(manifest.classes[:6]) + (", ..." if len(manifest.classes) > 6 else "")
-        lines.append(f"  objects {len(manifest.classes)}: {shown}")
+        more = ", ..." if len(manifest.classes) > 6 else ""
+        lines.append(f"  objects {len(manifest.classes)}: {', '.join(manifest.classes[:6])}{more}")
     if manifest.ceiling:
         lines += _ceiling_lines(manifest.ceiling)
     lines += [f"  warning: {text}" for text in [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]]
     title = f"{bold(printable(manifest.name))}{simulated}  in {printable(str(folder.folder))}"
-    return "\n".join([title, *map(printable, lines)])  # others' words must not steer the terminal
+    return "\n".join([title, *map(printable, lines)])  # names from files must not control the terminal
 
 
 def _split_line(manifest: Manifest) -> str:
     """How the stimuli were divided, e.g. "grouped, split_by object, split_seed 0"."""
-    rule = manifest.provenance.get("split", "not told")
+    rule = manifest.provenance.get("split", "unknown")
     if isinstance(rule, dict):
         settings = (f"{name} {value}" for name, value in rule.items() if name != "method" and value is not None)
         rule = ", ".join([str(rule.get("method", "random")), *settings])
@@ -49,9 +57,9 @@ def _split_line(manifest: Manifest) -> str:
 
 
 def _shared_groups(manifest: Manifest) -> Iterator[str]:
-    """What it means that groups of stimuli are in train and held out as well."""
-    for fact, found in manifest.provenance.get("straddling", {}).items():
-        count = f"{found['groups']} of {found['of']} values of {fact!r} are both in train and held out"
+    """What it means for scores that groups of stimuli are both in train and held out."""
+    for fact, counts in manifest.provenance.get("straddling", {}).items():
+        count = f"{counts['groups']} of {counts['of']} values of {fact!r} are both in train and held out"
         if fact == manifest.group_by:
             yield f"{count}, though the stimuli were divided by it: scores do not hold for a new {fact}"
         else:
@@ -62,7 +70,7 @@ def _shared_groups(manifest: Manifest) -> Iterator[str]:
 
 
 def _ceiling_lines(ceiling: Ceiling) -> list[str]:
-    """Reliability with its interval and method, and what else trials tell."""
+    """Reliability with its interval and method, and the other estimates from trials."""
     rho = from_json_list(ceiling.reliability)
     if np.isnan(rho).all():
         return [f"  ceiling  none: no site has enough repetitions and variance ({ceiling.method})"]
@@ -79,9 +87,13 @@ def _ceiling_lines(ceiling: Ceiling) -> list[str]:
         "noise ceiling": ceiling.noise_ceiling,
         "explainable share of single trials": ceiling.explainable_share,
     }
-    medians = (f"{name} {np.nanmedian(from_json_list(v)):.3f}" for name, v in others.items() if v and any(v))
-    if text := ", ".join(medians):
-        lines.append(f"    medians over sites: {text}")
+    medians = [
+        f"{name} {np.nanmedian(from_json_list(values)):.3f}"
+        for name, values in others.items()
+        if values and any(values)
+    ]
+    if medians:
+        lines.append(f"    medians over sites: {', '.join(medians)}")
     return lines
 
 
@@ -107,8 +119,8 @@ def contact_sheet(
     positions = among[np.unique(np.linspace(0, len(among) - 1, columns * rows).astype(int))]
     sheet = Image.new("RGB", (columns * tile, -(-len(positions) // columns) * (tile + 14)), "white")
     draw = ImageDraw.Draw(sheet)
-    for place, position in enumerate(positions):
-        x, y = place % columns * tile, place // columns * (tile + 14)
+    for number, position in enumerate(positions.tolist()):
+        x, y = number % columns * tile, number // columns * (tile + 14)
         data, encoding = split.image(position)
         try:
             image = rgb_image(data, encoding)
@@ -117,3 +129,45 @@ def contact_sheet(
         sheet.paste(image.resize((tile - 2, tile - 2)), (x, y))
         draw.text((x + 2, y + tile), split.label(position) or split.stimulus_ids[position], fill="black")
     return sheet
+
+
+def write_contact_sheet(shards: ShardFolder, path: Path) -> None:
+    """Write a contact sheet of the first split as PNG; of a remote folder, of its first shard.
+
+    Raises:
+        BadInput: it cannot be written, or an image cannot be decoded.
+    """
+    name = next(iter(shards.manifest.splits))
+    split, shown = shards.split(name), f"the {name} split"
+    positions = np.arange(len(split))
+    if shards.is_remote:  # evenly spaced images would need every shard
+        positions, shown = positions[split.shards_of(positions) == 0], split.shards[0].file
+    if not path.parent.is_dir():
+        raise BadInput(f"{path} cannot be written (its folder does not exist); choose another --contact-sheet")
+    content = io.BytesIO()
+    contact_sheet(split, among=positions).save(content, format="PNG")
+    try:
+        write_bytes(path, content.getvalue())
+    except CannotWrite as error:
+        raise BadInput(f"{error}; choose another --contact-sheet") from None
+    print(f"  contact sheet of {shown}: {path}")
+
+
+def print_verification(shards: ShardFolder) -> None:
+    """Verify every shard, and print what is damaged.
+
+    Raises:
+        BadInput: some are damaged.
+    """
+    count = sum(len(split.shards) for split in shards.manifest.splits.values())
+    faults = []
+    with Progress(count, "verifying", "shards") as progress:
+        for shard, fault in shards.verify():
+            progress.advance()
+            if fault:
+                faults.append(f"damaged: {shards.folder / shard.file}: {fault}")
+    for line in faults:
+        print(line, file=sys.stderr)
+    if faults:
+        raise BadInput(f"{len(faults)} of {count} shards of {shards.folder} are damaged; copy or pack them again")
+    print(f"verified: all {count} shards are as they were packed")

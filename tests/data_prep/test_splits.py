@@ -12,8 +12,7 @@ from data_prep.shards.summary import summary
 from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
 from data_prep.sources.simulated import Simulated
-from data_prep.split_options import Division
-from data_prep.splits import folds, straddling
+from data_prep.splits import SplitOptions, folds, straddling
 
 N = 60
 
@@ -26,7 +25,7 @@ def source(tmp_path_factory):
 
 
 def divided(source, **options):
-    return Division(**options).open(source)
+    return SplitOptions(**options).open_recording(source)
 
 
 def held_out(recording, split="val"):

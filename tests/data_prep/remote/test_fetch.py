@@ -15,7 +15,7 @@ from helpers import assert_refused, run_command, run_here
 
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.progress import Progress
-from data_prep.pack import options_of
+from data_prep.pack import parse_options
 from data_prep.remote import datasets
 from data_prep.remote.datasets import DATASETS, Dataset, RemoteFile
 from data_prep.remote.public_files import PublicFiles
@@ -405,7 +405,7 @@ def test_the_catalogue_is_well_formed(dataset):
     paths = {f"x/{file.path}" for file in dataset.files}
     for name, words in dataset.pack.items():
         words = [*words.format(folder="x").split(), "--out", f"data/{name}"]
-        packing = options_of(words)
+        packing = parse_options(words)
         assert str(packing.source.source) in paths
         assert paths >= {word for word in words if word.startswith("x/")}
     for file in dataset.files:
