@@ -56,9 +56,9 @@ def by_webdataset(source: Path, out: Path) -> None:
 def in_this_process(recording: Recording, out: Path) -> None:
     """What a worker of ours does, for all shards."""
     out.mkdir()
-    packing._prepare(recording, multiprocessing.Value("q", 0))
-    for _, name, indices in packing._shard_jobs(recording.splits, PER_SHARD):
-        packing._write_one(out / name, indices)
+    packing.set_work(recording, multiprocessing.Value("q", 0))
+    for job in packing.shard_jobs(recording.splits, PER_SHARD):
+        packing.write_one_shard(out, job)
 
 
 def side_of(write: Callable[[Path], None], stimuli: int, out: Path) -> Side:

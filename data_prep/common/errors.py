@@ -1,4 +1,4 @@
-"""How every command says that its input is bad: one clear sentence and exit code 2."""
+"""How every command reports what is known to go wrong: one clear sentence and an exit code."""
 
 import os
 import sys
@@ -8,29 +8,29 @@ from pathlib import Path
 from data_prep.common.terminal import printable
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
-DIVERGED = "the training diverged: "  # begins the sentence of a failure that trying again would not help
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, goes on
+DIVERGED = "the training diverged: "  # begins the message of a failure that another attempt would not mend
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, continues
 
 
 class BadInput(Exception):
-    """What the user gave cannot be used. The message names the file, the field and what would be right.
+    """The user's input cannot be used. The message names the file, the field and what would be right.
 
     Attributes:
-        alone: whether only this process can have found it, because each reads other stimuli.
+        alone: whether only this process can have noticed, because each reads other stimuli.
     """
 
     alone = False
 
 
 class Stopped(Exception):
-    """The work was told to stop before it was done; what is needed to go on is saved. The message says by what."""
+    """The work was interrupted by a signal or a limit, and can be continued. The message says by which."""
 
 
 class RunFailed(Exception):
-    """The input was fine, and yet the work cannot go on. The message says why and what would help.
+    """The input is fine, but the work cannot continue. The message says why and what would help.
 
     Attributes:
-        alone: as of `BadInput`.
+        alone: as in `BadInput`.
     """
 
     alone = False
@@ -51,21 +51,22 @@ class CannotWrite(RunFailed):
 def run_command(main: Callable[[], None]) -> None:
     """Run a command's `main`; what is known to go wrong ends in one sentence on standard error, without a traceback.
 
-    The exit code is 2 for bad input, 1 for a failure, 75 for work that was told to stop and 130 for Ctrl-C.
-    Under a launcher most faults are found by every process; the lowest one on each machine speaks for all.
+    The exit code is 2 for bad input, 1 for a failure, 75 for work that was interrupted and 130 for Ctrl-C. Under a
+    launcher, most faults are noticed by every process; the first process of each machine reports them.
     """
+    reports = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         main()
     except (BadInput, RunFailed) as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0" or error.alone:
+        if reports or error.alone:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT if isinstance(error, BadInput) else FAILURE)
     except Stopped as stop:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{stop}; the same command goes on (see docs/recovering.md)", file=sys.stderr, flush=True)
+        if reports:
+            print(f"{stop}; the same command continues (see docs/recovering.md)", file=sys.stderr, flush=True)
         sys.exit(STOPPED)
     except KeyboardInterrupt:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if reports:
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # the reader of our output, `head` say, has closed it

@@ -1,4 +1,4 @@
-"""Encoded images: what kind they are, how large, and lossless PNG for what has no encoded file of its own."""
+"""Encoded images: their format and size, decoding to RGB, and lossless PNG for what is neither JPEG nor PNG."""
 
 import io
 import warnings
@@ -9,12 +9,12 @@ from PIL import Image
 
 from data_prep.common.safe_reading import npy_array
 
-MAX_PIXELS = 100_000_000  # a header that claims more is damaged or made to exhaust memory
+MAX_PIXELS = 100_000_000  # a header that claims more is damaged or malicious
 MAX_SCANS = 200  # of a JPEG; each goes over all pixels, and camera files have about ten
-FEW_STEPS = 2**34  # pixels x bytes of a JPEG whose scans, however many they are, take no time to speak of
-PNG_LEVEL = 1  # zlib's quickest: three times as fast as Pillow's default for about a tenth more bytes
+FEW_STEPS = 2**34  # pixels x bytes of a JPEG that is decoded in no time, however many scans it has
+PNG_LEVEL = 1  # zlib's fastest: three times as fast as Pillow's default for about a tenth more bytes
 
-# Formats that Pillow may try. A list, because some of its other readers start outside programs (EPS: Ghostscript).
+# Formats that Pillow may try; some of its other readers start external programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # 8 bits or fewer a channel, and PNG keeps them exactly
 
@@ -22,7 +22,7 @@ _RAW_START = b"\x93NUMPY"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _JPEG_MODES = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "L"}  # by the colours that libjpeg-turbo finds
 _PNG_END = b"IEND\xaeB`\x82"
-_ONLY = {"jpg": ("JPEG",), "png": ("PNG",)}  # what a member of that name may be
+_FORMATS_OF = {"jpg": ("JPEG",), "png": ("PNG",)}  # that a member of that name may have
 
 
 def sniff_encoding(data: bytes) -> str | None:
@@ -54,17 +54,24 @@ def image_size(data: bytes) -> tuple[int, int, str]:
 
 
 def check_scans(data: bytes | memoryview, pixels: int) -> None:
-    """Refuse a JPEG that goes over its pixels thousands of times, which a few bytes are enough for.
+    """Refuse a JPEG whose few bytes make a decoder go over its pixels thousands of times.
 
     Raises:
         ValueError: more than `MAX_SCANS`.
     """
-    if pixels * len(data) > FEW_STEPS and (scans := bytes(data).count(_JPEG_SCAN)) > MAX_SCANS:
+    if pixels * len(data) <= FEW_STEPS:
+        return
+    scans = bytes(data).count(_JPEG_SCAN)
+    if scans > MAX_SCANS:
         raise ValueError(f"the image has {scans} scans, more than {MAX_SCANS}")
 
 
 def rgb_image(data: bytes | memoryview, encoding: str) -> Image.Image:
-    """Decode a member of a shard to RGB with Pillow, as what its name says and nothing else.
+    """Decode a member of a shard to RGB with Pillow.
+
+    Args:
+        data: of the member.
+        encoding: its extension; data of any other format is refused.
 
     Raises:
         ValueError: an image that is damaged, absurdly large, of more than 8 bits, or of another format.
@@ -73,7 +80,7 @@ def rgb_image(data: bytes | memoryview, encoding: str) -> Image.Image:
         return Image.fromarray(raw_pixels(data))
     data = bytes(data)
     image_size(data)
-    with _open(data, _ONLY[encoding]) as image:
+    with _open(data, _FORMATS_OF[encoding]) as image:
         try:
             return image.convert("RGB")
         except Exception as error:  # its decoders meet damage with any kind of error
@@ -81,7 +88,7 @@ def rgb_image(data: bytes | memoryview, encoding: str) -> Image.Image:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int, str] | None:
-    """What Pillow would tell of a JPEG, in a tenth of the time; None for anything that is out of the ordinary."""
+    """Width, height and mode of a JPEG, ten times as fast as Pillow; None for anything out of the ordinary."""
     if sniff_encoding(data) != "jpg":
         return None
     try:
@@ -94,19 +101,20 @@ def _jpeg_size(data: bytes) -> tuple[int, int, str] | None:
 
 def _other_size(data: bytes) -> tuple[int, int, str]:
     with _open(data) as image:
-        return *image.size, image.mode
+        width, height = image.size
+        return width, height, image.mode
 
 
 def raw_pixels(data: bytes | memoryview) -> np.ndarray:
-    """The pixels of an image that was saved raw, as .npy: uint8 (H, W, 3); grey ones are repeated.
+    """The pixels of a raw image (.npy): uint8 (H, W, 3); grey values are repeated.
 
     Raises:
-        ValueError: no npy array, not of 8 bits, or of another shape than (H, W), (H, W, 1) or (H, W, 3).
+        ValueError: not an npy array, not uint8, or of another shape than (H, W), (H, W, 1) or (H, W, 3).
     """
     try:
         array = npy_array(data)
     except ValueError as error:
-        raise ValueError(f"not a whole npy array ({error})") from None
+        raise ValueError(f"not a complete npy array ({error})") from None
     if array.ndim == 2:
         array = array[..., None]
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] not in (1, 3) or 0 in array.shape:
@@ -129,7 +137,7 @@ def convert_to_png(data: bytes) -> tuple[bytes, str]:
     """Re-encode an image (its first frame) as lossless PNG.
 
     Returns:
-        the PNG and the name of the format it was in, lower case ("bmp").
+        The PNG and the name of the original format in lower case ("bmp").
 
     Raises:
         ValueError: unreadable, too large, or with pixels that an 8-bit PNG does not keep exactly.
@@ -143,6 +151,7 @@ def convert_to_png(data: bytes) -> tuple[bytes, str]:
             image.load()
         except Exception as error:  # its decoders meet damage with any kind of error
             raise ValueError(f"the image cannot be decoded ({error})") from error
+        assert image.format is not None, "it was read from a file"
         return _to_png(image), image.format.lower()
 
 
@@ -150,7 +159,7 @@ def packable(data: bytes) -> tuple[bytes, str, dict[str, str]]:
     """An image as it goes into a shard: JPEG and PNG as they are, anything else as lossless PNG.
 
     Returns:
-        the bytes, their encoding, and for the stimulus's facts a note where the image had to be converted.
+        The bytes, their encoding, and for the stimulus's facts a note if the image had to be converted.
 
     Raises:
         ValueError: as `image_size` and `convert_to_png`.
@@ -159,8 +168,8 @@ def packable(data: bytes) -> tuple[bytes, str, dict[str, str]]:
     image_size(data)
     if encoding is not None:
         return data, encoding, {}
-    png, was = convert_to_png(data)
-    return png, "png", {"converted_from": was}
+    png, original = convert_to_png(data)
+    return png, "png", {"converted_from": original}
 
 
 def _open(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
@@ -179,7 +188,7 @@ def _open(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
 
 
 def _is_whole(data: bytes) -> bool:
-    """False for a JPEG or PNG without its end. Inside a JPEG's pixel data neither marker can occur by chance."""
+    """False for a JPEG or PNG without its end. The markers of a JPEG cannot occur in its pixel data by chance."""
     encoding = sniff_encoding(data)
     if encoding == "jpg" and data.endswith(_JPEG_END):
         return True

@@ -9,7 +9,7 @@ _STYLE = re.compile(r"\x1b\[[0-9;]*m")
 
 
 def printable(text: str) -> str:
-    """A text for a terminal, which control characters in it must not steer."""
+    """A text with its control characters escaped, so that it cannot control the terminal."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -19,33 +19,40 @@ def bold(text: str) -> str:
 
 
 def bar(share: float, width: int = 12) -> str:
-    """A bar of `share` of `width` characters, exact to an eighth of one; in plain # where blocks cannot be printed."""
+    """A bar of `share` of `width` characters, exact to an eighth; of # where blocks cannot be printed."""
     eighths = round(min(max(share, 0), 1) * width * 8)
     text = "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
+    if not _can_print(text):
         text = "#" * round(eighths / 8)
     return text.ljust(width)
 
 
 def histogram(values: Sequence[float], low: float, high: float, bins: int = 20) -> str:
-    """How values are spread between two ends, a block per bin; those beyond are counted in the last ones."""
+    """The distribution of values between two limits, a block per bin; values beyond count in the outermost bins."""
     counts = [0] * bins
     for value in values:
-        place = int((value - low) / (high - low) * bins) if high > low else 0
-        counts[min(max(place, 0), bins - 1)] += 1
-    blocks = " ▁▂▃▄▅▆▇█"
-    text = "".join(blocks[-(-count * 8 // (max(counts) or 1))] for count in counts)
+        index = int((value - low) / (high - low) * bins) if high > low else 0
+        counts[min(max(index, 0), bins - 1)] += 1
+    text = _blocks(counts, " ▁▂▃▄▅▆▇█")
+    return text if _can_print(text) else _blocks(counts, " .:|#")
+
+
+def _blocks(counts: Sequence[int], levels: str) -> str:
+    """A character per count, from the first level for 0 to the last for the largest."""
+    largest = max(counts) or 1
+    return "".join(levels[-(-count * (len(levels) - 1) // largest)] for count in counts)
+
+
+def _can_print(text: str) -> bool:
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
-        return "".join(" .:|#"[-(-count * 4 // (max(counts) or 1))] for count in counts)
-    return text
+        return False
+    return True
 
 
 def aligned(rows: Sequence[Sequence[str]], gap: str = "  ") -> list[str]:
-    """Rows as lines, columns under each other, numbers to the right."""
+    """Rows as lines with aligned columns; columns of numbers are aligned to the right."""
     widths = [max(_width(row[k]) for row in rows) for k in range(len(rows[0]))]
     right = [all(_is_number(row[k]) for row in rows[1:]) for k in range(len(rows[0]))]
     lines = []

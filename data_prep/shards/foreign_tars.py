@@ -1,13 +1,13 @@
-"""Folders of tars that others wrote: without a manifest, so what it would say is read out of the tars.
+"""Folders of tars of other origin: they have no manifest, so it is derived from the tars.
 
-WebDataset's own writer or plain `tar` may have written them. Which split a tar belongs to, its path tells
-(`train-000.tar`, `val/000.tar`); where none does, all are train. Every tar is read once; what was found is kept as
+WebDataset's own writer or plain `tar` may have written them. The path of a tar says which split it belongs to
+(`train-000.tar`, `val/000.tar`); if no path does, all are train. Every tar is read once; what was derived is kept as
 `index.npz` beside the tars, with the arrays of data_prep/shards/index.py and two more:
 
-    manifest   ()   what manifest.json would say, as JSON
-    tars       ()   name, size and time of every tar, as JSON; if they are others by now, all is read anew
+    manifest   ()   the derived manifest, as JSON
+    tars       ()   name, size and time of every tar, as JSON; if these have changed, the tars are read again
 
-Where the folder cannot be written, that file is kept in the user's cache folder, or not at all.
+If the folder cannot be written, that file is kept in the user's cache folder, or not at all.
 """
 
 import hashlib
@@ -43,39 +43,45 @@ from data_prep.shards.members import (
     read_label,
 )
 
-VERSION = 2  # raise it when this file comes to find something else in the same tars
+VERSION = 2  # raise it when other things are derived from the same tars
 
 _SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"}
 _SPLIT_NAMES |= dict.fromkeys(("val", "valid", "validation"), "val")
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
-Derived = tuple[Manifest, dict[str, SplitIndex]]
+
+@dataclass(frozen=True)
+class Derived:
+    """What was derived from the tars of a folder."""
+
+    manifest: Manifest
+    index: dict[str, SplitIndex]
 
 
 def is_foreign(folder: Path) -> bool:
-    """Whether a folder holds tars and no manifest."""
+    """Whether a folder contains tars and no manifest."""
     return folder.is_dir() and not (folder / "manifest.json").exists() and any(_visible(folder, ".tar", *_COMPRESSED))
 
 
-def open_foreign(folder: Path, read_again: bool = False) -> Derived:
-    """The manifest and the index of a folder of tars, as kept from an earlier time or read from the tars.
+def open_foreign(folder: Path, read_again: bool = False) -> tuple[Manifest, dict[str, SplitIndex]]:
+    """The manifest and the index of a folder of tars, kept from an earlier time or derived from the tars.
 
     Args:
         folder: with tars, in it or in its sub-folders.
         read_again: read the tars even if nothing has changed.
 
     Raises:
-        BadInput: a tar that is damaged or that holds anything but stimuli of one kind, naming the tar and the key.
+        BadInput: a tar that is damaged or contains anything but stimuli of one kind, naming the tar and the key.
     """
     tars = _tars_by_split(folder)
     state = _state(folder, tars)
-    with locks.exclusive(folder, required=False):  # the first process reads the tars, the others what it found
-        places = [folder / "index.npz", _place_elsewhere(folder)]
-        derived = None if read_again else next(filter(None, (_kept(path, state) for path in places)), None)
+    with locks.exclusive(folder, required=False):  # the first process reads the tars, the others what it derived
+        candidates = [folder / "index.npz", _path_in_user_cache(folder)]
+        derived = None if read_again else _first_valid(candidates, state)
         if derived is None:
             derived = _derive(folder, tars)
-            _keep(derived, state, places, folder)
-    return derived
+            _save(derived, state, candidates, folder)
+    return derived.manifest, derived.index
 
 
 # ----------------------------------------------------------------------------------------------------- which tars
@@ -84,7 +90,7 @@ def open_foreign(folder: Path, read_again: bool = False) -> Derived:
 def _visible(folder: Path, *endings: str) -> Iterator[Path]:
     """The files in a folder and its sub-folders with one of these endings.
 
-    Not what is hidden, which a pack may have half written, nor what belongs to a packed folder in there.
+    Hidden files are left out, as a pack may have half written them, and so are those of packed folders in there.
     """
     for pattern in ("*", "*/*"):
         for path in sorted(folder.glob(pattern)):
@@ -94,107 +100,137 @@ def _visible(folder: Path, *endings: str) -> Iterator[Path]:
 
 
 def _tars_by_split(folder: Path) -> dict[str, list[Path]]:
-    """The tars of each split, by their names; all are train where no name tells."""
-    if (path := next(_visible(folder, *_COMPRESSED), None)) is not None:
-        raise BadInput(f"{path} is compressed, so that nothing in it is found without reading it all; unpack it")
+    """The tars of each split, by their names; all are train if no name tells."""
+    compressed = next(_visible(folder, *_COMPRESSED), None)
+    if compressed is not None:
+        raise BadInput(f"{compressed} is compressed, so stimuli in it cannot be read one by one; unpack it")
     tars = list(_visible(folder, ".tar"))
-    named = {path: _split_of(path.relative_to(folder)) for path in tars}
-    if not any(named.values()):
+    split_of = {path: _split_of(path.relative_to(folder)) for path in tars}
+    if not any(split_of.values()):
         return {"train": tars}
-    if nameless := [path for path, split in named.items() if split is None]:
-        raise BadInput(f"{nameless[0]}: the name tells no split, and others do; put train, val or test into it")
-    return {split: mine for split in SPLITS if (mine := [path for path in tars if named[path] == split])}
+    for path, split in split_of.items():
+        if split is None:
+            raise BadInput(f"{path}: its name says no split, and others do; put train, val or test into it")
+    by_split = {split: [path for path in tars if split_of[path] == split] for split in SPLITS}
+    return {split: paths for split, paths in by_split.items() if paths}
 
 
 def _split_of(path: Path) -> str | None:
     words = re.split(r"[^a-z]+", str(path).lower())
     splits = {_SPLIT_NAMES[word] for word in words if word in _SPLIT_NAMES}
     if len(splits) > 1:
-        raise BadInput(f"{path}: the name tells several splits ({', '.join(sorted(splits))}); rename it")
+        raise BadInput(f"{path}: its name says several splits ({', '.join(sorted(splits))}); rename it")
     return next(iter(splits), None)
 
 
 def _state(folder: Path, tars: dict[str, list[Path]]) -> str:
-    status = [(path.relative_to(folder).as_posix(), path.stat()) for paths in tars.values() for path in paths]
-    return json.dumps([VERSION, MEMBERS, [(name, found.st_size, found.st_mtime_ns) for name, found in status]])
+    """Changes when any tar changes."""
+    files = []
+    for path in (path for paths in tars.values() for path in paths):
+        status = path.stat()
+        files.append((path.relative_to(folder).as_posix(), status.st_size, status.st_mtime_ns))
+    return json.dumps([VERSION, MEMBERS, files])
 
 
-# ---------------------------------------------------------------------------------------------- what was kept of it
+# ------------------------------------------------------------------------------------------- keeping what was derived
 
 
-def _place_elsewhere(folder: Path) -> Path:
+def _path_in_user_cache(folder: Path) -> Path:
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return caches / "spiketune" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.npz"
 
 
-def _kept(path: Path, state: str) -> Derived | None:
-    """What was found in the tars as they are now; None where nothing whole is kept of them."""
+def _first_valid(candidates: list[Path], state: str) -> Derived | None:
+    for path in candidates:
+        derived = _load(path, state)
+        if derived is not None:
+            return derived
+    return None
+
+
+def _load(path: Path, state: str) -> Derived | None:
+    """What was derived from the tars as they are now; None if the file is missing, damaged or out of date."""
     try:
-        found = npz_arrays(path)
+        arrays = npz_arrays(path)
     except (OSError, ValueError):
         return None
-    if "manifest" not in found and "members" in found:
+    if "manifest" not in arrays and "members" in arrays:
         raise BadInput(
-            f"{path.parent} has an index.npz of data_prep/pack.py and no manifest.json, so it is not a whole copy; "
+            f"{path.parent} has an index.npz of data_prep/pack.py and no manifest.json, so it is not a complete copy; "
             "copy manifest.json too, or remove index.npz to read the tars as they are"
         )
     try:
-        if str(found["tars"]) != state:
+        if str(arrays["tars"]) != state:
             return None
-        manifest = parse_manifest(str(found["manifest"]).encode(), path)
-        return manifest, index_of(found, manifest)
+        manifest = parse_manifest(str(arrays["manifest"]).encode(), path)
+        return Derived(manifest, index_of(arrays, manifest))
     except (BadInput, ValueError, KeyError):
         return None
 
 
-def _keep(derived: Derived, state: str, places: list[Path], folder: Path) -> None:
-    """Write what was found to the first place that can be written, under a temporary name first."""
-    manifest, index = derived
-    arrays = {"members": np.array(MEMBERS), "manifest": np.array(manifest.model_dump_json()), "tars": np.array(state)}
-    for split, found in index.items():
-        arrays |= found.arrays(split)
-    failure: CannotWrite | None = None
-    for path in places:
-        try:
-            write_npz(path, arrays)
-        except CannotWrite as error:
-            failure = failure or error
-            continue
-        if path.parent != folder:
-            _say(f"{folder} cannot be written ({failure.reason}), so the index of its tars is kept as {path}")
+def _save(derived: Derived, state: str, candidates: list[Path], folder: Path) -> None:
+    """Write what was derived to the first of the candidates that can be written."""
+    arrays = {
+        "members": np.array(MEMBERS),
+        "manifest": np.array(derived.manifest.model_dump_json()),
+        "tars": np.array(state),
+    }
+    for split, index in derived.index.items():
+        arrays |= index.arrays(split)
+    beside, elsewhere = candidates
+    try:
+        write_npz(beside, arrays)
         return
-    _say(f"{folder} cannot be written ({failure.reason}), nor {places[-1]}: its tars are read again each time")
+    except CannotWrite as error:
+        reason = error.reason
+    try:
+        write_npz(elsewhere, arrays)
+        _note(f"{folder} cannot be written ({reason}), so the index of its tars is kept as {elsewhere}")
+    except CannotWrite:
+        _note(f"{folder} cannot be written ({reason}), nor {elsewhere}: its tars are read again each time")
 
 
-def _say(message: str) -> None:
+def _note(message: str) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"note: {message}", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------ what is in a tar
+# ----------------------------------------------------------------------------------------------- what a tar contains
 
 
-@dataclass
+@dataclass(frozen=True)
+class _Stimulus:
+    """What matters of one stimulus for the manifest.
+
+    Attributes:
+        image: width, height and mode.
+        rates: float32 (sites,), or None without responses.
+        label: its class, or None.
+    """
+
+    key: str
+    image: tuple[int, int, str]
+    rates: np.ndarray | None
+    label: str | None
+
+
+@dataclass(frozen=True)
 class _Tar:
-    """What one tar holds: the manifest's entry, where the members lie, and what the stimuli say of themselves."""
+    """What one tar contains: the manifest's entry, where the members lie, and the stimuli."""
 
     shard: Shard
     index: SplitIndex
-    rates: list[np.ndarray | None]
-    labels: list[str | None]
-    images: set[tuple[int, int, str]]
+    stimuli: list[_Stimulus]
 
-    @property
-    def keys(self) -> list[str]:
-        """Of the stimuli, in their order."""
-        return self.index.stimulus_id.tolist()
+
+_Splits = dict[str, list[_Tar]]
 
 
 def _read_tar(folder: Path, path: Path) -> _Tar:
     file = path.relative_to(folder).as_posix()
-    keys, places = member_table(path)
+    keys, extents = member_table(path)
     if not keys:
-        raise BadInput(f"{path} holds no stimuli; remove it")
+        raise BadInput(f"{path} contains no stimuli; remove it")
     with path.open("rb") as opened:
         sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
         content = memoryview(mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ))
@@ -202,108 +238,121 @@ def _read_tar(folder: Path, path: Path) -> _Tar:
         shard = Shard(file=file, stimuli=len(keys), bytes=len(content), sha256=sha256)
     except ValidationError:
         raise BadInput(f"{path}: rename it to letters, digits, _, - and dots only, so that it can be listed") from None
-    tar = _Tar(shard, SplitIndex.of_tar(keys, places, checksums(content, places)), [], [], set())
-    for key, row in zip(keys, places.tolist(), strict=True):
-        there = {kind: place for kind, place in zip(MEMBERS, row, strict=True) if place[0] >= 0}
-        members = {kind: content[start : start + size] for kind, (start, size) in there.items()}
-        _look(members, f"{path}: {key}", tar)
-    return tar
+    index = SplitIndex.of_tar(keys, extents, checksums(content, extents))
+    stimuli = []
+    for key, of_kind in zip(keys, extents.tolist(), strict=True):
+        members = {
+            kind: content[offset : offset + size]
+            for kind, (offset, size) in zip(MEMBERS, of_kind, strict=True)
+            if offset >= 0
+        }
+        stimuli.append(_read_stimulus(key, members, f"{path}: {key}"))
+    return _Tar(shard, index, stimuli)
 
 
-def _look(members: dict[str, memoryview], place: str, tar: _Tar) -> None:
-    """Add to `tar` what the members of one stimulus say."""
+def _read_stimulus(key: str, members: dict[str, memoryview], location: str) -> _Stimulus:
     kind = next((kind for kind in IMAGE_MEMBERS if kind in members), None)
     if kind is None:
-        raise BadInput(f"{place}: has no image ({', '.join(IMAGE_MEMBERS)}) beside {', '.join(members)}")
+        raise BadInput(f"{location}: has no image ({', '.join(IMAGE_MEMBERS)}) beside {', '.join(members)}")
+    image = bytes(members[kind])
     try:
-        image = bytes(members[kind])
-        tar.images.add(image_size(image))
+        size = image_size(image)
         if kind in ("jpg", "png") and sniff_encoding(image) != kind:
-            raise ValueError("the image is of another format than its name says")
+            raise ValueError("the image has another format than its name says")
     except ValueError as error:
-        raise BadInput(f"{place}.{kind}: {error}") from None
-    rates = None
-    if "rates.npy" in members:
-        rates = read_array(members["rates.npy"], f"{place}.rates.npy")
-        if rates.ndim != 1 or not rates.size:
-            raise BadInput(f"{place}.rates.npy has the shape {rates.shape}; it must be (sites,)")
-    tar.rates.append(rates)
-    tar.labels.append(read_label(members.get("cls"), read_json(members.get("json"), place), place))
+        raise BadInput(f"{location}.{kind}: {error}") from None
+    label = read_label(members.get("cls"), read_json(members.get("json"), location), location)
+    return _Stimulus(key, size, _read_rates(members, location), label)
 
 
-# ------------------------------------------------------------------------------------------------ what follows of it
+def _read_rates(members: dict[str, memoryview], location: str) -> np.ndarray | None:
+    if "rates.npy" not in members:
+        return None
+    rates = read_array(members["rates.npy"], f"{location}.rates.npy")
+    if rates.ndim != 1 or not rates.size:
+        raise BadInput(f"{location}.rates.npy has the shape {rates.shape}; it must be (sites,)")
+    return rates
+
+
+# ------------------------------------------------------------------------------------------- what follows from them
 
 
 def _derive(folder: Path, tars: dict[str, list[Path]]) -> Derived:
-    splits: dict[str, list[_Tar]] = {}
+    splits: _Splits = {}
     with Progress(sum(map(len, tars.values())), f"indexing {folder}", "tars") as progress:
         for split, paths in tars.items():
             for path in paths:
                 splits.setdefault(split, []).append(_read_tar(folder, path))
                 progress.advance()
-    for found in splits.values():
-        _check_keys(folder, found)
-        for what in ("rates", "labels"):
-            _check_all_or_none(folder, found, what)
-    rates = {split: _rates(folder, found) for split, found in splits.items()}
-    manifest = _manifest(folder, splits, {split: rows for split, rows in rates.items() if rows is not None})
-    return manifest, {split: SplitIndex.joined([tar.index for tar in found]) for split, found in splits.items()}
+    rates: dict[str, np.ndarray] = {}
+    for split, of_split in splits.items():
+        _check_keys(folder, of_split)
+        _check_all_or_none(folder, of_split)
+        responses = _rates(folder, of_split)
+        if responses is not None:
+            rates[split] = responses
+    index = {split: SplitIndex.joined([tar.index for tar in of_split]) for split, of_split in splits.items()}
+    return Derived(_manifest(folder, splits, rates), index)
 
 
 def _check_keys(folder: Path, tars: list[_Tar]) -> None:
-    first: dict[str, str] = {}
+    tar_of: dict[str, str] = {}
     for tar in tars:
-        for key in tar.keys:
-            if (other := first.setdefault(key, tar.shard.file)) != tar.shard.file:
+        for stimulus in tar.stimuli:
+            other = tar_of.setdefault(stimulus.key, tar.shard.file)
+            if other != tar.shard.file:
                 raise BadInput(
-                    f"{folder / tar.shard.file}: {key}: is in {other} too; every stimulus of a split needs its own key"
+                    f"{folder / tar.shard.file}: {stimulus.key}: is in {other} too; every stimulus of a split needs a "
+                    "key of its own"
                 )
 
 
-def _check_all_or_none(folder: Path, tars: list[_Tar], what: str) -> None:
+def _check_all_or_none(folder: Path, tars: list[_Tar]) -> None:
     """Refuse a split where some stimuli have responses (or a label) and others have none."""
-    there = [value is not None for tar in tars for value in getattr(tar, what)]
-    if any(there) and not all(there):
-        places = [f"{folder / tar.shard.file}: {key}" for tar in tars for key in tar.keys]
-        lacking = "rates.npy" if what == "rates" else f"label (cls, or {', '.join(LABEL_FIELDS)} in its json)"
-        raise BadInput(f"{places[there.index(False)]}: has no {lacking}, though other stimuli of the split have one")
+    stimuli = [(f"{folder / tar.shard.file}: {stimulus.key}", stimulus) for tar in tars for stimulus in tar.stimuli]
+    without_rates = [location for location, stimulus in stimuli if stimulus.rates is None]
+    without_label = [location for location, stimulus in stimuli if stimulus.label is None]
+    label = f"label (cls, or {', '.join(LABEL_FIELDS)} in its json)"
+    for lacking, member in ((without_rates, "rates.npy"), (without_label, label)):
+        if lacking and len(lacking) < len(stimuli):
+            raise BadInput(f"{lacking[0]}: has no {member}, though other stimuli of the split have one")
 
 
 def _rates(folder: Path, tars: list[_Tar]) -> np.ndarray | None:
     """float32 (stimuli, sites), or None for a split without responses."""
-    if tars[0].rates[0] is None:
-        return None
-    sites = len(tars[0].rates[0])
+    rows: list[np.ndarray] = []
     for tar in tars:
-        _check_sites(folder, tar, sites)
-    return np.stack([rates for tar in tars for rates in tar.rates])
+        for stimulus in tar.stimuli:
+            if stimulus.rates is None:
+                return None
+            if rows and len(stimulus.rates) != len(rows[0]):
+                raise BadInput(
+                    f"{folder / tar.shard.file}: {stimulus.key}.rates.npy has {len(stimulus.rates)} sites, others have "
+                    f"{len(rows[0])}"
+                )
+            rows.append(stimulus.rates)
+    return np.stack(rows)
 
 
-def _check_sites(folder: Path, tar: _Tar, sites: int) -> None:
-    for key, rates in zip(tar.keys, tar.rates, strict=True):
-        if len(rates) != sites:
-            raise BadInput(f"{folder / tar.shard.file}: {key}.rates.npy has {len(rates)} sites, others have {sites}")
-
-
-def _manifest(folder: Path, splits: dict[str, list[_Tar]], rates: dict[str, np.ndarray]) -> Manifest:
-    widths = {rows.shape[1] for rows in rates.values()}
-    if len(widths) > 1:
-        counted = ", ".join(f"{rows.shape[1]} in {split}" for split, rows in rates.items())
-        raise BadInput(f"{folder}: rates.npy has another number of sites in each split ({counted})")
+def _manifest(folder: Path, splits: _Splits, rates: dict[str, np.ndarray]) -> Manifest:
+    if len({rows.shape[1] for rows in rates.values()}) > 1:
+        counts = ", ".join(f"{rows.shape[1]} in {split}" for split, rows in rates.items())
+        raise BadInput(f"{folder}: rates.npy has a different number of sites in each split ({counts})")
     fitted = rates.get("train", next(iter(rates.values()), np.empty((0, 0), np.float32)))
-    images = set().union(*(tar.images for found in splits.values() for tar in found))
-    labels = {label for found in splits.values() for tar in found for label in tar.labels if label is not None}
+    stimuli = [stimulus for tars in splits.values() for tar in tars for stimulus in tar.stimuli]
+    images = {stimulus.image for stimulus in stimuli}
+    labels = {stimulus.label for stimulus in stimuli if stimulus.label is not None}
     return Manifest(
         name=printable(folder.resolve().name)[:LONGEST_NAME] or "tars",
         simulated=False,
         provenance={"source": "tars", "path": str(folder.resolve()), "warnings": _warnings(splits, images)},
         splits={
             split: Split(
-                stimuli=sum(tar.shard.stimuli for tar in found),
+                stimuli=sum(tar.shard.stimuli for tar in tars),
                 responses=split in rates,
-                shards=[tar.shard for tar in found],
+                shards=[tar.shard for tar in tars],
             )
-            for split, found in splits.items()
+            for split, tars in splits.items()
         },
         sites=[{"id": f"site_{site:03d}"} for site in range(fitted.shape[1])],
         classes=_class_order(labels) if labels else None,
@@ -314,22 +363,23 @@ def _manifest(folder: Path, splits: dict[str, list[_Tar]], rates: dict[str, np.n
 
 
 def _class_order(labels: set[str]) -> list[str]:
-    """By number where all classes are numbers, else by name."""
+    """By number if all classes are numbers, else by name."""
     ordered = sorted(labels)
     return sorted(ordered, key=int) if all(re.fullmatch(r"-?[0-9]+", label) for label in labels) else ordered
 
 
-def _warnings(splits: dict[str, list[_Tar]], images: set[tuple[int, int, str]]) -> list[str]:
+def _warnings(splits: _Splits, images: set[tuple[int, int, str]]) -> list[str]:
     warnings = []
-    seen: set[str] = set()
+    earlier: set[str] = set()
     for split, tars in splits.items():
-        keys = {key for tar in tars for key in tar.keys}
-        if twice := sorted(keys & seen):
+        keys = {stimulus.key for tar in tars for stimulus in tar.stimuli}
+        shared = sorted(keys & earlier)
+        if shared:
             warnings.append(
-                f"{len(twice)} keys of {split} are in another split too, {twice[0]} for one: fine if every split was "
-                "numbered anew, but held-out scores are too good if they are the same stimuli"
+                f"{len(shared)} keys of {split} are in another split too, e.g. {shared[0]}: fine if each split was "
+                "numbered on its own, but held-out scores are too good if they are the same stimuli"
             )
-        seen |= keys
+        earlier |= keys
     if len(images) > 1:
-        warnings.append("the images differ in size or mode; images.size says what size the network is to see")
+        warnings.append("the images differ in size or mode; images.size sets the size that the network sees")
     return warnings

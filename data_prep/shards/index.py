@@ -1,17 +1,16 @@
-"""index.npz: where in its tar each member of each stimulus lies.
+"""index.npz: where in its tar each member of each stimulus lies, so that any stimulus can be read without scanning.
 
-Any stimulus can be read without scanning:
-
-    members               (members,)     the extensions that may occur: MEMBERS in data_prep/shards/members.py
-    <split>.stimulus_id   (stimuli,)     ids in the order of the shards
-    <split>.shard         (stimuli,)     position of its tar in the manifest's list for the split
-    <split>.offset        (stimuli, members)   byte offset of the member's data in the tar, -1 where it is absent
-    <split>.size          (stimuli, members)   bytes
-    <split>.crc32         (stimuli, members)   of these bytes: no flipped bit passes as a number; older folders lack it
+members               (members,)     the extensions that may occur: MEMBERS in data_prep/shards/members.py
+<split>.stimulus_id   (stimuli,)     ids in the order of the shards
+<split>.shard         (stimuli,)     position of its tar in the manifest's list for the split
+<split>.offset        (stimuli, members)   byte offset of the member's data in the tar, -1 where it is absent
+<split>.size          (stimuli, members)   bytes
+<split>.crc32         (stimuli, members)   of these bytes, so that no flipped bit passes as a number; optional
 """
 
 import mmap
 import zlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,16 +39,16 @@ class SplitIndex:
     crc32: np.ndarray | None
 
     @classmethod
-    def of_tar(cls, ids: list[str], places: np.ndarray, sums: np.ndarray) -> "SplitIndex":
+    def of_tar(cls, ids: list[str], extents: np.ndarray, checksums: np.ndarray) -> "SplitIndex":
         """The index of one tar.
 
         Args:
             ids: of its stimuli.
-            places: offset and size of each member, int64 (stimuli, members, 2).
-            sums: CRC-32 of each member, uint32 (stimuli, members).
+            extents: offset and size of each member, int64 (stimuli, members, 2).
+            checksums: CRC-32 of each member, uint32 (stimuli, members).
         """
-        places = places.reshape(len(ids), len(MEMBERS), 2)
-        return cls(np.array(ids), np.zeros(len(ids), np.int32), places[..., 0], places[..., 1], sums)
+        extents = extents.reshape(len(ids), len(MEMBERS), 2)
+        return cls(np.array(ids), np.zeros(len(ids), np.int32), extents[..., 0], extents[..., 1], checksums)
 
     @classmethod
     def joined(cls, tars: "Sequence[SplitIndex]") -> "SplitIndex":
@@ -59,7 +58,7 @@ class SplitIndex:
             shard=np.repeat(np.arange(len(tars), dtype=np.int32), [len(tar.shard) for tar in tars]),
             offset=np.concatenate([tar.offset for tar in tars]),
             size=np.concatenate([tar.size for tar in tars]),
-            crc32=np.concatenate([tar.crc32 for tar in tars]),
+            crc32=np.concatenate([tar.crc32 for tar in tars if tar.crc32 is not None]),
         )
 
     def describes(self, shard: int, tar: "SplitIndex") -> bool:
@@ -85,21 +84,21 @@ def index_shard(path: Path) -> SplitIndex:
     Raises:
         BadInput: as `member_table`.
     """
-    ids, places = member_table(path)
+    ids, extents = member_table(path)
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return SplitIndex.of_tar(ids, places, checksums(content, places))
+        return SplitIndex.of_tar(ids, extents, checksums(content, extents))
 
 
-def checksums(content: mmap.mmap | memoryview, places: np.ndarray) -> np.ndarray:
+def checksums(content: mmap.mmap | memoryview, extents: np.ndarray) -> np.ndarray:
     """CRC-32 of each member of a tar, 0 where a stimulus has none: uint32 (stimuli, members).
 
     Args:
         content: of the tar.
-        places: offset and size of each member, int64 (stimuli, members, 2).
+        extents: offset and size of each member, int64 (stimuli, members, 2).
     """
-    flat = places.reshape(-1, 2).tolist()
+    flat = extents.reshape(-1, 2).tolist()
     sums = [0 if offset < 0 else zlib.crc32(content[offset : offset + size]) for offset, size in flat]
-    return np.array(sums, np.uint32).reshape(places.shape[:2])
+    return np.array(sums, np.uint32).reshape(extents.shape[:2])
 
 
 def write_index(folder: Path, splits: Mapping[str, SplitIndex]) -> None:
@@ -123,7 +122,7 @@ def load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> di
         manifest: of the folder.
 
     Raises:
-        BadInput: it is missing, damaged, or of other shards.
+        BadInput: it is missing, damaged, or belongs to other shards.
     """
     path = folder / FILE
     try:
@@ -131,14 +130,14 @@ def load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> di
             index = index_of(npz_arrays(file), manifest)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
-            f"{path} cannot be read ({error}); data_prep/show.py with --index makes it anew where the tars lie"
+            f"{path} cannot be read ({error}); write it again with data_prep/show.py --index, where the tars lie"
         ) from None
-    _check_apart(path, index)
+    _check_disjoint(path, index)
     return index
 
 
-def _check_apart(path: Path | FolderUrl, index: Mapping[str, SplitIndex]) -> None:
-    """Refuse a stimulus that is in two splits: a score on the one would be one on stimuli that were fitted."""
+def _check_disjoint(path: Path | str, index: Mapping[str, SplitIndex]) -> None:
+    """Refuse a stimulus that is in two splits: held-out scores would include stimuli that were fitted."""
     split_of: dict[str, str] = {}
     for name, split in index.items():
         for stimulus in split.stimulus_id.tolist():
@@ -150,19 +149,24 @@ def index_of(arrays: Mapping[str, np.ndarray], manifest: Manifest) -> dict[str, 
     """The index by split, from its arrays.
 
     Raises:
-        ValueError: it lists members that there are not, or other stimuli than the manifest counts.
+        ValueError: it lists unknown members, or other stimuli than the manifest counts.
         KeyError: an array is missing.
     """
     members = tuple(arrays["members"].tolist())
-    if members != MEMBERS[: len(members)]:  # those of older folders are fewer
+    if members != MEMBERS[: len(members)]:  # older folders know fewer
         raise ValueError(f"it lists the members {', '.join(map(str, members))}")
-    found = {}
+    indexes = {}
     for name, split in manifest.splits.items():
-        parts = {part: arrays[f"{name}.{part}"] for part in SplitIndex.__dataclass_fields__ if part != "crc32"}
-        index = SplitIndex(**parts, crc32=arrays.get(f"{name}.crc32"))
+        index = SplitIndex(
+            stimulus_id=arrays[f"{name}.stimulus_id"],
+            shard=arrays[f"{name}.shard"],
+            offset=arrays[f"{name}.offset"],
+            size=arrays[f"{name}.size"],
+            crc32=arrays.get(f"{name}.crc32"),
+        )
         _check(name, index, split, len(members))
-        found[name] = _widened(index)
-    return found
+        indexes[name] = _with_all_members(index)
+    return indexes
 
 
 def _check(name: str, index: SplitIndex, split: Split, members: int) -> None:
@@ -171,44 +175,42 @@ def _check(name: str, index: SplitIndex, split: Split, members: int) -> None:
     Raises:
         ValueError: naming the split and what is wrong.
     """
-    per_member = (split.stimuli, members)
-    for part, kinds, shape in (
-        ("stimulus_id", "U", (split.stimuli,)),
-        ("shard", "iu", (split.stimuli,)),
-        ("offset", "i", per_member),
-        ("size", "iu", per_member),
-        ("crc32", "u", per_member),
-    ):
-        array = getattr(index, part)
-        if array is None and part == "crc32":
-            continue
-        if array.dtype.kind not in kinds or array.shape != shape:
-            raise ValueError(
-                f"{name}: {part} is {array.dtype} {array.shape}, which does not list the {split.stimuli} stimuli that "
-                "manifest.json counts"
-            )
+    per_stimulus, per_member = (split.stimuli,), (split.stimuli, members)
+    _check_array(f"{name}: stimulus_id", index.stimulus_id, "U", per_stimulus)
+    _check_array(f"{name}: shard", index.shard, "iu", per_stimulus)
+    _check_array(f"{name}: offset", index.offset, "i", per_member)
+    _check_array(f"{name}: size", index.size, "iu", per_member)
+    if index.crc32 is not None:
+        _check_array(f"{name}: crc32", index.crc32, "u", per_member)
     if index.shard.min() < 0 or index.shard.max() >= len(split.shards) or (np.diff(index.shard) < 0).any():
-        raise ValueError(f"{name}: shard does not count the {len(split.shards)} shards in their order")
+        raise ValueError(f"{name}: shard does not number the {len(split.shards)} shards in order")
     counts = np.bincount(index.shard, minlength=len(split.shards)).tolist()
     if counts != [shard.stimuli for shard in split.shards]:
         raise ValueError(f"{name}: it does not list the stimuli that manifest.json counts in each shard")
     length = np.array([shard.bytes for shard in split.shards])[index.shard, None]
-    there = index.offset >= 0
-    if (there & ((index.size < 0) | (index.size > length) | (index.offset > length - index.size))).any():
+    exists = index.offset >= 0
+    if (exists & ((index.size < 0) | (index.size > length) | (index.offset > length - index.size))).any():
         raise ValueError(f"{name}: a member lies beyond the end of its shard")
     _check_ids(name, index.stimulus_id.tolist())
 
 
+def _check_array(name: str, array: np.ndarray, kinds: str, shape: tuple[int, ...]) -> None:
+    if array.dtype.kind not in kinds or array.shape != shape:
+        raise ValueError(
+            f"{name} is {array.dtype} {array.shape}; it does not list the {shape[0]} stimuli that manifest.json counts"
+        )
+
+
 def _check_ids(name: str, ids: list[str]) -> None:
-    if len(set(ids)) < len(ids):
-        seen: set[str] = set()
-        raise ValueError(f"{name}: stimulus {next(key for key in ids if key in seen or seen.add(key))} is there twice")
-    if odd := next((key for key in ids if not is_name(key)), None):
-        raise ValueError(f"{name}: stimulus id {odd[:100]!r} is not printable or too long")
+    for stimulus_id, count in Counter(ids).items():
+        if count > 1:
+            raise ValueError(f"{name}: stimulus {stimulus_id} is listed twice")
+        if not is_name(stimulus_id):
+            raise ValueError(f"{name}: stimulus id {stimulus_id[:100]!r} is not printable or too long")
 
 
-def _widened(index: SplitIndex) -> SplitIndex:
-    """An index with a column for every member that there may be by now."""
+def _with_all_members(index: SplitIndex) -> SplitIndex:
+    """An index with a column for each of MEMBERS."""
     lacking = ((0, 0), (0, len(MEMBERS) - index.offset.shape[1]))
     return SplitIndex(
         index.stimulus_id,

@@ -1,4 +1,4 @@
-"""manifest.json: what a shard folder says of itself, as a typed and checked model."""
+"""manifest.json: what a shard folder contains, as a typed and checked model."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -16,8 +16,8 @@ from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import LONGEST_NAME, is_name, parse_json, read_regular
 
-FORMAT_VERSION = 1
-MOST_STIMULI, MOST_BYTES = 10**9, 2**50  # of a split and of a shard; what claims more is damaged or made to exhaust
+FORMAT_VERSION: Final = 1
+MOST_STIMULI, MOST_BYTES = 10**9, 2**50  # of a split, of a shard; whatever claims more is damaged or malicious
 LARGEST_SIDE = 2**16  # pixels
 
 
@@ -31,6 +31,8 @@ Name = Annotated[str, AfterValidator(_named)]
 Count = Annotated[int, Field(ge=1, le=MOST_STIMULI)]
 Bytes = Annotated[int, Field(ge=1, le=MOST_BYTES)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+SplitName = Annotated[str, Field(pattern="^(train|val|test)$")]
+TableName = Annotated[str, Field(pattern=r"^(index|targets)\.npz$")]
 
 
 class _Part(BaseModel):
@@ -68,7 +70,7 @@ class Split(_Part):
 
 
 class Image(_Part):
-    """Size in pixels and mode of the images; `mixed` where they are not all alike (then the largest are given)."""
+    """Size in pixels and mode of the images; `mixed` if they differ (then width and height are the largest)."""
 
     width: int = Field(ge=1, le=LARGEST_SIDE)
     height: int = Field(ge=1, le=LARGEST_SIDE)
@@ -77,12 +79,12 @@ class Image(_Part):
 
     @property
     def side(self) -> int:
-        """Side in pixels of the square that a network sees of the largest image, if nothing else is asked for."""
+        """Side in pixels of the square that a network sees of the largest image by default."""
         return min(self.width, self.height)
 
     @classmethod
     def of(cls, images: set[tuple[int, int, str]]) -> "Image":
-        """What there is to say of images of these widths, heights and modes."""
+        """The entry for images of these widths, heights and modes."""
         widths, heights, modes = zip(*images, strict=True)
         mode = modes[0] if len(set(modes)) == 1 else "mixed"
         return cls(width=max(widths), height=max(heights), mode=mode, mixed=len(images) > 1)
@@ -110,7 +112,7 @@ Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
 class Ceiling(_Part):
-    """What trials tell of the best a model could do (see `data_prep/ceiling.py`); null where a site has no estimate.
+    """What trials say of the best that a model can do (see `data_prep/ceiling.py`); null where a site has no estimate.
 
     Attributes:
         method: what `reliability` is.
@@ -170,8 +172,8 @@ class Manifest(_Part):
     name: Name
     simulated: bool
     provenance: dict[str, Any]
-    splits: dict[Literal["train", "val", "test"], Split]
-    sites: list[dict[str, Any]]  # none where there are labels only
+    splits: dict[SplitName, Split]
+    sites: list[dict[str, Any]]  # empty if there are only labels
     classes: list[Name] | None
     image: Image
     rates: Rates
@@ -179,25 +181,25 @@ class Manifest(_Part):
     group_by: Name | None = None
     ceiling: Ceiling | None = None
     truth: dict[str, Any] | None = None
-    files: dict[Literal["index.npz", "targets.npz"], Table] = {}
-    checksum: Sha256 | None = None  # of all the rest, so that a flipped digit is no other number; see `save`
+    files: dict[TableName, Table] = {}
+    checksum: Sha256 | None = None  # of all the rest, so that no flipped digit passes as a number; see `save`
 
     @field_validator("provenance")
     @classmethod
     def _shown(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """What data_prep/shards/summary.py shows of it; the rest is kept as it is."""
+        """Check what data_prep/shards/summary.py shows of it; the rest is kept as it is."""
         warnings, straddling = value.get("warnings", []), value.get("straddling", {})
         if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
             raise ValueError("warnings must be a list of sentences")
         if not isinstance(straddling, dict) or not all(
-            isinstance(found, dict) and {"groups", "of"} <= found.keys() for found in straddling.values()
+            isinstance(counts, dict) and {"groups", "of"} <= counts.keys() for counts in straddling.values()
         ):
-            raise ValueError("straddling must tell groups and of by fact")
+            raise ValueError("straddling must give groups and of for each fact")
         return value
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all shards' hashes: it tells whether two folders hold the same data."""
+        """A hash of all shards' hashes: the same for two folders with the same data."""
         shards = [shard.sha256 for split in self.splits.values() for shard in split.shards]
         return hashlib.sha256("".join(shards).encode()).hexdigest()
 
@@ -230,7 +232,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise BadInput(f"{folder} is not a folder; give a shard folder made by data_prep/pack.py")
     if not path.is_file():
         raise BadInput(
-            f"{folder} has no manifest.json, so it is no (finished) shard folder, nor are there tars that others wrote"
+            f"{folder} has no manifest.json, so it is not a (finished) shard folder; nor does it contain tars"
         )
     try:
         content = read_regular(path)
@@ -250,17 +252,17 @@ def parse_manifest(content: bytes, path: Path | str) -> Manifest:
         BadInput: it is damaged or of another format version.
     """
     try:
-        found = parse_json(content)
+        fields = parse_json(content)
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
         fault = error.errors()[0]
         where = ".".join(str(part) for part in fault["loc"]) or "the file"
         raise BadInput(f"{path}: {where}: {fault['msg']}; pack the recording again") from None
     except ValueError as error:
-        raise BadInput(f"{path}: is not readable as JSON ({error}); pack the recording again") from None
+        raise BadInput(f"{path} is not readable as JSON ({error}); pack the recording again") from None
     _check_names(manifest, path)
     _check_lengths(manifest, path)
-    if manifest.checksum not in (None, _checksum(found)):
+    if manifest.checksum not in (None, _checksum(fields)):
         raise BadInput(
             f"{path}: its content is not what was written (the checksum differs); copy it again, or, if you edited it "
             "by hand, remove the line with the checksum"
@@ -273,14 +275,15 @@ def _check_names(manifest: Manifest, path: Path | str) -> None:
     ids = [site.get("id") for site in manifest.sites]
     if None in ids or len(set(map(str, ids))) != sites:
         raise BadInput(f"{path}: sites: each of the {sites} sites needs an id of its own")
-    if odd := next((site_id for site_id in map(str, ids) if not is_name(site_id)), None):
-        raise BadInput(f"{path}: sites: the id {odd[:100]!r} is not printable or too long")
+    for site_id in map(str, ids):
+        if not is_name(site_id):
+            raise BadInput(f"{path}: sites: the id {site_id[:100]!r} is not printable or too long")
     if manifest.classes is not None and len(set(manifest.classes)) != len(manifest.classes):
-        raise BadInput(f"{path}: classes: two have one name, so that labels would mean either")
-    files = [shard.file for split in manifest.splits.values() for shard in split.shards]
-    if len(set(files)) < len(files):
-        twice = Counter(files).most_common(1)[0][0]
-        raise BadInput(f"{path}: splits: {twice} is listed twice; each tar belongs to one place of one split")
+        raise BadInput(f"{path}: classes: two have the same name, so labels would be ambiguous")
+    count_of = Counter(shard.file for split in manifest.splits.values() for shard in split.shards)
+    for file, count in count_of.items():
+        if count > 1:
+            raise BadInput(f"{path}: splits: {file} is listed twice; each tar belongs to one split, once")
 
 
 def _check_lengths(manifest: Manifest, path: Path | str) -> None:

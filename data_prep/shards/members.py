@@ -1,10 +1,11 @@
-"""What a shard may hold: which members of a tar are plain data, where they lie, and what the small ones say."""
+"""The members of a shard: which are plain data, where they lie in the tar, and what the small ones say."""
 
+import io
 import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -18,14 +19,14 @@ LABEL_FIELDS = ("object", "label", "class")  # of a JSON member that names the c
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # as WebDataset divides names into key and extension
 _NOT_A_SAMPLE = re.compile(r"__[^/]*__($|/)")  # members that WebDataset passes over, such as __index__
 _SAME_KIND = {"jpeg": "jpg"}
-BLOCK = 512  # bytes: of a header in a tar, and what members are filled up to
-ABSENT = (-1, 0)  # offset and size of a member that is not there
+BLOCK = 512  # bytes: of a header in a tar, and what members are padded to
+ABSENT = (-1, 0)  # offset and size of a member that a stimulus lacks
 
-LARGEST_HEADER = 2**20  # bytes of a long name; a header that claims more is damaged or made to exhaust memory
-LARGEST_PADDING = 64 * 2**20  # bytes behind the end mark; tar fills up to 10 kB
+LARGEST_HEADER = 2**20  # bytes of a long name; a header that claims more is damaged or malicious
+LARGEST_PADDING = 64 * 2**20  # bytes after the end mark; tar pads to 10 kB
 
 _END_MARK = 2 * BLOCK  # zero bytes that close a tar
-_ENDS = 2  # times that walking a whole tar without an end mark reads nothing
+_EMPTY_READS = 2  # that walking a complete tar without an end mark takes
 
 
 def key_and_kind(name: str) -> tuple[str, str] | None:
@@ -56,66 +57,64 @@ def member_table(path: Path) -> tuple[list[str], np.ndarray]:
     """Find every member of one tar by walking its headers.
 
     Returns:
-        the keys in their order, and for each key the offset and size of each of MEMBERS, int64 (stimuli, members, 2);
+        The keys in their order, and for each key the offset and size of each of MEMBERS, int64 (stimuli, members, 2);
         ABSENT where it has none.
 
     Raises:
-        BadInput: a damaged tar, a member of a kind that is not plain data, or members of one stimulus that lie apart.
+        BadInput: a damaged tar, a member that is not plain data, or members of one stimulus that are not adjacent.
     """
-    places: dict[str, dict[str, tuple[int, int]]] = {}
+    extents: dict[str, dict[str, tuple[int, int]]] = {}
     last = None
     for name, offset, size in _files(path):
-        found = key_and_kind(name)
-        if found is None:
+        member = key_and_kind(name)
+        if member is None:
             raise not_plain(path, name)
-        key, kind = found
-        if key != last and key in places:
+        key, kind = member
+        if key != last and key in extents:
             raise BadInput(f"{path}: {key}: twice in the tar, or its members do not lie together")
-        if kind in places.setdefault(key, {}):
+        if kind in extents.setdefault(key, {}):
             raise BadInput(f"{path}: {key}: has {kind} twice; WebDataset cannot read such a tar either")
-        places[key][kind] = (offset, size)
+        extents[key][kind] = (offset, size)
         last = key
-    table = [[place.get(kind, ABSENT) for kind in MEMBERS] for place in places.values()]
-    return list(places), np.array(table, dtype=np.int64).reshape(len(places), len(MEMBERS), 2)
+    table = [[of_kind.get(kind, ABSENT) for kind in MEMBERS] for of_kind in extents.values()]
+    return list(extents), np.array(table, dtype=np.int64).reshape(len(extents), len(MEMBERS), 2)
 
 
-class _Headers:
-    """A tar for tarfile to walk: what a header claims costs neither memory nor, by leading backwards, endless time."""
+class _GuardedTar(io.BufferedReader):
+    """A tar for tarfile to walk: no header can make it take much memory or, by leading backwards, endless time."""
 
-    def __init__(self, file: BinaryIO):
-        self._file, self._furthest, self._ends = file, 0, 0
+    def __init__(self, path: Path):
+        super().__init__(io.FileIO(path))
+        self._furthest, self._empty_reads = 0, 0
 
-    def read(self, size: int) -> bytes:
-        if not 0 <= size <= LARGEST_HEADER:
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= LARGEST_HEADER:
             raise tarfile.ReadError(f"a header claims {size:,} bytes of text")
-        data = self._file.read(size)
-        self._furthest = self._file.tell()
-        self._ends += not data
-        if self._ends > _ENDS:
+        data = super().read(size)
+        self._furthest = self.tell()
+        if not data:
+            self._empty_reads += 1
+        if self._empty_reads > _EMPTY_READS:
             raise tarfile.ReadError("a header leads beyond the end")
         return data
 
-    def seek(self, position: int) -> None:
-        if position < self._furthest:
+    def seek(self, position: int, whence: int = io.SEEK_SET, /) -> int:
+        if whence != io.SEEK_SET or position < self._furthest:
             raise tarfile.ReadError(f"the header before byte {self._furthest} leads backwards")
-        self._furthest = self._file.seek(position)
-
-    def tell(self) -> int:
-        return self._file.tell()
+        self._furthest = super().seek(position)
+        return self._furthest
 
 
 def _files(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of every file in a tar (GNU, pax or ustar)."""
     try:
-        with path.open("rb") as file, tarfile.open(fileobj=_Headers(file), mode="r:") as tar:
+        with _GuardedTar(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 _check_name(path, member.name)
                 if member.isdir() or not is_sample(member.name):
                     continue
                 if not member.isreg() or member.issparse():
-                    raise BadInput(
-                        f"{path}: {member.name}: a link, a device or a file with holes; pack it as a plain file"
-                    )
+                    raise BadInput(f"{path}: {member.name}: a link, a device or a sparse file; pack it as a plain file")
                 yield member.name, member.offset_data, member.size
             end = tar.offset
     except BadInput:
@@ -126,7 +125,7 @@ def _files(path: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def _check_name(path: Path, name: str) -> None:
-    """Refuse names that lead out of a folder, or that no terminal could show."""
+    """Refuse names that lead out of a folder or are not printable."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -138,36 +137,44 @@ def _check_name(path: Path, name: str) -> None:
 
 
 def _check_end(path: Path, end: int) -> None:
-    """Refuse a tar without its end mark: nothing else tells that it was cut at a member's border."""
+    """Refuse a tar without its end mark: nothing else shows that it was cut at a member's border."""
     with path.open("rb") as file:
         file.seek(end)
         mark = file.read(_END_MARK)
-        more = path.stat().st_size - file.tell() > LARGEST_PADDING or any(file.read(LARGEST_PADDING))
+        goes_on = path.stat().st_size - file.tell() > LARGEST_PADDING or any(file.read(LARGEST_PADDING))
     if any(mark):
         raise BadInput(f"{path} is not a whole tar file (no header at byte {end}); pack or copy it again")
     if len(mark) < _END_MARK:
         raise BadInput(f"{path} is not a whole tar file (it ends without an end mark: cut short); copy it again")
-    if more:
-        raise BadInput(f"{path}: goes on after its end mark, which no reader does; were two tars joined?")
+    if goes_on:
+        raise BadInput(f"{path} goes on after its end mark, where every reader stops; were two tars concatenated?")
 
 
-def read_json(data: bytes | memoryview | None, place: str) -> dict[str, Any]:
-    """What a JSON member says; nothing where there is none.
+def read_json(data: bytes | memoryview | None, location: str) -> dict[str, Any]:
+    """The content of a JSON member; empty if there is none.
+
+    Args:
+        data: of the member.
+        location: of the stimulus, for messages.
 
     Raises:
         BadInput: not a JSON object.
     """
     try:
-        found = parse_json(bytes(data or b"{}"))
+        content = parse_json(bytes(data or b"{}"))
     except ValueError as error:
-        raise BadInput(f"{place}.json is not readable as JSON ({error})") from None
-    if not isinstance(found, dict):
-        raise BadInput(f'{place}.json must hold a JSON object such as {{"object": "face"}}')
-    return found
+        raise BadInput(f"{location}.json is not readable as JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BadInput(f'{location}.json must contain a JSON object such as {{"object": "face"}}')
+    return content
 
 
-def read_array(data: bytes | memoryview, place: str) -> np.ndarray:
+def read_array(data: bytes | memoryview, location: str) -> np.ndarray:
     """An array of numbers as float32.
+
+    Args:
+        data: of the .npy member.
+        location: of the member, for messages.
 
     Raises:
         BadInput: not a plain npy array of real numbers, or one with an infinite value.
@@ -175,18 +182,23 @@ def read_array(data: bytes | memoryview, place: str) -> np.ndarray:
     try:
         array = npy_array(data)
     except ValueError as error:
-        raise BadInput(f"{place} is not a plain npy array ({error})") from None
+        raise BadInput(f"{location} is not a plain npy array ({error})") from None
     if array.dtype.kind not in "fiu":
-        raise BadInput(f"{place} must hold real numbers, not {array.dtype}")
+        raise BadInput(f"{location} must contain real numbers, not {array.dtype}")
     with np.errstate(over="ignore"):
         array = array.astype(np.float32, copy=False)
     if np.isinf(array).any():
-        raise BadInput(f"{place} holds an infinite value; NaN stands for what was not recorded")
+        raise BadInput(f"{location} contains an infinite value; NaN stands for what was not recorded")
     return array
 
 
-def read_label(cls: bytes | memoryview | None, facts: dict[str, Any], place: str) -> str | None:
-    """The class of a stimulus: what its member `cls` says, else the first of LABEL_FIELDS in its JSON member.
+def read_label(cls: bytes | memoryview | None, facts: dict[str, Any], location: str) -> str | None:
+    """The class of a stimulus: the text of its member `cls`, else the first of LABEL_FIELDS in its JSON member.
+
+    Args:
+        cls: the member, if any.
+        facts: the JSON member.
+        location: of the stimulus, for messages.
 
     Raises:
         BadInput: it is not a line of text.
@@ -197,10 +209,12 @@ def read_label(cls: bytes | memoryview | None, facts: dict[str, Any], place: str
         except UnicodeDecodeError:
             text = ""
         if not is_name(text):
-            raise BadInput(f"{place}.cls must be the number or the name of a class, as text")
+            raise BadInput(f"{location}.cls must be the number or the name of a class, as text")
         return text
-    named = (facts[field] for field in LABEL_FIELDS if field in facts)
-    label = next((str(name) for name in named if isinstance(name, str | int) and not isinstance(name, bool)), None)
-    if label is not None and not is_name(label):
-        raise BadInput(f"{place}.json: the class {label[:100]!r} is no name; it must be one printable line")
-    return label
+    for field in LABEL_FIELDS:
+        value = facts.get(field)
+        if isinstance(value, str | int) and not isinstance(value, bool):
+            if not is_name(str(value)):
+                raise BadInput(f"{location}.json: the class {str(value)[:100]!r} is not one printable line")
+            return str(value)
+    return None

@@ -194,7 +194,7 @@ INDEXES: dict[str, Case] = {
     "shards as floats": (_replace("train.shard", lambda old: old.astype(float)), ("train", "shard is float64")),
     "too short": (_replace("train.stimulus_id", lambda old: old[:-1]), ("train", "manifest.json counts")),
     "ids as numbers": (_replace("train.stimulus_id", lambda old: np.arange(len(old))), ("stimulus_id is int64",)),
-    "one id twice": (_replace("train.stimulus_id", lambda old: old[[0, *range(len(old) - 1)]]), ("is there twice",)),
+    "one id twice": (_replace("train.stimulus_id", lambda old: old[[0, *range(len(old) - 1)]]), ("is listed twice",)),
     "an id of two lines": (_set("train.stimulus_id", 0, "a\nb"), ("not printable",)),
     "an id in two splits": (
         with_index(lambda arrays: arrays["val.stimulus_id"].__setitem__(0, arrays["train.stimulus_id"][0])),

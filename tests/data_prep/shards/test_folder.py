@@ -26,7 +26,8 @@ from data_prep.shards.folder import ShardFolder
 from data_prep.shards.index import index_shard
 from data_prep.shards.manifest import from_json_list
 from data_prep.shards.members import MEMBERS
-from data_prep.shards.packing import _whole_or_nothing, pack
+from data_prep.shards.new_folder import new_folder
+from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 
 PACK, SHOW = "data_prep/pack.py", "data_prep/show.py"
@@ -227,7 +228,7 @@ def test_however_close_the_race_one_wins_and_the_others_are_told(tmp_path):
     def contend(out: Path, start: threading.Barrier) -> str:
         start.wait()
         try:
-            with _whole_or_nothing(out) as hidden:
+            with new_folder(out) as hidden:
                 (hidden / "shard").write_text("")
         except BadInput:
             return "told"
