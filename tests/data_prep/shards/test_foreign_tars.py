@@ -135,7 +135,7 @@ def test_names_tell_the_split(tmp_path, names, splits):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["train-0.tar", "more.tar"], "more.tar: the name tells no split"),
+        (["train-0.tar", "more.tar"], "more.tar: its name says no split"),
         (["train-of-test.tar"], "several splits"),
         (["train.tar", "val.tar.gz"], "val.tar.gz is compressed"),
         (["pipe:touch hacked.tar"], "rename it to letters, digits"),
@@ -174,7 +174,7 @@ def test_the_tars_are_read_once(folder):
 
 
 @pytest.mark.parametrize("change", ["rewritten", "more", "fewer", "damaged index", "index of a pack"])
-def test_other_tars_are_read_anew(folder, change):
+def test_other_tars_are_read_again(folder, change):
     ShardFolder(folder)
     if change == "rewritten":
         write_samples(folder / "train-1.tar", range(8, 11))
@@ -189,7 +189,7 @@ def test_other_tars_are_read_anew(folder, change):
             np.savez(
                 folder / "index.npz", **{name: arrays[name] for name in arrays if name not in ("manifest", "tars")}
             )
-        with pytest.raises(BadInput, match=r"no manifest.json, so it is not a whole copy"):
+        with pytest.raises(BadInput, match=r"no manifest.json, so it is not a complete copy"):
             ShardFolder(folder)
         return
     stimuli = {"rewritten": 11, "more": 15, "fewer": 8, "damaged index": 14}[change]
@@ -313,7 +313,7 @@ DAMAGE = {
     "empty file": (cut(lambda members: 0), "train-1.tar", "not a whole tar file"),
     "a header damaged": (bad_header, "train-1.tar", "no header at byte"),
     "two tars in one": (joined, "train-1.tar", "after its end mark"),
-    "no stimuli": (lambda folder: write_tar(folder / "train-1.tar", []), "train-1.tar", "holds no stimuli"),
+    "no stimuli": (lambda folder: write_tar(folder / "train-1.tar", []), "train-1.tar", "contains no stimuli"),
     "no image": (changed(png=None), "train-1.tar: s10", "has no image"),
     "no responses": (changed(rates_npy=None), "train-1.tar: s10", "has no rates.npy"),
     "another number of sites": (changed(rates_npy=npy(RATES[0, :4])), "train-1.tar: s10", "4 sites, others have 5"),
