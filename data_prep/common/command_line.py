@@ -57,7 +57,8 @@ def parse(
     words = sys.argv[1:] if words is None else list(words)
     program = _program()
     choices = _subcommands(model)
-    options = options_of(model, defaults or {})
+    defaults = defaults or {}
+    options = options_of(model, defaults)
     chosen = next((word for word in words if word in choices), None)
     if chosen is not None:
         program += f" {chosen}"
@@ -133,16 +134,12 @@ def _help_hint() -> str:
     return f"{_program()} --help lists the options"
 
 
-def _parse_with_tyro(
-    model: type[Parsed], words: Sequence[str], defaults: Mapping[str, Any] | None, usage_line: str
-) -> Parsed:
-    default = None
-    if defaults is not None:
-        own = {
-            name: tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
-            for name, field in model.model_fields.items()
-        }
-        default = model.model_construct(None, **(own | dict(defaults)))
+def _parse_with_tyro(model: type[Parsed], words: Sequence[str], defaults: Mapping[str, Any], usage_line: str) -> Parsed:
+    own = {
+        name: tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
+        for name, field in model.model_fields.items()
+    }
+    default = model.model_construct(None, **(own | dict(defaults)))
     complaint = io.StringIO()
     config = (tyro.conf.FlagCreatePairsOff, *(SUBCOMMAND_SETTINGS if _subcommands(model) else ()))
     try:

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 VALUE_NAMES: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", Path: "PATH", bool: ""}
 
-_POSITIONAL = tyro.conf.Positional[int].__metadata__[0]
+(_POSITIONAL,) = get_args(tyro.conf.Positional[int])[1:]
 
 
 @dataclass(frozen=True)
@@ -127,13 +127,18 @@ def options_of(model: type[BaseModel], defaults: Mapping[str, Any]) -> list[Opti
 
 
 def _default(name: str, field: FieldInfo, defaults: Mapping[str, Any]) -> Any:
-    first, *rest = name.split(".")
+    first, _, rest = name.partition(".")
     if first in defaults:
-        value = defaults[first]
-        for part in rest:
-            value = getattr(value, part)
-        return value
+        return value_at(defaults[first], rest) if rest else defaults[first]
     return tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def value_at(settings: BaseModel, name: str) -> Any:
+    """The value of a field by its dotted name."""
+    value: Any = settings
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
 
 
 def subcommands(field: FieldInfo) -> dict[str, type[BaseModel]]:

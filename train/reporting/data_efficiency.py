@@ -17,14 +17,18 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.common.option_fields import marked
 from data_prep.common.safe_reading import parse_json, read_regular
 from data_prep.common.terminal import printable
 from train.evaluation.ensemble_evaluation import ENSEMBLE_FILE
 from train.reporting.reported_run import ScoredRun, shortest_names
-from train.run.folder import FREE, RunFolder, flat
+from train.run.field_rules import FREE_ON_RESUME
+from train.run.folder import RunFolder, flat
+from train.run.recipe import ProbeRecipe, Recipe
 from train.run.yaml_files import read_yaml
 
-NOT_OF_THE_SYSTEM = FREE | {"subset", "seed", "early_stopping.fold"}  # settings that a system's runs may differ in
+_FREE = marked(Recipe, FREE_ON_RESUME) | marked(ProbeRecipe, FREE_ON_RESUME)
+NOT_OF_THE_SYSTEM = _FREE | {"subset", "seed", "early_stopping.fold"}  # settings that a system's runs may differ in
 LEAST_SIZES = 3  # below, a straight line fits too easily to mean anything
 DEEPEST = 20  # levels of ensembles of ensembles
 MOST_NAMED = 3  # settings in a system's name

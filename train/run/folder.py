@@ -20,22 +20,16 @@ from typing import Any
 from data_prep.common import locks
 from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput, Stopped
+from data_prep.common.option_fields import marked
 from data_prep.common.safe_reading import parse_json, read_regular
 from data_prep.remote.url import is_url, recorded
+from train.run.field_rules import FREE_ON_RESUME
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 from train.run.yaml_files import read_yaml
 
 LOCK = ".lock"  # held by the process that writes to the run
 SECONDS_TO_END = 10.0  # that a process which was killed takes to go
 LEFT_OUT = "left_out"  # as a split: training stimuli, each predicted by a model that was not fitted on it
-FREE = frozenset(  # settings of how and where it is computed, not what
-    (
-        *("strategy", "batch.per_device", "memory", "checkpoint.every_steps", "checkpoint.keep"),
-        *("loader.workers", "loader.cache", "loader.cache_gib"),
-        *("timeout", "faults.timeout", "faults.start_timeout", "faults.bad_steps"),
-        *("data", "loader.shard_cache", "loader.shard_cache_gib", "loader.fetch_timeout"),
-    )
-)
 
 
 class RunFolder:
@@ -101,8 +95,10 @@ class RunFolder:
         for line in self.epochs():
             epoch_of(line, self.history)
         before, now = flat(load_recipe(self.recipe, type(recipe)).model_dump()), flat(recipe.model_dump())
-        changed = [f"{name}: {before[name]} -> {now[name]}" for name in now if before[name] != now[name]]
-        changed = [change for change in changed if change.partition(":")[0] not in FREE]
+        free = marked(type(recipe), FREE_ON_RESUME)
+        changed = [
+            f"{name}: {before[name]} -> {now[name]}" for name in now if name not in free and before[name] != now[name]
+        ]
         if changed:
             raise BadInput(
                 f"{self.path} was started with another recipe ({'; '.join(changed)}); resume it with its own"

@@ -1,7 +1,4 @@
-"""What a run can be told, section by section; `train/run/recipe.py` puts the sections together.
-
-Every field's docstring is its help text on the command line.
-"""
+"""The sections of a recipe; `train/run/recipe.py` puts them together. A field's docstring is its help text."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,11 +8,17 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from data_prep.common.option_fields import OFTEN_CHANGED
 from data_prep.remote.cache import FetchSettings
+from train.run.field_rules import FREE_ON_RESUME, TRAINING_ONLY, used_when
 
 LARGEST_SEED = 2**63 - 1  # that every generator takes
 WEEK = 7 * 86400.0  # seconds
 
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
+
+WITH_RESPONSES = used_when("task.kind", "regression", "hybrid")
+WITH_CLASSES = used_when("task.kind", "classification", "hybrid")
+HYBRID = used_when("task.kind", "hybrid")
+WHOLE_NETWORK = used_when("backbone.trainable", "all")
 
 
 class Settings(BaseModel):
@@ -28,15 +31,15 @@ class Task(Settings):
     """What the network learns to predict."""
 
     kind: Annotated[Literal["regression", "classification", "hybrid"], OFTEN_CHANGED] = "regression"
-    """Responses, the object shown, or both from one backbone."""
-    regression_weight: float = Field(1.0, ge=0, le=1e6)
-    """Weight of the response loss in the hybrid sum."""
-    classification_weight: float = Field(1.0, ge=0, le=1e6)
-    """Weight of the cross-entropy in the hybrid sum."""
-    weighting: Literal["fixed", "uncertainty"] = "fixed"
-    """The two weights above, or weights learned as the tasks' uncertainties (Kendall et al. 2018)."""
-    shuffle_responses: bool = False
-    """Control: pair the training stimuli with each other's responses. It must score at chance."""
+    """Predict responses, the object shown, or both from one backbone."""
+    regression_weight: Annotated[float, HYBRID, used_when("task.weighting", "fixed")] = Field(1.0, ge=0, le=1e6)
+    """Weight of the response loss in a hybrid's loss."""
+    classification_weight: Annotated[float, HYBRID, used_when("task.weighting", "fixed")] = Field(1.0, ge=0, le=1e6)
+    """Weight of the cross-entropy in a hybrid's loss."""
+    weighting: Annotated[Literal["fixed", "uncertainty"], HYBRID] = "fixed"
+    """Use the two weights above, or learn them as the tasks' uncertainties (Kendall et al. 2018)."""
+    shuffle_responses: Annotated[bool, WITH_RESPONSES] = False
+    """Control: shuffle the training responses over stimuli. Scores must then be at chance."""
 
     @property
     def predicts_responses(self) -> bool:
@@ -50,75 +53,82 @@ class Task(Settings):
 
 
 class Source(Settings):
-    """A network and where its weights come from."""
+    """A network and its weights."""
 
     name: Annotated[Text, OFTEN_CHANGED] = "tf_efficientnet_lite0"
-    """Any timm model name, or our small `cnn2` and `cnn3`."""
+    """Any timm model, or Spiketune's small `cnn2` and `cnn3`."""
     weights: Annotated[Text, OFTEN_CHANGED] = "pretrained"
-    """`pretrained` (an installed package, else timm's hub), `random`, a .safetensors/.pth file, or a run folder."""
+    """`pretrained` (from an installed package, else from timm's hub), `random`, a .safetensors or .pth file, or a run
+    folder."""
     cut: Text | None = None
-    """End the network after this stage or module, e.g. layer3 or blocks.4, or read several together, as
-    blocks.3+blocks.4; by default it is whole."""
+    """Last stage or module to use, e.g. layer3 or blocks.4; several are read together, e.g. blocks.3+blocks.4. The
+    whole network by default."""
 
 
 class Backbone(Source):
-    """The network that turns an image into features, and what of it is trained."""
+    """The network that turns an image into features, and how much of it is trained."""
 
     trainable: Annotated[Literal["all", "head"], OFTEN_CHANGED] = "all"
-    """Train everything, or the readout alone on a frozen backbone."""
-    batch_norm: Literal["live", "frozen", "synced"] = "live"
-    """Normalise by each process's own share of the batch; by the statistics that came with the weights (a frozen
-    backbone always does); or, on GPUs, by the whole batch over all processes."""
-    gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: less memory, about a third more time."""
+    """Train everything, or only the readout on a frozen backbone."""
+    batch_norm: Annotated[
+        Literal["live", "frozen", "synced"], used_when("backbone.trainable", "all", harmless=("frozen",))
+    ] = "live"
+    """Statistics of BatchNorm: of each process's share of the batch (live), those that came with the weights (frozen;
+    always so in a frozen backbone), or of the global batch (synced; GPUs only)."""
+    gradient_checkpointing: Annotated[bool, WHOLE_NETWORK] = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
 
 
 class Readout(Settings):
-    """From the backbone's features to the sites; docs/recipes.md has the formulas."""
+    """From the backbone's features to the sites; formulas in docs/recipes.md."""
 
-    kind: Annotated[Literal["linear", "flattened", "low_rank", "factorised", "gaussian"], OFTEN_CHANGED] = "linear"
-    """On pooled features; on the whole map; through shared dimensions; mask x channels; a Gaussian position."""
-    rank: int = Field(32, ge=1, le=65_536)
-    """Dimensions that the sites share, of low_rank."""
+    kind: Annotated[
+        Literal["linear", "flattened", "low_rank", "factorised", "gaussian"], OFTEN_CHANGED, WITH_RESPONSES
+    ] = "linear"
+    """Linear on pooled features, or on the whole map; low_rank: through shared dimensions; factorised: a spatial mask
+    times channel weights per site; gaussian: a Gaussian position per site."""
+    rank: Annotated[int, used_when("readout.kind", "low_rank")] = Field(32, ge=1, le=65_536)
+    """Number of shared dimensions of low_rank."""
     start: Literal["zero", "ridge", "field"] = "zero"
-    """Begin at each site's mean; at the ridge solution on the frozen features (head first, then everything); or, of
-    factorised and gaussian, at the ridge through the window that suits the site best."""
+    """Initial readout: each site's mean (zero), the ridge solution on the frozen features (ridge), or for factorised
+    and gaussian the ridge solution through each site's best window (field)."""
 
 
 class Loss(Settings):
     """What is minimised."""
 
-    responses: Literal["mse", "poisson", "correlation"] = "mse"
-    """Squared error of z-scored rates; Poisson likelihood of raw rates; one minus the correlation over the batch."""
-    site_weights: Literal["equal", "reliability"] = "equal"
-    """What a site counts in the response loss: as much as any, or in proportion to its reliability over the training
-    stimuli, which needs single trials."""
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
-    """Share of the probability that is spread over all classes in the cross-entropy."""
+    responses: Annotated[Literal["mse", "poisson", "correlation"], WITH_RESPONSES] = "mse"
+    """Squared error of z-scored rates, Poisson likelihood of raw rates, or one minus the correlation over the batch."""
+    site_weights: Annotated[Literal["equal", "reliability"], WITH_RESPONSES] = "equal"
+    """Weight of each site in the response loss: equal, or proportional to its reliability on the training stimuli
+    (needs single trials)."""
+    label_smoothing: Annotated[float, WITH_CLASSES] = Field(0.0, ge=0, lt=1)
+    """Label smoothing of the cross-entropy."""
 
 
 class Distill(Settings):
-    """A teacher whose predictions are learned beside the responses."""
+    """A teacher whose predictions are learned together with the responses."""
 
-    teacher: Text | None = None
-    """Folder of a probe, a run or an ensemble with predictions of training stimuli that were left out of its fit."""
-    weight: float = Field(0.5, gt=0, le=1)
-    """Share of the teacher's prediction in what is to be learned; the rest is the response itself."""
+    teacher: Annotated[Text | None, WITH_RESPONSES] = None
+    """Folder of a probe, run or ensemble that has predictions of training stimuli left out of its fit."""
+    weight: Annotated[float, used_when("distill.teacher")] = Field(0.5, gt=0, le=1)
+    """Share of the teacher's prediction in the training target; the rest is the response."""
 
 
 class Augment(Settings):
-    """Random changes of the training images, other ones in each epoch. Sites code position: keep them small."""
+    """Random changes of the training images, drawn again every epoch. Sites code position, so keep them small."""
 
     shift: float = Field(0.0, ge=0, le=0.5)
-    """Largest shift up, down, left and right, as a part of the image's side."""
+    """Largest shift in each direction, as a fraction of the image's side."""
     zoom: float = Field(0.0, ge=0, le=0.5)
-    """Largest change of size, as a part: 0.05 shows the image between 5 % smaller and 5 % larger."""
+    """Largest change of size: 0.05 is between 5 % smaller and 5 % larger."""
     brightness: float = Field(0.0, ge=0, le=1)
-    """Largest change of brightness, as a part."""
+    """Largest relative change of brightness."""
     contrast: float = Field(0.0, ge=0, le=1)
-    """Largest change of contrast around the image's mean, as a part."""
+    """Largest relative change of contrast around the image's mean."""
     flip: bool = False
-    """Mirror half of the images. Off: a site that codes the left answers otherwise to the mirrored image."""
+    """Mirror half of the images. Off by default: a site that codes the left visual field responds differently to the
+    mirrored image."""
 
     @property
     def is_on(self) -> bool:
@@ -130,85 +140,89 @@ class Images(Settings):
     """How images reach the network."""
 
     size: int | None = Field(None, ge=16, le=4096)
-    """Side in pixels of the square image the network sees; by default the size of the packed images."""
+    """Side in pixels of the square image the network sees; by default that of the packed images."""
 
 
 class Optimizer(Settings):
     """How gradients become steps."""
 
     name: Literal["nadam", "adam", "adamw", "radam", "lion", "sgd"] = "nadam"
-    """The optimizer; weight decay is decoupled for all but sgd and adam."""
+    """The optimizer; weight decay is decoupled except in sgd and adam."""
     lr: Annotated[float, OFTEN_CHANGED] = Field(1e-3, gt=0, le=1000)
     """Peak learning rate."""
-    backbone_lr_factor: float = Field(1.0, gt=0, le=1000)
-    """The backbone's learning rate as a part of `lr`, which the readout has."""
+    backbone_lr_factor: Annotated[float, WHOLE_NETWORK] = Field(1.0, gt=0, le=1000)
+    """Learning rate of the backbone, relative to `lr`, which is that of the readout."""
     weight_decay: float = Field(0.01, ge=0, le=1000)
-    """Weight decay, not applied to norms and biases."""
-    momentum: float = Field(0.9, ge=0, lt=1)
+    """Weight decay; not applied to norms and biases."""
+    momentum: Annotated[float, used_when("schedule.cycle_momentum", False)] = Field(0.9, ge=0, lt=1)
     """Momentum of sgd; the first beta of the others."""
     clip_norm: float | None = Field(None, gt=0, le=1e6)
-    """Clip the gradient of the global batch to this norm."""
+    """Largest norm of the global batch's gradient; larger ones are clipped. No clipping by default."""
 
 
 class Schedule(Settings):
-    """The learning rate over the optimizer steps of the run."""
+    """The learning rate over the run's optimizer steps."""
 
     kind: Literal["onecycle", "cosine", "plateau", "constant"] = "onecycle"
-    """OneCycle (Smith 2018); or a linear warm-up and then a cosine, drops at plateaus, or nothing."""
+    """OneCycle (Smith 2018), or after a linear warm-up a cosine, drops at plateaus, or a constant rate."""
     warmup: float = Field(0.3, ge=0, lt=1)
-    """Share of all steps over which the rate rises."""
-    cycle_momentum: bool = False
-    """Of onecycle: let the momentum fall from 0.95 to 0.85 and rise again, against the rate, as torch does."""
-    plateau_factor: float = Field(0.1, gt=0, lt=1)
-    """Of plateau: the rate is multiplied by this ..."""
-    plateau_patience: int = Field(5, ge=1, le=1_000_000)
-    """... after so many epochs in a row without improvement of the selection metric."""
+    """Fraction of all steps over which the rate rises."""
+    cycle_momentum: Annotated[bool, used_when("schedule.kind", "onecycle")] = False
+    """For onecycle: lower the momentum from 0.95 to 0.85 and raise it again, opposite to the rate, as torch does."""
+    plateau_factor: Annotated[float, used_when("schedule.kind", "plateau")] = Field(0.1, gt=0, lt=1)
+    """For plateau: factor by which each drop multiplies the rate."""
+    plateau_patience: Annotated[int, used_when("schedule.kind", "plateau")] = Field(5, ge=1, le=1_000_000)
+    """For plateau: drop the rate after this many epochs in a row without improvement of the selection metric."""
 
 
 class Batch(Settings):
     """How many stimuli make an optimizer step."""
 
     global_size: Annotated[int, OFTEN_CHANGED] = Field(32, ge=1, le=1_000_000)
-    """Stimuli per optimizer step, over all processes together."""
-    per_device: int | None = Field(None, ge=1, le=1_000_000)
-    """The most stimuli in one forward pass of one process; gradient accumulation follows from it."""
+    """Stimuli per optimizer step, over all processes."""
+    per_device: Annotated[int | None, FREE_ON_RESUME] = Field(None, ge=1, le=1_000_000)
+    """Maximum stimuli per forward pass of a process; gradient accumulation follows from it."""
 
 
 class EarlyStopping(Settings):
-    """When to stop, and which stimuli decide it."""
+    """When to stop, and which stimuli decide."""
 
     split: Literal["inner", "val"] = "inner"
-    """`inner` holds out a part of train; `val` is the published protocol, and the metrics then say so."""
-    inner_fraction: float = Field(0.1, gt=0, lt=1)
-    """Share of train that is held out as the inner split."""
-    folds: int | None = Field(None, ge=2, le=10_000)
-    """Instead of a share drawn by the seed: deal train out to so many folds, the same ones for all seeds ..."""
-    fold: int = Field(1, ge=1, le=10_000)
-    """... of which this one, counted from 1, is the inner split. All folds together leave each stimulus out once."""
+    """Choose the epoch on `inner`, training stimuli that are held back, or on `val` as published protocols do
+    (metrics.json then says so)."""
+    inner_fraction: Annotated[
+        float, used_when("early_stopping.split", "inner"), used_when("early_stopping.folds", None)
+    ] = Field(0.1, gt=0, lt=1)
+    """Fraction of the training stimuli held back as the inner split."""
+    folds: Annotated[int | None, used_when("early_stopping.split", "inner")] = Field(None, ge=2, le=10_000)
+    """Divide train into this many folds, the same for all seeds, and hold back one of them in place of a fraction."""
+    fold: Annotated[int, used_when("early_stopping.folds")] = Field(1, ge=1, le=10_000)
+    """The fold to hold back, counted from 1. Over all folds each stimulus is held back once."""
     metric: Literal["r2", "explained_variance", "mse", "pearson_r", "top1"] | None = None
-    """What must improve; by default r2, or top1 for classification."""
+    """Metric that must improve; by default r2 (pearson_r for the correlation loss, top1 for classification)."""
     patience: int = Field(20, ge=1, le=1_000_000)
     """Stop after this many epochs in a row without improvement."""
 
 
 class Checkpoint(Settings):
-    """When a run is saved, and what of it is kept."""
+    """When a run is saved, and which checkpoints are kept."""
 
-    every_steps: int | None = Field(None, ge=1, le=10**9)
-    """Save after every so many optimizer steps as well as after each epoch."""
-    keep: int = Field(2, ge=1, le=10_000)
-    """How many of the last checkpoints to keep, beside the best: a damaged one is passed over for the one before."""
+    every_steps: Annotated[int | None, FREE_ON_RESUME] = Field(None, ge=1, le=10**9)
+    """Optimizer steps between checkpoints, in addition to one after each epoch."""
+    keep: Annotated[int, FREE_ON_RESUME] = Field(2, ge=1, le=10_000)
+    """Number of recent checkpoints to keep besides the best; if the last is damaged, a run resumes from the one before.
+    """
 
 
 class Faults(Settings):
-    """What a run puts up with."""
+    """How long processes wait for each other, and what they tolerate."""
 
-    timeout: float = Field(300.0, ge=1, le=WEEK)
-    """Seconds that processes wait for each other, from the second step on, before they give one up as lost."""
-    start_timeout: float = Field(1800.0, ge=1, le=WEEK)
-    """The same for joining and for the first step, which may compile, or read weights from far away."""
-    bad_steps: int = Field(10, ge=1, le=1_000_000)
-    """A step whose loss or gradient is not finite is left out; after so many in a row the run ends."""
+    timeout: Annotated[float, FREE_ON_RESUME] = Field(300.0, ge=1, le=WEEK)
+    """Seconds that processes wait for each other from the second step on before they give up."""
+    start_timeout: Annotated[float, FREE_ON_RESUME] = Field(1800.0, ge=1, le=WEEK)
+    """The same while they start and during the first step, which may compile."""
+    bad_steps: Annotated[int, FREE_ON_RESUME] = Field(10, ge=1, le=1_000_000)
+    """Steps whose loss or gradient is not finite are skipped; after this many in a row the run ends."""
 
     @property
     def timeouts(self) -> tuple[float, float]:
@@ -219,31 +233,31 @@ class Faults(Settings):
 class Loader(Settings):
     """How images are read."""
 
-    engine: Literal["indexed", "webdataset"] = "indexed"
-    """`indexed` reads any stimulus from its tar; `webdataset` streams whole tars to train, drawn with replacement, and
-    promises less (see docs/loading.md). Scores are always taken with `indexed`."""
-    workers: int | None = Field(None, ge=0, le=256)
-    """Decoding processes per rank; by default the cores a rank has beyond its first, at most 8."""
-    cache: Literal["off", "ram", "disk", "auto"] = "auto"
-    """Keep decoded images for the next epoch, once per machine for all its processes: in memory, in a nameless file
-    in the temporary folder (TMPDIR), or nowhere; auto is ram unless images are read only once."""
-    cache_gib: float | None = Field(None, ge=0, le=1e6)
-    """Most that is kept of them on a machine; by default half of the memory (disk: space) that is free at the start.
-    What does not fit is decoded each time."""
-    order: Literal["shuffled", "blocks"] = "shuffled"
-    """Of the training stimuli: any after any; or, for data larger than memory or than the copies of remote shards, the
-    stimuli of a few shards mixed at a time, so that each shard is read in one stretch."""
-    block_shards: int = Field(16, ge=1, le=1_000_000)
-    """Of order blocks: shards that are mixed at a time. More mix better, and need more room."""
-    shard_cache: Text | None = None
-    """Of remote shards: folder for copies, shared by all runs on the machine; by default in ~/.cache."""
-    shard_cache_gib: float | None = Field(None, gt=0, le=1e6)
-    """Of remote shards: the most that is kept in that folder; by default half of what is free on its disk."""
-    fetch_timeout: float = Field(30.0, gt=0, le=WEEK)
-    """Of remote shards: seconds without an answer after which a connection is given up and made anew."""
+    engine: Annotated[Literal["indexed", "webdataset"], TRAINING_ONLY] = "indexed"
+    """`indexed` reads any stimulus from its tar; `webdataset` trains on whole tars, streamed and drawn with
+    replacement, and guarantees less (see docs/loading.md). Scores always use `indexed`."""
+    workers: Annotated[int | None, FREE_ON_RESUME] = Field(None, ge=0, le=256)
+    """Decoding processes per rank; by default one less than a rank's cores, at most 8."""
+    cache: Annotated[Literal["off", "ram", "disk", "auto"], FREE_ON_RESUME] = "auto"
+    """Where decoded images are kept for the next epoch, once per machine: nowhere, in memory, or in an unnamed file in
+    TMPDIR. auto is ram, unless images are read only once."""
+    cache_gib: Annotated[float | None, FREE_ON_RESUME] = Field(None, ge=0, le=1e6)
+    """Maximum GiB of decoded images per machine; by default half of the memory (disk: space) that is free at the start.
+    Images beyond that are decoded every time."""
+    order: Annotated[Literal["shuffled", "blocks"], used_when("loader.engine", "indexed"), TRAINING_ONLY] = "shuffled"
+    """Order of the training stimuli: fully shuffled; or shuffled within blocks of a few shards, so that each shard is
+    read in one stretch, for data larger than memory or the cache of remote shards."""
+    block_shards: Annotated[int, used_when("loader.order", "blocks"), TRAINING_ONLY] = Field(16, ge=1, le=1_000_000)
+    """For blocks: shards per block. More shards shuffle better and need more space."""
+    shard_cache: Annotated[Text | None, FREE_ON_RESUME] = None
+    """Folder for copies of remote shards, shared by all runs on the machine; by default below ~/.cache."""
+    shard_cache_gib: Annotated[float | None, FREE_ON_RESUME] = Field(None, gt=0, le=1e6)
+    """Maximum GiB in that folder; by default half of the free space on its disk."""
+    fetch_timeout: Annotated[float, FREE_ON_RESUME] = Field(30.0, gt=0, le=WEEK)
+    """Seconds without an answer before a connection to remote shards is closed and opened again."""
     on_bad_sample: Annotated[Literal["stop", "skip"], tyro.conf.arg(aliases=("--on-bad-sample",))] = "stop"
-    """A stimulus that cannot be read stops the run; or all are looked at before the first step, and the bad ones are
-    left out, counted and named (see docs/security.md)."""
+    """What to do about stimuli that cannot be read: stop; or check all before the first step and leave out, count and
+    name the bad ones (see docs/security.md)."""
 
     @property
     def fetch(self) -> FetchSettings:
@@ -253,5 +267,5 @@ class Loader(Settings):
 
     @field_validator("cache", mode="before")
     @classmethod
-    def _as_written(cls, value: Any) -> Any:
-        return "off" if value is False else value  # which is what YAML makes of a bare off
+    def _off_in_yaml(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare off as false

@@ -124,15 +124,15 @@ def test_what_is_not_a_mapping_is_no_recipe(tmp_path, text):
 )
 def test_what_is_not_yaml_is_no_recipe(tmp_path, text):
     """Nor is YAML that would run code."""
-    assert "not readable as YAML" in refusal(written(tmp_path, text))
+    assert "cannot be read as YAML" in refusal(written(tmp_path, text))
 
 
 def test_files_that_are_no_recipes(tmp_path):
     assert "no such recipe" in refusal(tmp_path / "nowhere.yaml")
-    assert "not readable" in refusal(tmp_path)
+    assert "cannot be read" in refusal(tmp_path)
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00epochs")
-    assert "not readable" in refusal(binary)
+    assert "cannot be read" in refusal(binary)
 
 
 CONTRADICTIONS = {
