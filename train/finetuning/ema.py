@@ -3,6 +3,7 @@
 import copy
 
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from train.distributed.engine import Engine
 from train.models.network import Network
@@ -37,7 +38,8 @@ class RunningAverage:
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Add the weights after optimizer step `step`, counted from 1."""
-        torch._foreach_lerp_(self._averages, self._sources, 1 - min(self._decay, (1 + step) / (10 + step)))
+        decay = min(self._decay, (1 + step) / (10 + step))
+        get_ema_multi_avg_fn(decay)(self._averages, self._sources, step)
 
     @torch.no_grad()
     def gather(self) -> None:

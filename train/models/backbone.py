@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from timm.layers import convert_sync_batchnorm
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_prep.common.errors import BadInput
 from train.models.joined_layers import JoinedMap, LayersHeard, modules_of
@@ -16,6 +15,8 @@ from train.models.timm_networks import TimmNetwork, create_network
 from train.models.truncation import Run, truncate
 from train.models.weights import fits, load_into, read_weights
 from train.run.recipe import Source
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Backbone(nn.Module):
@@ -149,7 +150,7 @@ class Backbone(nn.Module):
     @property
     def has_batch_norm(self) -> bool:
         """Whether there is a BatchNorm in it."""
-        return any(isinstance(module, _BatchNorm) for module in self.modules())
+        return any(isinstance(module, BATCH_NORMS) for module in self.modules())
 
     @property
     def normalises_by_batch(self) -> bool:
@@ -161,7 +162,7 @@ class Backbone(nn.Module):
         super().train(mode and self._trains)
         if not self._batch_norm_trains:
             for module in self.modules():
-                if isinstance(module, _BatchNorm):
+                if isinstance(module, BATCH_NORMS):
                     module.eval()
         return self
 
@@ -196,7 +197,7 @@ class Backbone(nn.Module):
         seen: Counter[str] = Counter()
         trial = copy.deepcopy(self.net).to("meta").train()
         for name, module in trial.named_modules():
-            if isinstance(module, _BatchNorm):
+            if isinstance(module, BATCH_NORMS):
                 module.register_forward_pre_hook(lambda _module, _inputs, name=name: seen.update([name]))
         trial.forward_features(torch.zeros(2, 3, image_size, image_size, device="meta")).sum().backward()
         return seen

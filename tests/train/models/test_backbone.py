@@ -13,10 +13,9 @@ from networks import SIZE, backbone, images, refusal
 from safetensors.torch import save_file
 from timm.models import register_model
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from data_prep.common.errors import BadInput
-from train.models.backbone import Backbone
+from train.models.backbone import BATCH_NORMS, Backbone
 from train.models.readouts import parameter_count
 from train.models.small_cnns import cnn2, cnn3
 
@@ -329,11 +328,11 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale():
     output = frozen.train()(images())
     assert torch.equal(output, expected)
     random_sum(output).backward()
-    norms = [module for module in frozen.modules() if isinstance(module, _BatchNorm)]
+    norms = [module for module in frozen.modules() if isinstance(module, BATCH_NORMS)]
     assert not any(norm.training for norm in norms)
     assert all(float(p.grad.abs().max()) > 0 for norm in norms for p in norm.parameters())
     assert all(torch.equal(x, before[name]) for name, x in statistics(frozen).items())
-    others = [m for m in frozen.modules() if not isinstance(m, _BatchNorm)]
+    others = [m for m in frozen.modules() if not isinstance(m, BATCH_NORMS)]
     assert all(module.training for module in others)
     live.train()(images())
     assert not any(torch.equal(x, before[name]) for name, x in statistics(live).items())
