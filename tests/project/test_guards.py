@@ -47,7 +47,7 @@ FORBIDDEN = {
         "train/run/predictor.py",
         "train/run/monitor.py",
     ),  # the last: its figure
-    "np.load": ("data_prep/sources/files/response_arrays.py", "train/probing/products.py"),
+    "np.load": ("data_prep/sources/files/response_arrays.py", "train/probing/product_store.py"),
     "load_file": ("train/run/checkpoint.py", "train/models/weights.py"),
     "pq.ParquetFile": ("data_prep/sources/files/response_arrays.py",),
     "pq.read_table": (),

@@ -15,6 +15,7 @@ from train.evaluation.moments import SiteMoments
 from train.evaluation.scoring import RecordingScores
 
 FEVE_CEILING = "noise variance of the scored stimuli's repetitions"
+SHUFFLED_CONTROL = "shuffled responses"  # `control` of a run or probe that was fitted on shuffled responses
 
 
 def metrics_report(

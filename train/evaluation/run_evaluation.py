@@ -20,7 +20,7 @@ from train.data.recordings import Recordings, subset_positions
 from train.data.stimuli import RecordingStimuli
 from train.distributed.launch_environment import ranks_on_machine, world_size
 from train.distributed.runtime import Runtime
-from train.evaluation.metrics_report import metrics_report
+from train.evaluation.metrics_report import SHUFFLED_CONTROL, metrics_report
 from train.evaluation.options import Evaluate
 from train.evaluation.predictions_file import PREDICTIONS_FILE
 from train.evaluation.score_charts import draw_figures, draw_numbers
@@ -294,7 +294,7 @@ def _run_facts(job: Job) -> dict[str, Any]:
     facts |= job.bad_samples.facts()
     facts["training_stimuli"] = len(subset_positions(job.shards.split("train"), job.recipe))
     if job.recipe.task.shuffle_responses:
-        facts["control"] = "shuffled responses"
+        facts["control"] = SHUFFLED_CONTROL
     return facts
 
 

@@ -1,6 +1,7 @@
-"""A probe that is checked before its processes are joined: stimuli, layers, and what is fitted on what."""
+"""Opens what a probe needs and checks it, before the processes are joined."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,29 +25,29 @@ from train.models.backbone import Backbone
 from train.models.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
 from train.models.joined_layers import modules_of
 from train.models.timm_networks import check_network_name
-from train.probing.layers import Partition
+from train.probing.layer_regressions import Partition
 from train.run.checkpoint import current, load_progress
 from train.run.folder import RunFolder
 from train.run.recipe import ProbeRecipe
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """A probe that is checked as far as it can be before its processes are joined.
+    """A probe that is checked as far as possible before the processes are joined.
 
     Attributes:
         recipe: its settings.
         data: shard folder, or its URL.
         split: val, test or cv.
-        resume: whether it goes on.
+        resume: whether to go on with an interrupted probe.
         manifest: of the shards.
-        folder: where it is written.
-        splits: the stimuli by split, those to fit first; positions count through all of them.
-        partitions: what is fitted, and what it is tried on.
-        look: from images to the layers' activations.
+        folder: to write to.
+        splits: the stimuli by split; positions run through one split after the other.
+        partitions: of the stimuli, into those to fit and those held out.
+        extractor: from images to activations.
         layers: names, in order.
         workers: decoding processes per rank.
-        screening: which stimuli are left out.
+        bad_samples: knows which stimuli are left out.
     """
 
     recipe: ProbeRecipe
@@ -57,51 +58,67 @@ class Job:
     folder: RunFolder
     splits: dict[str, RecordingStimuli]
     partitions: list[Partition]
-    look: LayerFeatures | PixelFeatures
+    extractor: LayerFeatures | PixelFeatures
     layers: list[str]
     workers: int
-    screening: BadSamples
+    bad_samples: BadSamples
 
     def describe(self) -> str:
         """What is probed, for the log."""
-        recipe, (first, *_) = self.recipe, self.splits.values()
+        recipe, size = self.recipe, next(iter(self.splits.values())).size
         name = f"{self.manifest.name} (SIMULATED)" if self.manifest.simulated else self.manifest.name
-        used = recipe.latent if recipe.readout == "pls" else recipe.components
-        what = "latent dimensions" if recipe.readout == "pls" else "principal components"
-        field = "" if recipe.field == "whole" else ", each site through windows of its own"
-        return (
+        count, dimensions = recipe.components, "principal components"
+        if recipe.readout == "pls":
+            count, dimensions = recipe.latent, "latent dimensions"
+        amount = "all" if count is None else f"at most {count:,}"
+        windows = "" if recipe.field == "whole" else ", each site through windows of its own"
+        lines = [
             f"{name}: {len(self.stimulus_ids):,} stimuli of {', '.join(self.splits)}, {len(self.scored):,} scored, "
-            f"{len(self.manifest.sites)} sites, images of {first.size} px\n{self.look.describe()}\n"
-            f"{recipe.readout} on {'all' if used is None else f'at most {used:,}'} {what}{field}"
-        ) + "".join(f"\n{warning}" for warning in self.screening.warnings())
+            f"{len(self.manifest.sites)} sites, images of {size} px",
+            self.extractor.describe(),
+            f"{recipe.readout} on {amount} {dimensions}{windows}",
+        ]
+        return "\n".join([*lines, *self.bad_samples.warnings()])
 
-    @property
+    @cached_property
     def scored(self) -> np.ndarray:
         """Positions of the stimuli that are scored, ascending."""
         return np.sort(np.concatenate([partition.held_out for partition in self.partitions]))
 
-    @property
+    @cached_property
     def stimulus_ids(self) -> list[str]:
         """Of all stimuli."""
         return [name for stimuli in self.splits.values() for name in stimuli.stimulus_ids]
 
-    @property
+    @cached_property
     def rates(self) -> np.ndarray:
-        """Of all stimuli, float32 (stimuli, sites)."""
-        return np.concatenate([stimuli.rates for stimuli in self.splits.values()])
+        """Responses to all stimuli, float32 (stimuli, sites)."""
+        return np.concatenate([stimuli.rates for stimuli in self.splits.values() if stimuli.rates is not None])
 
     @cached_property
     def noise(self) -> np.ndarray | None:
         """Noise variance of the responses that are scored, float64 (stimuli, sites); None without single trials."""
-        parts = [stimuli.noise_of_rates() for stimuli in self.splits.values()]
-        return None if any(part is None for part in parts) else np.concatenate(parts)[self.scored]
+        noise = []
+        for stimuli in self.splits.values():
+            noise_of_split = stimuli.noise_of_rates()
+            if noise_of_split is None:
+                return None
+            noise.append(noise_of_split)
+        return np.concatenate(noise)[self.scored]
 
 
 def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume: bool) -> Job:
     """Open data and network and check that everything fits together.
 
+    Args:
+        recipe: settings of the probe.
+        data: shard folder, or its URL.
+        out: run folder.
+        split: val, test or cv.
+        resume: go on with an interrupted probe.
+
     Raises:
-        BadInput: it does not.
+        BadInput: it does not fit.
     """
     check_network_name(recipe.backbone.name)
     folder = RunFolder(out)
@@ -110,69 +127,98 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
     else:
         folder.check_free()
     shards = ShardFolder(data, recipe.loader.fetch)
-    size = recipe.images.size or _trained_on(Path(recipe.backbone.weights)) or shards.manifest.image.side
-    screening = BadSamples(recipe.loader)
-    splits, partitions = _splits_and_partitions(shards, split, recipe, size, screening)
+    size = recipe.images.size or _image_size_of_run(Path(recipe.backbone.weights)) or shards.manifest.image.side
+    bad_samples = BadSamples(recipe.loader)
+    splits = _open_splits(shards, split, recipe, size, bad_samples)
+    partitions = _partition(shards, split, recipe, splits)
     for name, stimuli in splits.items():
         check_enough_stimuli(stimuli, world_size(), name)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
-    look, layers = PixelFeatures(), [PIXELS]
-    if recipe.layers != [PIXELS]:
-        torch.manual_seed(recipe.seed)
-        backbone = Backbone(recipe.backbone, size).eval()
-        layers = choose_layers(backbone, recipe.layers, size)
-        parts = dict.fromkeys(part for layer in layers for part in modules_of(layer))
-        look = LayerFeatures(backbone, list(parts), recipe.pool)
-    described = (shards.manifest, folder, splits, partitions, look, layers, workers, screening)
-    return Job(recipe, data, split, resume, *described)
+    extractor, layers = _build_extractor(recipe, size)
+    return Job(
+        recipe=recipe,
+        data=data,
+        split=split,
+        resume=resume,
+        manifest=shards.manifest,
+        folder=folder,
+        splits=splits,
+        partitions=partitions,
+        extractor=extractor,
+        layers=layers,
+        workers=workers,
+        bad_samples=bad_samples,
+    )
 
 
-def _trained_on(weights: Path) -> int | None:
-    """The side of the images that a run was trained on; None where the weights are not from a run of ours."""
+def _image_size_of_run(weights: Path) -> int | None:
+    """Side of the images that a run was trained on, if the weights are those of a run; else None."""
     return load_progress(current(weights / "checkpoints", "best")).image_size if weights.is_dir() else None
 
 
-def _splits_and_partitions(
-    shards: ShardFolder, split: str, recipe: ProbeRecipe, size: int, screening: BadSamples
-) -> tuple[dict[str, RecordingStimuli], list[Partition]]:
-    if split == "cv" and (recipe.subset is not None or recipe.shuffle_responses):
-        raise BadInput("subset and shuffle_responses change the training stimuli, and --split cv fits on all; use val")
-    names = ["train", split] if split != "cv" else [name for name in shards.manifest.splits if _responds(shards, name)]
-    caches = ImageCaches(recipe.loader, single_pass=True)  # their activations are kept instead
+def _build_extractor(recipe: ProbeRecipe, size: int) -> tuple[LayerFeatures | PixelFeatures, list[str]]:
+    """What extracts the features, and the layers in order."""
+    if recipe.layers == [PIXELS]:
+        return PixelFeatures(), [PIXELS]
+    torch.manual_seed(recipe.seed)
+    backbone = Backbone(recipe.backbone, size).eval()
+    layers = choose_layers(backbone, recipe.layers, size)
+    modules = dict.fromkeys(module for layer in layers for module in modules_of(layer))
+    return LayerFeatures(backbone, list(modules), recipe.pool), layers
+
+
+def _open_splits(
+    shards: ShardFolder, split: str, recipe: ProbeRecipe, size: int, bad_samples: BadSamples
+) -> dict[str, RecordingStimuli]:
+    """The stimuli of train and the split to score; with cv, of all splits that have responses."""
+    names = ["train", split]
+    if split == "cv":
+        if recipe.subset is not None or recipe.shuffle_responses:
+            raise BadInput(
+                "subset and shuffle_responses change the training stimuli, but --split cv fits on all; use --split val"
+            )
+        names = [name for name in shards.manifest.splits if shards.split(name).has_responses]
     usable = {
-        name: screening.usable_positions(shards.split(name), size, responses=True, classes=False) for name in names
+        name: bad_samples.usable_positions(shards.split(name), size, responses=True, classes=False) for name in names
     }
     if recipe.subset is not None:
         drawn = nested_subset(len(shards.split("train")), recipe.subset, recipe.seed)
         usable["train"] = np.intersect1d(usable["train"], drawn)
+    caches = ImageCaches(recipe.loader, single_pass=True)  # activations are kept instead
     splits = {name: RecordingStimuli(shards.split(name), size, usable[name], caches=caches) for name in names}
     if recipe.shuffle_responses:
         splits["train"].shuffle_responses(recipe.seed)
-    count = [len(stimuli) for stimuli in splits.values()]
-    everyone = np.arange(sum(count))
-    key = recipe.cross_validation.key if split == "cv" else shards.manifest.group_by
-    tables = [shards.split(name).meta(i) for name in names for i in usable[name].tolist()]
-    held_out = _outer_folds(tables, recipe) if split == "cv" else [everyone[count[0] :]]
-    together = recipe.cross_validation.by == "grouped" if split == "cv" else key is not None
-    groups = np.array([str(table.get(key)) for table in tables]) if together else everyone
+    return splits
+
+
+def _partition(
+    shards: ShardFolder, split: str, recipe: ProbeRecipe, splits: Mapping[str, RecordingStimuli]
+) -> list[Partition]:
+    """Fit on train and score the split, or with cv, score each fold with a fit on the others."""
+    facts = [stimuli.split.meta(position) for stimuli in splits.values() for position in stimuli.subset.tolist()]
+    positions = np.arange(len(facts))
+    if split == "cv":
+        settings = recipe.cross_validation
+        held_out_sets = _outer_folds(facts, recipe)
+        key = settings.key if settings.by == "grouped" else None
+    else:
+        held_out_sets = [positions[len(splits["train"]) :]]
+        key = shards.manifest.group_by
+    groups = positions if key is None else np.array([str(own.get(key)) for own in facts])
     partitions = []
-    for held in held_out:
-        fit = np.setdiff1d(everyone, held)
-        partitions.append(Partition(fit, held, folds(groups[fit], recipe.inner_folds, recipe.seed)))
-    return splits, partitions
+    for held_out in held_out_sets:
+        fit = np.setdiff1d(positions, held_out)
+        partitions.append(Partition(fit, held_out, folds(groups[fit], recipe.inner_folds, recipe.seed)))
+    return partitions
 
 
-def _responds(shards: ShardFolder, name: str) -> bool:
-    return shards.split(name).has_responses
-
-
-def _outer_folds(tables: list[dict[str, Any]], recipe: ProbeRecipe) -> list[np.ndarray]:
+def _outer_folds(facts: list[dict[str, Any]], recipe: ProbeRecipe) -> list[np.ndarray]:
     settings = recipe.cross_validation
-    labels = np.arange(len(tables))
+    labels = np.arange(len(facts))
     if settings.by != "random":
-        if any(settings.key not in table for table in tables):
+        if any(settings.key not in own for own in facts):
             raise BadInput(f"cross_validation.key: not every stimulus has a {settings.key!r}; use by: random")
-        labels = np.array([str(table[settings.key]) for table in tables])
+        labels = np.array([str(own[settings.key]) for own in facts])
     if settings.by != "stratified" and len(np.unique(labels)) < settings.folds:
         raise BadInput(f"cross_validation.folds: {len(np.unique(labels))} groups cannot fill {settings.folds} folds")
     return folds(labels, settings.folds, recipe.seed, stratified=settings.by == "stratified")

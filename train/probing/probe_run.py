@@ -1,19 +1,19 @@
-"""Probe the layers, write the scores."""
+"""Runs a probe: inner products, regressions, scores, results."""
 
 import hashlib
 import time
 from pathlib import Path
 
 from train.distributed.runtime import Runtime
-from train.probing.layers import Probing
+from train.probing.layer_regressions import LayerRegressions
 from train.probing.preparation import Job
-from train.probing.products import Products
-from train.probing.results import results, table, write_results
+from train.probing.product_store import ProductStore
+from train.probing.results import layer_table, score_layers, write_results
 from train.run.monitor import Monitor
 
 
 def scratch_folder(scratch: Path | None, out: Path) -> Path:
-    """Where activations go; a folder that several probes are given holds one for each."""
+    """The folder for activations; in a folder that several probes share, each has one of its own."""
     if scratch is None:
         return out / "scratch"
     out = out.resolve()
@@ -21,17 +21,17 @@ def scratch_folder(scratch: Path | None, out: Path) -> Path:
 
 
 def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
-    """Probe and write."""
-    begun = time.monotonic()
-    job.look.to(runtime.device)
+    """Run a probe on all ranks; the leading one writes the results."""
+    started = time.monotonic()
+    job.extractor.to(runtime.device)
     monitor.say(job.describe())
-    products = Products(job.recipe, job.splits, job.look, scratch, runtime, job.workers, monitor)
-    found = Probing(job.recipe, job.layers, job.partitions, job.rates, products, runtime).run()
+    products = ProductStore(job.recipe, job.splits, job.extractor, scratch, runtime, job.workers, monitor)
+    results = LayerRegressions(job.recipe, job.layers, job.partitions, job.rates, products, runtime).run()
     if runtime.is_main:
-        metrics, prediction = results(job, found, runtime.ranks)
-        write_results(job, found, metrics, prediction, monitor)
-        monitor.epoch({"seconds": time.monotonic() - begun})
-        monitor.say(table(metrics))
+        scores = score_layers(job, results, runtime.ranks)
+        write_results(job, scores, monitor)
+        monitor.epoch({"seconds": time.monotonic() - started})
+        monitor.say(layer_table(scores.metrics))
         monitor.say(f"written to {job.folder.evaluation(job.split)}")
     runtime.barrier()
     products.clear()
