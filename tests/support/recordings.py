@@ -1,0 +1,71 @@
+"""Read recordings as the packing processes do, and compare what was packed with what was written."""
+
+import io
+import pickle
+from pathlib import Path
+
+import numpy as np
+from helpers import assert_refused, run_here
+from make_field_files import Written
+from PIL import Image
+
+from data_prep.recording import Recording, Stimulus, trial_average
+from data_prep.shards.folder import ShardFolder
+from data_prep.sources.files.ids import safe_ids
+
+PACK = "data_prep/pack.py"
+
+
+def read_all(recording: Recording) -> list[Stimulus]:
+    """Everything in order, through a pickle."""
+    recording = pickle.loads(pickle.dumps(recording))
+    return list(recording.read(range(len(recording.stimulus_ids))))
+
+
+def read_by_id(recording: Recording) -> dict[str, Stimulus]:
+    """Everything by id, through a pickle and in another order than the source's."""
+    recording = pickle.loads(pickle.dumps(recording))
+    order = np.random.default_rng(0).permutation(len(recording.stimulus_ids))
+    return {stimulus.id: stimulus for stimulus in recording.read(order.tolist())}
+
+
+def pixels(image) -> np.ndarray:
+    """An encoded image as uint8 (H, W, 3)."""
+    return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+
+
+def order_free(trials: np.ndarray) -> np.ndarray:
+    """The repetitions of a stimulus, sorted, missing ones last."""
+    return np.sort(trials, axis=-2)
+
+
+def packed(tmp_path: Path, *args) -> ShardFolder:
+    """Pack with the real command."""
+    out = tmp_path / "packed"
+    done = run_here(PACK, *args, "--out", out, "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    return ShardFolder(out)
+
+
+def refused(tmp_path: Path, words: tuple[str, ...], *args) -> None:
+    """The real command ends with one sentence and leaves nothing behind."""
+    out = tmp_path / "refused"
+    assert_refused(run_here(PACK, *args, "--out", out, "--workers", 1), *words)
+    assert not list(tmp_path.glob("*refused*"))
+
+
+def check_packed(folder: ShardFolder, written: Written, columns=slice(None), scale: float = 1.0) -> None:
+    """What was packed is what was written: images, averages, and trials where there are several."""
+    row_of = {name: row for row, name in enumerate(safe_ids(written.ids))}
+    found = set()
+    for name in folder.manifest.splits:
+        split = folder.split(name)
+        for position, stimulus in enumerate(split.stimulus_ids):
+            row = row_of[stimulus]
+            assert np.array_equal(pixels(split.image(position)[0]), written.images[row])
+            trials = written.trials[row][:, columns] * np.float32(scale)
+            np.testing.assert_allclose(split.array(position, "rates.npy"), trial_average(trials), rtol=1e-5)
+            if written.trials.shape[1] > 1:
+                np.testing.assert_allclose(split.array(position, "trials.npy"), trials, rtol=1e-5)
+            found.add(stimulus)
+    assert found == set(row_of)
