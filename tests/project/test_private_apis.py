@@ -149,7 +149,7 @@ CHECKS: dict[str, Callable[[], bool]] = {
         parameters(DeepSpeedZeroOptimizer_Stage3.get_param_id) == ["self", "param"]
     ),
     **{
-        f"param.{name}": lambda name=name: mentions(partition_parameters, rf"param\.{name} = \w")
+        f"param.{name}": lambda name=name: mentions(partition_parameters, rf"param\.{name} = \w+")
         for name in ("ds_tensor", "ds_numel", "ds_shape", "ds_persist", "all_gather")
     },
     "deepspeed.ops.__compatible_ops__": lambda: "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__,
