@@ -28,8 +28,8 @@ from train.evaluation.scoring import RecordingScores, check_enough_stimuli, scor
 from train.models.network import Network
 from train.run.checkpoint import Progress, checked_tensors, current, load_progress
 from train.run.folder import LEFT_OUT, RunFolder, check_writable, open_run
-from train.run.monitor import Board
 from train.run.recipe import Recipe
+from train.run.tensorboard import TensorBoard
 
 SUMMARISED = ("r2", "explained_variance", "mse", "pearson_r", "ceiled_explained_variance", "feve")
 
@@ -300,7 +300,7 @@ def _run_facts(job: Job) -> dict[str, Any]:
 
 def _chart(job: Job, scores: RecordingScores) -> None:
     """Add scores and figures to the run's TensorBoard, at the step of the checkpoint."""
-    board = Board(job.folder.tensorboard, lambda message: print(message, file=sys.stderr, flush=True))
+    board = TensorBoard(job.folder.tensorboard, lambda message: print(message, file=sys.stderr, flush=True))
     name = job.split if job.recording is None else f"{job.split}/{job.recording}"
     step = job.progress.step
     board.scalars({f"{name}/{metric}": value for metric, value in scores.means().items()}, step)

@@ -7,13 +7,13 @@ from train.evaluation.figure_style import encoded
 from train.evaluation.metrics import site_scores
 from train.evaluation.prediction_figures import draw_confusion, draw_extremes, draw_sites, mean_errors
 from train.evaluation.scoring import RecordingScores
-from train.run.monitor import Board
+from train.run.tensorboard import TensorBoard
 
 MOST_NUMBERS = 4_000_000  # stimuli x sites of which images are drawn
 MOST_CLASSES = 100
 
 
-def draw_numbers(board: Board, split: str, scored: RecordingScores, step: int) -> None:
+def draw_numbers(board: TensorBoard, split: str, scored: RecordingScores, step: int) -> None:
     """The distribution of the sites' R2."""
     if scored.moments is None:
         return
@@ -22,7 +22,7 @@ def draw_numbers(board: Board, split: str, scored: RecordingScores, step: int) -
         board.histogram(f"{split}/r2_of_sites", r2[np.isfinite(r2)], step)
 
 
-def draw_figures(board: Board, split: str, scored: RecordingScores, stimuli: RecordingStimuli, step: int) -> None:
+def draw_figures(board: TensorBoard, split: str, scored: RecordingScores, stimuli: RecordingStimuli, step: int) -> None:
     """Sites, stimuli and objects of a split that was scored and whose predictions were kept.
 
     Images of remote stimuli are not fetched for it.

@@ -15,7 +15,8 @@ from train.finetuning.resume import StartingPoint
 from train.finetuning.ridge_start import start_from_ridge
 from train.models.network import Network, parameter_groups
 from train.models.readouts import parameter_count
-from train.run.monitor import Monitor, layout
+from train.run.monitor import Monitor
+from train.run.tensorboard import training_pages
 
 
 def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
@@ -39,9 +40,11 @@ def build(job: Job, start: StartingPoint, runtime: Runtime) -> Training:
         facts = {"processes": runtime.describe(), "parameters": size} | several | job.facts
         runtime.run_on_main(lambda: job.folder.claim(recipe, job.data, facts))
     monitor, what = Monitor(job.folder, runtime.is_main), (loader, job.selection, job.workers)
-    if monitor.board is not None:
+    if monitor.tensorboard is not None:
         several = job.recordings.names if len(job.recordings) > 1 else []
-        monitor.board.lay_out(layout(recipe.task.predicts_responses, recipe.task.predicts_classes, several))
+        monitor.tensorboard.arrange(
+            training_pages(recipe.task.predicts_responses, recipe.task.predicts_classes, several)
+        )
     introduce(job, network, size, runtime, monitor)
     introduce_readouts(job, network, monitor, ridge_scores)
     return Training(recipe, job.folder, runtime, engine, network, average, *what, monitor, start.progress)

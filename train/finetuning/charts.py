@@ -163,7 +163,7 @@ class TrainingCharts:
             seconds: that the epoch took.
         """
         self._trained_seconds += seconds
-        board, started = self._monitor.board, time.monotonic()
+        board, started = self._monitor.tensorboard, time.monotonic()
         if board is None:
             return
         names = chart_names(self._split, scores.by_recording)

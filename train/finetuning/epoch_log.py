@@ -44,13 +44,13 @@ class EpochLog:
 
     def start(self, scores: Scores, score_seconds: float) -> None:
         """Write the scores before the first step."""
-        self._monitor.say(f"start  {self._described(scores)}  *")
+        self._monitor.log(f"start  {self._described(scores)}  *")
         self._chart(scores, {})
         self._append_to_history(scores, True, {"train_seconds": 0.0, "score_seconds": score_seconds})
 
     def epoch(self, trained: TrainedEpoch, scores: Scores, is_best: bool, score_seconds: float) -> None:
         """Write the scores after an epoch, and how it was trained."""
-        self._monitor.say(
+        self._monitor.log(
             f"epoch {self._progress.epoch:>3}/{self._epochs}  loss {trained.loss:.4f}  {self._described(scores)}  "
             f"{trained.images_per_second:,.0f} images/s{'  *' if is_best else ''}"
         )
@@ -69,7 +69,7 @@ class EpochLog:
         reason = "stopped early" if stopped_early else "all epochs done"
         best = float("nan") if progress.best is None else progress.best
         when = f"after epoch {progress.best_epoch}" if progress.best_epoch else "at the start: no epoch improved on it"
-        self._monitor.say(f"{reason}: best {progress.selection_metric} {best:.4f} on {progress.selection_split} {when}")
+        self._monitor.log(f"{reason}: best {progress.selection_metric} {best:.4f} on {progress.selection_split} {when}")
 
     def _described(self, scores: Scores) -> str:
         """Every metric, and of several recordings the selection metric of each."""
@@ -96,7 +96,7 @@ class EpochLog:
         }
         if len(scores.by_recording) > 1:
             line["recordings"] = {name: _finite_or_none(scored.means()) for name, scored in scores.by_recording.items()}
-        self._monitor.epoch(line | {"best": is_best} | dict(facts))
+        self._monitor.add_epoch(line | {"best": is_best} | dict(facts))
 
 
 def _finite_or_none(means: Mapping[str, float]) -> dict[str, float | None]:

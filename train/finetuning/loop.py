@@ -78,7 +78,7 @@ class Training:
         )
         self._early_stopping = EarlyStopping(recipe.early_stopping.patience, self.progress, self.selection)
         self._epoch_loss = EpochLoss(runtime, self.progress)
-        self._non_finite = NonFiniteSteps(self.network, fit, runtime, recipe.faults.bad_steps, monitor.say)
+        self._non_finite = NonFiniteSteps(self.network, fit, runtime, recipe.faults.bad_steps, monitor.log)
         self._checkpoints = CheckpointWriter(
             self.folder.checkpoints, recipe.checkpoint.keep, self.engine, self.network, self.average, runtime
         )
@@ -220,7 +220,7 @@ class Training:
         self._log.epoch(epoch, scores, is_best, score_seconds)
         self._charts.chart_epoch(self.progress.step, scores, epoch.seconds + score_seconds)
         for note in self._bottlenecks.notes(epoch, self.runtime.heartbeat.work_seconds.tolist(), self.runtime.hosts):
-            self.monitor.say(note)
+            self.monitor.log(note)
         self._checkpoints.save(self.progress)
 
     @property

@@ -97,15 +97,15 @@ def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
 def rewind_to(start: StartingPoint, job: Job, monitor: Monitor, runtime: Runtime) -> None:
     """Drop what was written after the starting point, and say where the run continues."""
     for fault in start.faults:
-        monitor.say(f"warning: {fault}; using the checkpoint before it")
+        monitor.log(f"warning: {fault}; using the checkpoint before it")
     if start.checkpoint is not None and runtime.is_main:
         forget_newer(job.folder.checkpoints, start.progress)
     if start.begins:
         monitor.rewind(-1, -1)
-        monitor.say("no step was saved: starting from the beginning")
+        monitor.log("no step was saved: starting from the beginning")
         return
     epoch, step = start.progress.epoch, start.progress.step
     monitor.rewind(epoch, step)
     steps_into_epoch = step - epoch * job.loader.steps
     mid_epoch = f", step {steps_into_epoch} of the next" if steps_into_epoch else ""
-    monitor.say(f"resumed after epoch {epoch}{mid_epoch} (step {step})")
+    monitor.log(f"resumed after epoch {epoch}{mid_epoch} (step {step})")

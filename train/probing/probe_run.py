@@ -24,14 +24,14 @@ def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     """Run a probe on all ranks; the leading one writes the results."""
     started = time.monotonic()
     job.extractor.to(runtime.device)
-    monitor.say(job.describe())
+    monitor.log(job.describe())
     products = ProductStore(job.recipe, job.splits, job.extractor, scratch, runtime, job.workers, monitor)
     results = LayerRegressions(job.recipe, job.layers, job.partitions, job.rates, products, runtime).run()
     if runtime.is_main:
         scores = score_layers(job, results, runtime.ranks)
         write_results(job, scores, monitor)
-        monitor.epoch({"seconds": time.monotonic() - started})
-        monitor.say(layer_table(scores.metrics))
-        monitor.say(f"written to {job.folder.evaluation(job.split)}")
+        monitor.add_epoch({"seconds": time.monotonic() - started})
+        monitor.log(layer_table(scores.metrics))
+        monitor.log(f"written to {job.folder.evaluation(job.split)}")
     runtime.barrier()
     products.clear()

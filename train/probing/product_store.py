@@ -99,7 +99,7 @@ class ProductStore:
         self._clear_if_settings_changed()
         existing = self._owners_of_existing(layer_windows)
         if existing:
-            self._monitor.say(f"{len(existing)} of {len(layer_windows)} matrices of inner products exist already")
+            self._monitor.log(f"{len(existing)} of {len(layer_windows)} matrices of inner products exist already")
         owners = {key: existing.get(key, number % self._runtime.ranks) for number, key in enumerate(layer_windows)}
         missing: dict[str, list[LayerWindow]] = {}
         for layer, group in itertools.groupby(layer_windows, lambda key: key.layer):
@@ -114,7 +114,7 @@ class ProductStore:
                 if last_use[module] == layer:
                     for store in stores:
                         store.delete(module)
-            self._monitor.say(f"{layer}: {self.width(layer):,} features")
+            self._monitor.log(f"{layer}: {self.width(layer):,} features")
         return owners
 
     def load(self, layer_window: LayerWindow) -> np.ndarray:

@@ -138,8 +138,8 @@ def write_results(job: Job, scores: ProbeScores, monitor: Monitor) -> None:
         _write_predictions(job, job.folder.evaluation(LEFT_OUT), job.partitions[0].fit, scores.left_out)
     figure = layer_figure(scores.metrics)
     write_bytes(folder / "layers.png", figure)
-    if monitor.board is not None:
-        monitor.board.figure("explained variance by layer", figure, step=0)
+    if monitor.tensorboard is not None:
+        monitor.tensorboard.figure("explained variance by layer", figure, step=0)
     write_bytes(folder / "table.md", (layer_table(scores.metrics) + "\n").encode())
     write_json(folder / "metrics.json", scores.metrics)  # last: its presence means that everything is written
 

@@ -215,7 +215,7 @@ module.logging.FileHandler.flush = full
 """
     done = run_patched("run.monitor", patch, "--data", recording, "--out", tmp_path / "run", *SMALL)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("cannot be written (No space left on device); going on without charts") == 1
+    assert done.stdout.count("cannot be written (No space left on device); continuing without charts") == 1
     assert done.stderr.count("log.txt cannot be written") == 1
     assert len(losses(tmp_path / "run")) == 2
 

@@ -141,7 +141,7 @@ def test_charts_and_log_that_cannot_be_written_do_not_end_a_run(recording, train
             done = run_here("train/finetune.py", *options, "--resume")
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert done.stdout.count("cannot be written (No space left on device); going on without charts") == 1
+    assert done.stdout.count("cannot be written (No space left on device); continuing without charts") == 1
     assert done.stderr.count("log.txt cannot be written") == 1
     assert losses(run) == losses(trained)
     assert largest_difference(weights(run), weights(trained)) == 0

@@ -150,7 +150,7 @@ def test_a_folder_that_cannot_be_written_costs_an_evaluation_its_charts_alone(tr
     (run / "tensorboard").write_text("a file where a folder should be")
     done = run_here("train/evaluate.py", run)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.count("going on without charts") == 1
+    assert done.stderr.count("continuing without charts") == 1
     assert metrics(run)["stimuli"]
 
 
