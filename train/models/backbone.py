@@ -10,9 +10,10 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from data_prep.common.errors import BadInput
-from train.models.joined_layers import JoinedMap, LayersHeard, modules_of
+from train.models.joined_layers import JoinedMap, LayerOutputs, modules_of
 from train.models.timm_networks import TimmNetwork, create_network
-from train.models.truncation import Run, truncate
+from train.models.tracing import ForwardPass
+from train.models.truncation import truncate
 from train.models.weights import fits, load_into, read_weights
 from train.run.recipe import Source
 
@@ -29,11 +30,12 @@ class Backbone(nn.Module):
         maps: whether maps are going to be read (`map`).
 
     Attributes:
+        net: the network.
         name, cut: of the source.
-        join: of several layers that `cut` names together; else None.
+        join: joins the layers that `cut` names together; None where it names at most one.
         features: number of pooled features; None unless `pools`.
         map_shape: (channels, rows, columns) of a map; None unless `maps`.
-        mean, std: per channel, of the pixels (0..255) that the network expects.
+        mean, std: per channel, of the pixels (0..255) that the network expects, float32 (1, 3, 1, 1).
         weights_from: where the weights come from, for the log.
 
     Raises:
@@ -41,6 +43,8 @@ class Backbone(nn.Module):
     """
 
     net: TimmNetwork
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, source: Source, image_size: int, *, pools: bool = True, maps: bool = False):
         super().__init__()
@@ -50,9 +54,9 @@ class Backbone(nn.Module):
         self.net, self.weights_from = created.net, created.weights_from
         tensors = None if source.weights in ("pretrained", "random") else read_weights(Path(source.weights))
         # Weights of the whole network are resized with it; those of a cut one fit only when it is cut.
-        loaded = tensors is not None and fits(self.net, tensors)
-        if loaded:
+        if tensors is not None and fits(self.net, tensors):
             self.weights_from = load_into(self.net, tensors, source.weights)
+            tensors = None
         if hasattr(self.net, "set_input_size"):  # networks of a fixed size: position embeddings are resampled
             self.net.set_input_size(img_size=image_size)
         for name in ("mean", "std"):
@@ -62,10 +66,12 @@ class Backbone(nn.Module):
         images = 1 if source.cut is None else 2
         example = torch.rand(images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 255
         self.net.eval()
+        self.join: JoinedMap | None = None
+        self._layers: LayerOutputs | None = None
         try:
-            self._run, self.join = self._forward_pass(example, keep_head=pools and source.cut is None), None
-            if isinstance(self._run, LayersHeard):
-                self.join = JoinedMap(self._maps(example))
+            self._forward_pass = self._cut(example, keep_head=pools and source.cut is None)
+            if self._layers is not None:
+                self.join = JoinedMap(self._maps(self._layers, example))
             with torch.no_grad():
                 output = self(example)
         except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at sizes they cannot take
@@ -74,32 +80,33 @@ class Backbone(nn.Module):
             ) from None
         if len(output) != images:
             raise BadInput(f"backbone.cut: {source.cut} does not give one output per image; cut at another module")
-        if tensors is not None and not loaded:
+        if tensors is not None:
             self.weights_from = load_into(self.net, tensors, source.weights)
         with torch.no_grad():
-            self.features = self.pool(output).shape[1] if pools else None
-            self.map_shape = tuple(self.map(output).shape[1:]) if maps else None
+            self.features: int | None = self.pool(output).shape[1] if pools else None
+            self.map_shape: tuple[int, ...] | None = tuple(self.map(output).shape[1:]) if maps else None
         self.net.train()
+
+    def _cut(self, example: torch.Tensor, keep_head: bool) -> ForwardPass:
+        """Drop what comes after `cut`; the forward pass from normalised images to its output, or its last layer's."""
+        modules = [] if self.cut is None else modules_of(self.cut)
+        if len(modules) > 1:
+            self._layers = LayerOutputs(self.net, modules, example)
+            return self._layers.forward_pass
+        return truncate(self.net, self.cut, example, keep_head)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Images (b, 3, size, size), uint8 or float in 0..255 -> what the network ends in, for `pool` and `map`."""
-        if self.join is not None:
-            return self.join(self._maps(images))
-        return self._run(self._normalised(images))
-
-    def _forward_pass(self, example: torch.Tensor, keep_head: bool) -> Run | LayersHeard:
-        """From normalised images to the output of `cut`, or to the outputs of those that it joins."""
-        layers = [] if self.cut is None else modules_of(self.cut)
-        if len(layers) > 1:
-            return LayersHeard(self.net, layers, example)
-        return truncate(self.net, self.cut, example, keep_head)
+        if self._layers is not None and self.join is not None:
+            return self.join(self._maps(self._layers, images))
+        return self._forward_pass(self._normalised(images))
 
     def _normalised(self, images: torch.Tensor) -> torch.Tensor:
         return ((images.float() - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
-    def _maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+    def _maps(self, layers: LayerOutputs, images: torch.Tensor) -> list[torch.Tensor]:
         """The maps of the layers that `cut` joins."""
-        return [self.map(output) for output in self._run(self._normalised(images))]
+        return [self.map(output) for output in layers(self._normalised(images))]
 
     def pool(self, output: torch.Tensor) -> torch.Tensor:
         """The network's output -> features (b, features): as its classifier would get them, or a cut map's mean."""
@@ -118,7 +125,7 @@ class Backbone(nn.Module):
         tokens = output[:, None] if output.ndim == 2 else self._tokens(output)
         if not _is_square(tokens.shape[1]):
             raise BadInput(
-                f"readout.kind: the network ends in {output.shape[1]} tokens, which are no square map; use linear"
+                f"readout.kind: the network ends in {output.shape[1]} tokens, which are not a square map; use linear"
             )
         return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
@@ -127,10 +134,11 @@ class Backbone(nn.Module):
         if output.ndim == 4:
             return channels_first(output, self.net).flatten(2).transpose(1, 2)
         grid = getattr(getattr(self.net, "patch_embed", None), "grid_size", None)
-        prefix, tokens = getattr(self.net, "num_prefix_tokens", 0), output.shape[1]
+        prefix: int = getattr(self.net, "num_prefix_tokens", 0)
+        tokens = output.shape[1]
         # A network may add its class token and registers later than where it is cut.
-        added = tokens == math.prod(grid) + prefix if grid is not None else not _is_square(tokens)
-        return output[:, prefix:] if added else output
+        has_prefix = tokens == math.prod(grid) + prefix if grid is not None else not _is_square(tokens)
+        return output[:, prefix:] if has_prefix else output
 
     def freeze(self) -> None:
         """Keep everything as it is: no gradients, and BatchNorm and dropout in evaluation mode."""
@@ -144,7 +152,7 @@ class Backbone(nn.Module):
         self.train(self.training)
 
     def sync_batch_norm(self) -> None:
-        """Normalise by the whole batch over all processes, which GPUs only can."""
+        """Normalise by the whole batch over all processes; this works on GPUs only."""
         convert_sync_batchnorm(self.net)
 
     @property
@@ -158,7 +166,7 @@ class Backbone(nn.Module):
         return self._trains and self._batch_norm_trains and self.has_batch_norm
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Training or evaluation mode, but for what is frozen."""
+        """Set training or evaluation mode, except for what is frozen."""
         super().train(mode and self._trains)
         if not self._batch_norm_trains:
             for module in self.modules():
@@ -167,7 +175,7 @@ class Backbone(nn.Module):
         return self
 
     def checkpoint_gradients(self, image_size: int) -> None:
-        """Compute activations again in the backward pass instead of keeping them.
+        """Recompute activations in the backward pass instead of keeping them.
 
         BatchNorm then sees each batch twice. Its momentum m becomes 1 - sqrt(1 - m), so that two updates with the same
         batch move the running statistics as far as one did.
@@ -178,40 +186,41 @@ class Backbone(nn.Module):
         Raises:
             BadInput: the network cannot.
         """
-        if self._run != self.net.forward_features:
+        if self._layers is not None or self._forward_pass != self.net.forward_features:
             raise BadInput(
-                f"backbone.gradient_checkpointing needs one cut, between stages or blocks and not within ({self.cut})"
+                f"backbone.gradient_checkpointing needs a single cut between stages or blocks, not {self.cut}"
             )
         try:
             self.net.set_grad_checkpointing(True)
         except (AssertionError, AttributeError):
             raise BadInput(
-                f"backbone.gradient_checkpointing: {type(self.net).__name__} does not support it; leave it off"
+                f"backbone.gradient_checkpointing: {type(self.net).__name__} does not support it; turn it off"
             ) from None
         for name, calls in self._batch_norm_calls(image_size).items():
             module = self.net.get_submodule(name)
-            module.momentum = 1 - (1 - module.momentum) ** (1 / calls)
+            if isinstance(module, BATCH_NORMS) and module.momentum is not None:
+                module.momentum = 1 - (1 - module.momentum) ** (1 / calls)
 
     def _batch_norm_calls(self, image_size: int) -> Counter[str]:
         """How often each BatchNorm runs in a forward and a backward pass, tried on a copy without data."""
-        seen: Counter[str] = Counter()
+        calls: Counter[str] = Counter()
         trial = copy.deepcopy(self.net).to("meta").train()
         for name, module in trial.named_modules():
             if isinstance(module, BATCH_NORMS):
-                module.register_forward_pre_hook(lambda _module, _inputs, name=name: seen.update([name]))
+                module.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.update([name]))
         trial.forward_features(torch.zeros(2, 3, image_size, image_size, device="meta")).sum().backward()
-        return seen
+        return calls
 
 
 def channels_first(output: torch.Tensor, net: nn.Module) -> torch.Tensor:
     """A module's map as (b, channels, rows, columns).
 
-    Images are square, and so are maps: the two sides that are equal are rows and columns. Where all three are, what
-    the network says of its own output decides.
+    Images are square, and so are maps: the two sides that are equal are rows and columns. Where all three are equal,
+    what the network says of its own output decides.
     """
     _, a, b, c = output.shape
-    last = getattr(net, "output_fmt", "NCHW") == "NHWC" if a == b == c else a == b
-    return output.permute(0, 3, 1, 2) if last else output
+    channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC" if a == b == c else a == b
+    return output.permute(0, 3, 1, 2) if channels_last else output
 
 
 def _is_square(number: int) -> bool:

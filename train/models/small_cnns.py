@@ -46,6 +46,7 @@ class SmallCnn(nn.Module):
 def _layer(before: int, after: int) -> nn.Sequential:
     convolution = nn.Conv2d(before, after, kernel_size=5, stride=2, padding=2)
     nn.init.kaiming_normal_(convolution.weight, nonlinearity="relu")
+    assert convolution.bias is not None
     nn.init.zeros_(convolution.bias)
     return nn.Sequential(convolution, nn.ReLU(), nn.MaxPool2d(2))
 

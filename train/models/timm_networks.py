@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -80,22 +80,27 @@ def create_network(name: str, pretrained: bool) -> CreatedNetwork:
     """
     check_network_name(name)
     if not pretrained:
-        return CreatedNetwork(timm.create_model(name, num_classes=0), "random")
+        return CreatedNetwork(_create(name), "random")
     package = _weight_package(name)
     if package is None:
         return CreatedNetwork(_from_hub(name), "timm's hub")
-    net = timm.create_model(name, num_classes=0)
+    net = _create(name)
     tensors = torch.load(package.path, map_location="cpu", weights_only=True)
     # num_classes=0 drops the classifier, which comes last in both.
     net.load_state_dict(dict(zip(net.state_dict(), tensors.values(), strict=False)))
     return CreatedNetwork(net, f"the installed package {package.name}")
 
 
+def _create(name: str, pretrained: bool = False) -> TimmNetwork:
+    # timm declares a plain nn.Module, whose methods a type checker does not know.
+    return cast(TimmNetwork, timm.create_model(name, num_classes=0, pretrained=pretrained))
+
+
 def _from_hub(name: str) -> TimmNetwork:
     if not timm.is_model_pretrained(name):
         raise BadInput(f"backbone.weights: {name} has no pretrained weights; use random, or a file")
     try:
-        return timm.create_model(name, num_classes=0, pretrained=True)
+        return _create(name, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds
         packaged = ", ".join(WEIGHT_PACKAGES)
         raise BadInput(

@@ -1,7 +1,7 @@
-"""Ending a network early: what comes after a module is dropped, whatever the network."""
+"""Ends a network early: what comes after a module is dropped."""
 
 import difflib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -9,16 +9,16 @@ import torch
 from torch import nn
 
 from data_prep.common.errors import BadInput
+from train.models.timm_networks import TimmNetwork
+from train.models.tracing import ForwardPass, ForwardUntil, record_started
 
-Run = Callable[[torch.Tensor], torch.Tensor]
 
-
-def truncate(net: nn.Module, cut: str | None, example: torch.Tensor, keep_head: bool) -> Run:
+def truncate(net: TimmNetwork, cut: str | None, example: torch.Tensor, keep_head: bool) -> ForwardPass:
     """Drop what a network does not need to get from images to the output of module `cut`.
 
     Modules that start only after `cut` has ended pass their input on instead (and their weights are gone), so that the
     network's own `forward_features` ends in the output of `cut`. Where it does not, as within a residual block, whose
-    sum would still be formed, the forward pass is broken off at `cut`. Parameters that were not reached are frozen.
+    sum would still be formed, the forward pass is ended at `cut`. Parameters that are not reached are frozen.
 
     Args:
         net: a timm network in evaluation mode; changed in place.
@@ -30,45 +30,47 @@ def truncate(net: nn.Module, cut: str | None, example: torch.Tensor, keep_head: 
         The forward pass to use from now on.
 
     Raises:
-        BadInput: no such module (with the nearest names), or one that the forward pass does not come by.
+        BadInput: no such module (names the nearest ones), or one whose output the forward pass does not give.
     """
     if cut is None and keep_head:
         return net.forward_features
     if cut is not None:
         check_module(net, cut)
-    with _stirred(net):
-        needed, later, output = _trace(net, cut, example)
-        dropped = list(_drop(net, needed, later))
-        if cut is None or _ends_in(net.forward_features, example, output):
+    with _perturbed_weights(net):
+        reach = _reach(net, cut, example)
+        dropped = _drop(net, reach)
+        if cut is None or _ends_in(net.forward_features, example, reach.output):
             return net.forward_features
-    for parent, name, module in dropped:
-        if next(module.parameters(), None) is None:  # it may be what its parent's own code reads
-            parent.register_module(name, module)
-    return _BrokenOff(net, cut)
+    for child in dropped:
+        if next(child.module.parameters(), None) is None:  # its parent's own code may read it
+            child.parent.register_module(child.name, child.module)
+    return ForwardUntil(net, cut)
 
 
 def check_module(net: nn.Module, name: str) -> None:
-    """Refuse a module that a network does not have, with the nearest names.
+    """Refuse a module that a network does not have.
 
     Raises:
-        BadInput: no such module.
+        BadInput: no such module; names the nearest ones.
     """
-    names = [found for found, _ in net.named_modules() if found]
+    names = [module_name for module_name, _ in net.named_modules() if module_name]
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3) or [found for found in names if "." not in found]
+        top_level = [module_name for module_name in names if "." not in module_name]
+        near = difflib.get_close_matches(name, names, n=3) or top_level
         raise BadInput(f"backbone.cut: the network has no module {name!r}; nearest are {', '.join(near)}")
 
 
 @contextmanager
-def _stirred(net: nn.Module) -> Iterator[None]:
-    """Other weights for the time being, without the zeros and ones of fresh networks.
+def _perturbed_weights(net: nn.Module) -> Iterator[None]:
+    """Other weights while the block runs, without the zeros and ones of fresh networks.
 
-    Residual branches that begin at zero would let a sum look like one of its parts.
+    Residual branches that begin at zero would let a sum look like one of its terms.
     """
     generator = torch.Generator().manual_seed(0)
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    tensors = list(net.state_dict().values())
+    before = [tensor.clone() for tensor in tensors]
     with torch.no_grad():
-        for tensor in net.state_dict().values():
+        for tensor in tensors:
             if tensor.is_floating_point() and tensor.ndim <= 1:
                 tensor += 0.1 + 0.4 * torch.rand(tensor.shape, generator=generator)
             elif tensor.is_floating_point() and not tensor.any():
@@ -77,23 +79,12 @@ def _stirred(net: nn.Module) -> Iterator[None]:
         yield
     finally:
         with torch.no_grad():
-            for name, tensor in before.items():
-                parent, _, own = name.rpartition(".")
-                module = _module_at(net, parent)
-                if module is not None and isinstance(held := getattr(module, own, None), torch.Tensor):
-                    held.copy_(tensor)
-
-
-def _module_at(net: nn.Module, name: str) -> nn.Module | None:
-    """A module, or None where it has been dropped."""
-    try:
-        return net.get_submodule(name)
-    except AttributeError:
-        return None
+            for tensor, values in zip(tensors, before, strict=True):
+                tensor.copy_(values)
 
 
 class _PassOn(nn.Module):
-    """Gives back its first input, whatever else a network hands to its blocks."""
+    """Returns its first input, whatever else a network hands to its blocks."""
 
     def forward(self, x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         """x."""
@@ -101,104 +92,74 @@ class _PassOn(nn.Module):
 
 
 def is_dropped(module: nn.Module) -> bool:
-    """Whether a module only stands where a dropped one stood."""
+    """Whether a module only stands in for one that was dropped."""
     return isinstance(module, _PassOn) or (isinstance(module, nn.Sequential) and not len(module))
 
 
-class _Reached(Exception):
-    def __init__(self, output: torch.Tensor):
-        self.output = output
+@dataclass(frozen=True)
+class _Reach:
+    """What a forward pass to the end of a module reaches.
 
-
-@contextmanager
-def _breaking_off(module: nn.Module) -> Iterator[None]:
-    def stop(_module, _inputs, output):
-        raise _Reached(output)
-
-    handle = module.register_forward_hook(stop)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@dataclass
-class _BrokenOff:
-    """The forward pass of a network up to a module."""
-
-    net: nn.Module
-    cut: str
-
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        with _breaking_off(self.net.get_submodule(self.cut)):
-            try:
-                self.net.forward_features(images)
-            except _Reached as reached:
-                return reached.output
-        raise BadInput(f"backbone.cut: the forward pass of {type(self.net).__name__} does not come by {self.cut}")
-
-
-Trace = tuple[set[nn.Module], set[nn.Module], torch.Tensor]
-
-
-def _trace(net: nn.Module, cut: str | None, example: torch.Tensor) -> Trace:
-    """What a network needs to get to the end of `cut`, and what it ends in there.
-
-    Freezes the parameters that are not used until then.
-
-    Returns:
-        The modules that start before `cut` ends or whose weights are used until then; those that start only later; the
-        output of `cut`.
+    Attributes:
+        needed: modules that start before the module ends, or whose weights are used until then.
+        later: modules that start only afterwards.
+        output: of the module.
     """
-    run = net.forward_features if cut is None else _BrokenOff(net, cut)
+
+    needed: set[nn.Module]
+    later: set[nn.Module]
+    output: torch.Tensor
+
+
+def _reach(net: TimmNetwork, cut: str | None, example: torch.Tensor) -> _Reach:
+    """Try the forward pass to the end of `cut`, and freeze the parameters that are not used until then."""
+    forward_pass: ForwardPass = net.forward_features if cut is None else ForwardUntil(net, cut)
     with torch.no_grad():
-        ever, _ = _run_watched(net, net.forward_features, example)
-        needed, expected = _run_watched(net, run, example)
-    output = run(example)  # again, as kernels may round otherwise where gradients are wanted
-    if not isinstance(output, torch.Tensor):
-        raise BadInput(f"backbone.cut: {cut} gives a {type(output).__name__}, not one tensor; cut at another module")
+        with record_started(net) as started:
+            net.forward_features(example)
+        with record_started(net) as needed:
+            expected = forward_pass(example)
+    output = forward_pass(example)  # again, as kernels may round otherwise where gradients are wanted
     parameters = list(net.parameters())
-    used = torch.autograd.grad(output.float().sum(), parameters, allow_unused=True)
-    for parameter, gradient in zip(parameters, used, strict=True):
+    gradients = torch.autograd.grad(output.float().sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
-    needed.update(m for m in net.modules() if any(p.requires_grad for p in m.parameters(recurse=False)))
-    return needed, ever - needed, expected
+    for module in net.modules():
+        if any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            needed.add(module)
+    return _Reach(needed, started - needed, expected)
 
 
-def _run_watched(net: nn.Module, run: Run, example: torch.Tensor) -> tuple[set[nn.Module], torch.Tensor]:
-    """The modules that start in a forward pass, and its output."""
-    started: set[nn.Module] = set()
-    handles = [module.register_forward_pre_hook(lambda module, _: started.add(module)) for module in net.modules()]
-    try:
-        return started, run(example)
-    finally:
-        for handle in handles:
-            handle.remove()
+@dataclass(frozen=True)
+class _Dropped:
+    """A module that was replaced, with its parent and its name there."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
 
 
-def _drop(
-    module: nn.Module, needed: set[nn.Module], later: set[nn.Module]
-) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Replace the modules that are not needed, the outermost ones, by ones that pass their input on.
+def _drop(parent: nn.Module, reach: _Reach) -> list[_Dropped]:
+    """Replace the outermost modules that are not needed by ones that pass their input on.
 
-    One that never starts and has no weights stays: its parent may read its settings.
-
-    Yields:
-        What was replaced: parent, name in it, module.
+    A module that never starts and has no weights stays: its parent may read its settings.
     """
-    for name, child in list(module.named_children()):
-        if any(inner in needed for inner in child.modules()):
-            yield from _drop(child, needed, later)
-        elif any(inner in later for inner in child.modules()) or next(child.parameters(), None) is not None:
+    dropped: list[_Dropped] = []
+    for name, child in list(parent.named_children()):
+        modules = set(child.modules())
+        if modules & reach.needed:
+            dropped += _drop(child, reach)
+        elif modules & reach.later or next(child.parameters(), None) is not None:
             # An empty sequence stays iterable, which gradient checkpointing asks of stages.
-            module.register_module(name, nn.Sequential() if isinstance(child, nn.Sequential) else _PassOn())
-            yield module, name, child
+            parent.register_module(name, nn.Sequential() if isinstance(child, nn.Sequential) else _PassOn())
+            dropped.append(_Dropped(parent, name, child))
+    return dropped
 
 
 @torch.no_grad()
-def _ends_in(run: Run, example: torch.Tensor, expected: torch.Tensor) -> bool:
+def _ends_in(forward_pass: ForwardPass, example: torch.Tensor, expected: torch.Tensor) -> bool:
     try:
-        found = run(example)
-    except Exception:  # what a network raises that misses a module
+        output = forward_pass(example)
+    except Exception:  # networks that miss a module raise many kinds
         return False
-    return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.equal(found, expected)
+    return isinstance(output, torch.Tensor) and output.shape == expected.shape and torch.equal(output, expected)

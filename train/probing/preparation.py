@@ -22,8 +22,9 @@ from train.data.stimuli import RecordingStimuli
 from train.distributed.launch_environment import ranks_on_machine, world_size
 from train.evaluation.scoring import check_enough_stimuli
 from train.models.backbone import Backbone
-from train.models.features import PIXELS, LayerFeatures, PixelFeatures, choose_layers
+from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
 from train.models.joined_layers import modules_of
+from train.models.layer_selection import choose_layers
 from train.models.timm_networks import check_network_name
 from train.probing.layer_regressions import Partition
 from train.run.checkpoint import current, load_progress
@@ -58,7 +59,7 @@ class Job:
     folder: RunFolder
     splits: dict[str, RecordingStimuli]
     partitions: list[Partition]
-    extractor: LayerFeatures | PixelFeatures
+    extractor: ImageFeatures
     layers: list[str]
     workers: int
     bad_samples: BadSamples
@@ -156,7 +157,7 @@ def _image_size_of_run(weights: Path) -> int | None:
     return load_progress(current(weights / "checkpoints", "best")).image_size if weights.is_dir() else None
 
 
-def _build_extractor(recipe: ProbeRecipe, size: int) -> tuple[LayerFeatures | PixelFeatures, list[str]]:
+def _build_extractor(recipe: ProbeRecipe, size: int) -> tuple[ImageFeatures, list[str]]:
     """What extracts the features, and the layers in order."""
     if recipe.layers == [PIXELS]:
         return PixelFeatures(), [PIXELS]

@@ -23,7 +23,7 @@ import torch
 
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
-from train.models.features import LayerFeatures, PixelFeatures
+from train.models.features import ImageFeatures
 from train.models.joined_layers import modules_of
 from train.models.windows import WHOLE_MAP, Window
 from train.regression.activations import activation_batches
@@ -77,7 +77,7 @@ class ProductStore:
         self,
         recipe: ProbeRecipe,
         splits: Mapping[str, RecordingStimuli],
-        extractor: LayerFeatures | PixelFeatures,
+        extractor: ImageFeatures,
         scratch: Path,
         runtime: Runtime,
         workers: int,
@@ -186,7 +186,7 @@ class ProductStore:
         complete_batches = store.complete_rows() // batch_size
         store.truncate(complete_batches * batch_size)
         batches = activation_batches(
-            self._extractor.of(list(widths)),
+            self._extractor.only(list(widths)),
             stimuli,
             self._runtime,
             batch_size=batch_size,

@@ -214,8 +214,8 @@ def test_an_unknown_cut_is_told_the_nearest_names(cut, expected):
 
 
 @pytest.mark.parametrize(("name", "cut"), [("test_resnet", "global_pool"), ("test_vit", "head")])
-def test_a_cut_that_the_forward_pass_does_not_come_by_is_refused(name, cut):
-    assert f"does not come by {cut}" in refusal(name, cut)
+def test_a_cut_that_the_forward_pass_does_not_reach_is_refused(name, cut):
+    assert f"{cut} does not run in the forward pass" in refusal(name, cut)
 
 
 def test_a_cut_that_does_not_give_one_output_per_image_is_refused():

@@ -15,7 +15,7 @@ from data_prep.shards.folder import ShardFolder
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import start_runtime
 from train.finetuning.layer_balance import balance_layers
-from train.models.joined_layers import SIDE, averages
+from train.models.joined_layers import GRID, averages
 
 LAYERS = {"test_resnet": ("layer1", "layer3"), "test_vit": ("blocks.0", "blocks.2")}
 
@@ -30,7 +30,7 @@ def alone(name: str, cut: str) -> torch.Tensor:
 @pytest.mark.parametrize("side", [4, 6, 7, 11, 14, 28])
 def test_averages_are_means_over_equal_parts(side):
     values = torch.rand(side, dtype=torch.float64)
-    fine = values.repeat_interleave(SIDE).view(SIDE, side).mean(1)
+    fine = values.repeat_interleave(GRID).view(GRID, side).mean(1)
     torch.testing.assert_close(averages(side).double() @ values, fine, atol=1e-6, rtol=1e-6)
 
 
@@ -59,7 +59,7 @@ def test_all_layers_learn():
     assert not any(name.startswith("net.layer4") for name in trained)
 
 
-def test_a_copy_hears_itself():
+def test_a_copy_reads_its_own_layers():
     original = backbone("test_resnet", "layer1+layer3")
     twin = copy.deepcopy(original)
     with torch.no_grad():
@@ -75,7 +75,7 @@ def test_a_copy_hears_itself():
     [
         ("layer1+layer1", "names a module twice"),
         ("layer1+layer9", "no module 'layer9'"),
-        ("layer1+global_pool", "does not come by global_pool"),
+        ("layer1+global_pool", "global_pool does not run in the forward pass"),
         ("layer1+", "no module ''"),
     ],
 )
@@ -83,8 +83,8 @@ def test_layers_that_cannot_be_joined_are_refused(cut, words):
     assert words in refusal("test_resnet", cut)
 
 
-def test_activations_that_are_computed_again_cannot_be_heard():
-    with pytest.raises(BadInput, match="needs one cut"):
+def test_joined_layers_cannot_checkpoint_gradients():
+    with pytest.raises(BadInput, match="needs a single cut"):
         backbone("test_convnext", "stages.0+stages.1").checkpoint_gradients(64)
 
 
