@@ -1,4 +1,4 @@
-"""Score a fine-tuned run on a split: exact metrics over all ranks, and the predictions. Several runs make an ensemble.
+"""Score a fine-tuned run on a split, over all ranks; with several runs, score their ensemble.
 
 accelerate launch [...] train/evaluate.py RUN --split val
 launch/local.sh -n 2    train/evaluate.py RUN --split val
@@ -21,7 +21,7 @@ def main() -> None:
     options = parse(Evaluate, examples=EXAMPLES)
     several = len(options.runs) > 1 or options.out is not None
     if options.combine != "mean" and not several:
-        raise BadInput("--combine joins several runs; there is one")
+        raise BadInput("--combine needs several runs, and only one is given")
 
     from train.distributed.runtime import start_runtime
     from train.evaluation.ensemble_evaluation import combine_members, prepare_ensembles

@@ -27,13 +27,13 @@ class Probe(ProbeRecipe):
     data: Place
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     out: Path
-    """Run folder to make."""
+    """Run folder to create."""
     split: Annotated[Literal["val", "test", "cv"], OFTEN_CHANGED] = "val"
-    """The stimuli to score: of a split, by a regression on train; or all, each fold by a regression on the others."""
+    """Stimuli to score: of a split, by a regression on train; or all (cv), each fold by a regression on the others."""
     scratch: Path | None = None
-    """Folder for activations while the probe runs; by default in the run folder."""
+    """Folder for activations while the probe runs; a subfolder of the run folder by default."""
     resume: bool = False
-    """Go on with a probe that was interrupted; a job that is started again (SPIKETUNE_JOB) does so."""
+    """Resume an interrupted probe; a job that is restarted (SPIKETUNE_JOB) does so by itself."""
 
 
 def parse_command_line(words: list[str]) -> tuple[Probe, ProbeRecipe]:

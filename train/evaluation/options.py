@@ -13,33 +13,32 @@ Combine = Literal["mean", "stack"]
 
 
 class Evaluate(BaseModel):
-    """Score a fine-tuned run on a split, or join several runs and probes into an ensemble and score that."""
+    """Score a fine-tuned run on a split, or combine several runs and probes into an ensemble and score it."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     runs: Annotated[list[Path], tyro.conf.Positional] = Field(min_length=1)
-    """Run folder made by train/finetune.py; for an ensemble several, among which may be probes and ensembles."""
+    """Run folder of train/finetune.py. Several make an ensemble, which may also contain probes and ensembles."""
     split: Literal["train", "val", "test", "left_out"] = "val"
-    """Which stimuli to predict; on a split without responses the predictions alone are written. left_out are the
-    training stimuli that the run was not fitted on, its inner split."""
+    """Stimuli to predict; without responses, only the predictions are written. left_out: the training stimuli that the
+    run was not fitted on, i.e. its inner split."""
     out: Path | None = None
-    """Folder of the ensemble; needed with several runs."""
+    """Folder for the ensemble; required with several runs."""
     combine: Combine = "mean"
-    """An ensemble's prediction: the mean over all runs; or a sum whose weights each site learns on left_out."""
+    """How an ensemble predicts: the mean over all runs, or per site a weighted sum learned on left_out."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which epoch's weights."""
+    """Epoch whose weights are used."""
     data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
-    """Shard folder or its URL; by default the one the run was trained on. Of a run of several recordings those that are
-    to be scored; by default all."""
+    """Shard folder or its URL; by default the one the run was trained on. For a run on several recordings: those to
+    score; by default all."""
     shard_cache: str | None = None
-    """Of remote shards: folder for copies; by default the recipe's."""
+    """Folder for copies of remote shards; by default the recipe's."""
     batch_size: int | None = Field(None, ge=1, le=1_000_000)
     """Stimuli per forward pass; by default the recipe's."""
     workers: int | None = Field(None, ge=0, le=256)
     """Decoding processes per rank; by default the recipe's."""
     on_bad_sample: Literal["stop", "skip"] | None = None
-    """Whether a stimulus that cannot be read stops the evaluation or is left out, which metrics.json then says; by
-    default the recipe's."""
+    """If a stimulus cannot be read: stop, or leave it out and list it in metrics.json; by default the recipe's."""
 
 
 class Export(BaseModel):
@@ -48,17 +47,17 @@ class Export(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     run: tyro.conf.Positional[Path]
-    """Run folder; predictions may also be a probe's."""
+    """Run folder; for predictions, the folder of a probe will do too."""
     out: Path
-    """Folder for the files; what is there is never overwritten."""
+    """Folder for the files; existing files are never overwritten."""
     format: Annotated[list[Literal["netcdf", "mat", "timm", "predictor"]], Field(min_length=1)]
-    """One or more: predictions as NetCDF (xarray, BrainIO) or MATLAB; the network as a timm checkpoint, or as a Python
-    class that needs torch only."""
+    """One or more: the predictions as NetCDF (xarray, BrainIO) or MATLAB; the network as a timm checkpoint or as a
+    Python class that needs only torch."""
     split: Literal["train", "val", "test", "cv"] = "val"
-    """Whose predictions, for netcdf and mat; they must have been scored before."""
+    """Split whose predictions to export (netcdf, mat); it must have been scored before."""
     checkpoint: Literal["best", "last"] = "best"
-    """Which epoch."""
+    """Epoch to export."""
     recording: str | None = None
-    """Of a run of several recordings: whose predictions, or the network with whose readout."""
+    """For a run on several recordings: the one whose predictions or readout to export."""
     data: Path | None = None
     """Shard folder; by default the one the run was trained on."""

@@ -23,7 +23,7 @@ from train.distributed.runtime import Runtime
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, metrics_report
 from train.evaluation.options import Evaluate
 from train.evaluation.predictions_file import PREDICTIONS_FILE
-from train.evaluation.score_charts import draw_figures, draw_numbers
+from train.evaluation.score_charts import chart_figures, chart_site_scores
 from train.evaluation.scoring import RecordingScores, check_enough_stimuli, score
 from train.models.network import Network
 from train.run.checkpoint import Progress, checked_tensors, current, load_progress
@@ -304,8 +304,8 @@ def _chart(job: Job, scores: RecordingScores) -> None:
     name = job.split if job.recording is None else f"{job.split}/{job.recording}"
     step = job.progress.step
     board.scalars({f"{name}/{metric}": value for metric, value in scores.means().items()}, step)
-    draw_numbers(board, name, scores, step)
-    draw_figures(board, name, scores, job.stimuli, step)
+    chart_site_scores(board, name, scores, step)
+    chart_figures(board, name, scores, job.stimuli, step)
     board.close()
 
 

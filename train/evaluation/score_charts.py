@@ -1,4 +1,4 @@
-"""TensorBoard's figures of a split that was scored: sites, stimuli, objects."""
+"""Charts of a scored split in TensorBoard: scores over sites, best and worst sites and stimuli, confusion matrix."""
 
 import numpy as np
 
@@ -9,43 +9,50 @@ from train.evaluation.prediction_figures import draw_confusion, draw_extremes, d
 from train.evaluation.scoring import RecordingScores
 from train.run.tensorboard import TensorBoard
 
-MOST_NUMBERS = 4_000_000  # stimuli x sites of which images are drawn
-MOST_CLASSES = 100
+MAX_PREDICTIONS = 4_000_000  # stimuli x sites; of more, no figures are drawn
+MAX_CLASSES = 100
 
 
-def draw_numbers(board: TensorBoard, split: str, scored: RecordingScores, step: int) -> None:
-    """The distribution of the sites' R2."""
-    if scored.moments is None:
+def chart_site_scores(board: TensorBoard, split: str, scores: RecordingScores, step: int) -> None:
+    """Add a histogram of R2 over sites."""
+    if scores.moments is None:
         return
-    r2 = site_scores(scored.moments)["r2"]
+    r2 = site_scores(scores.moments)["r2"]
     if np.isfinite(r2).any():
         board.histogram(f"{split}/r2_of_sites", r2[np.isfinite(r2)], step)
 
 
-def draw_figures(board: TensorBoard, split: str, scored: RecordingScores, stimuli: RecordingStimuli, step: int) -> None:
-    """Sites, stimuli and objects of a split that was scored and whose predictions were kept.
-
-    Images of remote stimuli are not fetched for it.
-    """
-    if (
-        scored.moments is not None
-        and scored.rates is not None
-        and stimuli.rates is not None
-        and scored.rates.size <= MOST_NUMBERS
-    ):
-        r2 = site_scores(scored.moments)["r2"]
-        if np.isfinite(r2).any():
-            sites = [str(site["id"]) for site in stimuli.split.manifest.sites]
-            figure = draw_sites(scored.rates, stimuli.rates, r2, sites)
-            board.figure(f"{split}/best, median and worst site", encoded(figure), step)
-        errors = mean_errors(scored.rates, stimuli.rates)
-        if np.isfinite(errors).any() and not stimuli.split.is_remote:
-            board.figure(f"{split}/most over- and underestimated", _extremes(errors, stimuli), step)
+def chart_figures(
+    board: TensorBoard, split: str, scores: RecordingScores, stimuli: RecordingStimuli, step: int
+) -> None:
+    """Add figures of the predictions of a split, if they were kept."""
+    if scores.rates is not None and stimuli.rates is not None and scores.rates.size <= MAX_PREDICTIONS:
+        _chart_sites(board, split, scores, scores.rates, stimuli.rates, stimuli, step)
+        _chart_extremes(board, split, mean_errors(scores.rates, stimuli.rates), stimuli, step)
     classes = stimuli.split.manifest.classes or []
-    if scored.classes is not None and stimuli.labels is not None and len(classes) <= MOST_CLASSES:
-        figure = draw_confusion(classes, stimuli.labels, scored.classes, f"{split}, step {step}")
-        board.figure(f"{split}/which object was named for which", encoded(figure), step)
+    if scores.classes is not None and stimuli.labels is not None and len(classes) <= MAX_CLASSES:
+        figure = draw_confusion(classes, stimuli.labels, scores.classes, f"{split}, step {step}")
+        board.figure(f"{split}/confusion matrix", encoded(figure), step)
 
 
-def _extremes(errors: np.ndarray, stimuli: RecordingStimuli) -> bytes:
-    return encoded(draw_extremes(errors, lambda chosen: stimuli.images(chosen).numpy(), stimuli.names()))
+def _chart_sites(
+    board: TensorBoard,
+    split: str,
+    scores: RecordingScores,
+    prediction: np.ndarray,
+    response: np.ndarray,
+    stimuli: RecordingStimuli,
+    step: int,
+) -> None:
+    assert scores.moments is not None, "predictions of known responses have moments"
+    r2 = site_scores(scores.moments)["r2"]
+    if np.isfinite(r2).any():
+        figure = draw_sites(prediction, response, r2, stimuli.split.manifest.site_ids)
+        board.figure(f"{split}/best, median and worst site", encoded(figure), step)
+
+
+def _chart_extremes(board: TensorBoard, split: str, errors: np.ndarray, stimuli: RecordingStimuli, step: int) -> None:
+    """Show the most over- and underestimated stimuli; images of remote shards are not fetched for that."""
+    if np.isfinite(errors).any() and not stimuli.split.is_remote:
+        figure = draw_extremes(errors, lambda positions: stimuli.images(positions).numpy(), stimuli.names())
+        board.figure(f"{split}/most over- and underestimated", encoded(figure), step)

@@ -18,7 +18,7 @@ from train.distributed.engine import Engine
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import mean_score, site_scores
 from train.evaluation.moments import SiteMoments
-from train.evaluation.score_charts import draw_figures, draw_numbers
+from train.evaluation.score_charts import chart_figures, chart_site_scores
 from train.evaluation.scoring import Scores, chart_names, chart_values
 from train.models.network import Network
 from train.run.monitor import Monitor
@@ -168,10 +168,10 @@ class TrainingCharts:
             return
         names = chart_names(self._split, scores.by_recording)
         for name, of_recording in zip(names, scores.by_recording.values(), strict=True):
-            draw_numbers(board, name, of_recording, step)
+            chart_site_scores(board, name, of_recording, step)
         if self._drawing_seconds + self._cost <= SHARE * self._trained_seconds:
             recordings = zip(names, scores.by_recording.values(), self._selection.recordings, strict=True)
             for name, of_recording, stimuli in recordings:
-                draw_figures(board, name, of_recording, stimuli, step)
+                chart_figures(board, name, of_recording, stimuli, step)
             self._cost = time.monotonic() - started
             self._drawing_seconds += self._cost

@@ -155,4 +155,4 @@ def test_predictions_have_to_be_there(exported, tmp_path):
     run, _ = exported
     done = run_here("train/export.py", run, "--out", tmp_path / "x", "--format", "mat", "--split", "test")
     assert_refused(done, "train/evaluate.py")
-    assert_refused(run_here("train/export.py", tmp_path, "--out", tmp_path / "x", "--format", "timm"), "no run folder")
+    assert_refused(run_here("train/export.py", tmp_path, "--out", tmp_path / "x", "--format", "timm"), "run folder")

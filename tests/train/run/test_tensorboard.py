@@ -78,7 +78,7 @@ def test_sites_stimuli_and_objects_are_drawn(hybrid, board):
         for what in (
             "best, median and worst site",
             "most over- and underestimated",
-            "which object was named for which",
+            "confusion matrix",
         ):
             assert f"{split}/{what}" in images
             found = board("plugin/images/images", run=RUN, tag=f"{split}/{what}", sample=0)

@@ -185,7 +185,8 @@ def write_timm(trained: TrainedNetwork, out: Path) -> tuple[list[Path], str]:
         )
     model_args = {"img_size": trained.image_size} if hasattr(backbone.net, "set_input_size") else {}
     classifier = _timm_classifier(trained, model_args)
-    net, outputs, comment = backbone.net, 0, "without a classifier"
+    net: nn.Module = backbone.net
+    outputs, comment = 0, "without a classifier"
     if classifier is not None:
         net, outputs = classifier.net, classifier.outputs
         comment = f"its {outputs} outputs are the {trained.timm_output}"
