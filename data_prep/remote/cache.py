@@ -1,11 +1,11 @@
 """Verified copies of remote files on this machine's disk, shared by all its processes and jobs, within a budget.
 
-    ROOT/<sha256>-<bytes>         a whole file whose bytes have that hash; its time is that of its last use
-    ROOT/<sha256>-<bytes>.part    one that is being fetched, by the process that has it locked, or that was begun
-    ROOT/lock                     held by whoever decides who fetches what and what goes for it
+    ROOT/<sha256>-<bytes>         a complete file whose bytes have that hash; its time is that of its last use
+    ROOT/<sha256>-<bytes>.part    one that a process is fetching, which then has it locked, or that was begun
+    ROOT/lock                     held while a process decides what to fetch and what to evict for it
 
-A file is content by its content, so that the same shard is kept once, whatever URL it came from. Locks (flock) are the
-kernel's: they go with their process, however it ends. What a killed process had begun goes on where it stopped.
+A file is known by its content, so the same shard is kept once, whatever URLs it comes from. Its lock ends with its
+process; what a killed process had begun is resumed.
 """
 
 import os
@@ -43,41 +43,53 @@ class FetchSettings:
 
 
 class KnownContent(Protocol):
-    """A file whose content is content beforehand: a shard, or a table of the manifest's."""
+    """The content of a file, known before it is fetched: of a shard, or of a table that the manifest lists."""
 
-    bytes: int
-    sha256: str
+    @property
+    def bytes(self) -> int:
+        """Size."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Hash, in hexadecimal digits."""
+        ...
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _CachedFile:
     """A file in the cache.
 
     Attributes:
         path: of the file.
-        size: bytes that it takes, or may come to take.
+        size: bytes that it takes, or will take once it is complete.
         used: when it was used last.
-        fetching: whether a process is fetching it.
+        is_arriving: whether a process is fetching it.
     """
 
     path: Path
     size: int
     used: float
-    fetching: bool
+    is_arriving: bool
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the complete file."""
+        return self.path.name[:64]
 
 
 def default_root() -> Path:
-    """Where copies are kept unless a folder is given: $XDG_CACHE_HOME/spiketune/shards, by default in ~/.cache."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(home) / "spiketune" / "shards"
+    """The cache unless a folder is given: $XDG_CACHE_HOME/spiketune/shards, by default in ~/.cache."""
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "spiketune" / "shards"
 
 
 class ShardCache:
     """The copies in one folder.
 
     Args:
-        root: the folder; it is made.
-        gib: budget of all that is in it; by default half of what is free on its disk, itself included.
+        root: the folder, which is created if needed.
+        gib: the most that its files may take; by default half of the disk's free space, these files included.
 
     Raises:
         BadInput: the folder cannot be written.
@@ -85,16 +97,13 @@ class ShardCache:
 
     def __init__(self, root: Path, gib: float | None):
         self.root = root
-        with self._turn():
-            used = sum(kept.size for kept in self._kept())
+        with self._lock():
+            used = sum(file.size for file in self._files())
         free = shutil.disk_usage(root).free
         self.budget = int(DEFAULT_SHARE * (free + used)) if gib is None else int(gib * GIB)
 
-    def _unusable(self, error: OSError) -> BadInput:
-        return BadInput(f"{self.root}: remote shards cannot be kept there ({error.strerror}); set loader.shard_cache")
-
     def check_room(self, content: KnownContent, name: str) -> None:
-        """Refuse a file that is too large for the budget.
+        """Refuse a file that is larger than the budget.
 
         Raises:
             BadInput: it is.
@@ -106,7 +115,7 @@ class ShardCache:
             )
 
     def holds(self, content: KnownContent) -> bool:
-        """Whether a file is there; it then counts as used just now."""
+        """Whether there is a copy; if so, it counts as used just now."""
         try:
             os.utime(self.path(content))
         except FileNotFoundError:
@@ -117,18 +126,18 @@ class ShardCache:
 
     @contextmanager
     def open(self, content: KnownContent) -> Iterator[int | None]:
-        """A descriptor of a file, which is not given up meanwhile; None where the file is not there."""
+        """A descriptor of a copy, which is not evicted within the block; None if there is no copy."""
         try:
-            file = os.open(self.path(content), os.O_RDONLY)
+            descriptor = os.open(self.path(content), os.O_RDONLY)
         except FileNotFoundError:
             yield None
             return
         try:
-            locks.lock(file, shared=True)
-            os.utime(file)
-            yield file
+            locks.lock(descriptor, shared=True)
+            os.utime(descriptor)
+            yield descriptor
         finally:
-            os.close(file)
+            os.close(descriptor)
 
     def fetch(
         self,
@@ -138,20 +147,20 @@ class ShardCache:
         wait: bool = True,
         spared: Callable[[], Collection[str]] = frozenset,
     ) -> bool:
-        """See to it that a file is there.
+        """Make sure that there is a copy of a file.
 
         Args:
-            content: the file.
-            name: for messages.
-            download: writes it, whole and verified, to a descriptor that may hold its beginning.
-            wait: until it is there, also where somebody else fetches it or there is no room for it just now.
-            spared: gives the hashes of what is given up last.
+            content: of the file.
+            name: of the file, for messages.
+            download: writes it, complete and verified, to a descriptor that may hold its beginning.
+            wait: until there is a copy, also while another process fetches it or the cache is full of files in use.
+            spared: gives the hashes of files that are evicted last.
 
         Returns:
-            Whether it is there, which it always is with `wait`.
+            Whether there is a copy, which is always true with `wait`.
 
         Raises:
-            BadInput: there is no room for it.
+            BadInput: the cache has no room for it.
         """
         self.check_room(content, name)
         while not self.holds(content):
@@ -164,119 +173,132 @@ class ShardCache:
                 time.sleep(POLL_SECONDS)
         return True
 
+    def path(self, content: KnownContent) -> Path:
+        """Where the copy of a file is, if there is one."""
+        return self.root / f"{content.sha256}-{content.bytes}"
+
+    def _part_path(self, content: KnownContent) -> Path:
+        return self.root / f"{content.sha256}-{content.bytes}.part"
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            descriptor = locks.open_lock(self.root / "lock")
+        except OSError as error:
+            raise self._unusable(error) from None
+        try:
+            locks.lock(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _unusable(self, error: OSError) -> BadInput:
+        return BadInput(f"{self.root}: remote shards cannot be kept there ({error.strerror}); set loader.shard_cache")
+
+    # ---- fetching --------------------------------------------------------------------------------------------------
+
+    def _claim(self, content: KnownContent, name: str, spared: Collection[str]) -> int | None:
+        """A locked descriptor to write a file to; None if another process is fetching it, or is in the way.
+
+        Raises:
+            BadInput: there is no room, and no process is at work that would make some.
+        """
+        with self._lock():
+            if self.path(content).exists():
+                return None
+            part_path = self._part_path(content)
+            part = os.open(part_path, os.O_RDWR | os.O_CREAT, 0o600)
+            if not locks.try_lock(part):
+                os.close(part)
+                return None
+            others = [file for file in self._files() if file.path != part_path]
+            fits = self._evict(content, others, spared)
+            if fits:
+                return part
+            if not os.fstat(part).st_size:
+                part_path.unlink()
+            os.close(part)
+            if fits is None:
+                raise self._full(content, name)
+            return None
+
     def _fill(self, content: KnownContent, part: int, download: Callable[[int], None]) -> None:
         try:
             download(part)
             os.fsync(part)  # before it gets its name, or a crash could leave a file of that name without its content
             os.utime(part)
-            with self._turn():
-                self._part(content).rename(self.path(content))
+            with self._lock():
+                self._part_path(content).rename(self.path(content))
         except OSError as error:
-            self._discard(content)
+            self._discard_part(content)
             raise self._unusable(error) from None
-        except BadInput:  # these bytes are good for nothing
-            self._discard(content)
+        except BadInput:  # these bytes are useless
+            self._discard_part(content)
             raise
         finally:
             os.close(part)
 
-    def _discard(self, content: KnownContent) -> None:
-        with suppress(OSError, BadInput), self._turn():
-            self._part(content).unlink()
+    def _discard_part(self, content: KnownContent) -> None:
+        with suppress(OSError, BadInput), self._lock():
+            self._part_path(content).unlink()
 
-    def path(self, content: KnownContent) -> Path:
-        """Where a file is kept, if it is there."""
-        return self.root / f"{content.sha256}-{content.bytes}"
+    # ---- room ------------------------------------------------------------------------------------------------------
 
-    def _part(self, content: KnownContent) -> Path:
-        return self.root / f"{content.sha256}-{content.bytes}.part"
+    def _evict(self, content: KnownContent, others: list[_CachedFile], spared: Collection[str]) -> bool | None:
+        """Remove the files that were used longest ago until a new one fits.
 
-    @contextmanager
-    def _turn(self) -> Iterator[None]:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = locks.open_lock(self.root / "lock")
-        except OSError as error:
-            raise self._unusable(error) from None
-        try:
-            locks.lock(lock)
-            yield
-        finally:
-            os.close(lock)
-
-    def _claim(self, content: KnownContent, name: str, spared: Collection[str]) -> int | None:
-        """A locked descriptor to write a file to; None where it is being fetched, or room has to be waited for.
-
-        Raises:
-            BadInput: there is no room, and nobody is at work who would leave some.
+        Returns:
+            Whether it fits; None if it does not and waiting for files in use would not help.
         """
-        with self._turn():
-            if self.path(content).exists():
-                return None
-            part = os.open(self._part(content), os.O_RDWR | os.O_CREAT, 0o600)
-            if locks.try_lock(part):
-                others = [kept for kept in self._kept() if kept.path != self._part(content)]
-                room = self._make_room(content, others, spared)
-                if room:
-                    return part
-                if not os.fstat(part).st_size:
-                    self._part(content).unlink()
-                if room is None:
-                    os.close(part)
-                    raise self._full(content, name)
-            os.close(part)
-            return None
+        taken = sum(file.size for file in others)
+        missing = content.bytes - self._part_path(content).stat().st_size
+        missing += sum(file.size - file.path.stat().st_size for file in others if file.is_arriving)
+
+        def fits() -> bool:
+            return taken + content.bytes <= self.budget and shutil.disk_usage(self.root).free >= missing
+
+        some_in_use = False
+        for file in sorted(others, key=lambda file: (file.sha256 in spared, file.used)):
+            if fits():
+                return True
+            if not file.is_arriving and _removed(file.path):
+                taken -= file.size
+            else:
+                some_in_use = True
+        if fits():
+            return True
+        return False if some_in_use else None
 
     def _full(self, content: KnownContent, name: str) -> BadInput:
         free = shutil.disk_usage(self.root).free
         return BadInput(
             f"{self.root}: no space for {name} ({content.bytes / GIB:.3g} GiB; the disk has {free / GIB:.3g} GiB left, "
-            f"the budget is {self.budget / GIB:.3g} GiB); set loader.shard_cache, or make room"
+            f"the budget is {self.budget / GIB:.3g} GiB); set loader.shard_cache, or free some space"
         )
 
-    def _make_room(self, content: KnownContent, others: list[_Kept], spared: Collection[str]) -> bool | None:
-        """Give up what was not used for longest until a file fits in.
-
-        Returns:
-            Whether it fits in: not now, where others are at work with the rest; None where that would not help.
-        """
-        taken = sum(kept.size for kept in others)
-        needed = content.bytes - self._part(content).stat().st_size
-        needed += sum(kept.size - kept.path.stat().st_size for kept in others if kept.fetching)
-
-        def fits() -> bool:
-            return taken + content.bytes <= self.budget and shutil.disk_usage(self.root).free >= needed
-
-        in_use = False
-        for kept in sorted(others, key=lambda kept: (kept.path.name[:64] in spared, kept.used)):
-            if fits():
-                return True
-            if not kept.fetching and _removed(kept.path):
-                taken -= kept.size
-            else:
-                in_use = True
-        return fits() or (False if in_use else None)
-
-    def _kept(self) -> list[_Kept]:
-        """All files; whoever calls has its turn."""
-        found = []
+    def _files(self) -> list[_CachedFile]:
+        """All files; the caller holds the lock."""
+        files = []
         for path in self.root.iterdir():
-            if (name := _NAME.fullmatch(path.name)) is None:
+            name = _NAME.fullmatch(path.name)
+            if name is None:
                 continue
             with suppress(FileNotFoundError):  # somebody tidies up by hand
                 status = path.stat()
-                fetching = name[3] is not None and locks.is_locked(path)
-                found.append(_Kept(path, int(name[2]) if fetching else status.st_size, status.st_mtime, fetching))
-        return found
+                is_arriving = name[3] is not None and locks.is_locked(path)
+                size = int(name[2]) if is_arriving else status.st_size
+                files.append(_CachedFile(path, size, status.st_mtime, is_arriving))
+        return files
 
 
 def _removed(path: Path) -> bool:
-    """Remove a file that nobody is reading."""
-    file = os.open(path, os.O_RDONLY)
+    """Remove a file unless a process is reading it; returns whether it was removed."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        if not locks.try_lock(file):
+        if not locks.try_lock(descriptor):
             return False
         path.unlink()
         return True
     finally:
-        os.close(file)
+        os.close(descriptor)

@@ -1,4 +1,4 @@
-"""Where a shard folder is: a folder of this machine, or a URL, which is never shown with the secrets in it."""
+"""Where a shard folder is: a local path, or a URL, which is never shown with its secrets."""
 
 import os
 import re
@@ -11,18 +11,18 @@ from urllib.request import url2pathname
 from data_prep.common.errors import BadInput
 
 SIGNED = "SPIKETUNE_SIGNED_URL"
-"""The variable of the environment that may hold a URL with its secrets, so that no command line has to."""
+"""The environment variable that may hold a URL with its secrets, so that no command line has to."""
 
 
 @dataclass(frozen=True)
 class FolderUrl:
     """The URL of a shard folder.
 
-    A user and a password before the host and everything behind a `?` (a signature, say) belong to every file's URL and
-    are hidden wherever the URL is shown or recorded; `str` gives what may be shown.
+    A user and a password before the host and everything after a `?` (a signature, say) belong to every file's URL and
+    are hidden wherever the URL is shown or written; `str` gives what may be shown.
 
     Args:
-        text: as the user gave it.
+        text: as given by the user.
     """
 
     text: str = field(repr=False)
@@ -33,38 +33,48 @@ class FolderUrl:
 
     @property
     def scheme(self) -> str:
-        """What stands before the ://, in lower case."""
+        """The part before ://, in lower case."""
         return self._parts.scheme
 
     @property
+    def host(self) -> str:
+        """The part between :// and the path, with user and password."""
+        return self._parts.netloc
+
+    @property
+    def path(self) -> str:
+        """The path on the host."""
+        return self._parts.path
+
+    @property
     def user(self) -> tuple[str, str] | None:
-        """User and password, where the URL has them."""
+        """User and password, if the URL has them."""
         parts = self._parts
         return None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
 
     @property
     def has_secrets(self) -> bool:
-        """Whether something of it must not be shown."""
+        """Whether a part of it must not be shown."""
         return "@" in self._parts.netloc or bool(self._parts.query)
 
     def __str__(self) -> str:
         return self._shown(self._parts.path.rstrip("/"))
 
     def __truediv__(self, file: str) -> str:
-        """The URL of one of the folder's files, as it may be shown."""
+        """The URL of one of the folder's files, without secrets."""
         return self._shown(f"{self._parts.path.rstrip('/')}/{file}")
 
     def _shown(self, path: str) -> str:
         return self._parts._replace(netloc=self._parts.netloc.rpartition("@")[2], path=path, query="").geturl()
 
     def of(self, file: str, user: bool = True) -> str:
-        """The URL of one of the folder's files, with its secrets; without user and password where `user` is False."""
+        """The URL of one of the folder's files, with its secrets; without user and password if `user` is False."""
         parts = self._parts
         netloc = parts.netloc if user else parts.netloc.rpartition("@")[2]
         return parts._replace(netloc=netloc, path=f"{parts.path.rstrip('/')}/{file}").geturl()
 
     def hide(self, message: str) -> str:
-        """A message of somebody else's without the URL's secrets."""
+        """A message of another library with the URL's secrets replaced."""
         parts = self._parts
         user, at, _ = parts.netloc.rpartition("@")
         secrets = [user + at, user, parts.query, *parts.query.split("&"), parts.password or ""]
@@ -73,38 +83,40 @@ class FolderUrl:
         return message
 
 
-def is_url(place: object) -> bool:
+def is_url(location: object) -> bool:
     """Whether a text is a URL."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(:.+)?//", str(place)) is not None
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*:(:.+)?//", str(location)) is not None
 
 
-def parse_location(place: Path | str | FolderUrl) -> Path | FolderUrl:
-    """What a user gave for a shard folder, as a path or as a URL; of file:// as a path.
+def parse_location(location: Path | str | FolderUrl) -> Path | FolderUrl:
+    """The location of a shard folder, as given by a user: a path, also for file://, or a URL.
 
     Raises:
         BadInput: a URL that no shard folder can have.
     """
-    if isinstance(place, FolderUrl) or not is_url(place):
-        return place if isinstance(place, FolderUrl) else Path(place)
-    url = FolderUrl(str(place))
+    if isinstance(location, FolderUrl):
+        return location
+    if not is_url(location):
+        return Path(location)
+    url = FolderUrl(str(location))
     if "::" in url.text.partition("/")[0]:
         raise BadInput(f"{url.text.partition('/')[0]}...: chained URLs are not read; give the shard folder's own URL")
     if url.scheme == "file":
-        return Path(url2pathname(url._parts.path))
-    if not url._parts.netloc:
+        return Path(url2pathname(url.path))
+    if not url.host:
         raise BadInput(f"{url}: names no host or bucket; a URL looks like https://HOST/FOLDER or s3://BUCKET/FOLDER")
     signed = FolderUrl(os.environ.get(SIGNED, ""))
     return signed if not url.has_secrets and str(signed) == str(url) else url
 
 
-def recorded(place: Path | str | FolderUrl) -> str:
-    """A place as it may be written down: a URL without secrets, a path in full."""
-    place = parse_location(place)
-    return str(place) if isinstance(place, FolderUrl) else str(place.resolve())
+def public_location(location: Path | str | FolderUrl) -> str:
+    """A location as it may be written to files: a URL without secrets, an absolute path."""
+    location = parse_location(location)
+    return str(location) if isinstance(location, FolderUrl) else str(location.resolve())
 
 
 def without_secrets(words: Iterable[str]) -> list[str]:
-    """The words of a command line, with URLs as they may be written down."""
+    """The words of a command line, with the secrets of URLs removed."""
     shown = []
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
@@ -112,10 +124,10 @@ def without_secrets(words: Iterable[str]) -> list[str]:
     return shown
 
 
-def passed_on(place: str) -> str:
-    """A place for the command lines of processes to start, which everybody can read: they inherit the secrets."""
-    found = parse_location(place)
-    if isinstance(found, FolderUrl) and found.has_secrets:
-        os.environ[SIGNED] = found.text
-        return str(found)
-    return place
+def move_secrets_to_environment(location: str) -> str:
+    """A location for the command lines of child processes, which everybody can read; they inherit its secrets."""
+    url = parse_location(location)
+    if isinstance(url, FolderUrl) and url.has_secrets:
+        os.environ[SIGNED] = url.text
+        return str(url)
+    return location

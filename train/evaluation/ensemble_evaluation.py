@@ -17,7 +17,7 @@ import torch
 from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json, read_regular
-from data_prep.remote.url import recorded
+from data_prep.remote.url import public_location
 from data_prep.shards.folder import ShardFolder
 from train.data.bad_samples import BadSamples
 from train.data.recordings import Recordings
@@ -88,7 +88,7 @@ def _read_record(path: Path) -> EnsembleRecord:
 def _record(ensembles: Sequence[Ensemble]) -> EnsembleRecord:
     """The record of an ensemble of one or several recordings."""
     members = [[str(run) for run in member.runs] for member in ensembles[0].members]
-    data = [recorded(ensemble.shards.folder) for ensemble in ensembles]
+    data = [public_location(ensemble.shards.folder) for ensemble in ensembles]
     return EnsembleRecord(ensembles[0].combine, members, data)
 
 

@@ -22,7 +22,7 @@ from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput, Stopped
 from data_prep.common.option_fields import marked
 from data_prep.common.safe_reading import parse_json, read_regular
-from data_prep.remote.url import is_url, recorded
+from data_prep.remote.url import is_url, public_location
 from train.run.field_rules import FREE_ON_RESUME
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 from train.run.yaml_files import read_yaml
@@ -116,7 +116,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.hold(seconds=0)
         self.check_free()
-        places = [recorded(place) for place in data]
+        places = [public_location(place) for place in data]
         places = places if len(places) > 1 else places[0]
         from train.run.environment import environment  # it imports torch, which a command line must not wait for
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import BadInput, RunFailed
-from data_prep.remote.url import passed_on
+from data_prep.remote.url import move_secrets_to_environment
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.storage import open_files
 from train.models.timm_networks import check_network_name
@@ -244,4 +244,4 @@ def prepare(sweep: Path, data: str, out: Path, processes: int | None, stop: Stop
         raise BadInput(f"{launcher.processes} processes cannot share a global batch of {smallest} (batch.global_size)")
     folder = SweepFolder(out)
     study = open_study(folder, plan, manifest)
-    return Worker(passed_on(data), plan, manifest, folder, study, launcher, stop)
+    return Worker(move_secrets_to_environment(data), plan, manifest, folder, study, launcher, stop)

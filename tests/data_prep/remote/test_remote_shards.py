@@ -26,7 +26,14 @@ from data_prep.common.errors import BadInput, RunFailed
 from data_prep.remote import cache as shard_cache
 from data_prep.remote import transport
 from data_prep.remote.cache import GIB, FetchSettings
-from data_prep.remote.url import SIGNED, FolderUrl, parse_location, passed_on, recorded, without_secrets
+from data_prep.remote.url import (
+    SIGNED,
+    FolderUrl,
+    move_secrets_to_environment,
+    parse_location,
+    public_location,
+    without_secrets,
+)
 from data_prep.shards import remote_files
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
@@ -564,7 +571,12 @@ def test_secrets_are_asked_for_and_never_shown(web, packed, cache):
     assert fetch(shards) == (packed / "train-000000.tar").read_bytes()
     web.query = "another"
     assert repr(shards.folder) == "FolderUrl()"
-    for thing in (str(shards.folder), shards.folder / "x.tar", recorded(url), *without_secrets([url, f"--data={url}"])):
+    for thing in (
+        str(shards.folder),
+        shards.folder / "x.tar",
+        public_location(url),
+        *without_secrets([url, f"--data={url}"]),
+    ):
         assert web.url in thing
         assert not any(secret in thing for secret in ("me:", "pass", "hush"))
     with pytest.raises(BadInput, match="permission denied") as caught:
@@ -578,11 +590,11 @@ def test_secrets_are_asked_for_and_never_shown(web, packed, cache):
 def test_processes_that_are_started_inherit_the_secrets(monkeypatch):
     secret = "https://me:word@host/folder?signature=hush"
     monkeypatch.setenv(SIGNED, "")
-    shown = passed_on(secret)
+    shown = move_secrets_to_environment(secret)
     assert shown == "https://host/folder"
     assert parse_location(shown).text == secret
     assert parse_location("https://host/other").text == "https://host/other"
-    assert passed_on("some/folder") == "some/folder"
+    assert move_secrets_to_environment("some/folder") == "some/folder"
 
 
 def test_secrets_are_not_for_where_one_is_sent_to(packed, cache):
