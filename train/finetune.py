@@ -49,17 +49,17 @@ def main() -> None:
     from train.finetuning.preparation import prepare
     from train.finetuning.resume import rewind_to, starting_point
 
-    job = prepare(recipe, options.data, options.out, options.resume)
-    recipe = job.recipe
-    settings = (job.deepspeed, recipe.precision, recipe.deterministic)
-    with start_runtime(*settings, timeouts=recipe.faults.timeouts) as runtime, closing(job.folder):
-        if job.resume:
-            runtime.run_on_main(job.folder.hold)
-        start = starting_point(job, runtime)
-        training = build(job, start, runtime)
-        with closing(training.monitor), job.folder.keeping_failures(runtime.rank):
-            if job.resume:
-                rewind_to(start, job, training.monitor, runtime)
+    run = prepare(recipe, options.data, options.out, options.resume)
+    recipe = run.recipe
+    settings = (run.deepspeed, recipe.precision, recipe.deterministic)
+    with start_runtime(*settings, timeouts=recipe.faults.timeouts) as runtime, closing(run.folder):
+        if run.resume:
+            runtime.run_on_main(run.folder.hold)
+        start = starting_point(run, runtime)
+        training = build(run, start, runtime)
+        with closing(training.monitor), run.folder.keeping_failures(runtime.rank):
+            if run.resume:
+                rewind_to(start, run, training.monitor, runtime)
             training.run()
 
 

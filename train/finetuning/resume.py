@@ -1,4 +1,4 @@
-"""Where a run begins: at the start, or at the newest whole checkpoint, under whatever strategy wrote it."""
+"""Where a run begins: at the start, or at its newest intact checkpoint, under whatever strategy wrote that."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,7 +7,7 @@ from data_prep.common.errors import BadInput
 from train.distributed.engine import Engine, batch_norm_statistics
 from train.distributed.runtime import Runtime
 from train.finetuning.ema import RunningAverage
-from train.finetuning.preparation import Job
+from train.finetuning.preparation import PreparedRun
 from train.models.network import Network
 from train.run.checkpoint import (
     Progress,
@@ -20,14 +20,14 @@ from train.run.checkpoint import (
 from train.run.monitor import Monitor
 
 
-@dataclass
+@dataclass(frozen=True)
 class StartingPoint:
     """Where a run begins.
 
     Attributes:
-        checkpoint: the newest whole one, if there is one.
+        checkpoint: the newest intact one, or None.
         progress: of the run.
-        faults: what is wrong with newer checkpoints, a sentence each.
+        faults: what is wrong with newer checkpoints, one sentence each.
     """
 
     checkpoint: Path | None
@@ -35,77 +35,87 @@ class StartingPoint:
     faults: list[str]
 
     @property
-    def begins(self) -> bool:
-        """Whether no step is done: a start that was saved is made again."""
-        return not self.progress.step
+    def is_fresh(self) -> bool:
+        """Whether the run begins at its first step; a checkpoint of a start in closed form is then computed again."""
+        return self.progress.step == 0
 
     def load_network(self, network: Network, average: RunningAverage | None, runtime: Runtime) -> None:
-        """Give network and average the checkpoint's tensors, before a strategy wraps the network.
+        """Load the checkpoint's weights, if there is one, before a strategy wraps the network.
 
         Raises:
             BadInput: the checkpoint is of another network.
         """
-        trained = {"network": network} if average is None else {"training": network, "network": average.network}
-        for file, target in trained.items():
+        if self.is_fresh or self.checkpoint is None:
+            return
+        networks = {"network": network} if average is None else {"training": network, "network": average.network}
+        saved_by_as_many_ranks = len(self.progress.losses) == runtime.ranks > 1
+        for file, target in networks.items():
             target.load_state_dict(checked_tensors(target, self.checkpoint, file))
-            if self.progress.losses and len(self.progress.losses) == runtime.ranks > 1:
-                _load_own_statistics(target, self.checkpoint, file, runtime.rank)
+            if saved_by_as_many_ranks:
+                _load_statistics_of_rank(target, self.checkpoint, file, runtime.rank)
         network.backbone.weights_from = "the run's checkpoint"
 
     def load_optimizer(self, engine: Engine) -> None:
-        """Give the optimizer the checkpoint's state."""
-        engine.load_optimizer(load_tensors(self.checkpoint, "optimizer"))
+        """Load the checkpoint's optimizer state, if there is one."""
+        if not self.is_fresh and self.checkpoint is not None:
+            engine.load_optimizer(load_tensors(self.checkpoint, "optimizer"))
 
 
-def _load_own_statistics(network: Network, checkpoint: Path, file: str, rank: int) -> None:
-    """Give BatchNorm the statistics that this rank had in mid-epoch, in place of their mean."""
-    own = list(batch_norm_statistics(network))
-    tensors = load_tensors(checkpoint, "statistics") if own else {}
-    for name, statistic in own:
+def _load_statistics_of_rank(network: Network, checkpoint: Path, file: str, rank: int) -> None:
+    """Give BatchNorm the statistics that this rank had in mid-epoch, in place of the ranks' mean."""
+    statistics = list(batch_norm_statistics(network))
+    if not statistics:
+        return
+    tensors = load_tensors(checkpoint, "statistics")
+    for name, statistic in statistics:
         statistic.copy_(tensors[f"{file}|{name}"][rank])
 
 
-def starting_point(job: Job, runtime: Runtime) -> StartingPoint:
+def starting_point(run: PreparedRun, runtime: Runtime) -> StartingPoint:
     """Where this run begins; every rank must take part, and all find the same.
 
     Raises:
-        BadInput: no checkpoint is whole, or they are of a run on other data, or on other sites.
+        BadInput: no checkpoint is intact, or the run was trained on other data or other sites.
     """
+    manifest, recordings = run.targets.manifest, run.data.recordings
     fresh = Progress(
-        recording=job.manifest.fingerprint,
-        selection_metric=job.recipe.selection_metric,
-        selection_split=job.recipe.early_stopping.split,
-        site_ids=job.manifest.site_ids,
-        recordings=job.recordings.sites,
-        classes=job.manifest.classes if job.recipe.task.predicts_classes else None,
-        image_size=job.loader.stimuli.size,
+        recording=manifest.fingerprint,
+        selection_metric=run.recipe.selection_metric,
+        selection_split=run.recipe.early_stopping.split,
+        site_ids=manifest.site_ids,
+        recordings=recordings.sites,
+        classes=manifest.classes if run.recipe.task.predicts_classes else None,
+        image_size=run.data.fit.size,
     )
-    found = newest_whole(job.folder.checkpoints) if job.resume and runtime.is_main else (None, [])
-    checkpoint, faults = runtime.gather_objects(found)[0]
+    checkpoint: Path | None = None
+    faults: list[str] = []
+    if run.resume and runtime.is_main:
+        checkpoint, faults = newest_whole(run.folder.checkpoints)
+    checkpoint, faults = runtime.gather_objects((checkpoint, faults))[0]
     if checkpoint is None:
         if faults:
-            raise BadInput(f"{job.folder.path} has no whole checkpoint to go on from: {faults[0]}")
+            raise BadInput(f"{run.folder.path} has no intact checkpoint to resume from: {faults[0]}")
         return StartingPoint(None, fresh, [])
     progress = load_progress(checkpoint)
     if progress.recording != fresh.recording:
-        order = ", in the same order" * progress.is_of_several
-        raise BadInput(f"{job.folder.path} was trained on other shards; resume it with the --data it began with{order}")
-    progress.check_fits(job.manifest, " and ".join(map(str, job.data)))
+        order = ", in the same order" if progress.is_of_several else ""
+        raise BadInput(f"{run.folder.path} was trained on other shards; resume it with the --data it began with{order}")
+    progress.check_fits(manifest, " and ".join(map(str, run.locations)))
     return StartingPoint(checkpoint, progress if progress.step else fresh, faults)
 
 
-def rewind_to(start: StartingPoint, job: Job, monitor: Monitor, runtime: Runtime) -> None:
-    """Drop what was written after the starting point, and say where the run continues."""
+def rewind_to(start: StartingPoint, run: PreparedRun, monitor: Monitor, runtime: Runtime) -> None:
+    """Drop what was written after the starting point, and log where the run continues."""
     for fault in start.faults:
         monitor.log(f"warning: {fault}; using the checkpoint before it")
     if start.checkpoint is not None and runtime.is_main:
-        forget_newer(job.folder.checkpoints, start.progress)
-    if start.begins:
+        forget_newer(run.folder.checkpoints, start.progress)
+    if start.is_fresh:
         monitor.rewind(-1, -1)
         monitor.log("no step was saved: starting from the beginning")
         return
     epoch, step = start.progress.epoch, start.progress.step
     monitor.rewind(epoch, step)
-    steps_into_epoch = step - epoch * job.loader.steps
+    steps_into_epoch = step - epoch * run.loader.steps
     mid_epoch = f", step {steps_into_epoch} of the next" if steps_into_epoch else ""
     monitor.log(f"resumed after epoch {epoch}{mid_epoch} (step {step})")

@@ -27,7 +27,13 @@ SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of t
 
 
 def start_from_ridge(
-    network: Network, stimuli: StimulusSet, runtime: Runtime, *, batch_size: int, workers: int, fields: bool = False
+    network: Network,
+    stimuli: StimulusSet,
+    runtime: Runtime,
+    *,
+    batch_size: int,
+    workers: int,
+    through_windows: bool = False,
 ) -> dict[str, float]:
     """Set the readouts to the ridge solution on the stimuli to fit.
 
@@ -43,7 +49,7 @@ def start_from_ridge(
         runtime: this process.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
-        fields: whether each site looks for the window that suits it best by leave-one-out; the readout has masks.
+        through_windows: whether to choose a window for each site by leave-one-out; the readout has masks.
 
     Returns:
         By readout, the leave-one-out score of its ridge: R2, mean over sites (and then over recordings), of "rates";
@@ -58,7 +64,7 @@ def start_from_ridge(
         return {name: seen(x) if name == "rates" else x for name, x in read.items()}
 
     def seen(x: torch.Tensor) -> torch.Tensor:
-        return heads["rates"].start_features_through(x, tried) if fields else heads["rates"].start_features(x)
+        return heads["rates"].start_features_through(x, tried) if through_windows else heads["rates"].start_features(x)
 
     found = activations_of_share(
         look, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge"
@@ -67,7 +73,7 @@ def start_from_ridge(
     scores = {}
     for name, own in found.items():
         features = exchange_features(own, runtime, rows)
-        if name == "rates" and fields:
+        if name == "rates" and through_windows:
             scores[name] = _start_fields(network, features, own.shape[1], tried, stimuli, runtime)
         elif name == "rates":
             scores[name] = _start_rates(network, features, stimuli, runtime)

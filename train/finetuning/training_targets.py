@@ -1,5 +1,6 @@
-"""What a network is to learn of its training stimuli, where that is not their recorded responses, all alike."""
+"""What a network learns of its training stimuli: their responses, or those mixed with a teacher's, or shuffled."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,77 +11,121 @@ from data_prep.shards.manifest import Manifest, to_json_list
 from train.data.stimuli import RecordingStimuli, StimulusSet
 from train.evaluation.predictions_file import predictions_of
 from train.run.folder import LEFT_OUT
-from train.run.recipe import Distill
+from train.run.recipe import Distill, Recipe
 
 LEAST_WEIGHT = 0.05  # of a site in the loss, however unreliable
 
 
+@dataclass(frozen=True)
+class TrainingTargets:
+    """What is learned, beside the responses that the stimuli hold themselves.
+
+    Attributes:
+        manifest: of all recordings as one; of a subset, with its sites' mean and standard deviation.
+        site_weights: of each site in the loss, float64 (sites,); None if all count alike.
+        notes: what the log says of them.
+    """
+
+    manifest: Manifest
+    site_weights: np.ndarray | None
+    notes: list[str]
+
+
+def set_targets(recipe: Recipe, manifest: Manifest, fit: StimulusSet, selection: StimulusSet) -> TrainingTargets:
+    """Scale and weigh the sites by the recorded responses; then shuffle the responses or add a teacher's, if asked to.
+
+    Args:
+        recipe: of the run.
+        manifest: of all recordings as one.
+        fit: the stimuli that are trained on; their responses may be replaced.
+        selection: the stimuli that select; their responses may be shuffled.
+
+    Raises:
+        BadInput: there are no single trials to weigh sites by, or the teacher does not fit.
+    """
+    if recipe.subset is not None and recipe.task.predicts_responses:
+        manifest = with_rates_of(manifest, fit)
+    weights = site_weights(fit) if recipe.loss.site_weights == "reliability" else None
+    if recipe.task.shuffle_responses:
+        for stimuli in (fit, selection):
+            stimuli.shuffle_responses(recipe.seed)
+    notes = []
+    if recipe.distill.teacher is not None:
+        notes = [mix_in_teacher(stimuli, recipe.distill.teacher, recipe.distill) for stimuli in fit.recordings]
+    return TrainingTargets(manifest, weights, notes)
+
+
 def with_rates_of(manifest: Manifest, stimuli: StimulusSet) -> Manifest:
     """A manifest whose sites have the mean and standard deviation over these stimuli, each of its own recording."""
-    mean, std = (
-        np.concatenate(of) for of in zip(*(_mean_and_std(part.rates) for part in stimuli.recordings), strict=True)
-    )
+    moments = [_mean_and_std(_rates(part)) for part in stimuli.recordings]
+    mean = np.concatenate([mean for mean, _ in moments])
+    std = np.concatenate([std for _, std in moments])
     scale = manifest.rates.model_copy(update={"mean": to_json_list(mean), "std": to_json_list(std)})
     return manifest.model_copy(update={"rates": scale})
 
 
+def _rates(stimuli: RecordingStimuli) -> np.ndarray:
+    assert stimuli.rates is not None  # the network predicts responses
+    return stimuli.rates
+
+
 def _mean_and_std(rates: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     rates = rates.astype(np.float64)
-    there = ~np.isnan(rates)
+    recorded = ~np.isnan(rates)
     with np.errstate(invalid="ignore"):
-        mean = np.where(there, rates, 0).sum(0) / there.sum(0)
-        return mean, np.sqrt(np.where(there, (rates - mean) ** 2, 0).sum(0) / there.sum(0))
+        mean = np.where(recorded, rates, 0).sum(0) / recorded.sum(0)
+        return mean, np.sqrt(np.where(recorded, (rates - mean) ** 2, 0).sum(0) / recorded.sum(0))
 
 
 def site_weights(fit: StimulusSet) -> np.ndarray:
-    """Each site's weight in the loss, float64 (sites,), 1 on average: its reliability over the stimuli to fit.
+    """Each site's weight in the loss, float64 (sites,): its reliability over the stimuli that are trained on.
 
-    A site whose reliability cannot be told has the others' mean. Each recording's weights are 1 on average.
+    A site whose reliability is unknown has the others' mean. The weights of each recording are 1 on average.
 
     Raises:
         BadInput: there are no single trials.
     """
-    return np.concatenate([_weights_of(part) for part in fit.recordings])
+    return np.concatenate([_weights_of(stimuli) for stimuli in fit.recordings])
 
 
 def _weights_of(fit: RecordingStimuli) -> np.ndarray:
     statistics = fit.trial_statistics()
     if statistics is None:
         raise BadInput(
-            f"loss.site_weights: reliability needs single trials, which {fit.split.folder} does not have; take equal"
+            f"loss.site_weights: reliability needs single trials, which {fit.split.folder} does not have; use equal"
         )
     reliability = np.clip(variance_components(statistics).reliability, LEAST_WEIGHT, 1)
     known = ~np.isnan(reliability)
     if not known.any():
-        raise BadInput(
-            f"loss.site_weights: too few repetitions in {fit.split.folder} to tell a reliability; take equal"
-        )
+        raise BadInput(f"loss.site_weights: {fit.split.folder} has too few repetitions for a reliability; use equal")
     weights = np.where(known, reliability, reliability[known].mean())
     return weights / weights.mean()
 
 
-def learn_from_teacher(fit: RecordingStimuli, recipe: Distill) -> str:
-    """Mix a teacher's predictions into the responses of a recording's stimuli to fit; returns what was done, in words.
+def mix_in_teacher(fit: RecordingStimuli, teacher: str, settings: Distill) -> str:
+    """Mix a teacher's predictions into the responses of the stimuli that are trained on; returns a note for the log.
 
-    What is mixed in was predicted without the stimulus' own response: a teacher that has seen it would hand on its
-    noise. A stimulus that the teacher says nothing of keeps its response; a response that is missing becomes the
-    teacher's prediction.
+    The predictions are those made without the stimulus's own response: a teacher that has seen it would pass on its
+    noise. A stimulus that the teacher does not predict keeps its response; a missing response becomes the prediction.
+
+    Args:
+        fit: of one recording.
+        teacher: folder of a probe, a run or an ensemble.
+        settings: with the weight of the predictions.
 
     Raises:
         BadInput: the teacher predicts other sites, or none of the stimuli.
     """
-    taught = predictions_of(Path(recipe.teacher), LEFT_OUT, fit.name)
-    if taught.site_ids != fit.split.manifest.site_ids:
-        raise BadInput(f"distill.teacher: {recipe.teacher} predicts other sites than {fit.split.folder} has")
-    teacher = taught.rows(fit.stimulus_ids)
-    known = ~np.isnan(teacher)
+    predictions = predictions_of(Path(teacher), LEFT_OUT, fit.name)
+    if predictions.site_ids != fit.split.manifest.site_ids:
+        raise BadInput(f"distill.teacher: {teacher} predicts other sites than {fit.split.folder} has")
+    predicted, rates = predictions.rows(fit.stimulus_ids), _rates(fit)
+    known = ~np.isnan(predicted)
     if not known.any():
-        raise BadInput(
-            f"distill.teacher: {recipe.teacher} predicts none of the {len(fit)} stimuli of {fit.name} to fit"
-        )
-    mixed = np.where(np.isnan(fit.rates), teacher, (1 - recipe.weight) * fit.rates + recipe.weight * teacher)
-    fit.replace_responses(np.where(known, mixed, fit.rates))
+        raise BadInput(f"distill.teacher: {teacher} predicts none of the {len(fit)} training stimuli of {fit.name}")
+    mixed = np.where(np.isnan(rates), predicted, (1 - settings.weight) * rates + settings.weight * predicted)
+    fit.replace_responses(np.where(known, mixed, rates))
     return (
-        f"{recipe.teacher} teaches {int(known.any(axis=1).sum()):,} of the stimuli of {fit.name} to fit; its "
-        f"share in the responses is {recipe.weight:g}"
+        f"{teacher} teaches {int(known.any(axis=1).sum()):,} of the training stimuli of {fit.name}; its weight is "
+        f"{settings.weight:g}"
     )

@@ -42,7 +42,8 @@ from train.data.image_cache import ImageCaches
 from train.data.loader import TrainLoader, evaluation_loader
 from train.data.recordings import Recordings
 from train.data.stimuli import RecordingStimuli
-from train.finetuning.preparation import remarks_on, training_stimuli
+from train.finetuning.data_notes import notes_on_remote_shards
+from train.finetuning.preparation import training_stimuli
 from train.run.checkpoint import load_progress
 from train.run.recipe import Loader, Recipe
 
@@ -427,13 +428,17 @@ def test_an_evaluation_reads_each_shard_once_however_little_is_kept(web, packed,
 def test_a_run_is_told_that_its_order_does_not_fit(web, packed, cache):
     size = max(path.stat().st_size for path in packed.glob("*.tar"))
     small, large = (opened(web.url, cache, shards * size / GIB) for shards in (5, 11))
-    (remark,) = remarks_on([small], Loader())
-    assert "loader.order shuffled needs" in remark
-    assert "loader.order blocks" in remark
-    (remark,) = remarks_on([small], Loader(order="blocks", block_shards=5))
-    assert "lower loader.block_shards" in remark
-    assert remarks_on([small], Loader(order="blocks", block_shards=4)) == remarks_on([large], Loader()) == []
-    assert remarks_on([ShardFolder(packed)], Loader()) == []
+    (note,) = notes_on_remote_shards([small], Loader())
+    assert "loader.order shuffled needs" in note
+    assert "loader.order blocks" in note
+    (note,) = notes_on_remote_shards([small], Loader(order="blocks", block_shards=5))
+    assert "lower loader.block_shards" in note
+    assert (
+        notes_on_remote_shards([small], Loader(order="blocks", block_shards=4))
+        == notes_on_remote_shards([large], Loader())
+        == []
+    )
+    assert notes_on_remote_shards([ShardFolder(packed)], Loader()) == []
 
 
 def test_the_inner_part_is_read_once_where_all_images_do_not_fit(web, cache):

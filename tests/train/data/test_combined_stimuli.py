@@ -25,7 +25,8 @@ from train.data.loader import TrainLoader, evaluation_loader
 from train.data.order import Blocks, Turns, epoch_order, inner_split, inner_splits, stimuli_of_epoch
 from train.data.recordings import Recordings
 from train.data.stimuli import RecordingStimuli
-from train.finetuning.preparation import remarks_on_division, training_stimuli
+from train.finetuning.data_notes import notes_on_left_out
+from train.finetuning.preparation import training_stimuli
 from train.models.losses import Objective
 from train.run.recipe import Recipe
 
@@ -298,7 +299,7 @@ def divided(places, **early_stopping):
     return (
         [set(part.stimulus_ids) for part in fit.recordings],
         [set(part.stimulus_ids) for part in selection.recordings],
-        (remarks_on_division(recordings, parts)),
+        notes_on_left_out(recordings, parts),
     )
 
 
@@ -310,22 +311,22 @@ def held_out(place) -> set[str]:
 @pytest.mark.parametrize("split", ["inner", "val"])
 def test_what_one_recording_holds_out_is_trained_on_in_none(sharing, split):
     a, b, *_ = sharing
-    fit, selection, remarks = divided([a, b], split=split)
+    fit, selection, notes = divided([a, b], split=split)
     everywhere = held_out(a) | held_out(b) | selection[0] | selection[1]
     assert not (fit[0] | fit[1]) & everywhere
     assert all(fit)
     assert all(selection)
     if split == "inner":
         assert not (selection[0] | selection[1]) & (held_out(a) | held_out(b))
-    assert len(remarks) == 2
-    assert "of the 24 train stimuli of a are left out" in remarks[0]
+    assert len(notes) == 2
+    assert "of the 24 train stimuli of a are left out" in notes[0]
 
 
 @pytest.mark.parametrize("split", ["inner", "val"])
 def test_recordings_that_divide_what_they_share_alike_lose_nothing(sharing, split):
     a, _, _, d = sharing
-    fit, selection, remarks = divided([a, d], split=split)
-    assert remarks == []
+    fit, selection, notes = divided([a, d], split=split)
+    assert notes == []
     assert (fit[0] | selection[0]) >= set(ShardFolder(a).split("train").stimulus_ids)
     assert (fit[1] | selection[1]) >= set(ShardFolder(d).split("train").stimulus_ids)
     assert selection[1] <= selection[0]
@@ -334,11 +335,11 @@ def test_recordings_that_divide_what_they_share_alike_lose_nothing(sharing, spli
 
 def test_an_id_with_another_image_is_another_stimulus(sharing):
     a, _, c, _ = sharing
-    fit, selection, remarks = divided([a, c])
+    fit, selection, notes = divided([a, c])
     for place, ours, inner in zip((a, c), fit, selection, strict=True):
         (alone,), (alone_inner,), _ = divided([place])
         assert (ours, inner) == (alone, alone_inner)
-    assert remarks == []
+    assert notes == []
 
 
 def test_a_recording_of_which_nothing_is_left_is_refused(tmp_path):

@@ -13,7 +13,7 @@ from launching import SMALL, losses, succeed
 from safetensors.torch import load_file
 
 from data_prep.common.errors import BadInput
-from train.finetuning.preparation import check_hardware
+from train.finetuning.recipe_checks import check_hardware
 from train.run.checkpoint import load_progress
 from train.run.recipe import Recipe
 
@@ -261,5 +261,5 @@ def test_settings_that_do_not_fit_the_strategy_are_refused(recording, tmp_path, 
 def test_synced_batch_norm_over_processes_needs_gpus():
     recipe = Recipe.model_validate({"backbone": {"batch_norm": "synced"}})
     check_hardware(recipe, None, 1)
-    with pytest.raises(BadInput, match="synced needs GPUs"):
+    with pytest.raises(BadInput, match="synced works only on GPUs"):
         check_hardware(recipe, None, 2)

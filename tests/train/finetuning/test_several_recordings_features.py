@@ -223,7 +223,7 @@ def test_an_ensemble_teaches_a_network_of_both_and_one_of_one(joined, two, tmp_p
         teach = ["--distill.teacher", joined, "--distill.weight", 1, "--epochs", 1]
         ran("train/finetune.py", "--data", *places, "--out", tmp_path / name, *SMALL, *teach)
         said = (tmp_path / name / "log.txt").read_text()
-        assert [f"of the stimuli of {place.name} to fit" in said for place in two] == [True, name == "both"]
+        assert [f"of the training stimuli of {place.name}" in said for place in two] == [True, name == "both"]
     ran("train/probe.py", "--data", two[0], "--out", tmp_path / "probe", *PROBE, "--layers", "stages.1")
     words = ["--data", *two, "--out", tmp_path / "run", *SMALL, "--distill.teacher", tmp_path / "probe"]
     assert_refused(run_here("train/finetune.py", *words), "other sites", "two")
