@@ -1,4 +1,4 @@
-"""Atomic writes: a file is there complete or not at all."""
+"""Atomic writes: a file appears complete or not at all."""
 
 import contextlib
 import io

@@ -7,7 +7,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data_prep.common.safe_reading import npy_array
+from data_prep.common.safe_reading import parse_npy
 
 MAX_PIXELS = 100_000_000  # a header that claims more is damaged or malicious
 MAX_SCANS = 200  # of a JPEG; each goes over all pixels, and camera files have about ten
@@ -112,7 +112,7 @@ def raw_pixels(data: bytes | memoryview) -> np.ndarray:
         ValueError: not an npy array, not uint8, or of another shape than (H, W), (H, W, 1) or (H, W, 3).
     """
     try:
-        array = npy_array(data)
+        array = parse_npy(data)
     except ValueError as error:
         raise ValueError(f"not a complete npy array ({error})") from None
     if array.ndim == 2:

@@ -23,7 +23,7 @@ LONGEST_NAME = 1000  # characters, of ids, classes and the like
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
-def read_regular(path: Path, largest: int = LARGEST_TEXT) -> bytes:
+def read_regular_file(path: Path, largest: int = LARGEST_TEXT) -> bytes:
     """The content of a file.
 
     Raises:
@@ -59,7 +59,7 @@ def _finite(text: str) -> float:
     return number
 
 
-def npy_array(data: bytes | memoryview) -> np.ndarray:
+def parse_npy(data: bytes | memoryview) -> np.ndarray:
     """The array in the bytes of a .npy file, whose header is checked against their number first.
 
     Raises:
@@ -82,7 +82,7 @@ def npy_array(data: bytes | memoryview) -> np.ndarray:
     return flat.reshape(shape, order="F" if is_fortran else "C").copy()
 
 
-def npz_arrays(file: BinaryIO | Path) -> dict[str, np.ndarray]:
+def read_npz(file: BinaryIO | Path) -> dict[str, np.ndarray]:
     """The arrays of an .npz file as `np.savez` writes it: not compressed, so they cannot claim more than the file has.
 
     Raises:
@@ -93,7 +93,7 @@ def npz_arrays(file: BinaryIO | Path) -> dict[str, np.ndarray]:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
             _check_sizes(archive, members)
-            return {member.filename.removesuffix(".npy"): npy_array(archive.read(member)) for member in members}
+            return {member.filename.removesuffix(".npy"): parse_npy(archive.read(member)) for member in members}
     except (OSError, ValueError):
         raise
     except Exception as error:  # zipfile raises many kinds

@@ -152,7 +152,7 @@ class _Attempts:
         self._retries, self._report, self._failures = retries, report, 0
 
     def failed(self, error: OSError, progress: int = 0) -> None:
-        """Pause after a failure, with chance in it so that not all processes come back at once.
+        """Pause after a failure; at random, so that not all processes come back at once.
 
         Args:
             error: that ended the attempt.
@@ -218,7 +218,7 @@ class Download:
             fault = self._complete() or self.fault(self.part)
             if fault is None:
                 return
-            # Bytes of several answers may be of several files; what came at one go is what the server has.
+            # Bytes of several answers may belong to different files; those of one answer are what the server has.
             is_forgiven = wrong < self.retries.wrong_limit or (wrong == 0 and self.part.is_joined)
             if not is_forgiven:
                 raise WrongContent(fault)

@@ -25,8 +25,23 @@ BLOCK = 2**20
 PART = 2**22  # bytes that fsspec is asked for at a time: what is lost when a connection is cut
 SLOWEST = 1024  # bytes a second; a connection that delivers less counts as cut
 INDIRECT = (  # fsspec's drivers that read what a file tells them to, or through another program or driver
-    *("reference", "generic", "dask", "jupyter", "jlab", "git", "zip", "tar", "libarchive", "dir", "cached"),
-    *("blockcache", "filecache", "simplecache", "asyncwrapper", "local", "data"),
+    "asyncwrapper",
+    "blockcache",
+    "cached",
+    "dask",
+    "data",
+    "dir",
+    "filecache",
+    "generic",
+    "git",
+    "jlab",
+    "jupyter",
+    "libarchive",
+    "local",
+    "reference",
+    "simplecache",
+    "tar",
+    "zip",
 )
 WORTH_ANOTHER_ATTEMPT = (408, 425, 429)  # and all from 500 on
 
@@ -58,10 +73,10 @@ class RangeRefused(OSError):
 
 
 class ServerBusy(OSError):
-    """The server asks to come back later.
+    """The server is busy and says for how long.
 
     Attributes:
-        pause: seconds that it asks to wait.
+        pause: seconds to wait.
     """
 
     def __init__(self, message: str, pause: float):
@@ -185,7 +200,7 @@ def http_get(
             blocks=_without_first(surplus, _blocks(response, url, timeout)),
             start=start if partial else 0,
             length=response.length,
-            etag=tag if tag and not tag.startswith("W/") else None,  # a weak one does not tell bytes apart
+            etag=tag if tag and not tag.startswith("W/") else None,  # a weak one does not identify bytes
         )
 
 
@@ -195,7 +210,7 @@ def _urlopen(request: urllib.request.Request, timeout: float) -> http.client.HTT
 
 @contextmanager
 def network_errors(url: str) -> Iterator[None]:
-    """Raise what goes wrong in the block as `Transport.open` says. The block must not touch a disk."""
+    """Turn errors of the block into those that `Transport.open` documents. The block must not touch a disk."""
     try:
         yield
     except urllib.error.HTTPError as error:

@@ -28,7 +28,7 @@ from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput, CannotWrite
 from data_prep.common.image_decoding import image_size, sniff_encoding
 from data_prep.common.progress import Progress
-from data_prep.common.safe_reading import LONGEST_NAME, npz_arrays
+from data_prep.common.safe_reading import LONGEST_NAME, read_npz
 from data_prep.common.terminal import printable
 from data_prep.recording import SPLITS
 from data_prep.shards.index import SplitIndex, checksums, index_of
@@ -151,7 +151,7 @@ def _first_valid(candidates: list[Path], state: str) -> Derived | None:
 def _load(path: Path, state: str) -> Derived | None:
     """What was derived from the tars as they are now; None if the file is missing, damaged or out of date."""
     try:
-        arrays = npz_arrays(path)
+        arrays = read_npz(path)
     except (OSError, ValueError):
         return None
     if "manifest" not in arrays and "members" in arrays:

@@ -19,7 +19,7 @@ import numpy as np
 
 from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import is_name, npz_arrays
+from data_prep.common.safe_reading import is_name, read_npz
 from data_prep.remote.url import FolderUrl
 from data_prep.shards.manifest import Manifest, Split
 from data_prep.shards.members import MEMBERS, member_table
@@ -127,7 +127,7 @@ def load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> di
     path = folder / FILE
     try:
         with files.table(FILE, manifest) as file:
-            index = index_of(npz_arrays(file), manifest)
+            index = index_of(read_npz(file), manifest)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
             f"{path} cannot be read ({error}); write it again with data_prep/show.py --index, where the tars lie"

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from data_prep.ceiling import RANDOM_SPLITS, SPLIT_SEED, CeilingEstimate
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import LONGEST_NAME, is_name, parse_json, read_regular
+from data_prep.common.safe_reading import LONGEST_NAME, is_name, parse_json, read_regular_file
 
 FORMAT_VERSION: Final = 1
 MOST_STIMULI, MOST_BYTES = 10**9, 2**50  # of a split, of a shard; whatever claims more is damaged or malicious
@@ -235,7 +235,7 @@ def load_manifest(folder: Path) -> Manifest:
             f"{folder} has no manifest.json, so it is not a (finished) shard folder; nor does it contain tars"
         )
     try:
-        content = read_regular(path)
+        content = read_regular_file(path)
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read ({error})") from None
     return parse_manifest(content, path)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import is_name, npy_array, parse_json
+from data_prep.common.safe_reading import is_name, parse_json, parse_npy
 
 MEMBERS = ("jpg", "png", "rates.npy", "trials.npy", "truth.npy", "json", "image.npy", "cls")
 IMAGE_MEMBERS = ("jpg", "png", "image.npy")
@@ -48,9 +48,9 @@ def is_sample(name: str) -> bool:
     return not _NOT_A_SAMPLE.match(name)
 
 
-def not_plain(place: Path | str, name: str) -> BadInput:
+def not_plain(tar: Path | str, name: str) -> BadInput:
     """The error for a member of a kind that is never decoded."""
-    return BadInput(f"{place}: {name}: not a member of plain data ({', '.join(MEMBERS)})")
+    return BadInput(f"{tar}: {name}: not a member of plain data ({', '.join(MEMBERS)})")
 
 
 def member_table(path: Path) -> tuple[list[str], np.ndarray]:
@@ -180,7 +180,7 @@ def read_array(data: bytes | memoryview, location: str) -> np.ndarray:
         BadInput: not a plain npy array of real numbers, or one with an infinite value.
     """
     try:
-        array = npy_array(data)
+        array = parse_npy(data)
     except ValueError as error:
         raise BadInput(f"{location} is not a plain npy array ({error})") from None
     if array.dtype.kind not in "fiu":

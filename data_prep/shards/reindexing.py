@@ -43,13 +43,13 @@ def write_tables(
     manifest.save(folder / "manifest.json")
 
 
-def reindex(place: Path | str | FolderUrl) -> None:
+def reindex(location: Path | str | FolderUrl) -> None:
     """Read the tars of a folder again and write its tables, whoever wrote the tars.
 
     Raises:
         BadInput: a damaged tar, a folder that is not packed and holds no tars, one that cannot be written, or a URL.
     """
-    folder = parse_location(place)
+    folder = parse_location(location)
     if isinstance(folder, FolderUrl):
         raise BadInput(f"{folder}: tars are indexed where they lie; use --index there and copy the folder again")
     if is_foreign(folder):

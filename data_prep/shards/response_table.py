@@ -17,7 +17,7 @@ import numpy as np
 
 from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import npz_arrays
+from data_prep.common.safe_reading import read_npz
 from data_prep.shards.manifest import Manifest
 
 FILE = "targets.npz"
@@ -88,7 +88,7 @@ def load_response_table(file: BinaryIO, name: str, manifest: Manifest) -> dict[s
     """
     tables: dict[str, ResponseTable] = {}
     try:
-        arrays = npz_arrays(file)
+        arrays = read_npz(file)
         for split in manifest.splits:
             rates = arrays.get(f"{split}.rates")
             tables[split] = ResponseTable(rates, arrays[f"{split}.json"], arrays[f"{split}.json_end"])

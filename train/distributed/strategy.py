@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import parse_json, read_regular
+from data_prep.common.safe_reading import parse_json, read_regular_file
 
 DeepSpeedConfig = dict[str, Any]
 LEAST_STAGE = {"offload_optimizer": 1, "offload_param": 3}  # of ZeRO, for each kind of offloading
@@ -42,7 +42,7 @@ def resolve_strategy(setting: str | None) -> DeepSpeedConfig | None:
 
 def _read_config(path: Path) -> DeepSpeedConfig:
     try:
-        config = parse_json(read_regular(path))
+        config = parse_json(read_regular_file(path))
     except FileNotFoundError:
         raise BadInput(
             f"strategy: {path} does not exist; give `ddp` or a DeepSpeed JSON such as ds_configs/zero2.json"

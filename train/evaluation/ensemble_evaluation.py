@@ -16,7 +16,7 @@ import torch
 
 from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import parse_json, read_regular
+from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.remote.url import public_location
 from data_prep.shards.folder import ShardFolder
 from train.data.bad_samples import BadSamples
@@ -77,7 +77,7 @@ class EnsembleRecord:
 
 def _read_record(path: Path) -> EnsembleRecord:
     try:
-        content = parse_json(read_regular(path))
+        content = parse_json(read_regular_file(path))
         data = content["data"] if isinstance(content["data"], list) else [content["data"]]
         members = [member["runs"] for member in content["members"]]
         return EnsembleRecord(content["combine"], members, list(map(str, data)))
@@ -273,7 +273,7 @@ def _write(
 def _read_metrics(run: Path, split: str, recording: str) -> dict[str, Any]:
     path = RunFolder(run).scored(split, recording) / "metrics.json"
     try:
-        metrics = parse_json(read_regular(path))
+        metrics = parse_json(read_regular_file(path))
         if not isinstance(metrics, dict) or not isinstance(metrics.get("selected_on"), list):
             raise ValueError("it has no `selected_on`")
     except (OSError, ValueError) as error:

@@ -8,7 +8,7 @@ import numpy as np
 
 from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import npz_arrays
+from data_prep.common.safe_reading import read_npz
 from train.run.folder import LEFT_OUT, RunFolder
 
 PREDICTIONS_FILE = "predictions.npz"
@@ -74,7 +74,7 @@ def read_predictions(path: Path, hint: str = "score the run on that split first 
         BadInput: it is missing, damaged, or has no predicted responses.
     """
     try:
-        arrays = npz_arrays(path)
+        arrays = read_npz(path)
         if "prediction" not in arrays:
             raise BadInput(f"{path} contains no predicted responses: the run predicts classes only")
         stimulus_ids, site_ids, rates = arrays["stimulus_id"], arrays["site_id"], arrays["prediction"]

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.option_fields import marked
-from data_prep.common.safe_reading import parse_json, read_regular
+from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.common.terminal import printable
 from train.evaluation.ensemble_evaluation import ENSEMBLE_FILE
 from train.reporting.reported_run import ScoredRun, shortest_names
@@ -150,7 +150,7 @@ class _Systems:
     def _ensemble_facts(self, run: Path, depth: int) -> list[str] | None:
         if depth >= DEEPEST:
             return None
-        ensemble = parse_json(read_regular(run / ENSEMBLE_FILE))
+        ensemble = parse_json(read_regular_file(run / ENSEMBLE_FILE))
         paths = [Path(path) for member in ensemble["members"] for path in member["runs"]]
         digests = [self.digest(path, depth + 1) for path in paths]
         known = [digest for digest in digests if digest is not None]

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import npz_arrays, parse_json, read_regular
+from data_prep.common.safe_reading import parse_json, read_npz, read_regular_file
 from data_prep.common.terminal import printable
 from train.run.recipe import MOST_STIMULI
 from train.run.yaml_files import read_yaml
@@ -140,7 +140,7 @@ def read_environment(path: Path) -> Environment:
 
 def _read(path: Path, model: type[Model]) -> Model:
     try:
-        return model.model_validate(parse_json(read_regular(path)))
+        return model.model_validate(parse_json(read_regular_file(path)))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"])) or "content"
@@ -184,7 +184,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
     """The arrays of a predictions.npz; empty where it is missing, damaged, or holds more than numbers and texts."""
     try:
-        arrays = npz_arrays(path)
+        arrays = read_npz(path)
     except (OSError, ValueError):
         return {}
     lengths = {len(array) for name, array in arrays.items() if name not in PER_SITE_OR_CLASS}

@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import parse_json, read_regular
+from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.shards.manifest import LARGEST_SIDE, Manifest, Name
 
 SUMS = "sha256.json"
@@ -252,7 +252,7 @@ def forget_newer(folder: Path, progress: Progress) -> None:
 
 def _sums(checkpoint: Path) -> dict[str, str]:
     try:
-        sums = parse_json(read_regular(checkpoint / SUMS))
+        sums = parse_json(read_regular_file(checkpoint / SUMS))
         if not isinstance(sums, dict) or not all(_FILE.fullmatch(file) for file in sums):
             raise ValueError("it must tell the hash of each file beside it")
     except (OSError, ValueError) as error:
@@ -285,7 +285,7 @@ def load_progress(checkpoint: Path) -> Progress:
     """
     path = checkpoint / "progress.json"
     try:
-        return Progress.model_validate_json(read_regular(path))
+        return Progress.model_validate_json(read_regular_file(path))
     except OSError:
         raise BadInput(f"{checkpoint} is no checkpoint (no progress.json); did the run complete an epoch?") from None
     except ValidationError as error:

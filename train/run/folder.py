@@ -21,7 +21,7 @@ from data_prep.common import locks
 from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput, Stopped
 from data_prep.common.option_fields import marked
-from data_prep.common.safe_reading import parse_json, read_regular
+from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.remote.url import is_url, public_location
 from train.run.field_rules import FREE_ON_RESUME
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
@@ -65,7 +65,7 @@ class RunFolder:
         """
         job = os.environ.get("SPIKETUNE_JOB")
         try:
-            return bool(job) and parse_json(read_regular(self.env))["job"] == job
+            return bool(job) and parse_json(read_regular_file(self.env))["job"] == job
         except (OSError, ValueError, KeyError, TypeError):
             return False
 
@@ -179,7 +179,7 @@ class RunFolder:
     def data_folders(self) -> list[str]:
         """The shard folders the run was trained on, or their URLs without the secrets they may need."""
         try:
-            places = parse_json(read_regular(self.env))["data"]
+            places = parse_json(read_regular_file(self.env))["data"]
         except (OSError, ValueError, KeyError, TypeError):
             raise BadInput(f"{self.env} does not tell the run's shard folder; name it with --data") from None
         return list(map(str, places)) if isinstance(places, list) else [str(places)]
@@ -187,7 +187,7 @@ class RunFolder:
     def recordings(self) -> list[str]:
         """The names of the recordings that the run was trained on, in the order of `data_folders`, if several."""
         try:
-            return list(map(str, parse_json(read_regular(self.env)).get("recordings", [])))
+            return list(map(str, parse_json(read_regular_file(self.env)).get("recordings", [])))
         except (OSError, ValueError, AttributeError, TypeError):
             return []
 

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from data_prep.common.safe_reading import read_regular
+from data_prep.common.safe_reading import read_regular_file
 
 LARGEST = 2**17  # bytes
 MOST_VALUES = 10_000  # with aliases written out, by which a few lines can stand for billions
@@ -24,7 +24,7 @@ def read_yaml(path: Path) -> Any:
         ValueError: no YAML, a tag of a Python object, a key that is there twice, or absurdly many values.
         OSError: it cannot be read.
     """
-    text = read_regular(path, LARGEST).decode()
+    text = read_regular_file(path, LARGEST).decode()
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import is_name, read_regular
+from data_prep.common.safe_reading import is_name, read_regular_file
 
 MAX_FILE_BYTES = 256 * 2**20  # an archive member that claims more is damaged or made to exhaust memory
 
@@ -136,7 +136,7 @@ class ImageFiles:
             BadInput: raised by that function for an image that is missing, unreadable or absurdly large.
         """
         if not self._is_archive:
-            yield lambda name: self._load(name, lambda: read_regular(self.path / name, MAX_FILE_BYTES))
+            yield lambda name: self._load(name, lambda: read_regular_file(self.path / name, MAX_FILE_BYTES))
             return
         with zipfile.ZipFile(self.path) as archive:
             yield lambda name: self._load(name, lambda: _extract(archive, name))
