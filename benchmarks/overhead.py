@@ -84,7 +84,7 @@ def bare(run: Training, batch: Batch, *, fused: bool = True) -> Step:
     optimizer = build_optimizer(run.recipe.optimizer, groups, run.runtime.device) if fused else unfused(groups)
 
     def step() -> None:
-        loss = network.objective.parts(network(batch.images), batch, lambda own: own)["loss"]
+        loss = network.objective.losses(network(batch.images), batch, lambda own: own)["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

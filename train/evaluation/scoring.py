@@ -193,7 +193,7 @@ class _RankScorer:
         """Take in a batch, of which the first `count` stimuli are no padding."""
         rows = slice(self._seen, self._seen + count)
         if self._responses is not None:
-            rates = self._responses.in_units(outputs["rates"])[:, self._stimuli.columns]
+            rates = self._responses.to_rates(outputs["rates"])[:, self._stimuli.columns]
             if self._moments is not None:
                 assert batch.rates is not None
                 self._moments = self._moments.merge(SiteMoments.of(rates, batch.rates, batch.weight))

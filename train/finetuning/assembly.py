@@ -66,7 +66,7 @@ def build_network(run: PreparedRun, runtime: Runtime, *, first_weights: bool) ->
         network.to(memory_format=torch.channels_last)
     if run.targets.site_weights is not None:
         assert network.objective.responses is not None
-        network.objective.responses.weigh(run.targets.site_weights)
+        network.objective.responses.set_site_weights(run.targets.site_weights)
     return network
 
 

@@ -132,12 +132,12 @@ class TrainingCharts:
         moments = SiteMoments.zeros(responses.rate_mean.numel(), self._runtime.device)
         if predictions:
             moments = SiteMoments.of(
-                prediction=torch.cat([responses.in_units(kept.outputs["rates"]) for kept in predictions]),
+                prediction=torch.cat([responses.to_rates(kept.outputs["rates"]) for kept in predictions]),
                 response=torch.cat([kept.rates for kept in predictions if kept.rates is not None]),
                 weight=torch.cat([kept.weight for kept in predictions]),
             )
         scores = site_scores(moments.over_ranks(self._runtime))
-        shown = ("pearson_r",) if responses.ignores_offsets else tuple(scores)
+        shown = ("pearson_r",) if responses.needs_calibration else tuple(scores)
         means = [{name: mean_score(scores[name][part.columns]) for name in shown} for part in self._fit.recordings]
         return [{name: mean for name, mean in of_part.items() if np.isfinite(mean)} for of_part in means]
 

@@ -197,7 +197,7 @@ class Training:
                 if batch.draws is not None:
                     images = augment(images, batch.draws, self.recipe.augment)
                 outputs = self.engine.forward(images)
-                losses = self.network.objective.parts(outputs, batch, self._sum_over_ranks)
+                losses = self.network.objective.losses(outputs, batch, self._sum_over_ranks)
             self._charts.keep_predictions(outputs, batch)
             with self.engine.clock.part("backward"):
                 self.engine.backward(losses["loss"])

@@ -64,7 +64,7 @@ def start_from_ridge(
         return {name: seen(x) if name == "rates" else x for name, x in read.items()}
 
     def seen(x: torch.Tensor) -> torch.Tensor:
-        return heads["rates"].start_features_through(x, tried) if through_windows else heads["rates"].start_features(x)
+        return heads["rates"].windowed_start_features(x, tried) if through_windows else heads["rates"].start_features(x)
 
     found = activations_of_share(
         look, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge"
@@ -177,7 +177,7 @@ def _start_fields(
     ]
     scores, places, weights, biases = zip(*found, strict=True)
     head, weight = network.heads["rates"], torch.cat(weights)
-    head.look_through([tried[index] for index in np.concatenate(places)])
+    head.set_windows([tried[index] for index in np.concatenate(places)])
     head.start_from(weight, torch.cat(biases), weight.new_zeros(0))
     return float(np.mean(scores))
 

@@ -7,6 +7,7 @@ from train.distributed.engine import average_batch_norm_statistics
 from train.distributed.runtime import Runtime
 from train.evaluation.scoring import Scores, score_recordings
 from train.finetuning.ema import RunningAverage
+from train.models.losses import Correlation
 from train.models.network import Network
 
 
@@ -45,7 +46,7 @@ class SelectionScoring:
             self.average.gather()
             average_batch_norm_statistics(network, self.runtime)
         responses = network.objective.responses
-        if responses is not None and responses.ignores_offsets:
+        if isinstance(responses, Correlation):
             responses.reset()
             moments = self._score(network, self.fit, keep_predictions=False).moments
             assert moments is not None  # the network predicts responses

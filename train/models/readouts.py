@@ -1,8 +1,8 @@
 """Readouts: from features to the sites.
 
-Every readout is linear in its features as long as its spatial part is at its start. `start_features` gives those
-features and `start_from` takes a linear map of them, so that each can begin at a ridge
-(`train/finetuning/ridge_start.py`). All begin at each site's mean: whatever the image, the outputs are 0.
+Every readout is linear in its features as long as its spatial part is at its start. `start_features` returns those
+features and `start_from` takes a linear map of them, so that each can start at a ridge
+(`train/finetuning/ridge_start.py`). By default all start at each site's mean: whatever the image, the outputs are 0.
 """
 
 import math
@@ -18,29 +18,65 @@ from train.run.recipe import Readout
 
 def parameter_count(module: nn.Module, trainable_only: bool = False) -> int:
     """Number of parameters, or of those that are trained."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trainable_only)
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trainable_only)
 
 
 def zero_linear(features: int, outputs: int) -> nn.Linear:
-    """A linear layer whose outputs are 0 until it has learned better."""
+    """A linear layer whose outputs are 0 until it is trained."""
     layer = nn.Linear(features, outputs)
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def build_readout(settings: Readout, features: int | None, map_shape: tuple[int, ...] | None, sites: int) -> nn.Module:
+class SiteReadout(nn.Module, ABC):
+    """From features to the sites.
+
+    Attributes:
+        sites: the last layer, with an output per site.
+        undecayed: names of its parameters that weight decay spares.
+    """
+
+    sites: nn.Linear
+    undecayed: tuple[str, ...] = ()
+
+    @abstractmethod
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Pooled features (b, features), or a map (b, channels, rows, columns) -> (b, sites)."""
+
+    @abstractmethod
+    def start_features(self, features: torch.Tensor) -> torch.Tensor:
+        """What `forward` gets -> (b, features), in which the readout is linear at its start."""
+
+    @torch.no_grad()
+    def start_from(self, weight: torch.Tensor, bias: torch.Tensor, outputs: torch.Tensor) -> None:
+        """Start at a linear map of `start_features`.
+
+        Args:
+            weight: (sites, features).
+            bias: (sites,).
+            outputs: (stimuli, sites) of that map, for a readout that can only approximate it.
+        """
+        self.sites.weight.copy_(weight)
+        self.sites.bias.copy_(bias)
+
+
+def build_readout(
+    settings: Readout, features: int | None, map_shape: tuple[int, ...] | None, sites: int
+) -> SiteReadout:
     """The readout of a recipe.
 
     Args:
         settings: its kind.
-        features: pooled features of the backbone.
-        map_shape: (channels, rows, columns) of the backbone's map.
-        sites: outputs.
+        features: number of pooled features of the backbone; needed by `linear`.
+        map_shape: (channels, rows, columns) of the backbone's map; needed by all others.
+        sites: number of outputs.
     """
+    if settings.kind == "linear":
+        assert features is not None
+        return Linear(features, sites)
+    assert map_shape is not None
     match settings.kind:
-        case "linear":
-            return Linear(features, sites)
         case "flattened":
             return Linear(math.prod(map_shape), sites)
         case "low_rank":
@@ -49,10 +85,9 @@ def build_readout(settings: Readout, features: int | None, map_shape: tuple[int,
             return Factorised(map_shape, sites)
         case "gaussian":
             return Gaussian(map_shape, sites)
-    raise ValueError(settings.kind)
 
 
-class Linear(nn.Module):
+class Linear(SiteReadout):
     """y_s = w_s . x + b_s with x the pooled features, or the flattened map.
 
     features x sites + sites parameters.
@@ -67,17 +102,11 @@ class Linear(nn.Module):
         return self.sites(features.flatten(1))
 
     def start_features(self, features: torch.Tensor) -> torch.Tensor:
-        """(b, features), in which the readout is linear."""
+        """(b, features) or (b, channels, rows, columns) -> (b, features)."""
         return features.flatten(1)
 
-    @torch.no_grad()
-    def start_from(self, weight: torch.Tensor, bias: torch.Tensor, _outputs: torch.Tensor) -> None:
-        """Take over `weight` (sites, features) and `bias` (sites,)."""
-        self.sites.weight.copy_(weight)
-        self.sites.bias.copy_(bias)
 
-
-class LowRank(nn.Module):
+class LowRank(SiteReadout):
     """y_s = u_s . (V x) + b_s with x the flattened map and V x dimensions that all sites share.
 
     rank (features + sites) + sites parameters.
@@ -93,7 +122,7 @@ class LowRank(nn.Module):
         return self.sites(self.shared(features.flatten(1)))
 
     def start_features(self, features: torch.Tensor) -> torch.Tensor:
-        """(b, features), in which the readout is linear."""
+        """(b, channels, rows, columns) -> (b, features)."""
         return features.flatten(1)
 
     @torch.no_grad()
@@ -113,10 +142,10 @@ class LowRank(nn.Module):
         self.sites.bias.copy_(mean - leading @ (leading.T @ (mean - bias)))
 
 
-class _Masked(nn.Module, ABC):
+class MaskedReadout(SiteReadout):
     """y_s = sum_c w_sc sum_p m_sp x_cp + b_s: a spatial mask m and channel weights w for each site.
 
-    At the start all masks are alike.
+    At the start all masks are equal.
     """
 
     def __init__(self, channels: int, sites: int):
@@ -125,43 +154,42 @@ class _Masked(nn.Module, ABC):
 
     @abstractmethod
     def masks(self) -> torch.Tensor:
-        """(sites, positions)."""
+        """float32 (sites, positions)."""
 
     @abstractmethod
-    def look_through(self, windows: Sequence[Window]) -> None:
+    def set_windows(self, windows: Sequence[Window]) -> None:
         """Set each site's mask to a Gaussian window, which adds up to 1."""
 
-    def start_features_through(self, features: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
-        """(b, windows x channels): the map as a site sees it through each window, window after window."""
+    def windowed_start_features(self, features: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
+        """A map (b, channels, rows, columns) pooled through each window, window after window.
+
+        Returns:
+            (b, windows x channels).
+        """
         masks = torch.stack([_mask(window, features.shape[2:]) for window in windows]).to(features)
         return (masks @ features.flatten(2).transpose(1, 2)).flatten(1)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """(b, channels, rows, columns) -> (b, sites)."""
-        seen = features.flatten(2) @ self.masks().T  # (b, channels, sites)
-        return torch.einsum("bcs,sc->bs", seen, self.sites.weight) + self.sites.bias
+        pooled = features.flatten(2) @ self.masks().T  # (b, channels, sites)
+        return torch.einsum("bcs,sc->bs", pooled, self.sites.weight) + self.sites.bias
 
     def start_features(self, features: torch.Tensor) -> torch.Tensor:
-        """(b, channels): the map as any site sees it at the start."""
+        """(b, channels, rows, columns) -> (b, channels): the map through the mask that all sites start with."""
         return features.flatten(2) @ self.masks()[0]
-
-    @torch.no_grad()
-    def start_from(self, weight: torch.Tensor, bias: torch.Tensor, _outputs: torch.Tensor) -> None:
-        """Take over `weight` (sites, channels) and `bias` (sites,)."""
-        self.sites.weight.copy_(weight)
-        self.sites.bias.copy_(bias)
 
 
 def _mask(window: Window, sides: Sequence[int]) -> torch.Tensor:
-    """A window over a map of these rows and columns, adding up to 1: float32 (positions,)."""
-    weights = torch.from_numpy(window.weights(*sides))
+    """A window over a map of (rows, columns), adding up to 1: float32 (positions,)."""
+    rows, columns = sides
+    weights = torch.from_numpy(window.weights(rows, columns))
     return weights / weights.sum()
 
 
-class Factorised(_Masked):
+class Factorised(MaskedReadout):
     """A free spatial mask and channel weights for each site (Klindt et al. 2017).
 
-    sites (positions + channels) + sites parameters. The masks begin uniform, as mean pooling.
+    sites (positions + channels) + sites parameters. The masks start uniform, as mean pooling.
     """
 
     def __init__(self, map_shape: tuple[int, ...], sites: int):
@@ -175,21 +203,22 @@ class Factorised(_Masked):
         return self.mask / self.mask.shape[1]
 
     @torch.no_grad()
-    def look_through(self, windows: Sequence[Window]) -> None:
-        """See `_Masked.look_through`."""
+    def set_windows(self, windows: Sequence[Window]) -> None:
+        """See `MaskedReadout.set_windows`."""
         masks = torch.stack([_mask(window, self._map_sides) for window in windows])
         self.mask.copy_(masks * masks.shape[1])
 
 
-class Gaussian(_Masked):
-    """Channel weights and a Gaussian receptive field for each site (St-Yves and Naselaris 2018).
+class Gaussian(MaskedReadout):
+    """Channel weights and a Gaussian window for each site (St-Yves and Naselaris 2018).
 
     m_sp ~ exp(-|p - c_s|^2 / 2 sigma_s^2), adding up to 1 over positions p, with centre c and width sigma learned, in
-    half image sides. sites (channels + 3) + sites parameters. The fields begin in the middle, with sigma 0.5. Nothing
+    half image sides. sites (channels + 3) + sites parameters. The windows start in the middle, with sigma 0.5. Nothing
     is sampled, so the number of processes does not matter.
     """
 
     undecayed = ("centre", "log_width")
+    positions: torch.Tensor
 
     def __init__(self, map_shape: tuple[int, ...], sites: int):
         channels, rows, columns = map_shape
@@ -205,7 +234,8 @@ class Gaussian(_Masked):
         return torch.softmax(-squared / (2 * torch.exp(2 * self.log_width))[:, None], dim=1)
 
     @torch.no_grad()
-    def look_through(self, windows: Sequence[Window]) -> None:
-        """See `_Masked.look_through`."""
+    def set_windows(self, windows: Sequence[Window]) -> None:
+        """See `MaskedReadout.set_windows`; the windows have widths."""
+        widths = [window.width for window in windows if window.width is not None]
         self.centre.copy_(torch.tensor([(window.x, window.y) for window in windows]))
-        self.log_width.copy_(torch.tensor([math.log(window.width) for window in windows]))
+        self.log_width.copy_(torch.tensor([math.log(width) for width in widths]))

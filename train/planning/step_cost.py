@@ -200,7 +200,7 @@ def activation_bytes(network: Network, recipe: Recipe, manifest: Manifest, batch
 def forward_and_backward(network: Network, recipe: Recipe, batch: Batch) -> None:
     """One micro-batch as the training loop passes it through."""
     images = batch.images if batch.draws is None else augment(batch.images, batch.draws, recipe.augment)
-    network.objective.parts(network(images), batch, lambda own: own)["loss"].backward()
+    network.objective.losses(network(images), batch, lambda own: own)["loss"].backward()
 
 
 def empty_batch(recipe: Recipe, manifest: Manifest, size: int) -> Batch:

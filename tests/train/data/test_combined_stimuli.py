@@ -231,7 +231,7 @@ def test_the_loss_is_the_mean_that_the_mix_says(two, mix, loss):
         return batch.images.float()[:, :, :4, :4].mean(1).flatten(1) / 255 @ weight
 
     def part(batch) -> torch.Tensor:
-        return objective.parts({"rates": outputs(batch)}, batch, lambda own: own)["loss"]
+        return objective.losses({"rates": outputs(batch)}, batch, lambda own: own)["loss"]
 
     (whole,) = next(iter(loader_of(both, per_device=None).epoch(0)))
     pieces = [batch for rank in range(3) for batch in next(iter(loader_of(both, rank, 3).epoch(0)))]
@@ -245,7 +245,7 @@ def test_the_loss_is_the_mean_that_the_mix_says(two, mix, loss):
     if loss == "mse":
         errors = (outputs(whole) - responses.target(whole.rates)) ** 2
     else:
-        rate = responses.in_units(outputs(whole))
+        rate = responses.to_rates(outputs(whole))
         errors = rate - whole.rates * rate.log()
     of_each = [error[~torch.isnan(error)] for error in errors.split(SITES, dim=1)]
     expected = torch.cat(of_each).mean() if mix == "proportional" else sum(each.mean() for each in of_each) / 2
@@ -258,7 +258,7 @@ def test_a_correlation_is_averaged_over_sites_or_over_recordings(two, mix):
     objective = Objective(recipe_of(loss={"responses": "correlation"}), recordings.manifest)
     (batch,) = next(iter(loader_of(both, global_size=40, per_device=None).epoch(0)))
     outputs = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
-    found = objective.parts({"rates": outputs}, batch, lambda own: own)["loss"].item()
+    found = objective.losses({"rates": outputs}, batch, lambda own: own)["loss"].item()
     wrong = []
     for site in range(12):
         there = ~torch.isnan(batch.rates[:, site])

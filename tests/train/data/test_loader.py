@@ -129,7 +129,7 @@ def test_z_scores_are_standard_over_train_and_invert_to_the_recorded_rates(recor
     z = responses.target(rates)
     np.testing.assert_allclose(np.nanmean(z.double(), axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(np.nanstd(z.double(), axis=0), 1, atol=1e-6)
-    np.testing.assert_allclose(responses.in_units(z), recording.rates[recording.train], rtol=1e-5)
+    np.testing.assert_allclose(responses.to_rates(z), recording.rates[recording.train], rtol=1e-5)
 
 
 # ---- training ------------------------------------------------------------------------------------------------------

@@ -20,13 +20,13 @@ SHAPE, SITES = (3, 6, 6), 4
 def test_a_readout_looks_through_its_windows(kind):
     windows = [Window(0.5, -0.5, 0.4), Window(0, 0, 0.25), Window(-0.5, 0.5, 0.15), Window(0, 0.5, 0.4)]
     readout, maps = kind(SHAPE, SITES), torch.rand(5, *SHAPE)
-    readout.look_through(windows)
+    readout.set_windows(windows)
     for mask, window in zip(readout.masks(), windows, strict=True):
         expected = torch.from_numpy(window.weights(6, 6))
         torch.testing.assert_close(mask.detach(), expected / expected.sum())
     weight = torch.randn(SITES, SHAPE[0])
     readout.start_from(weight, torch.zeros(SITES), torch.empty(0))
-    seen = readout.start_features_through(maps, windows).view(5, SITES, SHAPE[0])
+    seen = readout.windowed_start_features(maps, windows).view(5, SITES, SHAPE[0])
     torch.testing.assert_close(readout(maps), torch.einsum("bsc,sc->bs", seen, weight))
 
 

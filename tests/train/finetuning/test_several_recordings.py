@@ -188,7 +188,7 @@ def test_each_recording_is_scored_with_its_own_readout(scored, two):
         val = folder.split("val")
         (batch,) = evaluation_loader(RecordingStimuli(val, 32), size=len(val), rank=0, ranks=1, workers=0, pin=False)
         with torch.no_grad():
-            expected = network.objective.responses.in_units(network(batch.images)["rates"])[:, columns]
+            expected = network.objective.responses.to_rates(network(batch.images)["rates"])[:, columns]
         metrics, arrays = results(scored, name)
         np.testing.assert_allclose(arrays["prediction"], expected, rtol=1e-4, atol=1e-4)
         np.testing.assert_array_equal(arrays["target"], val.rates())

@@ -131,7 +131,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_loss_is_the_textbooks_in_value_and_gradient(kind, rates, manifest, outputs):
-    found = value_and_gradient(lambda z: kind(manifest).part(z, batch_of(rates), alone), outputs)
+    found = value_and_gradient(lambda z: kind(manifest).contribution(z, batch_of(rates), alone), outputs)
     expected = value_and_gradient(lambda z: BY_HAND[kind](z, rates, manifest), outputs)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert expected[1].abs().max() > 1e-3
@@ -144,7 +144,7 @@ def test_the_correlation_is_scipys(rates, manifest, outputs):
     for site in range(SITES - 1):
         there = ~np.isnan(rates[:, site].numpy())
         expected.append(1 - stats.pearsonr(rates[there, site].numpy(), outputs[there, site].numpy()).statistic)
-    found = Correlation(manifest).part(outputs, batch_of(rates), alone)
+    found = Correlation(manifest).contribution(outputs, batch_of(rates), alone)
     assert float(found) == pytest.approx(np.mean(expected), rel=2e-4)
 
 
@@ -178,7 +178,7 @@ def hybrid_outputs(outputs: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_a_hybrids_loss_is_the_weighted_sum(rates, manifest, outputs):
     batch = batch_of(rates, torch.arange(STIMULI) % CLASSES)
     found = hybrid_outputs(outputs)
-    parts = hybrid(manifest, regression_weight=0.3, classification_weight=2.0).parts(found, batch, alone)
+    parts = hybrid(manifest, regression_weight=0.3, classification_weight=2.0).losses(found, batch, alone)
     mse, entropy = squared_error_by_hand(outputs, rates, manifest), F.cross_entropy(found["classes"], batch.labels)
     torch.testing.assert_close(parts["mse"], mse)
     torch.testing.assert_close(parts["cross_entropy"], entropy)
@@ -192,7 +192,7 @@ def test_uncertainty_weighting_is_that_of_kendall_et_al(rates, manifest, outputs
     with torch.no_grad():
         objective.log_variance.copy_(s)
     found = hybrid_outputs(outputs)
-    parts = objective.parts(found, batch, alone)
+    parts = objective.losses(found, batch, alone)
     parts["loss"].backward()
     mse = squared_error_by_hand(outputs, rates, manifest).item()
     entropy = F.cross_entropy(found["classes"], batch.labels).item()
@@ -217,8 +217,8 @@ def test_stimuli_without_responses_do_not_count(kind, rates, manifest, outputs):
     holes = rates.clone()
     holes[1::2] = float("nan")
     loss = kind(manifest)
-    value, gradient = value_and_gradient(lambda z: loss.part(z, batch_of(holes), alone), outputs)
-    expected, plain = value_and_gradient(lambda z: loss.part(z, batch_of(rates[rows]), alone), outputs[rows])
+    value, gradient = value_and_gradient(lambda z: loss.contribution(z, batch_of(holes), alone), outputs)
+    expected, plain = value_and_gradient(lambda z: loss.contribution(z, batch_of(rates[rows]), alone), outputs[rows])
     assert value == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(gradient[rows], plain)
     assert not gradient[1::2].any()
@@ -229,40 +229,38 @@ def test_a_site_without_responses_in_the_batch_contributes_nothing(kind, rates, 
     holes = rates.clone()
     holes[:, 2] = float("nan")
     loss = kind(manifest)
-    value, gradient = value_and_gradient(lambda z: loss.part(z, batch_of(holes), alone), outputs)
+    value, gradient = value_and_gradient(lambda z: loss.contribution(z, batch_of(holes), alone), outputs)
     assert np.isfinite(value)
     assert torch.isfinite(gradient).all()
     assert not gradient[:, 2].any()
     assert gradient[:, 0].any()
     other = outputs.clone()
     other[:, 2] = 7.0
-    assert loss.part(other, batch_of(holes), alone).item() == value
+    assert loss.contribution(other, batch_of(holes), alone).item() == value
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_batch_without_any_response_has_a_loss_of_nothing(kind, rates, manifest, outputs):
     nothing = torch.full_like(rates, float("nan"))
-    value, gradient = value_and_gradient(lambda z: kind(manifest).part(z, batch_of(nothing), alone), outputs)
+    value, gradient = value_and_gradient(lambda z: kind(manifest).contribution(z, batch_of(nothing), alone), outputs)
     assert value == 0
     assert not gradient.any()
 
 
-def test_one_response_to_a_site_tells_no_correlation(rates, manifest, outputs):
-    lonely = rates.clone()
+def test_one_response_to_a_site_gives_no_correlation(rates, manifest, outputs):
+    loss, lonely = Correlation(manifest), rates.clone()
     lonely[1:, 0] = float("nan")
     lonely[0, 0] = 5.0
-    value, gradient = value_and_gradient(lambda z: Correlation(manifest).part(z, batch_of(lonely), alone), outputs)
+    value, gradient = value_and_gradient(lambda z: loss.contribution(z, batch_of(lonely), alone), outputs)
     assert not gradient[:, 0].any()
-    alike = Correlation(manifest).part(
-        outputs, batch_of(torch.where(torch.arange(SITES) > 0, lonely, torch.nan)), alone
-    )
-    assert value == pytest.approx(alike.item())
+    without = torch.where(torch.arange(SITES) > 0, lonely, torch.nan)
+    assert value == pytest.approx(loss.contribution(outputs, batch_of(without), alone).item())
 
 
 def test_the_correlation_has_a_gradient_where_all_outputs_are_alike(rates, manifest):
     """At the start, that is."""
     _, gradient = value_and_gradient(
-        lambda z: Correlation(manifest).part(z, batch_of(rates), alone), torch.zeros(STIMULI, SITES)
+        lambda z: Correlation(manifest).contribution(z, batch_of(rates), alone), torch.zeros(STIMULI, SITES)
     )
     assert torch.isfinite(gradient).all()
     assert gradient[:, :-1].any(0).all()
@@ -279,14 +277,14 @@ def test_the_parts_of_micro_batches_add_up(responses, weighting, rates, manifest
     objective = Objective(Recipe.model_validate(settings), manifest)
     whole = batch_of(rates, torch.arange(STIMULI) % CLASSES)
     found = hybrid_outputs(outputs)
-    expected = objective.parts(found, whole, alone)
+    expected = objective.losses(found, whole, alone)
     expected["loss"].backward()
     gradients = {name: x.grad.clone() for name, x in found.items()}
     learned = [p.grad.clone() for p in objective.parameters()]
     objective.zero_grad()
     again, total = hybrid_outputs(outputs), dict.fromkeys(expected, 0.0)
     for piece in pieces_of(whole):
-        parts = objective.parts({name: x[piece.positions] for name, x in again.items()}, piece, alone)
+        parts = objective.losses({name: x[piece.positions] for name, x in again.items()}, piece, alone)
         parts["loss"].backward()
         total = {name: total[name] + parts[name].item() for name in total}
     assert total == pytest.approx({name: x.item() for name, x in expected.items()}, rel=1e-5)
@@ -299,7 +297,7 @@ def test_the_parts_of_micro_batches_add_up(responses, weighting, rates, manifest
 def test_the_correlation_of_several_ranks_is_that_of_the_whole_batch(rates, manifest, outputs):
     """Each gets the sums of all and differentiates by its own; the parts add up to value and gradient."""
     loss, whole = Correlation(manifest), batch_of(rates)
-    value, gradient = value_and_gradient(lambda z: loss.part(z, whole, alone), outputs)
+    value, gradient = value_and_gradient(lambda z: loss.contribution(z, whole, alone), outputs)
     shares, sums = pieces_of(whole), []
 
     def note(own: torch.Tensor) -> torch.Tensor:
@@ -307,11 +305,11 @@ def test_the_correlation_of_several_ranks_is_that_of_the_whole_batch(rates, mani
         return own
 
     for share in shares:
-        loss.part(outputs[share.positions], share, note)
+        loss.contribution(outputs[share.positions], share, note)
     everyones = torch.stack(sums).sum(0)
     leaf, total = outputs.clone().requires_grad_(), 0.0
     for share in shares:
-        part = loss.part(leaf[share.positions], share, lambda own: everyones)
+        part = loss.contribution(leaf[share.positions], share, lambda own: everyones)
         part.backward()
         total += part.item()
     assert total == pytest.approx(value, rel=1e-5)
@@ -351,7 +349,7 @@ def test_a_hybrid_is_the_single_task_when_the_other_weight_is_zero(recording, ki
     losses, outputs = [], []
     for network in (single, both):
         outputs.append(network(batch.images))
-        losses.append(network.objective.parts(outputs[-1], batch, alone)["loss"])
+        losses.append(network.objective.losses(outputs[-1], batch, alone)["loss"])
         losses[-1].backward()
     torch.testing.assert_close(outputs[1][head], outputs[0][head], rtol=0, atol=0)
     torch.testing.assert_close(losses[1], losses[0])
@@ -379,13 +377,13 @@ def test_another_seed_gives_other_initial_weights(recording):
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_an_output_of_0_is_the_mean_rate(kind, manifest):
-    rates = kind(manifest).in_units(torch.zeros(1, SITES))
+    rates = kind(manifest).to_rates(torch.zeros(1, SITES))
     np.testing.assert_allclose(rates[0], manifest.rates.mean, rtol=1e-6)
 
 
 def test_z_scores_are_told_back_in_the_recordings_units(rates, manifest):
     loss = SquaredError(manifest)
-    torch.testing.assert_close(loss.in_units(loss.target(rates)), rates, equal_nan=True)
+    torch.testing.assert_close(loss.to_rates(loss.target(rates)), rates, equal_nan=True)
     mean, std = np.array(manifest.rates.mean), np.array(manifest.rates.std)
     np.testing.assert_allclose(loss.target(rates), (rates.numpy() - mean) / std, rtol=1e-5, atol=1e-6)
 
@@ -394,18 +392,18 @@ def test_a_poisson_rate_is_positive_and_continuous(manifest):
     """And smooth: its slope at the mean is the same from both sides."""
     loss = PoissonLikelihood(manifest)
     z = torch.linspace(-6, 6, 1201)[:, None].expand(-1, SITES)
-    rates = loss.in_units(z)
+    rates = loss.to_rates(z)
     assert (rates > 0).all()
     steps = rates.diff(dim=0) / torch.tensor(manifest.rates.mean)
     assert (steps > 0).all()
     assert steps.max() < 0.0101  # one step of z, above 0
-    above, below = (loss.in_units(torch.full((1, SITES), z))[0] for z in (1e-2, -1e-2))
+    above, below = (loss.to_rates(torch.full((1, SITES), z))[0] for z in (1e-2, -1e-2))
     np.testing.assert_allclose((above - below) / 2e-2, manifest.rates.mean, rtol=1e-2)
 
 
 def test_a_poisson_target_gives_back_rates_above_the_mean_and_less_below(rates, manifest):
     loss, mean = PoissonLikelihood(manifest), torch.tensor(manifest.rates.mean)
-    found = loss.in_units(loss.target(rates))
+    found = loss.to_rates(loss.target(rates))
     above, below = rates > mean, rates < mean
     assert above.any()
     assert below.any()
@@ -420,8 +418,8 @@ def test_a_poisson_loss_is_least_at_the_rate_itself(manifest):
     z = torch.linspace(-8, 4, 2401)[:, None].expand(-1, SITES)
     for wanted in (0.3, 1.0, 2.5):
         rates = torch.tensor(manifest.rates.mean, dtype=torch.float32)[None] * wanted
-        values = torch.stack([loss.part(row[None], batch_of(rates), alone) for row in z])
-        assert loss.in_units(z[values.argmin()][None])[0].numpy() == pytest.approx(rates[0].numpy(), rel=0.02)
+        values = torch.stack([loss.contribution(row[None], batch_of(rates), alone) for row in z])
+        assert loss.to_rates(z[values.argmin()][None])[0].numpy() == pytest.approx(rates[0].numpy(), rel=0.02)
 
 
 def test_a_site_that_was_silent_over_train_does_no_harm(rates, manifest):
@@ -431,7 +429,7 @@ def test_a_site_that_was_silent_over_train_does_no_harm(rates, manifest):
     silent[:, 0] = 0.0
     for kind in LOSSES:
         value, gradient = value_and_gradient(
-            lambda z, kind=kind: kind(quiet).part(z, batch_of(silent), alone), torch.zeros(STIMULI, SITES)
+            lambda z, kind=kind: kind(quiet).contribution(z, batch_of(silent), alone), torch.zeros(STIMULI, SITES)
         )
         assert np.isfinite(value)
         assert torch.isfinite(gradient).all()
@@ -444,7 +442,7 @@ def test_calibration_makes_the_line_from_predictions_to_responses_the_identity(r
     predicted = outputs * 5 - 3
     predicted[:, 1] = 2.0  # constant: the best line is the mean
     loss.calibrate(lines_of(loss, predicted, rates))
-    calibrated = loss.in_units(predicted).numpy()
+    calibrated = loss.to_rates(predicted).numpy()
     for site in range(SITES):
         there = ~np.isnan(rates[:, site].numpy())
         y, p = rates[there, site].numpy(), calibrated[there, site]
@@ -455,7 +453,7 @@ def test_calibration_makes_the_line_from_predictions_to_responses_the_identity(r
 
 
 def lines_of(loss: Correlation, outputs: torch.Tensor, rates: torch.Tensor) -> SiteLines:
-    return SiteMoments.of(loss.in_units(outputs), rates).least_squares_lines()
+    return SiteMoments.of(loss.to_rates(outputs), rates).least_squares_lines()
 
 
 def test_the_lines_are_saved_with_the_network(rates, manifest, outputs):
@@ -463,5 +461,5 @@ def test_the_lines_are_saved_with_the_network(rates, manifest, outputs):
     loss.calibrate(lines_of(loss, outputs, rates))
     other = Correlation(manifest)
     other.load_state_dict(copy.deepcopy(loss.state_dict()))
-    assert torch.equal(other.in_units(outputs), loss.in_units(outputs))
-    assert not torch.equal(Correlation(manifest).in_units(outputs), loss.in_units(outputs))
+    assert torch.equal(other.to_rates(outputs), loss.to_rates(outputs))
+    assert not torch.equal(Correlation(manifest).to_rates(outputs), loss.to_rates(outputs))

@@ -194,7 +194,7 @@ POOLING = {
 def test_a_readout_begins_at_each_sites_mean(data, kind):
     net = network(data, kind)
     assert np.array_equal(outputs(net, data.images["val"]), np.zeros((20, 6), np.float32))
-    rates = net.objective.responses.in_units(torch.zeros(1, 6))[0].numpy()
+    rates = net.objective.responses.to_rates(torch.zeros(1, 6))[0].numpy()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)
         np.testing.assert_allclose(rates, np.nan_to_num(np.nanmean(data.train.rates, axis=0)), rtol=1e-5)

@@ -118,7 +118,7 @@ def test_train_scores_are_those_of_the_predictions_that_training_made(recording,
     done = run_here("train/finetune.py", "--data", recording, "--out", out, *SMALL, "--epochs", "1")
     assert done.returncode == 0, done.stderr
     responses = kept[0][0]
-    prediction = torch.cat([responses.in_units(outputs["rates"].detach()) for _, outputs, _ in kept]).double()
+    prediction = torch.cat([responses.to_rates(outputs["rates"].detach()) for _, outputs, _ in kept]).double()
     target = torch.cat([batch.rates for *_, batch in kept]).double()
     expected = 1 - ((target - prediction) ** 2).sum(0) / ((target - target.mean(0)) ** 2).sum(0)
     with served(tmp_path) as board:

@@ -95,7 +95,7 @@ class NetworkInUnits(nn.Module):
         outputs = self.network(images)
         responses = self.network.objective.responses
         if responses is not None:
-            outputs["rates"] = responses.in_units(outputs["rates"])
+            outputs["rates"] = responses.to_rates(outputs["rates"])
         return outputs
 
 
@@ -257,8 +257,8 @@ def _timm_classifier(trained: TrainedNetwork, model_args: Mapping[str, Any]) -> 
         responses = network.objective.responses
         if name == "rates":
             assert responses is not None
-            scale = responses.in_units(scale) - responses.in_units(offset)
-            offset = responses.in_units(offset)
+            scale = responses.to_rates(scale) - responses.to_rates(offset)
+            offset = responses.to_rates(offset)
         classifier.weight.copy_(readout.weight * scale[:, None])
         classifier.bias.copy_(readout.bias * scale + offset)
         images = trained.examples()
