@@ -142,19 +142,3 @@ class SessionScale:
         NaN where a site does not vary within a session.
         """
         return (responses - self.mean[session]) / self.std[session]
-
-
-def z_score_within(responses: np.ndarray, sessions: Sequence) -> np.ndarray:
-    """z-score each site's responses within each session.
-
-    Args:
-        responses: float (presentations, sites), NaN = missing.
-        sessions: the session of each presentation.
-
-    Returns:
-        float64 (presentations, sites); NaN for missing responses and where a site does not vary within a session.
-    """
-    names, number = np.unique(np.asarray(sessions), return_inverse=True)
-    scale = SessionScale(len(names), responses.shape[1])
-    scale.add(responses, number)
-    return scale.z_score(responses, number)

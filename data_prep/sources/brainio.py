@@ -6,6 +6,7 @@ stimulus_id (image_id in older files), repetition, neuroid_id, region, animal, t
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,7 @@ class Brainio(HeldOut):
             if animal_name in site:
                 site["subject"] = site.pop(animal_name)
             site["id"] = site_id
-        return [site for site, kept in zip(sites, keep, strict=True) if kept], keep
+        return list(compress(sites, keep)), keep
 
     def _time_bins(self, coordinates: Coordinates, data: Variable) -> tuple[list[int], tuple[float, float] | None]:
         """The time bins to average, none where the assembly has no such axis, and the window that they cover, in ms."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -84,7 +85,7 @@ class Joined(HeldOut):
                 ],
             },
             simulated=any(manifest.simulated for manifest in manifests),
-            sites=[site for site, kept in zip(sites, keep, strict=True) if kept],
+            sites=list(compress(sites, keep)),
             response_window_ms=_common_value([manifest.response_window_ms for manifest in manifests]),
             units=_common_value([manifest.rates.units for manifest in manifests]) or "differ between the recordings",
             stimulus_ids=list(occurrences),

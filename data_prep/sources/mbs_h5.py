@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import compress, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +29,11 @@ from data_prep.sources.files.ids import safe_ids, select_sites, source_id
 from data_prep.sources.files.image_files import EncodedImage, ImageFiles
 from data_prep.sources.files.named_images_recording import ImageStore, NamedImagesRecording
 from data_prep.sources.files.presentations import (
-    TRIALS_BYTES,
     gather_trials,
     pad_repetitions,
     rates_and_trials,
     rows_by_stimulus,
+    rows_in_memory,
 )
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ class MbsH5(HeldOutVal):
         keep &= select_sites(facts, "region", self.region, "--region", self.source)
         if not keep.any():
             raise BadInput(f"{self.source}: no responses of subject {self.subject} in region {self.region}")
-        return [area for area, kept in zip(areas.values(), keep, strict=True) if kept]
+        return list(compress(areas.values(), keep))
 
     def _split_of_stimuli(self, rows: Rows) -> dict[str, str]:
         """{stimulus: the split it is in}, in the file's order."""
@@ -235,7 +235,7 @@ class MbsH5Recording(NamedImagesRecording):
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
         """Yield rates and trials; NaN for the sites of a subject that did not see the stimulus."""
         repetitions = max(len(rows) for stimuli in self.rows.values() for rows in stimuli.values())
-        block = max(1, TRIALS_BYTES // (4 * len(self.sites) * repetitions))
+        block = rows_in_memory(len(self.sites) * repetitions)
         with hdf5.open_file(self.path) as file:
             for split, consecutive in groupby((self.origin[i] for i in indices), key=lambda origin: origin[1]):
                 names = [name for name, _ in consecutive]

@@ -22,7 +22,7 @@ from data_prep.sources.files.held_out import HeldOut
 from data_prep.sources.files.ids import safe_ids, select_sites, source_id
 from data_prep.sources.files.image_files import ImageFiles
 from data_prep.sources.files.named_images_recording import NamedImagesRecording, objects_of
-from data_prep.sources.files.presentations import TRIALS_BYTES, rates_and_trials, rows_by_stimulus
+from data_prep.sources.files.presentations import rates_and_trials, rows_by_stimulus, rows_in_memory
 from data_prep.sources.files.tables import row_facts
 from data_prep.spikes import check_windows, spike_counts
 
@@ -214,7 +214,7 @@ class NwbRecording(NamedImagesRecording):
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
         """Yield rates and trials in spikes/s; NaN for presentations during which a unit was not observed."""
         repetitions = max(map(len, self.rows))
-        block = max(1, TRIALS_BYTES // (4 * len(self.sites) * repetitions))
+        block = rows_in_memory(len(self.sites) * repetitions)
         with hdf5.open_file(self.path) as file:
             for start in range(0, len(indices), block):
                 rows = [self.rows[i] for i in indices[start : start + block]]

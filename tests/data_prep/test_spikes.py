@@ -4,13 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_sources import make_folder
 
 from data_prep.common.errors import BadInput
-from data_prep.recording import trial_average
-from data_prep.shards.packing import pack
-from data_prep.sources.folder import Folder
-from data_prep.spikes import SessionScale, per_second, raster_counts, spike_counts, z_score_within
+from data_prep.spikes import SessionScale, per_second, raster_counts, spike_counts
 
 
 @settings(deadline=None, max_examples=50)
@@ -57,105 +53,24 @@ def test_z_scores_are_those_of_each_session():
     responses = rng.normal(5, 2, (30, 3))
     responses[3, 1] = np.nan
     responses[10:20, 2] = 7.0  # constant within its session
-    sessions = np.repeat(["a", "b", "c"], 10)
-    scored = z_score_within(responses, sessions)
-    for name in "abc":
-        rows = sessions == name
+    session = np.repeat([0, 1, 2], 10)
+    scale = SessionScale(3, 3)
+    scale.add(responses, session)
+    scored = scale.z_score(responses, session)
+    for number in range(3):
+        rows = session == number
         expected = (responses[rows] - np.nanmean(responses[rows], 0)) / np.nanstd(responses[rows], 0).clip(1e-300)
         np.testing.assert_allclose(scored[rows][:, :2], expected[:, :2], rtol=1e-10)
     assert np.isnan(scored[10:20, 2]).all()
     assert np.isnan(scored[3, 1])
 
 
-def test_sessions_may_be_taken_in_block_by_block():
+def test_sessions_may_be_added_block_by_block():
     rng = np.random.default_rng(0)
     responses, session = rng.normal(1000, 2, (40, 3)), rng.integers(0, 2, 40)
-    whole, parts = SessionScale(2, 3), SessionScale(2, 3)
+    whole, blocks = SessionScale(2, 3), SessionScale(2, 3)
     whole.add(responses, session)
     for start in range(0, 40, 7):
-        parts.add(responses[start : start + 7], session[start : start + 7])
-    np.testing.assert_allclose(parts.mean, whole.mean, rtol=1e-12)
-    np.testing.assert_allclose(parts.std, whole.std, rtol=1e-10)
-
-
-# ---- the source `folder` -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def rasters(tmp_path):
-    """A folder with rasters instead of rates: 20 stimuli, 4 repetitions, 3 sites, 300 ms from 50 ms before onset."""
-    make_folder(tmp_path / "src", n=20, sites=3, rates=None, trials=2)
-    (tmp_path / "src" / "trials.npy").unlink()
-    array = (np.random.default_rng(0).uniform(size=(20, 4, 3, 300)) < 0.1).astype(np.int8)
-    array[::3, 3] = -1
-    np.save(tmp_path / "src" / "rasters.npy", array)
-    return tmp_path / "src", array
-
-
-def expected_trials(array, first, last):
-    counts = array[..., first:last].sum(-1) / ((last - first) / 1000)
-    return np.where(array[..., 0] < 0, np.nan, counts)
-
-
-def test_rasters_become_trials_in_spikes_per_second(rasters, tmp_path):
-    source, array = rasters
-    options = {"window_ms": (70, 170), "raster_start_ms": -50}
-    folder = pack(Folder(source=source, **options).open(), tmp_path / "out", stimuli_per_shard=50, workers=1)
-    assert folder.manifest.rates.units == "spikes/s"
-    expected = expected_trials(array, 120, 220)
-    for split in map(folder.split, folder.manifest.splits):
-        rows = [int(name.removeprefix("stim")) for name in split.stimulus_ids]
-        np.testing.assert_allclose(split.trials(), expected[rows], rtol=1e-6)
-        np.testing.assert_allclose(split.rates(), trial_average(expected[rows]), rtol=1e-6)
-
-
-def test_the_baseline_of_each_trial_is_subtracted(rasters):
-    source, array = rasters
-    options = {"window_ms": (70, 170), "raster_start_ms": -50, "baseline_ms": (-50, 0)}
-    recording = Folder(source=source, **options).open()
-    expected = expected_trials(array, 120, 220) - expected_trials(array, 0, 50)
-    for i, stimulus in enumerate(recording.read(range(20))):
-        np.testing.assert_allclose(stimulus.trials, expected[i], rtol=1e-5)
-    assert recording.units == "spikes/s above baseline"
-
-
-def test_trials_are_z_scored_within_the_sessions_of_a_column(tmp_path):
-    made = make_folder(tmp_path, n=20, sites=3, rates=None, trials=3)
-    recording = Folder(source=tmp_path, z_score=True, sessions="session").open()
-    flat = made.trials.reshape(-1, 3)
-    expected = z_score_within(flat, np.repeat(np.arange(20) // 5, 3)).reshape(made.trials.shape)
-    for i, stimulus in enumerate(recording.read(range(20))):
-        np.testing.assert_allclose(stimulus.trials, expected[i], rtol=1e-4, atol=1e-5)
-    assert recording.units == "z-score within sessions"
-    assert recording.provenance["z_scored_within"] == "session"
-
-
-def test_sessions_may_be_told_for_every_presentation(tmp_path):
-    made = make_folder(tmp_path, n=20, sites=3, rates=None, trials=3)
-    sessions = np.random.default_rng(1).integers(4, 7, (20, 3))
-    np.save(tmp_path / "sessions.npy", sessions)
-    recording = Folder(source=tmp_path, z_score=True, sessions="sessions.npy").open()
-    expected = z_score_within(made.trials.reshape(-1, 3), sessions.ravel()).reshape(made.trials.shape)
-    found = np.stack([stimulus.trials for stimulus in recording.read(range(20))])
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({}, "--window-ms"),
-        ({"window_ms": (70, 400)}, "0 to 300 ms"),
-        ({"window_ms": (70, 170), "baseline_ms": (-50, 0)}, "--baseline-ms"),
-        ({"window_ms": (70, 170), "sessions": "session"}, "without --z-score"),
-        ({"window_ms": (70, 170), "z_score": True, "sessions": "day"}, "no column 'day'"),
-    ],
-)
-def test_options_that_do_not_fit_are_refused(rasters, options, words):
-    with pytest.raises(BadInput, match=words):
-        Folder(source=rasters[0], **options).open()
-
-
-def test_a_baseline_without_rasters_is_refused(tmp_path):
-    make_folder(tmp_path, n=10)
-    with pytest.raises(BadInput, match="for rasters"):
-        Folder(source=tmp_path, baseline_ms=(-50, 0)).open()
+        blocks.add(responses[start : start + 7], session[start : start + 7])
+    np.testing.assert_allclose(blocks.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(blocks.std, whole.std, rtol=1e-10)

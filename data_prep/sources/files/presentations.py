@@ -46,7 +46,7 @@ def gather_trials(
     Yields:
         float32 (presentations of the stimulus, sites).
     """
-    most_rows = max(1, TRIALS_BYTES // (4 * max(1, sites)))
+    most_rows = rows_in_memory(sites)
     start = 0
     while start < len(rows):
         end, total = start + 1, len(rows[start])
@@ -55,6 +55,11 @@ def gather_trials(
             end += 1
         yield from _gather_in_one_pass(read, rows[start:end], sites, rows_at_once)
         start = end
+
+
+def rows_in_memory(sites: int) -> int:
+    """How many presentations, float32 (presentations, sites), take `TRIALS_BYTES`."""
+    return max(1, TRIALS_BYTES // (4 * max(1, sites)))
 
 
 def _gather_in_one_pass(

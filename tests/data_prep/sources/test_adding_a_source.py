@@ -3,13 +3,16 @@
 import importlib
 import subprocess
 import sys
+from typing import get_args
 
 import numpy as np
+import pytest
 from helpers import ROOT
 from make_field_files import Written, make_trials, write_images
 from make_sources import make_images
 from recordings import check_packed
 
+from data_prep.pack import Pack
 from data_prep.shards.packing import pack
 
 SLOW = ("h5py", "pyarrow", "scipy", "PIL", "simplejpeg", "webdataset", "torch")
@@ -38,3 +41,8 @@ def test_the_options_of_sources_import_no_slow_library():
     code = f"import sys, {', '.join(names)}; print(*({set(SLOW)!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize("source", get_args(Pack.model_fields["source"].annotation), ids=lambda kind: kind.__name__)
+def test_every_option_has_a_help_text(source):
+    assert all(field.description for field in source.model_fields.values())

@@ -323,15 +323,3 @@ def test_bad_images_are_refused_when_they_are_read(tmp_path, spoil, message):
     recording = Folder(source=tmp_path).open()
     with pytest.raises(BadInput, match=f"stim0003.*{message}"):
         read_all(recording)
-
-
-# ---- the recordings of the tests -------------------------------------------------------------------------------------
-
-
-def test_made_rates_can_be_learned(tmp_path):
-    made = make_folder(tmp_path, n=300, size=16, sites=5)
-    coarse = made.images.reshape(300, 4, 4, 4, 4, 3).mean(axis=(2, 4)).reshape(300, -1)
-    x = np.c_[coarse, np.ones(300)]
-    weights = np.linalg.lstsq(x[:200], made.rates[:200], rcond=None)[0]
-    rest = made.rates[200:]
-    assert (1 - ((rest - x[200:] @ weights) ** 2).sum(0) / ((rest - rest.mean(0)) ** 2).sum(0)).min() > 0.3

@@ -147,7 +147,3 @@ def test_bad_options_are_refused():
             Simulated(**bad)
     with pytest.raises(BadInput, match=r"val_fraction 0\.5 and test_fraction 0\.6"):
         Simulated(val_fraction=0.5, test_fraction=0.6).open()
-
-
-def test_every_option_has_a_help_text():
-    assert all(field.description for field in Simulated.model_fields.values())
