@@ -54,10 +54,10 @@ def main() -> None:
     settings = (run.deepspeed, recipe.precision, recipe.deterministic)
     with start_runtime(*settings, timeouts=recipe.faults.timeouts) as runtime, closing(run.folder):
         if run.resume:
-            runtime.run_on_main(run.folder.hold)
+            runtime.run_on_main(run.folder.lock)
         start = starting_point(run, runtime)
         training = build(run, start, runtime)
-        with closing(training.monitor), run.folder.keeping_failures(runtime.rank):
+        with closing(training.monitor), run.folder.logging_failures(runtime.rank):
             if run.resume:
                 rewind_to(start, run, training.monitor, runtime)
             training.run()

@@ -53,8 +53,8 @@ def main() -> None:
     job = prepare(recipe, options.data, options.out, options.split, options.resume)
     with start_runtime(None, "fp32", timeouts=(recipe.timeout, recipe.timeout)) as runtime, closing(job.folder):
         facts = {"processes": runtime.describe(), "split": job.split, "parameters": {"all": job.extractor.parameters}}
-        runtime.run_on_main(job.folder.hold if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
-        with closing(Monitor(job.folder, runtime.is_main)) as monitor, job.folder.keeping_failures(runtime.rank):
+        runtime.run_on_main(job.folder.lock if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
+        with closing(Monitor(job.folder, runtime.is_main)) as monitor, job.folder.logging_failures(runtime.rank):
             run(job, scratch_folder(options.scratch, options.out), runtime, monitor)
 
 

@@ -79,7 +79,7 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(recording, tmp_path, ca
 def test_bad_input_under_the_launcher_is_said_once(trained, recording):
     done = launch(3, "train/finetune.py", "--data", recording, "--out", trained, *SMALL)
     assert done.returncode == 2
-    assert done.stderr.count("holds a run already") == 1
+    assert done.stderr.count("already holds a run") == 1
     assert "Traceback" not in done.stderr
 
 

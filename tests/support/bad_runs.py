@@ -65,7 +65,7 @@ RECIPES: dict[str, Case] = {
     "a day that is none": (_recipe("seed: 2020-13-45"), ("recipe.yaml", "month")),
     "a time that is none": (_recipe("seed: !!timestamp x"), ("recipe.yaml",)),
     "no number": (_recipe("seed: !!int x"), ("recipe.yaml",)),
-    "one key twice": (_recipe("epochs: 3\nseed: 1\nepochs: 5\n"), ("recipe.yaml", "line 3: epochs is there twice")),
+    "one key twice": (_recipe("epochs: 3\nseed: 1\nepochs: 5\n"), ("recipe.yaml", "line 3: epochs is repeated")),
     "two megabytes": (_recipe("# " + "x" * 2**21), ("recipe.yaml", "2,097,154 bytes")),
     "no text": (_recipe(b"\xff\xfe\x00"), ("recipe.yaml", "YAML")),
     "a list": (_recipe("[1, 2]"), ("recipe.yaml", "list")),
@@ -130,7 +130,7 @@ CONTRADICTIONS: dict[str, Case] = {
     ),
     "a place that is taken": (
         lambda kit: [FINETUNE, "--data", kit.packed, "--out", kit.trained()],
-        ("holds a run already",),
+        ("already holds a run",),
     ),
     "a place that is a file": (
         lambda kit: [FINETUNE, "--data", kit.packed, "--out", kit.write("out", "x")],
@@ -276,7 +276,7 @@ _SUMS = f"checkpoints/best/{checkpoint.SUMS}"
 _INFINITE = torch.tensor(float("inf"))
 
 RUNS: dict[str, Case] = {
-    "no run": (lambda kit: [EVALUATE, kit.folder], ("no run folder",)),
+    "no run": (lambda kit: [EVALUATE, kit.folder], ("not a run folder",)),
     "a recipe with a tag": (
         _run(lambda run, kit: (run / "recipe.yaml").write_text(_execute(kit))),
         ("recipe.yaml", "python/object"),
@@ -354,7 +354,7 @@ RUNS: dict[str, Case] = {
     ),
     "history that is none": (
         _run(lambda run, _: (run / "history.jsonl").write_text("{}\n"), command=FINETUNE),
-        ("history.jsonl", "tells no epoch"),
+        ("history.jsonl", "has no epoch"),
     ),
     "predictions that are objects": (
         _run(

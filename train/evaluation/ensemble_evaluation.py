@@ -271,7 +271,7 @@ def _write(
 
 
 def _read_metrics(run: Path, split: str, recording: str) -> dict[str, Any]:
-    path = RunFolder(run).scored(split, recording) / "metrics.json"
+    path = RunFolder(run).results_on(split, recording) / "metrics.json"
     try:
         metrics = parse_json(read_regular_file(path))
         if not isinstance(metrics, dict) or not isinstance(metrics.get("selected_on"), list):

@@ -40,7 +40,7 @@ class Member:
     @property
     def has_left_out(self) -> bool:
         """Whether each of its runs predicts the training stimuli that it was not fitted on."""
-        folders = [RunFolder(run).scored(LEFT_OUT, self.recording) for run in self.runs]
+        folders = [RunFolder(run).results_on(LEFT_OUT, self.recording) for run in self.runs]
         return all((folder / PREDICTIONS_FILE).exists() for folder in folders)
 
     @cached_property

@@ -60,7 +60,7 @@ def predictions_of(run: Path, split: str, recording: str) -> Predictions:
     hint = f"score the run on {split} first"
     if split == LEFT_OUT:
         hint = "train/probe.py writes it with readout ridge and --split val, train/evaluate.py with --split left_out"
-    return read_predictions(RunFolder(run).scored(split, recording) / PREDICTIONS_FILE, hint)
+    return read_predictions(RunFolder(run).results_on(split, recording) / PREDICTIONS_FILE, hint)
 
 
 def read_predictions(path: Path, hint: str = "score the run on that split first (train/evaluate.py)") -> Predictions:

@@ -92,7 +92,7 @@ def prepare(recipe: Recipe, locations: Sequence[Path | str], out: Path, resume: 
     check_network_name(recipe.backbone.name)
     folder = RunFolder(out)
     if resume:
-        folder.check_same(recipe)
+        folder.check_resumable(recipe)
     else:
         folder.check_free()
     data = open_data(recipe, locations)

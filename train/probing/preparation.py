@@ -124,7 +124,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
     check_network_name(recipe.backbone.name)
     folder = RunFolder(out)
     if resume:
-        folder.check_same(recipe)
+        folder.check_resumable(recipe)
     else:
         folder.check_free()
     shards = ShardFolder(data, recipe.loader.fetch)

@@ -23,7 +23,7 @@ from data_prep.common.terminal import printable
 from train.evaluation.ensemble_evaluation import ENSEMBLE_FILE
 from train.reporting.reported_run import ScoredRun, shortest_names
 from train.run.field_rules import FREE_ON_RESUME
-from train.run.folder import RunFolder, flat
+from train.run.folder import RunFolder, flattened
 from train.run.recipe import ProbeRecipe, Recipe
 from train.run.yaml_files import read_yaml
 
@@ -142,7 +142,7 @@ class _Systems:
     def _facts(self, run: Path, depth: int) -> Any:
         if (run / ENSEMBLE_FILE).is_file():
             return self._ensemble_facts(run, depth)
-        settings = flat(read_yaml(RunFolder(run).recipe))
+        settings = flattened(read_yaml(RunFolder(run).recipe))
         if settings.get("distill.teacher") is not None:
             return None  # the teacher's training stimuli count as well
         return {name: value for name, value in settings.items() if name not in NOT_OF_THE_SYSTEM}
@@ -199,7 +199,7 @@ def _descriptions(systems: Sequence[Sequence[ScoredRun]]) -> list[str]:
 def _differing_settings(systems: Sequence[Sequence[ScoredRun]]) -> list[str]:
     """The settings in which the systems differ."""
     settings = [
-        {name: str(value) for name, value in flat(runs[0].run.settings).items() if name not in NOT_OF_THE_SYSTEM}
+        {name: str(value) for name, value in flattened(runs[0].run.settings).items() if name not in NOT_OF_THE_SYSTEM}
         for runs in systems
     ]
     names = dict.fromkeys(name for of_system in settings for name in of_system)

@@ -1,10 +1,10 @@
-"""A run's folder: what lies where in it, how it is claimed and continued, and writing that is never half done.
+"""The folder of a run: where everything is, who may write to it, and whether a run can be resumed.
 
 RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
-RUN/checkpoints/{last,best} -> step_N/     see train/run/checkpoint.py
-RUN/eval/<split>/{metrics.json,predictions.npz}                of a run of several recordings: <split>/<recording>/
-RUN/eval/left_out/predictions.npz          of training stimuli that the model was not fitted on
-RUN/failures/rank_N.txt                    what ended a process by surprise
+RUN/checkpoints/{last,best} -> step_N/                 see train/run/checkpoint.py
+RUN/eval/<split>/{metrics.json,predictions.npz}        with several recordings: <split>/<recording>/
+RUN/eval/left_out/predictions.npz                      of training stimuli that the model was not fitted on
+RUN/failures/rank_N.txt                                tracebacks of unexpected failures
 """
 
 import contextlib
@@ -27,13 +27,13 @@ from train.run.field_rules import FREE_ON_RESUME
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 from train.run.yaml_files import read_yaml
 
-LOCK = ".lock"  # held by the process that writes to the run
-SECONDS_TO_END = 10.0  # that a process which was killed takes to go
+LOCK = ".lock"  # locked by the process that writes to the run
+SECONDS_TO_END = 10.0  # that a killed process may take to end
 LEFT_OUT = "left_out"  # as a split: training stimuli, each predicted by a model that was not fitted on it
 
 
 class RunFolder:
-    """Paths in a run's folder, and atomic writing to them."""
+    """Paths in a run's folder, and the right to write to it."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -43,25 +43,22 @@ class RunFolder:
         self.history = path / "history.jsonl"
         self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
-        self._lock: int | None = None
+        self._lock: int | None = None  # descriptor
 
     def evaluation(self, split: str, checkpoint: str = "best", recording: str | None = None) -> Path:
-        """Where the results on a split go; those of another checkpoint than the best lie beside it.
-
-        Of a run of several recordings, each has a folder of its own in there.
-        """
+        """Folder for the results on a split, with a subfolder for each recording if there are several."""
         folder = self.path / "eval" / (split if checkpoint == "best" else f"{split}_{checkpoint}")
         return folder if recording is None else folder / recording
 
-    def scored(self, split: str, recording: str) -> Path:
-        """Where the results on a recording are: in its own folder, or of a run on it alone, in that of the split."""
-        own = self.evaluation(split, recording=recording)
-        return own if is_folder_name(recording) and own.is_dir() else self.evaluation(split)
+    def results_on(self, split: str, recording: str) -> Path:
+        """Folder of the results on a recording: its own, or that of the split if the run has a single recording."""
+        folder = self.evaluation(split, recording=recording)
+        return folder if is_folder_name(recording) and folder.is_dir() else self.evaluation(split)
 
-    def is_of_this_job(self) -> bool:
-        """Whether it was made by the job that this process is of, which has then been started again.
+    def belongs_to_this_job(self) -> bool:
+        """Whether an earlier start of this process's job made the folder.
 
-        A job has a name that outlives its restarts, in the environment as SPIKETUNE_JOB; launch/ sets it.
+        A job keeps its name over restarts, in the environment variable SPIKETUNE_JOB, which launch/ sets.
         """
         job = os.environ.get("SPIKETUNE_JOB")
         try:
@@ -70,93 +67,90 @@ class RunFolder:
             return False
 
     def check_free(self) -> None:
-        """Refuse a folder that holds something already.
+        """Refuse a folder that is in use.
 
         Raises:
-            BadInput: it does.
+            BadInput: it holds a run or other files, or cannot be written.
         """
-        if not self.recipe.exists() and self.is_of_this_job():
-            return  # it ended between the two files that `claim` writes
+        if not self.recipe.exists() and self.belongs_to_this_job():
+            return  # the job ended while `claim` was writing
         if self.recipe.exists():
-            raise BadInput(f"{self.path} holds a run already; choose another --out (or finetune --resume to go on)")
+            raise BadInput(f"{self.path} already holds a run; choose another --out, or continue the run with --resume")
         if self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is not an empty folder; choose another --out")
         check_writable(self.path)
 
-    def check_same(self, recipe: Recipe | ProbeRecipe) -> None:
-        """Refuse to go on with a run under other settings; `epochs`-independent differences are all shown.
+    def check_resumable(self, recipe: Recipe | ProbeRecipe) -> None:
+        """Refuse to resume a run with other settings, except those that may change (`FREE_ON_RESUME`).
 
         Raises:
-            BadInput: there is no run in the folder, or its recipe differs.
+            BadInput: the folder holds no run, or its recipe differs; every difference is named.
         """
         if not self.recipe.is_file():
             raise BadInput(f"{self.path} holds no run to resume (no recipe.yaml); start it without --resume")
         check_no_links(self.path)
         for line in self.epochs():
             epoch_of(line, self.history)
-        before, now = flat(load_recipe(self.recipe, type(recipe)).model_dump()), flat(recipe.model_dump())
-        free = marked(type(recipe), FREE_ON_RESUME)
-        changed = [
-            f"{name}: {before[name]} -> {now[name]}" for name in now if name not in free and before[name] != now[name]
-        ]
-        if changed:
+        kind = type(recipe)
+        before, now = flattened(load_recipe(self.recipe, kind).model_dump()), flattened(recipe.model_dump())
+        fixed = [name for name in now if name not in marked(kind, FREE_ON_RESUME)]
+        changes = [f"{name}: {before[name]} -> {now[name]}" for name in fixed if before[name] != now[name]]
+        if changes:
             raise BadInput(
-                f"{self.path} was started with another recipe ({'; '.join(changed)}); resume it with its own"
+                f"{self.path} was started with another recipe ({'; '.join(changes)}); resume it with the same settings"
             )
 
     def claim(self, recipe: Recipe | ProbeRecipe, data: Sequence[Path | str], facts: Mapping[str, Any]) -> None:
-        """Make the folder and write down what the run is: settings, versions, hardware, command.
+        """Make the folder, lock it until `close`, and write recipe.yaml and env.json.
 
-        Of the data, the recipe gets URLs alone: a path means nothing elsewhere. From here on until `close` nobody else
-        can write to the run.
+        recipe.yaml gets the data only if it is behind URLs: paths mean nothing on another machine.
 
         Raises:
-            BadInput: another run was quicker.
+            BadInput: another run has just claimed it.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        self.hold(seconds=0)
-        self.check_free()
-        places = [public_location(place) for place in data]
-        places = places if len(places) > 1 else places[0]
         from train.run.environment import environment  # it imports torch, which a command line must not wait for
 
-        env = environment() | {"data": places} | dict(facts)
-        recipe = recipe.model_copy(update={"data": places if all(map(is_url, data)) else None})
-        write_json(self.env, env)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.lock(seconds=0)
+        self.check_free()
+        places = [public_location(place) for place in data]
+        recorded_data = places if len(places) > 1 else places[0]
+        write_json(self.env, environment() | {"data": recorded_data} | dict(facts))
+        recipe = recipe.model_copy(update={"data": recorded_data if all(map(is_url, data)) else None})
         temporary = self.recipe.with_suffix(".tmp")
         save_recipe(recipe, temporary)
         temporary.replace(self.recipe)
 
-    def hold(self, seconds: float = SECONDS_TO_END) -> None:
-        """Keep others from writing to the run until `close`, or until this process ends, however it does.
+    def lock(self, seconds: float = SECONDS_TO_END) -> None:
+        """Keep other processes from writing to the run until `close`, or until this process ends in whatever way.
 
         Args:
             seconds: to wait for a process that is just ending.
 
         Raises:
-            BadInput: another process is at it, or the folder cannot be written.
+            BadInput: another process is writing to the run, or the folder cannot be written.
         """
         try:
             self._lock = locks.open_lock(self.path / LOCK)
         except OSError as error:
             raise BadInput(f"{self.path} cannot be written ({error.strerror})") from None
         try:
-            free = locks.try_lock(self._lock, seconds)
-        except OSError:  # some network file systems lock nothing; then nobody is kept out
+            locked = locks.try_lock(self._lock, seconds)
+        except OSError:  # some network file systems have no locks; then nobody is kept out
             return
-        if not free:
+        if not locked:
             self.close()
             raise BadInput(f"{self.path}: another process is writing to this run; wait for it, or choose another --out")
 
     def close(self) -> None:
-        """Let others write to the run."""
+        """Let other processes write to the run."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     @contextmanager
-    def keeping_failures(self, rank: int) -> Iterator[None]:
-        """Around a rank's work: what ends it by surprise is added to RUN/failures/rank_N.txt, with its traceback."""
+    def logging_failures(self, rank: int) -> Iterator[None]:
+        """Append the traceback of whatever ends the block unexpectedly to RUN/failures/rank_N.txt."""
         try:
             yield
         except (Stopped, KeyboardInterrupt):
@@ -170,22 +164,26 @@ class RunFolder:
             raise
 
     def epochs(self) -> list[str]:
-        """The whole lines of history.jsonl: a crash can leave half of one at its end."""
+        """The complete lines of history.jsonl; a crash can leave half a line at its end."""
         if not self.history.exists():
             return []
         text = self.history.read_text(encoding="utf-8", errors="replace")
         return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def data_folders(self) -> list[str]:
-        """The shard folders the run was trained on, or their URLs without the secrets they may need."""
+        """The shard folders the run was trained on, or their URLs without secrets.
+
+        Raises:
+            BadInput: env.json does not name them.
+        """
         try:
             places = parse_json(read_regular_file(self.env))["data"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise BadInput(f"{self.env} does not tell the run's shard folder; name it with --data") from None
+            raise BadInput(f"{self.env} does not name the run's shard folder; give it with --data") from None
         return list(map(str, places)) if isinstance(places, list) else [str(places)]
 
     def recordings(self) -> list[str]:
-        """The names of the recordings that the run was trained on, in the order of `data_folders`, if several."""
+        """The names of the recordings in `data_folders`, if there are several; else empty."""
         try:
             return list(map(str, parse_json(read_regular_file(self.env)).get("recordings", [])))
         except (OSError, ValueError, AttributeError, TypeError):
@@ -193,7 +191,7 @@ class RunFolder:
 
 
 def epoch_of(line: str, path: Path) -> int:
-    """The epoch that a line of history.jsonl is about.
+    """The epoch of a line of history.jsonl.
 
     Raises:
         BadInput: the line is damaged.
@@ -201,27 +199,27 @@ def epoch_of(line: str, path: Path) -> int:
     try:
         return int(json.loads(line)["epoch"])
     except (ValueError, KeyError, TypeError, RecursionError):
-        raise BadInput(f"{path}: the line {line[:60].strip()!r} tells no epoch; remove it") from None
+        raise BadInput(f"{path}: the line {line[:60].strip()!r} has no epoch; remove it") from None
 
 
 def begun_by_this_job(path: Path) -> bool:
-    """Whether a folder holds a run that this job has begun and can go on with."""
+    """Whether a folder holds a run that an earlier start of this job began."""
     folder = RunFolder(path)
-    return folder.recipe.is_file() and folder.is_of_this_job()
+    return folder.recipe.is_file() and folder.belongs_to_this_job()
 
 
 def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     """An existing run and its recipe.
 
     Raises:
-        BadInput: there is none.
+        BadInput: the folder is not that of a run.
     """
     folder = RunFolder(path)
     if not folder.recipe.is_file():
-        raise BadInput(f"{path} is no run folder (it has no recipe.yaml); give what train/finetune.py --out was given")
+        raise BadInput(f"{path} is not a run folder (it has no recipe.yaml); give the --out of a train/finetune.py")
     check_no_links(path)
     if is_probe(folder):
-        raise BadInput(f"{path} is a probe, which train/probe.py has scored already; see {path / 'eval'}")
+        raise BadInput(f"{path} is a probe, already scored by train/probe.py; see {path / 'eval'}")
     return folder, load_recipe(folder.recipe)
 
 
@@ -229,30 +227,32 @@ def open_probe(path: Path) -> ProbeRecipe:
     """The recipe of an existing probe.
 
     Raises:
-        BadInput: there is none.
+        BadInput: the folder is not that of a probe.
     """
     folder = RunFolder(path)
     if not folder.recipe.is_file() or not is_probe(folder):
-        raise BadInput(f"{path} is no probe to resume; start it without --resume")
+        raise BadInput(f"{path} is not a probe that can be resumed; start it without --resume")
     return load_recipe(folder.recipe, ProbeRecipe)
 
 
 def check_no_links(path: Path) -> None:
-    """Refuse a run folder with links or devices in it: what is written to them would go elsewhere.
+    """Refuse a run folder that contains links or devices: writing to them would change something elsewhere.
 
     Raises:
         BadInput: naming the first.
     """
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):
-            found = Path(folder) / name
-            ours = found.parent == path / "checkpoints" and name in ("last", "best")
-            if not ours and (found.is_symlink() or not (found.is_file() or found.is_dir())) and os.path.lexists(found):
-                raise BadInput(f"{found} is a link or a device; a run consists of plain files and folders")
+            entry = Path(folder) / name
+            if entry.parent == path / "checkpoints" and name in ("last", "best"):
+                continue
+            plain = not entry.is_symlink() and (entry.is_file() or entry.is_dir())
+            if not plain and os.path.lexists(entry):  # a run in progress may have removed it by now
+                raise BadInput(f"{entry} is a link or a device; a run folder may contain only plain files and folders")
 
 
 def is_folder_name(name: str) -> bool:
-    """Whether a recording's name can be that of a folder with its results."""
+    """Whether a recording's name can name the folder of its results."""
     return bool(name) and "/" not in name and not name.startswith(".")
 
 
@@ -261,24 +261,29 @@ def is_probe(folder: RunFolder) -> bool:
     try:
         content = read_yaml(folder.recipe)
     except (OSError, ValueError):
-        return False  # reading it as a recipe says what is wrong
+        return False  # reading it as a recipe reports what is wrong
     return isinstance(content, dict) and "layers" in content
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings of sections by their dotted names."""
-    found = {}
+def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings in sections, by their dotted names."""
+    flat: dict[str, Any] = {}
     for name, value in settings.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return found
+        if isinstance(value, dict):
+            flat |= flattened(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = value
+    return flat
 
 
 def check_writable(path: Path) -> None:
     """Refuse to begin work whose results could not be written.
 
     Raises:
-        BadInput: the nearest folder above `path` that exists is read-only, or no folder.
+        BadInput: the nearest existing folder above `path` is read-only or not a folder.
     """
     above = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise BadInput(f"{path} cannot be written: {above} is {'read-only' if above.is_dir() else 'no folder'}")
+    if not above.is_dir():
+        raise BadInput(f"{path} cannot be written: {above} is not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(f"{path} cannot be written: {above} is read-only")

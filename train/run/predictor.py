@@ -1,19 +1,18 @@
-"""Predict responses to images with an exported network; needs torch, numpy and Pillow, and nothing of Spiketune.
+"""Predict responses to images with an exported network. Needs torch, numpy and Pillow, and no Spiketune.
 
     from predictor import Predictor
 
-    predictor = Predictor()                       # the files beside this one
+    predictor = Predictor()                        # loads the files beside this one
     rates = predictor.predict(["a.jpg", "b.png"])  # (2, sites), in the recording's units
     predictor.site_ids, predictor.units
 
-train/export.py writes this file, `network.pt2` (the network, by torch.export) and `predictor.json` into one folder.
+train/export.py writes this file, `network.pt2` (the network, from torch.export) and `predictor.json` into one folder.
 Load networks only from people you trust: they are programs.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -22,9 +21,9 @@ ImageLike = str | Path | Image.Image | np.ndarray
 
 
 def fit(pixels: np.ndarray, size: int) -> np.ndarray:
-    """Bring an image to (size, size, 3): the shorter side resized bicubically, the longer one cropped centrally.
+    """Resize an image so that its shorter side fits, bicubically, and crop the longer one centrally: (size, size, 3).
 
-    An image that has the size already is returned as it is.
+    An image of that size is returned unchanged.
     """
     height, width = pixels.shape[:2]
     if (height, width) == (size, size):
@@ -39,12 +38,12 @@ class Predictor:
     """An exported network.
 
     Args:
-        folder: with `network.pt2` and `predictor.json`; by default the one of this file.
-        device: for torch, e.g. "cuda".
+        folder: that holds `network.pt2` and `predictor.json`; by default the folder of this file.
+        device: of torch, e.g. "cuda".
 
     Attributes:
-        site_ids: of the predicted rates, in order.
-        classes: of the logits, in order; None for a network that names no objects.
+        site_ids: sites, in the order of the predicted rates; None for a network without rates.
+        classes: in the order of the probabilities; None for a network without classes.
         units: of the rates.
         image_size: side in pixels of the images that the network sees.
     """
@@ -62,7 +61,7 @@ class Predictor:
         self._network = torch.export.load(folder / "network.pt2").module().to(device)
 
     def predict(self, images: Sequence[ImageLike] | np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """The rates of all sites.
+        """Predict the rates of all sites.
 
         Args:
             images: file names, PIL images, or uint8 arrays (height, width, 3) of any size, or all in one array
@@ -74,27 +73,28 @@ class Predictor:
         """
         if self.site_ids is None:
             raise ValueError("this network predicts classes only; use predict_classes")
-        return self._run(images, batch_size, "rates")
+        return self._run(images, batch_size, "rates", len(self.site_ids))
 
     def predict_classes(self, images: Sequence[ImageLike] | np.ndarray, batch_size: int = 32) -> np.ndarray:
         """Probabilities of all `classes`: float32 (images, classes)."""
         if self.classes is None:
             raise ValueError("this network predicts rates only; use predict")
-        logits = self._torch.from_numpy(self._run(images, batch_size, "classes"))
+        logits = self._torch.from_numpy(self._run(images, batch_size, "classes", len(self.classes)))
         return logits.softmax(1).numpy()
 
-    def _run(self, images: Sequence[ImageLike] | np.ndarray, batch_size: int, output: str) -> np.ndarray:
-        found = []
+    def _run(self, images: Sequence[ImageLike] | np.ndarray, batch_size: int, output: str, columns: int) -> np.ndarray:
+        """One of the network's outputs, float32 (images, columns)."""
+        rows = [np.empty((0, columns), np.float32)]
         for start in range(0, len(images), batch_size):
             batch = np.stack([self._pixels(image) for image in images[start : start + batch_size]])
             pixels = self._torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
             with self._torch.no_grad():
-                found.append(self._network(pixels)[output].cpu().numpy())
-        return np.concatenate(found) if found else np.empty((0, len(self.site_ids or self.classes)), np.float32)
+                rows.append(self._network(pixels)[output].cpu().numpy())
+        return np.concatenate(rows)
 
-    def _pixels(self, image: Any) -> np.ndarray:
-        """uint8 (size, size, 3)."""
-        if isinstance(image, (str, Path)):
+    def _pixels(self, image: ImageLike) -> np.ndarray:
+        """An image as the network takes it, uint8 (size, size, 3)."""
+        if isinstance(image, str | Path):
             with Image.open(image) as opened:
                 image = opened.convert("RGB")
         if isinstance(image, Image.Image):

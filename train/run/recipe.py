@@ -3,10 +3,10 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, overload
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 
 from data_prep.common.errors import BadInput
 from data_prep.common.option_fields import OFTEN_CHANGED
@@ -32,7 +32,7 @@ from train.run.settings import (
     Task,
     Text,
 )
-from train.run.yaml_files import describe, read_yaml
+from train.run.yaml_files import describe_error, read_yaml
 
 LEAST_CORRELATED = 3  # stimuli in a batch that a correlation makes sense for
 LEAST_SUBSET = 20  # training stimuli, some of which are held back
@@ -216,11 +216,20 @@ class ProbeRecipe(Settings):
         check_nothing_is_ignored(self)
 
 
-AnyRecipe = TypeVar("AnyRecipe", Recipe, ProbeRecipe)
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | ProbeRecipe)
+Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_recipe(path: Path, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
-    """Read a recipe from YAML.
+@overload
+def load_recipe(path: Path) -> Recipe: ...
+
+
+@overload
+def load_recipe(path: Path, kind: type[Model]) -> Model: ...
+
+
+def load_recipe(path: Path, kind: type[BaseModel] = Recipe) -> BaseModel:
+    """Read a recipe, or other settings, from YAML.
 
     Raises:
         BadInput: the file is missing or not a YAML mapping, or a name in it is unknown or a value bad.
@@ -232,11 +241,11 @@ def load_recipe(path: Path, model: type[AnyRecipe] = Recipe) -> AnyRecipe:
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(content, dict | None):
-        raise BadInput(f"{path} must hold sections such as `optimizer:`, not a {type(content).__name__}")
+        raise BadInput(f"{path} must contain sections such as `optimizer:`, not a {type(content).__name__}")
     try:
-        return model.model_validate(content or {})
+        return kind.model_validate(content or {})
     except ValidationError as error:
-        raise BadInput(f"{path}: {describe(error, model)}") from None
+        raise BadInput(f"{path}: {describe_error(error, kind)}") from None
 
 
 def _did_you_mean(path: Path) -> str:

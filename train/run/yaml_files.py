@@ -1,4 +1,4 @@
-"""YAML of others: settings and nothing else, no matter how it is folded; and what is wrong with them."""
+"""YAML from other people: read as plain values only, bounded in size; and what is wrong with it, in a sentence."""
 
 import difflib
 import reprlib
@@ -11,18 +11,18 @@ from pydantic import BaseModel, ValidationError
 from data_prep.common.safe_reading import read_regular_file
 
 LARGEST = 2**17  # bytes
-MOST_VALUES = 10_000  # with aliases written out, by which a few lines can stand for billions
+MOST_VALUES = 10_000  # with aliases expanded: through them, a few lines can stand for billions of values
 
-_SHOWN = reprlib.Repr()  # of a bad value
-_SHOWN.maxstring = _SHOWN.maxother = 200
+_REPR = reprlib.Repr()  # for bad values in messages
+_REPR.maxstring = _REPR.maxother = 200
 
 
 def read_yaml(path: Path) -> Any:
-    """What a YAML file says, in plain types.
+    """The content of a YAML file as plain values.
 
     Raises:
-        ValueError: no YAML, a tag of a Python object, a key that is there twice, or absurdly many values.
-        OSError: it cannot be read.
+        ValueError: not YAML, a tag of a Python object, a repeated key, or too many values.
+        OSError: the file cannot be read.
     """
     text = read_regular_file(path, LARGEST).decode()
     try:
@@ -30,26 +30,27 @@ def read_yaml(path: Path) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        if _values(node, {}) > MOST_VALUES:
+        if _count_values(node, {}) > MOST_VALUES:
             raise ValueError(f"it holds more than {MOST_VALUES:,} values")
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except Exception as error:  # the types' constructors raise many kinds
+    except Exception as error:  # the constructors of types raise many kinds
         raise ValueError(" ".join(str(error).split())) from None
 
 
-def _values(node: yaml.Node, known: dict[int, int]) -> int:
-    """How many values a node stands for; `known` are those that were counted, by identity."""
-    if id(node) not in known:
-        known[id(node)] = MOST_VALUES + 1  # until it is counted: a node within itself has no end
+def _count_values(node: yaml.Node, counts: dict[int, int]) -> int:
+    """The number of values below a node; `counts` has those of the nodes counted so far, by identity."""
+    if id(node) not in counts:
+        counts[id(node)] = MOST_VALUES + 1  # until it is counted: a node that contains itself never ends
+        children: list[yaml.Node] = []
         if isinstance(node, yaml.MappingNode):
             _check_keys(node)
-            inside = [part for pair in node.value for part in pair]
-        else:
-            inside = node.value if isinstance(node, yaml.SequenceNode) else []
-        known[id(node)] = 1 + sum(_values(part, known) for part in inside)
-    return known[id(node)]
+            children = [child for pair in node.value for child in pair]
+        elif isinstance(node, yaml.SequenceNode):
+            children = node.value
+        counts[id(node)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(node)]
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
@@ -57,24 +58,27 @@ def _check_keys(node: yaml.MappingNode) -> None:
     for key, _ in node.value:
         if isinstance(key, yaml.ScalarNode):
             if key.value in seen:
-                raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is there twice")
+                raise ValueError(f"line {key.start_mark.line + 1}: {key.value} is repeated")
             seen.add(key.value)
 
 
-def describe(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first fault that pydantic found, in a sentence with the nearest valid name."""
-    fault = error.errors()[0]
-    *sections, name = [str(part) for part in fault["loc"]] or ["the file"]
+def describe_error(error: ValidationError, model: type[BaseModel]) -> str:
+    """The first error that pydantic reports, in a sentence; for an unknown name with the nearest valid one."""
+    first = error.errors()[0]
+    *sections, name = [str(part) for part in first["loc"]] or ["the file"]
     where = ".".join((*sections, name))
-    if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg']} (not {_SHOWN.repr(fault.get('input'))})"
-    names = list(_fields_at(model, sections))
+    if first["type"] != "extra_forbidden":
+        return f"{where}: {first['msg']} (not {_REPR.repr(first.get('input'))})"
+    names = _field_names(model, sections)
     near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}"
+    hint = f"did you mean {near[0]}?" if near else f"the settings here are {', '.join(names)}"
     return f"{where} is not a setting; {hint}"
 
 
-def _fields_at(model: type[BaseModel], sections: list[str]) -> dict[str, Any]:
+def _field_names(model: type[BaseModel], sections: list[str]) -> list[str]:
     for section in sections:
-        model = model.model_fields[section].annotation
-    return model.model_fields
+        kind = model.model_fields[section].annotation
+        assert isinstance(kind, type)
+        assert issubclass(kind, BaseModel), "pydantic finds unknown names in models only"
+        model = kind
+    return list(model.model_fields)

@@ -22,9 +22,9 @@ from pydantic import BaseModel, Field, ValidationError
 from data_prep.common.atomic_writes import write_bytes, write_json
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
-from train.run.folder import check_writable, flat
+from train.run.folder import check_writable, flattened
 from train.run.recipe import LARGEST_SEED, WEEK, Recipe, Settings, Text, load_recipe
-from train.run.yaml_files import describe, read_yaml
+from train.run.yaml_files import describe_error, read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_POINTS = 10_000
@@ -254,7 +254,7 @@ def _built(base: Recipe, settings: Mapping[str, Any], section: str) -> Recipe:
     try:
         return changed(base, settings)
     except ValidationError as error:
-        raise BadInput(f"{section}: {describe(error, Recipe)}") from None
+        raise BadInput(f"{section}: {describe_error(error, Recipe)}") from None
 
 
 def _checked(base: Recipe, settings: Mapping[str, Any], section: str) -> Recipe:
@@ -330,7 +330,7 @@ def _range(key: str, content: Any) -> Range:
     try:
         found = Range.model_validate(content)
     except ValidationError as error:
-        raise BadInput(f"space: {key}: {describe(error, Range)}") from None
+        raise BadInput(f"space: {key}: {describe_error(error, Range)}") from None
     if found.low >= found.high:
         raise BadInput(f"space: {key}: low ({found.low}) must be less than high ({found.high})")
     if found.log and (found.low <= 0 or found.step is not None):
@@ -408,8 +408,8 @@ class SweepFolder:
     def _check_same(self, plan: Plan, manifest: Manifest) -> None:
         if self.facts()["recording"] != manifest.fingerprint:
             raise BadInput(f"{self.path} holds a sweep on other data; join it with the --data it began with")
-        before = flat(_read(self.sweep)) | flat(_read(self.recipe), "recipe.")
-        now = flat(_plain(plan.resolved())) | flat(plan.base.model_dump(mode="json"), "recipe.")
+        before = flattened(_read(self.sweep)) | flattened(_read(self.recipe), "recipe.")
+        now = flattened(_plain(plan.resolved())) | flattened(plan.base.model_dump(mode="json"), "recipe.")
         differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if differing:
             name = differing[0]

@@ -167,7 +167,7 @@ def test_of_two_runs_into_one_folder_one_wins_and_the_other_is_told(packed, tmp_
     with pytest.raises(BadInput, match="another process is writing"):
         second.claim(Recipe(), [packed], {"processes": "second"})
     first.close()
-    with pytest.raises(BadInput, match="holds a run already"):
+    with pytest.raises(BadInput, match="already holds a run"):
         second.claim(Recipe(), [packed], {"processes": "second"})
     assert json.loads(first.env.read_text())["processes"] == "first"
 
@@ -197,9 +197,9 @@ def test_however_close_the_race_one_run_wins(packed, tmp_path):
 
 def test_a_run_that_is_being_written_is_not_resumed_beside_it(run, packed, tmp_path, monkeypatch):
     own = shutil.copytree(run, tmp_path / "run", symlinks=True)
-    monkeypatch.setattr(RunFolder.hold, "__defaults__", (0.2,))
+    monkeypatch.setattr(RunFolder.lock, "__defaults__", (0.2,))
     holder = RunFolder(own)
-    holder.hold()
+    holder.lock()
     again = [FINETUNE, "--data", packed, "--out", own, "--resume"]
     assert_refused(run_here(*again), own, "another process is writing")
     holder.close()
@@ -209,19 +209,19 @@ def test_a_run_that_is_being_written_is_not_resumed_beside_it(run, packed, tmp_p
 def test_a_killed_process_leaves_the_folder_free(tmp_path):
     code = (
         "import sys, time; from pathlib import Path; from train.run.folder import RunFolder; "
-        "RunFolder(Path(sys.argv[1])).hold(); print('held', flush=True); time.sleep(60)"
+        "RunFolder(Path(sys.argv[1])).lock(); print('held', flush=True); time.sleep(60)"
     )
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment)
     try:
         assert process.stdout.readline() == b"held\n"
         with pytest.raises(BadInput, match="another process is writing"):
-            RunFolder(tmp_path).hold(0)
+            RunFolder(tmp_path).lock(0)
     finally:
         process.kill()
         process.wait()
     free = RunFolder(tmp_path)
-    free.hold(5)
+    free.lock(5)
     free.close()
 
 

@@ -88,7 +88,7 @@ def test_a_preempted_job_saves_and_goes_on_when_it_is_started_again(recording, u
 def test_another_job_does_not_go_on_with_the_run(recording, undisturbed):
     done = launch(2, "train/finetune.py", "--data", recording, "--out", undisturbed, *OPTIONS, SPIKETUNE_JOB="other")
     assert done.returncode == 2
-    assert "holds a run already" in done.stderr
+    assert "already holds a run" in done.stderr
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=slow)])
@@ -115,7 +115,7 @@ def test_bad_input_is_not_tried_again(recording, trained):
     command = ["train/finetune.py", "--data", recording, "--out", trained, *OPTIONS]
     done = launch(2, "--max-restarts", "3", *command)
     assert done.returncode == 2
-    assert done.stderr.count("holds a run already") == 1
+    assert done.stderr.count("already holds a run") == 1
     assert "starting again" not in done.stderr
 
 

@@ -180,7 +180,7 @@ def test_a_run_that_was_not_evaluated_is_named(recording, tmp_path):
         (["--readout", "pls", "--components", "5"], "pls has `latent`"),
         (["--split", "cv", "--cross-validation.folds", "1000"], "cannot fill 1000 folds"),
         (["--split", "cv", "--cross-validation.by", "grouped", "--cross-validation.key", "objct"], "objct"),
-        (["--resume"], "no probe to resume"),
+        (["--resume"], "not a probe that can be resumed"),
     ],
 )
 def test_bad_input_to_a_probe(recording, tmp_path, options, expected):

@@ -116,7 +116,7 @@ def test_bad_values_are_refused_by_name(tmp_path, text, where):
 
 @pytest.mark.parametrize("text", ["- epochs\n- 3\n", "epochs", "3", "false", "0"])
 def test_what_is_not_a_mapping_is_no_recipe(tmp_path, text):
-    assert "must hold sections" in refusal(written(tmp_path, text))
+    assert "must contain sections" in refusal(written(tmp_path, text))
 
 
 @pytest.mark.parametrize(
