@@ -1,0 +1,64 @@
+"""Bootstrap intervals have the width that theory and an explicit resampling give."""
+
+import numpy as np
+import pytest
+from site_scores import make_predictions, report, scores
+
+from data_prep.ceiling import percentile_interval
+from train.evaluation.confidence_intervals import bootstrap_means
+
+
+def test_intervals_hold_the_point_estimates():
+    block = report(*make_predictions())
+    for name in ("r2", "explained_variance", "mse", "pearson_r"):
+        low, high = block[name]["ci95"]
+        assert low < block[name]["mean"] < high
+
+
+def test_what_is_the_same_on_every_resample_has_no_spread():
+    """A prediction that is off by a constant: EV and r are 1 and MSE the square, whichever stimuli are drawn."""
+    _, target = make_predictions()
+    resampled = bootstrap_means(target.astype(np.float64) + 3, target, resamples=100)
+    for name, value in (("explained_variance", 1), ("pearson_r", 1), ("mse", 9)):
+        np.testing.assert_allclose(resampled[name], value, rtol=1e-9)
+    assert np.ptp(resampled["r2"]) > 0.1
+
+
+def test_resampled_means_are_those_of_an_explicit_resampling():
+    prediction, target = make_predictions(stimuli=120)
+    mine = bootstrap_means(prediction, target, resamples=2000)
+    rng = np.random.default_rng(1)
+    explicit = {name: [] for name in mine}
+    for _ in range(600):
+        rows = rng.integers(0, len(target), len(target))
+        for name, values in scores(prediction[rows], target[rows]).items():
+            explicit[name].append(values.mean())
+    for name, values in explicit.items():
+        assert np.mean(mine[name]) == pytest.approx(np.mean(values), abs=4 * np.std(values) / np.sqrt(600)), name
+        assert np.std(mine[name]) == pytest.approx(np.std(values), rel=0.15), name
+
+
+def test_the_width_is_that_of_the_known_standard_error():
+    """One site, residuals of unit variance: SE(MSE) = sd(e^2) / sqrt(n), SE(r) = (1 - r^2) / sqrt(n)."""
+    rng = np.random.default_rng(0)
+    n, r = 1000, 0.6
+    y, other = rng.normal(size=(2, n))
+    p = r * y + np.sqrt(1 - r**2) * other
+    resampled = bootstrap_means(p[:, None], y[:, None])
+    for name, error in (("mse", np.std((y - p) ** 2) / np.sqrt(n)), ("pearson_r", (1 - r**2) / np.sqrt(n))):
+        low, high = percentile_interval(resampled[name])
+        assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15), name
+
+
+def test_sites_that_share_their_noise_do_not_narrow_the_interval():
+    prediction, target = make_predictions(sites=1)
+    one = np.std(bootstrap_means(prediction, target)["r2"])
+    copies = np.std(bootstrap_means(np.repeat(prediction, 9, 1), np.repeat(target, 9, 1))["r2"])
+    independent = np.std(bootstrap_means(*make_predictions(sites=9, missing=0))["r2"])
+    assert copies == pytest.approx(one, rel=1e-9)
+    assert independent < 0.6 * one
+
+
+def test_intervals_are_the_same_every_time():
+    prediction, target = make_predictions()
+    assert report(prediction, target) == report(prediction, target)
