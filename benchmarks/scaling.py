@@ -21,7 +21,7 @@ shown beside those of the plan.
 
 On GPUs: what may travel during the forward or backward pass is hidden behind it, but for the last bucket of gradients
 (Li et al. 2020, "PyTorch Distributed: Experiences on accelerating data parallel training", section 3.2); shown is that
-and the case that nothing is hidden. Computing takes as long as one GPU alone needs.
+and the case that nothing is hidden. Computing takes as long as one GPU alone cost.
 """
 
 import argparse
@@ -37,8 +37,8 @@ import torch.distributed as dist
 from harness import ROOT, options_of, read_results, table, write_json
 from synthetic import finish, first_step, pack_simulated, recipe_of, setting_of, training
 
-from train.planning.memory import Strategy, read_strategy, sent
-from train.planning.step_cost import Needs, measure, paper_manifest
+from train.planning.memory import Strategy, bytes_sent, read_strategy
+from train.planning.step_cost import StepCost, measure_step, paper_manifest
 from train.run.recipe import Recipe
 
 sys.path.append(str(ROOT / "tests" / "support"))
@@ -116,14 +116,14 @@ def measured(strategy: str, processes: int, data: Path, options: argparse.Namesp
 # -------------------------------------------------------------------------------------------------- what the model says
 
 
-def compared(found: dict, needs: Needs) -> list[dict]:
+def compared(found: dict, cost: StepCost) -> list[dict]:
     """Each measurement under a limit, with what the model makes of the one without."""
     rows = []
     for strategy, by_processes in found.items():
         for processes, by_limit in by_processes.items():
             free = by_limit["0"]
             for megabits, step in by_limit.items():
-                planned = sent(read_strategy(strategy), needs, int(processes), 1) if int(processes) > 1 else 0.0
+                planned = bytes_sent(read_strategy(strategy), cost, int(processes), 1) if int(processes) > 1 else 0.0
                 travelled = planned / (float(megabits) * 1e6 / 8) if float(megabits) else 0.0
                 row = {"strategy": strategy, "processes": int(processes), "megabits": float(megabits), **step}
                 rows.append(row | {"planned": planned, "predicted": free["step"] + travelled})
@@ -197,7 +197,7 @@ class Travel:
     after: float
 
 
-def travel(strategy: Strategy, needs: Needs, gpus: int, cluster: Cluster) -> Travel:
+def travel(strategy: Strategy, cost: StepCost, gpus: int, cluster: Cluster) -> Travel:
     """How the bytes of a step and the rounds in which they go are spread over it.
 
     ZeRO-1 and -2 gather weights when the optimizer has stepped; ZeRO-3 before forward and again before backward.
@@ -205,36 +205,36 @@ def travel(strategy: Strategy, needs: Needs, gpus: int, cluster: Cluster) -> Tra
     alone = gpus <= cluster.per_machine
     bandwidth = cluster.inside if alone else min(cluster.inside, cluster.between)
     latency = cluster.latency_inside if alone else cluster.latency
-    total = sent(strategy, needs, gpus, 1)
-    one_way = (gpus - 1) * -(-needs.trainable // BUCKET)  # rounds of a reduce-scatter or an all-gather, in buckets
+    total = bytes_sent(strategy, cost, gpus, 1)
+    one_way = (gpus - 1) * -(-cost.trainable // BUCKET)  # rounds of a reduce-scatter or an all-gather, in buckets
     match strategy.stage:
         case None | 0:
             bytes_, rounds = (0.0, total, 0.0), (0, 2 * one_way, 0)
         case 1 | 2:
             bytes_, rounds = (0.0, total * 2 / 3, total / 3), (0, 2 * one_way, one_way)
         case _:
-            forward = total * needs.weights / (2 * needs.weights + needs.trainable)
+            forward = total * cost.weights / (2 * cost.weights + cost.trainable)
             bytes_, rounds = (forward, total - forward, 0.0), (one_way, 2 * one_way, 0)
     return Travel(*(part / bandwidth + number * latency for part, number in zip(bytes_, rounds, strict=True)))
 
 
 def step_seconds(
-    strategy: Strategy, needs: Needs, gpus: int, cluster: Cluster, computing: float
+    strategy: Strategy, cost: StepCost, gpus: int, cluster: Cluster, computing: float
 ) -> tuple[float, float]:
     """A step's time if all that can be is hidden behind computing, and if nothing is."""
-    goes = travel(strategy, needs, gpus, cluster)
-    last = goes.backward * min(BUCKET / needs.trainable, 1)
+    goes = travel(strategy, cost, gpus, cluster)
+    last = goes.backward * min(BUCKET / cost.trainable, 1)
     hidden = max(FORWARD * computing, goes.forward) + max((1 - FORWARD) * computing + last, goes.backward) + goes.after
     return hidden, computing + goes.forward + goes.backward + goes.after
 
 
-def extrapolated(needs: Needs) -> list[dict]:
+def extrapolated(cost: StepCost) -> list[dict]:
     """Images/s of each cluster, number of GPUs and strategy, and what share of ideal scaling that is."""
     computing, rows = RESNET.batch / RESNET.images, []
     for cluster in CLUSTERS:
         for gpus in GPUS:
             for name in STRATEGIES:
-                times = step_seconds(read_strategy(name), needs, gpus, cluster, computing)
+                times = step_seconds(read_strategy(name), cost, gpus, cluster, computing)
                 shares = [computing / seconds for seconds in times]
                 rows.append(
                     {"cluster": cluster.name, "gpus": gpus, "strategy": name, "hidden": shares[0], "not": shares[1]}
@@ -242,9 +242,9 @@ def extrapolated(needs: Needs) -> list[dict]:
     return rows
 
 
-def needs_of(network: str, side: int, sites: int = 168) -> Needs:
+def needs_of(network: str, side: int, sites: int = 168) -> StepCost:
     """Of a network on paper."""
-    return measure(recipe_of(network, side, 2, optimizer={"name": "adamw"}), paper_manifest(sites, 64, side))
+    return measure_step(recipe_of(network, side, 2, optimizer={"name": "adamw"}), paper_manifest(sites, 64, side))
 
 
 # -------------------------------------------------------------------------------------------------------------- shown

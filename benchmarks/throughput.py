@@ -26,26 +26,26 @@ from data_prep.shards.manifest import load_manifest
 from train.data.batches import Batch
 from train.distributed.launch_environment import uses_gpu
 from train.finetuning.loop import Training
-from train.planning.memory import memory, read_strategy, usable
-from train.planning.step_cost import Needs, measure
+from train.planning.memory import estimate_memory, read_strategy, usable_memory
+from train.planning.step_cost import StepCost, measure_step
 from train.run.recipe import Recipe
 
 WARM_UP = 5  # steps
 TIMED = 3  # steps from which is told how many there are in some seconds
 
 
-def fitting_batch(needs: Needs, batch: int) -> int:
+def fitting_batch(cost: StepCost, batch: int) -> int:
     """A batch, halved until the estimate fits into this process's GPU, where there is one."""
     if uses_gpu():
-        room = usable(torch.cuda.get_device_properties(0).total_memory)
-        while batch > 1 and estimated(needs, batch) > room:
+        room = usable_memory(torch.cuda.get_device_properties(0).total_memory)
+        while batch > 1 and estimated(cost, batch) > room:
             batch //= 2
     return batch
 
 
-def estimated(needs: Needs, batch: int) -> float:
+def estimated(cost: StepCost, batch: int) -> float:
     """Bytes that the plan expects of one process."""
-    return memory(read_strategy("ddp"), needs, 1, batch, 1).total
+    return estimate_memory(read_strategy("ddp"), cost, 1, batch, 1).total
 
 
 def seconds_for(run: Training, steps: Iterable[list[Batch]]) -> tuple[float, int]:
@@ -104,12 +104,14 @@ def run_once(recipe: Recipe, options: argparse.Namespace, out: Path) -> dict[str
 def measured(options: argparse.Namespace) -> dict[str, float]:
     """Estimate, then measure."""
     settings = {"optimizer": {"name": "adamw"}, "compile": options.compile}
-    needs = measure(recipe_of(options.network, options.side, options.batch, **settings), load_manifest(options.data))
-    batch = fitting_batch(needs, options.batch)
+    cost = measure_step(
+        recipe_of(options.network, options.side, options.batch, **settings), load_manifest(options.data)
+    )
+    batch = fitting_batch(cost, options.batch)
     recipe = recipe_of(options.network, options.side, batch, **settings)
     with tempfile.TemporaryDirectory() as folder:
         found = run_once(recipe, options, Path(folder) / "run")
-    return {"batch": batch, "estimate": estimated(needs, batch)} | found
+    return {"batch": batch, "estimate": estimated(cost, batch)} | found
 
 
 def main() -> None:

@@ -3,22 +3,32 @@
 import shlex
 
 from data_prep.remote.url import parse_location
-from train.planning.memory import Choice
 from train.planning.options import Plan
+from train.planning.recommendation import StrategyEstimate
 
-OWN_OPTIONS = ("--data", "--sites", "--classes", "--gpus", "--memory", "--machines")
-REPLACED = ("--batch.per-device", "--strategy")
+PLAN_OPTIONS = ("--data", "--sites", "--classes", "--gpus", "--memory", "--machines")
+REPLACED_SETTINGS = ("--batch.per-device", "--strategy")
 
 
-def command(choice: Choice, options: Plan, words: list[str]) -> str:
-    """The command line that trains as recommended, with the recipe and the settings that the plan was given."""
-    data = shlex.join(str(parse_location(place)) for place in options.data) if options.data else "DIR"
-    strategy = "" if options.strategy is None else f" --strategy {_strategy_setting(choice.strategy)}"
-    recipe, flags = ([words[0]], words[1:]) if words[0].endswith((".yaml", ".yml")) else ([], words)
-    return (
-        f"{_launcher(choice.strategy, options)} {shlex.join(['train/finetune.py', *recipe])} --data {data} --out RUN"
-        f"{' ' * bool(kept := settings_of(flags))}{shlex.join(kept)}{strategy} --batch.per_device {choice.per_device}"
-    )
+def launch_command(estimate: StrategyEstimate, options: Plan, words: list[str]) -> str:
+    """The command line that trains as recommended, with the recipe and the settings that the plan was given.
+
+    Args:
+        estimate: that is recommended.
+        options: of the plan.
+        words: of the plan's command line.
+    """
+    names_recipe = words[0].endswith((".yaml", ".yml"))
+    recipe, flags = (words[:1], words[1:]) if names_recipe else ([], words)
+    data = [str(parse_location(place)) for place in options.data] if options.data else ["DIR"]
+    parts = [
+        _launcher(estimate.strategy, options),
+        shlex.join(["train/finetune.py", *recipe, "--data", *data, "--out", "RUN", *settings_of(flags)]),
+    ]
+    if options.strategy is not None:
+        parts.append(f"--strategy {_strategy_setting(estimate.strategy)}")
+    parts.append(f"--batch.per_device {estimate.per_device}")
+    return " ".join(parts)
 
 
 def _launcher(strategy: str, options: Plan) -> str:
@@ -36,11 +46,11 @@ def _strategy_setting(name: str) -> str:
 
 
 def settings_of(words: list[str]) -> list[str]:
-    """The words of a command line that are settings of the recipe and not what the plan decides or alone reads."""
-    kept, dropping = [], False
+    """The words of a command line without the plan's own options and the settings that it decides."""
+    kept, is_dropped = [], False
     for word in words:
         if word.startswith("--"):
-            dropping = word.partition("=")[0].replace("_", "-") in (*OWN_OPTIONS, *REPLACED)
-        if not dropping:
+            is_dropped = word.partition("=")[0].replace("_", "-") in (*PLAN_OPTIONS, *REPLACED_SETTINGS)
+        if not is_dropped:
             kept.append(word)
     return kept

@@ -1,7 +1,7 @@
-"""What one training step of a recipe needs in memory, found without a GPU, without data and without that memory.
+"""The memory that one training step of a recipe needs, measured without a GPU, without data and without that memory.
 
-The recipe's own network, loss and backward pass run on torch's fake tensors, which have shapes and no content, while
-every storage that is made and still alive is counted. Optimizers are asked by a real step on a small tensor.
+The recipe's network, loss and backward pass run on torch's fake tensors, which have shapes and no content, while the
+bytes of all live storages are counted. Optimizers are measured in a real step on a small tensor.
 """
 
 import copy
@@ -22,7 +22,7 @@ from train.data.augment import KINDS, augment
 from train.data.batches import Batch
 from train.finetuning.optimizer import build_optimizer
 from train.models.network import Network
-from train.run import recipe as settings
+from train.run import recipe as recipe_settings
 from train.run.recipe import Recipe
 
 MEASURED = (2, 64)  # stimuli; far apart, as in small batches the weights' own gradients can be what peaks
@@ -31,7 +31,7 @@ FLOAT32_ON_CUDA = (F.layer_norm, F.group_norm, F.softmax, torch.softmax, torch.T
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that were made while it was on and are still alive.
+    """Counts the bytes of the tensors that were allocated while it was on and are still alive.
 
     torch.distributed's MemTracker counts the same, module by module, and takes tens of times longer.
 
@@ -46,27 +46,29 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, known: Iterable[torch.Tensor]):
         super().__init__()
         self.live = self.peak = 0
-        self._alive: dict[int, Any] = {id(held): held for held in (tensor.untyped_storage() for tensor in known)}
+        self._alive: dict[int, Any] = {
+            id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)
+        }
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Run an operation and count what it made."""
-        made = func(*args, **(kwargs or {}))
-        for tensor in made if isinstance(made, list | tuple) else [made]:
+        """Run an operation and count what it allocates."""
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, list | tuple) else [result]:
             if isinstance(tensor, torch.Tensor):
                 self._count(tensor.untyped_storage())
         self.peak = max(self.peak, self.live)
-        return made
+        return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = id(storage), storage.nbytes()
         if key in self._alive:
             return
 
-        def gone(_: Any) -> None:
+        def forget(_: Any) -> None:
             del self._alive[key]
             self.live -= size
 
-        self._alive[key] = weakref.ref(storage, gone)
+        self._alive[key] = weakref.ref(storage, forget)
         self.live += size
 
 
@@ -82,12 +84,12 @@ class AutocastAsOnCuda(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class OptimizerCost:
-    """What an optimizer keeps and makes, in bytes.
+    """The memory of an optimizer, in bytes.
 
     Attributes:
         state: kept per element of a trained tensor.
         scalars: kept per tensor.
-        temporary: made and freed within a step, per element of all trained tensors together.
+        temporary: allocated and freed within a step, per element of all trained tensors together.
     """
 
     state: int
@@ -95,46 +97,46 @@ class OptimizerCost:
     temporary: int
 
 
-def optimizer_cost(optimizer: settings.Optimizer) -> OptimizerCost:
-    """Take real steps with a recipe's optimizer on a small tensor and look what it holds."""
+def optimizer_cost(settings: recipe_settings.Optimizer) -> OptimizerCost:
+    """Take real steps with a recipe's optimizer on a small tensor and measure what it holds."""
     weight = nn.Parameter(torch.zeros(TINY))
     weight.grad = torch.ones_like(weight)
-    tried = build_optimizer(optimizer, [{"params": [weight]}], weight.device)
-    tried.step()
-    state = [value for value in tried.state[weight].values() if isinstance(value, torch.Tensor)]
-    with LiveBytes([weight, weight.grad, *state]) as seen:
-        tried.step()
+    optimizer = build_optimizer(settings, [{"params": [weight]}], weight.device)
+    optimizer.step()
+    state = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
+    with LiveBytes([weight, weight.grad, *state]) as counted:
+        optimizer.step()
     kept = sum(tensor.nbytes for tensor in state)
-    return OptimizerCost(state=kept // TINY, scalars=kept % TINY, temporary=seen.peak // TINY)
+    return OptimizerCost(state=kept // TINY, scalars=kept % TINY, temporary=counted.peak // TINY)
 
 
 @dataclass(frozen=True)
-class Needs:
-    """What a step of one process needs while nothing is partitioned, in bytes.
+class StepCost:
+    """The memory of one process in a step while nothing is partitioned, in bytes.
 
     Attributes:
-        trainable: weights that are trained, and as much again their gradients; float32 in every precision.
+        trainable: weights that are trained, and the same again for their gradients; float32 in every precision.
         frozen: other weights, and running statistics.
-        largest: the largest trained tensor.
-        state: of the optimizer.
-        temporary: made and freed within the optimizer's step.
-        average: the running average of the weights, 0 without one.
+        largest_tensor: that is trained.
+        optimizer_state: kept between steps.
+        optimizer_temporary: allocated and freed within the optimizer's step.
+        running_average: of the weights, 0 without one.
         fixed, per_stimulus: the most that forward and backward hold beyond weights and gradients, for a batch of b:
             fixed + per_stimulus * b. Images, and the lower-precision copies of weights that autocast keeps, included.
     """
 
     trainable: int
     frozen: int
-    largest: int
-    state: int
-    temporary: int
-    average: int
+    largest_tensor: int
+    optimizer_state: int
+    optimizer_temporary: int
+    running_average: int
     fixed: float
     per_stimulus: float
 
     @property
     def weights(self) -> int:
-        """Everything the network holds."""
+        """All that the network holds."""
         return self.trainable + self.frozen
 
     def activations(self, batch: int) -> float:
@@ -142,11 +144,11 @@ class Needs:
         return self.fixed + self.per_stimulus * batch
 
 
-def measure(recipe: Recipe, manifest: Manifest) -> Needs:
-    """What a step of a recipe needs; its weights are neither read nor fetched.
+def measure_step(recipe: Recipe, manifest: Manifest) -> StepCost:
+    """The cost of a step of a recipe; its weights are neither read nor downloaded.
 
     Args:
-        recipe: with `images.size`, or the manifest's is taken.
+        recipe: with `images.size`, or the manifest's is used.
         manifest: gives the numbers of sites and classes.
 
     Raises:
@@ -157,17 +159,17 @@ def measure(recipe: Recipe, manifest: Manifest) -> Needs:
     trained = [parameter for parameter in network.parameters() if parameter.requires_grad]
     trainable = sum(parameter.nbytes for parameter in trained)
     held = sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
-    cost = optimizer_cost(recipe.optimizer)
+    optimizer = optimizer_cost(recipe.optimizer)
     elements = sum(parameter.numel() for parameter in trained)
     few, many = (activation_bytes(network, recipe, manifest, batch) for batch in MEASURED)
     per_stimulus = (many - few) / (MEASURED[1] - MEASURED[0])
-    return Needs(
+    return StepCost(
         trainable=trainable,
         frozen=held - trainable,
-        largest=max(parameter.nbytes for parameter in trained),
-        state=cost.state * elements + cost.scalars * len(trained),
-        temporary=cost.temporary * elements,
-        average=0 if recipe.ema is None else held,
+        largest_tensor=max(parameter.nbytes for parameter in trained),
+        optimizer_state=optimizer.state * elements + optimizer.scalars * len(trained),
+        optimizer_temporary=optimizer.temporary * elements,
+        running_average=0 if recipe.ema is None else held,
         fixed=few - per_stimulus * MEASURED[0],
         per_stimulus=per_stimulus,
     )
@@ -192,19 +194,19 @@ def activation_bytes(network: Network, recipe: Recipe, manifest: Manifest, batch
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
                 known.append(parameter.grad)
-        with LiveBytes(known) as seen, AutocastAsOnCuda():
+        with LiveBytes(known) as counted, AutocastAsOnCuda():
             forward_and_backward(network, recipe, empty_batch(recipe, manifest, batch))
-    return seen.peak
+    return counted.peak
 
 
 def forward_and_backward(network: Network, recipe: Recipe, batch: Batch) -> None:
-    """One micro-batch as the training loop passes it through."""
+    """One micro-batch as in the training loop."""
     images = batch.images if batch.draws is None else augment(batch.images, batch.draws, recipe.augment)
     network.objective.losses(network(images), batch, lambda own: own)["loss"].backward()
 
 
 def empty_batch(recipe: Recipe, manifest: Manifest, size: int) -> Batch:
-    """A batch of `size` stimuli with everything that a recipe's loss reads, and no content."""
+    """A batch of `size` stimuli without content, with all the tensors that a recipe's loss reads."""
     side = recipe.images.size or manifest.image.side
     return Batch(
         images=torch.zeros(size, 3, side, side, dtype=torch.uint8).contiguous(memory_format=torch.channels_last),
@@ -219,7 +221,7 @@ def empty_batch(recipe: Recipe, manifest: Manifest, size: int) -> Batch:
 
 
 def paper_manifest(sites: int, classes: int, side: int) -> Manifest:
-    """A recording that exists on paper only.
+    """A made-up recording, of which only the numbers matter.
 
     Args:
         sites, classes: their numbers.

@@ -13,26 +13,16 @@ from train import finetune
 from train.data.order import accumulation
 from train.finetuning.optimizer import build_optimizer
 from train.models.network import Network, parameter_groups
-from train.planning.memory import (
-    GIB,
-    NAMES,
-    SIMPLEST_FIRST,
-    Strategy,
-    choices,
-    memory,
-    read_strategy,
-    recommended,
-    sent,
-    usable,
-)
+from train.planning.memory import GIB, NAMES, Strategy, bytes_sent, estimate_memory, read_strategy, usable_memory
+from train.planning.recommendation import SIMPLEST_FIRST, estimate_strategies, recommend
 from train.planning.step_cost import (
     MEASURED,
     AutocastAsOnCuda,
-    Needs,
+    StepCost,
     activation_bytes,
     empty_batch,
     forward_and_backward,
-    measure,
+    measure_step,
     optimizer_cost,
     paper_manifest,
 )
@@ -42,8 +32,15 @@ SITES, CLASSES, SIDE, BATCH = 12, 5, 64, 16
 CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
 DDP, ZERO0, ZERO1, ZERO2, ZERO3 = (read_strategy(name) for name in NAMES[:5])
 ZERO2_OFFLOAD, ZERO3_OFFLOAD = (read_strategy(name) for name in NAMES[5:])
-NEEDS = Needs(
-    trainable=GIB, frozen=0, largest=2**20, state=2 * GIB, temporary=0, average=0, fixed=0, per_stimulus=GIB / 4
+COST = StepCost(
+    trainable=GIB,
+    frozen=0,
+    largest_tensor=2**20,
+    optimizer_state=2 * GIB,
+    optimizer_temporary=0,
+    running_average=0,
+    fixed=0,
+    per_stimulus=GIB / 4,
 )
 CNN2 = ("--backbone.name", "cnn2", "--backbone.weights", "random", "--images.size", "32")
 
@@ -135,21 +132,21 @@ def test_norms_keep_more_on_a_gpu_than_under_a_cpus_autocast():
 def test_batches_between_those_measured_are_not_underestimated():
     recipe, network = made({"backbone": {"name": "resnet18"}})
     manifest = paper_manifest(SITES, CLASSES, SIDE)
-    needs = measure(recipe, manifest)
+    cost = measure_step(recipe, manifest)
     for batch in (*MEASURED, BATCH):
         direct = activation_bytes(network, recipe, manifest, batch)
-        assert direct <= needs.activations(batch) * 1.0001
-        assert needs.activations(batch) <= 1.25 * direct
+        assert direct <= cost.activations(batch) * 1.0001
+        assert cost.activations(batch) <= 1.25 * direct
 
 
 def test_recomputing_activations_needs_fewer_and_adds_no_weights():
     manifest = paper_manifest(SITES, CLASSES, SIDE)
     kept, recomputed = (
-        measure(made({"backbone": {"name": "resnet18", "gradient_checkpointing": on}})[0], manifest)
+        measure_step(made({"backbone": {"name": "resnet18", "gradient_checkpointing": on}})[0], manifest)
         for on in (False, True)
     )
     assert recomputed.per_stimulus < 0.7 * kept.per_stimulus
-    assert (recomputed.weights, recomputed.state) == (kept.weights, kept.state)
+    assert (recomputed.weights, recomputed.optimizer_state) == (kept.weights, kept.optimizer_state)
 
 
 @pytest.mark.parametrize("name", ["nadam", "adam", "adamw", "radam", "lion", "sgd"])
@@ -158,11 +155,11 @@ def test_weights_gradients_and_optimizer_state_are_exact(name, trainable):
     recipe, network = made({"backbone": {"name": "cnn2", "trainable": trainable}, "optimizer": {"name": name}})
     optimizer = build_optimizer(recipe.optimizer, parameter_groups(network, recipe), torch.device("cpu"))
     optimizer.step()
-    needs = measure(recipe, paper_manifest(SITES, CLASSES, SIDE))
-    assert needs.trainable == sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
-    assert needs.weights == sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
+    cost = measure_step(recipe, paper_manifest(SITES, CLASSES, SIDE))
+    assert cost.trainable == sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
+    assert cost.weights == sum(tensor.nbytes for tensor in (*network.parameters(), *network.buffers()))
     state = [value for values in optimizer.state.values() for value in values.values()]
-    assert needs.state == sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
+    assert cost.optimizer_state == sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
 
 
 def test_optimizers_keep_what_they_are_known_to_keep():
@@ -175,10 +172,10 @@ def test_an_optimizers_step_is_counted_where_it_needs_more_than_the_activations(
     recipe, network = made({"backbone": {"name": "resnet18"}})
     optimizer = build_optimizer(recipe.optimizer, parameter_groups(network, recipe), torch.device("cpu"))
     optimizer.step()
-    needs = measure(recipe, paper_manifest(SITES, CLASSES, SIDE))
-    assert needs.temporary == pytest.approx(allocated_peak(optimizer.step), rel=0.05)
-    small = Needs(**(vars(needs) | {"fixed": 0, "per_stimulus": 1}))
-    assert memory(DDP, small, 1, 1, 1).buffers == needs.temporary - 1
+    cost = measure_step(recipe, paper_manifest(SITES, CLASSES, SIDE))
+    assert cost.optimizer_temporary == pytest.approx(allocated_peak(optimizer.step), rel=0.05)
+    small = StepCost(**(vars(cost) | {"fixed": 0, "per_stimulus": 1}))
+    assert estimate_memory(DDP, small, 1, 1, 1).buffers == cost.optimizer_temporary - 1
 
 
 @pytest.mark.parametrize("name", ["bf16", "fp32", "bf16 recomputed"])
@@ -195,14 +192,14 @@ def test_the_total_is_the_peak_of_whole_steps_from_an_empty_memory(name):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    needs = measure(recipe, manifest)
-    assert memory(DDP, needs, 1, BATCH, 2).total == pytest.approx(allocated_peak(steps), rel=0.1)
+    cost = measure_step(recipe, manifest)
+    assert estimate_memory(DDP, cost, 1, BATCH, 2).total == pytest.approx(allocated_peak(steps), rel=0.1)
 
 
 def test_a_running_average_is_one_more_copy_and_zero3_also_keeps_its_part():
-    averaged = Needs(**(vars(NEEDS) | {"average": GIB}))
-    assert memory(DDP, averaged, 4, 1, 1).weights == 2 * GIB
-    assert memory(ZERO3, averaged, 4, 1, 1).weights == GIB / 4 + GIB + GIB / 4
+    averaged = StepCost(**(vars(COST) | {"running_average": GIB}))
+    assert estimate_memory(DDP, averaged, 4, 1, 1).weights == 2 * GIB
+    assert estimate_memory(ZERO3, averaged, 4, 1, 1).weights == GIB / 4 + GIB + GIB / 4
 
 
 @pytest.mark.parametrize(
@@ -219,7 +216,7 @@ def test_a_running_average_is_one_more_copy_and_zero3_also_keeps_its_part():
     ids=NAMES,
 )
 def test_strategies_divide_memory_as_the_zero_paper_says(strategy, weights, gradients, optimizer):
-    held = memory(strategy, NEEDS, 8, 1, 1)
+    held = estimate_memory(strategy, COST, 8, 1, 1)
     expected = [weights * GIB, gradients * GIB, optimizer * GIB]
     assert [held.weights, held.gradients, held.optimizer] == expected
     assert held.activations == GIB / 4
@@ -227,40 +224,40 @@ def test_strategies_divide_memory_as_the_zero_paper_says(strategy, weights, grad
 
 
 def test_what_the_gpu_gives_away_the_host_takes():
-    assert memory(ZERO2, NEEDS, 8, 1, 1).host == 0
-    assert memory(ZERO2_OFFLOAD, NEEDS, 8, 1, 1).host == pytest.approx(GIB * (3 + 1 + 1) / 8)
-    assert memory(ZERO3_OFFLOAD, NEEDS, 8, 1, 1).host == pytest.approx(GIB * (3 + 1 + 1 + 1) / 8)
+    assert estimate_memory(ZERO2, COST, 8, 1, 1).host == 0
+    assert estimate_memory(ZERO2_OFFLOAD, COST, 8, 1, 1).host == pytest.approx(GIB * (3 + 1 + 1) / 8)
+    assert estimate_memory(ZERO3_OFFLOAD, COST, 8, 1, 1).host == pytest.approx(GIB * (3 + 1 + 1 + 1) / 8)
 
 
 def test_more_gpus_mean_less_each_under_zero_and_not_under_ddp():
     for strategy in (ZERO1, ZERO2, ZERO3):
-        totals = [memory(strategy, NEEDS, gpus, 1, 1).total for gpus in (2, 4, 8, 64)]
+        totals = [estimate_memory(strategy, COST, gpus, 1, 1).total for gpus in (2, 4, 8, 64)]
         assert totals == sorted(set(totals), reverse=True)
-    assert len({memory(DDP, NEEDS, gpus, 1, 1).total for gpus in (2, 8, 64)}) == 1
+    assert len({estimate_memory(DDP, COST, gpus, 1, 1).total for gpus in (2, 8, 64)}) == 1
 
 
 def test_ddp_holds_accumulating_gradients_beside_its_buckets():
-    assert memory(DDP, NEEDS, 8, 1, 1).buffers == memory(DDP, NEEDS, 1, 1, 4).buffers == 0
-    assert memory(DDP, NEEDS, 8, 1, 4).buffers == GIB
+    assert estimate_memory(DDP, COST, 8, 1, 1).buffers == estimate_memory(DDP, COST, 1, 1, 4).buffers == 0
+    assert estimate_memory(DDP, COST, 8, 1, 4).buffers == GIB
 
 
 def test_communication_is_what_links_have_counted():
     for gpus in (2, 8):
         ring = GIB * (gpus - 1) / gpus
         for strategy, times in {DDP: 2, ZERO0: 2, ZERO1: 3, ZERO2: 3, ZERO2_OFFLOAD: 3, ZERO3: 3}.items():
-            assert sent(strategy, NEEDS, gpus, 1) == times * ring
-        assert sent(DDP, NEEDS, gpus, 4) == 2 * ring
-        assert sent(ZERO1, NEEDS, gpus, 4) == 3 * ring
-        assert sent(ZERO2, NEEDS, gpus, 4) == 9 * ring
-        assert sent(ZERO3, NEEDS, gpus, 4) == 3 * 4 * ring
-    assert all(sent(read_strategy(name), NEEDS, 1, 4) == 0 for name in NAMES)
+            assert bytes_sent(strategy, COST, gpus, 1) == times * ring
+        assert bytes_sent(DDP, COST, gpus, 4) == 2 * ring
+        assert bytes_sent(ZERO1, COST, gpus, 4) == 3 * ring
+        assert bytes_sent(ZERO2, COST, gpus, 4) == 9 * ring
+        assert bytes_sent(ZERO3, COST, gpus, 4) == 3 * 4 * ring
+    assert all(bytes_sent(read_strategy(name), COST, 1, 4) == 0 for name in NAMES)
 
 
 def test_bucket_sizes_come_from_the_strategys_file(tmp_path, monkeypatch):
-    assert ZERO2.reduce == 2 * 50_000_000 * 4
+    assert ZERO2.reduce_bytes == 2 * 50_000_000 * 4
     monkeypatch.setattr("train.planning.memory.CONFIGS", tmp_path)
     (tmp_path / "zero2.json").write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}')
-    assert read_strategy("zero2") == Strategy("zero2", 2, reduce=4000)
+    assert read_strategy("zero2") == Strategy("zero2", 2, reduce_bytes=4000)
     for content in (None, "no JSON", "[]", '{"zero_optimization": {}}'):
         if content is not None:
             (tmp_path / "zero3.json").write_text(content)
@@ -268,50 +265,55 @@ def test_bucket_sizes_come_from_the_strategys_file(tmp_path, monkeypatch):
             read_strategy("zero3")
 
 
-def plan(gib: float, gpus: int = 8, needs: Needs = NEEDS, **settings):
-    return choices(Recipe.model_validate(settings), needs, gpus, gib * GIB)
+def plan(gib: float, gpus: int = 8, cost: StepCost = COST, **settings):
+    return estimate_strategies(Recipe.model_validate(settings), cost, gpus, gib * GIB)
 
 
 def test_the_recommendation_goes_from_ddp_over_zero_to_nothing_as_memory_shrinks():
     names = []
     for tenths in range(80, 5, -1):
-        best = recommended(plan(tenths / 10))
+        best = recommend(plan(tenths / 10))
         names.append(best.strategy if best else None)
     assert list(dict.fromkeys(names)) == [*SIMPLEST_FIRST, None]
 
 
 def test_the_largest_batch_that_fits_is_taken_and_one_more_would_not_fit():
     for gib in (5, 7, 9, 60):
-        for choice in plan(gib, batch={"global_size": 100}):
-            strategy = read_strategy(choice.strategy)
-            if not choice.fits:
-                assert memory(strategy, NEEDS, 8, 1, 100).total > usable(gib * GIB)
+        for estimate in plan(gib, batch={"global_size": 100}):
+            strategy = read_strategy(estimate.strategy)
+            if not estimate.fits:
+                assert estimate_memory(strategy, COST, 8, 1, 100).total > usable_memory(gib * GIB)
                 continue
-            assert choice.pieces == accumulation(100, 8, choice.per_device)
-            assert choice.memory.total <= usable(gib * GIB)
-            assert memory(strategy, NEEDS, 8, choice.largest, 1).total <= usable(gib * GIB)
-            assert memory(strategy, NEEDS, 8, choice.largest + 1, 1).total > usable(gib * GIB)
+            assert estimate.accumulation_steps == accumulation(100, 8, estimate.per_device)
+            assert estimate.memory.total <= usable_memory(gib * GIB)
+            assert estimate_memory(strategy, COST, 8, estimate.largest_batch, 1).total <= usable_memory(gib * GIB)
+            assert estimate_memory(strategy, COST, 8, estimate.largest_batch + 1, 1).total > usable_memory(gib * GIB)
             larger = [
-                batch for batch in range(choice.per_device + 1, 14) if accumulation(100, 8, batch) < choice.pieces
+                batch
+                for batch in range(estimate.per_device + 1, 14)
+                if accumulation(100, 8, batch) < estimate.accumulation_steps
             ]
             for batch in larger:
-                assert memory(strategy, NEEDS, 8, batch, accumulation(100, 8, batch)).total > usable(gib * GIB)
+                assert estimate_memory(strategy, COST, 8, batch, accumulation(100, 8, batch)).total > usable_memory(
+                    gib * GIB
+                )
 
 
 def test_a_loss_of_the_whole_batch_is_not_divided():
     whole = {
-        choice.strategy: choice for choice in plan(7, loss={"responses": "correlation"}, batch={"global_size": 80})
+        estimate.strategy: estimate
+        for estimate in plan(7, loss={"responses": "correlation"}, batch={"global_size": 80})
     }
-    parts = {choice.strategy: choice for choice in plan(7, batch={"global_size": 80})}
+    parts = {estimate.strategy: estimate for estimate in plan(7, batch={"global_size": 80})}
     assert parts["ddp"].fits
-    assert parts["ddp"].pieces > 1
+    assert parts["ddp"].accumulation_steps > 1
     assert not whole["ddp"].fits
     assert whole["ddp"].per_device == 10
 
 
 def test_strategies_that_cannot_run_a_recipe_are_left_out():
-    assert [choice.strategy for choice in plan(24, precision="fp16")] == ["ddp"]
-    assert {"zero3", "zero3_offload"}.isdisjoint(choice.strategy for choice in plan(24, compile=True))
+    assert [estimate.strategy for estimate in plan(24, precision="fp16")] == ["ddp"]
+    assert {"zero3", "zero3_offload"}.isdisjoint(estimate.strategy for estimate in plan(24, compile=True))
 
 
 def test_more_gpus_than_stimuli_are_refused():
