@@ -1,1 +1,1 @@
-"""What scores are: exact metrics over ranks, comparisons of models, likeness of representations."""
+"""Scores runs and ensembles: exact metrics over ranks, comparison of models, similarity of representations, export."""

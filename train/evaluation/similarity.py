@@ -1,4 +1,4 @@
-"""How alike two representations of the same stimuli are, from their Gram matrices alone: RSA and CKA."""
+"""Similarity of two representations of the same stimuli, computed from their Gram matrices alone: RSA and CKA."""
 
 import numpy as np
 
@@ -15,7 +15,7 @@ def dissimilarities(products: np.ndarray) -> np.ndarray:
     A stimulus with exactly the mean pattern has a cosine of 0 with all others.
 
     Args:
-        products: (n, n), inner products of the patterns, centred anyhow or not at all.
+        products: (n, n), inner products of the patterns, centred or not.
     """
     gram = _centred(products)
     length = np.sqrt(np.clip(np.diag(gram), 0, None))
@@ -25,7 +25,7 @@ def dissimilarities(products: np.ndarray) -> np.ndarray:
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 0; values that are equal but for rounding errors share the mean of theirs."""
+    """Ranks from 0; values that differ by rounding errors only share the mean of their ranks."""
     _, inverse, counts = np.unique(np.round(values, 10), return_inverse=True, return_counts=True)
     last = np.cumsum(counts) - 1
     return (last - (counts - 1) / 2)[inverse]
@@ -34,8 +34,10 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 def rsa(a: np.ndarray, b: np.ndarray) -> float:
     """Spearman's correlation between the dissimilarities of two representations (Kriegeskorte et al. 2008).
 
+    NaN if one of them does not vary.
+
     Args:
-        a, b: (n, n), inner products of the patterns of the same stimuli. NaN where one of them does not vary.
+        a, b: (n, n), inner products of the patterns of the same stimuli.
     """
     ranks = [_ranks(dissimilarities(products)) for products in (a, b)]
     x, y = (values - values.mean() for values in ranks)
@@ -54,14 +56,14 @@ def _hsic(a: np.ndarray, b: np.ndarray) -> float:
 def cka(a: np.ndarray, b: np.ndarray) -> float:
     """Unbiased linear centred kernel alignment (Kornblith et al. 2019, with the estimator of Song et al. 2012).
 
-    0 in expectation for unrelated representations, whatever their dimensions; 1 for equal ones. NaN where one of them
-    does not vary, or for fewer than four stimuli.
+    0 in expectation for unrelated representations, whatever their dimensions; 1 for equal ones. NaN if one of them does
+    not vary, or for fewer than four stimuli.
 
     Args:
-        a, b: (n, n), inner products of the patterns of the same stimuli, centred anyhow or not at all.
+        a, b: (n, n), inner products of the patterns of the same stimuli, centred or not.
     """
     if len(a) < 4:
         return float("nan")
-    a, b = _centred(a), _centred(b)  # the estimator does not need it, rounding errors do
+    a, b = _centred(a), _centred(b)  # not needed by the estimator, but it reduces rounding errors
     scale = _hsic(a, a) * _hsic(b, b)
     return _hsic(a, b) / scale**0.5 if scale > 0 else float("nan")

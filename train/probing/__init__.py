@@ -1,1 +1,1 @@
-"""What a frozen network knows of the responses: features, exact PCA and regression, layer by layer."""
+"""Regresses the responses on the layers of a frozen network, or on the pixels, exactly."""
