@@ -61,28 +61,14 @@ class Brainio(HeldOut):
             BadInput: naming the file, the coordinate, column or option, and what would be right.
         """
         table = read_table(self.stimuli)
+        id_column = _first_known(ID_NAMES, table.columns)
+        if id_column is None:
+            raise table.missing_column(" or ".join(ID_NAMES))
         with open_netcdf(self.source) as variables:
-            data = self._responses_variable(variables)
-            sites, keep = self._sites(_coordinates(variables, data, "neuroid"))
-            bins, window = self._time_bins(_coordinates(variables, data, "time_bin"), data)
-            presentation = _coordinates(variables, data, "presentation")
-            id_column = _first_known(ID_NAMES, table.columns)
-            if id_column is None:
-                raise table.missing_column(" or ".join(ID_NAMES))
-            id_coordinate = _first_known((id_column, *ID_NAMES), presentation)
-            if id_coordinate is None:
-                raise self._missing_coordinate("presentation", ID_NAMES, presentation)
-            shown = presentation[id_coordinate].texts()
-            repetition = presentation["repetition"].values() if "repetition" in presentation else None
-            rows = rows_by_stimulus(shown, None if repetition is None else _ranks(repetition))
-            labels = {
-                fact: presentation[coordinate].texts()
-                for coordinate, fact in OBJECT_COLUMNS.items()
-                if coordinate in presentation
-            }
-        names = list(rows)
+            assembly = self._assembly(variables, id_column)
+        names = list(assembly.rows)
         row_of = self._rows_of_stimuli(table, id_column, names)
-        meta = _stimulus_facts(table, row_of, {fact: _label_of(rows, texts) for fact, texts in labels.items()})
+        meta = _stimulus_facts(table, row_of, assembly.labels)
         images = ImageFiles(self.images)
         splits, rule = self.assign(meta, self.source)
         return BrainioRecording(
@@ -91,13 +77,13 @@ class Brainio(HeldOut):
                 "source": "brainio",
                 "path": str(self.source.resolve()),
                 "stimuli": self.stimuli.name,
-                "presentations": len(shown),
+                "presentations": sum(map(len, assembly.rows.values())),
                 "selected": {"region": self.region, "animal": self.animal, "time_bin": self.time_bin},
                 "split": rule,
                 "not_shown": len(table) - len(names),
             },
-            sites=sites,
-            response_window_ms=window,
+            sites=assembly.sites,
+            response_window_ms=assembly.window_ms,
             units=self.units,
             stimulus_ids=safe_ids(names),
             splits=splits,
@@ -107,11 +93,26 @@ class Brainio(HeldOut):
             image_names=images.find_all(_image_names(table, row_of)),
             meta=meta,
             path=self.source,
-            variable=data.name,
-            rows=list(rows.values()),
-            columns=np.flatnonzero(keep),
-            bins=bins,
+            assembly=assembly,
         )
+
+    def _assembly(self, variables: Mapping[str, Variable], id_column: str) -> "Assembly":
+        """The assembly as its coordinates describe it, with the sites and time bins that are asked for."""
+        data = self._responses_variable(variables)
+        sites, columns = self._sites(_coordinates(variables, data, "neuroid"))
+        bins, window = self._time_bins(_coordinates(variables, data, "time_bin"), data)
+        presentation = _coordinates(variables, data, "presentation")
+        id_coordinate = _first_known((id_column, *ID_NAMES), presentation)
+        if id_coordinate is None:
+            raise self._missing_coordinate("presentation", ID_NAMES, presentation)
+        repetition = _ranks(presentation["repetition"].values()) if "repetition" in presentation else None
+        rows = rows_by_stimulus(presentation[id_coordinate].texts(), repetition)
+        labels = {
+            fact: _label_of(rows, presentation[coordinate].texts())
+            for coordinate, fact in OBJECT_COLUMNS.items()
+            if coordinate in presentation
+        }
+        return Assembly(data.name, sites, columns, bins, window, rows, labels)
 
     def _responses_variable(self, variables: Mapping[str, Variable]) -> Variable:
         """The one variable over presentation and neuroid, or the one that was asked for."""
@@ -137,7 +138,7 @@ class Brainio(HeldOut):
         return next(iter(fitting.values())) if self.variable is None else fitting[self.variable]
 
     def _sites(self, coordinates: Coordinates) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """The facts about the sites that are kept, and bool (neuroids,): which they are."""
+        """The facts about the sites that are kept, and which neuroids they are."""
         id_name = _first_known(SITE_ID_NAMES, coordinates)
         if id_name is None:
             raise self._missing_coordinate("neuroid", SITE_ID_NAMES, coordinates)
@@ -154,7 +155,7 @@ class Brainio(HeldOut):
             if animal_name in site:
                 site["subject"] = site.pop(animal_name)
             site["id"] = site_id
-        return list(compress(sites, keep)), keep
+        return list(compress(sites, keep)), np.flatnonzero(keep)
 
     def _time_bins(self, coordinates: Coordinates, data: Variable) -> tuple[list[int], tuple[float, float] | None]:
         """The time bins to average, none where the assembly has no such axis, and the window that they cover, in ms."""
@@ -204,38 +205,61 @@ class Brainio(HeldOut):
         )
 
 
+@dataclass(frozen=True)
+class Assembly:
+    """What is read of an assembly.
+
+    Attributes:
+        variable: that holds the responses.
+        sites: the facts about the sites that are kept.
+        columns: which neuroids they are.
+        bins: the time bins to average; none where there is no such axis.
+        window_ms: that the bins cover, where it is known.
+        rows: {stimulus: its presentations}, in order of repetition.
+        labels: {fact: {stimulus: its value}}, from the coordinates of the presentations.
+    """
+
+    variable: str
+    sites: list[dict[str, Any]]
+    columns: np.ndarray
+    bins: list[int]
+    window_ms: tuple[float, float] | None
+    rows: dict[str, np.ndarray]
+    labels: dict[str, dict[str, str]]
+
+
 @dataclass(kw_only=True)
 class BrainioRecording(NamedImagesRecording):
     """An assembly that `Brainio.open` has checked.
 
     Attributes (beside those of `NamedImagesRecording`):
         path: the NetCDF file.
-        variable: that holds the responses.
-        rows: the presentations of each stimulus, in order of repetition.
-        columns: the neuroids that are kept.
-        bins: the time bins to average; none where there is no such axis.
+        assembly: what is read of it.
     """
 
     path: Path
-    variable: str
-    rows: list[np.ndarray]
-    columns: np.ndarray
-    bins: list[int]
+    assembly: Assembly
 
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
         """Yield rates and trials; repetitions that a stimulus lacks are NaN."""
+        rows = list(self.assembly.rows.values())
         with open_netcdf(self.path) as variables:
-            data = variables[self.variable]
-            rows = [self.rows[i] for i in indices]
-            trials = gather_trials(self._reader(data), rows, len(self.columns), data.rows_at_once("presentation"))
-            yield from rates_and_trials(trials, max(map(len, self.rows)))
+            data = variables[self.assembly.variable]
+            trials = gather_trials(
+                self._reader(data),
+                [rows[i] for i in indices],
+                len(self.assembly.columns),
+                data.rows_at_once("presentation"),
+            )
+            yield from rates_and_trials(trials, max(map(len, rows)))
 
     def _reader(self, data: Variable) -> Callable[[slice], np.ndarray]:
         order = [data.axes.index(name) for name in ("presentation", "neuroid", "time_bin") if name in data.axes]
+        columns, bins = self.assembly.columns, self.assembly.bins
 
         def read(rows: slice) -> np.ndarray:
-            responses = data.read_rows("presentation", rows).transpose(order)[:, self.columns]
-            return responses[:, :, self.bins].mean(axis=2) if self.bins else responses
+            responses = data.read_rows("presentation", rows).transpose(order)[:, columns]
+            return responses[:, :, bins].mean(axis=2) if bins else responses
 
         return read
 

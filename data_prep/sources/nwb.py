@@ -72,23 +72,17 @@ class Nwb(HeldOut):
         """
         check_windows(self.window_ms)
         with hdf5.open_file(self.source) as file:
-            table = self._presentation_table(file)
-            onset_column = nwb_tables.find_column(table, (self.onset_column,), "--onset-column")
-            stimulus_names = (self.stimulus_column,) if self.stimulus_column else STIMULUS_COLUMNS
-            stimulus_column = nwb_tables.find_column(table, stimulus_names, "--stimulus-column")
-            onsets = hdf5.numeric_dataset(table, onset_column, 1)[()].astype(np.float64)
-            shown = nwb_tables.read_names(hdf5.dataset(table, stimulus_column))
-            columns = {
-                name: nwb_tables.read_values(column)
-                for name, column in nwb_tables.columns(table).items()
-                if not name.endswith("_time")
-            }
+            presentations = self._presentations(file)
             units = self._units(file)
         left_out = {"", *self.ignore}
-        rows = {name: rows for name, rows in rows_by_stimulus(shown).items() if name not in left_out}
+        rows = {name: rows for name, rows in rows_by_stimulus(presentations.stimuli).items() if name not in left_out}
         if not rows:
-            raise BadInput(f"{self.source}: the column {stimulus_column} names no stimulus for any presentation")
-        facts = [_constant_facts(columns, shown_at) | {"stimulus_id": name} for name, shown_at in rows.items()]
+            raise BadInput(
+                f"{self.source}: the column {presentations.stimulus_column} names no stimulus for any presentation"
+            )
+        facts = [
+            _constant_facts(presentations.facts, shown_at) | {"stimulus_id": name} for name, shown_at in rows.items()
+        ]
         images, image_names = self._find_images(list(rows), facts)
         ids = safe_ids(list(rows))
         meta = [
@@ -101,7 +95,7 @@ class Nwb(HeldOut):
                 "source": "nwb",
                 "path": str(self.source.resolve()),
                 "presentations": sum(map(len, rows.values())),
-                "columns": {"onset": onset_column, "stimulus": stimulus_column},
+                "columns": {"onset": presentations.onset_column, "stimulus": presentations.stimulus_column},
                 "windows_ms": self.window_ms,
                 "selected": {"region": self.region},
                 "split": rule,
@@ -117,10 +111,27 @@ class Nwb(HeldOut):
             image_names=image_names,
             meta=meta,
             path=self.source,
-            onsets=onsets,
+            onsets=presentations.onsets,
             rows=list(rows.values()),
             recorded_units=units,
             windows=self.window_ms,
+        )
+
+    def _presentations(self, file: h5py.File) -> Presentations:
+        table = self._presentation_table(file)
+        onset_column = nwb_tables.find_column(table, (self.onset_column,), "--onset-column")
+        stimulus_names = (self.stimulus_column,) if self.stimulus_column else STIMULUS_COLUMNS
+        stimulus_column = nwb_tables.find_column(table, stimulus_names, "--stimulus-column")
+        return Presentations(
+            onset_column=onset_column,
+            stimulus_column=stimulus_column,
+            onsets=hdf5.numeric_dataset(table, onset_column, 1)[()].astype(np.float64),
+            stimuli=nwb_tables.read_names(hdf5.dataset(table, stimulus_column)),
+            facts={
+                name: nwb_tables.read_values(column)
+                for name, column in nwb_tables.columns(table).items()
+                if not name.endswith("_time")
+            },
         )
 
     def _presentation_table(self, file: h5py.File) -> h5py.Group:
@@ -176,6 +187,24 @@ class Nwb(HeldOut):
             files = ImageFiles(Path(self.images))
             wanted = [[name] for name in names]
         return files, files.find_all(dict(zip(names, wanted, strict=True)))
+
+
+@dataclass(frozen=True)
+class Presentations:
+    """The table of presentations.
+
+    Attributes:
+        onset_column, stimulus_column: names of the columns of `onsets` and `stimuli`.
+        onsets: float64 (presentations,), in seconds.
+        stimuli: the stimulus of each presentation.
+        facts: {column: its values}.
+    """
+
+    onset_column: str
+    stimulus_column: str
+    onsets: np.ndarray
+    stimuli: list[str]
+    facts: dict[str, list[Any]]
 
 
 @dataclass(frozen=True)
