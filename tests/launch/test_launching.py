@@ -56,7 +56,7 @@ BAD = {
     "unknown setting": (["--optimizer.rl", "1e-3"], "--optimizer.lr"),
     "bad value": (["--optimizer.lr", "-1"], "greater than 0"),
     "unknown network": (["--backbone.name", "resnet51"], "resnet50"),
-    "no such weights": (["--backbone.weights", "nowhere.safetensors"], "nowhere.safetensors is no file"),
+    "no such weights": (["--backbone.weights", "nowhere.safetensors"], "nowhere.safetensors is not a file"),
     "no such data": (["--data", "nowhere"], "nowhere is not a folder"),
     "batch smaller than its part": (["--batch.global-size", "4", "--batch.per-device", "8"], "batch.per_device"),
     "metric of another task": (["--early-stopping.metric", "top1"], "top1 needs task.kind"),

@@ -203,11 +203,11 @@ WEIGHTS: dict[str, Case] = {
         _weights("w.safetensors", lambda path, _: save_file({"stem.weight": torch.zeros(3)}, path)),
         ("w.safetensors", "does not fit the network"),
     ),
-    "nowhere": (_weights("w.pth", lambda path, kit: None), ("w.pth is no file",)),
-    "a pipe": (_weights("w.pth", lambda path, kit: os.mkfifo(path)), ("w.pth is no file",)),
+    "nowhere": (_weights("w.pth", lambda path, kit: None), ("w.pth is not a file",)),
+    "a pipe": (_weights("w.pth", lambda path, kit: os.mkfifo(path)), ("w.pth is not a file",)),
     "a run without a checkpoint": (
         _weights("w", lambda path, kit: path.mkdir()),
-        ("is no file",),
+        ("is not a file",),
     ),
 }
 

@@ -1,6 +1,7 @@
 """Small backbones with random weights, and images for them."""
 
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,19 +13,31 @@ from train.run.recipe import Source
 SIZE = 64
 
 
-def backbone(name, cut=None, *, size=SIZE, weights="random", seed=0, **reads) -> Backbone:
+def backbone(
+    name: str,
+    cut: str | None = None,
+    *,
+    size: int = SIZE,
+    weights: str | Path = "random",
+    seed: int = 0,
+    pools: bool = True,
+    maps: bool = False,
+) -> Backbone:
+    """A backbone in evaluation mode, with the weights of this seed where they are random."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's, when it resamples position embeddings
-        return Backbone(Source(name=name, weights=str(weights), cut=cut), size, **reads).eval()
+        return Backbone(Source(name=name, weights=str(weights), cut=cut), size, pools=pools, maps=maps).eval()
 
 
-def refusal(*args, **options) -> str:
+def refusal(name: str, cut: str | None = None, *, size: int = SIZE, weights: str | Path = "random") -> str:
+    """The message with which a backbone is refused, one line."""
     with pytest.raises(BadInput) as caught:
-        backbone(*args, **options)
+        backbone(name, cut, size=size, weights=weights)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
-def images(count=2, size=SIZE, seed=0) -> torch.Tensor:
+def images(count: int = 2, size: int = SIZE, seed: int = 0) -> torch.Tensor:
+    """Random uint8 images (count, 3, size, size)."""
     return torch.randint(0, 256, (count, 3, size, size), generator=torch.Generator().manual_seed(seed)).byte()

@@ -1,4 +1,4 @@
-"""Backbones: a cut gives the activations of the whole network, freezing freezes, weights come from where we say."""
+"""Backbones: a cut ends in the activations of the whole network, frozen parts stay, weights load from their source."""
 
 import copy
 import pickle
@@ -33,8 +33,8 @@ def dropping_resnet(pretrained=False, **options):
 
 
 @torch.no_grad()
-def stirred(network: Backbone) -> Backbone:
-    """With all weights moved a little: some layers begin at 0, and what they multiply would not matter."""
+def perturbed(network: Backbone) -> Backbone:
+    """Move all weights a little: some layers start at 0, and what they multiply would not matter."""
     generator = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
@@ -59,7 +59,7 @@ def statistics(module: nn.Module) -> dict[str, torch.Tensor]:
 
 # ---- cuts ----------------------------------------------------------------------------------------------------------
 
-# Network, cut, and what of the network is left: every parameter whose name begins so, and no other.
+# Network, cut, and the prefixes of the parameters that remain, all of them and no others.
 CUTS = {
     "resnet stage": ("resnet10t", "layer2", ("conv1", "bn1", "layer1", "layer2")),
     "resnet block": ("resnet18", "layer2.0", ("conv1", "bn1", "layer1", "layer2.0")),
@@ -114,23 +114,23 @@ def whole_network(name: str) -> nn.Module:
 
 
 def activations(net: nn.Module, module: str, images: torch.Tensor) -> torch.Tensor:
-    """What a module of a whole network gives, before the next one changes it in place."""
-    heard = []
+    """The output of a module of a whole network, before the next one changes it in place."""
+    outputs = []
 
-    def hear(_module, _inputs, output):
-        heard.append(output.clone())
+    def keep(_module, _inputs, output):
+        outputs.append(output.clone())
 
-    handle = net.get_submodule(module).register_forward_hook(hear)
+    handle = net.get_submodule(module).register_forward_hook(keep)
     net.forward_features(normalised(images, net))
     handle.remove()
-    return heard[0]
+    return outputs[0]
 
 
 @pytest.mark.parametrize("case", CUTS)
 def test_a_cut_network_ends_in_that_modules_activations(case):
     """In evaluation and in training, with nothing left of what comes later, and gradients in all that is trained."""
     name, cut, kept = CUTS[case]
-    whole, short = stirred(whole_network(name)), backbone(name, cut, seed=1)
+    whole, short = perturbed(whole_network(name)), backbone(name, cut, seed=1)
     assert {n for n, _ in short.net.named_parameters()} == {
         n for n, _ in whole.named_parameters() if n.startswith(kept)
     }
@@ -144,16 +144,16 @@ def test_a_cut_network_ends_in_that_modules_activations(case):
     assert torch.equal(output, expected)
     for network in (expected, output):
         random_sum(network).backward()
-    wanted = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
-    found = {n: p.grad for n, p in short.net.named_parameters() if p.requires_grad}
-    assert found.keys() == wanted.keys()
-    for parameter, gradient in found.items():
-        torch.testing.assert_close(gradient, wanted[parameter], msg=parameter)
+    expected_gradients = {n: p.grad for n, p in whole.named_parameters() if p.grad is not None}
+    gradients = {n: p.grad for n, p in short.net.named_parameters() if p.requires_grad}
+    assert gradients.keys() == expected_gradients.keys()
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[parameter], msg=parameter)
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_maxvit", "test_vit_relpos", "tf_efficientnet_lite0"])
-def test_without_pooled_features_only_what_leads_to_the_map_is_left(name):
-    """The last weights of a network with a classifier of its own kind are gone: nothing would reach them."""
+def test_without_pooled_features_only_what_leads_to_the_map_remains(name):
+    """Weights behind the map, such as the norm before a classifier, are dropped: nothing would reach them."""
     short, whole = backbone(name, pools=False, maps=True), backbone(name, maps=True)
     assert short.features is None
     assert short.map_shape == whole.map_shape
@@ -206,7 +206,7 @@ def test_training_and_evaluation_mode_reach_every_module(cut):
         ("", "layer1, layer2, layer3, layer4"),
     ],
 )
-def test_an_unknown_cut_is_told_the_nearest_names(cut, expected):
+def test_an_unknown_cut_is_refused_with_the_nearest_names(cut, expected):
     message = refusal("test_resnet", cut)
     assert "backbone.cut" in message
     assert repr(cut) in message
@@ -234,7 +234,7 @@ def test_a_size_that_the_network_cannot_take_is_refused(name, size):
     assert f"{size} px" in message
 
 
-def test_an_unknown_network_is_told_the_nearest_name():
+def test_an_unknown_network_is_refused_with_the_nearest_name():
     assert "did you mean resnet18" in refusal("resnet81")
 
 
@@ -301,7 +301,7 @@ def test_registers_are_left_out_though_with_them_the_tokens_would_fill_a_square(
 
 
 def test_a_frozen_backbone_stays_as_it_is_whatever_mode_is_asked_for():
-    network = stirred(backbone("dropping_resnet"))
+    network = perturbed(backbone("dropping_resnet"))
     assert not torch.equal(network.train()(images()), network(images()))
     network.freeze()
     before = {name: x.clone() for name, x in network.state_dict().items()}
@@ -319,7 +319,7 @@ def test_a_frozen_backbone_stays_as_it_is_whatever_mode_is_asked_for():
 
 
 def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale():
-    live, frozen = (stirred(backbone("test_resnet")) for _ in range(2))
+    live, frozen = (perturbed(backbone("test_resnet")) for _ in range(2))
     frozen.freeze_batch_norm()
     before = statistics(frozen)
     assert before
@@ -355,7 +355,7 @@ def test_checkpointed_gradients_are_the_gradients(name, cut, module):
     """After a step: the same loss and gradients, and BatchNorm's statistics have moved as far, though it ran twice."""
     found = {}
     for checkpointed in (False, True):
-        network, calls = stirred(backbone(name, cut)), []
+        network, calls = perturbed(backbone(name, cut)), []
         before = statistics(network)
         if checkpointed:
             network.checkpoint_gradients(SIZE)
@@ -423,7 +423,7 @@ def test_weights_come_from_a_file(tensors, tmp_path, file, cut):
     assert "leaving out" in network.weights_from
 
 
-def test_weights_come_from_a_run_of_ours(trained):
+def test_weights_come_from_a_run_folder(trained):
     ours = {name.removeprefix("backbone.net."): x for name, x in checkpoint_weights(trained, "best").items()}
     for cut in (None, "stages.1"):
         assert_has(backbone("test_convnext", cut, size=32, weights=trained), ours)
@@ -457,7 +457,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tensors, tmp_path):
     evil.write_bytes(pickle.dumps({**tensors, "evil": Intruder(trace)}))
     torch.save({**tensors, "evil": Intruder(trace)}, zipped)
     for path in (evil, zipped):
-        assert "not readable as plain tensors" in refusal("test_resnet", weights=path)
+        assert "cannot be read as plain tensors" in refusal("test_resnet", weights=path)
     assert not trace.exists()
     pickle.loads(pickle.dumps(Intruder(trace)))
     assert trace.exists()  # it would have run
@@ -473,9 +473,9 @@ def test_files_that_hold_no_weights_are_refused(tensors, tmp_path):
         ("list.pth", "state dict"),
         ("progress.pth", "state dict"),
         ("numbers.pth", "state dict"),
-        ("damaged.safetensors", "not readable"),
-        ("nowhere.pth", "is no file"),
-        ("empty_run", "is no file"),
+        ("damaged.safetensors", "cannot be read"),
+        ("nowhere.pth", "is not a file"),
+        ("empty_run", "is not a file"),
     ):
         message = refusal("test_resnet", weights=tmp_path / name)
         assert "backbone.weights" in message
@@ -489,7 +489,7 @@ def test_files_that_hold_no_weights_are_refused(tensors, tmp_path):
 @pytest.mark.parametrize(
     ("make", "convolutions"), [(cnn2, [(3, 32), (32, 64)]), (cnn3, [(3, 32), (32, 64), (64, 128)])]
 )
-def test_the_small_cnns_are_as_large_as_they_say(make, convolutions):
+def test_the_small_cnns_are_as_large_as_documented(make, convolutions):
     count = sum(before * after * 5 * 5 + after for before, after in convolutions)
     assert parameter_count(make()) == count
     assert f"{round(count, -3):,} parameters" in make.__doc__

@@ -1,4 +1,4 @@
-"""`backbone.cut: a+b` reads layers together: each as it is alone, averaged to one grid, and all varying alike."""
+"""`backbone.cut: a+b` reads layers together: each averaged to one grid, all with the same variance."""
 
 import copy
 
@@ -41,7 +41,7 @@ def test_a_joined_map_has_the_maps_of_its_layers_in_the_order_of_the_network(nam
     network = backbone(name, f"{second}+{first}" if backwards else f"{first}+{second}", pools=True, maps=True)
     network.join.scales.copy_(torch.tensor([2.0, 0.5]))
     maps = [alone(name, layer) for layer in (first, second)]
-    expected = [averages(found.shape[2]) @ found @ averages(found.shape[3]).T for found in maps]
+    expected = [averages(layer.shape[2]) @ layer @ averages(layer.shape[3]).T for layer in maps]
     with torch.no_grad():
         joined = network(images())
     torch.testing.assert_close(joined, torch.cat([2 * expected[0], expected[1] / 2], 1))
@@ -108,15 +108,15 @@ def test_layers_vary_alike_over_the_stimuli_to_fit(run):
     assert (scales != 1).all()
     raw = backbone("test_convnext", "stages.0+stages.1", size=32)
     with torch.no_grad():
-        found = raw(F.interpolate(images(64).float(), 32, mode="area"))
-    layers = found.split(raw.join.channels, 1)
+        joined = raw(F.interpolate(images(64).float(), 32, mode="area"))
+    layers = joined.split(raw.join.channels, 1)
     spread = [float((part.square().mean((0, 2, 3)) - part.mean((0, 2, 3)).square()).sum()) ** 0.5 for part in layers]
     # The images are others, so the ratio is about the same.
     assert float(scales[0] / scales[1]) == pytest.approx(spread[1] / spread[0], rel=0.5)
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_joined_layers_train_alike_on_any_number_of_processes(words, run, tmp_path, processes):
+def test_joined_layers_train_the_same_on_any_number_of_processes(words, run, tmp_path, processes):
     succeed(processes, *words, "--out", tmp_path / "run")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(run), rtol=1e-4)
 
