@@ -1,4 +1,4 @@
-"""Losses: the textbook's values and gradients, in parts that add up, and outputs that mean rates."""
+"""Losses: the textbook's values and gradients, contributions that add up, and outputs that mean rates."""
 
 import copy
 from dataclasses import replace
@@ -23,9 +23,9 @@ STIMULI, SITES, CLASSES = 23, 5, 4
 LOSSES = (SquaredError, PoissonLikelihood, Correlation)
 
 
-def alone(own: torch.Tensor) -> torch.Tensor:
+def single_rank(tensor: torch.Tensor) -> torch.Tensor:
     """The sum over the ranks of a run on one process."""
-    return own
+    return tensor
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,8 @@ def value_and_gradient(part, outputs: torch.Tensor) -> tuple[float, torch.Tensor
     return value.item(), leaf.grad
 
 
-def pieces_of(batch: Batch) -> list[Batch]:
-    """A batch in three uneven pieces, one with padding."""
+def micro_batches_of(batch: Batch) -> list[Batch]:
+    """A batch in three uneven micro-batches, one with padding."""
     parts = []
     for start, end, padding in ((0, 9, 0), (9, 10, 3), (10, STIMULI, 0)):
         rows = torch.tensor([*range(start, end), *[0] * padding])
@@ -94,29 +94,29 @@ def pieces_of(batch: Batch) -> list[Batch]:
     return parts
 
 
-# ---- values and gradients ------------------------------------------------------------------------------------------
+# ---- values and gradients --------------------------------------------------------------------------------------------
 
 
 def squared_error_by_hand(outputs, rates, manifest) -> torch.Tensor:
     mean, std = torch.tensor(manifest.rates.mean), torch.tensor(manifest.rates.std)
-    there = ~torch.isnan(rates)
-    return F.mse_loss(outputs[there], ((rates - mean) / std)[there].float())
+    recorded = ~torch.isnan(rates)
+    return F.mse_loss(outputs[recorded], ((rates - mean) / std)[recorded].float())
 
 
 def poisson_by_hand(outputs, rates, manifest) -> torch.Tensor:
     """Lambda is m (1 + z) above 0 and m exp(z) below."""
     mean = torch.tensor(manifest.rates.mean)
-    there = ~torch.isnan(rates)
+    recorded = ~torch.isnan(rates)
     expected = mean * torch.where(outputs > 0, 1 + outputs, torch.exp(outputs))
-    return F.poisson_nll_loss(expected[there], rates[there].double(), log_input=False, eps=0)
+    return F.poisson_nll_loss(expected[recorded], rates[recorded].double(), log_input=False, eps=0)
 
 
 def correlation_by_hand(outputs, rates, _manifest) -> torch.Tensor:
     """Sites with a variance; the least variance of the predictions is added to theirs."""
     losses = []
     for site in range(SITES - 1):
-        there = ~torch.isnan(rates[:, site])
-        y, p = rates[there, site].double(), outputs[there, site].double()
+        recorded = ~torch.isnan(rates[:, site])
+        y, p = rates[recorded, site].double(), outputs[recorded, site].double()
         y, p = y - y.mean(), p - p.mean()
         losses.append(1 - (y * p).mean() / (y.square().mean() * (p.square().mean() + 1e-4)).sqrt())
     return torch.stack(losses).mean()
@@ -131,7 +131,7 @@ BY_HAND = {
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_loss_is_the_textbooks_in_value_and_gradient(kind, rates, manifest, outputs):
-    found = value_and_gradient(lambda z: kind(manifest).contribution(z, batch_of(rates), alone), outputs)
+    found = value_and_gradient(lambda z: kind(manifest).contribution(z, batch_of(rates), single_rank), outputs)
     expected = value_and_gradient(lambda z: BY_HAND[kind](z, rates, manifest), outputs)
     assert found[0] == pytest.approx(expected[0], rel=1e-5)
     assert expected[1].abs().max() > 1e-3
@@ -142,9 +142,9 @@ def test_the_correlation_is_scipys(rates, manifest, outputs):
     """To the least variance that keeps its gradient finite; the constant site contributes nothing."""
     expected = []
     for site in range(SITES - 1):
-        there = ~np.isnan(rates[:, site].numpy())
-        expected.append(1 - stats.pearsonr(rates[there, site].numpy(), outputs[there, site].numpy()).statistic)
-    found = Correlation(manifest).contribution(outputs, batch_of(rates), alone)
+        recorded = ~np.isnan(rates[:, site].numpy())
+        expected.append(1 - stats.pearsonr(rates[recorded, site].numpy(), outputs[recorded, site].numpy()).statistic)
+    found = Correlation(manifest).contribution(outputs, batch_of(rates), single_rank)
     assert float(found) == pytest.approx(np.mean(expected), rel=2e-4)
 
 
@@ -178,7 +178,7 @@ def hybrid_outputs(outputs: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_a_hybrids_loss_is_the_weighted_sum(rates, manifest, outputs):
     batch = batch_of(rates, torch.arange(STIMULI) % CLASSES)
     found = hybrid_outputs(outputs)
-    parts = hybrid(manifest, regression_weight=0.3, classification_weight=2.0).losses(found, batch, alone)
+    parts = hybrid(manifest, regression_weight=0.3, classification_weight=2.0).losses(found, batch, single_rank)
     mse, entropy = squared_error_by_hand(outputs, rates, manifest), F.cross_entropy(found["classes"], batch.labels)
     torch.testing.assert_close(parts["mse"], mse)
     torch.testing.assert_close(parts["cross_entropy"], entropy)
@@ -192,7 +192,7 @@ def test_uncertainty_weighting_is_that_of_kendall_et_al(rates, manifest, outputs
     with torch.no_grad():
         objective.log_variance.copy_(s)
     found = hybrid_outputs(outputs)
-    parts = objective.losses(found, batch, alone)
+    parts = objective.losses(found, batch, single_rank)
     parts["loss"].backward()
     mse = squared_error_by_hand(outputs, rates, manifest).item()
     entropy = F.cross_entropy(found["classes"], batch.labels).item()
@@ -207,7 +207,7 @@ def test_uncertainty_weighting_is_that_of_kendall_et_al(rates, manifest, outputs
     assert weights["weight/classes"] == pytest.approx(np.exp(0.7))
 
 
-# ---- what is missing -----------------------------------------------------------------------------------------------
+# ---- missing responses -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -217,8 +217,10 @@ def test_stimuli_without_responses_do_not_count(kind, rates, manifest, outputs):
     holes = rates.clone()
     holes[1::2] = float("nan")
     loss = kind(manifest)
-    value, gradient = value_and_gradient(lambda z: loss.contribution(z, batch_of(holes), alone), outputs)
-    expected, plain = value_and_gradient(lambda z: loss.contribution(z, batch_of(rates[rows]), alone), outputs[rows])
+    value, gradient = value_and_gradient(lambda z: loss.contribution(z, batch_of(holes), single_rank), outputs)
+    expected, plain = value_and_gradient(
+        lambda z: loss.contribution(z, batch_of(rates[rows]), single_rank), outputs[rows]
+    )
     assert value == pytest.approx(expected, rel=1e-6)
     torch.testing.assert_close(gradient[rows], plain)
     assert not gradient[1::2].any()
@@ -229,20 +231,22 @@ def test_a_site_without_responses_in_the_batch_contributes_nothing(kind, rates, 
     holes = rates.clone()
     holes[:, 2] = float("nan")
     loss = kind(manifest)
-    value, gradient = value_and_gradient(lambda z: loss.contribution(z, batch_of(holes), alone), outputs)
+    value, gradient = value_and_gradient(lambda z: loss.contribution(z, batch_of(holes), single_rank), outputs)
     assert np.isfinite(value)
     assert torch.isfinite(gradient).all()
     assert not gradient[:, 2].any()
     assert gradient[:, 0].any()
     other = outputs.clone()
     other[:, 2] = 7.0
-    assert loss.contribution(other, batch_of(holes), alone).item() == value
+    assert loss.contribution(other, batch_of(holes), single_rank).item() == value
 
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_batch_without_any_response_has_a_loss_of_nothing(kind, rates, manifest, outputs):
     nothing = torch.full_like(rates, float("nan"))
-    value, gradient = value_and_gradient(lambda z: kind(manifest).contribution(z, batch_of(nothing), alone), outputs)
+    value, gradient = value_and_gradient(
+        lambda z: kind(manifest).contribution(z, batch_of(nothing), single_rank), outputs
+    )
     assert value == 0
     assert not gradient.any()
 
@@ -251,40 +255,42 @@ def test_one_response_to_a_site_gives_no_correlation(rates, manifest, outputs):
     loss, lonely = Correlation(manifest), rates.clone()
     lonely[1:, 0] = float("nan")
     lonely[0, 0] = 5.0
-    value, gradient = value_and_gradient(lambda z: loss.contribution(z, batch_of(lonely), alone), outputs)
+    value, gradient = value_and_gradient(lambda z: loss.contribution(z, batch_of(lonely), single_rank), outputs)
     assert not gradient[:, 0].any()
     without = torch.where(torch.arange(SITES) > 0, lonely, torch.nan)
-    assert value == pytest.approx(loss.contribution(outputs, batch_of(without), alone).item())
+    assert value == pytest.approx(loss.contribution(outputs, batch_of(without), single_rank).item())
 
 
 def test_the_correlation_has_a_gradient_where_all_outputs_are_alike(rates, manifest):
     """At the start, that is."""
     _, gradient = value_and_gradient(
-        lambda z: Correlation(manifest).contribution(z, batch_of(rates), alone), torch.zeros(STIMULI, SITES)
+        lambda z: Correlation(manifest).contribution(z, batch_of(rates), single_rank), torch.zeros(STIMULI, SITES)
     )
     assert torch.isfinite(gradient).all()
     assert gradient[:, :-1].any(0).all()
 
 
-# ---- parts ---------------------------------------------------------------------------------------------------------
+# ---- contributions ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("weighting", ["fixed", "uncertainty"])
 @pytest.mark.parametrize("responses", ["mse", "poisson"])
-def test_the_parts_of_micro_batches_add_up(responses, weighting, rates, manifest, outputs):
-    """Loss, parts and gradients of the whole, padding or not."""
+def test_the_contributions_of_micro_batches_add_up(responses, weighting, rates, manifest, outputs):
+    """To the losses and gradients of the whole batch, padding or not."""
     settings = {"task": {"kind": "hybrid", "weighting": weighting}, "loss": {"responses": responses}}
     objective = Objective(Recipe.model_validate(settings), manifest)
     whole = batch_of(rates, torch.arange(STIMULI) % CLASSES)
     found = hybrid_outputs(outputs)
-    expected = objective.losses(found, whole, alone)
+    expected = objective.losses(found, whole, single_rank)
     expected["loss"].backward()
     gradients = {name: x.grad.clone() for name, x in found.items()}
     learned = [p.grad.clone() for p in objective.parameters()]
     objective.zero_grad()
     again, total = hybrid_outputs(outputs), dict.fromkeys(expected, 0.0)
-    for piece in pieces_of(whole):
-        parts = objective.losses({name: x[piece.positions] for name, x in again.items()}, piece, alone)
+    for micro_batch in micro_batches_of(whole):
+        parts = objective.losses(
+            {name: x[micro_batch.positions] for name, x in again.items()}, micro_batch, single_rank
+        )
         parts["loss"].backward()
         total = {name: total[name] + parts[name].item() for name in total}
     assert total == pytest.approx({name: x.item() for name, x in expected.items()}, rel=1e-5)
@@ -295,28 +301,28 @@ def test_the_parts_of_micro_batches_add_up(responses, weighting, rates, manifest
 
 
 def test_the_correlation_of_several_ranks_is_that_of_the_whole_batch(rates, manifest, outputs):
-    """Each gets the sums of all and differentiates by its own; the parts add up to value and gradient."""
+    """Each rank gets the sums of all and differentiates by its own; contributions add up to value and gradient."""
     loss, whole = Correlation(manifest), batch_of(rates)
-    value, gradient = value_and_gradient(lambda z: loss.contribution(z, whole, alone), outputs)
-    shares, sums = pieces_of(whole), []
+    value, gradient = value_and_gradient(lambda z: loss.contribution(z, whole, single_rank), outputs)
+    shares, sums = micro_batches_of(whole), []
 
-    def note(own: torch.Tensor) -> torch.Tensor:
-        sums.append(own)
-        return own
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        sums.append(tensor)
+        return tensor
 
     for share in shares:
         loss.contribution(outputs[share.positions], share, note)
-    everyones = torch.stack(sums).sum(0)
+    sums_of_all_ranks = torch.stack(sums).sum(0)
     leaf, total = outputs.clone().requires_grad_(), 0.0
     for share in shares:
-        part = loss.contribution(leaf[share.positions], share, lambda own: everyones)
+        part = loss.contribution(leaf[share.positions], share, lambda _: sums_of_all_ranks)
         part.backward()
         total += part.item()
     assert total == pytest.approx(value, rel=1e-5)
     torch.testing.assert_close(leaf.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
-# ---- hybrids -------------------------------------------------------------------------------------------------------
+# ---- hybrids ---------------------------------------------------------------------------------------------------------
 
 
 def network_of(recording, **task) -> Network:
@@ -349,7 +355,7 @@ def test_a_hybrid_is_the_single_task_when_the_other_weight_is_zero(recording, ki
     losses, outputs = [], []
     for network in (single, both):
         outputs.append(network(batch.images))
-        losses.append(network.objective.losses(outputs[-1], batch, alone)["loss"])
+        losses.append(network.objective.losses(outputs[-1], batch, single_rank)["loss"])
         losses[-1].backward()
     torch.testing.assert_close(outputs[1][head], outputs[0][head], rtol=0, atol=0)
     torch.testing.assert_close(losses[1], losses[0])
@@ -372,7 +378,7 @@ def test_another_seed_gives_other_initial_weights(recording):
         assert not torch.equal(one[part], other[part])
 
 
-# ---- what outputs mean ---------------------------------------------------------------------------------------------
+# ---- outputs to rates ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", LOSSES)
@@ -381,7 +387,7 @@ def test_an_output_of_0_is_the_mean_rate(kind, manifest):
     np.testing.assert_allclose(rates[0], manifest.rates.mean, rtol=1e-6)
 
 
-def test_z_scores_are_told_back_in_the_recordings_units(rates, manifest):
+def test_z_scores_are_converted_back_to_the_recordings_units(rates, manifest):
     loss = SquaredError(manifest)
     torch.testing.assert_close(loss.to_rates(loss.target(rates)), rates, equal_nan=True)
     mean, std = np.array(manifest.rates.mean), np.array(manifest.rates.std)
@@ -418,7 +424,7 @@ def test_a_poisson_loss_is_least_at_the_rate_itself(manifest):
     z = torch.linspace(-8, 4, 2401)[:, None].expand(-1, SITES)
     for wanted in (0.3, 1.0, 2.5):
         rates = torch.tensor(manifest.rates.mean, dtype=torch.float32)[None] * wanted
-        values = torch.stack([loss.contribution(row[None], batch_of(rates), alone) for row in z])
+        values = torch.stack([loss.contribution(row[None], batch_of(rates), single_rank) for row in z])
         assert loss.to_rates(z[values.argmin()][None])[0].numpy() == pytest.approx(rates[0].numpy(), rel=0.02)
 
 
@@ -429,7 +435,7 @@ def test_a_site_that_was_silent_over_train_does_no_harm(rates, manifest):
     silent[:, 0] = 0.0
     for kind in LOSSES:
         value, gradient = value_and_gradient(
-            lambda z, kind=kind: kind(quiet).contribution(z, batch_of(silent), alone), torch.zeros(STIMULI, SITES)
+            lambda z, kind=kind: kind(quiet).contribution(z, batch_of(silent), single_rank), torch.zeros(STIMULI, SITES)
         )
         assert np.isfinite(value)
         assert torch.isfinite(gradient).all()
@@ -444,8 +450,8 @@ def test_calibration_makes_the_line_from_predictions_to_responses_the_identity(r
     loss.calibrate(lines_of(loss, predicted, rates))
     calibrated = loss.to_rates(predicted).numpy()
     for site in range(SITES):
-        there = ~np.isnan(rates[:, site].numpy())
-        y, p = rates[there, site].numpy(), calibrated[there, site]
+        recorded = ~np.isnan(rates[:, site].numpy())
+        y, p = rates[recorded, site].numpy(), calibrated[recorded, site]
         if site in (1, SITES - 1):  # there is no line through a constant
             np.testing.assert_allclose(p, y.mean(), rtol=1e-5)
         else:
