@@ -1,6 +1,7 @@
 """One small packed recording and one trained run that the end-to-end tests share."""
 
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,10 @@ import pytest
 from helpers import run_command, run_here
 from launching import SMALL, launch
 from make_sources import make_folder
+from web_server import serve
 
+from data_prep.remote.url import SIGNED
+from data_prep.shards import remote_files
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 
@@ -77,3 +81,38 @@ def head_first(recording, tmp_path_factory):
         return out
 
     return run
+
+
+# ---- shards behind a URL -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory) -> Path:
+    """100 PNGs, 60 of them for training, in shards of 6."""
+    path = tmp_path_factory.mktemp("packed")
+    made = make_folder(path / "src", n=100, splits=True)
+    made.rates[::7, 2] = np.nan
+    np.save(path / "src" / "rates.npy", made.rates)
+    pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=6, workers=1)
+    return path / "shards"
+
+
+@pytest.fixture
+def web(packed, impatient):
+    """A web server that serves these shards."""
+    with serve(packed) as server:
+        yield server
+
+
+@pytest.fixture
+def impatient(monkeypatch, tmp_path):
+    """Retries after milliseconds; copies go to a folder of the test's own."""
+    monkeypatch.setattr(remote_files, "RETRIES", replace(remote_files.RETRIES, first_pause=0.01))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.delenv(SIGNED, raising=False)
+
+
+@pytest.fixture
+def cache(tmp_path) -> Path:
+    """A folder for copies."""
+    return tmp_path / "cache"
