@@ -52,7 +52,7 @@ from train.evaluation.predictions_file import read_predictions
 from train.models.weights import read_weights
 from train.run.checkpoint import SUMS, Progress, _sum, load_progress, load_tensors, newest_whole
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe
-from train.sweeping.search import Sweep
+from train.sweeping.sweep_settings import SweepSettings
 
 SECONDS_AN_INPUT = 10
 GIB_AN_INPUT = 2
@@ -200,7 +200,7 @@ def targets(folder: Path) -> dict[str, Target]:
         "recipe": Target(in_file("recipe.yaml", load_recipe), [recipes[0], b"a: &a [1]\nb: [*a, *a]", run]),
         "probe": Target(in_file("probe.yaml", lambda path: load_recipe(path, ProbeRecipe)), [recipes[1], run]),
         "sweep": Target(
-            in_file("sweep.yaml", lambda path: load_recipe(path, Sweep)),
+            in_file("sweep.yaml", lambda path: load_recipe(path, SweepSettings)),
             [b"recipe: a.yaml\ngrid: {optimizer.lr: [1.0e-3, 1.0e-2]}\nset: {epochs: 3}", run],
         ),
         "progress": Target(

@@ -39,17 +39,19 @@ class SweepCommand(BaseModel):
 
 
 def main() -> None:
-    """Parse, check, search, score the best, tell."""
+    """Parse, check, search, score the best, print the results."""
     options = parse(SweepCommand, examples=EXAMPLES)
 
-    from train.sweeping.worker import Stop, prepare, say
+    from train.sweeping.worker import StopRequest, open_worker, print_line
 
-    with Stop() as stop:
-        worker = prepare(options.sweep, options.data, options.out, options.processes, stop)
-        say(f"{len(worker.plan.runs)} trials over {', '.join(worker.plan.keys)}; {worker.launcher.describe()} each")
+    with StopRequest() as stop:
+        worker = open_worker(options.sweep, options.data, options.out, options.processes, stop)
+        print_line(
+            f"{len(worker.plan.runs)} trials over {', '.join(worker.plan.keys)}; {worker.launcher.describe()} each"
+        )
         worker.work()
-        worker.report(worker.publish())
-    say(f"\n{worker.folder.table.read_text(encoding='utf-8')}\nbest recipe: {worker.folder.best}")
+        worker.score_best(worker.publish())
+    print_line(f"\n{worker.folder.table.read_text(encoding='utf-8')}\nbest recipe: {worker.folder.best}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from train.run.recipe import ProbeRecipe, Recipe
-from train.sweeping.search import Sweep
+from train.sweeping.sweep_settings import SweepSettings
 
 SOURCES = sorted(path for part in ("data_prep", "train", "launch") for path in (ROOT / part).rglob("*.py"))
 
@@ -174,7 +174,7 @@ def numeric_without_bounds(model: type[BaseModel]) -> list[str]:
     return odd
 
 
-@pytest.mark.parametrize("model", [Recipe, ProbeRecipe, Sweep, *commands()], ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", [Recipe, ProbeRecipe, SweepSettings, *commands()], ids=lambda model: model.__name__)
 def test_every_number_has_a_least_and_a_greatest_value(model):
     assert numeric_without_bounds(model) == []
 

@@ -49,7 +49,8 @@ def draw_layers(
     axes = figure.add_subplot()
     places = range(len(scores))
     violins = axes.violinplot(scores, places, showextrema=False, widths=0.85)
-    for layer, body in zip(per_site, list(violins["bodies"]), strict=True):
+    bodies = list(violins["bodies"])  # type: ignore[call-overload]  # a list, which matplotlib declares as a Collection
+    for layer, body in zip(per_site, bodies, strict=True):
         body.set(facecolor=VERMILLION if layer == chosen else BLUE, alpha=0.4, edgecolor="none")
     thin = {"color": DARK, "linewidth": 1}
     axes.boxplot(

@@ -1,4 +1,4 @@
-"""What a report shows of a search: its trials as train/sweep.py has written them, and its best one."""
+"""The results of a search, as train/sweep.py has written them: its trials, and the best one."""
 
 import csv
 import io
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.common.errors import BadInput
 from data_prep.common.terminal import printable
-from train.sweeping.search import SweepFolder
+from train.sweeping.sweep_folder import SweepFolder
 
 MOST_ROWS = 50
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -15,14 +15,14 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True)
 class SweepResults:
-    """A search.
+    """The results of a search.
 
     Attributes:
         name: of its folder.
         header, rows: its table, the best trial first.
-        summary: how far it is.
-        figure: heatmap.png; None where there is none yet.
-        best: run folder of the best trial; None before one has ended.
+        summary: its progress, in a sentence.
+        figure: heatmap.png; None before it is drawn.
+        best: run folder of the best trial; None before a trial has ended.
     """
 
     name: str
@@ -39,7 +39,7 @@ def is_sweep(path: Path) -> bool:
 
 
 def read_sweep(path: Path) -> SweepResults:
-    """A search's results, as far as there are any.
+    """Read the results so far.
 
     Raises:
         BadInput: its table is damaged.
@@ -51,29 +51,29 @@ def read_sweep(path: Path) -> SweepResults:
     try:
         table = list(csv.reader(io.StringIO(folder.csv.read_text(encoding="utf-8"))))
     except (OSError, ValueError, csv.Error) as error:
-        raise BadInput(f"{folder.csv} is damaged ({error}); start the sweep again to have it written anew") from None
+        raise BadInput(f"{folder.csv} is damaged ({error}); run the sweep's command again to rewrite it") from None
     header, *lines = [[printable(cell) for cell in line] for line in table] or [[]]
     if not {"trial", "state", "run"} <= set(header) or any(len(line) != len(header) for line in lines):
-        raise BadInput(f"{folder.csv} is no table of train/sweep.py; start the sweep again to have it written anew")
-    column = {title: header.index(title) for title in ("trial", "state", "run")}
-    done = [line for line in lines if line[column["state"]] == "done"]
-    ended = sum(line[column["state"]] in ("done", "failed") for line in lines)
-    shown = [k for k in range(len(header)) if k != column["run"]]
+        raise BadInput(f"{folder.csv} was not written by train/sweep.py; run the sweep's command again to rewrite it")
+    trial, state, run = (header.index(title) for title in ("trial", "state", "run"))
+    done = [line for line in lines if line[state] == "done"]
+    ended = sum(line[state] in ("done", "failed") for line in lines)
+    shown = [place for place in range(len(header)) if place != run]
     more = f" The first {MOST_ROWS} are shown." if len(lines) > MOST_ROWS else ""
     figure = folder.heatmap.read_bytes() if folder.heatmap.is_file() else b""
-    best = folder.trials / Path(done[0][column["trial"]]).name if done else None
+    best = folder.trials / Path(done[0][trial]).name if done else None
     return SweepResults(
         name,
-        [header[k] for k in shown],
-        [[_short(line[k]) for k in shown] for line in lines[:MOST_ROWS]],
-        f"{ended} of {len(lines)} trials ended, the best first.{more}",
+        [header[place] for place in shown],
+        [[_shorten(line[place]) for place in shown] for line in lines[:MOST_ROWS]],
+        f"{ended} of {len(lines)} trials ended; the best comes first.{more}",
         figure if figure.startswith(_PNG) else None,
         best if best is not None and best.is_dir() else None,
     )
 
 
-def _short(cell: str) -> str:
-    """Numbers with as many digits as people compare."""
+def _shorten(cell: str) -> str:
+    """A number with four digits."""
     try:
         return f"{float(cell):.4g}" if "." in cell or "e" in cell else cell
     except ValueError:

@@ -6,7 +6,7 @@ All are rewritten from the study after every trial.
 import csv
 import io
 import json
-from typing import Any
+from typing import Any, Literal
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -14,26 +14,27 @@ from data_prep.common import locks
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.shards.manifest import Manifest
 from train.run.folder import RunFolder
-from train.sweeping.queue import Entry, Study
-from train.sweeping.search import Plan, SweepFolder
+from train.sweeping.plan import Plan
+from train.sweeping.queue import Study, TrialStatus
 from train.sweeping.search_figures import draw_search
 from train.sweeping.standings import Standings, rank
+from train.sweeping.sweep_folder import SweepFolder
 
-REPORTED = "val"
+REPORTED_SPLIT: Literal["val"] = "val"
 METRICS = {"R2": "r2", "EV": "explained_variance", "MSE": "mse", "Pearson r": "pearson_r"}
 
 
 def publish(folder: SweepFolder, plan: Plan, manifest: Manifest, study: Study) -> Standings:
-    """Write what is known now; of several workers that end a trial together, each writes after the other."""
+    """Write the results so far; workers that end a trial together write one after the other."""
     with locks.exclusive(folder.results_lock):
-        standings = rank(plan, study.entries())
-        write_bytes(folder.table, table(folder, standings, manifest).encode())
-        write_bytes(folder.csv, _csv(folder, standings).encode())
+        standings = rank(plan, study.trials())
+        write_bytes(folder.table, markdown_table(folder, standings, manifest).encode())
+        write_bytes(folder.csv, _csv_table(folder, standings).encode())
         write_bytes(folder.heatmap, draw_search(standings))
-        if best := standings.best:
-            write_bytes(folder.best, _best_recipe(folder, standings, best).encode())
-        for entry in standings.entries:
-            _write_hparams(folder, standings, entry)
+        if standings.best is not None:
+            write_bytes(folder.best, _best_recipe(folder, standings, standings.best).encode())
+        for trial in standings.trials:
+            _write_hparams(folder, standings, trial)
     return standings
 
 
@@ -41,89 +42,87 @@ def publish(folder: SweepFolder, plan: Plan, manifest: Manifest, study: Study) -
 
 
 def _columns(standings: Standings) -> list[str]:
-    mean = [f"mean over {len(standings.plan.seeds)} seeds"] * bool(standings.plan.seeds)
-    return [
-        "trial",
-        *standings.plan.keys,
-        f"{standings.plan.metric} on inner",
-        *mean,
-        "best epoch",
-        "epochs",
-        "seconds",
-    ]
+    columns = ["trial", *standings.plan.keys, f"{standings.plan.metric} on inner"]
+    if standings.plan.seeds:
+        columns.append(f"mean over {len(standings.plan.seeds)} seeds")
+    return [*columns, "best epoch", "epochs", "seconds"]
 
 
-def _cells(standings: Standings, entry: Entry) -> list[Any]:
-    facts = entry.facts or {}
-    mean = [standings.means.get(entry.run)] * bool(standings.plan.seeds)
-    settings = [entry.settings.get(key, "") for key in standings.plan.keys]
-    return [entry.run, *settings, entry.value, *mean, *(facts.get(key) for key in ("best_epoch", "epochs", "seconds"))]
+def _cells(standings: Standings, trial: TrialStatus) -> list[Any]:
+    cells = [trial.run, *(trial.settings.get(key, "") for key in standings.plan.keys), trial.value]
+    if standings.plan.seeds:
+        cells.append(standings.means.get(trial.run))
+    return [*cells, *(trial.facts.get(key) for key in ("best_epoch", "epochs", "seconds"))]
 
 
-def table(folder: SweepFolder, standings: Standings, manifest: Manifest) -> str:
-    """The search as a Markdown table, the best trial first, and what one must know to read it."""
+def markdown_table(folder: SweepFolder, standings: Standings, manifest: Manifest) -> str:
+    """The search as a Markdown table, the best trial first, and how to read it."""
     header = [*_columns(standings), "state"]
     lines = [f"| {' | '.join(header)} |", f"| {' | '.join(['---'] * len(header))} |"]
-    for entry in standings.entries:
-        state = entry.state + (f": {entry.reason.replace('|', '/')}" if entry.reason else "")
-        lines.append(f"| {' | '.join([*map(_shown, _cells(standings, entry)), state])} |")
-    return "\n".join([*lines, "", *notes(standings, manifest), *reported(folder, standings), ""])
+    for trial in standings.trials:
+        reason = f": {trial.reason.replace('|', '/')}" if trial.reason else ""
+        cells = [*map(_cell_text, _cells(standings, trial)), f"{trial.state}{reason}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join([*lines, "", *_notes(standings, manifest), *_reported_scores(folder, standings), ""])
 
 
-def _shown(value: Any) -> str:
+def _cell_text(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def notes(standings: Standings, manifest: Manifest) -> list[str]:
-    """On which stimuli the search chose, and on which it did not."""
-    early, seeds = standings.plan.base.early_stopping, standings.plan.seeds
+def _notes(standings: Standings, manifest: Manifest) -> list[str]:
+    """Which stimuli selected the best trial, and which did not."""
+    base, seeds = standings.plan.base, standings.plan.seeds
     direction = "lower" if standings.lower_is_better else "higher"
-    part = f"{100 * early.inner_fraction:g} % of train"
-    drawn = "drawn anew by each seed" if seeds else f"the same for all trials (seed {standings.plan.base.seed})"
-    found = [
-        f"Chosen by {standings.plan.metric} ({direction} is better) on the inner split: {part}, "
-        f"{drawn}, which no trial was fitted to. It is not a split that is reported: val and test chose nothing."
+    drawn = "drawn by each seed" if seeds else f"the same for all trials (seed {base.seed})"
+    notes = [
+        f"Selected by {standings.plan.metric} ({direction} is better) on the inner split, "
+        f"{100 * base.early_stopping.inner_fraction:g} % of train, {drawn}. No trial was fitted to these stimuli, and "
+        "they are not reported: val and test selected nothing."
     ]
     if seeds:
-        found.append(
-            f"Settings are in the order of their mean over the seeds {', '.join(map(str, seeds))}; best.yaml has the "
-            "best setting and its first seed, since values of two seeds are values on other stimuli."
+        notes.append(
+            f"Settings are ranked by their mean over the seeds {', '.join(map(str, seeds))}; best.yaml has the best "
+            "setting with its first seed, because scores of two seeds are scores on different stimuli."
         )
     if manifest.simulated:
-        found.append("The recording is SIMULATED: no brain took part.")
-    return found
+        notes.append("The recording is SIMULATED: no brain took part.")
+    return notes
 
 
-def reported(folder: SweepFolder, standings: Standings) -> list[str]:
-    """The best run's score on the split that is reported, once the search is over and it has been scored."""
+def _reported_scores(folder: SweepFolder, standings: Standings) -> list[str]:
+    """The best run's scores on the reported split, once the search is over and it has been scored."""
     if not standings.settled or standings.best is None:
         return []
-    path = RunFolder(folder.run(standings.best.run)).evaluation(REPORTED) / "metrics.json"
+    path = RunFolder(folder.run(standings.best.run)).evaluation(REPORTED_SPLIT) / "metrics.json"
     if not path.is_file():
         return []
     metrics = json.loads(path.read_text(encoding="utf-8"))
-    scores = [
-        f"{name} {block['mean']:.4f}" + (" [{:.4f}, {:.4f}]".format(*block["ci95"]) if block.get("ci95") else "")
-        for name, key in METRICS.items()
-        if (block := metrics.get("regression", {}).get(key)) and block["mean"] is not None
-    ]
-    if (top1 := metrics.get("classification", {}).get("top1")) is not None:
+    scores = []
+    for name, key in METRICS.items():
+        block = metrics.get("regression", {}).get(key)
+        if block and block["mean"] is not None:
+            interval = " [{:.4f}, {:.4f}]".format(*block["ci95"]) if block.get("ci95") else ""
+            scores.append(f"{name} {block['mean']:.4f}{interval}")
+    top1 = metrics.get("classification", {}).get("top1")
+    if top1 is not None:
         scores.append(f"top1 {top1:.4f}")
-    return ["", f"Reported on {REPORTED}, which chose nothing: trial {standings.best.run}: {', '.join(scores)}"]
+    best = standings.best.run
+    return ["", f"Reported on {REPORTED_SPLIT}, which selected nothing: trial {best}: {', '.join(scores)}"]
 
 
-def _csv(folder: SweepFolder, standings: Standings) -> str:
+def _csv_table(folder: SweepFolder, standings: Standings) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([*_columns(standings), "state", "reason", "run"])
-    for entry in standings.entries:
-        writer.writerow([*_cells(standings, entry), entry.state, entry.reason, folder.run(entry.run)])
+    for trial in standings.trials:
+        writer.writerow([*_cells(standings, trial), trial.state, trial.reason, folder.run(trial.run)])
     return text.getvalue()
 
 
-def _best_recipe(folder: SweepFolder, standings: Standings, best: Entry) -> str:
+def _best_recipe(folder: SweepFolder, standings: Standings, best: TrialStatus) -> str:
     value = f"{standings.plan.metric} {best.value:.4g} on inner after epoch {best.facts['best_epoch']}"
     so_far = "" if standings.settled else ", of the trials so far"
     recipe = folder.trial_recipe(best.run).read_text(encoding="utf-8")
@@ -133,17 +132,17 @@ def _best_recipe(folder: SweepFolder, standings: Standings, best: Entry) -> str:
 # ----------------------------------------------------------------------------------------------------- TensorBoard
 
 
-def _write_hparams(folder: SweepFolder, standings: Standings, entry: Entry) -> None:
-    """A trial's settings and value for TensorBoard's HParams page, written once, when it has ended."""
-    target = folder.tensorboard / entry.run
-    if entry.state not in ("done", "failed") or target.exists():
+def _write_hparams(folder: SweepFolder, standings: Standings, trial: TrialStatus) -> None:
+    """Write a trial's settings and value for TensorBoard's HParams page, once, when it has ended."""
+    target = folder.tensorboard / trial.run
+    if trial.state not in ("done", "failed") or target.exists():
         return
-    settings = {key: _plain(value) for key, value in entry.settings.items()}
-    found = {} if entry.value is None else {f"inner/{standings.plan.metric}": entry.value} | (entry.facts or {})
+    settings = {key: _hparam(value) for key, value in trial.settings.items()}
+    scores = {} if trial.value is None else {f"inner/{standings.plan.metric}": trial.value} | trial.facts
     with SummaryWriter(str(target)) as board:
-        board.add_hparams(settings, found, run_name=".")
+        board.add_hparams(settings, scores, run_name=".")
 
 
-def _plain(value: Any) -> Any:
-    """HParams knows numbers, texts and truth values."""
+def _hparam(value: Any) -> str | int | float | bool:
+    """A setting as a number, text or truth value, which is all that HParams knows."""
     return value if isinstance(value, str | int | float | bool) else json.dumps(value)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from train.evaluation.figure_style import encoded, new_figure
-from train.sweeping.search import SEED, Plan, as_choice
+from train.sweeping.plan import SEED, Plan, as_choice
 from train.sweeping.standings import Standings
 
 if TYPE_CHECKING:
@@ -291,14 +291,14 @@ def best_points(standings: Standings, x: SettingAxis, y: SettingAxis | None) -> 
     """One point per pair of values: the best, or else one that runs or waits, or else one that failed."""
     points: dict[tuple[Any, Any], Point] = {}
     order = {"done": 0, "running": 1, "waiting": 1, "failed": 2}
-    for entry in sorted(standings.entries, key=lambda entry: order[entry.state]):  # stable: the best stays first
-        if not entry.settings:
+    for trial in sorted(standings.trials, key=lambda trial: order[trial.state]):  # stable: the best stays first
+        if not trial.settings:
             continue
-        pair = as_choice(entry.settings[x.name]), None if y is None else as_choice(entry.settings[y.name])
+        pair = as_choice(trial.settings[x.name]), None if y is None else as_choice(trial.settings[y.name])
         state: PointState = "waiting"
-        if entry.state == "failed" or entry.run in standings.unsafe:
+        if trial.state == "failed" or trial.run in standings.unsafe:
             state = "failed"
-        elif entry.state == "done":
+        elif trial.state == "done":
             state = "done"
-        points.setdefault(pair, Point(*pair, state, standings.means.get(entry.run)))
+        points.setdefault(pair, Point(*pair, state, standings.means.get(trial.run)))
     return list(points.values())

@@ -1,14 +1,14 @@
-"""Run a command that ends with the worker that asked for it, whatever ends that worker.
+"""Run a command that ends when its worker ends, however that happens.
 
     python -P train/sweeping/supervised_process.py BEAT TOKEN SECONDS LOCK COMMAND ...
 
 A launcher's processes outlive a killed parent: torchrun starts each in a session of its own, and `accelerate launch`
-leaves its child behind. So a worker puts this small process between. It sees its standard input close when the worker
-is gone, however that happened; it adopts what the launcher leaves behind (PR_SET_CHILD_SUBREAPER) and ends it all.
+leaves its child behind. So this small supervisor runs between worker and launcher. Its standard input closes when the
+worker is gone; it adopts the processes that the launcher leaves behind (PR_SET_CHILD_SUBREAPER), and ends them all.
 
-BEAT is a file that holds TOKEN. While the command runs it is touched every SECONDS, so that others see that it runs;
-when it holds another token, the work has been given to somebody else, and the command is ended. The file descriptor
-LOCK is a lock on BEAT that all of them hold together, so that a successor waits until the last of them is gone.
+BEAT is a file that holds TOKEN. It is touched every SECONDS while the command runs, so that other workers know. When it
+holds another token, another worker has taken over, and the command is ended. The file descriptor LOCK is a lock on
+BEAT which all these processes hold, so that a successor waits until the last of them is gone.
 """
 
 import ctypes
@@ -37,47 +37,63 @@ PR_SET_CHILD_SUBREAPER = 36  # from linux/prctl.h
 
 
 @contextmanager
-def turn(beat: Path, check: Callable[[], None]) -> Iterator[int]:
-    """Hold the lock on a beat file, which frees itself when all that was run under it is gone.
+def hold_lock(path: Path, check: Callable[[], None]) -> Iterator[int]:
+    """Hold the lock on a heartbeat file, which is released once every process that was run under it is gone.
 
     Args:
-        beat: the file; it exists. It is touched while one waits.
-        check: called a few times a second; what it raises ends the waiting, and then passes on.
+        path: of the file, which exists; it is touched while this process waits.
+        check: called a few times a second; an exception that it raises ends the waiting.
+
+    Yields:
+        The lock's file descriptor.
     """
-    with beat.open("rb") as file:
+    with path.open("rb") as file:
         while not locks.try_lock(file.fileno()):
             check()
-            os.utime(beat)
+            os.utime(path)
             time.sleep(POLL_SECONDS)
         yield file.fileno()
 
 
-def run_kept(
-    command: Sequence[str], beat: "Beat", lock: int, log: Path, environment: Mapping[str, str], check: Callable
+def run_supervised(
+    command: Sequence[str],
+    heartbeat: "Heartbeat",
+    lock: int,
+    log: Path,
+    environment: Mapping[str, str],
+    check: Callable[[], None],
 ) -> int:
-    """Run a command through a keeper and wait for it.
+    """Run a command under a supervisor and wait for it.
 
     Args:
         command: its words.
-        beat: how it shows that it runs.
-        lock: from `turn`.
-        log: what the command prints is added here.
+        heartbeat: kept up while it runs.
+        lock: from `hold_lock`.
+        log: the command's output is appended here.
         environment: of the command.
-        check: called a few times a second; what it raises ends the command, and then passes on.
+        check: called a few times a second; an exception that it raises ends the command.
 
     Returns:
-        The command's exit code, 128 + N for signal N; negative where the keeper itself was killed.
+        The command's exit code, 128 + N for signal N; negative where the supervisor itself was killed.
     """
-    keeper = [sys.executable, "-P", __file__, str(beat.path), beat.token, str(beat.seconds), str(lock)]
+    supervisor = [
+        sys.executable,
+        "-P",
+        __file__,
+        str(heartbeat.path),
+        heartbeat.token,
+        str(heartbeat.seconds),
+        str(lock),
+    ]
     with log.open("ab") as out:
         process = subprocess.Popen(
-            [*keeper, *command],
+            [*supervisor, *command],
             stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment,
             pass_fds=(lock,),
-            start_new_session=True,  # a Ctrl-C is for the worker, which ends the command in its own way
+            start_new_session=True,  # Ctrl-C reaches the worker alone, which ends the command in its own way
         )
     try:
         while process.poll() is None:
@@ -85,49 +101,50 @@ def run_kept(
             time.sleep(POLL_SECONDS)
         return process.returncode
     finally:
+        assert process.stdin is not None  # it was opened as a pipe
         process.stdin.close()
         process.wait()
 
 
-def seconds_since(beats: Sequence[Path]) -> list[float]:
-    """How long ago beat files were touched, by the clock of the file system that holds them.
+def seconds_since(paths: Sequence[Path]) -> list[float]:
+    """How long ago heartbeat files were touched, by the clock of their file system.
 
     The clocks of two machines may differ; those of two files in one folder do not. Files are opened, because a network
     file system then asks its server instead of its cache.
 
     Args:
-        beats: files of one folder.
+        paths: files of one folder.
 
     Returns:
         Seconds for each; infinity where there is no such file.
     """
-    if not beats:
+    if not paths:
         return []
-    beats[0].parent.mkdir(exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=beats[0].parent, prefix=".clock.") as clock:
+    paths[0].parent.mkdir(exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=paths[0].parent, prefix=".clock.") as clock:
         os.utime(clock.fileno())
         now = os.fstat(clock.fileno()).st_mtime
-    return [now - _touched(beat) for beat in beats]
+    return [now - _touched(path) for path in paths]
 
 
-def _touched(beat: Path) -> float:
+def _touched(path: Path) -> float:
     try:
-        with beat.open("rb") as file:
+        with path.open("rb") as file:
             return os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return float("-inf")
 
 
-# -------------------------------------------------------------------------------------------------- the keeper itself
+# ---------------------------------------------------------------------------------------------- the supervisor itself
 
 
 @dataclass
-class Beat:
-    """A sign of life: a file that is touched now and then.
+class Heartbeat:
+    """A sign of life: a file that is touched again and again.
 
     Attributes:
         path: of the file.
-        token: what it holds as long as the work is this one's.
+        token: what the file holds while the work belongs to this worker.
         seconds: between touches.
     """
 
@@ -137,7 +154,7 @@ class Beat:
     _next: float = 0.0
 
     def touch(self) -> bool:
-        """Touch the file if it is time; returns whether the work is still this one's."""
+        """Touch the file if it is time; returns whether the work still belongs to this worker."""
         if time.monotonic() < self._next:
             return True
         self._next = time.monotonic() + self.seconds
@@ -150,8 +167,8 @@ class Beat:
         return True
 
 
-def keep(command: Sequence[str], beat: Beat, lock: int) -> int:
-    """Run a command until it ends, or until it is no longer wanted.
+def supervise(command: Sequence[str], heartbeat: Heartbeat, lock: int) -> int:
+    """Run a command until it ends, its worker is gone, or another worker has taken over.
 
     Returns:
         Its exit code, 128 + N for signal N.
@@ -161,7 +178,7 @@ def keep(command: Sequence[str], beat: Beat, lock: int) -> int:
     try:
         while child.poll() is None:
             worker_is_gone = bool(select.select([sys.stdin], [], [], POLL_SECONDS)[0])
-            if worker_is_gone or not beat.touch():
+            if worker_is_gone or not heartbeat.touch():
                 return 128 + signal.SIGTERM
         return child.returncode if child.returncode >= 0 else 128 - child.returncode
     finally:
@@ -169,15 +186,15 @@ def keep(command: Sequence[str], beat: Beat, lock: int) -> int:
 
 
 def adopt_orphans() -> None:
-    """Become the parent of every descendant whose own parent dies, so that none is lost sight of."""
+    """Become the parent of every descendant whose own parent dies, so that none escapes."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def end_descendants() -> None:
-    """End all processes below this one: asked first, killed after some seconds."""
+    """End all descendants: first with SIGTERM, after some seconds with SIGKILL."""
     deadline = time.monotonic() + GRACE_SECONDS
-    asked = set()
+    asked: set[psutil.Process] = set()
     while living := psutil.Process().children(recursive=True):
         for process in living:
             with suppress(psutil.Error):
@@ -190,10 +207,10 @@ def end_descendants() -> None:
 
 
 def main() -> int:
-    """Parse and keep."""
+    """Parse and supervise."""
     path, token, seconds, lock, *command = sys.argv[1:]
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    return keep(command, Beat(Path(path), token, float(seconds)), int(lock))
+    return supervise(command, Heartbeat(Path(path), token, float(seconds)), int(lock))
 
 
 if __name__ == "__main__":

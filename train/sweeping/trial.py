@@ -1,4 +1,4 @@
-"""One trial of a search: `accelerate launch` of a command of train/ on this machine, and how it ended."""
+"""One trial of a search: a command of train/ under `accelerate launch` on this machine, and how it ended."""
 
 import os
 import re
@@ -15,12 +15,12 @@ import yaml
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import DIVERGED, BadInput
 from train.distributed.launch_environment import uses_gpu
-from train.sweeping.supervised_process import Beat, run_kept
+from train.sweeping.supervised_process import Heartbeat, run_supervised
 
 COMMANDS = Path(__file__).resolve().parents[1]
-# What a launcher above the worker has set would make a trial believe that it belongs to that launcher's job.
-OF_LAUNCHERS = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MV2_", "ACCELERATE_", "TORCHELASTIC_")
-OF_RANKS = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Variables that would make a trial believe that it belongs to the job of a launcher above the worker.
+LAUNCHER_PREFIXES = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MV2_", "ACCELERATE_", "TORCHELASTIC_")
+RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Outcome:
     """How a command ended.
 
     Attributes:
-        kind: done; diverged (trying again would not help); bad input (nor would going on); failed otherwise.
+        kind: done; diverged (another try would not help); bad input (nor would other trials); failed otherwise.
         reason: one sentence; empty where it is done.
     """
 
@@ -58,25 +58,28 @@ class Launcher:
             )
 
     def describe(self) -> str:
-        """How many processes a trial has, for the terminal."""
-        return f"{self.processes} {'GPU' if self.gpus else 'CPU'} process{'es' * (self.processes > 1)}"
+        """The processes of a trial, for the terminal."""
+        device = "GPU" if self.gpus else "CPU"
+        return f"1 {device} process" if self.processes == 1 else f"{self.processes} {device} processes"
 
     def environment(self) -> dict[str, str]:
-        """The environment of a trial: this worker's, without what other launchers have set."""
+        """The environment of a trial: this worker's, without the variables of other launchers."""
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(OF_LAUNCHERS) and name not in OF_RANKS
+            if not name.startswith(LAUNCHER_PREFIXES) and name not in RANK_VARIABLES
         }
         threads = 1 if self.gpus else max(len(os.sched_getaffinity(0)) // self.processes, 1)
-        defaults = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        return defaults | inherited | ({} if self.gpus else {"ACCELERATE_USE_CPU": "true"})
+        environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | inherited
+        if not self.gpus:
+            environment["ACCELERATE_USE_CPU"] = "true"
+        return environment
 
     def command(self, config: Path, script: str, *words: object) -> list[str]:
-        """The words that launch a script of train/; `config` is written for them.
+        """The command that launches a script of train/; writes the launcher's configuration to `config`.
 
-        A configuration of our own, because `accelerate launch` takes what it is not told from the one in the user's
-        home, which may ask for other processes, precision or DeepSpeed. `--cpu` would start a single process.
+        Without one, `accelerate launch` reads the configuration in the user's home, which may ask for other processes,
+        precision or DeepSpeed. `--cpu` would start a single process.
         """
         settings = {
             "compute_environment": "LOCAL_MACHINE",
@@ -92,41 +95,44 @@ class Launcher:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         return [*launch, str(COMMANDS / script), *map(str, words)]
 
-    def run(self, command: Sequence[str], beat: Beat, lock: int, log: Path, check: Callable[[], None]) -> Outcome:
-        """Run what `command` gave and say how it ended; see `train.sweeping.supervised_process.run_kept`."""
+    def run(
+        self, command: Sequence[str], heartbeat: Heartbeat, lock: int, log: Path, check: Callable[[], None]
+    ) -> Outcome:
+        """Run what `command` returned and tell how it ended; see `train.sweeping.supervised_process.run_supervised`."""
         before = log.stat().st_size if log.exists() else 0
-        code = run_kept(command, beat, lock, log, self.environment(), check)
+        code = run_supervised(command, heartbeat, lock, log, self.environment(), check)
         with log.open("rb") as file:
             file.seek(before)
             return outcome(code, file.read().decode(errors="replace"), log)
 
 
 def outcome(code: int, printed: str, log: Path) -> Outcome:
-    """How a launched command ended, from the launcher's exit code and from what was printed.
+    """How a launched command ended, from the launcher's exit code and the output.
 
     `accelerate launch` ends with 1 whatever the exit code of the command; it prints that code.
     """
     if code == 0:
         return Outcome("done")
     sentences = re.findall(r"^error: (.+)$", printed, re.MULTILINE)
-    codes = {int(found) for found in re.findall(r"(?:exit status |exitcode\s*: )(-?\d+)", printed)}
-    codes |= {-int(found) for found in re.findall(r"died with <Signals\.\w+: (\d+)>", printed)}
-    reason = sentences[-1] if sentences else f"{_last_exception(printed) or _exit(codes or {code})}; see {log}"
+    codes = {int(number) for number in re.findall(r"(?:exit status |exitcode\s*: )(-?\d+)", printed)}
+    codes |= {-int(number) for number in re.findall(r"died with <Signals\.\w+: (\d+)>", printed)}
+    reason = sentences[-1] if sentences else f"{_last_exception(printed) or _describe_exit(codes or {code})}; see {log}"
     if 2 in codes | {code}:
         return Outcome("bad input", reason)
-    if diverged := [sentence for sentence in sentences if sentence.startswith(DIVERGED)]:
+    diverged = [sentence for sentence in sentences if sentence.startswith(DIVERGED)]
+    if diverged:
         return Outcome("diverged", diverged[-1])
     return Outcome("failed", reason)
 
 
 def _last_exception(printed: str) -> str | None:
     of_launcher = ("subprocess.CalledProcessError", "torch.distributed.elastic")
-    found = re.findall(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", printed, re.MULTILINE)
-    return next((line for line in reversed(found) if not line.startswith(of_launcher)), None)
+    lines = re.findall(r"^(?:\[rank\d+\]: )?((?:\w+\.)*\w*(?:Error|Exception)\b.*)$", printed, re.MULTILINE)
+    return next((line for line in reversed(lines) if not line.startswith(of_launcher)), None)
 
 
-def _exit(codes: set[int]) -> str:
-    """The exit code to tell: the launcher ends with SIGTERM those that did not fail themselves."""
+def _describe_exit(codes: set[int]) -> str:
+    """The exit code that tells most: the launcher ends with SIGTERM the processes that did not fail themselves."""
     code = next((code for code in sorted(codes) if code != -signal.SIGTERM), -signal.SIGTERM)
     if code == -signal.SIGKILL:
         return "killed by SIGKILL (out of memory?)"

@@ -1,4 +1,4 @@
-"""A worker of a search: claims points, trains them, and scores the best."""
+"""A worker of a search: claims trials, trains them, and scores the best."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from data_prep.common.errors import BadInput, RunFailed
@@ -17,48 +18,53 @@ from train.models.timm_networks import check_network_name
 from train.run.checkpoint import current, load_progress
 from train.run.folder import RunFolder
 from train.run.recipe import Recipe, save_recipe
-from train.sweeping.publishing import REPORTED, publish
+from train.sweeping.plan import Plan, load_plan
+from train.sweeping.publishing import REPORTED_SPLIT, publish
 from train.sweeping.queue import Claim, Study, open_study
-from train.sweeping.search import Plan, SweepFolder, load_plan
 from train.sweeping.standings import Standings
-from train.sweeping.supervised_process import POLL_SECONDS, Beat, turn
+from train.sweeping.supervised_process import POLL_SECONDS, Heartbeat, hold_lock
+from train.sweeping.sweep_folder import SweepFolder
 from train.sweeping.trial import Launcher, Outcome
 
-BEATS_UNTIL_STALE = 6
-LONGEST_BEAT = 10.0
+HEARTBEATS_UNTIL_STALE = 6
+LONGEST_HEARTBEAT = 10.0  # seconds between two
 TRIES = 2
 
 
-class Stop:
-    """Remembers that this worker was asked to end until it is where it can; asked a second time, it ends at once."""
+class StopRequest:
+    """Remembers that this worker was asked to end until it can; a second signal ends it at once."""
 
-    def __init__(self):
-        self._number = 0
-        self._before = {}
+    def __init__(self) -> None:
+        self._signal = 0
+        self._handlers: dict[int, Any] = {}
 
-    def __enter__(self) -> "Stop":
-        self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    def __enter__(self) -> "StopRequest":
+        self._handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def _remember(self, number: int, _: Any) -> None:
-        self._number = number
-        self.__exit__()
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self._signal = number
+        self.restore_handlers()
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
+    def __exit__(self, *_: object) -> None:
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Handle signals as before."""
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def check(self) -> None:
         """End this worker if it was asked to.
 
         Raises:
-            KeyboardInterrupt: by Ctrl-C.
-            SystemExit: 143, by SIGTERM.
+            KeyboardInterrupt: on Ctrl-C.
+            SystemExit: 143, on SIGTERM.
         """
-        if self._number == signal.SIGINT:
+        if self._signal == signal.SIGINT:
             raise KeyboardInterrupt
-        if self._number:
-            sys.exit(128 + self._number)
+        if self._signal:
+            sys.exit(128 + self._signal)
 
 
 @dataclass
@@ -70,7 +76,7 @@ class Worker:
         plan: what is searched.
         manifest: of the data.
         folder: of the search.
-        study: the queue of its points.
+        study: the queue of trials.
         launcher: starts trials.
         stop: whether this worker was asked to end.
     """
@@ -81,148 +87,155 @@ class Worker:
     folder: SweepFolder
     study: Study
     launcher: Launcher
-    stop: Stop
+    stop: StopRequest
 
     def work(self) -> None:
-        """Run points until none is left, those of workers that die meanwhile as well.
+        """Run trials until none is left, including those of workers that die meanwhile.
 
         Raises:
-            BadInput: a trial was given what cannot be used.
+            BadInput: a trial was given input that cannot be used.
         """
-        waits = False
+        is_waiting = False
         while not self.study.settled():
             self.stop.check()
-            if claim := self.study.claim():
-                waits = False
-                self._trial(claim)
-                say(self.publish().summary())
+            claim = self.study.claim()
+            if claim is not None:
+                is_waiting = False
+                self.run_trial(claim)
+                print_line(self.publish().summary())
                 continue
-            if not waits:
-                say("waiting for the trials of other workers")
-            waits = True
+            if not is_waiting:
+                print_line("waiting for the trials of other workers")
+            is_waiting = True
             self._pause()
 
     def _pause(self) -> None:
-        """As long as it makes sense to wait before looking for the signs of life of others again."""
-        until = time.monotonic() + self._beat_seconds
+        """Wait until the heartbeats of other workers are worth another look."""
+        until = time.monotonic() + self._heartbeat_seconds
         while time.monotonic() < until:
             self.stop.check()
             time.sleep(POLL_SECONDS)
 
     def publish(self) -> Standings:
-        """Write table, images and best recipe."""
+        """Write tables, figure and best recipe."""
         return publish(self.folder, self.plan, self.manifest, self.study)
 
     @property
-    def _beat_seconds(self) -> float:
-        return min(self.plan.sweep.stale_seconds / BEATS_UNTIL_STALE, LONGEST_BEAT)
+    def _heartbeat_seconds(self) -> float:
+        return min(self.plan.sweep.stale_seconds / HEARTBEATS_UNTIL_STALE, LONGEST_HEARTBEAT)
 
-    def _trial(self, claim: Claim) -> None:
-        again = " (again)" if self.folder.run(claim.run).exists() else ""
-        say(f"{claim.run} started{again}: {described(claim.settings)} -> {self.folder.run(claim.run)}")
+    def run_trial(self, claim: Claim) -> None:
+        """Train a trial and record how it ended.
+
+        Raises:
+            BadInput: it was given input that cannot be used.
+        """
+        run = self.folder.run(claim.run)
+        again = " again" if run.exists() else ""
+        print_line(f"{claim.run} started{again}: {describe_settings(claim.settings)} -> {run}")
         try:
             outcome = self._finetune(claim)
         except BaseException:  # asked to end, or its folder cannot be written: another worker may do better
-            self.study.give_back(claim, failed=False)
+            self.study.release(claim, failed=False)
             raise
-        if self.study.holds(claim):
+        if self.study.owns(claim):
             self._record(claim, outcome)
         else:
-            say(f"{claim.run} gave no sign of life for too long and was taken over by another worker")
+            print_line(f"{claim.run} sent no heartbeat for too long and was taken over by another worker")
 
     def _finetune(self, claim: Claim) -> Outcome:
-        """Train a point, from its last completed epoch where there is one."""
-        beat, log = Beat(self.folder.beat(claim.run), claim.token, self._beat_seconds), self.folder.log(claim.run)
+        """Train a trial, from its last completed epoch where there is one."""
+        heartbeat = Heartbeat(self.folder.heartbeat(claim.run), claim.token, self._heartbeat_seconds)
         recipe, run = self.folder.trial_recipe(claim.run), RunFolder(self.folder.run(claim.run))
-        with turn(beat.path, self.stop.check) as lock:
+        with hold_lock(heartbeat.path, self.stop.check) as lock:
             write_recipe(self.plan.recipe(claim.settings), recipe)
             resume = ["--resume"] if run.recipe.is_file() else []
-            if not resume:  # killed before the run had claimed its folder
+            if not resume:  # an attempt was killed before the run had claimed its folder
                 shutil.rmtree(run.path, ignore_errors=True)
-            words = [recipe, "--data", self.data, "--out", run.path, *resume]
-            command = self.launcher.command(self.folder.launch(claim.run), "finetune.py", *words)
-            return self.launcher.run(command, beat, lock, log, self.stop.check)
+            arguments = [recipe, "--data", self.data, "--out", run.path, *resume]
+            command = self.launcher.command(self.folder.launch(claim.run), "finetune.py", *arguments)
+            return self.launcher.run(command, heartbeat, lock, self.folder.log(claim.run), self.stop.check)
 
     def _record(self, claim: Claim, outcome: Outcome) -> None:
-        log = self.folder.log(claim.run)
+        run, log = self.folder.run(claim.run), self.folder.log(claim.run)
         if outcome.kind == "done":
-            value, facts = found(RunFolder(self.folder.run(claim.run)))
+            value, facts = read_result(RunFolder(run))
             self.study.succeed(claim, value, facts)
-            at = f"after epoch {facts['best_epoch']} of {facts['epochs']}, {facts['seconds']:.0f} s"
-            say(f"{claim.run} done: {self.plan.metric} {value:.4f} on inner {at} -> {self.folder.run(claim.run)}")
+            when = f"after epoch {facts['best_epoch']} of {facts['epochs']}, {facts['seconds']:.0f} s"
+            print_line(f"{claim.run} done: {self.plan.metric} {value:.4f} on inner {when} -> {run}")
         elif outcome.kind == "bad input":
-            self.study.give_back(claim, failed=False)
-            raise BadInput(
-                f"{outcome.reason} (said by trial {claim.run}, see {log}; mend it and start the sweep again)"
-            )
+            self.study.release(claim, failed=False)
+            raise BadInput(f"{outcome.reason} (trial {claim.run}, see {log}; fix it and start the sweep again)")
         elif outcome.kind == "failed" and claim.failures + 1 < TRIES:
-            self.study.give_back(claim, failed=True)
-            say(f"{claim.run} failed and will be tried again: {outcome.reason}")
+            self.study.release(claim, failed=True)
+            print_line(f"{claim.run} failed and will be tried again: {outcome.reason}")
         else:
             self.study.fail(claim, outcome.reason, diverged=outcome.kind == "diverged")
-            say(f"{claim.run} failed: {outcome.reason} -> {log}")
+            print_line(f"{claim.run} failed: {outcome.reason} -> {log}")
 
-    def report(self, standings: Standings) -> Standings:
-        """Score the best run on the split that is reported, once; of several workers the first does it.
+    def score_best(self, standings: Standings) -> Standings:
+        """Score the best run on the reported split, once; of several workers the first does it.
 
         Raises:
-            RunFailed: no trial ended well, or the score cannot be computed.
+            RunFailed: every trial failed, or the score cannot be computed.
         """
         if standings.best is None:
-            raise RunFailed(f"no trial ended well; {self.folder.table} tells why")
-        if not self._can_report():
+            raise RunFailed(f"every trial failed; see {self.folder.table}")
+        if not self._can_score():
             return standings
-        run, log = RunFolder(self.folder.run(standings.best.run)), self.folder.log(REPORTED)
-        beat = Beat(self.folder.beat(REPORTED), REPORTED, self._beat_seconds)
-        beat.path.write_text(beat.token)
-        with turn(beat.path, self.stop.check) as lock:
-            if not (run.evaluation(REPORTED) / "metrics.json").is_file():
-                say(f"scoring {standings.best.run} on {REPORTED}")
-                words = [run.path, "--split", REPORTED, "--data", self.data]
-                command = self.launcher.command(self.folder.launch(REPORTED), "evaluate.py", *words)
-                outcome = self.launcher.run(command, beat, lock, log, self.stop.check)
+        run, log = RunFolder(self.folder.run(standings.best.run)), self.folder.log(REPORTED_SPLIT)
+        heartbeat = Heartbeat(self.folder.heartbeat(REPORTED_SPLIT), REPORTED_SPLIT, self._heartbeat_seconds)
+        heartbeat.path.write_text(heartbeat.token)
+        with hold_lock(heartbeat.path, self.stop.check) as lock:
+            if not (run.evaluation(REPORTED_SPLIT) / "metrics.json").is_file():
+                print_line(f"scoring {standings.best.run} on {REPORTED_SPLIT}")
+                arguments = [run.path, "--split", REPORTED_SPLIT, "--data", self.data]
+                command = self.launcher.command(self.folder.launch(REPORTED_SPLIT), "evaluate.py", *arguments)
+                outcome = self.launcher.run(command, heartbeat, lock, log, self.stop.check)
                 if outcome.kind != "done":
-                    raise RunFailed(f"{run.path} could not be scored on {REPORTED}: {outcome.reason}; see {log}")
-            beat.path.unlink(missing_ok=True)
+                    raise RunFailed(f"{run.path} could not be scored on {REPORTED_SPLIT}: {outcome.reason}; see {log}")
+            heartbeat.path.unlink(missing_ok=True)
         return self.publish()
 
-    def _can_report(self) -> bool:
-        split = self.manifest.splits.get(REPORTED)
+    def _can_score(self) -> bool:
+        split = self.manifest.splits.get(REPORTED_SPLIT)
         return split is not None and (split.responses or self.plan.base.task.predicts_classes)
 
 
-def found(run: RunFolder) -> tuple[float, dict[str, float]]:
+def read_result(run: RunFolder) -> tuple[float, dict[str, float]]:
     """The best value of a run's selection metric, and best_epoch, epochs and seconds (of training and scoring)."""
     epochs = [json.loads(line) for line in run.history.read_text(encoding="utf-8").splitlines()]
     seconds = sum(epoch["train_seconds"] + epoch["score_seconds"] for epoch in epochs)
-    best = load_progress(current(run.checkpoints, "best"))
-    return best.best, {"best_epoch": best.best_epoch, "epochs": epochs[-1]["epoch"], "seconds": round(seconds, 1)}
+    progress = load_progress(current(run.checkpoints, "best"))
+    assert progress.best is not None  # a run that is done has scored an epoch
+    facts = {"best_epoch": progress.best_epoch, "epochs": epochs[-1]["epoch"], "seconds": round(seconds, 1)}
+    return progress.best, facts
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe in one go."""
+    """Write a recipe to a temporary file and rename it."""
     temporary = path.with_suffix(".tmp")
     save_recipe(recipe, temporary)
     temporary.replace(path)
 
 
-def described(settings: dict[str, Any]) -> str:
+def describe_settings(settings: dict[str, Any]) -> str:
     """Settings for a line: `optimizer.lr 0.001, optimizer.name nadam`."""
     return ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
     )
 
 
-def say(line: str) -> None:
-    """A line for the terminal, also where standard output is a file."""
+def print_line(line: str) -> None:
+    """Print a line at once, also where standard output is a file."""
     print(line, flush=True)
 
 
-def check_names(sweep: Path, plan: Plan) -> None:
-    """Refuse networks that there are not.
+def check_networks(sweep: Path, plan: Plan) -> None:
+    """Refuse networks that do not exist.
 
     Raises:
-        BadInput: naming the nearest.
+        BadInput: names the nearest.
     """
     for name in plan.values("backbone.name"):
         try:
@@ -231,14 +244,14 @@ def check_names(sweep: Path, plan: Plan) -> None:
             raise BadInput(f"{sweep}: {error}") from None
 
 
-def prepare(sweep: Path, data: str, out: Path, processes: int | None, stop: Stop) -> Worker:
-    """Check the search and everything it may ask for, and begin or join it.
+def open_worker(sweep: Path, data: str, out: Path, processes: int | None, stop: StopRequest) -> Worker:
+    """Check a search and every recipe it may ask for, and begin or join it.
 
     Raises:
         BadInput: something cannot be used; nothing has been written then.
     """
     plan, manifest = load_plan(sweep), open_files(data).manifest()
-    check_names(sweep, plan)
+    check_networks(sweep, plan)
     launcher, smallest = Launcher(processes), min(plan.values("batch.global_size"))
     if smallest < launcher.processes:
         raise BadInput(f"{launcher.processes} processes cannot share a global batch of {smallest} (batch.global_size)")

@@ -24,11 +24,12 @@ from data_prep.shards.manifest import load_manifest
 from train.run.checkpoint import Progress
 from train.run.folder import RunFolder
 from train.run.recipe import load_recipe
-from train.sweeping.queue import Entry, open_study
-from train.sweeping.search import SweepFolder, load_plan, setting
+from train.sweeping.plan import load_plan, setting_of
+from train.sweeping.queue import TrialStatus, open_study
 from train.sweeping.search_figures import SettingAxis, best_points, draw_search
 from train.sweeping.standings import rank
-from train.sweeping.supervised_process import Beat, run_kept, seconds_since, turn
+from train.sweeping.supervised_process import Heartbeat, hold_lock, run_supervised, seconds_since
+from train.sweeping.sweep_folder import SweepFolder
 from train.sweeping.trial import Launcher, Outcome, outcome
 from train.sweeping.worker import Worker
 
@@ -94,8 +95,8 @@ def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
     assert (float(table[3]["optimizer.lr"]), table[3]["optimizer.name"]) == (1000, "sgd")
     assert "the training diverged" in table[3]["reason"]
     text = (out / "table.md").read_text()
-    assert "val and test chose nothing" in text
-    assert f"Reported on val, which chose nothing: trial {table[0]['trial']}: R2" in text
+    assert "val and test selected nothing" in text
+    assert f"Reported on val, which selected nothing: trial {table[0]['trial']}: R2" in text
     assert sum(done.stdout.count("scoring") for done in ended) == 1
     best = load_recipe(out / "best.yaml")
     assert best.optimizer.name == table[0]["optimizer.name"]
@@ -123,7 +124,7 @@ def test_the_trial_of_a_killed_worker_goes_on_elsewhere(recording, tmp_path):
     other = start_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
     wait_for((run / "checkpoints" / "last").exists, killed)
     before = processes_of(run)
-    assert len(before) >= 4  # keeper, launcher and two ranks
+    assert len(before) >= 4  # supervisor, launcher and two ranks
     killed.kill()
     killed.wait()
     psutil.wait_procs(before, timeout=15)
@@ -132,7 +133,7 @@ def test_the_trial_of_a_killed_worker_goes_on_elsewhere(recording, tmp_path):
     other.terminate()
     done = finish(other, timeout=60)
     assert done.returncode == 143, done.stderr
-    assert "0000 started (again)" in done.stdout
+    assert "0000 started again" in done.stdout
     assert not processes_of(run)
     study = json.loads((tmp_path / "out" / "study.json").read_text())["study"]
     assert study.startswith("out-")
@@ -164,7 +165,7 @@ class MadeUpRuns:
     def command(self, config, script, *words):
         return [script, *map(str, words)]
 
-    def run(self, command, beat, lock, log, check):
+    def run(self, command, heartbeat, lock, log, check):
         if command[0] == "evaluate.py":
             path = RunFolder(Path(command[1])).evaluation("val") / "metrics.json"
             path.parent.mkdir(parents=True)
@@ -216,14 +217,14 @@ def test_a_sampled_search_runs_as_many_points_as_were_asked_for(worker, tmp_path
     content = SPACE | {"storage": f"sqlite:///{tmp_path}/study.db"}
     first, second = worker(content), worker(content)
     for one in (first, second, first):
-        one._trial(one.study.claim())
+        one.run_trial(one.study.claim())
     second.work()
     assert first.study.claim() is None
     recipes = [recipe for recipe, _ in first.launcher.started + second.launcher.started]
     assert len(recipes) == len({recipe.optimizer.lr for recipe in recipes}) == 6
     assert all(1e-5 <= recipe.optimizer.lr <= 1e-2 and 1 <= recipe.epochs <= 4 for recipe in recipes)
-    standings = second.report(second.publish())
-    assert [entry.state for entry in standings.entries] == ["done"] * 6
+    standings = second.score_best(second.publish())
+    assert [entry.state for entry in standings.trials] == ["done"] * 6
     table = rows(tmp_path / "out")
     assert float(table[0]["optimizer.lr"]) == max(recipe.optimizer.lr for recipe in recipes)
     assert load_recipe(tmp_path / "out" / "best.yaml").optimizer.lr == float(table[0]["optimizer.lr"])
@@ -250,7 +251,7 @@ def test_a_failed_run_is_tried_once_more_and_a_diverged_one_is_not(worker):
         (recipe.optimizer.lr, resumed) for recipe, resumed in one.launcher.started if recipe.optimizer.name == "sgd"
     ]
     assert started == [(1e-3, False), (3e-3, False), (1e-3, True)]
-    entries = one.publish().entries
+    entries = one.publish().trials
     assert [entry.state for entry in entries] == ["done", "done", "failed", "failed"]
     assert {entry.settings["optimizer.lr"]: entry.reason for entry in entries[2:]} == {
         1e-3: "killed by SIGKILL",
@@ -259,11 +260,11 @@ def test_a_failed_run_is_tried_once_more_and_a_diverged_one_is_not(worker):
 
 
 def test_bad_input_to_a_trial_stops_the_search_which_goes_on_when_it_is_mended(worker):
-    with pytest.raises(BadInput, match=r"nowhere.pth is no file \(said by trial 0000"):
+    with pytest.raises(BadInput, match=r"nowhere.pth is no file \(trial 0000"):
         worker(GRID, lambda _: Outcome("bad input", "nowhere.pth is no file")).work()
     one = worker(GRID)
     one.work()
-    assert [entry.state for entry in one.publish().entries] == ["done"] * 4
+    assert [entry.state for entry in one.publish().trials] == ["done"] * 4
 
 
 def test_an_interrupted_trial_is_queued_again(worker):
@@ -273,7 +274,7 @@ def test_an_interrupted_trial_is_queued_again(worker):
     with pytest.raises(KeyboardInterrupt):
         worker(GRID, interrupted).work()
     one = worker(GRID)
-    assert {entry.state for entry in one.study.entries()} == {"waiting"}
+    assert {entry.state for entry in one.study.trials()} == {"waiting"}
     one.work()
     assert len(one.launcher.started) == 4
 
@@ -281,23 +282,23 @@ def test_an_interrupted_trial_is_queued_again(worker):
 def test_a_trial_without_a_sign_of_life_is_picked_up_and_its_first_worker_records_nothing(worker, tmp_path):
     slow, quick = worker(GRID), worker(GRID)
     lost = slow.study.claim()
-    beat = tmp_path / "out" / "trials" / "0000.beat"
-    os.utime(beat, (time.time() - 100, time.time() - 100))
+    heartbeat = tmp_path / "out" / "trials" / "0000.beat"
+    os.utime(heartbeat, (time.time() - 100, time.time() - 100))
     taken = [quick.study.claim() for _ in range(3)]
     assert [claim.run for claim in taken] == ["0001", "0002", "0003"]  # 100 seconds are not too long yet
-    os.utime(beat, (time.time() - 200, time.time() - 200))
+    os.utime(heartbeat, (time.time() - 200, time.time() - 200))
     with locks.exclusive(slow.folder.lock):
-        quick.study._put_back_stale()
-    assert not slow.study.holds(lost)
+        quick.study._requeue_stale()
+    assert not slow.study.owns(lost)
     slow.study.succeed(lost, 0.9, {})
     again = quick.study.claim()
     assert (again.run, again.settings) == (lost.run, lost.settings)
-    assert not slow.study.holds(lost)
+    assert not slow.study.owns(lost)
     slow.study.succeed(lost, 0.9, {})
-    slow.study.give_back(lost, failed=True)
+    slow.study.release(lost, failed=True)
     assert quick.study.claim() is None
     quick.study.succeed(again, 0.1, {"best_epoch": 1, "epochs": 1, "seconds": 1.0})
-    assert next(entry for entry in quick.study.entries() if entry.run == "0000").value == 0.1
+    assert next(entry for entry in quick.study.trials() if entry.run == "0000").value == 0.1
 
 
 def test_settings_are_ranked_by_their_mean_over_seeds(worker, tmp_path):
@@ -316,13 +317,13 @@ def test_settings_are_ranked_by_their_mean_over_seeds(worker, tmp_path):
     assert [(point.x, point.state) for point in best_points(one.publish(), SettingAxis("optimizer.lr", []), None)] == [
         *((1e-3, "done"), (1e-2, "done"), (1e-4, "failed"))
     ]
-    assert "order of their mean over the seeds 0, 1" in (tmp_path / "out" / "table.md").read_text()
+    assert "ranked by their mean over the seeds 0, 1" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_metric_that_is_better_when_lower_is_minimised(worker):
     one = worker(GRID | {"set": {"early_stopping.metric": "mse"}})
     one.work()
-    assert [entry.value for entry in one.publish().entries] == [1e-3, 1e-3, 3e-3, 3e-3]
+    assert [entry.value for entry in one.publish().trials] == [1e-3, 1e-3, 3e-3, 3e-3]
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,7 @@ def test_a_metric_that_is_better_when_lower_is_minimised(worker):
 )
 def test_every_search_has_a_figure(worker, grid):
     one = worker({"grid": grid})
-    one._trial(one.study.claim())
+    one.run_trial(one.study.claim())
     assert min(Image.open(io.BytesIO(draw_search(one.publish()))).size) > 300
 
 
@@ -350,7 +351,7 @@ REFUSED = {
     "unknown key under set": (GRID | {"set": {"epoch": 3}}, ["set: epoch is not a setting", "epochs"]),
     "bad value": ({"grid": {"optimizer.lr": [1e-3, -1]}}, ["grid: optimizer.lr", "greater than 0", "-1"]),
     "no list": ({"grid": {"optimizer.lr": 1e-3}}, ["grid.optimizer.lr", "list"]),
-    "value twice": ({"grid": {"optimizer.lr": [1e-3, "1e-3"]}}, ["optimizer.lr names a value twice"]),
+    "value twice": ({"grid": {"optimizer.lr": [1e-3, "1e-3"]}}, ["optimizer.lr lists a value twice"]),
     "contradiction": ({"grid": {"batch.per_device": [8, 64]}}, ["batch.per_device (64)", "batch.global_size (32)"]),
     "network": ({"grid": {"backbone.name": ["resnet18", "resnet51"]}}, ["resnet51"]),
     "selection on val": (GRID | {"set": {"early_stopping.split": "val"}}, ["early_stopping.split is val", "inner"]),
@@ -360,10 +361,10 @@ REFUSED = {
     "set and varied": (GRID | {"set": {"optimizer.lr": 1}}, ["optimizer.lr is under `set` and under `grid`"]),
     "nothing varies": ({}, ["either `grid`", "`space`"]),
     "both": (GRID | SPACE, ["either `grid`", "`space`"]),
-    "no number of trials": ({"space": SPACE["space"]}, ["trials", "how many points"]),
+    "no number of trials": ({"space": SPACE["space"]}, ["trials", "number of points"]),
     "trials of a grid": (GRID | {"trials": 3}, ["trials belongs to `space`"]),
     "seeds alone": ({"grid": {"seed": [0, 1]}}, ["seed alone"]),
-    "sampled seed": ({"space": {"seed": {"low": 0, "high": 9}}, "trials": 3}, ["seed would be chosen for its luck"]),
+    "sampled seed": ({"space": {"seed": {"low": 0, "high": 9}}, "trials": 3}, ["seed would be selected for its luck"]),
     "empty interval": ({"space": {"optimizer.lr": {"low": 1, "high": 1}}, "trials": 3}, ["low (1)", "high (1)"]),
     "interval of names": ({"space": {"optimizer.name": {"low": 1, "high": 2}}, "trials": 3}, ["optimizer.name"]),
     "interval's fields": (
@@ -442,7 +443,7 @@ def test_values_are_read_as_the_recipe_reads_them(tmp_path):
 def test_presets_are_valid(path):
     plan = load_plan(path)
     known = {"lr_x_optimizer": "nadam", "best": "adamw"}[path.stem]
-    assert known in {setting(plan.recipe(point), "optimizer.name") for point in plan.points}
+    assert known in {setting_of(plan.recipe(point), "optimizer.name") for point in plan.points}
 
 
 @pytest.mark.parametrize(
@@ -490,39 +491,40 @@ ORPHAN = "import subprocess, time; subprocess.Popen(['sleep', '1000'], start_new
 WORKER = f"""
 import os, sys
 from pathlib import Path
-from train.sweeping.supervised_process import Beat, run_kept, turn
-beat = Beat(Path(sys.argv[1]), "mine", 0.1)
-with turn(beat.path, int) as lock:
-    print(run_kept([sys.executable, "-c", {ORPHAN!r}], beat, lock, Path(sys.argv[1] + ".log"), os.environ, int))
+from train.sweeping.supervised_process import Heartbeat, hold_lock, run_supervised
+heartbeat = Heartbeat(Path(sys.argv[1]), "mine", 0.1)
+with hold_lock(heartbeat.path, int) as lock:
+    log = Path(sys.argv[1] + ".log")
+    print(run_supervised([sys.executable, "-c", {ORPHAN!r}], heartbeat, lock, log, os.environ, int))
 """
 
 
 @pytest.mark.parametrize("end", ["killed", "interrupted", "taken over"])
 def test_what_is_kept_ends_with_its_worker_and_frees_its_lock(tmp_path, end):
-    beat = tmp_path / "beat"
-    beat.write_text("mine")
-    worker = subprocess.Popen([sys.executable, "-c", WORKER, beat], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    heartbeat = tmp_path / "beat"
+    heartbeat.write_text("mine")
+    worker = subprocess.Popen([sys.executable, "-c", WORKER, heartbeat], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     wait_for(lambda: len(psutil.Process(worker.pid).children(recursive=True)) == 3, worker)
     family = psutil.Process(worker.pid).children(recursive=True)
-    assert seconds_since([beat])[0] < 5
+    assert seconds_since([heartbeat])[0] < 5
     if end == "taken over":
-        beat.write_text("another's")
+        heartbeat.write_text("another's")
         assert worker.communicate()[0] == f"{128 + signal.SIGTERM}\n"
     else:
         worker.send_signal(signal.SIGKILL if end == "killed" else signal.SIGINT)
         worker.communicate()
-    with turn(beat, int):
+    with hold_lock(heartbeat, int):
         gone, alive = psutil.wait_procs(family, timeout=5)
     assert not alive
     assert len(gone) == 3
 
 
 def test_a_kept_commands_exit_code_and_output_are_passed_on(tmp_path):
-    beat, log = Beat(tmp_path / "beat", "mine", 0.1), tmp_path / "log"
-    beat.path.write_text("mine")
+    heartbeat, log = Heartbeat(tmp_path / "beat", "mine", 0.1), tmp_path / "log"
+    heartbeat.path.write_text("mine")
     for script, code in (("print('hello'); raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)):
-        with turn(beat.path, int) as lock:
-            assert run_kept([sys.executable, "-c", script], beat, lock, log, os.environ, int) == code
+        with hold_lock(heartbeat.path, int) as lock:
+            assert run_supervised([sys.executable, "-c", script], heartbeat, lock, log, os.environ, int) == code
     assert log.read_text() == "hello\n"
     assert seconds_since([tmp_path / "nowhere"]) == [float("inf")]
 
@@ -530,8 +532,8 @@ def test_a_kept_commands_exit_code_and_output_are_passed_on(tmp_path):
 def test_points_that_have_not_been_sampled_come_last(tmp_path):
     plan = load_plan(written(tmp_path, SPACE))
     entries = [
-        Entry("0000", {}, "waiting"),
-        Entry("0001", {"epochs": 1}, "failed"),
-        Entry("0002", {"epochs": 2}, "done", 0.1),
+        TrialStatus("0000", {}, "waiting"),
+        TrialStatus("0001", {"epochs": 1}, "failed"),
+        TrialStatus("0002", {"epochs": 2}, "done", 0.1),
     ]
-    assert [entry.run for entry in rank(plan, entries).entries] == ["0002", "0001", "0000"]
+    assert [entry.run for entry in rank(plan, entries).trials] == ["0002", "0001", "0000"]
