@@ -1,1 +1,1 @@
-"""Networks: backbones, readouts, losses and weights; what they score, as ensembles too, and how they are handed on."""
+"""Networks: backbones, readouts, losses and weights. Nothing here knows of processes."""

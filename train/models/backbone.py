@@ -62,30 +62,39 @@ class Backbone(nn.Module):
         for name in ("mean", "std"):
             pixels = torch.tensor(self.net.pretrained_cfg[name]).view(1, 3, 1, 1) * 255
             self.register_buffer(name, pixels, persistent=False)
-        # Two images where it is cut: a module may have split them into windows, which then count as images.
-        images = 1 if source.cut is None else 2
-        example = torch.rand(images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 255
         self.net.eval()
         self.join: JoinedMap | None = None
         self._layers: LayerOutputs | None = None
-        try:
-            self._forward_pass = self._cut(example, keep_head=pools and source.cut is None)
-            if self._layers is not None:
-                self.join = JoinedMap(self._maps(self._layers, example))
-            with torch.no_grad():
-                output = self(example)
-        except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at sizes they cannot take
-            raise BadInput(
-                f"images.size: {source.name} cannot take images of {image_size} px ({' '.join(str(error).split())})"
-            ) from None
-        if len(output) != images:
-            raise BadInput(f"backbone.cut: {source.cut} does not give one output per image; cut at another module")
+        output = self._set_up_forward_pass(image_size, keep_head=pools and source.cut is None)
         if tensors is not None:
             self.weights_from = load_into(self.net, tensors, source.weights)
         with torch.no_grad():
             self.features: int | None = self.pool(output).shape[1] if pools else None
             self.map_shape: tuple[int, ...] | None = tuple(self.map(output).shape[1:]) if maps else None
         self.net.train()
+
+    def _set_up_forward_pass(self, image_size: int, keep_head: bool) -> torch.Tensor:
+        """Cut the network, trying it on images of this size.
+
+        Returns:
+            The output for an example, for `pool` and `map`.
+        """
+        # Two images where it is cut: a module may have split them into windows, which then count as images.
+        images = 1 if self.cut is None else 2
+        example = torch.rand(images, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)) * 255
+        try:
+            self._forward_pass = self._cut(example, keep_head)
+            if self._layers is not None:
+                self.join = JoinedMap(self._maps(self._layers, example))
+            with torch.no_grad():
+                output = self(example)
+        except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at sizes they cannot take
+            raise BadInput(
+                f"images.size: {self.name} cannot take images of {image_size} px ({' '.join(str(error).split())})"
+            ) from None
+        if len(output) != images:
+            raise BadInput(f"backbone.cut: {self.cut} does not give one output per image; cut at another module")
+        return output
 
     def _cut(self, example: torch.Tensor, keep_head: bool) -> ForwardPass:
         """Drop what comes after `cut`; the forward pass from normalised images to its output, or its last layer's."""
@@ -157,7 +166,7 @@ class Backbone(nn.Module):
 
     @property
     def has_batch_norm(self) -> bool:
-        """Whether there is a BatchNorm in it."""
+        """Whether the network has BatchNorm."""
         return any(isinstance(module, BATCH_NORMS) for module in self.modules())
 
     @property
@@ -216,7 +225,7 @@ def channels_first(output: torch.Tensor, net: nn.Module) -> torch.Tensor:
     """A module's map as (b, channels, rows, columns).
 
     Images are square, and so are maps: the two sides that are equal are rows and columns. Where all three are equal,
-    what the network says of its own output decides.
+    the network's `output_fmt` decides.
     """
     _, a, b, c = output.shape
     channels_last = getattr(net, "output_fmt", "NCHW") == "NHWC" if a == b == c else a == b

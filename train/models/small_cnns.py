@@ -1,4 +1,4 @@
-"""The study's simple CNNs of two and three layers, as timm models of the names `cnn2` and `cnn3`."""
+"""The study's simple CNNs of two and three layers, registered with timm as `cnn2` and `cnn3`."""
 
 from itertools import pairwise
 
@@ -12,8 +12,8 @@ WIDTHS = (32, 64, 128)  # channels of the layers
 class SmallCnn(nn.Module):
     """Layers of 5 x 5 convolution with stride 2, rectification and 2 x 2 max-pooling; no normalisation.
 
-    Each layer divides the sides of its map by 4. It speaks timm's language (`forward_features`, `forward_head`,
-    `num_features`, `feature_info`, `pretrained_cfg`), so that whatever takes a timm network takes it.
+    Each layer divides the sides of its map by 4. The network has timm's interface (`forward_features`, `forward_head`,
+    `num_features`, `feature_info`, `pretrained_cfg`), so that it can be used wherever a timm network can.
 
     Args:
         layers: 1 to 3.
@@ -35,7 +35,7 @@ class SmallCnn(nn.Module):
         return self.stages(images)
 
     def forward_head(self, features: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
-        """Map -> its mean over positions (b, channels); there is no classifier to stop before."""
+        """Map (b, channels, rows, columns) -> its mean over positions (b, channels); there is no classifier."""
         return features.mean((2, 3))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -51,7 +51,7 @@ def _layer(before: int, after: int) -> nn.Sequential:
     return nn.Sequential(convolution, nn.ReLU(), nn.MaxPool2d(2))
 
 
-# timm passes options that concern pretrained weights and classifiers; these networks have neither.
+# The ignored options that timm passes concern pretrained weights and classifiers; these networks have neither.
 
 
 @register_model

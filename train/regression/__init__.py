@@ -1,1 +1,1 @@
-"""Exact linear algebra over ranks: Gram matrices, ridge regression, windows, stacking."""
+"""Exact regression from features to sites, with the stimuli spread over ranks: Gram matrices, ridge, stacking."""
