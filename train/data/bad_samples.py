@@ -1,7 +1,7 @@
-"""`loader.on_bad_sample: skip`: all stimuli are looked at before the first step, and those that are bad are left out.
+"""`loader.on_bad_sample: skip`: all stimuli are checked before the first step, and those that are bad are left out.
 
-Before, and not when they come up: the order of the others, the sizes of batches and the count of an evaluation then
-follow from what is really there, on any number of processes, since each finds the same.
+They are checked beforehand so that the order of the others, the sizes of batches and the count of an evaluation follow
+from the stimuli that can be read, on any number of processes, since each finds the same ones.
 """
 
 import os
@@ -19,24 +19,24 @@ from train.data.decoding import decode_at
 from train.distributed.launch_environment import rank, ranks_on_machine
 from train.run.recipe import Loader
 
-SHOWN = 8  # stimuli that a sentence names
+SHOWN = 8  # stimuli that a warning names
 
 
 @dataclass
 class BadSamples:
-    """Which stimuli can be read, and what is wrong with the others.
+    """The stimuli that cannot be read, and what is wrong with them.
 
     Attributes:
         setting: of the recipe.
         name_recordings: call splits `recording/split`, where there are several recordings.
-        left_out: by split, {stimulus: what is wrong with it}; nothing unless it is to skip.
-        looked_at: by split, the number of stimuli.
+        left_out: by split, {stimulus: what is wrong with it}; empty unless bad stimuli are skipped.
+        checked: by split, the number of stimuli.
     """
 
     setting: Loader
     name_recordings: bool = False
     left_out: dict[str, dict[str, str]] = field(default_factory=dict)
-    looked_at: dict[str, int] = field(default_factory=dict)
+    checked: dict[str, int] = field(default_factory=dict)
 
     @property
     def skips(self) -> bool:
@@ -44,12 +44,12 @@ class BadSamples:
         return self.setting.on_bad_sample == "skip"
 
     def usable_positions(self, split: ShardSplit, size: int | None, *, responses: bool, classes: bool) -> np.ndarray:
-        """The positions in a split that can be used, ascending; all where a bad one is to stop the run.
+        """The positions in a split that can be used, ascending; all of them where a bad one stops the run.
 
         Args:
-            split: to look at.
+            split: to check.
             size: side in pixels that images are decoded to; None where they are not needed.
-            responses, classes: what else is needed of a stimulus.
+            responses, classes: what else of a stimulus is needed.
 
         Raises:
             BadInput: no stimulus is left.
@@ -63,41 +63,41 @@ class BadSamples:
         name = f"{split.manifest.name}/{split.name}" if self.name_recordings else split.name
         silent, threads = rank() != 0, max((os.cpu_count() or 1) // ranks_on_machine(), 1)
         with (
-            Progress(len(split), f"looking at {name}", silent=silent) as shown,
+            Progress(len(split), f"checking {name}", silent=silent) as progress,
             ThreadPoolExecutor(threads) as pool,
         ):
             faults = []
-            for found in pool.map(fault, range(len(split))):
-                faults.append(found)
-                shown.advance()
-        bad = {split.stimulus_ids[i]: said for i, said in enumerate(faults) if said is not None}
-        self.looked_at[name] = len(split)
+            for message in pool.map(fault, range(len(split))):
+                faults.append(message)
+                progress.advance()
+        bad = {split.stimulus_ids[i]: message for i, message in enumerate(faults) if message is not None}
+        self.checked[name] = len(split)
         if bad:
             self.left_out[name] = self.left_out.get(name, {}) | bad
         if len(bad) == len(split):
             raise BadInput(f"no stimulus of {name} can be read: {next(iter(bad.values()))}")
-        return np.array([i for i, said in enumerate(faults) if said is None])
+        return np.array([i for i, message in enumerate(faults) if message is None])
 
     def warnings(self) -> list[str]:
-        """A sentence for each split that lacks stimuli."""
+        """A warning for each split in which stimuli are left out."""
         return [
-            f"WARNING: {len(bad)} of {self.looked_at[split]} stimuli of {split} cannot be read and are LEFT OUT "
+            f"WARNING: {len(bad)} of {self.checked[split]} stimuli of {split} cannot be read and are LEFT OUT "
             f"(loader.on_bad_sample skip): {_named(bad)}"
             for split, bad in self.left_out.items()
         ]
 
     def facts(self, splits: Iterable[str] | None = None) -> dict[str, Any]:
-        """What files say of them: {"left_out": {split: {"of": .., "stimuli": {id: reason}}}}, or nothing.
+        """The entry of JSON files: {"left_out": {split: {"count": .., "of": .., "stimuli": {id: reason}}}}, or nothing.
 
         Args:
-            splits: those that the file is about; by default all.
+            splits: that the file is about; by default all.
         """
-        found = {
-            split: {"count": len(bad), "of": self.looked_at[split], "stimuli": bad}
+        left_out = {
+            split: {"count": len(bad), "of": self.checked[split], "stimuli": bad}
             for split, bad in self.left_out.items()
             if splits is None or split in splits
         }
-        return {"left_out": found} if found else {}
+        return {"left_out": left_out} if left_out else {}
 
 
 def _named(bad: dict[str, str]) -> str:
@@ -106,18 +106,18 @@ def _named(bad: dict[str, str]) -> str:
 
 
 def _fault(split: ShardSplit, position: int, size: int | None, responses: bool, classes: bool) -> str | None:
-    """What is wrong with a stimulus, naming it; None where nothing is."""
+    """What is wrong with a stimulus, naming it; None if nothing is."""
     only = np.array([position])
-    looks: list[Callable[[], Any]] = [lambda: split.meta(position)]
+    readers: list[Callable[[], Any]] = [lambda: split.meta(position)]
     if size is not None:
-        looks.append(lambda: decode_at(split, position, np.empty((size, size, 3), np.uint8)))
+        readers.append(lambda: decode_at(split, position, np.empty((size, size, 3), np.uint8)))
     if responses:
-        looks += [lambda: split.rates(only), lambda: split.array(position, "trials.npy")]
+        readers += [lambda: split.rates(only), lambda: split.array(position, "trials.npy")]
     if classes:
-        looks.append(lambda: split.labels(only))
+        readers.append(lambda: split.labels(only))
     try:
-        for look in looks:
-            look()
+        for read in readers:
+            read()
     except BadInput as fault:
         return str(fault)
     return None

@@ -1,7 +1,8 @@
-"""Batches, and the sets of stimuli that they are made of."""
+"""A micro-batch as the loader delivers it, and the request for one that a worker is given."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +10,7 @@ import torch
 from train.data.order import MicroBatch
 
 
-class Group(NamedTuple):
+class SiteGroup(NamedTuple):
     """Neighbouring sites whose errors are averaged, and how many responses to a global batch they have."""
 
     sites: int
@@ -27,8 +28,8 @@ class Batch:
         rates: float32 (b, sites), in the recording's units, NaN = not recorded; None where the split has no responses.
         labels: int64 (b,); None where there are no classes.
         draws: float32 (b, kinds), random numbers in [-1, 1) for `augment.py`; None where nothing is augmented.
-        global_stimuli: int, stimuli of the whole global batch that this micro-batch is a part of.
-        global_observed: int, responses (stimulus x site) recorded in that global batch.
+        global_stimuli: number of stimuli in the whole global batch that this micro-batch is a part of.
+        global_observed: number of responses (stimulus x site) recorded in that global batch.
         groups: the sites of each recording where each has a mean of its own; see `means`.
     """
 
@@ -40,32 +41,47 @@ class Batch:
     draws: torch.Tensor | None
     global_stimuli: int
     global_observed: int
-    groups: tuple[Group, ...] = ()
+    groups: tuple[SiteGroup, ...] = ()
 
     @property
-    def means(self) -> tuple[Group, ...]:
-        """The sites in the groups that are averaged; the loss of the responses is the mean over these."""
-        return self.groups or (Group(self.rates.shape[1], self.global_observed),)
+    def means(self) -> tuple[SiteGroup, ...]:
+        """The groups of sites that are averaged; the loss of the responses is the mean over these.
 
-    def _each_tensor(self, change) -> "Batch":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return replace(self, **{name: change(x) for name, x in tensors.items() if isinstance(x, torch.Tensor)})
+        The split must have responses.
+        """
+        assert self.rates is not None
+        return self.groups or (SiteGroup(self.rates.shape[1], self.global_observed),)
+
+    def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        changed: dict[str, Any] = {}
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name), torch.Tensor):
+                changed[field.name] = change(value)
+        return replace(self, **changed)
 
     def pin_memory(self) -> "Batch":
-        """Page-locked copies, for copies to a GPU that do not block."""
-        return self._each_tensor(torch.Tensor.pin_memory)
+        """Page-locked copies, which can be copied to a GPU without blocking."""
+        return self._map_tensors(torch.Tensor.pin_memory)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; from pinned memory the copy runs beside the computation."""
-        return self._each_tensor(lambda tensor: tensor.to(device, non_blocking=True))
+        """The batch on `device`; from pinned memory the copy overlaps with the computation."""
+        return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
 
 @dataclass(frozen=True)
-class Work:
-    """A micro-batch and what it has to know of the global batch it belongs to."""
+class BatchRequest:
+    """A micro-batch to read, and the facts about its global batch that go with it.
 
-    micro: MicroBatch
+    Attributes:
+        micro_batch: the stimuli.
+        stimuli: number of stimuli in the global batch.
+        observed: number of responses recorded in it.
+        groups: as of `Batch`.
+        draws: of this micro-batch, as of `Batch`.
+    """
+
+    micro_batch: MicroBatch
     stimuli: int
     observed: int
-    groups: tuple[Group, ...] = ()
+    groups: tuple[SiteGroup, ...] = ()
     draws: np.ndarray | None = None

@@ -1,103 +1,125 @@
-"""The stimuli of several recordings as one set: what a step mixes, and how, says the recipe's `mix`.
+"""The stimuli of several recordings as one set; the recipe's `mix` says how a step mixes them.
 
 A network for several recordings has one readout, whose outputs are the sites of one recording after the other. Each
-stimulus tells what the sites of its own recording did, and NaN of the others, which no loss sees. So there is nothing
-in training that knows of recordings: a rank whose share of a step shows none of one recording has a gradient of 0 for
-that one's part of the readout, and takes part in every reduction.
+stimulus has the responses of its own recording's sites, and NaN for the others, which the loss ignores. So nothing in
+training knows of recordings: a rank whose share of a step shows none of one recording has a gradient of 0 for that
+one's part of the readout, and takes part in every reduction.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from train.data.batch_buffers import BatchBuffers
-from train.data.batches import Group
+from train.data.batches import SiteGroup
 from train.data.order import Blocks, Layout, Turns
 from train.data.stimuli import RecordingStimuli, StimulusSet
 
 Mix = Literal["proportional", "equal"]
 
 
+class _Selected(NamedTuple):
+    """Of some stimuli, those that belong to one recording."""
+
+    recording: RecordingStimuli
+    rows: np.ndarray  # among the stimuli
+    positions: np.ndarray  # within the recording
+
+
 class CombinedStimuli(StimulusSet):
     """The stimuli of several recordings.
 
     Args:
-        parts: of each recording, with the columns of its sites.
+        recordings: the stimuli of each, with the columns of its sites.
         mix: `proportional`: all stimuli in one order, and all recorded responses in one mean. `equal`: the recordings
             take turns, and each has a mean of its own.
     """
 
-    def __init__(self, parts: Sequence[RecordingStimuli], mix: Mix):
-        self.recordings, self.size, self._mix = tuple(parts), parts[0].size, mix
-        self.stimulus_ids = [f"{part.name}/{name}" for part in parts for name in part.stimulus_ids]
-        self.labels = None if parts[0].labels is None else np.concatenate([part.labels for part in parts])
-        self._first = np.cumsum([0, *map(len, parts)])
-        self._memory = BatchBuffers()
+    def __init__(self, recordings: Sequence[RecordingStimuli], mix: Mix):
+        self._recordings, self.size, self._mix = tuple(recordings), recordings[0].size, mix
+        self.stimulus_ids = [f"{recording.name}/{name}" for recording in recordings for name in recording.stimulus_ids]
+        labels = [recording.labels for recording in recordings if recording.labels is not None]
+        self.labels = np.concatenate(labels) if labels else None
+        self._first = np.cumsum([0, *map(len, recordings)])  # position of each one's first stimulus
+        self._buffers = BatchBuffers()
 
-    def _of_parts(self, positions: np.ndarray) -> Iterator[tuple[RecordingStimuli, np.ndarray, np.ndarray]]:
-        """The recordings that have some of these stimuli; which of these it has; their positions in it."""
+    @property
+    def recordings(self) -> tuple[RecordingStimuli, ...]:
+        """See `StimulusSet.recordings`."""
+        return self._recordings
+
+    def _by_recording(self, positions: np.ndarray) -> Iterator[_Selected]:
         number = np.searchsorted(self._first, positions, side="right") - 1
         for k in np.unique(number):
             rows = np.flatnonzero(number == k)
-            yield self.recordings[k], rows, positions[rows] - self._first[k]
+            yield _Selected(self._recordings[k], rows, positions[rows] - self._first[k])
 
     def images(self, positions: np.ndarray) -> torch.Tensor:
         """See `StimulusSet.images`."""
-        images = self._memory.take((len(positions), self.size, self.size, 3))
-        for part, rows, own in self._of_parts(positions):
+        images = self._buffers.allocate((len(positions), self.size, self.size, 3))
+        for recording, rows, within in self._by_recording(positions):
             if len(rows) == len(positions):
-                return part.images(own)
-            images.numpy()[rows] = part.images(own).numpy()
+                return recording.images(within)
+            images.numpy()[rows] = recording.images(within).numpy()
         return images
 
     def rates_of(self, positions: np.ndarray) -> torch.Tensor | None:
         """See `StimulusSet.rates_of`; NaN for the sites of other recordings."""
-        if self.recordings[0].rates is None:
+        if self._recordings[0].rates is None:
             return None
-        rates = np.full((len(positions), sum(self._sites)), np.nan, np.float32)
-        for part, rows, own in self._of_parts(positions):
-            rates[rows, part.columns] = part.rates[own]
+        rates = np.full((len(positions), sum(map(_sites, self._recordings))), np.nan, np.float32)
+        for recording, rows, within in self._by_recording(positions):
+            assert recording.rates is not None
+            rates[rows, recording.columns] = recording.rates[within]
         return torch.from_numpy(rates)
 
-    @property
-    def _sites(self) -> list[int]:
-        return [part.rates.shape[1] for part in self.recordings]
-
-    def groups_of(self, batch: np.ndarray) -> tuple[Group, ...]:
+    def groups_of(self, batch: np.ndarray) -> tuple[SiteGroup, ...]:
         """See `StimulusSet.groups_of`: each recording's sites, or all sites as one group."""
-        if self.recordings[0].rates is None:
+        if self._recordings[0].rates is None:
             return ()
-        observed = {part: int(part.observed[own].sum()) for part, _, own in self._of_parts(batch)}
-        groups = tuple(
-            Group(sites, observed.get(part, 0)) for part, sites in zip(self.recordings, self._sites, strict=True)
-        )
-        return groups if self._mix == "equal" else (Group(*map(sum, zip(*groups, strict=True))),)
+        observed = dict.fromkeys(self._recordings, 0)
+        for recording, _, within in self._by_recording(batch):
+            assert recording.observed is not None
+            observed[recording] = int(recording.observed[within].sum())
+        if self._mix == "equal":
+            return tuple(SiteGroup(_sites(recording), count) for recording, count in observed.items())
+        return (SiteGroup(sum(map(_sites, self._recordings)), sum(observed.values())),)
 
     def layout(self, block_shards: int | None) -> Layout:
         """See `StimulusSet.layout`. Recordings that take turns have an equal part of the shards each."""
         if self._mix == "equal":
-            own = None if block_shards is None else max(block_shards // len(self.recordings), 1)
-            return Turns(tuple(map(len, self.recordings)), tuple(part.layout(own) for part in self.recordings))
+            of_each = None if block_shards is None else max(block_shards // len(self._recordings), 1)
+            blocks = tuple(recording.layout(of_each) for recording in self._recordings)
+            return Turns(tuple(map(len, self._recordings)), blocks)
         if block_shards is None:
             return None
-        return Blocks(tuple(size for part in self.recordings for size in part.blocks(block_shards).sizes), block_shards)
+        sizes = (size for recording in self._recordings for size in recording.blocks(block_shards).sizes)
+        return Blocks(tuple(sizes), block_shards)
 
     def shuffle_responses(self, seed: int) -> None:
         """See `StimulusSet.shuffle_responses`; each recording's among its own stimuli."""
-        for part in self.recordings:
-            part.shuffle_responses(seed)
+        for recording in self._recordings:
+            recording.shuffle_responses(seed)
 
     def shards_to_fetch(self, positions: np.ndarray) -> np.ndarray:
         """See `StimulusSet.shards_to_fetch`."""
-        first = dict(
-            zip(self.recordings, np.cumsum([0, *(len(part.split.shards) for part in self.recordings)]), strict=False)
+        shards_before = np.cumsum([0, *(len(recording.split.shards) for recording in self._recordings)])
+        first_shard = dict(zip(self._recordings, shards_before, strict=False))
+        return np.concatenate(
+            [
+                first_shard[recording] + recording.shards_to_fetch(within)
+                for recording, _, within in self._by_recording(positions)
+            ]
         )
-        found = [first[part] + part.shards_to_fetch(own) for part, _, own in self._of_parts(positions)]
-        return np.concatenate(found)
 
 
-def combine_recordings(parts: Sequence[RecordingStimuli], mix: Mix) -> StimulusSet:
+def _sites(recording: RecordingStimuli) -> int:
+    assert recording.rates is not None
+    return recording.rates.shape[1]
+
+
+def combine_recordings(recordings: Sequence[RecordingStimuli], mix: Mix) -> StimulusSet:
     """The stimuli of one recording or of several."""
-    return parts[0] if len(parts) == 1 else CombinedStimuli(parts, mix)
+    return recordings[0] if len(recordings) == 1 else CombinedStimuli(recordings, mix)

@@ -9,16 +9,16 @@ from data_prep.common.image_decoding import MAX_PIXELS, check_scans, raw_pixels,
 from data_prep.shards.folder import ShardSplit
 from train.run.predictor import fit
 
-# What pixels depend on besides the encoded bytes; raise the number when this file comes to decode otherwise.
+# What pixels depend on besides the encoded bytes; raise the number when a change here changes pixels.
 VERSION = f"1, simplejpeg {simplejpeg.__version__}, Pillow {PIL.__version__}"
-_DIRECT = ("YCbCr", "RGB", "Gray")  # colours of a JPEG that libjpeg-turbo turns into RGB as Pillow does
+_DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")  # colours of a JPEG that libjpeg-turbo turns into RGB as Pillow does
 
 
-def decode_into(place: np.ndarray, data: bytes | memoryview, encoding: str) -> None:
-    """Decode an image to where it belongs; a JPEG that has the size already is written there and nowhere else.
+def decode_into(pixels: np.ndarray, data: bytes | memoryview, encoding: str) -> None:
+    """Decode an image into an array; a JPEG that has the right size already is decoded in place.
 
     Args:
-        place: uint8 (size, size, 3), contiguous, for instance a row of a batch. Undefined after an error.
+        pixels: uint8 (size, size, 3), contiguous, for instance a row of a batch. Undefined after an error.
         data: the encoded image.
         encoding: "jpg", "png" or "image.npy" (raw pixels).
 
@@ -27,15 +27,15 @@ def decode_into(place: np.ndarray, data: bytes | memoryview, encoding: str) -> N
     """
     if encoding == "jpg":
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if (height, width) == place.shape[:2] and colours in _DIRECT:
+        if (height, width) == pixels.shape[:2] and colours in _DIRECT_COLOURS:
             check_scans(data, height * width)
-            simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=place)
+            simplejpeg.decode_jpeg(data, colorspace="RGB", buffer=pixels)
             return
-    place[:] = fit(decode(data, encoding), len(place))
+    pixels[:] = fit(decode(data, encoding), len(pixels))
 
 
 def decode_at(split: ShardSplit, position: int, pixels: np.ndarray) -> None:
-    """Decode a stimulus's image to where it belongs, as `decode_into`.
+    """Decode a stimulus's image into an array, see `decode_into`.
 
     Raises:
         BadInput: it cannot be decoded, naming the tar and the stimulus.
@@ -62,7 +62,7 @@ def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
     """
     if encoding == "jpg":
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-        if colours in _DIRECT and height * width <= MAX_PIXELS:
+        if colours in _DIRECT_COLOURS and height * width <= MAX_PIXELS:
             check_scans(data, height * width)
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
     if encoding == "image.npy":

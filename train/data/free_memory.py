@@ -1,4 +1,4 @@
-"""How much memory this process may still take: the machine's, and what its control group leaves of it."""
+"""How much memory this process can still use, on its machine and within its control groups."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -6,32 +6,32 @@ from pathlib import Path
 import psutil
 
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
-OWN_GROUPS = Path("/proc/self/cgroup")
+MEMBERSHIP = Path("/proc/self/cgroup")
 
 
-def free_memory(groups: Path = CONTROL_GROUPS, own: Path = OWN_GROUPS) -> int:
-    """Bytes that can be taken without swapping or being killed for it.
+def free_memory(mount: Path = CONTROL_GROUPS, membership: Path = MEMBERSHIP) -> int:
+    """Bytes that can be used without swapping or being killed.
 
-    Containers and batch systems limit memory by control groups, which the machine's own figures do not show.
+    Containers and batch systems limit memory by control groups, which the machine's own numbers do not show.
 
     Args:
-        groups: where control groups are mounted.
-        own: the list of those that this process is in.
+        mount: where control groups are mounted.
+        membership: the list of the groups that this process is in.
     """
-    return min([psutil.virtual_memory().available, *_left_by_groups(groups, own)])
+    return min([psutil.virtual_memory().available, *_left_by_groups(mount, membership)])
 
 
-def _left_by_groups(groups: Path, own: Path) -> Iterator[int]:
+def _left_by_groups(mount: Path, membership: Path) -> Iterator[int]:
     try:
-        lines = own.read_text().splitlines()
+        lines = membership.read_text().splitlines()
     except OSError:  # not Linux
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            yield from _left(groups, path, "memory.max", "memory.current", "inactive_file")
+            yield from _left(mount, path, "memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):
-            root = groups / "memory"
+            root = mount / "memory"
             yield from _left(root, path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 

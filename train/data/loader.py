@@ -1,11 +1,10 @@
-"""Shards -> batches: which stimulus goes to which rank and when, decoded, with its responses and label.
+"""The batches of one rank, read by worker processes in the order that `train/data/order.py` gives.
 
-The order comes from `train/data/order.py`; this file only reads what it says. Images leave the workers as uint8;
-everything else happens on the device, in the network.
+Images leave the workers as uint8; everything else happens on the device, in the network.
 """
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.worker_processes import serve_parent
-from train.data.batches import Batch, Work
+from train.data.batches import Batch, BatchRequest
 from train.data.order import (
     accumulation,
     augmentation_draws,
@@ -35,12 +34,22 @@ class TrainLoader:
 
     Args:
         stimuli: to train on.
-        seed, global_size, per_device: see `train/data/order.py`.
+        seed: of the order.
+        global_size: stimuli in a global batch; fewer where an epoch has fewer.
+        per_device: the most stimuli in a micro-batch; by default a rank's whole share.
         rank, ranks: which share of each global batch is this process's.
         workers: decoding processes.
         pin: page-lock the batches.
         draws: random numbers per stimulus, for augmentation.
         block_shards: shards that are mixed at a time; by default all stimuli are shuffled.
+
+    Attributes:
+        accumulation_steps: micro-batches per global step.
+        largest_micro_batch: the most stimuli in one.
+        steps: global steps per epoch.
+
+    Raises:
+        BadInput: there are more ranks than stimuli in a global batch.
     """
 
     def __init__(
@@ -60,8 +69,8 @@ class TrainLoader:
         self.stimuli, self.seed, self.rank, self.ranks = stimuli, seed, rank, ranks
         self.draws = draws
         self._layout = stimuli.layout(block_shards)
-        of_epoch = stimuli_of_epoch(len(stimuli), self._layout)
-        self.global_size = min(global_size, of_epoch)
+        epoch_size = stimuli_of_epoch(len(stimuli), self._layout)
+        self.global_size = min(global_size, epoch_size)
         if self.global_size < ranks:
             raise BadInput(
                 f"{ranks} processes cannot share a global batch of {self.global_size} stimuli; "
@@ -69,7 +78,7 @@ class TrainLoader:
             )
         self.accumulation_steps = accumulation(self.global_size, ranks, per_device)
         self.largest_micro_batch = -(-self.global_size // (ranks * self.accumulation_steps))
-        self.steps = steps_per_epoch(of_epoch, self.global_size)
+        self.steps = steps_per_epoch(epoch_size, self.global_size)
         self._open(workers, pin)
 
     def _open(self, workers: int, pin: bool) -> None:
@@ -78,70 +87,76 @@ class TrainLoader:
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[list[Batch]]:
         """Yield each global step's micro-batches, `accumulation_steps` of them, from `first_step` on."""
-        self._schedule.items = self._work(epoch, first_step)
+        self._schedule.requests = self._requests(epoch, first_step)
         batches = iter(self._batches)
         for _ in range(first_step, self.steps):
             yield [next(batches) for _ in range(self.accumulation_steps)]
 
-    def _work(self, epoch: int, first_step: int) -> list[Work]:
-        work = []
+    def _requests(self, epoch: int, first_step: int) -> list[BatchRequest]:
+        requests = []
         for step in range(first_step, self.steps):
             batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli), self._layout)
             draws = augmentation_draws(self.seed, epoch, step, len(batch), self.draws) if self.draws else None
-            work += [
-                self.stimuli.work(micro, batch, draws)
-                for micro in micro_batches(batch, self.rank, self.ranks, self.accumulation_steps)
+            requests += [
+                self.stimuli.request(micro_batch, batch, draws)
+                for micro_batch in micro_batches(batch, self.rank, self.ranks, self.accumulation_steps)
             ]
-        return work
+        return requests
 
 
 def evaluation_loader(
     stimuli: StimulusSet, *, size: int, rank: int, ranks: int, workers: int, pin: bool, skip: int = 0
 ) -> "DataLoader[Batch]":
-    """A rank's share of a split, every stimulus once over all ranks; batches of `size`, the last one padded.
+    """A rank's share of a split, every stimulus once over all ranks.
 
-    The first `skip` batches are left out.
+    Args:
+        stimuli: of the split.
+        size: stimuli in a batch; the last one is padded.
+        rank, ranks: whose share.
+        workers: decoding processes.
+        pin: page-lock the batches.
+        skip: batches to leave out at the start.
     """
     batches = evaluation_batches(len(stimuli), rank, ranks, size)[skip:]
-    work = [stimuli.work(micro, micro.positions[micro.weight > 0]) for micro in batches]
-    return data_loader(stimuli, work, workers, pin)
+    requests = [stimuli.request(batch, batch.positions[batch.weight > 0]) for batch in batches]
+    return data_loader(stimuli, requests, workers, pin)
 
 
-class _Batches(DataLoader):
-    """Raises what a worker found wrong with the input, which torch would wrap in the worker's traceback.
+class _BatchLoader(DataLoader):
+    """Raises the workers' complaints about the input as they are; torch would wrap them in the worker's traceback.
 
     Raises:
         RunFailed: a worker was killed.
     """
 
     def __iter__(self):
-        with self._fetched_ahead() as passed:
+        with self._prefetching() as advance:
             try:
                 for batch in super().__iter__():
                     if isinstance(batch, BadInput | RunFailed):
                         batch.alone = True
                         raise batch
-                    passed()
+                    advance()
                     yield batch
             except (RuntimeError, OSError, EOFError) as error:
-                if self.num_workers == 0 or not _tells_of_a_death(error):
+                if self.num_workers == 0 or not _says_that_a_worker_died(error):
                     raise
                 raise _worker_killed() from None
 
-    def _fetched_ahead(self) -> AbstractContextManager[Callable[[], None]]:
-        """As of `StimulusSet`; a stream says nothing of what it is going to read."""
+    def _prefetching(self) -> AbstractContextManager[Callable[[], None]]:
+        """See `StimulusSet.prefetching`; a stream does not know what it is going to read."""
         if isinstance(self.dataset, StimulusSet):
             return self.dataset.prefetching(self.sampler)
         return nullcontext(lambda: None)
 
 
-def _tells_of_a_death(error: Exception) -> bool:
-    """Torch's word that a worker is gone, or what becomes of fetching a batch's memory from one."""
-    said = str(error)
-    if said.startswith("Caught "):  # by a worker that lives
+def _says_that_a_worker_died(error: Exception) -> bool:
+    """Whether torch says so, or fetching a batch's memory from a worker failed as it does when the worker is gone."""
+    message = str(error)
+    if message.startswith("Caught "):  # by a worker that is alive
         return False
-    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "ancdata" in said
-    return lost or said.startswith("DataLoader worker (pid")
+    lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "ancdata" in message
+    return lost or message.startswith("DataLoader worker (pid")
 
 
 def _worker_killed() -> RunFailed:
@@ -151,28 +166,28 @@ def _worker_killed() -> RunFailed:
 
 
 class _Schedule:
-    """What the loader's workers do next; exchanged before each epoch, so that the workers can live on."""
-
-    items: list[Work]
+    """The workers' next requests; replaced before each epoch, so that the workers can live on."""
 
     def __init__(self):
-        self.items = []
+        self.requests: list[BatchRequest] = []
 
-    def __iter__(self):
-        return iter(self.items)
+    def __iter__(self) -> Iterator[BatchRequest]:
+        return iter(self.requests)
 
     def __len__(self) -> int:
-        return len(self.items)
+        return len(self.requests)
 
 
-def data_loader(source: Dataset, work, workers: int, pin: bool) -> "DataLoader[Batch]":
-    """Batches that workers read from `source`, as `work` tells; None where the source tells itself."""
-    # Workers are forked from a server that has imported torch, so that starting some takes no seconds.
+def data_loader(
+    source: Dataset, schedule: "Sequence[BatchRequest] | _Schedule | None", workers: int, pin: bool
+) -> "DataLoader[Batch]":
+    """Batches that workers read from `source`: what `schedule` requests, or what the source decides where None."""
+    # Workers are forked from a server that has imported torch, or each would take seconds to start.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["train.data.stimuli"])
-    return _Batches(
+    return _BatchLoader(
         source,
         batch_size=None,  # an item is a whole batch
-        sampler=work,
+        sampler=schedule,
         num_workers=workers,
         pin_memory=pin,
         persistent_workers=workers > 0,
@@ -184,7 +199,7 @@ def data_loader(source: Dataset, work, workers: int, pin: bool) -> "DataLoader[B
 
 
 def workers_per_rank(setting: int | None, ranks_on_machine: int, cores: int) -> int:
-    """Decoding processes per rank: as set, else the cores each rank has beyond its first, at most 8."""
+    """Decoding processes per rank: the setting, or the cores each rank has beyond its first, at most 8."""
     return min(max(cores // ranks_on_machine - 1, 0), MAX_WORKERS) if setting is None else setting
 
 

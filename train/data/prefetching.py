@@ -1,4 +1,4 @@
-"""Fetch remote shards in the background, before the order needs them, as far ahead as the local copies have room."""
+"""Fetch remote shards in the background before they are needed, as far ahead as the cache has room."""
 
 import threading
 import time
@@ -10,104 +10,106 @@ import numpy as np
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.remote.downloader import Cancelled
 from data_prep.shards.folder import ShardSplit
+from data_prep.shards.remote_files import RemoteFiles
 from train.distributed.launch_environment import ranks_on_machine
 
 STREAMS = 4  # shards that a machine fetches at the same time; one stream rarely fills a network
-SECONDS_BETWEEN_LOOKS = 0.1
+RETRY_SECONDS = 0.1
 
 
 class ShardPrefetcher:
-    """Follows a reader through its work and keeps fetched what it needs next.
+    """Follows a reader through its requests and fetches the shards that it needs next.
 
-    What it looks ahead at, from where the reader is, never has more bytes than may be kept. A shard that cannot be
-    fetched is left to the reader, who says so when it is needed.
+    The shards of the requests in view, which begin at the reader's, never have more bytes than the cache may keep. A
+    shard that cannot be fetched is left to the reader, which raises the error when it needs the shard.
 
     Args:
-        splits: what is read; of those in remote folders shards are fetched, into one cache.
-        needs: for each piece of work, in order, the remote shards it reads, int, counted through those of all splits.
+        splits: read by the requests; at least one is remote, and all remote ones share one cache.
+        needs: for each request, in order, the remote shards that it reads, int, counted through those of all splits.
     """
 
     def __init__(self, splits: Sequence[ShardSplit], needs: Sequence[np.ndarray]):
         self._shards = [(split.files, shard) for split in splits for shard in split.shards]
         self._needs = needs
-        remote = [split for split in splits if split.is_remote]
-        largest = max(shard.bytes for split in remote for shard in split.shards)
-        self._room = remote[0].files.cache.budget - largest  # the reader may have to fetch one itself
-        self._reader, self._seen = 0, 0  # pieces of work that are done, and that are looked at
-        self._in_sight: Counter[int] = Counter()  # pieces between the two that need each shard
-        self._bytes = 0
-        self._wanted: deque[int] = deque()
+        remote = [(split.files, split.shards) for split in splits if isinstance(split.files, RemoteFiles)]
+        largest = max(shard.bytes for _, shards in remote for shard in shards)
+        self._room = remote[0][0].cache.budget - largest  # the reader may have to fetch one itself
+        self._read, self._viewed = 0, 0  # numbers of requests
+        self._in_view: Counter[int] = Counter()  # number of requests in view that need each shard
+        self._bytes_in_view = 0
+        self._queue: deque[int] = deque()
         self._changed = threading.Condition()
         self._ended = False
 
     def __enter__(self) -> "ShardPrefetcher":
         with self._changed:
-            self._look_ahead()
+            self._extend_view()
         for _ in range(max(STREAMS // ranks_on_machine(), 1)):
             threading.Thread(target=self._fetch, daemon=True).start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         with self._changed:
             self._ended = True
             self._changed.notify_all()
 
-    def passed(self) -> None:
-        """The reader has done the next piece of its work."""
+    def advance(self) -> None:
+        """The reader has read its next request."""
         with self._changed:
-            if self._reader < self._seen:
-                self._lose_sight(self._needs[self._reader])
-            self._reader += 1
-            self._seen = max(self._seen, self._reader)
-            self._look_ahead()
+            if self._read < self._viewed:
+                self._drop_from_view(self._needs[self._read])
+            self._read += 1
+            self._viewed = max(self._viewed, self._read)
+            self._extend_view()
             self._changed.notify_all()
 
-    def _lose_sight(self, shards: np.ndarray) -> None:
+    def _drop_from_view(self, shards: np.ndarray) -> None:
         for shard in shards.tolist():
-            self._in_sight[shard] -= 1
-            if not self._in_sight[shard]:
-                del self._in_sight[shard]
-                self._bytes -= self._size(shard)
+            self._in_view[shard] -= 1
+            if not self._in_view[shard]:
+                del self._in_view[shard]
+                self._bytes_in_view -= self._size(shard)
 
     def _size(self, shard: int) -> int:
         return self._shards[shard][1].bytes
 
-    def _look_ahead(self) -> None:
-        while self._seen < len(self._needs):
-            shards = self._needs[self._seen].tolist()
-            new = [shard for shard in shards if shard not in self._in_sight]
+    def _extend_view(self) -> None:
+        while self._viewed < len(self._needs):
+            shards = self._needs[self._viewed].tolist()
+            new = [shard for shard in shards if shard not in self._in_view]
             size = sum(map(self._size, new))
-            if self._bytes + size > self._room:
+            if self._bytes_in_view + size > self._room:
                 return
-            self._in_sight.update(shards)
-            self._bytes += size
-            self._wanted.extend(new)
-            self._seen += 1
+            self._in_view.update(shards)
+            self._bytes_in_view += size
+            self._queue.extend(new)
+            self._viewed += 1
 
     def _next(self) -> int | None:
-        """The next shard to fetch, which is waited for; None at the end."""
+        """The next shard to fetch, as soon as there is one; None at the end."""
         with self._changed:
             while not self._ended:
-                while self._wanted:
-                    if (shard := self._wanted.popleft()) in self._in_sight:
+                while self._queue:
+                    if (shard := self._queue.popleft()) in self._in_view:
                         return shard
                 self._changed.wait()
         return None
 
-    def _spared(self) -> set[str]:
+    def _hashes_in_view(self) -> set[str]:
         with self._changed:
-            return {self._shards[shard][1].sha256 for shard in self._in_sight}
+            return {self._shards[shard][1].sha256 for shard in self._in_view}
 
     def _fetch(self) -> None:
-        while (shard := self._next()) is not None:
-            files, wanted = self._shards[shard]
+        while (number := self._next()) is not None:
+            files, shard = self._shards[number]
+            assert isinstance(files, RemoteFiles)
             try:
-                if files.fetch(wanted, lambda: self._ended, self._spared):
+                if files.fetch(shard, lambda: self._ended, self._hashes_in_view):
                     continue
             except (BadInput, RunFailed):
                 continue
             except Cancelled:
                 return
-            time.sleep(SECONDS_BETWEEN_LOOKS)  # another process is at it, or there is no room just now
+            time.sleep(RETRY_SECONDS)  # another process is fetching it, or there is no room at the moment
             with self._changed:
-                self._wanted.append(shard)
+                self._queue.append(number)

@@ -1,4 +1,4 @@
-"""The recordings that a run is trained on, one or several: checked against each other, as one, and divided.
+"""The recordings that a run is trained on: checked against each other, combined, and divided for early stopping.
 
 A stimulus that one recording holds out is not trained on in another: see `Recordings.divide`.
 """
@@ -19,20 +19,20 @@ from train.data.order import inner_splits, nested_subset
 from train.run.folder import is_folder_name
 from train.run.recipe import LEAST_CORRELATED, EarlyStopping, Recipe
 
-SEED_OF_FOLDS = 0  # of early_stopping.folds: runs of several seeds leave out the same stimuli
-Images = set[tuple[str, int]]  # told by the stimulus's id and the bytes of the file
+FOLD_SEED = 0  # of early_stopping.folds: runs with different seeds leave out the same stimuli
+Images = set[tuple[str, int]]  # identified by the stimulus's id and the size of the file in bytes
 
 
 @dataclass
 class FitAndSelection:
-    """What of a recording is trained on, and what selects.
+    """The stimuli of a recording that are fitted, and those that select.
 
     Attributes:
         train: the split that is trained on.
-        fit: positions in it.
-        selection_split: the split that holds the stimuli that select.
+        fit: positions in it to fit.
+        selection_split: the split of the stimuli that select.
         selection: positions in it.
-        left_out: train stimuli that are in neither, because another recording holds them out.
+        left_out: number of train stimuli in neither, because another recording holds them out.
     """
 
     train: ShardSplit
@@ -46,10 +46,10 @@ class Recordings:
     """Opened shard folders, in the order in which their sites follow each other in the readout.
 
     Args:
-        folders: one or several.
+        folders: one or more.
 
     Raises:
-        BadInput: two have one name, or one has a name that no folder can have.
+        BadInput: two have the same name, or one has a name that no folder can have.
     """
 
     def __init__(self, folders: Sequence[ShardFolder]):
@@ -63,13 +63,13 @@ class Recordings:
             if name in self.names[:number]:
                 other = self.folders[self.names.index(name)].folder
                 raise BadInput(
-                    f"data: {other} and {folder.folder} are both called {name!r}, and recordings are told apart by "
-                    "name; give one another (`name` in manifest.json; a folder of tars has its own name)"
+                    f"data: {other} and {folder.folder} are both called {name!r}; give one of the recordings "
+                    "another name (`name` in manifest.json; a folder of tars has its own name)"
                 )
             if not is_folder_name(name):
                 raise BadInput(
                     f"data: {folder.folder} is called {name!r}, but its scores go into a folder of that name; give it "
-                    "another (`name` in manifest.json)"
+                    "another name (`name` in manifest.json)"
                 )
 
     def __len__(self) -> int:
@@ -77,22 +77,22 @@ class Recordings:
 
     @property
     def manifests(self) -> list[Manifest]:
-        """Of each recording."""
+        """The manifest of each recording."""
         return [folder.manifest for folder in self.folders]
 
     @cached_property
     def manifest(self) -> Manifest:
-        """Of all of them as one recording, whose sites are those of one after the other."""
+        """The manifest of all recordings as one, whose sites are those of one after the other."""
         return combined_manifest(self.manifests)
 
     @property
     def sites(self) -> dict[str, int]:
-        """The number of sites of each, by name."""
+        """The number of sites of each recording, by name."""
         return {manifest.name: len(manifest.sites) for manifest in self.manifests}
 
     @property
     def columns(self) -> list[slice]:
-        """Where the sites of each are in the outputs."""
+        """The columns of each recording's sites in a network's outputs."""
         ends = np.cumsum(list(self.sites.values())).tolist()
         return [slice(end - sites, end) for end, sites in zip(ends, self.sites.values(), strict=True)]
 
@@ -104,7 +104,7 @@ class Recordings:
         """
         if len(self) == 1:
             if recipe.mix != (default := Recipe.model_fields["mix"].default):
-                raise BadInput(f"mix ({recipe.mix}) has an effect with several recordings only; leave it at {default}")
+                raise BadInput(f"mix ({recipe.mix}) needs several recordings; leave it at {default}")
             return
         if recipe.loader.engine != "indexed":
             raise BadInput(f"loader.engine: {recipe.loader.engine} streams one recording; leave it at indexed")
@@ -136,43 +136,49 @@ class Recordings:
     def divide(self, recipe: Recipe, screening: BadSamples | None = None) -> list[FitAndSelection]:
         """Each recording's stimuli to fit and those that select, as `early_stopping.split` says.
 
-        Alone each would be divided in the same way, but for what they share: a stimulus that is inner in one is inner
-        in all (but not under `early_stopping.folds`, where each is dealt out by itself), and one that is held out in
-        one (val, test or inner) is fitted in none. Stimuli that cannot be read leave their place in the division empty,
-        so that it is the one of all stimuli.
+        Each is divided as it would be alone, except for shared stimuli: a stimulus that is inner in one recording is
+        inner in all (but not under `early_stopping.folds`, which divides each by itself), and one that is held out in
+        one (val, test or inner) is fitted in none. Stimuli that cannot be read are divided like the others and then
+        left out, so that they do not change the division.
 
         Args:
             recipe: of the run.
-            screening: finds those that cannot be read; by default one of its own.
+            screening: finds the stimuli that cannot be read; by default a new one.
 
         Raises:
             BadInput: nothing is left of one, or it has fewer stimuli than the subset, or fewer groups than folds.
         """
-        found, screening = [], screening or BadSamples(recipe.loader, name_recordings=len(self) > 1)
+        divisions, screening = [], screening or BadSamples(recipe.loader, name_recordings=len(self) > 1)
         trains = [folder.split("train") for folder in self.folders]
         used = [subset_positions(train, recipe) for train in trains]
         usable = [self._usable(train, recipe, screening) for train in trains]
         if recipe.early_stopping.split == "val":
-            for folder, train, own, readable in zip(self.folders, trains, used, usable, strict=True):
+            for folder, train, positions, readable in zip(self.folders, trains, used, usable, strict=True):
                 val = folder.split("val")
-                fit = np.intersect1d(own, readable)
-                found.append(FitAndSelection(train, fit, val, self._usable(val, recipe, screening)))
+                fit = np.intersect1d(positions, readable)
+                divisions.append(FitAndSelection(train, fit, val, self._usable(val, recipe, screening)))
         else:
-            groups = [_groups(*each) for each in zip(trains, used, usable, strict=True)]
-            divided = _inner_parts(groups, recipe.early_stopping, recipe.seed)
-            for train, own, parts, readable in zip(trains, used, divided, usable, strict=True):
-                fit, inner = (np.intersect1d(own[part], readable) for part in parts)
-                found.append(FitAndSelection(train, fit, train, inner))
-        self._hold_out(found)
-        return found
+            groups = [
+                _groups(train, positions, readable)
+                for train, positions, readable in zip(trains, used, usable, strict=True)
+            ]
+            inner_of_each = _inner_splits(groups, recipe.early_stopping, recipe.seed)
+            for train, positions, split, readable in zip(trains, used, inner_of_each, usable, strict=True):
+                fit, inner = (np.intersect1d(positions[indices], readable) for indices in split)
+                divisions.append(FitAndSelection(train, fit, train, inner))
+        self._hold_out(divisions)
+        return divisions
 
     def _usable(self, split: ShardSplit, recipe: Recipe, screening: BadSamples) -> np.ndarray:
-        task = recipe.task
-        needed = {"responses": task.predicts_responses, "classes": task.predicts_classes}
-        return screening.usable_positions(split, self.image_size(recipe), **needed)
+        return screening.usable_positions(
+            split,
+            self.image_size(recipe),
+            responses=recipe.task.predicts_responses,
+            classes=recipe.task.predicts_classes,
+        )
 
     def _hold_out(self, divided: list[FitAndSelection]) -> None:
-        """Leave out of each recording's train split what others hold out."""
+        """Leave stimuli out of each recording's train split that others hold out."""
         reported = [self._reported(folder) for folder in self.folders]
         selecting = [_images(part.selection_split, part.selection) for part in divided]
         for number, part in enumerate(divided):
@@ -195,12 +201,12 @@ class Recordings:
 
 
 def _images(split: ShardSplit, positions: np.ndarray | None = None) -> Images:
-    told = list(zip(split.stimulus_ids, split.image_sizes.tolist(), strict=True))
-    return set(told if positions is None else [told[position] for position in positions])
+    images = list(zip(split.stimulus_ids, split.image_sizes.tolist(), strict=True))
+    return set(images if positions is None else [images[position] for position in positions])
 
 
 def _without(split: ShardSplit, positions: np.ndarray, held: Images) -> np.ndarray:
-    """Those positions whose images are not held out."""
+    """The positions whose images are not held out."""
     if not held:
         return positions
     sizes = split.image_sizes
@@ -208,7 +214,7 @@ def _without(split: ShardSplit, positions: np.ndarray, held: Images) -> np.ndarr
 
 
 def subset_positions(train: ShardSplit, recipe: Recipe) -> np.ndarray:
-    """Positions of the training stimuli that a recipe uses, to fit and to select; ascending.
+    """Positions of the training stimuli that a recipe uses, to fit or to select; ascending.
 
     Raises:
         BadInput: there are fewer than `subset`.
@@ -217,37 +223,38 @@ def subset_positions(train: ShardSplit, recipe: Recipe) -> np.ndarray:
 
 
 def _groups(train: ShardSplit, used: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, Sequence[Hashable]]:
-    """The groups of the used stimuli that must not be torn apart, and what tells these in other recordings.
+    """The groups of the used stimuli that stay on one side, and a key for each that is the same in all recordings.
 
     A stimulus that cannot be read is a group of its own.
     """
-    key, groups = train.manifest.group_by, list(train.stimulus_ids)
-    told: list[Hashable] = list(zip(train.stimulus_ids, train.image_sizes.tolist(), strict=True))
-    for position in np.intersect1d(used, usable).tolist() if key else ():
-        groups[position] = str(train.meta(position).get(key))
-        told[position] = (key, groups[position])
-    return np.array(groups)[used], [told[position] for position in used]
+    groups = list(train.stimulus_ids)
+    shared: list[Hashable] = list(zip(train.stimulus_ids, train.image_sizes.tolist(), strict=True))
+    if (key := train.manifest.group_by) is not None:
+        for position in np.intersect1d(used, usable).tolist():
+            groups[position] = str(train.meta(position).get(key))
+            shared[position] = (key, groups[position])
+    return np.array(groups)[used], [shared[position] for position in used]
 
 
-def _inner_parts(
+def _inner_splits(
     recordings: Sequence[tuple[np.ndarray, Sequence[Hashable]]], settings: EarlyStopping, seed: int
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Of each recording, as of `_groups`, the stimuli to fit and the inner ones, counted among those that are used."""
+    """For the groups of each recording, the stimuli to fit and the inner ones, counted among those that are used."""
     if settings.folds is None:
         return inner_splits(recordings, settings.inner_fraction, seed)
-    found = []
+    divided = []
     for groups, _ in recordings:
         if (count := len(np.unique(groups))) < settings.folds:
-            raise BadInput(f"early_stopping.folds: {count} groups of train cannot fill {settings.folds} folds")
-        inner = folds(groups, settings.folds, SEED_OF_FOLDS)[settings.fold - 1]
-        found.append((np.delete(np.arange(len(groups)), inner), inner))
-    return found
+            raise BadInput(f"early_stopping.folds: {count} groups of train stimuli cannot fill {settings.folds} folds")
+        inner = folds(groups, settings.folds, FOLD_SEED)[settings.fold - 1]
+        divided.append((np.delete(np.arange(len(groups)), inner), inner))
+    return divided
 
 
 def combined_manifest(manifests: Sequence[Manifest]) -> Manifest:
-    """What several recordings are as one: their sites one after the other, each with its own scale.
+    """The manifest of several recordings as one: their sites one after the other, each with its own scale.
 
-    Site ids are as they were, so they may come twice. One manifest is returned as it is.
+    Site ids stay as they are, so some may come twice. A single manifest is returned unchanged.
     """
     if len(manifests) == 1:
         return manifests[0]
@@ -259,7 +266,7 @@ def combined_manifest(manifests: Sequence[Manifest]) -> Manifest:
         name=" + ".join(manifest.name for manifest in manifests),
         simulated=any(manifest.simulated for manifest in manifests),
         provenance={},
-        splits={name: _one_split(parts) for name, parts in splits.items()},
+        splits={name: _combined_split(of_each) for name, of_each in splits.items()},
         sites=[site for manifest in manifests for site in manifest.sites],
         classes=_common([manifest.classes for manifest in manifests]),
         image=_largest([manifest.image for manifest in manifests]),
@@ -272,11 +279,11 @@ def combined_manifest(manifests: Sequence[Manifest]) -> Manifest:
     )
 
 
-def _one_split(parts: list[Split]) -> Split:
+def _combined_split(splits: list[Split]) -> Split:
     return Split(
-        stimuli=sum(part.stimuli for part in parts),
-        responses=all(part.responses for part in parts),
-        shards=[shard for part in parts for shard in part.shards],
+        stimuli=sum(split.stimuli for split in splits),
+        responses=all(split.responses for split in splits),
+        shards=[shard for split in splits for shard in split.shards],
     )
 
 
@@ -285,7 +292,7 @@ def _largest(images: list[Image]) -> Image:
 
 
 def _common(values: list[Any]) -> Any:
-    """The value that all have, else None."""
+    """The value that all have in common, else None."""
     return values[0] if all(value == values[0] for value in values) else None
 
 

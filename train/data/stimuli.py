@@ -1,4 +1,4 @@
-"""The stimuli of one recording: responses and labels in memory, images decoded on demand."""
+"""Stimuli by position, those of one recording above all: responses and labels in memory, images decoded on demand."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -13,7 +13,7 @@ from data_prep.ceiling import TrialStatistics
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.shards.folder import ShardSplit
 from train.data.batch_buffers import BatchBuffers
-from train.data.batches import Batch, Group, Work
+from train.data.batches import Batch, BatchRequest, SiteGroup
 from train.data.decoding import decode_at
 from train.data.image_cache import ImageCaches
 from train.data.order import Blocks, Layout, MicroBatch
@@ -21,16 +21,14 @@ from train.data.prefetching import ShardPrefetcher
 
 
 class StimulusSet(Dataset, ABC):
-    """Stimuli by position: those of one recording, or of several (`train.data.combined_stimuli.CombinedStimuli`).
+    """The stimuli of one recording, or of several (`train.data.combined_stimuli.CombinedStimuli`), by position.
 
     Attributes:
-        recordings: the stimuli of each recording; positions count through one after the other.
         size: side in pixels of the images.
-        stimulus_ids: of all of them.
+        stimulus_ids: of all stimuli.
         labels: int64 (stimuli,), or None.
     """
 
-    recordings: "tuple[RecordingStimuli, ...]"
     size: int
     stimulus_ids: list[str]
     labels: np.ndarray | None
@@ -38,34 +36,49 @@ class StimulusSet(Dataset, ABC):
     def __len__(self) -> int:
         return len(self.stimulus_ids)
 
-    def __getitem__(self, work: Work) -> Batch | BadInput | RunFailed:
+    def __getitem__(self, request: BatchRequest) -> Batch | BadInput | RunFailed:
         try:
-            images = self.images(work.micro.positions)
+            images = self.images(request.micro_batch.positions)
         except (BadInput, RunFailed) as error:
             return error
-        return self.batch(images, work)
+        return self.batch(images, request)
 
-    def batch(self, images: torch.Tensor, work: Work) -> Batch:
-        """Images, uint8 (b, size, size, 3), with what is known of their stimuli."""
-        positions = work.micro.positions
+    def batch(self, images: torch.Tensor, request: BatchRequest) -> Batch:
+        """Images, uint8 (b, size, size, 3), with responses and labels of their stimuli."""
+        positions = request.micro_batch.positions
         return Batch(
             images=images.permute(0, 3, 1, 2),
             positions=torch.from_numpy(positions),
-            weight=torch.from_numpy(work.micro.weight),
+            weight=torch.from_numpy(request.micro_batch.weight),
             rates=self.rates_of(positions),
             labels=None if self.labels is None else torch.from_numpy(self.labels[positions]),
-            draws=None if work.draws is None else torch.from_numpy(work.draws),
-            global_stimuli=work.stimuli,
-            global_observed=work.observed,
-            groups=work.groups,
+            draws=None if request.draws is None else torch.from_numpy(request.draws),
+            global_stimuli=request.stimuli,
+            global_observed=request.observed,
+            groups=request.groups,
         )
 
-    def work(self, micro: MicroBatch, batch: np.ndarray, draws: np.ndarray | None = None) -> Work:
-        """`micro` as a part of the global batch `batch`, with the random numbers `draws` of that batch."""
+    def request(self, micro_batch: MicroBatch, batch: np.ndarray, draws: np.ndarray | None = None) -> BatchRequest:
+        """The request for a part of a global batch.
+
+        Args:
+            micro_batch: the part.
+            batch: positions of the global batch.
+            draws: random numbers of the global batch.
+        """
         groups = self.groups_of(batch)
-        observed = sum(group.observed for group in groups)
-        own = None if draws is None else draws[micro.places]
-        return Work(micro, len(batch), observed, groups if len(groups) > 1 else (), own)
+        return BatchRequest(
+            micro_batch,
+            stimuli=len(batch),
+            observed=sum(group.observed for group in groups),
+            groups=groups if len(groups) > 1 else (),
+            draws=None if draws is None else draws[micro_batch.batch_indices],
+        )
+
+    @property
+    @abstractmethod
+    def recordings(self) -> "tuple[RecordingStimuli, ...]":
+        """The stimuli of each recording; positions count through one after the other."""
 
     @abstractmethod
     def images(self, positions: np.ndarray) -> torch.Tensor:
@@ -76,52 +89,60 @@ class StimulusSet(Dataset, ABC):
         """The responses to these stimuli, float32 (b, sites); None where there are none."""
 
     @abstractmethod
-    def groups_of(self, batch: np.ndarray) -> tuple[Group, ...]:
-        """The sites whose errors are averaged, with what they recorded in a global batch."""
+    def groups_of(self, batch: np.ndarray) -> tuple[SiteGroup, ...]:
+        """The sites whose errors are averaged, with the number of responses recorded in a global batch."""
 
     @abstractmethod
     def layout(self, block_shards: int | None) -> Layout:
-        """How the stimuli lie, for an order that mixes some shards at a time; one that shuffles all where None."""
+        """How the stimuli lie, for an order that mixes `block_shards` shards at a time, or all stimuli where None."""
 
     @abstractmethod
     def shuffle_responses(self, seed: int) -> None:
-        """Give each stimulus the responses of another, whole rows at a time: what is left to predict is chance."""
+        """Give each stimulus all the responses to another one, so that nothing but chance is left to predict."""
 
     @abstractmethod
     def shards_to_fetch(self, positions: np.ndarray) -> np.ndarray:
-        """The remote shards that these images have to be read from, counted through those of all parts."""
+        """The remote shards that these images have to be read from, counted through those of all recordings."""
 
     @contextmanager
-    def prefetching(self, schedule: Iterable[Work]) -> Iterator[Callable[[], None]]:
+    def prefetching(self, schedule: Iterable[BatchRequest]) -> Iterator[Callable[[], None]]:
         """Fetch remote shards in the background while the block runs.
 
         Args:
-            schedule: what is going to be read, in order.
+            schedule: the requests to come, in order.
 
         Yields:
-            What is to be called when the next part of it has been read.
+            A function to call when the next request has been read.
         """
-        splits = [part.split for part in self.recordings]
+        splits = [recording.split for recording in self.recordings]
         if not any(split.is_remote for split in splits):
             yield lambda: None
             return
-        with ShardPrefetcher(splits, [self.shards_to_fetch(work.micro.positions) for work in schedule]) as ahead:
-            yield ahead.passed
+        needed = [self.shards_to_fetch(request.micro_batch.positions) for request in schedule]
+        with ShardPrefetcher(splits, needed) as prefetcher:
+            yield prefetcher.advance
 
 
 class RecordingStimuli(StimulusSet):
-    """The stimuli of a split, or of a part of it, with their responses and labels in memory and images on disk.
+    """The stimuli of a split, or of a subset of it.
+
+    Attributes:
+        split: their split.
+        subset: their positions in it. All other positions here count within the subset.
+        columns: the columns of a network's outputs that predict the recording's sites.
+        rates: float32 (stimuli, sites), NaN = not recorded; None where they are not read.
+        observed: number of recorded responses to each stimulus, int64 (stimuli,); None without rates.
 
     Args:
         split: opened shards.
         size: side in pixels of the images to deliver.
-        subset: positions in the split that are used, int64; all of them by default. Everything below counts within it.
+        subset: positions in the split that are used, int64; all of them by default.
         responses: whether to read the responses.
         classes: whether to read the labels.
         caches: where decoded images are kept; by default none are.
         separate_cache: cache the subset's images apart from the rest of the split, so that a small subset that is read
             in every epoch stays cached where the whole split does not fit.
-        columns: which of a network's outputs are for its sites; by default all.
+        columns: see above; all by default.
     """
 
     def __init__(
@@ -135,31 +156,27 @@ class RecordingStimuli(StimulusSet):
         separate_cache: bool = False,
         columns: slice = slice(None),
     ):
-        self._split = split
-        self._memory = BatchBuffers()
-        self.size, self.columns = size, columns
+        self.split, self.size, self.columns = split, size, columns
+        self._buffers = BatchBuffers()
         self.subset = np.arange(len(split)) if subset is None else subset
-        self._kept_as = np.arange(len(self.subset)) if separate_cache else self.subset
-        self._cache = None if caches is None else caches.of(split, size, self.subset if separate_cache else None)
+        self._cache_positions = np.arange(len(self.subset)) if separate_cache else self.subset
+        self._cache = None
+        if caches is not None:
+            self._cache = caches.open(split, size, self.subset if separate_cache else None)
         self.stimulus_ids = [split.stimulus_ids[position] for position in self.subset]
         self.rates = split.rates(self.subset) if responses else None
         self.labels = split.labels(self.subset) if classes else None
-        self.observed = None if self.rates is None else (~np.isnan(self.rates)).sum(axis=1)
+        self.observed = None if self.rates is None else _count_observed(self.rates)
 
     @property
-    def recordings(self) -> tuple["RecordingStimuli"]:
-        """Itself: one recording is the case of one."""
+    def recordings(self) -> "tuple[RecordingStimuli, ...]":
+        """These stimuli alone."""
         return (self,)
 
     @property
-    def split(self) -> ShardSplit:
-        """Where they lie."""
-        return self._split
-
-    @property
     def name(self) -> str:
-        """The name of their recording."""
-        return self._split.manifest.name
+        """The recording's name."""
+        return self.split.manifest.name
 
     def fingerprint(self) -> str:
         """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
@@ -168,84 +185,92 @@ class RecordingStimuli(StimulusSet):
     def noise_of_rates(self) -> np.ndarray | None:
         """The noise variance of each response that is an average over trials: float64 (stimuli, sites).
 
-        None where there are no responses or no single trials, or where the responses are no average of the trials.
+        None where there are no responses or no single trials, or where the responses are not the average of the trials.
         """
         statistics = None if self.rates is None else self.trial_statistics()
-        if statistics is None:
+        if self.rates is None or statistics is None:
             return None
         same = np.isclose(statistics.average, self.rates, rtol=1e-4, atol=1e-5, equal_nan=True).all()
         return statistics.noise_of_average() if same else None
 
     def trial_statistics(self) -> TrialStatistics | None:
-        """What ceilings need to know of the single trials of these stimuli; None where there are none."""
-        trials = [self._split.array(int(position), "trials.npy") for position in self.subset]
-        return None if any(part is None for part in trials) else TrialStatistics.from_trials(trials)
+        """The statistics of single trials that ceilings need; None where some stimuli have no trials."""
+        trials = [self.split.array(int(position), "trials.npy") for position in self.subset]
+        present = [of_stimulus for of_stimulus in trials if of_stimulus is not None]
+        return TrialStatistics.from_trials(present) if len(present) == len(trials) else None
 
     def rates_of(self, positions: np.ndarray) -> torch.Tensor | None:
         """See `StimulusSet.rates_of`."""
         return None if self.rates is None else torch.from_numpy(self.rates[positions])
 
-    def groups_of(self, batch: np.ndarray) -> tuple[Group, ...]:
+    def groups_of(self, batch: np.ndarray) -> tuple[SiteGroup, ...]:
         """See `StimulusSet.groups_of`."""
-        return () if self.rates is None else (Group(self.rates.shape[1], int(self.observed[batch].sum())),)
+        if self.rates is None or self.observed is None:
+            return ()
+        return (SiteGroup(self.rates.shape[1], int(self.observed[batch].sum())),)
 
     def images(self, positions: np.ndarray) -> torch.Tensor:
         """See `StimulusSet.images`."""
-        images = self._memory.take((len(positions), self.size, self.size, 3))
-        pixels, kept_as = images.numpy(), self._kept_as[positions]
-        missing = range(len(positions)) if self._cache is None else self._cache.read(kept_as, pixels)
-        decoded: dict[int, int] = {}
+        images = self._buffers.allocate((len(positions), self.size, self.size, 3))
+        pixels, cache_positions = images.numpy(), self._cache_positions[positions]
+        missing = range(len(positions)) if self._cache is None else self._cache.read(cache_positions, pixels)
+        decoded: dict[int, int] = {}  # positions, and their rows
         for row in missing:
             position = int(positions[row])
             if position in decoded:  # padding repeats a stimulus
                 pixels[row] = pixels[decoded[position]]
                 continue
-            decode_at(self._split, int(self.subset[position]), pixels[row])
+            decode_at(self.split, int(self.subset[position]), pixels[row])
             decoded[position] = row
             if self._cache is not None:
-                self._cache.write(int(kept_as[row]), pixels[row])
+                self._cache.write(int(cache_positions[row]), pixels[row])
         return images
 
     def names(self) -> list[str]:
-        """What each stimulus shows, or its id where nothing tells."""
-        found = zip(self.subset, self.stimulus_ids, strict=True)
-        return [self._split.label(int(place)) or name for place, name in found]
+        """The object that each stimulus shows, or its id where no object is given."""
+        positions_and_ids = zip(self.subset, self.stimulus_ids, strict=True)
+        return [self.split.label(int(position)) or stimulus_id for position, stimulus_id in positions_and_ids]
 
-    def blocks(self, together: int) -> Blocks:
-        """How the stimuli lie in shards, for an order that mixes `together` of these at a time."""
-        shards = self._split.shards_of(self.subset)
+    def blocks(self, shards_mixed: int) -> Blocks:
+        """How the stimuli lie in shards, for an order that mixes `shards_mixed` of them at a time."""
+        shards = self.split.shards_of(self.subset)
         if (np.diff(shards) < 0).any():
             raise ValueError("stimuli that are read shard by shard must be in the order in which they are stored")
-        return Blocks(tuple(np.unique(shards, return_counts=True)[1].tolist()), together)
+        return Blocks(tuple(np.unique(shards, return_counts=True)[1].tolist()), shards_mixed)
 
-    def layout(self, block_shards: int | None) -> Layout:
+    def layout(self, block_shards: int | None) -> Blocks | None:
         """See `StimulusSet.layout`."""
         return None if block_shards is None else self.blocks(block_shards)
 
     def shards_to_fetch(self, positions: np.ndarray) -> np.ndarray:
-        """See `StimulusSet.shards_to_fetch`; shards whose images are kept are left out."""
-        if not self._split.is_remote:
+        """See `StimulusSet.shards_to_fetch`; shards whose images are cached are left out."""
+        if not self.split.is_remote:
             return np.empty(0, np.int64)
         if self._cache is not None:
-            positions = positions[~self._cache.holds(self._kept_as[positions])]
-        return np.unique(self._split.shards_of(self.subset[positions]))
+            positions = positions[~self._cache.holds(self._cache_positions[positions])]
+        return np.unique(self.split.shards_of(self.subset[positions]))
 
     def shuffle_responses(self, seed: int) -> None:
         """See `StimulusSet.shuffle_responses`."""
+        assert self.rates is not None
         circle = np.random.default_rng([seed, len(self)]).permutation(len(self))
         shuffled = np.empty_like(self.rates)
         shuffled[circle] = self.rates[np.roll(circle, 1)]
         self.replace_responses(shuffled)
 
     def replace_responses(self, rates: np.ndarray) -> None:
-        """Put others in place of the recorded responses: float (stimuli, sites), NaN = none."""
+        """Replace the recorded responses: float (stimuli, sites), NaN = none."""
         self.rates = rates.astype(np.float32)
-        self.observed = (~np.isnan(self.rates)).sum(axis=1)
+        self.observed = _count_observed(self.rates)
+
+
+def _count_observed(rates: np.ndarray) -> np.ndarray:
+    return (~np.isnan(rates)).sum(axis=1)
 
 
 def fingerprint(stimulus_ids: list[str], rates: np.ndarray | None) -> str:
     """A hash of stimuli's ids and responses."""
-    found = hashlib.sha256("\n".join(stimulus_ids).encode())
+    digest = hashlib.sha256("\n".join(stimulus_ids).encode())
     if rates is not None:
-        found.update(rates.tobytes())
-    return found.hexdigest()
+        digest.update(rates.tobytes())
+    return digest.hexdigest()

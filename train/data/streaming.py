@@ -1,12 +1,12 @@
 """Training batches from webdataset's own streaming pipeline: tars drawn with replacement, read from front to back.
 
-For disks that are slow at any other way of reading. It promises less than `train/data/loader.py`:
+For disks that are slow at random reads. It promises less than `train/data/loader.py`:
 
-- A stimulus may come twice in an epoch, or not at all; one in a tar with fewer stimuli comes more often. An epoch is as
-  many steps as it would take to see every stimulus once.
+- A stimulus may come twice in an epoch, or not at all; one in a tar with fewer stimuli comes more often. An epoch has
+  as many steps as it would take to see every stimulus once.
 - Which stimuli make a step depends on the number of ranks and workers. With both unchanged a run repeats.
-- A resumed run goes on at its step with a stream of its own, seeded by that step: not the one it would have had.
-- Where responses are missing, the loss of a batch is divided by the number recorded in such a batch on average.
+- A resumed run continues at its step with a new stream, seeded by that step: not the one it would have had.
+- Where responses are missing, the loss of a batch is divided by the average number recorded in a batch.
 
 Every rank takes the same number of steps. Nothing is ever evaluated this way.
 """
@@ -26,7 +26,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 from data_prep.common.errors import BadInput
 from data_prep.shards.members import BLOCK, IMAGE_MEMBERS, key_and_kind, not_plain
 from train.data.batch_buffers import BatchBuffers
-from train.data.batches import Batch, Work
+from train.data.batches import Batch, BatchRequest
 from train.data.decoding import decode_into
 from train.data.loader import TrainLoader, data_loader
 from train.data.order import MicroBatch, augmentation_draws, micro_batches, stream_seed
@@ -54,13 +54,14 @@ class StreamLoader(TrainLoader):
 
 
 class _Stream(IterableDataset):
-    """A rank's micro-batches from `first_step` (counted over all epochs) on, without an end; workers take turns."""
+    """An endless stream of a rank's micro-batches; workers take turns. `first_step` is counted over all epochs."""
 
     def __init__(self, loader: TrainLoader, first_step: int):
         self.first_step, self.steps, self.accumulation_steps = first_step, loader.steps, loader.accumulation_steps
-        self.stimuli, self.seed, self.draws = loader.stimuli, loader.seed, loader.draws
+        (self.stimuli,) = loader.stimuli.recordings
+        self.seed, self.draws = loader.seed, loader.draws
         self.rank, self.ranks, self.global_size = loader.rank, loader.ranks, loader.global_size
-        self.memory = BatchBuffers()
+        self.buffers = BatchBuffers()
         split = self.stimuli.split
         self.sizes = {str(split.folder / shard.file): shard.bytes for shard in split.shards}
         self.dealt = micro_batches(np.arange(self.global_size), self.rank, self.ranks, self.accumulation_steps)
@@ -80,7 +81,7 @@ class _Stream(IterableDataset):
                 return
 
     def _samples(self, consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
-        """Images to fit, encoded, in the order in which this one of all ranks' workers takes them."""
+        """Encoded images of stimuli to fit, in the order in which this one of all ranks' workers takes them."""
         seed = stream_seed(self.seed, self.first_step)
         tars = webdataset.ResampledShards(
             list(self.sizes),
@@ -116,38 +117,38 @@ class _Stream(IterableDataset):
                 raise BadInput(f"{tar['url']} cannot be read to its end ({reason}); copy it again") from None
 
     def _check_same(self, tar: str, descriptor: int) -> None:
-        """Refuse a tar that was cut or replaced: the end of a stream tells nothing of what is missing."""
+        """Refuse a tar that was cut or replaced: a stream that ends early does not show what is missing."""
         size, expected = os.fstat(descriptor).st_size, self.sizes[tar]
         if size != expected:
-            raise BadInput(f"{tar} has {size} bytes by now, and had {expected} when it was indexed; copy it again")
+            raise BadInput(f"{tar} has {size} bytes, but had {expected} when it was indexed; copy it again")
 
     def _to_fit(self, samples: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        """The samples without those that are held out of the split, each with its position."""
+        """The samples to fit, each with its position; others in the tars are held out."""
         position_of = {key: position for position, key in enumerate(self.stimuli.stimulus_ids)}
         known = set(self.stimuli.split.stimulus_ids)
         for sample in samples:
             key = sample["__key__"]
             if key not in known:
-                raise BadInput(f"{sample['__url__']}: {key}: was not there when the run began; start it again")
+                raise BadInput(f"{sample['__url__']}: {key}: was added after the run began; start it again")
             if key in position_of:
                 yield sample | {"position": position_of[key]}
 
     def _batch(self, samples: Iterator[dict[str, Any]], step: int, dealt: MicroBatch) -> Batch:
-        taken = list(itertools.islice(samples, len(dealt.places)))
+        taken = list(itertools.islice(samples, len(dealt.batch_indices)))
         size = self.stimuli.size
-        images = self.memory.take((len(taken), size, size, 3))
-        for sample, place in zip(taken, images.numpy(), strict=True):
-            self._decode(sample, place)
+        images = self.buffers.allocate((len(taken), size, size, 3))
+        for sample, pixels in zip(taken, images.numpy(), strict=True):
+            self._decode(sample, pixels)
         positions = np.array([sample["position"] for sample in taken])
-        micro = MicroBatch(positions, dealt.weight, dealt.places)
+        micro_batch = MicroBatch(positions, dealt.weight, dealt.batch_indices)
         draws = self._draws_of(step, dealt)
-        return self.stimuli.batch(images, Work(micro, self.global_size, self.observed, draws=draws))
+        return self.stimuli.batch(images, BatchRequest(micro_batch, self.global_size, self.observed, draws=draws))
 
-    def _decode(self, sample: dict[str, Any], place: np.ndarray) -> None:
+    def _decode(self, sample: dict[str, Any], pixels: np.ndarray) -> None:
         encoding = next(kind for kind in IMAGE_MEMBERS if kind in sample)
         self.stimuli.split.check_bytes(int(self.stimuli.subset[sample["position"]]), encoding, sample[encoding])
         try:
-            decode_into(place, sample[encoding], encoding)
+            decode_into(pixels, sample[encoding], encoding)
         except ValueError as error:
             where = f"{sample['__url__']}: {sample['__key__']}.{encoding}"
             raise BadInput(f"{where} cannot be decoded ({error})") from None
@@ -156,16 +157,16 @@ class _Stream(IterableDataset):
         if not self.draws:
             return None
         epoch, step = divmod(step, self.steps)
-        return augmentation_draws(self.seed, epoch, step, self.global_size, self.draws)[dealt.places]
+        return augmentation_draws(self.seed, epoch, step, self.global_size, self.draws)[dealt.batch_indices]
 
 
 def _images_of(members: Iterable[dict[str, Any]], tar: str) -> Iterator[dict[str, Any]]:
     for member in members:
-        if not member:  # the mark that a tar ends
+        if not member:  # marks the end of a tar
             yield member
             continue
-        found = key_and_kind(member["fname"])
-        if found is None:
+        name = key_and_kind(member["fname"])
+        if name is None:
             raise not_plain(tar, member["fname"])
-        if found[1] in IMAGE_MEMBERS:
-            yield member | {"fname": ".".join(found)}
+        if name[1] in IMAGE_MEMBERS:
+            yield member | {"fname": ".".join(name)}

@@ -138,11 +138,13 @@ def test_the_ranks_together_have_the_draws_of_the_global_batch(seed, size, ranks
     batch = np.random.default_rng(seed).permutation(100)[:size]
     pieces = accumulation(size, ranks, per_device)
     dealt = [micro for rank in range(ranks) for micro in micro_batches(batch, rank, ranks, pieces)]
-    places = np.concatenate([micro.places[micro.weight > 0] for micro in dealt])
-    assert np.array_equal(np.concatenate([everyones[micro.places[micro.weight > 0]] for micro in dealt]), everyones)
+    places = np.concatenate([micro.batch_indices[micro.weight > 0] for micro in dealt])
+    assert np.array_equal(
+        np.concatenate([everyones[micro.batch_indices[micro.weight > 0]] for micro in dealt]), everyones
+    )
     assert np.array_equal(places, np.arange(size))
     for micro in dealt:
-        assert np.array_equal(batch[micro.places], micro.positions)
+        assert np.array_equal(batch[micro.batch_indices], micro.positions)
 
 
 # ---- in training ---------------------------------------------------------------------------------------------------

@@ -197,7 +197,7 @@ def test_as_many_images_as_fit_are_kept_and_one_line_says_so(shards, fit, worker
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("loader.cache: ")]
     assert len(said) == (fit < 30)
     assert all(f"{fit} of 30 decoded images of 32 px fit" in line for line in said)
-    assert int(several[0]._cache._there.sum()) == fit
+    assert int(several[0]._cache._present.sum()) == fit
 
 
 def test_all_caches_of_a_run_share_its_budget(shards, capfd):
@@ -222,7 +222,7 @@ def test_a_full_disk_ends_keeping_and_not_the_run(shards, monkeypatch, capfd):
     evaluated(stimuli)
     said = capfd.readouterr().err
     assert said.count("loader.cache:") == 1
-    assert "12 decoded images of 32 px are kept and no more (No space left on device)" in said
+    assert "12 decoded images of 32 px are cached and no more (No space left on device)" in said
 
 
 def test_no_memory_at_all_is_said_and_survived(shards, monkeypatch, capfd):
@@ -231,14 +231,14 @@ def test_no_memory_at_all_is_said_and_survived(shards, monkeypatch, capfd):
 
     monkeypatch.setattr(image_cache, "_nameless_file", none)
     assert torch.equal(evaluated(opened(shards)), evaluated(opened(shards, "off")))
-    assert "decoded images are not kept (Too many open files in system)" in capfd.readouterr().err
+    assert "decoded images are not cached (Too many open files in system)" in capfd.readouterr().err
 
 
 def test_auto_keeps_nothing_that_is_read_once(shards):
     split = shards.split("train")
-    assert ImageCaches(Loader(), single_pass=True).of(split, 32) is None
-    assert ImageCaches(Loader()).of(split, 32) is not None
-    assert ImageCaches(Loader(cache="ram"), single_pass=True).of(split, 32) is not None
+    assert ImageCaches(Loader(), single_pass=True).open(split, 32) is None
+    assert ImageCaches(Loader()).open(split, 32) is not None
+    assert ImageCaches(Loader(cache="ram"), single_pass=True).open(split, 32) is not None
 
 
 def test_the_budget_is_half_of_what_is_free_and_never_all(monkeypatch):
@@ -334,7 +334,7 @@ def work(split, cache, done):
 
 if __name__ == "__main__":
     split, workers, end = ShardFolder(sys.argv[1]).split("train"), int(sys.argv[2]), sys.argv[3]
-    cache = ImageCaches(Loader(cache="ram")).of(split, 32)
+    cache = ImageCaches(Loader(cache="ram")).open(split, 32)
     context = multiprocessing.get_context("forkserver")
     for _ in range(workers):
         done = context.Event()

@@ -437,21 +437,21 @@ def test_a_crop_that_needs_no_resizing_does_not_blur():
 
 
 def test_memory_is_used_again_only_when_no_view_of_a_batch_is_left():
-    memory, shape = BatchBuffers(), (2, 4, 4, 3)
-    batch = memory.take(shape)
+    buffers, shape = BatchBuffers(), (2, 4, 4, 3)
+    batch = buffers.allocate(shape)
     place, view = batch.data_ptr(), batch.permute(0, 3, 1, 2)[1:]
     del batch
-    assert memory.take(shape).data_ptr() != place
+    assert buffers.allocate(shape).data_ptr() != place
     array = view.numpy()
     del view
-    assert memory.take(shape).data_ptr() != place
+    assert buffers.allocate(shape).data_ptr() != place
     del array
-    several = [memory.take(shape) for _ in range(9)]
+    several = [buffers.allocate(shape) for _ in range(9)]
     assert place in {batch.data_ptr() for batch in several}
     assert len({batch.data_ptr() for batch in several}) == 9
-    assert memory.take((1, 4, 4, 3)).shape == (1, 4, 4, 3)
+    assert buffers.allocate((1, 4, 4, 3)).shape == (1, 4, 4, 3)
 
 
 def test_batches_that_are_kept_are_not_overwritten(stimuli):
     loader = train_loader(stimuli)
-    assert_same_steps(list(loader.epoch(0)), [[loader.stimuli[work]] for work in loader._work(0, 0)])
+    assert_same_steps(list(loader.epoch(0)), [[loader.stimuli[request]] for request in loader._requests(0, 0)])

@@ -94,7 +94,7 @@ def test_the_order_by_blocks_takes_each_stimulus_once(seed, epoch, blocks):
 def test_no_more_shards_are_open_than_are_mixed(seed, epoch, blocks):
     """So each is read in one stretch, and once: those that are finished are not needed again."""
     order = epoch_order(seed, epoch, sum(blocks.sizes), blocks)
-    assert max(begun_and_not_finished(order, blocks)) <= blocks.together
+    assert max(begun_and_not_finished(order, blocks)) <= blocks.shards_mixed
 
 
 @given(seeds, epochs, stored(), counts)
@@ -104,7 +104,7 @@ def test_a_batch_needs_few_shards(seed, epoch, blocks, size):
     shard = np.repeat(np.arange(len(blocks.sizes)), blocks.sizes)
     for step in range(steps_per_epoch(stimuli, size)):
         taken = np.bincount(shard[global_batch(seed, epoch, step, size, stimuli, blocks)], minlength=len(blocks.sizes))
-        assert np.sum((taken > 0) & (taken < blocks.sizes)) <= 2 * blocks.together
+        assert np.sum((taken > 0) & (taken < blocks.sizes)) <= 2 * blocks.shards_mixed
 
 
 @given(seeds, epochs, stored())

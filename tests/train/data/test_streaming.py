@@ -117,7 +117,7 @@ def test_epochs_go_on_and_a_resumed_one_begins_a_stream_that_repeats(stimuli):
     [
         ([("s00.png", b"no image")], "s00.png: these are not the bytes"),
         ([("s00.pyd", b"")], "s00.pyd: not a member of plain data"),
-        ([("new.png", sample(0)["png"])], "new: was not there when the run began"),
+        ([("new.png", sample(0)["png"])], "new: was added after the run began"),
     ],
 )
 def test_what_has_become_of_a_tar_is_told_in_one_sentence(tmp_path, members, words, workers):
@@ -135,7 +135,7 @@ def test_a_tar_that_is_cut_or_gone_is_named(tmp_path, change):
     tar = write_samples(tmp_path / "train.tar", range(3))
     stimuli = RecordingStimuli(ShardFolder(tmp_path).split("train"), 24)
     change(tar)
-    with pytest.raises(BadInput, match=r"train\.tar (has .* bytes by now|cannot be read .*No such file)"):
+    with pytest.raises(BadInput, match=r"train\.tar (has .* bytes, but had .* when|cannot be read .*No such file)"):
         list(stream(stimuli, global_size=3).epoch(0))
 
 
