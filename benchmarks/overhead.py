@@ -99,7 +99,7 @@ def unfused(groups: list[dict]) -> torch.optim.Optimizer:
 
 def manifest_of(run: Training):
     """The recording of a run."""
-    return run.loader.stimuli._split.manifest
+    return run.loader.stimuli.recordings[0].split.manifest
 
 
 def lean(run: Training, batch: Batch) -> Step:

@@ -1,4 +1,4 @@
-# Which Python the launchers use; to be sourced. Leaves it in $python and the folder of the launchers in $here.
+# To be sourced by the launchers: sets $python to the interpreter and $here to the folder of the launchers.
 set -euo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 python=${PYTHON:-$here/../.venv/bin/python}

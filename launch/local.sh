@@ -3,11 +3,11 @@
 #
 #     launch/local.sh [-n N] [--max-restarts R] train/finetune.py ...
 #
-#   -n N               number of processes; default: one per GPU, or one where there is none
-#   --max-restarts R   when a process has died, start all of them again, up to R times: the run goes on from its last
-#                      checkpoint
-#   OMP_NUM_THREADS    threads of each CPU process; default: the cores shared out evenly
-#   PYTHON             the interpreter; default: .venv's, where there is one
-#   SPIKETUNE_JOB      a name for this job: the same command with the same name goes on with its own run
+#   -n N               number of processes; default: one per GPU, or one without GPUs
+#   --max-restarts R   maximum number of restarts: when a process has died, all start again, and the run goes on from its
+#                      last checkpoint
+#   OMP_NUM_THREADS    threads per CPU process; default: the cores divided evenly
+#   PYTHON             the interpreter; default: that of .venv if there is one
+#   SPIKETUNE_JOB      name of this job: the same command started again under the same name continues its own run
 source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
 exec "$python" "$here/processes.py" local "$@"

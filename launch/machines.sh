@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Start a command on several machines: the same line on each of them, in any order.
+# Start a command on several machines: run the same line on each of them, in any order.
 #
 #     launch/machines.sh --host ADDRESS[:PORT] --machines N --job NAME [-n N] [--max-restarts R] train/finetune.py ...
 #
-#   --host ADDRESS     name or address of one of the machines, where all meet; port 29400 unless you give another
-#   --machines N       how many machines there are; MIN:MAX goes on with fewer, down to MIN, when some are lost
-#   --job NAME         any name, the same on all machines; started again with it, the job goes on with its own run
-#   -n N               processes on this machine; default: one per GPU, or one where there is none
-#   --max-restarts R   when a process or a machine has died, start all that are left again, up to R times
-#   --join-seconds S   how long to wait for enough machines; default 600
+#   --host ADDRESS     name or address of one of the machines, where all meet; default port: 29400
+#   --machines N       number of machines; MIN:MAX goes on when some are lost, down to MIN
+#   --job NAME         any name, the same on all machines; started again under it, the job continues its own run
+#   -n N               number of processes on this machine; default: one per GPU, or one without GPUs
+#   --max-restarts R   maximum number of restarts: when a process or a machine has died, all that are left start again
+#   --join-seconds S   how long to wait for the other machines; default: 600
 #   OMP_NUM_THREADS, PYTHON    see launch/local.sh
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    the network device; default: the one that leads to ADDRESS
 #

@@ -1,7 +1,7 @@
-"""The engine of launch/local.sh and launch/machines.sh: processes of a command, by torchrun's own launcher.
+"""Start the processes of a command with torchrun's own launcher, for launch/local.sh and launch/machines.sh.
 
-It sets what accelerate and torchrun leave to the user (threads, CPU or GPU, addresses, network devices), starts all
-processes anew when one has died, but not for bad input or a wish to stop, and passes the command's exit code on.
+This sets what accelerate and torchrun leave to the user (threads, CPU or GPU, addresses, network devices), restarts all
+processes when one has died, except after bad input or a request to stop, and passes on the command's exit code.
 """
 
 import argparse
@@ -15,18 +15,26 @@ import subprocess
 import sys
 import time
 import uuid
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 PROG = {"local": "launch/local.sh", "machines": "launch/machines.sh"}
-BAD_INPUT, STOPPED = 2, 75  # exit codes of a command, see data_prep/common/errors.py, after which no restart would help
+DESCRIPTION = {
+    "local": "Start a command on this machine: on all its GPUs, or on N CPU processes.",
+    "machines": "Start a command on several machines: run the same line on each of them.",
+}
+BAD_INPUT, STOPPED = 2, 75  # exit codes of data_prep/common/errors.py, after which a restart would not help
 PORT = 29400
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # passed on to the processes
-GRACE_SECONDS = 600  # after a signal, to save: the cluster's own patience ends earlier
-GRACE_AFTER_DEATH_SECONDS = 5  # for those that are left behind by one that died, and have nothing to save
-STANDSTILL_SECONDS = 300  # without any work of the CPU, when others are done: then nobody waits for it, or notices
+GRACE_SECONDS = 600  # to save after a signal; clusters kill earlier than that
+GRACE_AFTER_DEATH_SECONDS = 5  # when another process has died; there is nothing to save then
+HANG_SECONDS = 300  # without CPU time, after other processes have ended well: no time-out would end it then
 
 
 def gpu_count() -> int:
-    """GPUs that this run may use, without importing torch in the launcher."""
+    """Number of GPUs that this run may use, without importing torch in the launcher."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     try:
@@ -37,13 +45,11 @@ def gpu_count() -> int:
 
 
 def environment(processes: int, gpus: int) -> dict[str, str]:
-    """What each process finds in its environment; settings that are there already are kept."""
-    settings = {"TOKENIZERS_PARALLELISM": "false"}
+    """Environment variables for the processes; those that are set already keep their values."""
+    settings = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     if not gpus:
         cores = len(os.sched_getaffinity(0))
         settings |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": str(max(cores // processes, 1))}
-    else:
-        settings |= {"OMP_NUM_THREADS": "1"}
     return {name: os.environ.get(name, value) for name, value in settings.items()}
 
 
@@ -55,39 +61,43 @@ def network_options(host: str, machines: str, job: str, join_seconds: int) -> li
 
     Args:
         host: its name or address, with or without a port.
-        machines: "N", or "MIN:MAX" to go on with fewer.
-        job: a name, the same on all.
+        machines: "N", or "MIN:MAX" to go on when some are lost.
+        job: a name, the same on all machines.
         join_seconds: how long to wait for enough machines.
     """
     name, _, port = host.partition(":")
-    own = own_address(name)
-    set_network_device(own)
-    is_host = socket.gethostbyname(name) in addresses()
+    address = local_address(name)
+    set_network_device(address)
+    is_host = socket.gethostbyname(name) in network_devices()
     configuration = f"is_host={int(is_host)},join_timeout={join_seconds},last_call_timeout=5"
     return [
-        *("--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-id", job, "--local-addr", own),
+        *("--nnodes", machines, "--rdzv-backend", "c10d", "--rdzv-id", job, "--local-addr", address),
         *("--rdzv-endpoint", f"{name}:{port or PORT}", "--rdzv-conf", configuration),
     ]
 
 
-def own_address(host: str) -> str:
+def local_address(host: str) -> str:
     """The address of this machine on the network that leads to `host`."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, PORT))  # sends nothing
         return probe.getsockname()[0]
 
 
-def addresses() -> dict[str, str]:
+def network_devices() -> dict[str, str]:
     """The network device of each IPv4 address of this machine."""
     import psutil
 
-    devices = psutil.net_if_addrs().items()
-    return {one.address: device for device, found in devices for one in found if one.family == socket.AF_INET}
+    return {
+        address.address: device
+        for device, addresses in psutil.net_if_addrs().items()
+        for address in addresses
+        if address.family == socket.AF_INET
+    }
 
 
 def set_network_device(address: str) -> None:
-    """Tell gloo and NCCL which network device to use, unless the user has: they may guess one that leads nowhere."""
-    device = addresses()[address]
+    """Tell gloo and NCCL which network device to use, unless the user has: they may guess a wrong one."""
+    device = network_devices()[address]
     if device != "lo":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", device)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", f"={device}")
@@ -96,53 +106,56 @@ def set_network_device(address: str) -> None:
 # ------------------------------------------------------------------------------------------------------------ launching
 
 
-class Standstill:
-    """Finds processes that hang at their end, when others have ended and none is left to wait for them in vain."""
+class HangDetector:
+    """Finds processes that hang at their end: others have ended well, so none is left to notice."""
 
     def __init__(self):
-        self._worked: dict[int, tuple[float, float]] = {}
+        self._last_progress: dict[int, tuple[float, float]] = {}  # by process, its CPU time and when that changed
 
-    def found(self, processes: list[subprocess.Popen]) -> list[subprocess.Popen]:
-        """Those that have not worked for long, though another of them has ended well."""
+    def hanging(self, processes: list[subprocess.Popen]) -> list[subprocess.Popen]:
+        """The processes that have used no CPU time for long, though another one has ended well."""
         import psutil
 
         if not any(process.poll() == 0 for process in processes):
-            self._worked.clear()
+            self._last_progress.clear()
             return []
-        standing = []
+        hanging = []
         for process in processes:
             with contextlib.suppress(psutil.Error):
-                work = sum(psutil.Process(process.pid).cpu_times()[:2])
-                before, since = self._worked.get(process.pid, (-1.0, 0.0))
-                if work != before:
-                    self._worked[process.pid] = work, time.monotonic()
-                elif process.poll() is None and time.monotonic() - since > STANDSTILL_SECONDS:
-                    standing.append(process)
-        return standing
+                cpu_seconds = sum(psutil.Process(process.pid).cpu_times()[:2])
+                before, since = self._last_progress.get(process.pid, (-1.0, 0.0))
+                if cpu_seconds != before:
+                    self._last_progress[process.pid] = cpu_seconds, time.monotonic()
+                elif process.poll() is None and time.monotonic() - since > HANG_SECONDS:
+                    hanging.append(process)
+        return hanging
 
 
-def careful_agent(exit_codes: list[int]) -> type:
-    """torchrun's agent, which starts the processes of this machine again, with a better idea of when to.
+def agent_class(exit_codes: list[int]) -> type:
+    """torchrun's agent for the processes of this machine, which knows when a restart would not help.
+
+    What it uses of torchrun is private, see docs/private_apis.md.
 
     Args:
-        exit_codes: those of the processes that ended after a signal are added here.
+        exit_codes: the agent adds the exit codes of processes that it has shut down.
     """
     from torch.distributed.elastic.agent.server.api import WorkerState
     from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 
-    standstill = Standstill()
+    hang_detector = HangDetector()
 
-    class CarefulAgent(LocalElasticAgent):
+    class Agent(LocalElasticAgent):
         def _start_workers(self, worker_group):
             started = super()._start_workers(worker_group)
-            # When one has failed, torchrun gives the others 30 seconds, which one that hangs would use up.
+            # When one has failed, torchrun gives the others 30 seconds, and a hanging one uses them up.
             close = self._pcontext.close
             self._pcontext.close = lambda death_sig=None, timeout=GRACE_AFTER_DEATH_SECONDS: close(death_sig, timeout)
             return started
 
         def _monitor_workers(self, worker_group):
-            for process in standstill.found([handler.proc for handler in self._pcontext.subprocess_handlers.values()]):
-                print(f"process {process.pid} hangs while others are done; ending it", file=sys.stderr, flush=True)
+            processes = [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
+            for process in hang_detector.hanging(processes):
+                print(f"process {process.pid} hangs while others are done; killing it", file=sys.stderr, flush=True)
                 process.kill()
             result = super()._monitor_workers(worker_group)
             failed = {rank: failure.exitcode for rank, failure in result.failures.items()}
@@ -150,17 +163,17 @@ def careful_agent(exit_codes: list[int]) -> type:
                 self._remaining_restarts = 0
             elif result.is_failed() and self._remaining_restarts:
                 rank, code = next(iter(failed.items()))
-                left = self._worker_group.spec.max_restarts - self._remaining_restarts + 1
+                max_restarts = self._worker_group.spec.max_restarts
+                restart = max_restarts - self._remaining_restarts + 1
                 print(
-                    f"process {rank} ended with exit code {code}; starting again "
-                    f"({left} of {self._worker_group.spec.max_restarts})",
+                    f"process {rank} ended with exit code {code}; restarting all ({restart} of {max_restarts})",
                     file=sys.stderr,
                     flush=True,
                 )
             return result
 
         def _stop_workers(self, worker_group):
-            # Healthy ones are stopped when a machine comes back, and save.
+            # Healthy processes are stopped when a machine comes back; they save first.
             healthy = worker_group.state == WorkerState.HEALTHY
             self._shutdown(timeout=GRACE_SECONDS if healthy else GRACE_AFTER_DEATH_SECONDS)
 
@@ -169,44 +182,44 @@ def careful_agent(exit_codes: list[int]) -> type:
             for process in getattr(self._pcontext, "subprocess_handlers", {}).values():
                 exit_codes.append(process.proc.returncode)
 
-    return CarefulAgent
+    return Agent
 
 
-def launch(torchrun_options: list[str], restarts: int, command: list[str]) -> int:
+def launch(torchrun_options: list[str], max_restarts: int, command: list[str]) -> int:
     """Run `command` with torchrun's options; returns the exit code of the first process that failed, else 0."""
-    import torch.distributed.launcher.api as launcher
+    import torch.distributed.launcher.api as launcher_api
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    # Otherwise those that are started again meet in the store of those that died, and find addresses of the dead there.
+    # Otherwise restarted processes share the store of those that died, and find their addresses there.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it reports every failure a second time
-    after_signal: list[int] = []
-    launcher.LocalElasticAgent = careful_agent(after_signal)
-    options = [*torchrun_options, "--max-restarts", str(restarts), "--signals-to-handle", SIGNALS]
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it reports each failure once more
+    exit_codes: list[int] = []  # of processes that were shut down after a signal
+    launcher_api.LocalElasticAgent = agent_class(exit_codes)
+    options = [*torchrun_options, "--max-restarts", str(max_restarts), "--signals-to-handle", SIGNALS]
     try:
         run(parse_args([*options, "--shutdown-timeout", str(GRACE_SECONDS), *command]))
     except ChildFailedError as error:
-        return _failed(error)
+        return _exit_code(error)
     except SignalException as error:
-        if after_signal and set(after_signal) <= {STOPPED, 0}:
+        if exit_codes and set(exit_codes) <= {STOPPED, 0}:
             return STOPPED
-        print("interrupted; train/finetune.py goes on with --resume", file=sys.stderr)
+        print("interrupted; train/finetune.py continues with --resume", file=sys.stderr)
         return 128 + error.sigval
     except RendezvousError as error:
-        print(f"error: the machines did not come together ({error or type(error).__name__})", file=sys.stderr)
+        print(f"error: the machines could not join ({error or type(error).__name__})", file=sys.stderr)
         return 1
     return 0
 
 
-def _failed(error) -> int:
+def _exit_code(error: "ChildFailedError") -> int:
     rank, failure = error.get_first_failure()
-    codes = {failed.exitcode for failed in error.failures.values()}
-    for known in (BAD_INPUT, STOPPED):  # the process has said it in a sentence
-        if known in codes:
-            return known
+    exit_codes = {failure.exitcode for failure in error.failures.values()}
+    for explained in (BAD_INPUT, STOPPED):  # the process has printed why
+        if explained in exit_codes:
+            return explained
     print(f"error: process {rank} ended with exit code {failure.exitcode}", file=sys.stderr)
     return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
 
@@ -214,36 +227,48 @@ def _failed(error) -> int:
 # -------------------------------------------------------------------------------------------------------- command lines
 
 
-def parser_of(where: str) -> argparse.ArgumentParser:
+def command_parser(launcher: str) -> argparse.ArgumentParser:
     """The options of launch/local.sh or launch/machines.sh."""
-    parser = argparse.ArgumentParser(prog=PROG[where], description="Start a command on one machine or on several.")
-    parser.add_argument("-n", type=int, metavar="N", help="processes per machine; by default one per GPU, else one")
+    parser = argparse.ArgumentParser(prog=PROG[launcher], description=DESCRIPTION[launcher])
+    parser.add_argument("-n", type=int, metavar="N", help="processes per machine; default: one per GPU, or one")
     parser.add_argument(
-        "--max-restarts", type=int, default=0, metavar="R", help="how often to start anew when a process has died"
+        "--max-restarts",
+        type=int,
+        default=0,
+        metavar="R",
+        help="maximum number of restarts after a process has died; default: 0",
     )
-    if where == "machines":
-        parser.add_argument("--host", required=True, metavar="ADDRESS[:PORT]", help="the machine where all meet")
+    if launcher == "machines":
         parser.add_argument(
-            "--machines", required=True, metavar="N|MIN:MAX", help="how many; MIN:MAX to go on with fewer"
+            "--host", required=True, metavar="ADDRESS[:PORT]", help="name or address of the machine where all meet"
         )
         parser.add_argument(
-            "--job", required=True, metavar="NAME", help="a name of your choice, the same on all machines"
+            "--machines",
+            required=True,
+            metavar="N|MIN:MAX",
+            help="number of machines; MIN:MAX goes on when some are lost, down to MIN",
         )
+        parser.add_argument("--job", required=True, metavar="NAME", help="any name, the same on all machines")
         parser.add_argument(
-            "--join-seconds", type=int, default=600, metavar="S", help="how long to wait for enough machines"
+            "--join-seconds",
+            type=int,
+            default=600,
+            metavar="S",
+            help="how long to wait for the other machines; default: 600",
         )
     parser.add_argument("command", nargs=argparse.REMAINDER, help="a command of train/ with its arguments")
     return parser
 
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace, processes: int, gpus: int) -> None:
-    """Refuse what cannot be started; exit code 2."""
+    """Refuse options that cannot work, with exit code 2."""
     if not options.command:
         parser.error("name a command, e.g. train/finetune.py")
     if not os.path.isfile(options.command[0]):
-        parser.error(f"{options.command[0]} is no file; name a command such as train/finetune.py")
+        parser.error(f"{options.command[0]} does not exist; name a command such as train/finetune.py")
     if processes < 1 or (gpus and processes > gpus):
-        parser.error(f"-n {processes}: give at least 1{f' and at most {gpus}, one per GPU' if gpus else ''}")
+        limit = f" and at most {gpus}, one per GPU" if gpus else ""
+        parser.error(f"-n {processes}: give at least 1{limit}")
     if options.max_restarts < 0:
         parser.error(f"--max-restarts {options.max_restarts}: give 0 or more")
     if "host" in options:
@@ -252,28 +277,28 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, processe
         with contextlib.suppress(OSError):
             socket.gethostbyname(options.host.partition(":")[0])
             return
-        parser.error(f"--host {options.host}: there is no machine of that name")
+        parser.error(f"--host {options.host}: no machine has this name")
 
 
 def main() -> int:
     """Parse, set the environment, launch."""
-    where = sys.argv[1]
-    parser = parser_of(where)
+    launcher = sys.argv[1]
+    parser = command_parser(launcher)
     options = parser.parse_args(sys.argv[2:])
     gpus = 0 if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else gpu_count()
     processes = options.n if options.n is not None else max(gpus, 1)
     check(parser, options, processes, gpus)
     os.environ |= environment(processes, gpus)
-    per_node = ["--nproc-per-node", str(processes)]
-    if where == "machines":
+    per_machine = ["--nproc-per-node", str(processes)]
+    if launcher == "machines":
         os.environ.setdefault("SPIKETUNE_JOB", options.job)
         network = network_options(options.host, options.machines, options.job, options.join_seconds)
-        return launch([*network, *per_node], options.max_restarts, options.command)
+        return launch([*network, *per_machine], options.max_restarts, options.command)
     if options.max_restarts:
         os.environ.setdefault("SPIKETUNE_JOB", str(uuid.uuid4()))
     if processes == 1 and not options.max_restarts:
         os.execv(sys.executable, [sys.executable, *options.command])
-    return launch(["--standalone", *per_node], options.max_restarts, options.command)
+    return launch(["--standalone", *per_machine], options.max_restarts, options.command)
 
 
 if __name__ == "__main__":

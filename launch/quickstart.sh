@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The main job from nothing: set up, pack the built-in simulated recording, score pixels and frozen features, fine-tune,
-# score, compare. Minutes on a 2-core CPU; what is finished already is not done again.
+# The whole workflow from scratch: set up, pack the built-in simulated recording, score pixels and frozen features,
+# fine-tune, score, compare. Takes minutes on a 2-core CPU; finished steps are skipped.
 #
-#   DATA    shard folder to make or use     (default data/simulated)
+#   DATA    shard folder to create or use   (default data/simulated)
 #   RUNS    folder for the runs             (default runs/quickstart)
 #   N       processes                       (default: one per GPU, or one per core up to 2)
 set -euo pipefail
@@ -19,7 +19,7 @@ fi
 
 step() { echo; echo "== $*"; }
 scored() { [ -e "$runs/$1/eval/val/metrics.json" ]; }
-probe() { # a probe that was interrupted begins anew
+probe() { # an interrupted probe starts over
     scored "$1" || { rm -rf "${runs:?}/$1"; launch/local.sh "${on[@]}" train/probe.py --data "$data" --out "$runs/$1" "${@:2}"; }
 }
 
@@ -45,4 +45,4 @@ step "compare"
 "$python" train/report.py "$runs/pixels" "$runs/frozen" "$runs/finetuned" --out "$runs"
 echo
 echo "read the report:  $runs/report.html"
-echo "see the curves:   ${venv#"$root"/}/bin/tensorboard --logdir $runs   (begin at the tab Custom Scalars)"
+echo "see the curves:   ${venv#"$root"/}/bin/tensorboard --logdir $runs   (start with the tab Custom Scalars)"

@@ -1,5 +1,5 @@
-# The one set-up step that quickstart.sh and test.sh share; to be sourced. It makes .venv or reuses it, and leaves the
-# interpreter in $python. Set PYTHON to choose the Python that .venv is made with.
+# To be sourced by quickstart.sh and test.sh: creates .venv or reuses it, and sets $python to its interpreter. Set PYTHON
+# to choose the Python that .venv is created with.
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 venv="$root/.venv"
@@ -12,13 +12,13 @@ set_up() {
     wanted=$(cat requirements.txt pyproject.toml | sha256sum | cut -d' ' -f1)
     stamp="$venv/.installed-$wanted"
     [ -e "$stamp" ] && return
-    command -v "$base" >/dev/null || fail "there is no $base; install Python 3.11 or newer, or set PYTHON"
+    command -v "$base" >/dev/null || fail "$base not found; install Python 3.11 or newer, or set PYTHON"
     "$base" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
         fail "$base is $("$base" --version 2>&1); Python 3.11 or newer is needed (set PYTHON to choose another)"
-    command -v cc >/dev/null || command -v gcc >/dev/null || fail "there is no C compiler; install one (gcc, say)"
+    command -v cc >/dev/null || command -v gcc >/dev/null || fail "no C compiler found; install one, such as gcc"
     if [ ! -x "$python" ]; then
-        echo "making $venv"
-        "$base" -m venv "$venv" || fail "$base cannot make virtual environments; install its venv module"
+        echo "creating $venv"
+        "$base" -m venv "$venv" || fail "$base cannot create virtual environments; install its venv module"
     fi
     echo "installing the requirements (once; a few minutes)"
     "$python" -m pip install --quiet --disable-pip-version-check -r requirements.txt

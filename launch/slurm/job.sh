@@ -1,16 +1,16 @@
-# What the .sbatch files beside this one share; they source it. Submit them from the project's folder.
+# Sourced by the .sbatch files in this folder. Submit them from the project's folder.
 #
-# Settings, as environment variables of sbatch (`VARIABLE=value sbatch ...`); everything else is Slurm's own, given on
-# the command line (`sbatch --nodes=4 --gpus-per-node=8 --partition=...`):
+# Set these environment variables for sbatch (`VARIABLE=value sbatch ...`); everything else is an option of Slurm
+# (`sbatch --nodes=4 --gpus-per-node=8 --partition=...`):
 #
-#   PROCESSES        processes per node; default: one per GPU, or one where there is none
-#   MAX_RESTARTS     when a process or a node has died, start all that are left again, so often; default 3
-#   MIN_NODES        go on with so few nodes when others are lost (needs sbatch --no-kill); default: all of them
-#   REQUEUE          whether a job that was told to stop queues again and goes on; default 1, 0 lets it end
-#   PYTHON           the interpreter; default: .venv's
+#   PROCESSES        processes per node; default: one per GPU, or one without GPUs
+#   MAX_RESTARTS     maximum number of restarts after a process or a node has died; default: 3
+#   MIN_NODES        fewest nodes to go on with when others are lost (needs sbatch --no-kill); default: all of them
+#   REQUEUE          whether a job that was stopped queues again and goes on; default: 1; 0 lets it end
+#   PYTHON           the interpreter; default: that of .venv
 set -euo pipefail
 
-# A job's processes find each other at its first node, on a port that other jobs do not have.
+# The processes of a job meet at its first node, on a port of this job.
 run_job() {
     local host port name code=0
     export SPIKETUNE_JOB="slurm-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"
@@ -25,10 +25,10 @@ run_job() {
     end_with "$code"
 }
 
-# The batch shell gets the signal of `--signal=B:USR1@...` alone; this passes it on.
+# Only the batch shell receives the signal of `--signal=B:USR1@...`; this passes it on.
 on_signal() {
-    told=
-    trap "told=1; $1" USR1 TERM
+    stopping=
+    trap "stopping=1; $1" USR1 TERM
 }
 
 # `wait` returns early when a signal arrives.
@@ -42,11 +42,11 @@ wait_for() {
     return "$code"
 }
 
-# 75: stopped when told to, everything saved.
+# Exit code 75: stopped on request, with everything saved.
 end_with() {
-    if [ "$1" = 75 ] || { [ -n "$told" ] && [ "$1" != 0 ] && [ "$1" != 2 ]; }; then
+    if [ "$1" = 75 ] || { [ -n "$stopping" ] && [ "$1" != 0 ] && [ "$1" != 2 ]; }; then
         if [ "${REQUEUE:-1}" = 1 ]; then
-            echo "stopped before it was done; queueing again"
+            echo "stopped before the end; queueing again"
             scontrol requeue "$SLURM_JOB_ID"
         fi
     fi

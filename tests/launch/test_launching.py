@@ -108,7 +108,7 @@ if os.environ["RANK"] == "1" and not mark.exists():
     os.kill(os.getpid(), signal.SIGSTOP)
 """
 
-IMPATIENT = "import sys; from launch import processes; processes.STANDSTILL_SECONDS = 2; sys.exit(processes.main())"
+IMPATIENT = "import sys; from launch import processes; processes.HANG_SECONDS = 2; sys.exit(processes.main())"
 
 
 def test_a_process_that_hangs_when_the_others_are_done_is_ended(tmp_path):
@@ -116,5 +116,5 @@ def test_a_process_that_hangs_when_the_others_are_done_is_ended(tmp_path):
     script.write_text(HANGS_AT_ITS_END)
     done = run(sys.executable, "-c", IMPATIENT, "local", "-n", "2", "--max-restarts", "1", script)
     assert done.returncode == 0, done.stderr
-    assert "hangs while others are done; ending it" in done.stderr
-    assert "starting again (1 of 1)" in done.stderr
+    assert "hangs while others are done; killing it" in done.stderr
+    assert "restarting all (1 of 1)" in done.stderr

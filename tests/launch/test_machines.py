@@ -77,7 +77,7 @@ def test_the_machine_that_is_left_goes_on_alone(recording, on_one_machine, tmp_p
         done = finish_started(first)
         second.kill()
     assert done.returncode == 0, done.stderr
-    assert "starting again (1 of 2)" in done.stderr
+    assert "restarting all (1 of 2)" in done.stderr
     assert "resumed after epoch" in done.stdout
     assert losses(run) == pytest.approx(losses(on_one_machine), rel=1e-4)
     assert largest_difference(weights(run), weights(on_one_machine)) < 1e-3

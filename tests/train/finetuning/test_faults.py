@@ -103,7 +103,7 @@ def test_a_lost_process_is_named_and_all_are_started_again(recording, undisturbe
     done = finish_started(started)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 90
-    assert "starting again (1 of 1)" in done.stderr
+    assert "restarting all (1 of 1)" in done.stderr
     assert "resumed after epoch" in done.stdout
     if fault == signal.SIGSTOP:
         assert "rank 1 on" in done.stderr
@@ -116,7 +116,7 @@ def test_bad_input_is_not_tried_again(recording, trained):
     done = launch(2, "--max-restarts", "3", *command)
     assert done.returncode == 2
     assert done.stderr.count("already holds a run") == 1
-    assert "starting again" not in done.stderr
+    assert "restarting" not in done.stderr
 
 
 def test_a_run_that_is_stopped_while_it_scores_scores_again(recording, trained, tmp_path):
