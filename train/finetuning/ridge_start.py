@@ -1,11 +1,12 @@
-"""Head first: readouts that begin at the ridge solution on the features of the backbone as it is, in closed form.
+"""Head first: readouts that start at the ridge solution on the features of the backbone as it is, in closed form.
 
-Each rank computes the features of its own stimuli and gets all stimuli of a slice of them
+Each rank computes the features of its share of the stimuli and gets all stimuli of a slice of the features
 (`train/regression/feature_slices.py`); weights are computed slice by slice. A site's penalty is chosen by exact
 leave-one-out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from train.data.stimuli import StimulusSet
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import mean_score
 from train.models.network import Network
+from train.models.readouts import MaskedReadout
 from train.models.windows import Window, gaussian_windows
 from train.regression.activations import activations_of_share
 from train.regression.feature_slices import exchange_features
@@ -24,6 +26,34 @@ from train.regression.precision import COLUMNS_PER_PRODUCT, ROUNDING, symmetric_
 from train.regression.ridge import RidgeFit, ridge
 
 SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of the classes
+
+
+@dataclass(frozen=True)
+class LinearMap:
+    """From features to outputs: `weight`, float32 (outputs, features), and `bias`, float32 (outputs,)."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor
+
+    @classmethod
+    def stacked(cls, maps: "Sequence[LinearMap]") -> "LinearMap":
+        """The outputs of one map after the other."""
+        return cls(torch.cat([each.weight for each in maps]), torch.cat([each.bias for each in maps]))
+
+
+@dataclass(frozen=True)
+class WindowedRidge:
+    """The ridges of a recording's sites, each through its own window.
+
+    Attributes:
+        score: mean over sites of the leave-one-out R2.
+        windows: int64 (sites,), the number of each site's window.
+        map: from the channels through each site's window.
+    """
+
+    score: float
+    windows: np.ndarray
+    map: LinearMap
 
 
 def start_from_ridge(
@@ -35,17 +65,17 @@ def start_from_ridge(
     workers: int,
     through_windows: bool = False,
 ) -> dict[str, float]:
-    """Set the readouts to the ridge solution on the stimuli to fit.
+    """Set the readouts to the ridge solution on the training stimuli.
 
-    Responses: the target is what the outputs should be (z-scored rates), and a readout that is not linear in all its
-    parameters takes the solution in its own way (`start_from`). Classes: the targets are 0 and 1; the predictions of
-    the stimuli left out one at a time tell how sharp the logits must be to minimise the cross-entropy.
+    Responses: the targets are the ideal outputs (z-scored rates), and a readout that is not linear in all its
+    parameters approximates the solution in its own way (`start_from`). Classes: the targets are 0 and 1; the logits
+    are as sharp as minimises the cross-entropy of the leave-one-out predictions.
 
     The sites of each recording have a ridge of their own, on its stimuli; the classes have one on all stimuli.
 
     Args:
         network: on the runtime's device.
-        stimuli: to fit.
+        stimuli: that are trained on.
         runtime: this process.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
@@ -55,162 +85,190 @@ def start_from_ridge(
         By readout, the leave-one-out score of its ridge: R2, mean over sites (and then over recordings), of "rates";
         top1 of "classes".
     """
+    windows = gaussian_windows() if through_windows else []
+
+    def extract(images: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = network.read(images)
+        if "rates" in features:
+            features["rates"] = _site_features(network, features["rates"], windows)
+        return features
+
     training = network.training
     network.eval()
-    heads, tried = network.heads, gaussian_windows()
-
-    def look(images: torch.Tensor) -> dict[str, torch.Tensor]:
-        read = network.read(images)
-        return {name: seen(x) if name == "rates" else x for name, x in read.items()}
-
-    def seen(x: torch.Tensor) -> torch.Tensor:
-        return heads["rates"].windowed_start_features(x, tried) if through_windows else heads["rates"].start_features(x)
-
-    found = activations_of_share(
-        look, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge"
+    features_of_share = activations_of_share(
+        extract, stimuli, runtime, batch_size=batch_size, workers=workers, label="features for the ridge"
     )
     rows = [len(rank_positions(len(stimuli), rank, runtime.ranks)) for rank in range(runtime.ranks)]
     scores = {}
-    for name, own in found.items():
-        features = exchange_features(own, runtime, rows)
-        if name == "rates" and through_windows:
-            scores[name] = _start_fields(network, features, own.shape[1], tried, stimuli, runtime)
-        elif name == "rates":
-            scores[name] = _start_rates(network, features, stimuli, runtime)
+    for name, all_features in features_of_share.items():
+        features = exchange_features(all_features, runtime, rows)
+        if name == "classes":
+            scores[name] = _start_classes(network, features, stimuli, runtime)
+        elif through_windows:
+            scores[name] = _start_sites_in_windows(network, features, all_features.shape[1], windows, stimuli, runtime)
         else:
-            scores[name] = _start_classes(heads["classes"], features, stimuli, runtime)
+            scores[name] = _start_sites(network, features, stimuli, runtime)
     network.train(training)
     return scores
 
 
-def _solve(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> RidgeFit:
-    """The ridge on every rank, from its slice of the features; it predicts nothing but what it leaves out."""
+def _site_features(network: Network, features: torch.Tensor, windows: Sequence[Window]) -> torch.Tensor:
+    """The features in which the readout to the sites is linear, seen through one window after the other if given."""
+    readout = network.site_readout
+    if not windows:
+        return readout.start_features(features)
+    assert isinstance(readout, MaskedReadout)
+    return readout.windowed_start_features(features, windows)
+
+
+def _fit(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> RidgeFit:
+    """The ridge of all ranks' slices of the features, the same on every rank; it predicts only left-out stimuli."""
     width = int(runtime.sum(torch.tensor(features.shape[1], device=features.device)))
-    found = None
+    fit: RidgeFit | None = None
     if width < len(features):
         whole = runtime.gather_rows(features.T.contiguous()).T
         if runtime.is_main:
-            found = ridge(FeatureMatrix.centred(whole, whole[:0]), targets)
-    elif (products := _inner_products(features, runtime)) is not None:
-        everyone = np.arange(len(features))
-        gram = centred_gram(products.cpu().numpy(), everyone, everyone[:0], ROUNDING["float32"])
-        found = ridge(gram, targets)
-    return runtime.gather_objects(found)[0]
+            fit = ridge(FeatureMatrix.centred(whole, whole[:0]), targets)
+    else:
+        products = _inner_products(features, runtime)
+        if products is not None:
+            everyone = np.arange(len(features))
+            gram = centred_gram(products.cpu().numpy(), everyone, everyone[:0], ROUNDING["float32"])
+            fit = ridge(gram, targets)
+    return runtime.gather_objects(fit)[0]
 
 
 def _inner_products(features: torch.Tensor, runtime: Runtime) -> torch.Tensor | None:
-    """Float64 (n, n), on the leading rank."""
+    """Of the stimuli's features, float64 (stimuli, stimuli), on the main rank; None on the others."""
     total = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
     for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
-        chunk = features[:, start : start + COLUMNS_PER_PRODUCT]
-        total += symmetric_product(chunk - chunk.mean(0, dtype=torch.float64).float(), "float32")
+        columns = features[:, start : start + COLUMNS_PER_PRODUCT]
+        total += symmetric_product(columns - columns.mean(0, dtype=torch.float64).float(), "float32")
     return runtime.reduce_to(total, 0)
 
 
-def _primal(features: torch.Tensor, found: RidgeFit, runtime: Runtime) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights (outputs, features) and bias (outputs,), float32, from the weights of the stimuli.
+def _linear_map(features: torch.Tensor, fit: RidgeFit, runtime: Runtime) -> LinearMap:
+    """A ridge as a map of all features, from its dual weights of the stimuli.
 
-    An output that lacks responses to some stimuli has a dual of 0 there, and its features are centred on the others.
-    One that has none predicts 0.
+    An output that lacks responses to some stimuli has a dual weight of 0 there, and its features are centred on the
+    others. One that has no responses predicts 0.
     """
     device = features.device
-    dual = torch.from_numpy(found.dual).to(device)
-    used = (dual != 0).double()
-    used /= used.sum(0).clamp(min=1)
+    dual = torch.from_numpy(fit.dual).to(device)
+    mean_over_recorded = (dual != 0).double()
+    mean_over_recorded /= mean_over_recorded.sum(0).clamp(min=1)
     weights, shift = [], torch.zeros(dual.shape[1], dtype=torch.float64, device=device)
     for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
-        chunk = features[:, start : start + COLUMNS_PER_PRODUCT].double()
-        weights.append((chunk - chunk.mean(0)).T @ dual)
-        shift += ((used.T @ chunk) * weights[-1].T).sum(1)
-    own = torch.cat(weights).float() if weights else torch.zeros(0, dual.shape[1], device=device)
-    weight = torch.from_numpy(runtime.gather_rows(own)).to(device).T
-    bias = torch.from_numpy(np.nan_to_num(found.mean)).to(device) - runtime.sum(shift)
-    return weight, bias.float()
+        columns = features[:, start : start + COLUMNS_PER_PRODUCT].double()
+        weights.append((columns - columns.mean(0)).T @ dual)
+        shift += ((mean_over_recorded.T @ columns) * weights[-1].T).sum(1)
+    slice_weight = torch.cat(weights).float() if weights else torch.zeros(0, dual.shape[1], device=device)
+    weight = torch.from_numpy(runtime.gather_rows(slice_weight)).to(device).T
+    bias = torch.from_numpy(np.nan_to_num(fit.mean)).to(device) - runtime.sum(shift)
+    return LinearMap(weight, bias.float())
 
 
-def _of_each(
-    network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime
-) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """Of each recording, the features of its stimuli, and what the outputs to its sites should be."""
-    rates = stimuli.rates_of(np.arange(len(stimuli))).to(runtime.device)
-    targets = network.objective.responses.target(rates).cpu().numpy()
-    sizes = [len(part) for part in stimuli.recordings]
-    own_targets = np.split(targets, np.cumsum(sizes)[:-1])
-    for part, own, wanted in zip(stimuli.recordings, features.split(sizes), own_targets, strict=True):
-        yield own, wanted[:, part.columns]
-
-
-def _start_rates(network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
-    ridges, scores = [], []
-    for own, target in _of_each(network, features, stimuli, runtime):
-        found = _solve(own, target, runtime)
-        ridges.append(_primal(own, found, runtime))
-        scores.append(mean_score(found.inner_r2))
-    weight, bias = map(torch.cat, zip(*ridges, strict=True))
-    network.heads["rates"].start_from(weight, bias, _outputs(features, weight, bias, runtime))
-    return float(np.mean(scores))
-
-
-def _outputs(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, runtime: Runtime) -> torch.Tensor:
-    """What weights (outputs, features) and bias make of all stimuli, float32 (stimuli, outputs)."""
+def _outputs(features: torch.Tensor, linear_map: LinearMap, runtime: Runtime) -> torch.Tensor:
+    """The outputs of a map for all stimuli, float32 (stimuli, outputs), from each rank's slice of the features."""
+    weight = linear_map.weight
     first = runtime.rank * weight.shape[1] // runtime.ranks
-    own = weight[:, first : first + features.shape[1]].double()
+    slice_weight = weight[:, first : first + features.shape[1]].double()
     total = torch.zeros(len(features), len(weight), dtype=torch.float64, device=features.device)
     for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
-        total += (
-            features[:, start : start + COLUMNS_PER_PRODUCT].double() @ own[:, start : start + COLUMNS_PER_PRODUCT].T
-        )
-    return (runtime.sum(total) + bias).float()
+        columns = slice(start, start + COLUMNS_PER_PRODUCT)
+        total += features[:, columns].double() @ slice_weight[:, columns].T
+    return (runtime.sum(total) + linear_map.bias).float()
 
 
-def _start_fields(
-    network: Network, features: torch.Tensor, width: int, tried: list[Window], stimuli: StimulusSet, runtime: Runtime
+def _recordings(
+    network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime
+) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
+    """For each recording, the features of its stimuli and the ideal outputs to its sites."""
+    rates, responses = stimuli.rates_of(np.arange(len(stimuli))), network.objective.responses
+    assert rates is not None
+    assert responses is not None
+    targets = responses.target(rates.to(runtime.device)).cpu().numpy()
+    sizes = [len(recording) for recording in stimuli.recordings]
+    targets_of_recordings = np.split(targets, np.cumsum(sizes)[:-1])
+    for recording, own_features, own_targets in zip(
+        stimuli.recordings, features.split(sizes), targets_of_recordings, strict=True
+    ):
+        yield own_features, own_targets[:, recording.columns]
+
+
+def _start_sites(network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
+    """Start the readout to the sites at a ridge per recording; returns the mean leave-one-out score."""
+    maps, scores = [], []
+    for own_features, targets in _recordings(network, features, stimuli, runtime):
+        fit = _fit(own_features, targets, runtime)
+        maps.append(_linear_map(own_features, fit, runtime))
+        scores.append(mean_score(fit.inner_r2))
+    start = LinearMap.stacked(maps)
+    network.site_readout.start_from(start.weight, start.bias, _outputs(features, start, runtime))
+    return float(np.mean(scores))
+
+
+def _start_sites_in_windows(
+    network: Network,
+    features: torch.Tensor,
+    width: int,
+    windows: Sequence[Window],
+    stimuli: StimulusSet,
+    runtime: Runtime,
 ) -> float:
-    """As `_start_rates`, with the window of each site whose ridge predicts its left-out responses best.
+    """As `_start_sites`, each site through the window whose ridge best predicts its left-out responses.
 
     Args:
+        network: its readout has masks.
         features: this rank's slice of the `width` features, which are those through one window after the other.
+        width: of all features.
+        windows: to choose from.
+        stimuli: that are trained on.
+        runtime: this process.
     """
-    found = [
-        _best_windows(own, width, len(tried), target, runtime)
-        for own, target in _of_each(network, features, stimuli, runtime)
+    ridges = [
+        _best_windows(own_features, width, len(windows), targets, runtime)
+        for own_features, targets in _recordings(network, features, stimuli, runtime)
     ]
-    scores, places, weights, biases = zip(*found, strict=True)
-    head, weight = network.heads["rates"], torch.cat(weights)
-    head.set_windows([tried[index] for index in np.concatenate(places)])
-    head.start_from(weight, torch.cat(biases), weight.new_zeros(0))
-    return float(np.mean(scores))
+    start, readout = LinearMap.stacked([ridge.map for ridge in ridges]), network.site_readout
+    assert isinstance(readout, MaskedReadout)
+    readout.set_windows([windows[number] for ridge in ridges for number in ridge.windows])
+    readout.start_from(start.weight, start.bias, start.weight.new_zeros(0))
+    return float(np.mean([ridge.score for ridge in ridges]))
 
 
 def _best_windows(
-    features: torch.Tensor, width: int, windows: int, target: np.ndarray, runtime: Runtime
-) -> tuple[float, np.ndarray, torch.Tensor, torch.Tensor]:
-    """Of the sites of a recording: their mean leave-one-out score, windows, weights (sites, channels) and biases."""
-    channels, first, sites = width // windows, runtime.rank * width // runtime.ranks, target.shape[1]
-    best, place = np.full(sites, -np.inf), np.zeros(sites, int)
+    features: torch.Tensor, width: int, windows: int, targets: np.ndarray, runtime: Runtime
+) -> WindowedRidge:
+    """The ridges of a recording's sites through their best of so many windows; features as above."""
+    channels, first, sites = width // windows, runtime.rank * width // runtime.ranks, targets.shape[1]
+    best_r2, best_window = np.full(sites, -np.inf), np.zeros(sites, int)
     weight = torch.zeros(sites, channels, device=runtime.device)
     bias = torch.zeros(sites, device=runtime.device)
-    for index in range(windows):
-        start, stop = (max(edge * channels - first, 0) for edge in (index, index + 1))
-        through = features[:, start:stop]
-        found = _solve(through, target, runtime)
-        better = np.nan_to_num(found.inner_r2, nan=-np.inf) > best
-        best[better], place[better] = found.inner_r2[better], index
-        own_weight, own_bias = _primal(through, found, runtime)
+    for window in range(windows):
+        start, stop = (max(edge * channels - first, 0) for edge in (window, window + 1))
+        windowed_features = features[:, start:stop]
+        fit = _fit(windowed_features, targets, runtime)
+        better = np.nan_to_num(fit.inner_r2, nan=-np.inf) > best_r2
+        best_r2[better], best_window[better] = fit.inner_r2[better], window
+        linear_map = _linear_map(windowed_features, fit, runtime)
         chosen = torch.from_numpy(better).to(runtime.device)
-        weight[chosen], bias[chosen] = own_weight[chosen], own_bias[chosen]
-    return mean_score(np.where(np.isfinite(best), best, np.nan)), place, weight, bias
+        weight[chosen], bias[chosen] = linear_map.weight[chosen], linear_map.bias[chosen]
+    score = mean_score(np.where(np.isfinite(best_r2), best_r2, np.nan))
+    return WindowedRidge(score, best_window, LinearMap(weight, bias))
 
 
-def _start_classes(head: torch.nn.Linear, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
-    labels = stimuli.labels
-    found = _solve(features, np.eye(head.out_features, dtype=np.float32)[labels], runtime)
-    sharpness = min(SHARPNESS, key=lambda factor: _mean_cross_entropy(factor * found.left_out, labels))
-    weight, bias = _primal(features, found, runtime)
+def _start_classes(network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
+    """Start the readout to the classes at a ridge; returns the leave-one-out accuracy."""
+    readout, labels = network.class_readout, stimuli.labels
+    assert labels is not None
+    fit = _fit(features, np.eye(readout.out_features, dtype=np.float32)[labels], runtime)
+    sharpness = min(SHARPNESS, key=lambda factor: _mean_cross_entropy(factor * fit.left_out, labels))
+    start = _linear_map(features, fit, runtime)
     with torch.no_grad():
-        head.weight.copy_(weight * sharpness)
-        head.bias.copy_(bias * sharpness)
-    return float((found.left_out.argmax(1) == labels).mean())
+        readout.weight.copy_(start.weight * sharpness)
+        readout.bias.copy_(start.bias * sharpness)
+    return float((fit.left_out.argmax(1) == labels).mean())
 
 
 def _mean_cross_entropy(logits: np.ndarray, labels: np.ndarray) -> float:
