@@ -8,7 +8,7 @@ batch through the same network and loss: forward, backward, step, zero_grad. `ba
 is what a short script would do: the timm network itself, images normalised beforehand, `mse_loss`, fused AdamW.
 
 Each variant is a process of its own with one thread: one process without a strategy, the same under DDP over gloo,
-and under each stage of ZeRO (DeepSpeed over gloo); `pulse` is our loop on two processes under DDP, with the message
+and under each stage of ZeRO (DeepSpeed over gloo); `heartbeat` is our loop on two processes under DDP, with the message
 that they exchange in every step (train/distributed/heartbeat.py) and without it. In each round every loop does a block
 of steps, in random order. Times are medians over the blocks, in ms a step; differences and ratios are medians of
 those within a round, with their quartiles; by the clock on the wall, and by the CPU time of the process, which other
@@ -41,7 +41,7 @@ from train.models.network import Network, parameter_groups
 from train.run.recipe import Recipe
 
 ALONE = ("plain", *(name for name in STRATEGIES if "offload" not in name))
-VARIANTS = (*ALONE, "pulse")
+VARIANTS = (*ALONE, "heartbeat")
 SMALL, LARGE = ("test_resnet", 64, 8), ("resnet18", 96, 32)  # network, px, stimuli
 WARM_UP = 3  # blocks of each loop that do not count
 MOST_ADDED = 0.3  # ms that our loop may add to a bare step of the tiny network
@@ -53,14 +53,14 @@ PAIRS = {
     "ours - lean": ("ours", "lean"),
     "noise": ("bare again", "bare"),
 }
-PULSE_PAIRS = {"pulse": ("with the pulse", "without"), "noise": ("without again", "without")}
+HEARTBEAT_PAIRS = {"heartbeat": ("with the heartbeat", "without"), "noise": ("without again", "without")}
 Step = Callable[[], object]
 
 
 def recipe_for(variant: str, large: bool) -> Recipe:
     """What is trained in a variant."""
     network, side, batch = LARGE if large else SMALL
-    strategy = setting_of("ddp" if variant in ("plain", "pulse") else variant)
+    strategy = setting_of("ddp" if variant in ("plain", "heartbeat") else variant)
     return recipe_of(network, side, batch, strategy=strategy, optimizer={"name": "adamw"}, loader={"workers": 0})
 
 
@@ -148,8 +148,8 @@ def measure_variant(options: argparse.Namespace) -> dict[str, dict[str, Sequence
         training(recipe, options.data, Path(folder) / "run") as run,
     ):
         [batch] = first_step(run)
-        if options.one == "pulse":
-            return measure(with_and_without_pulse(run, batch), options.rounds, options.steps)
+        if options.one == "heartbeat":
+            return measure(with_and_without_heartbeat(run, batch), options.rounds, options.steps)
         if options.one == "ddp":
             run = under_ddp(run)
         loops = {
@@ -162,7 +162,7 @@ def measure_variant(options: argparse.Namespace) -> dict[str, dict[str, Sequence
         return measure(loops, options.rounds, options.steps)
 
 
-def with_and_without_pulse(run: Training, batch: Batch) -> dict[str, Step]:
+def with_and_without_heartbeat(run: Training, batch: Batch) -> dict[str, Step]:
     """Our step as one of several processes; all of them take the same turns."""
     step = ours(run, batch)
 
@@ -170,7 +170,7 @@ def with_and_without_pulse(run: Training, batch: Batch) -> dict[str, Step]:
         run.runtime.beat(0.0)
         step()
 
-    return {"with the pulse": beating, "without": step, "without again": ours(run, batch)}
+    return {"with the heartbeat": beating, "without": step, "without again": ours(run, batch)}
 
 
 def compared(turns: Turns, one: str, other: str) -> dict[str, float]:
@@ -190,7 +190,7 @@ def summary(turns: Turns, pairs: dict[str, tuple[str, str]]) -> dict[str, dict[s
 def run_variant(variant: str, data: Path, options: argparse.Namespace) -> dict[str, dict]:
     """Measure a variant in a process of its own; its summary by each clock."""
     result = data.parent / f"{variant}.json"
-    start = ["bash", "launch/local.sh", "-n", 2] if variant == "pulse" else [sys.executable]
+    start = ["bash", "launch/local.sh", "-n", 2] if variant == "heartbeat" else [sys.executable]
     words = [*start, __file__, "--one", variant, "--data", data, "--json", result]
     words += ["--rounds", options.rounds, "--steps", options.steps]
     if options.large:
@@ -199,7 +199,7 @@ def run_variant(variant: str, data: Path, options: argparse.Namespace) -> dict[s
     code, said = run_alone(words, TIMEOUT, **environment)
     if code != 0:
         sys.exit(f"{variant} ended with {code}:\n{said}")
-    pairs = PULSE_PAIRS if variant == "pulse" else PAIRS
+    pairs = HEARTBEAT_PAIRS if variant == "heartbeat" else PAIRS
     return {clock: summary(Turns(times), pairs) for clock, times in read_results(result).items()}
 
 
@@ -245,9 +245,11 @@ def main() -> None:
     for clock in CLOCKS:
         header = [f"ms a step, {clock}", "ours", "bare", "unfused", "lean", *PAIRS]
         print(table([header, *(row(name, by_clock[clock]) for name, by_clock in found.items() if name in ALONE)]))
-        if "pulse" in found:
-            pulse = found["pulse"][clock]
-            print(f"the pulse, on two processes: {shown(pulse['pulse'])}; noise: {shown(pulse['noise'])}")
+        if "heartbeat" in found:
+            heartbeat = found["heartbeat"][clock]
+            print(
+                f"the heartbeat, on two processes: {shown(heartbeat['heartbeat'])}; noise: {shown(heartbeat['noise'])}"
+            )
         if "plain" in found and not options.large:
             print(verdict(found["plain"][clock]))
     write_json(options, found)

@@ -43,7 +43,7 @@ def test_two_machines_train_as_one(recording, on_one_machine, tmp_path, processe
 
 
 def test_a_slow_link_shows_as_communication(recording, on_one_machine, tmp_path):
-    """So slow that a step's gradients take a quarter of a second; the pulse and the losses travel beside them."""
+    """So slow that a step's gradients take a quarter of a second; the heartbeat and the losses travel beside them."""
     run = tmp_path / "run"
     quick = charts(on_one_machine)
     gradients = sum(

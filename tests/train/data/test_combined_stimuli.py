@@ -11,7 +11,7 @@ from helpers import assert_refused, run_here
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launching import SMALL
-from several import pack_recording, pack_two
+from make_recordings import pack_recording, pack_two
 from web_server import serve
 
 from data_prep.common.errors import BadInput

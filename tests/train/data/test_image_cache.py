@@ -14,8 +14,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from cached_images import memory_of_images
 from helpers import ROOT
-from kept_images import memory_of_images
 from launching import SMALL, losses, succeed
 from make_sources import make_folder
 

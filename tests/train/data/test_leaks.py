@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+from cached_images import memory_of_images
 from helpers import ROOT
-from kept_images import memory_of_images
 from make_sources import make_folder
 
 from data_prep.shards.folder import ShardFolder

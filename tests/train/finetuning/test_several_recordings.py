@@ -11,7 +11,7 @@ import torch
 import yaml
 from helpers import assert_refused, run_here
 from launching import SMALL, history, largest_difference, losses, succeed, weights
-from several import pack_two
+from make_recordings import pack_two
 from sklearn.metrics import r2_score
 
 from data_prep.shards.folder import ShardFolder

@@ -10,8 +10,8 @@ import torch
 from helpers import assert_refused, run_here
 from hostile import FIRST, edit, flip, place_in
 from launching import SMALL, history, succeed, weights
+from make_recordings import pack_two
 from make_sources import make_folder
-from several import pack_two
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.shards.folder import ShardFolder
