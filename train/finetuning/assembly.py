@@ -15,6 +15,7 @@ from train.finetuning.optimizer import build_optimizer
 from train.finetuning.preparation import PreparedRun
 from train.finetuning.resume import StartingPoint
 from train.finetuning.ridge_start import start_from_ridge
+from train.finetuning.selection_scoring import SelectionScoring
 from train.models.network import Network, parameter_groups
 from train.run.monitor import Monitor
 from train.run.tensorboard import training_pages
@@ -40,6 +41,15 @@ def build(run: PreparedRun, start: StartingPoint, runtime: Runtime) -> Training:
         pages = training_pages(recipe.task.predicts_responses, recipe.task.predicts_classes, run.recording_names)
         monitor.tensorboard.arrange(pages)
     introduce(run, network, size, ridge_scores, runtime, monitor)
+    scoring = SelectionScoring(
+        network=network,
+        average=average,
+        fit=run.data.fit,
+        selection=run.data.selection,
+        runtime=runtime,
+        batch_size=recipe.evaluation_batch_size,
+        workers=run.workers,
+    )
     return Training(
         recipe=recipe,
         folder=run.folder,
@@ -48,8 +58,7 @@ def build(run: PreparedRun, start: StartingPoint, runtime: Runtime) -> Training:
         network=network,
         average=average,
         loader=run.loader,
-        selection=run.data.selection,
-        workers=run.workers,
+        scoring=scoring,
         monitor=monitor,
         progress=start.progress,
     )

@@ -26,8 +26,8 @@ class EarlyStopping:
         """Whether too many epochs in a row were no better than the best."""
         return self._progress.epochs_without_improvement >= self._patience
 
-    def is_best(self, scores: Scores) -> bool:
-        """Compare the scores of the current epoch with the best so far, and note them in `progress` if they are better.
+    def update(self, scores: Scores) -> bool:
+        """Compare the current epoch with the best so far, and record it if it is better; returns whether it is.
 
         Raises:
             RunFailed: the selection metric has no value.

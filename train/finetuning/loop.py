@@ -11,7 +11,6 @@ from data_prep.common.progress import Progress as ProgressBar
 from train.data.augment import augment
 from train.data.batches import Batch
 from train.data.loader import TrainLoader
-from train.data.stimuli import StimulusSet
 from train.distributed.engine import Engine
 from train.distributed.runtime import Runtime
 from train.evaluation.scoring import Scores
@@ -47,8 +46,7 @@ class Training:
         network: the network itself.
         average: running average of its weights, or None.
         loader: this rank's training batches.
-        selection: the stimuli that select the best epoch, by the mean over recordings of their scores.
-        workers: decoding processes per rank.
+        scoring: scores the stimuli that select the best epoch.
         monitor: log and charts.
         progress: where the run stands.
     """
@@ -60,31 +58,20 @@ class Training:
     network: Network
     average: RunningAverage | None
     loader: TrainLoader
-    selection: StimulusSet
-    workers: int
+    scoring: SelectionScoring
     monitor: Monitor
     progress: Progress
 
     def __post_init__(self) -> None:
-        recipe, runtime, monitor, fit = self.recipe, self.runtime, self.monitor, self.loader.stimuli
-        self._scoring = SelectionScoring(
-            network=self.network,
-            average=self.average,
-            fit=fit,
-            selection=self.selection,
-            runtime=runtime,
-            batch_size=recipe.evaluation_batch_size,
-            workers=self.workers,
-        )
-        self._early_stopping = EarlyStopping(recipe.early_stopping.patience, self.progress, self.selection)
+        recipe, runtime, monitor = self.recipe, self.runtime, self.monitor
+        fit, selection = self.scoring.fit, self.scoring.selection
+        self._early_stopping = EarlyStopping(recipe.early_stopping.patience, self.progress, selection)
         self._epoch_loss = EpochLoss(runtime, self.progress)
         self._non_finite = NonFiniteSteps(self.network, fit, runtime, recipe.faults.bad_steps, monitor.log)
         self._checkpoints = CheckpointWriter(
             self.folder.checkpoints, recipe.checkpoint.keep, self.engine, self.network, self.average, runtime
         )
-        self._charts = TrainingCharts(
-            self.network, runtime, monitor, fit, self.selection, self.progress.selection_split
-        )
+        self._charts = TrainingCharts(self.network, runtime, monitor, fit, selection, self.progress.selection_split)
         self._log = EpochLog(monitor, self.progress, recipe.epochs)
         self._bottlenecks = Bottlenecks()
 
@@ -101,7 +88,7 @@ class Training:
             try:
                 epoch = self._train_epoch()
                 training_ended = time.monotonic()
-                scores = self._scoring.scores()
+                scores = self.scoring.scores()
             except Stopped as stop:
                 self._save_mid_epoch()
                 raise Stopped(f"{stop} after step {self.progress.step}; saved") from None
@@ -111,8 +98,8 @@ class Training:
     def _score_start(self) -> None:
         """Score and save a start in closed form: an epoch has to improve on it to be the best."""
         started = time.monotonic()
-        scores = self._scoring.scores()
-        self._early_stopping.is_best(scores)
+        scores = self.scoring.scores()
+        self._early_stopping.update(scores)
         self._log.start(scores, time.monotonic() - started)
         self._checkpoints.save(self.progress)
 
@@ -141,11 +128,11 @@ class Training:
         self.network.train()
         self._epoch_loss.begin()
         drops = plateaus(self.recipe.schedule, self.progress.improved)
-        steps_left, total_wait = self.loader.steps - self._steps_into_epoch, 0.0
+        first_step, total_wait = self._steps_into_epoch, 0.0
         label = f"epoch {self.progress.epoch + 1}"
-        with ProgressBar(steps_left, label, "steps", silent=not self.runtime.is_main) as bar:
+        with ProgressBar(self.loader.steps - first_step, label, "steps", silent=not self.runtime.is_main) as bar:
             step_began = time.monotonic()
-            for micro_batches in self.loader.epoch(self.progress.epoch, self._steps_into_epoch):
+            for micro_batches in self.loader.epoch(self.progress.epoch, first_step):
                 data_wait = time.monotonic() - step_began
                 total_wait += data_wait
                 self.runtime.beat(data_wait + self.engine.clock.seconds.get("forward", 0.0))
@@ -171,12 +158,10 @@ class Training:
         Returns:
             This rank's share of the losses, by name, on the device.
         """
-        seed_step(self.recipe.seed, self.progress.step, self.runtime.rank, self.runtime.device)
-        set_rates(self.engine, self.recipe.schedule, self.progress.step, self.loader.steps * self.recipe.epochs, drops)
-        shares = [
-            self._forward_and_backward(index, batch.to(self.runtime.device))
-            for index, batch in enumerate(micro_batches)
-        ]
+        device, total_steps = self.runtime.device, self.loader.steps * self.recipe.epochs
+        seed_step(self.recipe.seed, self.progress.step, self.runtime.rank, device)
+        set_rates(self.engine, self.recipe.schedule, self.progress.step, total_steps, drops)
+        shares = [self._forward_and_backward(index, batch.to(device)) for index, batch in enumerate(micro_batches)]
         with self.engine.clock.part("optimizer"):
             left_out = self.engine.step()
         self.engine.clock.finish_step()
@@ -215,7 +200,7 @@ class Training:
         """Select, report, save."""
         self.progress.epoch += 1
         self.progress.losses, self.progress.left_out = [], 0
-        is_best = self._early_stopping.is_best(scores)
+        is_best = self._early_stopping.update(scores)
         self.progress.improved.append(is_best)
         self._log.epoch(epoch, scores, is_best, score_seconds)
         self._charts.chart_epoch(self.progress.step, scores, epoch.seconds + score_seconds)
