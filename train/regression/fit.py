@@ -54,8 +54,9 @@ FitType = TypeVar("FitType", bound=Fit)
 def fit_site_groups(
     predictors: Predictors,
     rates: np.ndarray,
-    fit_group: Callable[[Predictors, np.ndarray], FitType],
-    result: FitType,
+    components: int | None,
+    fit_group: Callable[[Predictors, np.ndarray, int | None], FitType],
+    fit_type: type[FitType],
 ) -> FitType:
     """Fit together the sites that were recorded for the same stimuli: they share one decomposition.
 
@@ -64,15 +65,17 @@ def fit_site_groups(
     Args:
         predictors: of all stimuli.
         rates: float32 or float64 (n, sites); NaN = not recorded.
+        components: number of components to use; all where None.
         fit_group: fits float64 responses (stimuli, sites) without NaN.
-        result: an empty fit, which is filled.
+        fit_type: of the result.
     """
+    fit = fit_type.empty(len(predictors.cross), len(rates), rates.shape[1])
     patterns, pattern_of_site = np.unique(~np.isnan(rates), axis=1, return_inverse=True)
     for index, recorded in enumerate(patterns.T):
         if recorded.sum() < MIN_STIMULI:
             continue
         sites = np.flatnonzero(pattern_of_site == index)
         of_group = predictors if recorded.all() else predictors.subset(recorded)
-        group = fit_group(of_group, rates[recorded][:, sites].astype(np.float64))
-        result.insert(group, recorded, sites)
-    return result
+        group = fit_group(of_group, rates[recorded][:, sites].astype(np.float64), components)
+        fit.insert(group, recorded, sites)
+    return fit

@@ -61,11 +61,6 @@ class GramMatrix:
         """Sum of the eigenvalues."""
         return float(np.trace(self.fit))
 
-    @property
-    def held_out(self) -> int:
-        """Number of stimuli held out."""
-        return len(self.cross)
-
     def predict(self, dual: np.ndarray) -> np.ndarray:
         """Predictions (held out, sites) of dual weights (n, sites), without the mean."""
         return self.cross @ dual
@@ -107,11 +102,6 @@ class FeatureMatrix:
     def trace(self) -> float:
         """Sum of the eigenvalues of the Gram matrix."""
         return float(np.square(self.fit).sum())
-
-    @property
-    def held_out(self) -> int:
-        """Number of stimuli held out."""
-        return len(self.cross)
 
     def predict(self, dual: np.ndarray) -> np.ndarray:
         """Predictions (held out, sites) of dual weights (n, sites), without the mean."""

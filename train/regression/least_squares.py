@@ -1,49 +1,35 @@
-"""Ordinary least squares on principal components, and partial least squares."""
-
-from functools import partial
+"""Ordinary least squares on principal components, and partial least squares, of sites recorded for all stimuli."""
 
 import numpy as np
 
-from train.regression.fit import Fit, fit_site_groups
+from train.regression.fit import Fit
 from train.regression.gram import GramMatrix, Predictors
 
 
-def least_squares(predictors: Predictors, rates: np.ndarray, components: int | None = None) -> Fit:
+def least_squares(predictors: Predictors, rates: np.ndarray, components: int | None) -> Fit:
     """Ordinary least squares on principal component scores: a = U S^-2 U' y.
 
     Args:
         predictors: of the stimuli to fit and those held out.
-        rates: float32 or float64 (n, sites); NaN = not recorded.
+        rates: float64 (n, sites), without NaN.
         components: number of principal components; all where None.
     """
-    empty = Fit.empty(predictors.held_out, *rates.shape)
-    return fit_site_groups(predictors, rates, partial(_least_squares_of_group, components=components), empty)
-
-
-def _least_squares_of_group(predictors: Predictors, rates: np.ndarray, components: int | None) -> Fit:
     spectrum = predictors.spectrum.leading(components)
     mean = rates.mean(axis=0)
     dual = spectrum.vectors @ ((spectrum.vectors.T @ (rates - mean)) / spectrum.values[:, None])
     return Fit(prediction=(predictors.predict(dual) + mean).astype(np.float32), dual=dual, mean=mean)
 
 
-def partial_least_squares(predictors: Predictors, rates: np.ndarray, dimensions: int | None = None) -> Fit:
+def partial_least_squares(predictors: Predictors, rates: np.ndarray, components: int | None) -> Fit:
     """Partial least squares of all sites together, through the Gram matrix (Rosipal and Trejo 2001).
 
-    Features and responses are centred, not scaled.
+    Each latent dimension is the one with the largest covariance with the residual responses, found exactly as the
+    leading eigenvector of Y' K Y rather than by NIPALS' iteration. Features and responses are centred, not scaled.
 
     Args:
         predictors: of the stimuli to fit and those held out, as a Gram matrix.
-        rates: float32 or float64 (n, sites); NaN = not recorded.
-        dimensions: number of latent dimensions; as many as there are where None.
-    """
-    empty = Fit.empty(predictors.held_out, *rates.shape)
-    return fit_site_groups(predictors, rates, partial(_partial_least_squares_of_group, dimensions=dimensions), empty)
-
-
-def _partial_least_squares_of_group(predictors: Predictors, rates: np.ndarray, dimensions: int | None) -> Fit:
-    """Each latent dimension is the one with the largest covariance with the residual responses, found exactly as the
-    leading eigenvector of Y' K Y rather than by NIPALS' iteration.
+        rates: float64 (n, sites), without NaN.
+        components: number of latent dimensions; as many as there are where None.
     """
     if not isinstance(predictors, GramMatrix):
         raise TypeError("partial least squares needs a Gram matrix")
@@ -51,7 +37,7 @@ def _partial_least_squares_of_group(predictors: Predictors, rates: np.ndarray, d
     kernel, residual = predictors.fit.copy(), rates - mean
     floor = np.trace(kernel) * len(kernel) * np.finfo(np.float64).eps
     directions, scores = [], []
-    for _ in range(min(dimensions or len(rates), len(rates) - 1)):
+    for _ in range(min(components or len(rates), len(rates) - 1)):
         _, vectors = np.linalg.eigh(residual.T @ kernel @ residual)
         direction = residual @ vectors[:, -1]
         length = np.linalg.norm(direction)

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 
-from train.regression.fit import Fit
+from train.regression.fit import Fit, fit_site_groups
 from train.regression.gram import Predictors, centred_gram
 from train.regression.least_squares import least_squares, partial_least_squares
 from train.regression.ridge import ridge
@@ -38,9 +38,9 @@ def regress(predictors: Predictors, rates: np.ndarray, method: Method) -> Fit:
         case "ridge":
             return ridge(predictors, rates, method.components)
         case "ols":
-            return least_squares(predictors, rates, method.components)
+            return fit_site_groups(predictors, rates, method.components, least_squares, Fit)
         case "pls":
-            return partial_least_squares(predictors, rates, method.components)
+            return fit_site_groups(predictors, rates, method.components, partial_least_squares, Fit)
 
 
 def folded_r2(

@@ -1,7 +1,6 @@
 """Ridge regression with a penalty per site, chosen by exact leave-one-out."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Self
 
 import numpy as np
@@ -56,8 +55,7 @@ def ridge(predictors: Predictors, rates: np.ndarray, components: int | None = No
         rates: float32 or float64 (n, sites); NaN = not recorded.
         components: number of principal components; all where None.
     """
-    empty = RidgeFit.empty(predictors.held_out, *rates.shape)
-    return fit_site_groups(predictors, rates, partial(_fit_group, components=components), empty)
+    return fit_site_groups(predictors, rates, components, _fit_group, RidgeFit)
 
 
 def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None) -> RidgeFit:
