@@ -1,4 +1,4 @@
-"""Text for a terminal is aligned, and nothing that others wrote moves its cursor."""
+"""Text for a terminal is aligned, and no text from a file moves its cursor."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Downloads over a network that fails in every way that a local server can play."""
+"""Downloads of public files over a network that fails in every way that a local server can imitate."""
 
 import hashlib
 import http.server
@@ -106,17 +106,17 @@ def server():
 
 
 @pytest.fixture
-def said():
+def reports():
     return []
 
 
 @pytest.fixture
-def download(server, tmp_path, said):
+def download(server, tmp_path, reports):
     """Download IT.h5 from the server; returns the path."""
 
     def run(sha1=SHA1, name="IT.h5", **settings):
         settings = {"first_pause": 0.01, "timeout": 5.0, "retries": 3} | settings
-        files = PublicFiles(report=said.append, **settings)
+        files = PublicFiles(report=reports.append, **settings)
         return files.fetch(RemoteFile(f"{server.url}/{name}", name, sha1), tmp_path)
 
     return run
@@ -130,19 +130,19 @@ def ranges(server):
     return [headers.get("Range") for _, headers in server.requests]
 
 
-# ---- it goes well --------------------------------------------------------------------------------------------------
+# ---- success -------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_comes_whole_and_leaves_nothing_else(download, tmp_path):
+def test_a_file_arrives_and_leaves_nothing_else(download, tmp_path):
     assert download().read_bytes() == DATA
     assert left(tmp_path) == ["IT.h5"]
 
 
-def test_what_is_there_is_not_downloaded_again(download, server, said):
+def test_an_existing_file_is_not_downloaded_again(download, server, reports):
     download()
     download()
     assert len(server.requests) == 1
-    assert "exists already" in said[-1]
+    assert "exists already" in reports[-1]
 
 
 def test_without_a_checksum_the_kind_of_file_is_checked(download):
@@ -159,15 +159,15 @@ def test_from_a_mirror_under_the_files_own_path(server, tmp_path):
 # ---- connections that break ----------------------------------------------------------------------------------------
 
 
-def test_a_cut_connection_goes_on_where_it_ended(download, server, said):
+def test_a_cut_connection_is_resumed(download, server, reports):
     server.scenes = [scene(cut=100_000), scene(cut=250_000)]
     assert download().read_bytes() == DATA
     assert ranges(server) == [None, "bytes=100000-", "bytes=250000-"]
     assert server.requests[1][1]["If-Range"] == ETAG
-    assert "cut after 100,000 of" in said[0]
+    assert "cut after 100,000 of" in reports[0]
 
 
-def test_a_later_call_goes_on_as_well(download, server, tmp_path):
+def test_a_later_call_resumes_too(download, server, tmp_path):
     server.scenes = [scene(cut=120_000)]
     with pytest.raises(RunFailed, match="what has arrived is kept"):
         download(retries=0)
@@ -188,27 +188,27 @@ def test_a_server_that_ignores_ranges_is_read_from_the_beginning(download, serve
     assert download().read_bytes() == DATA
 
 
-def test_a_file_that_changed_meanwhile_is_not_glued_to_the_old_one(download, server):
+def test_a_file_that_changed_meanwhile_is_not_joined_to_the_old_one(download, server):
     new = DATA[:8] + DATA[:7:-1]
     server.scenes = [scene(cut=100_000), scene(content=new, etag='"second"')]
     assert download(sha1=hashlib.sha1(new).hexdigest()).read_bytes() == new
 
 
-def test_parts_of_different_files_are_noticed_by_the_checksum(download, server, tmp_path, said):
+def test_parts_of_different_files_are_noticed_by_the_checksum(download, server, tmp_path, reports):
     """Without an ETag nothing else can tell."""
     (tmp_path / "IT.h5.part").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(1000))
     assert download().read_bytes() == DATA
     assert ranges(server) == ["bytes=1008-", None]
-    assert "downloading all of it again" in said[0]
+    assert "downloading all of it again" in reports[0]
 
 
-def test_a_part_that_is_whole_already_only_gets_its_name(download, server, tmp_path):
+def test_a_complete_part_only_gets_its_name(download, server, tmp_path):
     (tmp_path / "IT.h5.part").write_bytes(DATA)
     assert download().read_bytes() == DATA
     assert len(server.requests) == 1
 
 
-def test_a_part_that_is_too_long_is_thrown_away(download, tmp_path):
+def test_a_part_that_is_too_long_is_discarded(download, tmp_path):
     (tmp_path / "IT.h5.part").write_bytes(DATA + b"more")
     assert download().read_bytes() == DATA
 
@@ -217,10 +217,10 @@ def test_a_part_that_is_too_long_is_thrown_away(download, tmp_path):
 
 
 @pytest.mark.parametrize("code", [500, 503, 429])
-def test_a_busy_server_is_asked_again(download, server, code, said):
+def test_a_busy_server_is_asked_again(download, server, code, reports):
     server.scenes = [refusal(code), refusal(code, Retry_After="0")]
     assert download().read_bytes() == DATA
-    assert str(code) in said[0]
+    assert str(code) in reports[0]
 
 
 def test_pauses_grow_and_heed_the_server(download, server, monkeypatch):
@@ -248,10 +248,10 @@ def test_a_file_that_is_not_there_is_not_asked_for_again(download, server, tmp_p
     assert left(tmp_path) == []
 
 
-def test_a_silent_server_is_given_up_and_asked_again(download, server, said):
+def test_a_silent_server_is_given_up_and_asked_again(download, server, reports):
     server.scenes = [lambda handler: time.sleep(1.0), scene(cut=200_000, pause=1.0)]
     assert download(timeout=0.3).read_bytes() == DATA
-    assert "no answer in time" in said[0]
+    assert "no answer in time" in reports[0]
 
 
 def test_a_slow_but_steady_server_is_waited_for(download, server):
@@ -266,7 +266,7 @@ def test_a_server_that_cannot_be_reached(tmp_path):
         PublicFiles(retries=1, first_pause=0.01, report=lambda _: None).fetch(file, tmp_path)
 
 
-# ---- what comes is not the file ------------------------------------------------------------------------------------
+# ---- the answer is not the file ------------------------------------------------------------------------------------
 
 
 def test_a_wrong_checksum_is_refused_and_the_file_put_aside(download, tmp_path):
@@ -309,7 +309,7 @@ def test_the_confirmation_page_for_large_files_is_confirmed(download, server):
     assert ranges(server)[-1] == "bytes=100000-"
 
 
-def test_a_page_that_leads_out_of_the_web_is_not_followed(download, server):
+def test_a_page_that_leads_to_a_local_file_is_not_followed(download, server):
     server.scenes = [page('<form id="download-form" action="file:///etc/hostname"></form>')]
     with pytest.raises(RunFailed, match="not a web address"):
         download(sha1=None)
@@ -318,7 +318,7 @@ def test_a_page_that_leads_out_of_the_web_is_not_followed(download, server):
 # ---- the disk ------------------------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_keeps_what_came(server, tmp_path):
+def test_a_full_disk_keeps_what_arrived(server, tmp_path):
     """A limit on the size of files stands for the full disk: the kernel refuses to write in the same way."""
     command = ["data_prep/fetch.py", "it-course", "--out", tmp_path, "--mirror", server.url]
     limited = run_command(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
@@ -333,7 +333,7 @@ def test_a_full_disk_keeps_what_came(server, tmp_path):
     assert ranges(server)[-1] == "bytes=100000-"
 
 
-def test_too_little_space_is_known_before(download, monkeypatch):
+def test_too_little_space_is_noticed_first(download, monkeypatch):
     monkeypatch.setattr("data_prep.remote.public_files.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(RunFailed, match=r"no space for IT\.h5"):
         download()
@@ -370,7 +370,7 @@ def test_two_downloads_of_a_file_do_not_mix(download, server, tmp_path):
 # ---- the command ---------------------------------------------------------------------------------------------------
 
 
-def test_the_command_cites_and_says_how_to_go_on(server, tmp_path, monkeypatch):
+def test_the_command_cites_and_says_how_to_continue(server, tmp_path, monkeypatch):
     files = tuple(RemoteFile("https://example.invalid/", name, SHA1) for name in ("a.nc", "b"))
     known = DATASETS["majaj2015"]
     dataset = Dataset(known.title, known.citation, known.licence, files, known.pack, note="Images are elsewhere.")
@@ -394,7 +394,7 @@ def test_the_command_cites_and_says_how_to_go_on(server, tmp_path, monkeypatch):
         (["tvsd", "--out", "x", "--retries", "-1"], "retries"),
     ],
 )
-def test_bad_words_are_refused(words, complaint):
+def test_bad_options_are_refused(words, complaint):
     assert_refused(run_here("data_prep/fetch.py", *words), complaint)
 
 

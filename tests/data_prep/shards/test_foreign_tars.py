@@ -1,4 +1,4 @@
-"""Folders of tars that others wrote: WebDataset's own writer, or plain tar in any of its formats."""
+"""Folders of tars of other origin: WebDataset's own writer, or plain tar in any of its formats."""
 
 import io
 import json
@@ -141,7 +141,7 @@ def test_names_tell_the_split(tmp_path, names, splits):
         (["pipe:touch hacked.tar"], "rename it to letters, digits"),
     ],
 )
-def test_names_that_leave_a_doubt_are_refused(tmp_path, names, words):
+def test_ambiguous_names_are_refused(tmp_path, names, words):
     for number, name in enumerate(names):
         write_samples(tmp_path / name, [number])
     with pytest.raises(BadInput, match=words):
@@ -207,10 +207,10 @@ def test_a_folder_that_cannot_be_written_has_its_index_elsewhere_or_in_memory(fo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for nowhere in (True, False):
         assert len(ShardFolder(folder).split("train")) == 14
-        said = capfd.readouterr().err
-        assert said.count("note: ") == 1
-        assert f"{folder} cannot be written (Read-only file system)" in said
-        assert ("read again each time" if nowhere else f"kept as {tmp_path / 'cache'}") in said
+        notes = capfd.readouterr().err
+        assert notes.count("note: ") == 1
+        assert f"{folder} cannot be written (Read-only file system)" in notes
+        assert ("read again each time" if nowhere else f"kept as {tmp_path / 'cache'}") in notes
     rewrite(folder / "train-0.tar", lambda data: data.__setitem__(slice(None), bytes(len(data))))
     assert len(ShardFolder(folder).split("train")) == 14
     assert capfd.readouterr().err == ""
