@@ -50,7 +50,8 @@ from data_prep.sources.folder import Folder
 from train.data.decoding import decode
 from train.evaluation.predictions_file import read_predictions
 from train.models.weights import read_weights
-from train.run.checkpoint import SUMS, Progress, _sum, load_progress, load_tensors, newest_whole
+from train.run.checkpoint import CHECKSUMS, checksum, load_progress, load_tensors, newest_intact
+from train.run.progress import Progress
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe
 from train.sweeping.sweep_settings import SweepSettings
 
@@ -157,13 +158,13 @@ def targets(folder: Path) -> dict[str, Target]:
 
     def safetensors(data: bytes) -> None:
         (scratch / "network.safetensors").write_bytes(data)
-        (scratch / SUMS).write_text(json.dumps({"network.safetensors": _sum(scratch / "network.safetensors")}))
+        (scratch / CHECKSUMS).write_text(json.dumps({"network.safetensors": checksum(scratch / "network.safetensors")}))
         load_tensors(scratch, "network")
 
     def sums(data: bytes) -> None:
         (scratch / "step_1").mkdir(exist_ok=True)
-        (scratch / "step_1" / SUMS).write_bytes(data)
-        newest_whole(scratch)
+        (scratch / "step_1" / CHECKSUMS).write_bytes(data)
+        newest_intact(scratch)
 
     def image(data: bytes) -> None:
         for read in (image_size, convert_to_png, lambda data: decode(data, "jpg"), lambda data: decode(data, "png")):

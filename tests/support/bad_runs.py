@@ -230,9 +230,9 @@ def _run(spoil: Callable[[Path, Kit], Any], *words: Any, command: str = EVALUATE
 
 
 def _seal(found: Path) -> None:
-    if (found / checkpoint.SUMS).is_file() and found.is_dir():
-        files = [file for file in found.iterdir() if file.name != checkpoint.SUMS and file.is_file()]
-        (found / checkpoint.SUMS).write_text(json.dumps({file.name: checkpoint._sum(file) for file in files}))
+    if (found / checkpoint.CHECKSUMS).is_file() and found.is_dir():
+        files = [file for file in found.iterdir() if file.name != checkpoint.CHECKSUMS and file.is_file()]
+        (found / checkpoint.CHECKSUMS).write_text(json.dumps({file.name: checkpoint.checksum(file) for file in files}))
 
 
 def _in_best(name: str, change: Callable[[Path, Kit], Any]) -> Callable[[Path, Kit], Any]:
@@ -272,7 +272,7 @@ def _best_leads(to: str) -> Callable[[Path, Kit], Any]:
     return spoil
 
 
-_SUMS = f"checkpoints/best/{checkpoint.SUMS}"
+_SUMS = f"checkpoints/best/{checkpoint.CHECKSUMS}"
 _INFINITE = torch.tensor(float("inf"))
 
 RUNS: dict[str, Case] = {
@@ -308,7 +308,7 @@ RUNS: dict[str, Case] = {
         _run(_progress(site_ids=["site_001", "site_000", "site_002", "site_003"]), command=FINETUNE),
         ("site list", "'site_001' is 'site_000'"),
     ),
-    "fewer sites": (_run(_progress(site_ids=["site_000"])), ("site list", "1 against 4")),
+    "fewer sites": (_run(_progress(site_ids=["site_000"])), ("site list", "1 of them, not 4")),
     "other classes": (_run(_progress(classes=["a", "b", "c", "d"])), ("class list",)),
     "sums that are a list": (_run(lambda run, _: (run / _SUMS).write_text("[]"), resealed=False), ("sha256.json",)),
     "sums of files elsewhere": (
@@ -317,7 +317,7 @@ RUNS: dict[str, Case] = {
     ),
     "sums of files elsewhere, resumed": (
         _run(lambda run, _: (run / _SUMS).write_text('{"/dev/zero": "0"}'), resealed=False, command=FINETUNE),
-        ("no whole checkpoint", "sha256.json"),
+        ("not a complete checkpoint", "sha256.json"),
     ),
     "a bit flipped": (
         _run(_in_best("network.safetensors", lambda path, _: flip(path, 9000)), resealed=False),

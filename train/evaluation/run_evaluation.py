@@ -26,8 +26,9 @@ from train.evaluation.predictions_file import PREDICTIONS_FILE
 from train.evaluation.score_charts import chart_figures, chart_site_scores
 from train.evaluation.scoring import RecordingScores, check_enough_stimuli, score
 from train.models.network import Network
-from train.run.checkpoint import Progress, checked_tensors, current, load_progress
+from train.run.checkpoint import load_matching_tensors, load_progress, resolve_checkpoint
 from train.run.folder import LEFT_OUT, RunFolder, check_writable, open_run
+from train.run.progress import Progress
 from train.run.recipe import Recipe
 from train.run.tensorboard import TensorBoard
 
@@ -87,21 +88,21 @@ def prepare(options: Evaluate, run: Path, split: str) -> list[Job]:
     """
     folder, recipe = open_run(run)
     check_writable(folder.path)
-    checkpoint = current(folder.checkpoints, options.checkpoint)
+    checkpoint = resolve_checkpoint(folder.checkpoints, options.checkpoint)
     progress = load_progress(checkpoint)
     if options.shard_cache is not None:
         recipe.loader.shard_cache = options.shard_cache
     if options.on_bad_sample is not None:
         recipe.loader.on_bad_sample = options.on_bad_sample
     recordings = [ShardFolder(data, recipe.loader.fetch) for data in options.data or folder.data_folders()]
-    if len(recordings) > 1 and not progress.is_of_several:
+    if len(recordings) > 1 and not progress.has_several_recordings:
         raise BadInput(f"data: {run} was trained on one recording; give one shard folder")
     positions_left_out = _left_out(folder, recipe, progress, recordings) if split == LEFT_OUT else {}
     caches = ImageCaches(recipe.loader, single_pass=True)
     jobs = []
     for shards in Recordings(recordings).folders:
         name = shards.manifest.name
-        recording = name if progress.is_of_several else None
+        recording = name if progress.has_several_recordings else None
         _check_fits(progress, recording, shards)
         bad_samples = BadSamples(recipe.loader)
         stimuli = _stimuli(
@@ -128,7 +129,7 @@ def prepare(options: Evaluate, run: Path, split: str) -> list[Job]:
 def _check_fits(progress: Progress, recording: str | None, shards: ShardFolder) -> None:
     where = str(shards.folder)
     if recording is not None:
-        progress = progress.of(recording, where)
+        progress = progress.for_recording(recording, where)
     progress.check_fits(shards.manifest, where)
 
 
@@ -164,7 +165,7 @@ def _left_out(
     if recipe.early_stopping.split != "inner":
         raise BadInput(f"{folder.path} was fitted on all of train (early_stopping.split: val): no stimuli are left out")
     opened = {shards.manifest.name: shards for shards in scored}
-    if progress.is_of_several:
+    if progress.has_several_recordings:
         for name, shards in opened.items():
             progress.rows_of(name, str(shards.folder))
         folder_of = dict(zip(folder.recordings(), folder.data_folders(), strict=False))
@@ -209,7 +210,7 @@ def evaluate(job: Job, runtime: Runtime) -> RecordingScores:
         )
     network = Network(job.recipe.for_evaluation(), job.manifest, job.stimuli.size)
     rows = slice(None) if job.recording is None else job.progress.rows_of(job.recording, str(job.shards.folder))
-    network.load_state_dict(checked_tensors(network, job.checkpoint, "network", rows))
+    network.load_state_dict(load_matching_tensors(network, job.checkpoint, "network", rows))
     workers = job.recipe.loader.workers if job.options.workers is None else job.options.workers
     label = f"evaluating {job.split}"
     if job.recording is not None:

@@ -10,7 +10,8 @@ from train.distributed.engine import Engine, batch_norm_statistics
 from train.distributed.runtime import Runtime
 from train.finetuning.ema import RunningAverage
 from train.models.network import Network
-from train.run.checkpoint import Progress, save_checkpoint
+from train.run.checkpoint import save_checkpoint
+from train.run.progress import Progress
 
 
 class CheckpointWriter:

@@ -6,7 +6,7 @@ from data_prep.common.errors import DIVERGED, RunFailed
 from train.data.stimuli import StimulusSet
 from train.evaluation.metrics import LOWER_IS_BETTER
 from train.evaluation.scoring import Scores
-from train.run.checkpoint import Progress
+from train.run.progress import Progress
 
 
 class EarlyStopping:

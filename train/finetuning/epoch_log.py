@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from data_prep.shards.manifest import to_json_list
 from train.evaluation.scoring import Scores
-from train.run.checkpoint import Progress
 from train.run.monitor import Monitor
+from train.run.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import torch
 
 from data_prep.common.errors import DIVERGED, RunFailed
 from train.distributed.runtime import Runtime
-from train.run.checkpoint import Progress
+from train.run.progress import Progress
 
 
 class EpochLoss:

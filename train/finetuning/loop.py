@@ -26,9 +26,9 @@ from train.finetuning.schedule import plateaus, set_rates
 from train.finetuning.seeding import seed_step
 from train.finetuning.selection_scoring import SelectionScoring
 from train.models.network import Network
-from train.run.checkpoint import Progress
 from train.run.folder import RunFolder
 from train.run.monitor import Monitor
+from train.run.progress import Progress
 from train.run.recipe import Recipe
 
 STEPS_BETWEEN_READS = 10  # of the losses; each read waits for the device

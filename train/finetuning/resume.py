@@ -10,14 +10,14 @@ from train.finetuning.ema import RunningAverage
 from train.finetuning.preparation import PreparedRun
 from train.models.network import Network
 from train.run.checkpoint import (
-    Progress,
-    checked_tensors,
-    forget_newer,
+    load_matching_tensors,
     load_progress,
     load_tensors,
-    newest_whole,
+    newest_intact,
+    remove_newer,
 )
 from train.run.monitor import Monitor
+from train.run.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class StartingPoint:
         networks = {"network": network} if average is None else {"training": network, "network": average.network}
         saved_by_as_many_ranks = len(self.progress.losses) == runtime.ranks > 1
         for file, target in networks.items():
-            target.load_state_dict(checked_tensors(target, self.checkpoint, file))
+            target.load_state_dict(load_matching_tensors(target, self.checkpoint, file))
             if saved_by_as_many_ranks:
                 _load_statistics_of_rank(target, self.checkpoint, file, runtime.rank)
         network.backbone.weights_from = "the run's checkpoint"
@@ -90,7 +90,7 @@ def starting_point(run: PreparedRun, runtime: Runtime) -> StartingPoint:
     checkpoint: Path | None = None
     faults: list[str] = []
     if run.resume and runtime.is_main:
-        checkpoint, faults = newest_whole(run.folder.checkpoints)
+        checkpoint, faults = newest_intact(run.folder.checkpoints)
     checkpoint, faults = runtime.gather_objects((checkpoint, faults))[0]
     if checkpoint is None:
         if faults:
@@ -98,7 +98,7 @@ def starting_point(run: PreparedRun, runtime: Runtime) -> StartingPoint:
         return StartingPoint(None, fresh, [])
     progress = load_progress(checkpoint)
     if progress.recording != fresh.recording:
-        order = ", in the same order" if progress.is_of_several else ""
+        order = ", in the same order" if progress.has_several_recordings else ""
         raise BadInput(f"{run.folder.path} was trained on other shards; resume it with the --data it began with{order}")
     progress.check_fits(manifest, " and ".join(map(str, run.locations)))
     return StartingPoint(checkpoint, progress if progress.step else fresh, faults)
@@ -109,7 +109,7 @@ def rewind_to(start: StartingPoint, run: PreparedRun, monitor: Monitor, runtime:
     for fault in start.faults:
         monitor.log(f"warning: {fault}; using the checkpoint before it")
     if start.checkpoint is not None and runtime.is_main:
-        forget_newer(run.folder.checkpoints, start.progress)
+        remove_newer(run.folder.checkpoints, start.progress)
     if start.is_fresh:
         monitor.rewind(-1, -1)
         monitor.log("no step was saved: starting from the beginning")

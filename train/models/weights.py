@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from data_prep.common.errors import BadInput
-from train.run.checkpoint import current, load_tensors
+from train.run.checkpoint import load_tensors, resolve_checkpoint
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")  # keys under which trainers store a state dict
 PREFIXES = ("module.", "model.")  # that wrappers put before its names
@@ -85,7 +85,7 @@ def read_weights(source: Path) -> dict[str, torch.Tensor]:
     Raises:
         BadInput: no such file, a damaged one, or one that holds more than tensors.
     """
-    best = current(source / "checkpoints", "best")
+    best = resolve_checkpoint(source / "checkpoints", "best")
     return _named_as_in_timm(load_tensors(best, "network") if best.is_dir() else _read_file(source))
 
 

@@ -27,7 +27,7 @@ from train.models.joined_layers import modules_of
 from train.models.layer_selection import choose_layers
 from train.models.timm_networks import check_network_name
 from train.probing.layer_regressions import Partition
-from train.run.checkpoint import current, load_progress
+from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
 from train.run.recipe import ProbeRecipe
 
@@ -154,7 +154,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
 
 def _image_size_of_run(weights: Path) -> int | None:
     """Side of the images that a run was trained on, if the weights are those of a run; else None."""
-    return load_progress(current(weights / "checkpoints", "best")).image_size if weights.is_dir() else None
+    return load_progress(resolve_checkpoint(weights / "checkpoints", "best")).image_size if weights.is_dir() else None
 
 
 def _build_extractor(recipe: ProbeRecipe, size: int) -> tuple[ImageFeatures, list[str]]:

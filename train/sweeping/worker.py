@@ -15,7 +15,7 @@ from data_prep.remote.url import move_secrets_to_environment
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.storage import open_files
 from train.models.timm_networks import check_network_name
-from train.run.checkpoint import current, load_progress
+from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
 from train.run.recipe import Recipe, save_recipe
 from train.sweeping.plan import Plan, load_plan
@@ -206,7 +206,7 @@ def read_result(run: RunFolder) -> tuple[float, dict[str, float]]:
     """The best value of a run's selection metric, and best_epoch, epochs and seconds (of training and scoring)."""
     epochs = [json.loads(line) for line in run.history.read_text(encoding="utf-8").splitlines()]
     seconds = sum(epoch["train_seconds"] + epoch["score_seconds"] for epoch in epochs)
-    progress = load_progress(current(run.checkpoints, "best"))
+    progress = load_progress(resolve_checkpoint(run.checkpoints, "best"))
     assert progress.best is not None  # a run that is done has scored an epoch
     facts = {"best_epoch": progress.best_epoch, "epochs": epochs[-1]["epoch"], "seconds": round(seconds, 1)}
     return progress.best, facts

@@ -14,7 +14,8 @@ from train.distributed.engine import Engine
 from train.finetuning.optimizer import build_optimizer, set_momentum
 from train.finetuning.schedule import momentum, plateaus, rate_factor
 from train.models.network import Network, parameter_groups
-from train.run.checkpoint import Progress, load_tensors, save_checkpoint
+from train.run.checkpoint import load_tensors, save_checkpoint
+from train.run.progress import Progress
 from train.run.recipe import Recipe, Schedule
 
 settings.register_profile("unhurried", deadline=None)  # the machine may be busy

@@ -10,7 +10,7 @@ from helpers import run_here
 from launching import SMALL, STOP_WHILE_SCORING, largest_difference, losses, run_patched, weights
 
 from data_prep.common.errors import FAILURE, STOPPED
-from train.run.checkpoint import newest_whole
+from train.run.checkpoint import newest_intact
 from train.run.folder import RunFolder
 
 PAGE = 4096
@@ -66,7 +66,7 @@ def assert_ended_in_a_sentence(done, *words: str) -> None:
 
 def assert_goes_on(run: Path, trained: Path) -> None:
     """From its newest checkpoint, which is whole, to the end of one that nothing disturbed."""
-    checkpoint, faults = newest_whole(run / "checkpoints")
+    checkpoint, faults = newest_intact(run / "checkpoints")
     assert checkpoint is not None
     assert faults == []
     assert not list((run / "checkpoints").glob(".step_*"))

@@ -21,8 +21,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data_prep.common import locks
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import load_manifest
-from train.run.checkpoint import Progress
 from train.run.folder import RunFolder
+from train.run.progress import Progress
 from train.run.recipe import load_recipe
 from train.sweeping.plan import load_plan, setting_of
 from train.sweeping.queue import TrialStatus, open_study

@@ -18,7 +18,8 @@ from data_prep.shards.manifest import Manifest
 from train.models.network import Network
 from train.models.readouts import Linear
 from train.run import predictor
-from train.run.checkpoint import Progress, checked_tensors
+from train.run.checkpoint import load_matching_tensors
+from train.run.progress import Progress
 from train.run.recipe import Recipe
 
 TOLERANCE = 1e-4  # largest difference of an exported network's outputs, relative to the spread of the outputs
@@ -79,7 +80,7 @@ def load_trained(
         rows: of the readout, which belong to the recording (`Progress.rows_of`).
     """
     network = Network(recipe.for_evaluation(), manifest, progress.image_size)
-    network.load_state_dict(checked_tensors(network, checkpoint, "network", rows))
+    network.load_state_dict(load_matching_tensors(network, checkpoint, "network", rows))
     return TrainedNetwork(network.eval(), recipe, manifest, progress)
 
 

@@ -10,7 +10,7 @@ from train.evaluation.exporting.network_export import TrainedNetwork, load_train
 from train.evaluation.exporting.prediction_export import Assembly, assemble, mat_bytes, netcdf_bytes
 from train.evaluation.options import Export
 from train.evaluation.predictions_file import PREDICTIONS_FILE, read_predictions
-from train.run.checkpoint import current, load_progress
+from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder, check_writable, open_run
 
 PREDICTION_FORMATS = {"netcdf": (".nc", netcdf_bytes), "mat": (".mat", mat_bytes)}
@@ -107,13 +107,13 @@ def _find_shards(options: Export, folder: RunFolder) -> ShardFolder | None:
 
 def _load_network(options: Export) -> TrainedNetwork:
     folder, recipe = open_run(options.run)
-    checkpoint = current(folder.checkpoints, options.checkpoint)
+    checkpoint = resolve_checkpoint(folder.checkpoints, options.checkpoint)
     progress = load_progress(checkpoint)
     data = options.data or _data_of(options, folder)
     rows = slice(None)
     if options.recording is not None:
         rows = progress.rows_of(options.recording, "--recording")
-        progress = progress.of(options.recording, "--recording")
+        progress = progress.for_recording(options.recording, "--recording")
     manifest = ShardFolder(data).manifest
     progress.check_fits(manifest, str(data))
     return load_trained(recipe, checkpoint, progress, manifest, rows)
