@@ -312,7 +312,7 @@ def test_raw_pixels_are_taken_as_they_are():
 def test_raw_pixels_of_another_kind_are_refused(array):
     with pytest.raises(ValueError, match=r"raw pixels must be uint8 \(H, W, 3\), not (uint|float)"):
         decode(npy(array), "image.npy")
-    with pytest.raises(ValueError, match="not a whole npy array"):
+    with pytest.raises(ValueError, match="not a complete npy array"):
         decode(npy(IMAGE)[:-1], "image.npy")
 
 
