@@ -190,7 +190,7 @@ def test_without_a_whole_checkpoint_nothing_goes_on(trained, recording, tmp_path
     for file in (run / "checkpoints").glob("step_*/network.safetensors"):
         flip(file)
     done = run_here("train/finetune.py", "--data", recording, "--out", run, "--resume")
-    assert_refused(done, "no whole checkpoint", "network.safetensors")
+    assert_refused(done, "no intact checkpoint", "network.safetensors")
     assert_refused(run_here("train/evaluate.py", run), "network.safetensors", "damaged")
 
 

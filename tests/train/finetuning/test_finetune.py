@@ -197,7 +197,7 @@ def test_early_stopping_stops_all_processes(recording, tmp_path, processes):
     options = [*SMALL, "--epochs", "30", "--early-stopping.patience", "2", "--optimizer.lr", "1e-9"]
     done = launch(processes, "train/finetune.py", "--data", recording, "--out", out, *options)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("no improvement") == 1
+    assert done.stdout.count("stopped early") == 1
     progress = load_progress(out / "checkpoints" / "last")
     assert len(losses(out)) == progress.epoch == progress.best_epoch + 2 < 30
     assert progress.improved[-3:] == [True, False, False]
