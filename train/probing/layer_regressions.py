@@ -164,5 +164,6 @@ class LayerRegressions:
             return Similarity()
         layer = products[np.ix_(self._held_out, self._held_out)]
         centred = complete - complete.mean(0)
-        brain = centred @ centred.T
+        # A copy, because numpy multiplies an array by its own transpose in a routine that rounds differently.
+        brain = centred @ centred.copy().T
         return Similarity(rsa(layer, brain), cka(layer, brain))
