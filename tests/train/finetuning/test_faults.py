@@ -131,15 +131,15 @@ def test_a_run_that_is_stopped_while_it_scores_scores_again(recording, trained, 
 
 # The fourth step's loss is NaN on the last rank.
 NAN_ONCE = """
-part = module.SquaredError.part
+contribution = module.SquaredError.contribution
 def broken(self, outputs, batch, sum_over_ranks):
     if self.training:
         broken.calls += 1
-    value = part(self, outputs, batch, sum_over_ranks)
+    value = contribution(self, outputs, batch, sum_over_ranks)
     last = os.environ.get("RANK", "0") == str(int(os.environ.get("WORLD_SIZE", "1")) - 1)
     return value * float("nan") if broken.calls in {calls} and last and self.training else value
 broken.calls = 0
-module.SquaredError.part = broken
+module.SquaredError.contribution = broken
 """
 
 
@@ -207,13 +207,13 @@ module.Network.forward = broken
 def test_a_full_disk_ends_logging_but_not_the_run(recording, tmp_path):
     """Charts and the log are lost, and that is said; a checkpoint that cannot be saved ends the run in a sentence."""
     patch = """
-import errno
+import errno, logging
 def full(*_, **__):
     raise OSError(errno.ENOSPC, "No space left on device")
 module.SummaryWriter.add_scalar = full
-module.logging.FileHandler.flush = full
+logging.FileHandler.flush = full
 """
-    done = run_patched("run.monitor", patch, "--data", recording, "--out", tmp_path / "run", *SMALL)
+    done = run_patched("run.tensorboard", patch, "--data", recording, "--out", tmp_path / "run", *SMALL)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("cannot be written (No space left on device); continuing without charts") == 1
     assert done.stderr.count("log.txt cannot be written") == 1
