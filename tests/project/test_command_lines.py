@@ -30,8 +30,7 @@ def imported_by(*command: str) -> set[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_imports_nothing_slow(command):
-    slow = {*SLOW} - ({"h5py", "pyarrow"} if command.endswith("pack.py") else set())
-    assert imported_by(command, "--help") & slow == set()
+    assert imported_by(command, "--help") & {*SLOW} == set()
 
 
 @pytest.mark.parametrize(

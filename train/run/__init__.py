@@ -1,1 +1,1 @@
-"""What a run is told and what it leaves: recipe, folder, checkpoints, log, TensorBoard, figures, exported files."""
+"""Recipes, run folders, checkpoints, log and TensorBoard."""
