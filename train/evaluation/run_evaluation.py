@@ -20,10 +20,10 @@ from train.data.recordings import Recordings, subset_positions
 from train.data.stimuli import RecordingStimuli
 from train.distributed.launch_environment import ranks_on_machine, world_size
 from train.distributed.runtime import Runtime
+from train.evaluation.figures.score_charts import chart_figures, chart_site_scores
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, metrics_report
 from train.evaluation.options import Evaluate
 from train.evaluation.predictions_file import PREDICTIONS_FILE
-from train.evaluation.score_charts import chart_figures, chart_site_scores
 from train.evaluation.scoring import RecordingScores, check_enough_stimuli, score
 from train.models.network import Network
 from train.run.checkpoint import load_matching_tensors, load_progress, resolve_checkpoint

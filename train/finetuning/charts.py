@@ -16,9 +16,9 @@ from train.data.batches import Batch
 from train.data.stimuli import StimulusSet
 from train.distributed.engine import Engine
 from train.distributed.runtime import Runtime
+from train.evaluation.figures.score_charts import chart_figures, chart_site_scores
 from train.evaluation.metrics import mean_score, site_scores
 from train.evaluation.moments import SiteMoments
-from train.evaluation.score_charts import chart_figures, chart_site_scores
 from train.evaluation.scoring import Scores, chart_names, chart_values
 from train.models.network import Network
 from train.run.monitor import Monitor

@@ -10,7 +10,7 @@ import torch
 
 from data_prep.common.atomic_writes import write_bytes, write_json
 from data_prep.shards.manifest import to_json_list
-from train.evaluation.layer_figure import layer_figure, layer_label
+from train.evaluation.figures.layer_figure import layer_figure, layer_label
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, regression_block, report_head
 from train.evaluation.moments import SiteMoments
 from train.evaluation.predictions_file import Predictions

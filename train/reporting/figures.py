@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from train.evaluation.figure_style import (
+from train.evaluation.figures.figure_style import (
     BLUE,
     GREEN,
     ORANGE,
@@ -23,9 +23,9 @@ from train.evaluation.figure_style import (
     plain,
     short,
 )
-from train.evaluation.layer_figure import draw_layers
+from train.evaluation.figures.layer_figure import draw_layers
+from train.evaluation.figures.prediction_figures import draw_confusion
 from train.evaluation.metrics import LOWER_IS_BETTER
-from train.evaluation.prediction_figures import draw_confusion
 from train.reporting.data_efficiency import describe_gains, have_seeds
 from train.reporting.groups import METRICS, R2, Group
 from train.reporting.reported_run import ReportedRun, ScoredRun

@@ -16,7 +16,7 @@ import numpy as np
 from data_prep.common.errors import BadInput
 from data_prep.common.terminal import printable
 from train.evaluation.comparison import ScoredPredictions
-from train.evaluation.layer_figure import layer_label
+from train.evaluation.figures.layer_figure import layer_label
 from train.reporting.run_files import (
     Classification,
     Environment,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from train.evaluation.figure_style import encoded, new_figure
+from train.evaluation.figures.figure_style import encoded, new_figure
 from train.sweeping.plan import SEED, Plan, as_choice
 from train.sweeping.standings import Standings
 

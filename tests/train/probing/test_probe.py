@@ -13,7 +13,7 @@ from sklearn.linear_model import LinearRegression, RidgeCV
 
 from data_prep.shards.folder import ShardFolder
 from train.data.stimuli import RecordingStimuli
-from train.evaluation.layer_figure import layer_label
+from train.evaluation.figures.layer_figure import layer_label
 from train.regression.ridge import PENALTIES
 
 LAYERS = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]

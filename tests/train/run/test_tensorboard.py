@@ -10,7 +10,7 @@ from boards import served
 from helpers import run_here
 from launching import SMALL, metrics
 
-from train.evaluation.prediction_figures import mean_errors
+from train.evaluation.figures.prediction_figures import mean_errors
 from train.finetuning import charts
 
 HYBRID = ["--task.kind", "hybrid", "--epochs", "2"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from train.evaluation.figure_style import BLUE, VERMILLION, encoded, finished, known, new_figure, plain
+from train.evaluation.figures.figure_style import BLUE, VERMILLION, encoded, finished, known, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.evaluation.figure_style import BLUE, VERMILLION, finished, new_figure, plain, short
+from train.evaluation.figures.figure_style import BLUE, VERMILLION, finished, new_figure, plain, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -3,9 +3,9 @@
 import numpy as np
 
 from train.data.stimuli import RecordingStimuli
-from train.evaluation.figure_style import encoded
+from train.evaluation.figures.figure_style import encoded
+from train.evaluation.figures.prediction_figures import draw_confusion, draw_extremes, draw_sites, mean_errors
 from train.evaluation.metrics import site_scores
-from train.evaluation.prediction_figures import draw_confusion, draw_extremes, draw_sites, mean_errors
 from train.evaluation.scoring import RecordingScores
 from train.run.tensorboard import TensorBoard
 

@@ -1,0 +1,1 @@
+"""Figures and charts of scores and predictions."""
