@@ -26,7 +26,7 @@ from train.data.batches import Batch
 from train.data.loader import TrainLoader
 from train.data.recordings import Recordings
 from train.finetuning.loop import Training
-from train.finetuning.preparation import training_stimuli
+from train.finetuning.setup.preparation import training_stimuli
 from train.run.recipe import Recipe
 
 STIMULI = 640

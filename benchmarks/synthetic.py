@@ -116,9 +116,9 @@ def training(recipe: Recipe, data: Path, out: Path) -> Iterator["Training"]:
     """
     # Imported late: it is hundreds of MiB that not every benchmark's process should hold.
     from train.distributed.runtime import start_runtime
-    from train.finetuning.assembly import build
-    from train.finetuning.preparation import prepare
-    from train.finetuning.resume import starting_point
+    from train.finetuning.setup.assembly import build
+    from train.finetuning.setup.preparation import prepare
+    from train.finetuning.setup.resume import starting_point
 
     job = prepare(recipe, [data], out, resume=False)
     with start_runtime(job.deepspeed, recipe.precision, recipe.deterministic) as runtime:

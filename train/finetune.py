@@ -45,9 +45,9 @@ def main() -> None:
     options, recipe = parse_command_line(sys.argv[1:])
 
     from train.distributed.runtime import start_runtime
-    from train.finetuning.assembly import build
-    from train.finetuning.preparation import prepare
-    from train.finetuning.resume import rewind_to, starting_point
+    from train.finetuning.setup.assembly import build
+    from train.finetuning.setup.preparation import prepare
+    from train.finetuning.setup.resume import rewind_to, starting_point
 
     run = prepare(recipe, options.data, options.out, options.resume)
     recipe = run.recipe

@@ -2,7 +2,7 @@
 
 What the recorded area resembles need not be a single layer. The maps of all layers are averaged to one grid and their
 channels concatenated, those of each layer times a number that lets all layers vary alike
-(`train/finetuning/layer_balance.py`).
+(`train/finetuning/setup/layer_balance.py`).
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 Every readout is linear in its features as long as its spatial part is at its start. `start_features` returns those
 features and `start_from` takes a linear map of them, so that each can start at a ridge
-(`train/finetuning/ridge_start.py`). By default all start at each site's mean: whatever the image, the outputs are 0.
+(`train/finetuning/setup/ridge_start.py`). By default each starts at the site's mean: its outputs are 0.
 """
 
 import math

@@ -25,7 +25,7 @@ from data_prep.sources.folder import Folder
 from train.data.bad_samples import BadSamples
 from train.data.recordings import Recordings
 from train.data.stimuli import StimulusSet
-from train.finetuning.preparation import training_stimuli
+from train.finetuning.setup.preparation import training_stimuli
 from train.run.folder import RunFolder
 from train.run.recipe import Loader, Recipe
 

@@ -25,8 +25,8 @@ from train.data.loader import TrainLoader, evaluation_loader
 from train.data.order import Blocks, Turns, epoch_order, inner_split, inner_splits, stimuli_of_epoch
 from train.data.recordings import Recordings
 from train.data.stimuli import RecordingStimuli
-from train.finetuning.data_notes import notes_on_left_out
-from train.finetuning.preparation import training_stimuli
+from train.finetuning.setup.data_notes import notes_on_left_out
+from train.finetuning.setup.preparation import training_stimuli
 from train.models.losses import Objective
 from train.run.recipe import Recipe
 

@@ -21,8 +21,8 @@ from train.data.image_cache import ImageCaches
 from train.data.loader import evaluation_loader
 from train.data.recordings import Recordings
 from train.data.stimuli import RecordingStimuli
-from train.finetuning.data_notes import notes_on_remote_shards
-from train.finetuning.preparation import training_stimuli
+from train.finetuning.setup.data_notes import notes_on_remote_shards
+from train.finetuning.setup.preparation import training_stimuli
 from train.run.checkpoint import load_progress
 from train.run.recipe import Loader, Recipe
 

@@ -13,7 +13,7 @@ from launching import SMALL, losses, succeed
 from safetensors.torch import load_file
 
 from data_prep.common.errors import BadInput
-from train.finetuning.recipe_checks import check_hardware
+from train.finetuning.setup.recipe_checks import check_hardware
 from train.run.checkpoint import load_progress
 from train.run.recipe import Recipe
 

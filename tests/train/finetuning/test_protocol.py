@@ -20,7 +20,7 @@ from train.data.stimuli import RecordingStimuli
 from train.distributed.engine import Engine
 from train.finetuning import checkpointing
 from train.finetuning.ema import RunningAverage
-from train.finetuning.preparation import training_stimuli
+from train.finetuning.setup.preparation import training_stimuli
 from train.run.recipe import Recipe
 
 SITES = 6

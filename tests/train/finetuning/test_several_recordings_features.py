@@ -18,8 +18,8 @@ from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from train.data.recordings import Recordings
-from train.finetuning.preparation import training_stimuli
-from train.finetuning.training_targets import site_weights, with_rates_of
+from train.finetuning.setup.preparation import training_stimuli
+from train.finetuning.setup.training_targets import site_weights, with_rates_of
 from train.run.recipe import Recipe
 
 NAMES = ("one", "two")

@@ -14,7 +14,7 @@ from data_prep.common.errors import STOPPED, BadInput
 from data_prep.shards.folder import ShardFolder
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import start_runtime
-from train.finetuning.layer_balance import balance_layers
+from train.finetuning.setup.layer_balance import balance_layers
 from train.models.joined_layers import GRID, averages
 
 LAYERS = {"test_resnet": ("layer1", "layer3"), "test_vit": ("blocks.0", "blocks.2")}

@@ -15,7 +15,7 @@ from data_prep.shards.manifest import Manifest
 from train.data.loader import evaluation_loader
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import start_runtime
-from train.finetuning.ridge_start import SHARPNESS, start_from_ridge
+from train.finetuning.setup.ridge_start import SHARPNESS, start_from_ridge
 from train.models.network import Network
 from train.models.readouts import build_readout, parameter_count
 from train.regression.ridge import PENALTIES

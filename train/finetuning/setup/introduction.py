@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from train.distributed.runtime import Runtime
-from train.finetuning.preparation import PreparedRun
+from train.finetuning.setup.preparation import PreparedRun
 from train.models.network import Network
 from train.models.readouts import parameter_count
 from train.run.monitor import Monitor

@@ -7,7 +7,7 @@ from data_prep.common.errors import BadInput
 from train.distributed.engine import Engine, batch_norm_statistics
 from train.distributed.runtime import Runtime
 from train.finetuning.ema import RunningAverage
-from train.finetuning.preparation import PreparedRun
+from train.finetuning.setup.preparation import PreparedRun
 from train.models.network import Network
 from train.run.checkpoint import (
     load_matching_tensors,

@@ -18,9 +18,9 @@ from train.data.streaming import StreamLoader
 from train.distributed.launch_environment import rank, ranks_on_machine, uses_gpu, world_size
 from train.distributed.strategy import complete_deepspeed_config, resolve_strategy, zero_stage
 from train.evaluation.scoring import check_enough_stimuli
-from train.finetuning.data_notes import notes_on_left_out, notes_on_remote_shards
-from train.finetuning.recipe_checks import check_engine, check_hardware, check_loss
-from train.finetuning.training_targets import TrainingTargets, set_targets
+from train.finetuning.setup.data_notes import notes_on_left_out, notes_on_remote_shards
+from train.finetuning.setup.recipe_checks import check_engine, check_hardware, check_loss
+from train.finetuning.setup.training_targets import TrainingTargets, set_targets
 from train.models.timm_networks import check_network_name
 from train.run.folder import RunFolder
 from train.run.recipe import Recipe

@@ -8,14 +8,14 @@ from train.distributed.engine import Engine
 from train.distributed.runtime import Runtime
 from train.distributed.zero import ZeroEngine
 from train.finetuning.ema import RunningAverage
-from train.finetuning.introduction import NetworkSize, introduce
-from train.finetuning.layer_balance import balance_layers
 from train.finetuning.loop import Training
 from train.finetuning.optimizer import build_optimizer
-from train.finetuning.preparation import PreparedRun
-from train.finetuning.resume import StartingPoint
-from train.finetuning.ridge_start import start_from_ridge
 from train.finetuning.selection_scoring import SelectionScoring
+from train.finetuning.setup.introduction import NetworkSize, introduce
+from train.finetuning.setup.layer_balance import balance_layers
+from train.finetuning.setup.preparation import PreparedRun
+from train.finetuning.setup.resume import StartingPoint
+from train.finetuning.setup.ridge_start import start_from_ridge
 from train.models.network import Network, parameter_groups
 from train.run.monitor import Monitor
 from train.run.tensorboard import training_pages
