@@ -253,13 +253,13 @@ def scores(folders: Sequence[Path]) -> dict[str, Any]:
     prediction, target = (np.concatenate(rows) for rows in zip(*parts, strict=True))
     metrics = json.loads((folders[0] / "eval" / "val" / "metrics.json").read_text())
     resampled = bootstrap_means(prediction, target)
-    found = {"r2": mean_score(r2_per_site(prediction, target)), "ci95": percentile_interval(resampled["r2"])}
-    found |= {"stimuli": len(target), "training_stimuli": metrics.get("training_stimuli")}
+    scored = {"r2": mean_score(r2_per_site(prediction, target)), "ci95": percentile_interval(resampled["r2"])}
+    scored |= {"stimuli": len(target), "training_stimuli": metrics.get("training_stimuli")}
     if len(folders) == 1:
         regression = metrics["regression"]
         names = ("explained_variance", "pearson_r", "ceiled_explained_variance", "feve")
-        found |= {name: regression[name]["mean"] for name in names if name in regression}
-    return found
+        scored |= {name: regression[name]["mean"] for name in names if name in regression}
+    return scored
 
 
 def row(name: str, result: dict[str, Any]) -> str:
@@ -275,14 +275,14 @@ TITLES = "| system | R2, mean over seeds | 95 % over stimuli, first seed | minut
 def tables(results: Sequence[dict[str, Any]]) -> str:
     """All results as Markdown, a table for each recording and division."""
     of_title: dict[str, list[dict[str, Any]]] = {}
-    for found in results:
-        subset = f", {found['subset']} training stimuli" if found["subset"] else ""
-        title = f"{found['recording']}, {found['division']}{subset} ({found['stimuli']} stimuli scored)"
-        of_title.setdefault(title, []).append(found)
+    for result in results:
+        subset = f", {result['subset']} training stimuli" if result["subset"] else ""
+        title = f"{result['recording']}, {result['division']}{subset} ({result['stimuli']} stimuli scored)"
+        of_title.setdefault(title, []).append(result)
     parts = []
     for title, together in of_title.items():
         parts.append("\n".join([title, "", TITLES, "| --- | --- | --- | --- |"]))
-        parts[-1] += "".join(f"\n{row(found['system'], found)}" for found in together)
+        parts[-1] += "".join(f"\n{row(result['system'], result)}" for result in together)
     return "\n\n".join(parts) + "\n"
 
 

@@ -85,17 +85,17 @@ class Job:
 
     def _strike(self, fault: signal.Signals, draw: random.Random) -> bool:
         """Send a signal to one of the job's processes; returns whether there was one."""
-        own = [
+        running = [
             process
             for process in psutil.process_iter(["cmdline", "status"])
             if str(self.run) in (process.info["cmdline"] or [])
             and "processes.py" not in process.info["cmdline"][1]
             and process.info["status"] != psutil.STATUS_STOPPED
         ]
-        if fault == signal.SIGSTOP and len(own) < 2:
+        if fault == signal.SIGSTOP and len(running) < 2:
             return False  # nobody would be left to notice
         with suppress(psutil.Error, IndexError):
-            draw.choice(own).send_signal(fault)
+            draw.choice(running).send_signal(fault)
             return True
         return False
 
@@ -134,8 +134,8 @@ def main() -> int:
                 wrong = "another result"
             struck.update(fault.split()[0] for fault in job.struck)
             outcomes.append(wrong)
-            told = ", ".join(job.struck) or "no fault hit"
-            print(f"{number + 1}/{options.runs}: {wrong or 'as undisturbed'} ({told})", flush=True)
+            faults_hit = ", ".join(job.struck) or "no fault hit"
+            print(f"{number + 1}/{options.runs}: {wrong or 'as undisturbed'} ({faults_hit})", flush=True)
             if wrong:
                 print((folder / f"run_{number}.txt").read_text()[-3000:], flush=True)
     good = outcomes.count(None)

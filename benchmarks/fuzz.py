@@ -322,8 +322,8 @@ def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
             return json.dumps(_changed(draw, json.loads(data)), allow_nan=True).encode()
     changed = bytearray(data)
     for _ in range(draw(st.integers(0, 4))):
-        place, length = draw(st.integers(0, len(changed))), draw(st.sampled_from([0, 1, 1, 2, 8, 512, 5000]))
-        changed[place : place + length] = draw(_BYTES)
+        offset, length = draw(st.integers(0, len(changed))), draw(st.sampled_from([0, 1, 1, 2, 8, 512, 5000]))
+        changed[offset : offset + length] = draw(_BYTES)
     return bytes(changed[: draw(st.integers(0, len(changed)))] if draw(st.integers(0, 5)) == 0 else changed)
 
 
@@ -331,17 +331,17 @@ def relative(data: bytes) -> bytes:
     """An input like another, but for a few bytes; quicker than hypothesis makes one."""
     changed = bytearray(data)
     for _ in range(random.randint(1, 6)):
-        place = random.randrange(len(changed) + 1)
+        offset = random.randrange(len(changed) + 1)
         match random.randrange(4):
             case 0:
-                changed[place : place + 1] = random.randbytes(1)
+                changed[offset : offset + 1] = random.randbytes(1)
             case 1:
-                changed[place : place + random.randint(1, 16)] = b""
+                changed[offset : offset + random.randint(1, 16)] = b""
             case 2:
-                changed[place:place] = changed[place : place + random.randint(1, 600)]
+                changed[offset:offset] = changed[offset : offset + random.randint(1, 600)]
             case 3:
                 digits = b"0123456789.-eE[]{}*&!"
-                changed[place : place + 1] = bytes([random.choice(digits)])
+                changed[offset : offset + 1] = bytes([random.choice(digits)])
     return bytes(changed)
 
 
@@ -440,17 +440,17 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        found = targets(folder)
+        by_name = targets(folder)
         if options.atheris_target:
-            judge = Judge(options.atheris_target, found[options.atheris_target], folder / "canary", options.keep)
+            judge = Judge(options.atheris_target, by_name[options.atheris_target], folder / "canary", options.keep)
             fuzz_here(judge, int(options.seconds), folder)
-        chosen = options.target or list(found)
+        chosen = options.target or list(by_name)
         seconds, faults = options.seconds / len(chosen), 0
         limit_memory()
         warnings.simplefilter("ignore")  # of torch, about the pickles it refuses
         print("| reader | inputs | refused |\n| --- | ---: | ---: |")
         for target in chosen:
-            judge = Judge(target, found[target], folder / "canary", options.keep)
+            judge = Judge(target, by_name[target], folder / "canary", options.keep)
             if options.engine == "atheris":
                 before = set(options.keep.glob("*"))
                 print(f"| {target} | {with_atheris(target, max(int(seconds), 1), options.keep):,} | |", flush=True)

@@ -94,9 +94,9 @@ class Report:
         print(f"{result}  {part}: {check}: {measured} (required: {required})", flush=True)
         self._write()
 
-    def log(self, name: str, said: str) -> None:
+    def log(self, name: str, output: str) -> None:
         """Keep what a command that failed wrote."""
-        (self.out / f"{name.replace(' ', '_')}.log").write_text(said)
+        (self.out / f"{name.replace(' ', '_')}.log").write_text(output)
 
     @property
     def failed(self) -> bool:
@@ -116,9 +116,9 @@ class Report:
         (self.out / "gpu_check.md").write_text(text)
 
 
-def last_words(code: int | None, said: str) -> str:
+def last_words(code: int | None, output: str) -> str:
     """How a command ended, in a line."""
-    words = said.strip().splitlines()[-1:] or [""]
+    words = output.strip().splitlines()[-1:] or [""]
     return f"{'out of time' if code is None else f'exit code {code}'}: {words[0][:120]}"
 
 
@@ -150,10 +150,10 @@ def train_small(run: Small, data: Path, threads: int, report: Report, deadline: 
     words = [sys.executable, "train/finetune.py", "--data", data, "--out", out, *SMALL]
     words += ["--precision", run.precision, "--strategy", setting_of(run.strategy)]
     environment = {"OMP_NUM_THREADS": str(threads), "ACCELERATE_USE_CPU": str(not run.on_gpu).lower()}
-    code, said = run_alone(words, deadline - time.monotonic(), **environment)
+    code, output = run_alone(words, deadline - time.monotonic(), **environment)
     if code != 0:
-        report.log(run.name, said)
-        return last_words(code, said)
+        report.log(run.name, output)
+        return last_words(code, output)
     return [json.loads(line)["loss"] for line in (out / "history.jsonl").read_text().splitlines()]
 
 
@@ -162,12 +162,12 @@ def check_strategies(report: Report, data: Path) -> None:
     runs, cores = small_runs(report.on_gpu), os.cpu_count() or 1
     together = min(max(cores // 2, 2), 4)  # starting takes longest, and a GPU has room for some
     deadline = time.monotonic() + report.left(STRATEGY_SECONDS[report.on_gpu])
-    found: dict[Small, list[float] | str] = {}
+    losses_of: dict[Small, list[float] | str] = {}
     with ThreadPoolExecutor(together) as pool:
         ends = pool.map(lambda run: train_small(run, data, max(cores // together, 1), report, deadline), runs)
         for run, losses in zip(runs, ends, strict=True):
-            found[run] = losses
-            add_losses(report, run, losses, found[reference_of(run)])
+            losses_of[run] = losses
+            add_losses(report, run, losses, losses_of[reference_of(run)])
 
 
 def reference_of(run: Small) -> Small:
@@ -197,13 +197,13 @@ def check_host(report: Report, data: Path) -> None:
         report.add("host", "training step", "no GPU", required, None)
         return
     words = [sys.executable, "benchmarks/host_sync.py", "--data", data, "--json", result]
-    code, said = run_alone(words, report.left(HOST_SECONDS))
-    found = read_results(result)
-    if found is None:
-        report.log("host", said)
-        report.add("host", "training step", last_words(code, said), required, False)
+    code, output = run_alone(words, report.left(HOST_SECONDS))
+    faults = read_results(result)
+    if faults is None:
+        report.log("host", output)
+        report.add("host", "training step", last_words(code, output), required, False)
         return
-    for recipe, fault in found.items():
+    for recipe, fault in faults.items():
         report.add("host", recipe, fault or "none", required, fault is None)
 
 
@@ -217,46 +217,46 @@ def time_network(
     words = [sys.executable, "benchmarks/throughput.py", "--data", data, "--network", network, "--side", side]
     words += ["--batch", batch, "--seconds", 5 if report.on_gpu else 2, "--json", result, *["--compile"] * compiled]
     most = COMPILE_SECONDS if compiled else SPEED_SECONDS
-    code, said = run_alone(words, report.left(most), OMP_NUM_THREADS="1")
-    found = read_results(result)
-    if found is None:
-        report.log(name, said)
-        report.add("speed", name, last_words(code, said), "it trains", False)
-    return found
+    code, output = run_alone(words, report.left(most), OMP_NUM_THREADS="1")
+    measured = read_results(result)
+    if measured is None:
+        report.log(name, output)
+        report.add("speed", name, last_words(code, output), "it trains", False)
+    return measured
 
 
 def check_network(report: Report, data: Path, case: tuple[str, int, int]) -> dict[str, float] | None:
     """Speed and memory of a network; returns what was measured."""
-    found = time_network(report, data, case)
-    if found is None:
+    timed = time_network(report, data, case)
+    if timed is None:
         return None
-    name, synthetic, fed = f"{case[0]}, {case[1]} px, batch {found['batch']}", found["synthetic"], found["fed"]
-    finite = math.isfinite(found["loss"])
+    name, synthetic, fed = f"{case[0]}, {case[1]} px, batch {timed['batch']}", timed["synthetic"], timed["fed"]
+    finite = math.isfinite(timed["loss"])
     report.add("speed", f"{name}, one batch", f"{synthetic:,.1f} images/s", "the loss is finite", finite)
     # Without a GPU decoding and training share the cores.
     fast = fed >= LEAST_FED * synthetic if report.on_gpu else fed > 0
     required = f"{LEAST_FED} of one batch" if report.on_gpu else "it trains"
-    measured = f"{fed:,.1f} images/s, {fed / synthetic:.3f}; the loader alone {found['loader']:,.0f}"
+    measured = f"{fed:,.1f} images/s, {fed / synthetic:.3f}; the loader alone {timed['loader']:,.0f}"
     report.add("speed", f"{name}, fed", measured, required, fast)
-    check_memory(report, name, found)
-    return found
+    check_memory(report, name, timed)
+    return timed
 
 
-def check_memory(report: Report, name: str, found: dict[str, float]) -> None:
+def check_memory(report: Report, name: str, timed: dict[str, float]) -> None:
     """Measured peak against the estimate; a CPU's counts what is no tensor."""
-    part, (least, most) = found["peak"] / found["estimate"], MEMORY
-    measured = f"{found['peak'] / GIB:.2f} GiB ({found['peak_trying'] / GIB:.2f} while kernels are tried)"
-    measured += f", estimated {found['estimate'] / GIB:.2f}: {part:.2f}"
+    part, (least, most) = timed["peak"] / timed["estimate"], MEMORY
+    measured = f"{timed['peak'] / GIB:.2f} GiB ({timed['peak_trying'] / GIB:.2f} while kernels are tried)"
+    measured += f", estimated {timed['estimate'] / GIB:.2f}: {part:.2f}"
     passed = least <= part <= most if report.on_gpu else None
     report.add("memory", name, measured, f"{least:.2f} to {most:.2f} of the estimate", passed)
 
 
 def check_compiled(report: Report, data: Path, case: tuple[str, int, int], eager: dict[str, float]) -> None:
     """The compiled network is no slower."""
-    found = time_network(report, data, (*case[:2], eager["batch"]), compiled=True)
-    if found is not None:
-        gain = found["synthetic"] / eager["synthetic"]
-        measured = f"{found['synthetic']:,.1f} images/s, {gain:.2f}x"
+    timed = time_network(report, data, (*case[:2], eager["batch"]), compiled=True)
+    if timed is not None:
+        gain = timed["synthetic"] / eager["synthetic"]
+        measured = f"{timed['synthetic']:,.1f} images/s, {gain:.2f}x"
         report.add("speed", f"{case[0]} compiled, one batch", measured, "no slower than not compiled", gain >= 1)
 
 
@@ -265,8 +265,8 @@ def check_speed(report: Report, simulated: Path) -> None:
     data, cases = simulated, ON_CPU
     if report.on_gpu:
         data, cases = pack_jpegs(simulated.with_name("jpegs"), images=256, stimuli=20480), ON_GPU
-    found = {case: check_network(report, data, case) for case in cases}
-    for case, eager in found.items():
+    timed = {case: check_network(report, data, case) for case in cases}
+    for case, eager in timed.items():
         if case[0] == COMPILED and eager is not None:
             check_compiled(report, data, case, eager)
 

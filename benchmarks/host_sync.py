@@ -74,13 +74,13 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="shard folder")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        found = {
+        faults = {
             name: fault_of(sections, options.data, Path(folder) / str(index))
             for index, (name, sections) in enumerate(RECIPES.items())
         }
-    for name, fault in found.items():
+    for name, fault in faults.items():
         print(f"{name}: {fault or 'no waiting'}")
-    write_json(options, found)
+    write_json(options, faults)
 
 
 if __name__ == "__main__":

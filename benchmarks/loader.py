@@ -114,11 +114,11 @@ def timed(read: Read) -> Side:
 
 def versions() -> str:
     """Of what is compared."""
-    found = []
+    installed = []
     for package in ("torch", "webdataset", "torchvision", "simplejpeg", "mosaicml-streaming", "litdata", "ffcv"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found.append(f"{package} {importlib.metadata.version(package)}")
-    return ", ".join(found)
+            installed.append(f"{package} {importlib.metadata.version(package)}")
+    return ", ".join(installed)
 
 
 def chart(speeds: Turns, title: str) -> "Figure":

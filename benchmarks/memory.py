@@ -69,8 +69,8 @@ def tensors_within(held: object) -> Iterator[torch.Tensor]:
 
 def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
     """Bytes of the distinct storages, by address."""
-    found = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
+    untyped = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in untyped if storage.nbytes()}
 
 
 def alive() -> list[torch.Tensor]:
@@ -154,37 +154,37 @@ def run_strategy(strategy: str, processes: int, data: Path, options: argparse.Na
     result = data.parent / f"{strategy}_{processes}.json"
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
     words += ["--one", strategy, "--data", data, "--json", result, "--network", options.network]
-    code, said = run_alone(words, TIMEOUT, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
+    code, output = run_alone(words, TIMEOUT, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     if code != 0:
-        sys.exit(f"{strategy} on {processes} ended with {code}:\n{said}")
-    found = read_results(result)
+        sys.exit(f"{strategy} on {processes} ended with {code}:\n{output}")
+    measured = read_results(result)
     due = theory(strategy, processes)
-    due["weights"] += found["kept whole"]
-    held = {moment: sum(found[moment][kind] for kind in KINDS) for moment in (BEFORE, WITHIN)}
-    across = found["largest"] * min(processes - 1, 2) if strategy in ("zero1", "zero2") else 0
+    due["weights"] += measured["kept whole"]
+    held = {moment: sum(measured[moment][kind] for kind in KINDS) for moment in (BEFORE, WITHIN)}
+    across = measured["largest"] * min(processes - 1, 2) if strategy in ("zero1", "zero2") else 0
     allowed = sum(due.values()) * (1 + TOLERANCE) + across
-    return {"strategy": strategy, "processes": processes, **found, "theory": due, "allowed": allowed, "held": held}
+    return {"strategy": strategy, "processes": processes, **measured, "theory": due, "allowed": allowed, "held": held}
 
 
-def is_allowed(found: dict) -> bool:
+def is_allowed(measured: dict) -> bool:
     """Whether a run holds no more than it may."""
-    return found["held"][BEFORE] <= found["allowed"]
+    return measured["held"][BEFORE] <= measured["allowed"]
 
 
-def row(found: dict) -> list[str]:
+def row(measured: dict) -> list[str]:
     """A run's line of the table."""
-    before, due, held = found[BEFORE], found["theory"], found["held"]
+    before, due, held = measured[BEFORE], measured["theory"], measured["held"]
     return [
-        *(found["strategy"], str(found["processes"])),
+        *(measured["strategy"], str(measured["processes"])),
         *(f"{before[kind]:.2f} ({due[kind]:.2f})" for kind in KINDS),
-        *(f"{held[BEFORE]:.2f} ({sum(due.values()):.2f})", f"{found['allowed']:.2f}", f"{held[WITHIN]:.2f}"),
-        *(f"{before['other']:.2f}", "ok" if is_allowed(found) else "EXCEEDED"),
+        *(f"{held[BEFORE]:.2f} ({sum(due.values()):.2f})", f"{measured['allowed']:.2f}", f"{held[WITHIN]:.2f}"),
+        *(f"{before['other']:.2f}", "ok" if is_allowed(measured) else "EXCEEDED"),
     ]
 
 
-def rising(found: list[dict]) -> list[str]:
+def rising(measured: list[dict]) -> list[str]:
     """The strategies that divide by N and do not hold less on more processes."""
-    divides = [run for run in found if run["strategy"] in ("zero1", "zero2", "zero3")]
+    divides = [run for run in measured if run["strategy"] in ("zero1", "zero2", "zero3")]
     return [
         after["strategy"]
         for before, after in pairwise(sorted(divides, key=lambda run: (run["strategy"], run["processes"])))
@@ -206,14 +206,14 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         data = pack_simulated(Path(folder) / "data", SIDE)
-        found = [run_strategy(name, n, data, options) for name in options.strategies for n in options.processes]
+        measured = [run_strategy(name, n, data, options) for name in options.strategies for n in options.processes]
     header = [*("bytes a parameter", "ranks"), *(f"{kind} (theory)" for kind in KINDS)]
     header += ["held (theory)", "allowed", "within the step", "other", ""]
-    print(table([header, *map(row, found)]))
-    write_json(options, found)
-    for strategy in (failed := rising(found)):
+    print(table([header, *map(row, measured)]))
+    write_json(options, measured)
+    for strategy in (failed := rising(measured)):
         print(f"{strategy} does not hold less on more processes")
-    sys.exit(1 if failed or not all(map(is_allowed, found)) else 0)
+    sys.exit(1 if failed or not all(map(is_allowed, measured)) else 0)
 
 
 if __name__ == "__main__":

@@ -196,17 +196,17 @@ def run_variant(variant: str, data: Path, options: argparse.Namespace) -> dict[s
     if options.large:
         words.append("--large")
     environment = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHON": sys.executable}
-    code, said = run_alone(words, TIMEOUT, **environment)
+    code, output = run_alone(words, TIMEOUT, **environment)
     if code != 0:
-        sys.exit(f"{variant} ended with {code}:\n{said}")
+        sys.exit(f"{variant} ended with {code}:\n{output}")
     pairs = HEARTBEAT_PAIRS if variant == "heartbeat" else PAIRS
     return {clock: summary(Turns(times), pairs) for clock, times in read_results(result).items()}
 
 
-def row(variant: str, found: dict[str, dict[str, float]]) -> list[str]:
+def row(variant: str, measured: dict[str, dict[str, float]]) -> list[str]:
     """A variant's line of the table."""
-    cells = [variant, *(f"{found['milliseconds'][name]:.2f}" for name in ("ours", "bare", "unfused", "lean"))]
-    return cells + [shown(found[name]) for name in PAIRS]
+    cells = [variant, *(f"{measured['milliseconds'][name]:.2f}" for name in ("ours", "bare", "unfused", "lean"))]
+    return cells + [shown(measured[name]) for name in PAIRS]
 
 
 def shown(pair: dict[str, float]) -> str:
@@ -235,24 +235,24 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        found = measure_variant(options)
+        measured = measure_variant(options)
         if rank() == 0:
-            write_json(options, found)
+            write_json(options, measured)
         return
     with tempfile.TemporaryDirectory() as folder:
         data = pack_simulated(Path(folder) / "data", side=(LARGE if options.large else SMALL)[1])
-        found = {variant: run_variant(variant, data, options) for variant in options.variants}
+        measured = {variant: run_variant(variant, data, options) for variant in options.variants}
     for clock in CLOCKS:
         header = [f"ms a step, {clock}", "ours", "bare", "unfused", "lean", *PAIRS]
-        print(table([header, *(row(name, by_clock[clock]) for name, by_clock in found.items() if name in ALONE)]))
-        if "heartbeat" in found:
-            heartbeat = found["heartbeat"][clock]
+        print(table([header, *(row(name, by_clock[clock]) for name, by_clock in measured.items() if name in ALONE)]))
+        if "heartbeat" in measured:
+            heartbeat = measured["heartbeat"][clock]
             print(
                 f"the heartbeat, on two processes: {shown(heartbeat['heartbeat'])}; noise: {shown(heartbeat['noise'])}"
             )
-        if "plain" in found and not options.large:
-            print(verdict(found["plain"][clock]))
-    write_json(options, found)
+        if "plain" in measured and not options.large:
+            print(verdict(measured["plain"][clock]))
+    write_json(options, measured)
 
 
 if __name__ == "__main__":

@@ -79,9 +79,9 @@ def write_nwb(folder: Path, size: float) -> list[str]:
     with NWBHDF5IO(folder / "session.nwb", "w") as io:
         io.write(file)
     with h5py.File(folder / "session.nwb", "a") as opened:  # pynwb would want all spikes in memory
-        table, kept = opened["units"], dict(opened["units/spike_times"].attrs)
+        table, attributes = opened["units"], dict(opened["units/spike_times"].attrs)
         del table["spike_times"]
-        table.create_dataset("spike_times", (units * spikes,), np.float64).attrs.update(kept)
+        table.create_dataset("spike_times", (units * spikes,), np.float64).attrs.update(attributes)
         table["spike_times_index"][:] = spikes * np.arange(1, units + 1)
         for unit in range(units):
             times = np.sort(np.random.default_rng(unit).uniform(0, seconds, spikes))
@@ -140,18 +140,18 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    found = {}
+    measured = {}
     for name in options.formats:
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             words = FORMATS[name](folder, options.gigabytes * 1e9)
             peak, seconds = pack(folder, words, options.workers)
-        found[name] = {"peak_bytes": peak, "seconds": seconds}
+        measured[name] = {"peak_bytes": peak, "seconds": seconds}
         print(f"{name}: {peak / 1e9:.2f} GB in the process that held most, {seconds:.0f} s", flush=True)
-    rows = [[name, f"{f['peak_bytes'] / 1e9:.2f} GB", f"{f['seconds']:.0f} s"] for name, f in found.items()]
+    rows = [[name, f"{f['peak_bytes'] / 1e9:.2f} GB", f"{f['seconds']:.0f} s"] for name, f in measured.items()]
     print(table([[f"{options.gigabytes:g} GB of responses", "peak per process", "time"], *rows]))
-    write_json(options, found)
-    sys.exit(any(f["peak_bytes"] >= AIM for f in found.values()))
+    write_json(options, measured)
+    sys.exit(any(f["peak_bytes"] >= AIM for f in measured.values()))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def make_problem(folder: Path, stimuli: int, features: int, sites: int) -> None:
     np.save(folder / "rates.npy", rates.astype(np.float32))
 
 
-def own_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
+def rank_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
     """This process's share of the stimuli to fit and of those held out, as a probe has them on disk."""
     import torch
 
@@ -70,7 +70,7 @@ def ours(folder: Path, counts: tuple[int, int], components: int) -> None:
     from train.regression.precision import ROUNDING
 
     with start_runtime(None, "fp32") as runtime:
-        stores, rates = own_stores(folder, counts, runtime), np.load(folder / "rates.npy")
+        stores, rates = rank_stores(folder, counts, runtime), np.load(folder / "rates.npy")
         runtime.barrier()
         started_at = time.monotonic()
         products = inner_products(StoredActivations(stores, counts, runtime, 0.5, "float32"), "layer", 0)
@@ -94,13 +94,13 @@ def scikit_learn(folder: Path, counts: tuple[int, int], components: int, solver:
     features, rates = np.load(folder / "features.npy"), np.load(folder / "rates.npy")
     pca = PCA(components, svd_solver=solver, random_state=0)
     scores, new = pca.fit_transform(features[:fit]), pca.transform(features[fit:])
-    found = {"ols": LinearRegression().fit(scores, rates[:fit]).predict(new)}
+    predictions = {"ols": LinearRegression().fit(scores, rates[:fit]).predict(new)}
     if solver == "auto":
         penalties = np.logspace(-6, 6, 49) * np.square(scores).sum() / fit
         ridge = RidgeCV(alphas=penalties, alpha_per_target=True, gcv_mode="eigen")
-        found["ridge"] = ridge.fit(scores, rates[:fit]).predict(new)
+        predictions["ridge"] = ridge.fit(scores, rates[:fit]).predict(new)
     ended_at = time.monotonic()
-    np.savez(folder / f"{'exact' if solver == 'full' else 'scikit-learn'}.npz", **found)
+    np.savez(folder / f"{'exact' if solver == 'full' else 'scikit-learn'}.npz", **predictions)
     print(json.dumps({"seconds": ended_at - started_at, "gib": peak_memory()}))
 
 

@@ -45,14 +45,15 @@ def run(data: Path, out: Path, name: str, seed: int, size: int) -> dict | None:
     return json.loads(scores.read_text())["regression"]
 
 
-def row(name: str, found: list[dict]) -> str:
+def row(name: str, scores: list[dict]) -> str:
     """A line of the table: mean over seeds and their range, interval over stimuli of the first seed."""
-    r2 = [block["r2"]["mean"] for block in found]
-    low, high = found[0]["r2"]["ci95"]
-    rest = [statistics.mean(block[metric]["mean"] for block in found) for metric in ("explained_variance", "pearson_r")]
+    r2 = [block["r2"]["mean"] for block in scores]
+    low, high = scores[0]["r2"]["ci95"]
+    explained = statistics.mean(block["explained_variance"]["mean"] for block in scores)
+    r = statistics.mean(block["pearson_r"]["mean"] for block in scores)
     return (
         f"| {name} | {statistics.mean(r2):.3f} ({min(r2):.3f} to {max(r2):.3f}) | [{low:.3f}, {high:.3f}] "
-        f"| {rest[0]:.3f} | {rest[1]:.3f} |"
+        f"| {explained:.3f} | {r:.3f} |"
     )
 
 
@@ -65,11 +66,12 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=112)
     parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS), metavar="NAME")
     options = parser.parse_args()
+    data, out = options.data.resolve(), options.out.resolve()
     lines = []
     for name in options.only:
-        found = [run(options.data.resolve(), options.out.resolve(), name, seed, options.size) for seed in options.seeds]
-        if None not in found:
-            lines.append(row(name, found))
+        scores = [run(data, out, name, seed, options.size) for seed in options.seeds]
+        if None not in scores:
+            lines.append(row(name, scores))
             print(lines[-1], file=sys.stderr, flush=True)
     print("| system | R2: mean over seeds (range) | 95 % over stimuli, first seed | EV | r |\n|---|---|---|---|---|")
     print("\n".join(lines))

@@ -157,7 +157,7 @@ def rivals(images: Path, tars: list[Path], folder: Path, batch: int) -> tuple[di
         batch: images at a time.
     """
     files = sorted(images.rglob("*.jpg"))
-    found = {
+    measured = {
         DEFAULT: of_webdataset(tars, batch, "pil"),
         "WebDataset + simplejpeg": of_webdataset(tars, batch, quick_decoder),
         "torchvision ImageFolder (PIL)": of_torchvision(images, batch),
@@ -168,5 +168,5 @@ def rivals(images: Path, tars: list[Path], folder: Path, batch: int) -> tuple[di
             missing[name] = "not installed"
             continue
         for variant, how in variants.items():
-            found[f"{name} ({variant})"] = prepare(files, folder / module, batch, how)
-    return found, missing
+            measured[f"{name} ({variant})"] = prepare(files, folder / module, batch, how)
+    return measured, missing

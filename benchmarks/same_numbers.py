@@ -136,20 +136,20 @@ def without(value: object) -> object:
     return [without(part) for part in value] if isinstance(value, list) else value
 
 
-def differences(before: object, after: object, place: str = "") -> list[str]:
+def differences(before: object, after: object, path: str = "") -> list[str]:
     """Where two nested values differ, each in a line. NaN equals NaN."""
     if isinstance(before, dict) and isinstance(after, dict):
-        missing = [f"{place}.{key}: only in one" for key in sorted(before.keys() ^ after.keys())]
+        missing = [f"{path}.{key}: only in one" for key in sorted(before.keys() ^ after.keys())]
         both = [key for key in before if key in after]
-        return missing + [line for key in both for line in differences(before[key], after[key], f"{place}.{key}")]
+        return missing + [line for key in both for line in differences(before[key], after[key], f"{path}.{key}")]
     if isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
         return [
             line
             for i, pair in enumerate(zip(before, after, strict=True))
-            for line in differences(*pair, f"{place}[{i}]")
+            for line in differences(*pair, f"{path}[{i}]")
         ]
     same = before == after or (before != before and after != after)
-    return [] if same else [f"{place}: {before} before, {after} after"]
+    return [] if same else [f"{path}: {before} before, {after} after"]
 
 
 def main() -> None:
@@ -164,11 +164,13 @@ def main() -> None:
     files = sorted(path.relative_to(before) for name in NUMBERS for path in before.rglob(name))
     wrong = 0
     for file in files:
-        found = (
+        different = (
             differences(numbers_in(before / file), numbers_in(after / file)) if (after / file).exists() else ["missing"]
         )
-        wrong += bool(found)
-        print(f"{file}: {'the same' if not found else f'{len(found)} differences'}", *found[:5], sep="\n    ")
+        wrong += bool(different)
+        print(
+            f"{file}: {'the same' if not different else f'{len(different)} differences'}", *different[:5], sep="\n    "
+        )
     print(f"{len(files)} files compared, {wrong} differ")
     sys.exit(wrong > 0)
 

@@ -64,7 +64,7 @@ def recipe_for(strategy: str, processes: int) -> Recipe:
 def work(options: argparse.Namespace) -> None:
     """What one process does: steps at each bandwidth; the leading one writes down how long they took."""
     machine = Machine(**json.loads(options.machine)) if options.machine else None
-    recipe, found = recipe_for(options.strategies[0], options.processes[0]), {}
+    recipe, timings = recipe_for(options.strategies[0], options.processes[0]), {}
     with training(recipe, options.data, options.data.with_name(options.one)) as run:
         batch = first_step(run)
         for megabits in options.megabits:
@@ -73,9 +73,9 @@ def work(options: argparse.Namespace) -> None:
             steps = [one_step(run, batch, machine) for _ in range(WARM_UP + options.steps)][WARM_UP:]
             by_step = zip(*run.runtime.gather_objects(steps), strict=True)
             means = [{name: statistics.mean(rank[name] for rank in ranks) for name in ranks[0]} for ranks in by_step]
-            found[f"{megabits:g}"] = min(means, key=lambda step: step["step"])
+            timings[f"{megabits:g}"] = min(means, key=lambda step: step["step"])
         if run.runtime.is_main:
-            write_json(options, found)
+            write_json(options, timings)
 
 
 def one_step(run, batch: list, machine: Machine | None) -> dict[str, float]:
@@ -102,14 +102,14 @@ def measured(strategy: str, processes: int, data: Path, options: argparse.Namesp
     with machines(processes) as hosts:
         started = []
         for rank, host in enumerate(hosts):
-            there = ["--machine", json.dumps(asdict(host))] if processes > 1 else []
+            machine = ["--machine", json.dumps(asdict(host))] if processes > 1 else []
             environment = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
             environment |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": "eth0"}
             environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": ROOT}
-            started.append(host.start(*words, *there, **{key: str(value) for key, value in environment.items()}))
-        said = [process.communicate(timeout=TIMEOUT) for process in started]
+            started.append(host.start(*words, *machine, **{key: str(value) for key, value in environment.items()}))
+        outputs = [process.communicate(timeout=TIMEOUT) for process in started]
     if any(process.returncode for process in started):
-        sys.exit(f"{name} failed:\n" + "".join(err for _, err in said)[-3000:])
+        sys.exit(f"{name} failed:\n" + "".join(err for _, err in outputs)[-3000:])
     return read_results(result)
 
 
@@ -271,8 +271,8 @@ def extrapolated_table(rows: list[dict]) -> str:
     lines = [["cluster", "strategy", *(f"{gpus} GPUs" for gpus in GPUS)]]
     for cluster in CLUSTERS:
         for name in STRATEGIES:
-            own = [row for row in rows if (row["cluster"], row["strategy"]) == (cluster.name, name)]
-            cells = [f"{row['hidden']:.1%} ({row['not']:.1%})" for row in own]
+            matching = [row for row in rows if (row["cluster"], row["strategy"]) == (cluster.name, name)]
+            cells = [f"{row['hidden']:.1%} ({row['not']:.1%})" for row in matching]
             lines.append([cluster.name, name, *cells])
     return table(lines)
 
@@ -287,8 +287,9 @@ def draw(rows: list[dict], far: list[dict], path: Path) -> None:
     colours = dict(zip(STRATEGIES, colormaps["cividis"]([0.0, 0.33, 0.66, 0.95]), strict=True))
     limited = [row for row in rows if row["megabits"]]
     for strategy, colour in colours.items():
-        own = [row for row in limited if row["strategy"] == strategy]
-        left.loglog([row["step"] for row in own], [row["predicted"] for row in own], "o", color=colour, label=strategy)
+        points = [row for row in limited if row["strategy"] == strategy]
+        steps, predicted = [row["step"] for row in points], [row["predicted"] for row in points]
+        left.loglog(steps, predicted, "o", color=colour, label=strategy)
     ends = [min(row["step"] for row in limited), max(row["step"] for row in limited)]
     left.loglog(ends, ends, color="0.5", linewidth=1)
     left.set(xlabel="measured step, s", ylabel="step by the model, s", title="CPU processes over gloo, measured")
@@ -299,9 +300,9 @@ def draw(rows: list[dict], far: list[dict], path: Path) -> None:
     left.legend(frameon=False)
     for axes, cluster in zip(right, CLUSTERS, strict=True):
         for strategy, colour in colours.items():
-            own = [row for row in far if (row["cluster"], row["strategy"]) == (cluster.name, strategy)]
-            axes.plot(GPUS, [row["hidden"] for row in own], "o-", color=colour, label=strategy)
-            axes.plot(GPUS, [row["not"] for row in own], ":", color=colour)
+            points = [row for row in far if (row["cluster"], row["strategy"]) == (cluster.name, strategy)]
+            axes.plot(GPUS, [row["hidden"] for row in points], "o-", color=colour, label=strategy)
+            axes.plot(GPUS, [row["not"] for row in points], ":", color=colour)
         axes.set_xscale("log", base=2)
         axes.set(xticks=GPUS, xticklabels=GPUS, ylim=(0, 1.05), xlabel="A100 GPUs", title=cluster.name)
     right[0].set_ylabel("share of ideal scaling, EXTRAPOLATED\n(dotted: nothing hidden)")
@@ -326,9 +327,9 @@ def main() -> None:
     if options.one:
         work(options)
         return
-    found = read_results(options.earlier) if options.earlier else measure_all(options)
-    write_json(options, found)
-    rows, far = compared(found, needs_of(NETWORK, SIDE, sites=12)), extrapolated(needs_of(RESNET.network, 224))
+    results = read_results(options.earlier) if options.earlier else measure_all(options)
+    write_json(options, results)
+    rows, far = compared(results, needs_of(NETWORK, SIDE, sites=12)), extrapolated(needs_of(RESNET.network, 224))
     print(measured_table(rows), error_of(rows), sep="\n\n")
     gpus, images = REFERENCE
     print(
@@ -346,15 +347,15 @@ def measure_all(options: argparse.Namespace) -> dict:
     """Every strategy on every number of processes."""
     if reason := reason_against():
         sys.exit(reason)
-    found = {}
+    results = {}
     with tempfile.TemporaryDirectory() as folder:
         data = pack_simulated(Path(folder) / "data", SIDE)
         for strategy in options.strategies:
-            found[strategy] = {}
+            results[strategy] = {}
             for processes in options.processes:
-                found[strategy][str(processes)] = measured(strategy, processes, data, options)
+                results[strategy][str(processes)] = measured(strategy, processes, data, options)
                 print(strategy, processes, "measured", file=sys.stderr, flush=True)
-    return found
+    return results
 
 
 if __name__ == "__main__":

@@ -42,11 +42,11 @@ def without_detail(sites: model.Population, raw: dict[str, np.ndarray]) -> np.nd
 
 def slopes(predicted: np.ndarray, drives: np.ndarray) -> np.ndarray:
     """Of each site's rates (stimuli, sites) on its drives (components, stimuli, sites): (components, sites)."""
-    found = []
-    for rates, own in zip(predicted.T, np.moveaxis(drives, 2, 0), strict=True):
-        standardised = ((own - own.mean(1, keepdims=True)) / own.std(1, keepdims=True)).T
-        found.append(np.linalg.lstsq(standardised, rates - rates.mean(), rcond=None)[0])
-    return np.array(found).T
+    fitted = []
+    for rates, drive in zip(predicted.T, np.moveaxis(drives, 2, 0), strict=True):
+        standardised = ((drive - drive.mean(1, keepdims=True)) / drive.std(1, keepdims=True)).T
+        fitted.append(np.linalg.lstsq(standardised, rates - rates.mean(), rcond=None)[0])
+    return np.array(fitted).T
 
 
 def main() -> None:

@@ -62,8 +62,8 @@ def seconds_for(run: Training, steps: Iterable[list[Batch]]) -> tuple[float, int
 def rate(run: Training, batches: Iterator[list[Batch]], seconds: float) -> float:
     """Images a second over about so many seconds."""
     seconds_for(run, islice(batches, WARM_UP))
-    each = seconds_for(run, islice(batches, TIMED))[0] / TIMED
-    took, images = seconds_for(run, islice(batches, max(math.ceil(seconds / each), TIMED)))
+    step_seconds = seconds_for(run, islice(batches, TIMED))[0] / TIMED
+    took, images = seconds_for(run, islice(batches, max(math.ceil(seconds / step_seconds), TIMED)))
     return images / took
 
 
@@ -85,20 +85,20 @@ def loader_rate(run: Training, seconds: float) -> float:
 
 def run_once(recipe: Recipe, options: argparse.Namespace, out: Path) -> dict[str, float]:
     """Measure a run: images a second, and bytes."""
-    found = {}
+    measurements = {}
     with training(recipe, options.data, out) as run, run.runtime.cudnn_autotuning(recipe.deterministic):
         device, fixed = run.runtime.device, first_step(run)
         seconds_for(run, [fixed] * WARM_UP)
-        found["peak_trying"] = peak_bytes(device)
+        measurements["peak_trying"] = peak_bytes(device)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
-        found["synthetic"] = rate(run, iter(lambda: fixed, None), options.seconds)
-        found["peak"] = peak_bytes(device)
+        measurements["synthetic"] = rate(run, iter(lambda: fixed, None), options.seconds)
+        measurements["peak"] = peak_bytes(device)
         if not options.compile:
-            found["loader"] = loader_rate(run, options.seconds / 2)
-            found["fed"] = rate(run, epochs(run), options.seconds * 1.5)
-        found["loss"] = float(run.step(fixed, 0)["loss"])
-    return found
+            measurements["loader"] = loader_rate(run, options.seconds / 2)
+            measurements["fed"] = rate(run, epochs(run), options.seconds * 1.5)
+        measurements["loss"] = float(run.step(fixed, 0)["loss"])
+    return measurements
 
 
 def measured(options: argparse.Namespace) -> dict[str, float]:
@@ -124,11 +124,11 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=6.0)
     options = parser.parse_args()
-    found = measured(options)
-    for name, value in found.items():
+    measurements = measured(options)
+    for name, value in measurements.items():
         in_gib = name.startswith(("peak", "estimate"))
         print(f"{name:<12} {value / GIB:.2f} GiB" if in_gib else f"{name:<12} {value:,.4g}")
-    write_json(options, found)
+    write_json(options, measurements)
 
 
 if __name__ == "__main__":

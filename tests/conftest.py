@@ -40,12 +40,12 @@ def recording(tmp_path_factory) -> Path:
 def holey(tmp_path_factory) -> Path:
     """60 stimuli of 32 px to train on, 6 sites: two lack a third of the responses, one lacks all, one goes below 0."""
     path = tmp_path_factory.mktemp("holey")
-    made = make_folder(path / "src", n=100, splits=True, sites=6, noise=0.5)
+    written = make_folder(path / "src", n=100, splits=True, sites=6, noise=0.5)
     missing = np.random.default_rng(0).uniform(size=(100, 2)) < 0.3
-    made.rates[:, 1:3][missing] = np.nan
-    made.rates[:, 4] = np.nan
-    made.rates[7, 5] = -0.25
-    np.save(path / "src" / "rates.npy", made.rates)
+    written.rates[:, 1:3][missing] = np.nan
+    written.rates[:, 4] = np.nan
+    written.rates[7, 5] = -0.25
+    np.save(path / "src" / "rates.npy", written.rates)
     return pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=50, workers=1).folder
 
 
@@ -90,9 +90,9 @@ def head_first(recording, tmp_path_factory):
 def packed(tmp_path_factory) -> Path:
     """100 PNGs, 60 of them for training, in shards of 6."""
     path = tmp_path_factory.mktemp("packed")
-    made = make_folder(path / "src", n=100, splits=True)
-    made.rates[::7, 2] = np.nan
-    np.save(path / "src" / "rates.npy", made.rates)
+    written = make_folder(path / "src", n=100, splits=True)
+    written.rates[::7, 2] = np.nan
+    np.save(path / "src" / "rates.npy", written.rates)
     pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=6, workers=1)
     return path / "shards"
 

@@ -26,11 +26,11 @@ def simulate(repetitions, noise, stimuli=STIMULI, sites=SITES, seed=0):
     return 10 + signal + np.sqrt(noise) * rng.normal(size=(stimuli, repetitions, sites))
 
 
-def drop(trials, kept):
+def drop(trials, remaining):
     """Keep `kept` (stimuli,) repetitions of each stimulus, at random places."""
     rng = np.random.default_rng(9)
-    place = rng.permuted(np.tile(np.arange(trials.shape[1]), (len(trials), 1)), axis=1)
-    return np.where((place < kept[:, None])[:, :, None], trials, np.nan)
+    order = rng.permuted(np.tile(np.arange(trials.shape[1]), (len(trials), 1)), axis=1)
+    return np.where((order < remaining[:, None])[:, :, None], trials, np.nan)
 
 
 def true_reliability(noise, repetitions):
@@ -163,21 +163,21 @@ def test_unequal_repetitions_bias_nothing():
 def test_the_simulated_recording_has_its_true_reliability():
     recording = Simulated(stimuli=256, sites=40, repetitions=8, image_size=32).open()
     trials = np.stack([stimulus.trials for stimulus in recording.read(range(256))])
-    found = components(trials)
+    estimate = components(trials)
     truth = np.array(recording.truth["reliability"])
-    assert found.reliability.mean() == pytest.approx(truth.mean(), abs=0.015)
+    assert estimate.reliability.mean() == pytest.approx(truth.mean(), abs=0.015)
     # Closed forms: rho = ncsnr^2 / (ncsnr^2 + 1 / n), and the share of single trials is that of n = 1.
     ncsnr2 = truth / (1 - truth) / 8
-    np.testing.assert_allclose(found.noise_ceiling.mean(), truth.mean(), atol=0.015)
-    np.testing.assert_allclose((found.ncsnr**2).mean(), ncsnr2.mean(), rtol=0.08)
-    np.testing.assert_allclose(found.explainable_share.mean(), (ncsnr2 / (ncsnr2 + 1)).mean(), atol=0.015)
+    np.testing.assert_allclose(estimate.noise_ceiling.mean(), truth.mean(), atol=0.015)
+    np.testing.assert_allclose((estimate.ncsnr**2).mean(), ncsnr2.mean(), rtol=0.08)
+    np.testing.assert_allclose(estimate.explainable_share.mean(), (ncsnr2 / (ncsnr2 + 1)).mean(), atol=0.015)
 
 
 def test_nsds_formula():
     """Allen et al. 2022, as written there for equal repetitions, on responses whose total variance is known."""
-    found = components(simulate(3, 4, stimuli=4000))
-    assert found.ncsnr.mean() == pytest.approx(0.5, abs=0.01)  # signal sd 1, noise sd 2
-    np.testing.assert_allclose(found.noise_ceiling, found.ncsnr**2 / (found.ncsnr**2 + 1 / 3), rtol=1e-12)
+    estimate = components(simulate(3, 4, stimuli=4000))
+    assert estimate.ncsnr.mean() == pytest.approx(0.5, abs=0.01)  # signal sd 1, noise sd 2
+    np.testing.assert_allclose(estimate.noise_ceiling, estimate.ncsnr**2 / (estimate.ncsnr**2 + 1 / 3), rtol=1e-12)
 
 
 def test_components_of_too_little_data_are_not_invented():
@@ -186,8 +186,8 @@ def test_components_of_too_little_data_are_not_invented():
     trials[:, 1:, 2] = np.nan  # one repetition of each stimulus
     trials[3:, :, 3] = np.nan  # three stimuli
     trials[:, :, 4] = 0.1  # always the same
-    found = components(trials)
-    assert np.isnan(found.reliability).tolist() == [False, True, True, True, True]
+    estimate = components(trials)
+    assert np.isnan(estimate.reliability).tolist() == [False, True, True, True, True]
     ceiling = estimate_ceiling([trials])
     assert np.isnan(ceiling.reliability).tolist() == [False, True, True, True, True]
     assert [value is None for value in ceiling.ci95] == [False, True, True, True, True]

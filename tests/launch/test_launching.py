@@ -22,9 +22,9 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
 def test_accelerate_on_cpu_that_starts_one_process_of_two_is_noticed(recording, tmp_path, way):
     config = tmp_path / "cpu.yaml"
     config.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\nuse_cpu: true\n")
-    asked = ["--cpu", "--num_processes", "2"] if way == "flag" else ["--config_file", config]
+    options = ["--cpu", "--num_processes", "2"] if way == "flag" else ["--config_file", config]
     command = ["train/finetune.py", "--data", recording, "--out", tmp_path / "run"]
-    done = run(BIN / "accelerate", "launch", *asked, *command)
+    done = run(BIN / "accelerate", "launch", *options, *command)
     assert done.returncode != 0
     assert "was asked for 2 processes, but started this one alone" in done.stderr
     assert not (tmp_path / "run").exists()

@@ -35,9 +35,9 @@ def test_two_machines_train_as_one(recording, on_one_machine, tmp_path, processe
     run = tmp_path / "run"
     command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS, "--strategy", strategy]
     with machines(2) as hosts:
-        done = [finish_started(one) for one in start_on(hosts, "2", 0, processes, *command)]
-    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
-    assert f"{2 * processes} processes" in "".join(one.stdout for one in done)
+        done = [finish_started(process) for process in start_on(hosts, "2", 0, processes, *command)]
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
+    assert f"{2 * processes} processes" in "".join(process.stdout for process in done)
     assert losses(run) == pytest.approx(losses(on_one_machine), rel=1e-4)
     assert largest_difference(weights(run), weights(on_one_machine)) < 1e-3
 
@@ -53,8 +53,8 @@ def test_a_slow_link_shows_as_communication(recording, on_one_machine, tmp_path)
         for host in hosts:
             host.limit(8 * gradients / 0.25 / 1e6)
         command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS, "--epochs", 3]
-        done = [finish_started(one) for one in start_on(hosts, "2", 0, 1, *command)]
-    assert [one.returncode for one in done] == [0, 0], done[0].stderr + done[1].stderr
+        done = [finish_started(process) for process in start_on(hosts, "2", 0, 1, *command)]
+    assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
     slow = charts(run)
     assert 0.2 < slow["communication"] - quick["communication"] < 0.5
     for part in ("forward", "backward", "optimizer"):

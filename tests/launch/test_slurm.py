@@ -18,8 +18,8 @@ SETTINGS = {"PYTHON": sys.executable, "PROCESSES": "1", "ACCELERATE_USE_CPU": "t
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    with cluster(tmp_path_factory.mktemp("slurm")) as made:
-        yield made
+    with cluster(tmp_path_factory.mktemp("slurm")) as cluster_of_two:
+        yield cluster_of_two
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def test_a_job_that_is_stopped_queues_again_and_ends_as_if_undisturbed(slurm, re
     slurm.wait_for(job, "PENDING")
     slurm.run("scontrol", "update", f"jobid={job}", "StartTime=now")
     assert slurm.wait_for(job, "COMPLETED", "FAILED", "CANCELLED") == "COMPLETED", log.read_text()
-    said = log.read_text()
-    assert "resumed after epoch" in said
-    assert "(step " in said
+    output = log.read_text()
+    assert "resumed after epoch" in output
+    assert "(step " in output
     assert losses(run) == losses(undisturbed)
     assert largest_difference(weights(run), weights(undisturbed)) == 0
 

@@ -35,12 +35,12 @@ def test_tables_of_splits_folds_and_subsets(best, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["best.py", *map(str, words)])
     module.main()
     results = json.loads((out / "results.json").read_text())
-    assert [(of["division"], of["subset"]) for of in results] == [("given", None), ("2-fold", None), ("given", 20)]
-    assert [of["stimuli"] for of in results] == [12, 60, 12]
-    assert [of["training_stimuli"] for of in results] == [48, 30, 20]
+    assert [(row["division"], row["subset"]) for row in results] == [("given", None), ("2-fold", None), ("given", 20)]
+    assert [row["stimuli"] for row in results] == [12, 60, 12]
+    assert [row["training_stimuli"] for row in results] == [48, 30, 20]
     metrics = json.loads((out / "mine" / "given" / "runs" / "pixels" / "eval" / "val" / "metrics.json").read_text())
     assert results[0]["r2"] == pytest.approx(metrics["regression"]["r2"]["mean"], rel=1e-6)
-    assert all(of["seconds"] > 0 for of in results)
+    assert all(row["seconds"] > 0 for row in results)
     assert "| pixels |" in (out / "table.md").read_text()
     assert len(ran) == 3 + 4
     module.main()

@@ -47,7 +47,7 @@ def page(tmp_path_factory):
 def keep(browser, name):
     if folder := os.environ.get("SPIKETUNE_SCREENSHOTS"):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        browser.screenshot(Path(folder) / f"{name}.png", whole=True)
+        browser.screenshot(Path(folder) / f"{name}.png", whole_page=True)
 
 
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
@@ -108,10 +108,10 @@ def test_tensorboard_opens_on_a_real_training(browser, recording, tmp_path):
     assert done.returncode == 0, done.stderr
     assert run_here("train/evaluate.py", out).returncode == 0
     with served(tmp_path / "runs") as board:
-        for place in ("custom_scalars", "timeseries", "images"):
+        for plugin in ("custom_scalars", "timeseries", "images"):
             browser.complaints.clear()
-            browser.open(f"{board.url}#{place}", DESKTOP)
+            browser.open(f"{board.url}#{plugin}", DESKTOP)
             browser.value("new Promise(done => setTimeout(done, 6000))")  # it draws long after it has loaded
             assert browser.value("document.querySelector('tb-webapp').innerHTML.length") > 1000
-            keep(browser, f"tensorboard_{place}")
-            assert browser.complaints == [], place
+            keep(browser, f"tensorboard_{plugin}")
+            assert browser.complaints == [], plugin

@@ -151,9 +151,9 @@ def test_every_command_is_understood(command: Command):
 
 def test_the_commands_are_found():
     """The test above is worth what is found: a change of layout in the texts must not hide commands from it."""
-    found = commands()
-    assert len(found) > 60
-    assert {page.name for page in PAGES} - {command.page.name for command in found} <= {
+    documented = commands()
+    assert len(documented) > 60
+    assert {page.name for page in PAGES} - {command.page.name for command in documented} <= {
         "design.md",
         "private_apis.md",
     }
@@ -163,15 +163,15 @@ def test_the_commands_are_found():
 def test_readmes_way_from_a_recording_to_a_report(desk):
     """In the order of the text, in a folder where README's `my_recording` lies; one process each."""
     make_folder(desk / "my_recording", n=60, sites=4, noise=0.5)
-    wanted = [command for command in commands() if command.page.name == "README.md"]
-    wanted = [command for command in wanted if not command.text.startswith((*SETS_UP, "tensorboard"))]
-    wanted = [command for command in wanted if not any(word in command.text for word in ONLY_PARSED)]
-    for command in wanted:
+    documented = [command for command in commands() if command.page.name == "README.md"]
+    documented = [command for command in documented if not command.text.startswith((*SETS_UP, "tensorboard"))]
+    documented = [command for command in documented if not any(word in command.text for word in ONLY_PARSED)]
+    for command in documented:
         words = command.words()
         script = next(k for k, word in enumerate(words) if word.endswith(".py"))
         done = subprocess.run([sys.executable, *words[script:]], capture_output=True, text=True)
         assert done.returncode == 0, (command.text, done.stderr)
-    assert len(wanted) >= 7
+    assert len(documented) >= 7
     assert (desk / "runs" / "report.html").is_file()
     assert (desk / "data" / "mine" / "contact_sheet.png").is_file()
 
@@ -192,14 +192,14 @@ def test_the_example_of_a_source_packs(tmp_path, monkeypatch):
         Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(tmp_path / "images" / f"{name}.png")
     source = module.Npz(source=tmp_path / "session.npz", images=tmp_path / "images")
     folder = pack(source.open(), tmp_path / "packed", stimuli_per_shard=50, workers=1).folder
-    found = {}
+    packed_rates = {}
     for split in ShardFolder(folder).manifest.splits:
         opened = ShardFolder(folder).split(split)
-        found |= dict(zip(opened.stimulus_ids, opened.rates(), strict=True))
+        packed_rates |= dict(zip(opened.stimulus_ids, opened.rates(), strict=True))
     expected = {f"im_{k}": trials[k].mean(0) for k in range(20)}
-    assert found.keys() == expected.keys()
+    assert packed_rates.keys() == expected.keys()
     for name, rates in expected.items():
-        np.testing.assert_allclose(found[name], rates, rtol=1e-5)
+        np.testing.assert_allclose(packed_rates[name], rates, rtol=1e-5)
 
 
 def test_the_example_of_a_readout_learns(recording, monkeypatch):
@@ -280,8 +280,8 @@ def test_every_failure_and_warning_is_in_troubleshooting():
     quoted = [part for cell in re.findall(r"`([^`]+)`", page) for part in cell.split("...") if len(part.strip()) > 11]
     assert len(messages()) > 25
     for file, text in messages():
-        pieces = [" ".join(piece.split()) for piece in text.split("\0")]
-        assert any(part.strip() in piece for part in quoted for piece in pieces), (file, text)
+        fragments = [" ".join(fragment.split()) for fragment in text.split("\0")]
+        assert any(part.strip() in fragment for part in quoted for fragment in fragments), (file, text)
 
 
 def test_links_between_pages_lead_somewhere():

@@ -65,13 +65,13 @@ def name_of(node: ast.expr) -> str:
 
 def faults_of(source: str, path: str) -> list[str]:
     """What a file does that it must not."""
-    found = []
+    faults = []
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         for name in names:
             if name.split(".")[0] in ("pickle", "dill", "joblib", "cloudpickle", "marshal", "shelve", "pickletools"):
-                found.append(f"{path}:{node.lineno}: imports {name}")
+                faults.append(f"{path}:{node.lineno}: imports {name}")
         if not isinstance(node, ast.Call):
             continue
         call, keywords = name_of(node.func), {word.arg: word.value for word in node.keywords}
@@ -80,22 +80,22 @@ def faults_of(source: str, path: str) -> list[str]:
         if known == call.rpartition(".")[2] != call and known in ("compile", "input", "eval", "exec"):
             known = None  # re.compile, network.eval()
         if known is not None and path not in FORBIDDEN[known]:
-            found.append(where)
+            faults.append(where)
         if isinstance(node.func, ast.Attribute) and node.func.attr in METHODS:
-            found.append(where)
+            faults.append(where)
         if call in MUST_SAY:
             word, value = MUST_SAY[call]
             if not isinstance(keywords.get(word), ast.Constant) or keywords[word].value is not value:
-                found.append(f"{where} without {word}={value}")
+                faults.append(f"{where} without {word}={value}")
         if "shell" in keywords and not (isinstance(keywords["shell"], ast.Constant) and not keywords["shell"].value):
-            found.append(f"{where} with a shell")
+            faults.append(f"{where} with a shell")
         if any(
             isinstance(word, ast.Constant) and word.value is True
             for name, word in keywords.items()
             if name == "allow_pickle"
         ):
-            found.append(f"{where} with pickles")
-    return found
+            faults.append(f"{where} with pickles")
+    return faults
 
 
 def test_no_code_of_ours_executes_data_or_opens_files_unguarded():
@@ -139,14 +139,14 @@ def test_the_walk_lets_pass_what_is_fine():
 
 def settings_of(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
     """Every setting below a model, by its dotted name."""
-    found: dict[str, FieldInfo] = {}
+    fields: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            found |= settings_of(kind, f"{prefix}{name}.")
+            fields |= settings_of(kind, f"{prefix}{name}.")
         else:
-            found[f"{prefix}{name}"] = field
-    return found
+            fields[f"{prefix}{name}"] = field
+    return fields
 
 
 def commands() -> list[type[BaseModel]]:

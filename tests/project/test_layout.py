@@ -92,8 +92,8 @@ def test_a_room_imports_only_those_before_it(package, rooms):
         if room is None:
             continue
         for name in imports(path):
-            other = room_of(name, rooms) if name.startswith(f"{package}.") else None
-            if other is not None and rooms.index(other) > rooms.index(room):
+            imported_room = room_of(name, rooms) if name.startswith(f"{package}.") else None
+            if imported_room is not None and rooms.index(imported_room) > rooms.index(room):
                 wrong.append(f"{module} imports {name}")
     assert wrong == []
 

@@ -39,9 +39,9 @@ def mentions(code: object, *words: str) -> bool:
 
 
 def finds_infinity() -> bool:
-    found = torch.zeros(())
-    torch._amp_foreach_non_finite_check_and_unscale_([torch.tensor([1.0, torch.inf])], found, torch.ones(()))
-    return bool(found)
+    infinity = torch.zeros(())
+    torch._amp_foreach_non_finite_check_and_unscale_([torch.tensor([1.0, torch.inf])], infinity, torch.ones(()))
+    return bool(infinity)
 
 
 def fused_optimizer_skips() -> bool:
@@ -173,12 +173,12 @@ def test_the_table_and_the_checks_have_the_same_rows():
 
 def used() -> dict[str, str]:
     """The private names of the libraries that the code uses, with a file of each."""
-    found = {}
+    accesses = {}
     for folder in ("data_prep", "train", "launch", "spiketune", "benchmarks", "tests"):
         for path in ROOT.glob(f"{folder}/**/*.py"):
             if path.name != "test_private_apis.py":
-                found |= dict.fromkeys(private_names(ast.parse(path.read_text())), str(path.relative_to(ROOT)))
-    return found
+                accesses |= dict.fromkeys(private_names(ast.parse(path.read_text())), str(path.relative_to(ROOT)))
+    return accesses
 
 
 def private_names(tree: ast.Module) -> set[str]:

@@ -69,20 +69,20 @@ def test_a_recipe_trains_and_is_scored(tiny, tmp_path, narrow_vgg, path):
         (recipe[section] if section else recipe)[setting] = value
     assert load_recipe(run / "recipe.yaml").model_dump() == recipe
     assert np.isfinite(losses(run)).tolist() == [True]
-    found = metrics(run)
-    assert found["stimuli"] == HELD_OUT
-    assert found["selected_on"] == ["inner"]
+    scores = metrics(run)
+    assert scores["stimuli"] == HELD_OUT
+    assert scores["selected_on"] == ["inner"]
     kind = recipe["task"]["kind"]
-    assert ("regression" in found) == (kind != "classification")
-    assert ("classification" in found) == (kind != "regression")
+    assert ("regression" in scores) == (kind != "classification")
+    assert ("classification" in scores) == (kind != "regression")
     if kind != "classification":
         arrays = predictions(run)
         assert arrays["prediction"].shape == (HELD_OUT, SITES)
         assert np.isfinite(arrays["prediction"]).all()
         np.testing.assert_array_equal(arrays["target"], ShardFolder(tiny).split("val").rates())
-        assert np.isfinite(found["regression"]["r2"]["per_site"]).all()
+        assert np.isfinite(scores["regression"]["r2"]["per_site"]).all()
     if kind != "regression":
-        assert 0 <= found["classification"]["top1"] <= found["classification"]["top5"] <= 1
+        assert 0 <= scores["classification"]["top1"] <= scores["classification"]["top5"] <= 1
     shutil.rmtree(run)  # up to 700 MB
 
 

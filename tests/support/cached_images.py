@@ -9,12 +9,12 @@ from train.data import image_cache
 
 def memory_of_images(shards) -> tuple[int, set[int]]:
     """Bytes of the nameless files with these images that are still there, and which processes have them open."""
-    found, holding = {}, set()
+    bytes_by_file, pids = {}, set()
     key = image_cache.pixel_key(shards.split("train"), 32).encode()
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):
             if "spiketune-images" in os.readlink(descriptor) and descriptor.open("rb").read(64) == key:
                 status = descriptor.stat()
-                found[status.st_ino] = status.st_blocks * 512
-                holding.add(int(descriptor.parts[2]))
-    return sum(found.values()), holding
+                bytes_by_file[status.st_ino] = status.st_blocks * 512
+                pids.add(int(descriptor.parts[2]))
+    return sum(bytes_by_file.values()), pids

@@ -107,16 +107,16 @@ class Chromium:
 
     def value(self, expression: str) -> Any:
         """What a JavaScript expression comes to; promises are waited for."""
-        found = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
-    def screenshot(self, path: Path, whole: bool = False) -> None:
+    def screenshot(self, path: Path, whole_page: bool = False) -> None:
         """The window as a PNG, or the whole page."""
-        found = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
-        path.write_bytes(base64.b64decode(found["data"]))
+        answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole_page)
+        path.write_bytes(base64.b64decode(answer["data"]))
 
     def print(self, path: Path) -> None:
         """The page as it is printed, a PDF."""
-        found = self.call("Page.printToPDF", preferCSSPageSize=True, printBackground=True)
-        path.write_bytes(base64.b64decode(found["data"]))
+        answer = self.call("Page.printToPDF", preferCSSPageSize=True, printBackground=True)
+        path.write_bytes(base64.b64decode(answer["data"]))

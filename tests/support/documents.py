@@ -48,8 +48,8 @@ def _of_page(text: str) -> Iterator[str]:
     for number, line in enumerate(lines):
         if line.startswith("    ") and BEGINNING.match(line.strip()):
             following = lines[number + 1] if number + 1 < len(lines) else ""
-            more = following.strip() if following.startswith(" " * 8) and line[4] != " " else ""
-            yield re.sub(r"\s+# .*", "", f"{line.strip()} {more}".strip())
+            continuation = following.strip() if following.startswith(" " * 8) and line[4] != " " else ""
+            yield re.sub(r"\s+# .*", "", f"{line.strip()} {continuation}".strip())
         yield from INLINE.findall(line)
 
 

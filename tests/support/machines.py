@@ -72,16 +72,16 @@ def reason_against() -> str | None:
 def machines(count: int) -> Iterator[list[Machine]]:
     """So many machines in a network of their own; what runs there is killed at the end."""
     tag = uuid.uuid4().hex[:6]
-    hub, made = f"hub{tag}", []
+    hub, started = f"hub{tag}", []
     try:
         _ip("netns", "add", hub)
         _ip("-n", hub, "link", "add", "bridge", "type", "bridge")
         _ip("-n", hub, "link", "set", "bridge", "up")
         for number in range(count):
-            made.append(_machine(hub, f"m{number}{tag}", f"10.77.0.{number + 1}", number))
-        yield made
+            started.append(_machine(hub, f"m{number}{tag}", f"10.77.0.{number + 1}", number))
+        yield started
     finally:
-        for name in [machine.name for machine in made] + [hub]:
+        for name in [machine.name for machine in started] + [hub]:
             for pid in subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout.split():
                 subprocess.run(["kill", "-KILL", pid], capture_output=True)
             subprocess.run(["ip", "netns", "delete", name], capture_output=True)

@@ -31,16 +31,17 @@ def pack_recording(
         options: of `make_folder`.
     """
     source = path / f"{name}_source"
-    made = make_folder(source, **{"splits": True} | options)
-    ids = ids or [f"{name}{number:03d}" for number in range(len(made.ids))]
-    images = [f"images/{old}.png" for old in made.ids]
-    made.ids, made.splits = list(ids), list(splits or made.splits)
+    written = make_folder(source, **{"splits": True} | options)
+    ids = ids or [f"{name}{number:03d}" for number in range(len(written.ids))]
+    images = [f"images/{old}.png" for old in written.ids]
+    written.ids, written.splits = list(ids), list(splits or written.splits)
     write_csv(
-        source / "stimuli.csv", {"stimulus_id": made.ids, "image": images, "object": made.objects, "split": made.splits}
+        source / "stimuli.csv",
+        {"stimulus_id": written.ids, "image": images, "object": written.objects, "split": written.splits},
     )
-    made.rates[np.random.default_rng(0).uniform(size=made.rates.shape) < missing] = np.nan
-    np.save(source / "rates.npy", made.rates)
-    return pack(Folder(source=source, name=name).open(), path / name, stimuli_per_shard, 1).folder, made
+    written.rates[np.random.default_rng(0).uniform(size=written.rates.shape) < missing] = np.nan
+    np.save(source / "rates.npy", written.rates)
+    return pack(Folder(source=source, name=name).open(), path / name, stimuli_per_shard, 1).folder, written
 
 
 def pack_two(path: Path) -> list[Path]:

@@ -57,7 +57,7 @@ def refused(tmp_path: Path, words: tuple[str, ...], *args) -> None:
 def check_packed(folder: ShardFolder, written: Written, columns=slice(None), scale: float = 1.0) -> None:
     """What was packed is what was written: images, averages, and trials where there are several."""
     row_of = {name: row for row, name in enumerate(safe_ids(written.ids))}
-    found = set()
+    seen = set()
     for name in folder.manifest.splits:
         split = folder.split(name)
         for position, stimulus in enumerate(split.stimulus_ids):
@@ -67,5 +67,5 @@ def check_packed(folder: ShardFolder, written: Written, columns=slice(None), sca
             np.testing.assert_allclose(split.array(position, "rates.npy"), trial_average(trials), rtol=1e-5)
             if written.trials.shape[1] > 1:
                 np.testing.assert_allclose(split.array(position, "trials.npy"), trials, rtol=1e-5)
-            found.add(stimulus)
-    assert found == set(row_of)
+            seen.add(stimulus)
+    assert seen == set(row_of)

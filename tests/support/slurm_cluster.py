@@ -71,8 +71,8 @@ class Cluster:
 
     def state(self, job: str) -> str:
         """RUNNING, COMPLETED ..."""
-        told = self.run("scontrol", "show", "job", job, "--oneliner")
-        return next(word.partition("=")[2] for word in told.split() if word.startswith("JobState="))
+        description = self.run("scontrol", "show", "job", job, "--oneliner")
+        return next(word.partition("=")[2] for word in description.split() if word.startswith("JobState="))
 
     def wait_for(self, job: str, *states: str, seconds: float = 240) -> str:
         """Until the job is in one of the states."""
@@ -94,9 +94,9 @@ def cluster(folder: Path) -> Iterator[Cluster]:
             started.append(nodes[0].start("slurmctld", "-D", "-c", SLURM_CONF=environment["SLURM_CONF"]))
             for number, node in enumerate(nodes):
                 started.append(node.start("slurmd", "-D", "-N", f"n{number}", SLURM_CONF=environment["SLURM_CONF"]))
-            made = Cluster(folder, nodes)
-            _wait_until_idle(made)
-            yield made
+            running = Cluster(folder, nodes)
+            _wait_until_idle(running)
+            yield running
         finally:
             for process in started:
                 process.kill()
@@ -128,13 +128,13 @@ def _munge(folder: Path) -> subprocess.Popen:
     return process
 
 
-def _wait_until_idle(made: Cluster) -> None:
+def _wait_until_idle(running: Cluster) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         try:
-            if made.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"]:
+            if running.run("sinfo", "--noheader", "--format=%T %D").split() == ["idle", "2"]:
                 return
         except AssertionError:  # the controller is not there yet
             pass
         time.sleep(0.5)
-    raise AssertionError(f"the cluster did not come up; see {made.folder}")
+    raise AssertionError(f"the cluster did not come up; see {running.folder}")

@@ -54,8 +54,8 @@ def serve(folder: Path) -> Iterator[Web]:
         def do_GET(self):
             path, _, query = self.path.partition("?")
             file = path.rpartition("/")[2]
-            asked = self.headers.get("Range")
-            web.asked.append((file, asked))
+            requested_range = self.headers.get("Range")
+            web.asked.append((file, requested_range))
             if self.headers.get("Authorization") != web.authorization or query != web.query:
                 return self.refuse(403)
             fault, *how = (web.faults[file].popleft() if web.faults[file] else web.always.get(file)) or ("none",)
@@ -65,20 +65,20 @@ def serve(folder: Path) -> Iterator[Web]:
                 return self.refuse(404)
             if fault == "slow":
                 time.sleep(how[0])
-            return self.answer(file, asked, fault, *how)
+            return self.answer(file, requested_range, fault, *how)
 
         def refuse(self, code: int):
             self.send_response(code)
             self.send_header("Content-Length", "0")
             self.end_headers()
 
-        def answer(self, file: str, asked: str | None, fault: str, *how):
+        def answer(self, file: str, requested_range: str | None, fault: str, *how):
             content = (web.folder / file).read_bytes()
             if fault == "wrong":
                 content = content[: len(content) // 2] + bytes(len(content) - len(content) // 2)
             if fault == "html":
                 content = b"<html>sign in</html>"
-            start = int(asked.removeprefix("bytes=").rstrip("-")) if asked and web.ranges else 0
+            start = int(requested_range.removeprefix("bytes=").rstrip("-")) if requested_range and web.ranges else 0
             if start >= len(content):
                 return self.refuse(416)
             self.send_response(206 if start else 200)
@@ -92,12 +92,12 @@ def serve(folder: Path) -> Iterator[Web]:
 
         def send(self, content: bytes, fault: str, *how):
             if fault == "drip":
-                for place in range(len(content)):
-                    self.wfile.write(content[place : place + 1])
+                for offset in range(len(content)):
+                    self.wfile.write(content[offset : offset + 1])
                     time.sleep(how[0])
             elif web.pace:
-                for place in range(0, len(content), 4096):
-                    self.wfile.write(content[place : place + 4096])
+                for offset in range(0, len(content), 4096):
+                    self.wfile.write(content[offset : offset + 4096])
                     time.sleep(web.pace)
             else:
                 self.wfile.write(content)

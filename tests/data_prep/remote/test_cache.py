@@ -54,8 +54,8 @@ def test_what_a_killed_process_had_begun_is_resumed(web, packed, cache):
     reader.wait()
     web.pace, before = 0.0, len(web.asked)
     assert fetch(shards) == (packed / "train-000000.tar").read_bytes()
-    ((_, asked),) = [request for request in web.asked[before:] if request[0] == "train-000000.tar"]
-    assert int(asked.removeprefix("bytes=").rstrip("-")) > 4096
+    ((_, requested_range),) = [request for request in web.asked[before:] if request[0] == "train-000000.tar"]
+    assert int(requested_range.removeprefix("bytes=").rstrip("-")) > 4096
     assert not any(name.endswith("part") for name in kept(cache))
 
 
@@ -122,7 +122,7 @@ def test_a_cache_that_cannot_be_written_is_reported(web, tmp_path):
 
 
 def test_the_same_shard_from_two_places_is_kept_once(web, packed, cache):
-    with serve(packed) as other:
+    with serve(packed) as mirror:
         fetch(opened(web.url, cache))
-        fetch(opened(other.url, cache))
-        assert not other.times()
+        fetch(opened(mirror.url, cache))
+        assert not mirror.times()

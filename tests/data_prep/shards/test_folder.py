@@ -47,24 +47,24 @@ def leftovers(out: Path) -> list[Path]:
     return list(out.parent.glob(f".{out.name}*"))
 
 
-def rows_of(made, split: str) -> list[int]:
-    return [row for row, name in enumerate(made.splits) if name == split]
+def rows_of(written, split: str) -> list[int]:
+    return [row for row, name in enumerate(written.splits) if name == split]
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A folder with PNG, JPEG and a BMP, single trials, and a site that some stimuli lack."""
     path = tmp_path_factory.mktemp("recording") / "src"
-    made = make_folder(path, n=30, splits=True, trials=3, site_table=True)
+    written = make_folder(path, n=30, splits=True, trials=3, site_table=True)
     for row in (1, 3, 5, 10):
-        (path / "images" / f"{made.ids[row]}.png").write_bytes(encode(made.images[row], "jpg"))
-    (path / "images" / f"{made.ids[6]}.png").write_bytes(encode(made.images[6], "bmp"))
-    made.trials[5:12, :, 2] = np.nan
-    made.rates[5:12, 2] = np.nan
-    np.save(path / "trials.npy", made.trials)
-    np.save(path / "rates.npy", made.rates)
-    made.path = path
-    return made
+        (path / "images" / f"{written.ids[row]}.png").write_bytes(encode(written.images[row], "jpg"))
+    (path / "images" / f"{written.ids[6]}.png").write_bytes(encode(written.images[6], "bmp"))
+    written.trials[5:12, :, 2] = np.nan
+    written.rates[5:12, 2] = np.nan
+    np.save(path / "trials.npy", written.trials)
+    np.save(path / "rates.npy", written.rates)
+    written.path = path
+    return written
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +168,7 @@ def test_the_manifest_counts_and_averages_what_is_there(source, packed):
 
 
 def test_the_course_file_keeps_its_test_responses_back(tmp_path):
-    made = make_it_h5(tmp_path / "IT_data.h5")
+    written = make_it_h5(tmp_path / "IT_data.h5")
     out = tmp_path / "it"
     result = run_here(PACK, "it-h5", tmp_path / "IT_data.h5", "--out", out, "--workers", 1)
     assert result.returncode == 0, result.stderr
@@ -179,7 +179,7 @@ def test_the_course_file_keeps_its_test_responses_back(tmp_path):
         "val": True,
         "test": False,
     }
-    assert folder.manifest.classes == sorted({name for split in made.values() for name in split.objects})
+    assert folder.manifest.classes == sorted({name for split in written.values() for name in split.objects})
     assert folder.manifest.response_window_ms == (70, 170)
     assert 0 < folder.manifest.provenance["largest_uint8_rounding_error"] < 1e-3
     assert folder.manifest.ceiling is None
@@ -187,11 +187,11 @@ def test_the_course_file_keeps_its_test_responses_back(tmp_path):
     assert all("rates.npy" not in sample for sample in read_with_webdataset(out, "test"))
     with pytest.raises(BadInput, match="'test' has no responses"):
         test.rates()
-    for split in made:
+    for split in written:
         for position in range(8):
             image = Image.open(io.BytesIO(folder.split(split).image(position)[0]))
-            assert np.array_equal(np.asarray(image), made[split].images[position])
-    assert np.array_equal(folder.split("val").rates(), made["val"].rates)
+            assert np.array_equal(np.asarray(image), written[split].images[position])
+    assert np.array_equal(folder.split("val").rates(), written["val"].rates)
 
 
 # ---- whole or not at all -------------------------------------------------------------------------------------------
@@ -372,9 +372,9 @@ def test_show_refuses_what_is_no_shard_folder(source, tmp_path):
 # ---- damage --------------------------------------------------------------------------------------------------------
 
 
-def flip(path: Path, place: int) -> None:
+def flip(path: Path, offset: int) -> None:
     data = bytearray(path.read_bytes())
-    data[place] ^= 0xFF
+    data[offset] ^= 0xFF
     path.write_bytes(data)
 
 

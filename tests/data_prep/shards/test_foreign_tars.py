@@ -168,9 +168,9 @@ def test_the_tars_are_read_once(folder):
     first = ShardFolder(folder)
     assert contents(folder) == ["index.npz", "train-0.tar", "train-1.tar", "val-0.tar"]
     rewrite(folder / "train-0.tar", lambda data: data.__setitem__(slice(None), bytes(len(data))))
-    again = ShardFolder(folder)
-    assert again.manifest == first.manifest
-    assert np.array_equal(again.split("val").rates(), RATES[14:])
+    reopened = ShardFolder(folder)
+    assert reopened.manifest == first.manifest
+    assert np.array_equal(reopened.split("val").rates(), RATES[14:])
 
 
 @pytest.mark.parametrize("change", ["rewritten", "more", "fewer", "damaged index", "index of a pack"])

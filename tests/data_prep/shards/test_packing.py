@@ -115,12 +115,12 @@ def test_a_killed_worker_is_one_sentence_and_leaves_nothing(source, tmp_path):
 
 @pytest.mark.parametrize("length", [90, 97, 300])
 def test_names_that_are_too_long_for_a_plain_header_are_found_too(source, tmp_path, length):
-    made = make_folder(tmp_path / "src", n=9, splits=True)
+    written = make_folder(tmp_path / "src", n=9, splits=True)
     table = tmp_path / "src" / "stimuli.csv"
     lines = table.read_text().splitlines()
     table.write_text("\n".join([lines[0], *(f"{'x' * length}{line}" for line in lines[1:])]))
     split = pack(Folder(source=tmp_path / "src").open(), tmp_path / "out", 4, workers=1).split("train")
-    rows = [row for row, name in enumerate(made.splits) if name == "train"]
-    assert split.stimulus_ids == ["x" * length + made.ids[row] for row in rows]
-    assert np.array_equal(split.rates(), made.rates[rows])
+    rows = [row for row, name in enumerate(written.splits) if name == "train"]
+    assert split.stimulus_ids == ["x" * length + written.ids[row] for row in rows]
+    assert np.array_equal(split.rates(), written.rates[rows])
     assert [fault for _, fault in ShardFolder(tmp_path / "out").verify()] == [None] * 4

@@ -80,7 +80,7 @@ def test_parts_that_fsspec_gives_are_put_together(packed, cache, monkeypatch):
 def test_a_cut_connection_is_resumed(web, packed, cache):
     web.faults["train-000000.tar"].extend([("cut", 5000), ("cut", 0), ("cut", 7000)])
     assert fetch(opened(web.url, cache)) == (packed / "train-000000.tar").read_bytes()
-    ranges = [asked for file, asked in web.asked if file == "train-000000.tar"]
+    ranges = [requested_range for file, requested_range in web.asked if file == "train-000000.tar"]
     assert ranges == [None, "bytes=5000-", "bytes=5000-", "bytes=12000-"]
 
 

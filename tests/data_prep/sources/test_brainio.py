@@ -70,14 +70,14 @@ def test_assemblies_of_every_layout(tmp_path, layout, options):
     pytest.importorskip("xarray")
     written = make_assembly(tmp_path, **layout)
     recording = brainio(tmp_path, **options).open()
-    found = read_by_id(recording)
+    stimuli = read_by_id(recording)
     tolerance = 1e-4 if "encoding" in layout else 1e-6
     for row, name in enumerate(written.ids):
-        trials = found[name].trials
+        trials = stimuli[name].trials
         assert trials.dtype == np.float32
         np.testing.assert_allclose(order_free(trials), order_free(written.trials[row]), atol=tolerance)
-        np.testing.assert_allclose(found[name].rates, np.nanmean(written.trials[row], axis=0), atol=tolerance)
-        assert found[name].meta["object"] == written.objects[row]
+        np.testing.assert_allclose(stimuli[name].rates, np.nanmean(written.trials[row], axis=0), atol=tolerance)
+        assert stimuli[name].meta["object"] == written.objects[row]
     assert recording.response_window_ms == (None if "time_bin" not in layout.get("axes", ("time_bin",)) else (70, 170))
 
 
@@ -91,10 +91,10 @@ def test_regions_animals_and_time_bins_are_selected(tmp_path):
         recording = brainio(tmp_path, time_bin=time_bin, **options).open()
         assert [site["id"] for site in recording.sites] == [f"Tito_L_{k}" for k in keep]
         assert recording.response_window_ms == time_bin
-        found = read_by_id(recording)
+        stimuli = read_by_id(recording)
         for row, name in enumerate(written.ids):
             expected = written.trials[row][:, keep] + added
-            np.testing.assert_allclose(order_free(found[name].trials), order_free(expected), rtol=1e-6)
+            np.testing.assert_allclose(order_free(stimuli[name].trials), order_free(expected), rtol=1e-6)
     for time_bin in ((70, 165), (75, 170), (0, 50), (70, 220)):  # two bins overlap in the last
         with pytest.raises(BadInput, match="70-120, 120-170"):
             brainio(tmp_path, time_bin=time_bin).open()
@@ -105,9 +105,9 @@ def test_regions_animals_and_time_bins_are_selected(tmp_path):
 def test_the_public_assembly_of_averages_has_rates_and_no_trials(tmp_path):
     pytest.importorskip("xarray")
     written = make_assembly(tmp_path, repetitions=1, drop=("repetition",))
-    found = read_by_id(brainio(tmp_path).open())
-    assert all(stimulus.trials is None for stimulus in found.values())
-    assert np.array_equal(np.stack([found[name].rates for name in written.ids]), written.trials[:, 0])
+    stimuli = read_by_id(brainio(tmp_path).open())
+    assert all(stimulus.trials is None for stimulus in stimuli.values())
+    assert np.array_equal(np.stack([stimuli[name].rates for name in written.ids]), written.trials[:, 0])
 
 
 def test_presentations_are_read_in_pieces(assembly, monkeypatch):
@@ -124,10 +124,10 @@ def test_presentations_are_read_in_pieces(assembly, monkeypatch):
         return values
 
     monkeypatch.setattr(h5py.Dataset, "__getitem__", counted)
-    found = list(recording.read(range(len(written.ids))))
+    stimuli = list(recording.read(range(len(written.ids))))
     assert max(longest) <= 16
     row_of = {name: row for row, name in enumerate(written.ids)}
-    for stimulus in found:
+    for stimulus in stimuli:
         np.testing.assert_array_equal(stimulus.trials, written.trials[row_of[stimulus.id]])
 
 

@@ -61,38 +61,38 @@ def test_real_recordings(folder, n, sites):
 
 @pytest.mark.parametrize("kind", ["npy", "csv", "parquet"])
 def test_rates_are_the_same_in_every_format(tmp_path, kind):
-    made = make_folder(tmp_path, rates=kind, splits=True, site_table=True)
+    written = make_folder(tmp_path, rates=kind, splits=True, site_table=True)
     recording = Folder(source=tmp_path).open()
     stimuli = read_all(recording)
     rates = np.stack([s.rates for s in stimuli])
     assert rates.dtype == np.float32
-    assert np.array_equal(rates, made.rates)
-    assert recording.splits == made.splits
-    assert recording.objects == made.objects
+    assert np.array_equal(rates, written.rates)
+    assert recording.splits == written.splits
+    assert recording.objects == written.objects
     assert recording.sites[3] == {"id": "n3", "region": "V4", "depth": 3.5}
-    assert stimuli[7].meta == {"object": made.objects[7], "category": stimuli[7].meta["category"], "session": 1}
-    assert all(np.array_equal(pixels(s.image), image) for s, image in zip(stimuli, made.images, strict=True))
+    assert stimuli[7].meta == {"object": written.objects[7], "category": stimuli[7].meta["category"], "session": 1}
+    assert all(np.array_equal(pixels(s.image), image) for s, image in zip(stimuli, written.images, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])
 def test_rows_and_sites_are_matched_by_name(tmp_path, kind):
-    made = make_folder(tmp_path, rates=None, trials=1, site_table=True)
+    written = make_folder(tmp_path, rates=None, trials=1, site_table=True)
     (tmp_path / "trials.npy").unlink()
     site_ids = [f"n{k}" for k in range(10)]
-    order = np.random.default_rng(0).permutation(len(made.ids))
-    write_rates(tmp_path / f"rates.{kind}", made.rates[order, ::-1], [made.ids[i] for i in order], site_ids[::-1])
+    order = np.random.default_rng(0).permutation(len(written.ids))
+    write_rates(tmp_path / f"rates.{kind}", written.rates[order, ::-1], [written.ids[i] for i in order], site_ids[::-1])
     recording = Folder(source=tmp_path).open()
-    assert np.array_equal(np.stack([s.rates for s in read_all(recording)]), made.rates[:, ::-1])
+    assert np.array_equal(np.stack([s.rates for s in read_all(recording)]), written.rates[:, ::-1])
     assert recording.sites[0] == {"id": "n9", "region": "V4", "depth": 9.5}
 
 
 def test_csv_rates_without_ids_are_in_the_order_of_the_stimuli(tmp_path):
-    made = make_folder(tmp_path, rates=None, trials=1)
+    written = make_folder(tmp_path, rates=None, trials=1)
     (tmp_path / "trials.npy").unlink()
-    cells = made.rates.astype(object)
+    cells = written.rates.astype(object)
     cells[2, 0], cells[3, 1] = "", "NA"
     write_csv(tmp_path / "rates.csv", {f"n{k}": cells[:, k] for k in range(10)})
-    expected = made.rates.copy()
+    expected = written.rates.copy()
     expected[2, 0] = expected[3, 1] = np.nan
     recording = Folder(source=tmp_path).open()
     assert np.array_equal(np.stack([s.rates for s in read_all(recording)]), expected, equal_nan=True)
@@ -100,35 +100,35 @@ def test_csv_rates_without_ids_are_in_the_order_of_the_stimuli(tmp_path):
 
 
 def test_trials_are_averaged_and_kept(tmp_path):
-    made = make_folder(tmp_path, rates=None, trials=4)
+    written = make_folder(tmp_path, rates=None, trials=4)
     stimuli = read_all(Folder(source=tmp_path).open())
-    np.testing.assert_array_equal(np.stack([s.trials for s in stimuli]), made.trials)
-    np.testing.assert_allclose(np.stack([s.rates for s in stimuli]), made.rates, rtol=1e-6)
+    np.testing.assert_array_equal(np.stack([s.trials for s in stimuli]), written.trials)
+    np.testing.assert_allclose(np.stack([s.rates for s in stimuli]), written.rates, rtol=1e-6)
 
 
 def test_rates_beside_trials_are_taken_as_given(tmp_path):
-    made = make_folder(tmp_path, trials=4)
-    np.save(tmp_path / "rates.npy", made.rates - 5)
+    written = make_folder(tmp_path, trials=4)
+    np.save(tmp_path / "rates.npy", written.rates - 5)
     recording = Folder(source=tmp_path).open()
     stimuli = read_all(recording)
-    assert np.array_equal(np.stack([s.rates for s in stimuli]), made.rates - 5)
+    assert np.array_equal(np.stack([s.rates for s in stimuli]), written.rates - 5)
     assert stimuli[0].trials.shape == (4, 10)
     assert recording.provenance["rates"] == "as given"
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, np.uint8])
 def test_other_number_types_become_float32(tmp_path, dtype):
-    made = make_folder(tmp_path)
-    np.save(tmp_path / "rates.npy", np.asfortranarray(made.rates.astype(dtype)))
+    written = make_folder(tmp_path)
+    np.save(tmp_path / "rates.npy", np.asfortranarray(written.rates.astype(dtype)))
     rates = np.stack([s.rates for s in read_all(Folder(source=tmp_path).open())])
     assert rates.dtype == np.float32
-    assert np.array_equal(rates, made.rates.astype(dtype).astype(np.float32))
+    assert np.array_equal(rates, written.rates.astype(dtype).astype(np.float32))
 
 
 def test_a_split_without_any_response_has_no_rates(tmp_path):
-    made = make_folder(tmp_path, splits=True)
-    test = np.array(made.splits) == "test"
-    rates = made.rates.copy()
+    written = make_folder(tmp_path, splits=True)
+    test = np.array(written.splits) == "test"
+    rates = written.rates.copy()
     rates[test] = np.nan
     rates[0] = np.nan  # one unrecorded stimulus of a recorded split keeps its NaN
     np.save(tmp_path / "rates.npy", rates)
@@ -139,19 +139,19 @@ def test_a_split_without_any_response_has_no_rates(tmp_path):
 
 @pytest.mark.parametrize("encoding", ["bmp", "tiff", "ppm"])
 def test_other_image_formats_become_lossless_png(tmp_path, encoding):
-    made = make_folder(tmp_path, n=12, encoding=encoding)
+    written = make_folder(tmp_path, n=12, encoding=encoding)
     recording = Folder(source=tmp_path).open()
     assert "12 of 12" in recording.provenance["converted_to_png"]
-    for stimulus, image in zip(read_all(recording), made.images, strict=True):
+    for stimulus, image in zip(read_all(recording), written.images, strict=True):
         assert stimulus.encoding == "png"
         assert stimulus.meta["converted_from"] == encoding
         assert np.array_equal(pixels(stimulus.image), image)
 
 
 def test_the_bytes_count_not_the_ending(tmp_path):
-    made = make_folder(tmp_path)
-    jpeg = encode(made.images[0], "jpg")
-    (tmp_path / "images" / f"{made.ids[0]}.png").write_bytes(jpeg)
+    written = make_folder(tmp_path)
+    jpeg = encode(written.images[0], "jpg")
+    (tmp_path / "images" / f"{written.ids[0]}.png").write_bytes(jpeg)
     stimulus = next(Folder(source=tmp_path).open().read([0]))
     assert (stimulus.image, stimulus.encoding) == (jpeg, "jpg")
 
@@ -197,12 +197,12 @@ def test_the_command_line(tmp_path):
 
 
 def test_folder_reads_one_image_at_a_time(tmp_path):
-    made = make_folder(tmp_path)
+    written = make_folder(tmp_path)
     recording = Folder(source=tmp_path).open()
-    (tmp_path / "images" / f"{made.ids[2]}.png").unlink()
+    (tmp_path / "images" / f"{written.ids[2]}.png").unlink()
     reader = recording.read([0, 1, 2])
     assert inspect.isgenerator(reader)
-    assert [next(reader).id, next(reader).id] == made.ids[:2]
+    assert [next(reader).id, next(reader).id] == written.ids[:2]
     with pytest.raises(BadInput, match="stim0002"):
         next(reader)
 
@@ -318,8 +318,8 @@ def sixteen_bit(image):
     ],
 )
 def test_bad_images_are_refused_when_they_are_read(tmp_path, spoil, message):
-    made = make_folder(tmp_path, n=12)
-    (tmp_path / "images" / "stim0003.png").write_bytes(spoil(made.images[3]))
+    written = make_folder(tmp_path, n=12)
+    (tmp_path / "images" / "stim0003.png").write_bytes(spoil(written.images[3]))
     recording = Folder(source=tmp_path).open()
     with pytest.raises(BadInput, match=f"stim0003.*{message}"):
         read_all(recording)

@@ -15,20 +15,22 @@ from data_prep.sources.it_h5 import ROUNDING_WARNING, ItH5
 
 @pytest.mark.parametrize("chunks", [None, 1, 5, 24])
 def test_it_h5_gives_back_the_very_images(tmp_path, chunks):
-    made = make_it_h5(tmp_path / "IT_data.h5", chunks=chunks)
+    written = make_it_h5(tmp_path / "IT_data.h5", chunks=chunks)
     recording = ItH5(source=tmp_path / "IT_data.h5").open()
     stimuli = read_all(recording)
     assert recording.name == "IT_data"
     assert recording.response_window_ms == (70, 170)
     assert recording.sites[9] == {"id": "site_009", "region": "IT"}
     assert recording.provenance["warnings"] == []
-    assert [s.id for s in stimuli] == recording.stimulus_ids == [i for m in made.values() for i in m.ids]
-    assert recording.splits == [split for m in made.values() for split in m.splits]
+    assert [s.id for s in stimuli] == recording.stimulus_ids == [i for m in written.values() for i in m.ids]
+    assert recording.splits == [split for m in written.values() for split in m.splits]
     assert (
-        recording.objects == [name for m in made.values() for name in m.objects] == [s.meta["object"] for s in stimuli]
+        recording.objects
+        == [name for m in written.values() for name in m.objects]
+        == [s.meta["object"] for s in stimuli]
     )
     by_id = {s.id: s for s in stimuli}
-    for split, m in made.items():
+    for split, m in written.items():
         for i, name in enumerate(m.ids):
             assert np.array_equal(pixels(by_id[name].image), m.images[i])
             assert by_id[name].meta["uint8_rounding_error"] < 1e-3
@@ -56,9 +58,9 @@ def test_it_h5_reads_any_order(tmp_path):
     recording = ItH5(source=tmp_path / "it.h5").open()
     everything = read_all(recording)
     order = [23, 24, 25, 3, 4, 5, 39, 0, 31, 32, 16, 15, 17, 3]
-    again = list(recording.read(order))
-    assert [s.id for s in again] == [everything[i].id for i in order]
-    assert all(s.image == everything[i].image for s, i in zip(again, order, strict=True))
+    stimuli_again = list(recording.read(order))
+    assert [s.id for s in stimuli_again] == [everything[i].id for i in order]
+    assert all(s.image == everything[i].image for s, i in zip(stimuli_again, order, strict=True))
 
 
 def test_it_h5_is_streamed_in_blocks(tmp_path, monkeypatch):
@@ -84,8 +86,8 @@ def test_it_h5_is_streamed_in_blocks(tmp_path, monkeypatch):
 
 
 def test_images_that_never_were_uint8_are_reported(tmp_path):
-    made = make_it_h5(tmp_path / "it.h5")
-    smooth = made["val"].images * np.float32(0.93) + np.float32(4.2)
+    written = make_it_h5(tmp_path / "it.h5")
+    smooth = written["val"].images * np.float32(0.93) + np.float32(4.2)
     replace(tmp_path / "it.h5", "stimulus_val", normalise(smooth))
     recording = ItH5(source=tmp_path / "it.h5").open()
     (warning,) = recording.provenance["warnings"]
@@ -105,8 +107,8 @@ def test_images_that_never_were_uint8_are_reported(tmp_path):
     ids=["0..1", "0..255", "-1..1", "other"],
 )
 def test_images_in_another_scale_are_refused(tmp_path, scale, message):
-    made = make_it_h5(tmp_path / "it.h5")
-    raw = made["train"].images.astype(np.float32).transpose(0, 3, 1, 2)
+    written = make_it_h5(tmp_path / "it.h5")
+    raw = written["train"].images.astype(np.float32).transpose(0, 3, 1, 2)
     replace(tmp_path / "it.h5", "stimulus_train", scale(raw).astype(np.float32))
     with pytest.raises(BadInput, match=f"stimulus_train.*{message}"):
         ItH5(source=tmp_path / "it.h5").open()
@@ -122,8 +124,8 @@ def test_pale_images_are_not_taken_for_another_scale(tmp_path):
 
 
 def test_a_bad_image_that_open_did_not_look_at_is_found_by_read(tmp_path):
-    made = make_it_h5(tmp_path / "it.h5")
-    images = normalise(made["train"].images)
+    written = make_it_h5(tmp_path / "it.h5")
+    images = normalise(written["train"].images)
     images[2, 1, 5, 5] = np.nan
     images[3] *= 10
     replace(tmp_path / "it.h5", "stimulus_train", images)
@@ -222,7 +224,7 @@ def test_object_names_of_every_kind_of_string(tmp_path, dtype):
 
 
 def test_test_spikes_are_used_where_a_file_has_them(tmp_path):
-    made = make_it_h5(tmp_path / "it.h5")
+    written = make_it_h5(tmp_path / "it.h5")
     with h5py.File(tmp_path / "it.h5", "r+") as file:
-        file["spikes_test"] = made["test"].rates
-    assert np.array_equal(read_all(ItH5(source=tmp_path / "it.h5").open())[-1].rates, made["test"].rates[-1])
+        file["spikes_test"] = written["test"].rates
+    assert np.array_equal(read_all(ItH5(source=tmp_path / "it.h5").open())[-1].rates, written["test"].rates[-1])

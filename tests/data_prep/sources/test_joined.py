@@ -19,13 +19,13 @@ N = 30
 def make_part(path: Path, rows: slice, sites: int, site_ids: list[str] | None = None, **options):
     """Pack the stimuli in `rows` of one set of 30; returns what was made, cut to them, and the shard folder."""
     source = path / "source"
-    made = make_folder(source, n=N, splits=True, sites=sites, seed=0, **options)
+    written = make_folder(source, n=N, splits=True, sites=sites, seed=0, **options)
     keep = range(N)[rows]
     table = {
-        "stimulus_id": [made.ids[k] for k in keep],
-        "image": [f"images/{made.ids[k]}.png" for k in keep],
-        "object": [made.objects[k] for k in keep],
-        "split": [made.splits[k] for k in keep],
+        "stimulus_id": [written.ids[k] for k in keep],
+        "image": [f"images/{written.ids[k]}.png" for k in keep],
+        "object": [written.objects[k] for k in keep],
+        "split": [written.splits[k] for k in keep],
         f"from_{path.name}": [path.name] * len(keep),
     }
     write_csv(source / "stimuli.csv", table)
@@ -35,7 +35,7 @@ def make_part(path: Path, rows: slice, sites: int, site_ids: list[str] | None = 
     if site_ids:
         write_csv(source / "sites.csv", {"id": site_ids, "region": ["V4"] * sites})
     recording = Folder(source=source, name=path.name, window_ms=(70, 170)).open()
-    return made, pack(recording, path / "shards", 8, 1).folder
+    return written, pack(recording, path / "shards", 8, 1).folder
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +112,9 @@ def test_splits_that_contradict_each_other_need_new_ones(parts, tmp_path):
 def test_one_id_with_two_images_is_refused_and_nothing_is_left(parts, tmp_path):
     _, folder_a, _, _ = parts
     source = tmp_path / "other"
-    made = make_folder(source, n=N, splits=True)
-    (source / "images" / f"{made.ids[4]}.png").write_bytes((source / "images" / f"{made.ids[5]}.png").read_bytes())
+    written = make_folder(source, n=N, splits=True)
+    image, another_image = (source / "images" / f"{written.ids[row]}.png" for row in (4, 5))
+    image.write_bytes(another_image.read_bytes())
     other = pack(Folder(source=source).open(), tmp_path / "shards", 50, 1).folder
     out = tmp_path / "joined"
     refused = run_here("data_prep/pack.py", "joined", folder_a, other, "--out", out, "--workers", 1)

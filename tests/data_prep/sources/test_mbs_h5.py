@@ -26,14 +26,14 @@ def test_subjects_that_saw_other_stimuli(tmp_path):
     written = make_mbs(tmp_path / "mbs.h5", own_ids=True)
     recording = MbsH5(source=tmp_path / "mbs.h5", region=("IT",)).open()
     assert [site["subject"] for site in recording.sites] == ["s1"] * 4 + ["s2"] * 2
-    found = read_by_id(recording)
+    stimuli = read_by_id(recording)
     keep = [k for k, region in enumerate(written.regions) if region == "IT"]
-    rates = np.stack([found[name].rates for name in written.ids])
+    rates = np.stack([stimuli[name].rates for name in written.ids])
     np.testing.assert_array_equal(rates, written.trials[:, 0, keep])
     assert np.isnan(rates[:5, :4]).sum() == 16
-    assert all(stimulus.trials is None for stimulus in found.values())
+    assert all(stimulus.trials is None for stimulus in stimuli.values())
     assert all(
-        np.array_equal(pixels(found[name].image), image)
+        np.array_equal(pixels(stimuli[name].image), image)
         for name, image in zip(written.ids, written.images, strict=True)
     )
 

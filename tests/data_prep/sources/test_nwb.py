@@ -42,8 +42,8 @@ def test_several_windows_give_a_site_each(session):
     assert recording.sites[1]["window_ms"] == [120, 170]
     assert len(recording.sites) == 2 * 3
     assert recording.response_window_ms is None
-    found = read_by_id(recording)
-    whole = np.stack([found[name].trials.reshape(3, 3, 2).mean(axis=2) for name in written.ids])
+    stimuli = read_by_id(recording)
+    whole = np.stack([stimuli[name].trials.reshape(3, 3, 2).mean(axis=2) for name in written.ids])
     np.testing.assert_allclose(whole, written.trials[:, :, ::2] * 10, rtol=1e-5)
 
 

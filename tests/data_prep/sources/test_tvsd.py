@@ -27,17 +27,17 @@ def test_the_things_ventral_stream_dataset(tmp_path, turned):
     assert first["snr_max"] == keep[0]
     assert recording.response_window_ms == (75, 175)
     assert (recording.splits.count("test"), recording.splits.count("val")) == (5, 2)
-    found = read_by_id(recording)
+    stimuli = read_by_id(recording)
     for row, name in enumerate(written.ids):
         is_test = row >= 30
         assert (recording.splits[row] == "test") == is_test
-        np.testing.assert_allclose(found[name].rates, np.nanmean(written.trials[row][:, keep], axis=0), rtol=1e-5)
-        assert (found[name].trials is not None) == is_test
+        np.testing.assert_allclose(stimuli[name].rates, np.nanmean(written.trials[row][:, keep], axis=0), rtol=1e-5)
+        assert (stimuli[name].trials is not None) == is_test
         if is_test:
-            np.testing.assert_array_equal(found[name].trials, written.trials[row][:, keep])
-        assert found[name].meta["object"] == written.objects[row]
+            np.testing.assert_array_equal(stimuli[name].trials, written.trials[row][:, keep])
+        assert stimuli[name].meta["object"] == written.objects[row]
         path = tmp_path / "object_images" / written.objects[row] / f"{name}.jpg"
-        assert found[name].image == path.read_bytes()
+        assert stimuli[name].image == path.read_bytes()
 
 
 def test_it_is_packed_by_the_command(tmp_path):

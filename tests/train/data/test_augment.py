@@ -38,10 +38,10 @@ def shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
     return image[:, rows][:, :, columns]
 
 
-def assert_equal(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-3) -> None:
+def assert_equal(augmented: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-3) -> None:
     """To what float32 loses in the interpolation's weights."""
-    assert found.dtype == torch.float32
-    torch.testing.assert_close(found, expected.float(), rtol=0, atol=tolerance)
+    assert augmented.dtype == torch.float32
+    torch.testing.assert_close(augmented, expected.float(), rtol=0, atol=tolerance)
 
 
 # ---- what is changed -----------------------------------------------------------------------------------------------
@@ -63,45 +63,45 @@ def test_what_is_off_is_off_whatever_was_drawn(images):
 def test_shifts_move_by_whole_pixels(images):
     """Each image its own way: 0.2 of 20 pixels is 4, times a draw, rounded."""
     moves = [(0.5, -0.25), (-1.0, 1.0), (0.3, 0.0), (0.05, -0.9)]
-    found = augment(images, draws(right=[r for r, _ in moves], down=[d for _, d in moves]), Augment(shift=0.2))
-    for changed, image, (right, down) in zip(found, images, [(2, -1), (-4, 4), (1, 0), (0, -4)], strict=True):
+    augmented = augment(images, draws(right=[r for r, _ in moves], down=[d for _, d in moves]), Augment(shift=0.2))
+    for changed, image, (right, down) in zip(augmented, images, [(2, -1), (-4, 4), (1, 0), (0, -4)], strict=True):
         assert_equal(changed, shifted(image, right, down))
 
 
 def test_a_flip_mirrors_left_and_right_and_nothing_else(images):
-    found = augment(images, draws(flip=[0.5, -0.5, 0.01, -0.01]), Augment(flip=True))
-    for changed, image, mirrored in zip(found, images, [True, False, True, False], strict=True):
+    augmented = augment(images, draws(flip=[0.5, -0.5, 0.01, -0.01]), Augment(flip=True))
+    for changed, image, mirrored in zip(augmented, images, [True, False, True, False], strict=True):
         assert_equal(changed, image.flip(2) if mirrored else image)
     off = augment(images, draws(flip=0.9, right=0.5), Augment(shift=0.2))
     assert_equal(off[0], shifted(images[0], 2, 0))
 
 
 def test_an_image_is_shifted_before_it_is_mirrored(images):
-    found = augment(images, draws(flip=0.9, right=1.0, down=-0.5), Augment(flip=True, shift=0.2))
-    for changed, image in zip(found, images, strict=True):
+    augmented = augment(images, draws(flip=0.9, right=1.0, down=-0.5), Augment(flip=True, shift=0.2))
+    for changed, image in zip(augmented, images, strict=True):
         assert_equal(changed, shifted(image, 4, -2).flip(2))
 
 
 def test_a_zoom_enlarges_around_the_middle():
     """A line through the image gets so much steeper or flatter; where a smaller image ends, its edge goes on."""
     ramp = (4.0 * (torch.arange(SIZE) - 9.5) + 100).expand(COUNT, 3, SIZE, SIZE)
-    found = augment(ramp, draws(zoom=[1.0, -1.0, 0.5, 0.0]), Augment(zoom=0.25))
-    for image, scale in zip(found, (1.25, 0.75, 1.125, 1.0), strict=True):
+    augmented = augment(ramp, draws(zoom=[1.0, -1.0, 0.5, 0.0]), Augment(zoom=0.25))
+    for image, scale in zip(augmented, (1.25, 0.75, 1.125, 1.0), strict=True):
         expected = 4 * ((torch.arange(SIZE) - 9.5) / scale).clamp(-9.5, 9.5) + 100
         assert_equal(image, expected.expand(3, SIZE, SIZE), 1e-3)
     upright = augment(ramp.transpose(2, 3), draws(zoom=[1.0, -1.0, 0.5, 0.0]), Augment(zoom=0.25))
-    assert_equal(upright, found.transpose(2, 3))
+    assert_equal(upright, augmented.transpose(2, 3))
 
 
 def test_brightness_multiplies_and_stays_an_image(images):
-    found = augment(images, draws(brightness=[1.0, -1.0, 0.5, 0.0]), Augment(brightness=0.4))
-    for changed, image, factor in zip(found, images, (1.4, 0.6, 1.2, 1.0), strict=True):
+    augmented = augment(images, draws(brightness=[1.0, -1.0, 0.5, 0.0]), Augment(brightness=0.4))
+    for changed, image, factor in zip(augmented, images, (1.4, 0.6, 1.2, 1.0), strict=True):
         assert_equal(changed, (image.float() * factor).clamp(max=255))
 
 
 def test_contrast_stretches_around_the_images_mean(images):
-    found = augment(images, draws(contrast=[1.0, -1.0, 0.5, 0.0]), Augment(contrast=0.4))
-    for changed, image, factor in zip(found, images, (1.4, 0.6, 1.2, 1.0), strict=True):
+    augmented = augment(images, draws(contrast=[1.0, -1.0, 0.5, 0.0]), Augment(contrast=0.4))
+    for changed, image, factor in zip(augmented, images, (1.4, 0.6, 1.2, 1.0), strict=True):
         mean = image.float().mean()
         assert_equal(changed, (mean + (image.float() - mean) * factor).clamp(0, 255))
 

@@ -107,33 +107,33 @@ def stimuli_of(recipe: Recipe, *folders: Path) -> tuple[StimulusSet, StimulusSet
 def test_the_division_of_the_others_is_the_one_of_all(packed, damaged):
     folder, bad = damaged
     recipe = Recipe.model_validate({"loader": {"on_bad_sample": "skip"}})
-    whole = stimuli_of(Recipe(), packed)
+    all_stimuli = stimuli_of(Recipe(), packed)
     rest = stimuli_of(recipe, folder)
-    for before, after in zip(whole, rest, strict=True):
-        kept = [name not in bad for name in before.stimulus_ids]
+    for before, after in zip(all_stimuli, rest, strict=True):
+        readable = [name not in bad for name in before.stimulus_ids]
         assert after.stimulus_ids == [name for name in before.stimulus_ids if name not in bad]
-        assert np.array_equal(after.rates, before.rates[kept])
+        assert np.array_equal(after.rates, before.rates[readable])
 
 
 def test_an_evaluation_says_loudly_that_it_scores_fewer(run, damaged, tmp_path):
     folder, (*_, bad) = damaged
-    own = shutil.copytree(run, tmp_path / "run", symlinks=True)
-    assert_refused(run_here(EVALUATE, own, "--data", folder), f"{bad}.png")
-    assert not (own / "eval").exists()
-    done = run_here(EVALUATE, own, "--data", folder, "--on-bad-sample", "skip")
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    assert_refused(run_here(EVALUATE, copy, "--data", folder), f"{bad}.png")
+    assert not (copy / "eval").exists()
+    done = run_here(EVALUATE, copy, "--data", folder, "--on-bad-sample", "skip")
     assert done.returncode == 0, done.stderr
     assert "WARNING: 1 of 12 stimuli of val cannot be read and are LEFT OUT" in done.stderr
     assert bad in done.stderr
-    found = metrics(own)
-    assert found["stimuli"] == 11
-    assert found["left_out"]["val"]["count"] == 1
-    assert found["left_out"]["val"]["of"] == 12
-    assert list(found["left_out"]["val"]["stimuli"]) == [bad]
-    assert bad not in predictions(own)["stimulus_id"].tolist()
-    whole = run_here(EVALUATE, own, "--checkpoint", "last", "--on-bad-sample", "skip")
-    assert "LEFT OUT" not in whole.stderr
-    assert "left_out" not in metrics(own, "val_last")
-    assert metrics(own, "val_last")["fingerprint"] != found["fingerprint"]
+    scores = metrics(copy)
+    assert scores["stimuli"] == 11
+    assert scores["left_out"]["val"]["count"] == 1
+    assert scores["left_out"]["val"]["of"] == 12
+    assert list(scores["left_out"]["val"]["stimuli"]) == [bad]
+    assert bad not in predictions(copy)["stimulus_id"].tolist()
+    of_last = run_here(EVALUATE, copy, "--checkpoint", "last", "--on-bad-sample", "skip")
+    assert "LEFT OUT" not in of_last.stderr
+    assert "left_out" not in metrics(copy, "val_last")
+    assert metrics(copy, "val_last")["fingerprint"] != scores["fingerprint"]
 
 
 def test_a_probe_says_so_as_well(damaged, tmp_path):
@@ -144,7 +144,7 @@ def test_a_probe_says_so_as_well(damaged, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "WARNING: 2 of 36 stimuli of train" in done.stdout
     left_out = metrics(tmp_path / "b")["left_out"]
-    assert {name for found in left_out.values() for name in found["stimuli"]} == set(bad)
+    assert {name for record in left_out.values() for name in record["stimuli"]} == set(bad)
 
 
 def test_nothing_left_is_refused(copied):
@@ -196,14 +196,14 @@ def test_however_close_the_race_one_run_wins(packed, tmp_path):
 
 
 def test_a_run_that_is_being_written_is_not_resumed_beside_it(run, packed, tmp_path, monkeypatch):
-    own = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
     monkeypatch.setattr(RunFolder.lock, "__defaults__", (0.2,))
-    holder = RunFolder(own)
+    holder = RunFolder(copy)
     holder.lock()
-    again = [FINETUNE, "--data", packed, "--out", own, "--resume"]
-    assert_refused(run_here(*again), own, "another process is writing")
+    resume = [FINETUNE, "--data", packed, "--out", copy, "--resume"]
+    assert_refused(run_here(*resume), copy, "another process is writing")
     holder.close()
-    assert run_here(*again).returncode == 0
+    assert run_here(*resume).returncode == 0
 
 
 def test_a_killed_process_leaves_the_folder_free(tmp_path):
@@ -230,35 +230,35 @@ def test_a_checkpoint_that_changes_meanwhile_is_not_mixed_with_the_next(run, pac
     from train.evaluation import run_evaluation
     from train.evaluation.options import Evaluate
 
-    own = shutil.copytree(run, tmp_path / "run", symlinks=True)
-    folder = own / "checkpoints"
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    folder = copy / "checkpoints"
     (step,) = folder.glob("step_*")
     load = run_evaluation.load_progress
 
     def overtaken(path: Path):
-        found = load(path)
+        tensors = load(path)
         shutil.copytree(step, folder / "step_900")
         edit(folder / "step_900" / "progress.json", lambda content: content.update(epoch=9, step=900))
         (folder / "best").unlink()
         (folder / "best").symlink_to("step_900")
-        return found
+        return tensors
 
     with monkeypatch.context() as patched:
         patched.setattr(run_evaluation, "load_progress", overtaken)
-        (job,) = run_evaluation.prepare(Evaluate(runs=[own], data=[str(packed)]), own, "val")
+        (job,) = run_evaluation.prepare(Evaluate(runs=[copy], data=[str(packed)]), copy, "val")
     assert job.checkpoint.name == step.name
     assert job.progress.step != 900
 
 
 def test_a_report_over_a_run_in_progress(run, tmp_path):
     """Half a line of history and no scores yet: it says what it lacks, or passes over it, and writes nothing there."""
-    own = shutil.copytree(run, tmp_path / "run", symlinks=True)
-    with (own / "history.jsonl").open("a") as file:
+    copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
+    with (copy / "history.jsonl").open("a") as file:
         file.write('{"epoch": 2, "lo')
-    before = {path: path.stat().st_mtime_ns for path in own.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in copy.rglob("*")}
     started = time.monotonic()
-    done = run_here("train/report.py", own, "--out", tmp_path / "report")
+    done = run_here("train/report.py", copy, "--out", tmp_path / "report")
     assert done.returncode in (0, 1, 2), done.stderr
     assert "Traceback" not in done.stderr
-    assert {path: path.stat().st_mtime_ns for path in own.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in copy.rglob("*")} == before
     assert time.monotonic() - started < 60

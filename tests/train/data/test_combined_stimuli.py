@@ -92,8 +92,8 @@ def test_turns_go_through_a_few_shards_at_a_time():
     order = epoch_order(5, 2, 120, Turns((60, 60), (blocks, blocks)))
     shard = order // 10
     for recording in (0, 1):
-        own = shard[shard // 6 == recording]
-        begun = [set(own[:k]) & set(own[k:]) for k in range(len(own))]
+        within_recording = shard[shard // 6 == recording]
+        begun = [set(within_recording[:k]) & set(within_recording[k:]) for k in range(len(within_recording))]
         assert max(map(len, begun)) <= 2
 
 
@@ -112,7 +112,7 @@ def test_recordings_that_share_nothing_are_divided_as_alone(sizes, fraction, see
 
 @given(st.lists(st.sets(st.integers(0, 80), min_size=2), min_size=2, max_size=4), st.floats(0.05, 0.5), seeds)
 def test_what_is_shared_is_on_one_side_and_every_recording_has_both(members, fraction, seed):
-    recordings = [(np.array(sorted(own)), sorted(own)) for own in members]
+    recordings = [(np.array(sorted(ids)), sorted(ids)) for ids in members]
     divided = inner_splits(recordings, fraction, seed)
     side = {}
     for (groups, _), (fit, inner) in zip(recordings, divided, strict=True):
@@ -140,13 +140,13 @@ def test_every_stimulus_comes_with_its_own_image_and_sites(two, mix, workers):
     for batch in itertools.chain(*loader_of(both, workers=workers, global_size=12, per_device=None).epoch(1)):
         mixed += len({int(position) < first for position in batch.positions}) == 2
         for row, position in enumerate(batch.positions.tolist()):
-            k, own = (0, position) if position < first else (1, position - first)
-            assert torch.equal(batch.images[row], alone[k].images[own])
-            assert batch.labels[row] == alone[k].labels[own]
+            k, local_position = (0, position) if position < first else (1, position - first)
+            assert torch.equal(batch.images[row], alone[k].images[local_position])
+            assert batch.labels[row] == alone[k].labels[local_position]
             sites = batch.rates[row].split(SITES)
-            assert torch.equal(sites[k].nan_to_num(-1), alone[k].rates[own].nan_to_num(-1))
+            assert torch.equal(sites[k].nan_to_num(-1), alone[k].rates[local_position].nan_to_num(-1))
             assert torch.isnan(sites[1 - k]).all()
-            assert both.stimulus_ids[position] == f"{parts[k].name}/{parts[k].stimulus_ids[own]}"
+            assert both.stimulus_ids[position] == f"{parts[k].name}/{parts[k].stimulus_ids[local_position]}"
     assert mixed > 2
 
 
@@ -166,10 +166,10 @@ def test_the_ranks_together_see_the_same_step(two, mix, ranks):
         shown += counted(batches)
         rates = both.rates_of(expected)
         (means,) = {batch.means for batch in batches}
-        there = [int((~torch.isnan(part)).sum()) for part in rates.split(SITES, dim=1)]
+        recorded = [int((~torch.isnan(part)).sum()) for part in rates.split(SITES, dim=1)]
         assert [group.sites for group in means] == {"proportional": [12], "equal": [5, 7]}[mix]
-        assert [group.observed for group in means] == (there if mix == "equal" else [sum(there)])
-        observed.append(there)
+        assert [group.observed for group in means] == (recorded if mix == "equal" else [sum(recorded)])
+        observed.append(recorded)
     assert len(shown) == len(set(shown)) == 7 * steps
     assert len(set(map(tuple, observed))) > 1
 
@@ -223,7 +223,7 @@ def test_remote_recordings_are_fetched_ahead_into_one_cache(two, tmp_path):
 @pytest.mark.parametrize("mix", ["proportional", "equal"])
 def test_the_loss_is_the_mean_that_the_mix_says(two, mix, loss):
     """The parts of all ranks add up to it, and a recording's own readout gets a gradient from its own stimuli alone."""
-    recordings, both = Recordings([ShardFolder(place) for place in two]), CombinedStimuli(parts_of(two), mix)
+    recordings, both = Recordings([ShardFolder(folder) for folder in two]), CombinedStimuli(parts_of(two), mix)
     objective = Objective(recipe_of(loss={"responses": loss}), recordings.manifest)
     weight = torch.randn(16, 12, generator=torch.Generator().manual_seed(0)).requires_grad_()
 
@@ -234,9 +234,9 @@ def test_the_loss_is_the_mean_that_the_mix_says(two, mix, loss):
         return objective.losses({"rates": outputs(batch)}, batch, lambda own: own)["loss"]
 
     (whole,) = next(iter(loader_of(both, per_device=None).epoch(0)))
-    pieces = [batch for rank in range(3) for batch in next(iter(loader_of(both, rank, 3).epoch(0)))]
-    assert any(torch.isnan(batch.rates[:, :5]).all() for batch in pieces)  # a piece without the first recording
-    total = sum(part(batch) for batch in pieces)
+    micro_batches = [batch for rank in range(3) for batch in next(iter(loader_of(both, rank, 3).epoch(0)))]
+    assert any(torch.isnan(batch.rates[:, :5]).all() for batch in micro_batches)  # a piece without the first recording
+    total = sum(part(batch) for batch in micro_batches)
     (gradient,) = torch.autograd.grad(total, weight)
     one = part(whole)
     assert total.item() == pytest.approx(one.item(), rel=1e-5)
@@ -254,17 +254,17 @@ def test_the_loss_is_the_mean_that_the_mix_says(two, mix, loss):
 
 @pytest.mark.parametrize("mix", ["proportional", "equal"])
 def test_a_correlation_is_averaged_over_sites_or_over_recordings(two, mix):
-    recordings, both = Recordings([ShardFolder(place) for place in two]), CombinedStimuli(parts_of(two), mix)
+    recordings, both = Recordings([ShardFolder(folder) for folder in two]), CombinedStimuli(parts_of(two), mix)
     objective = Objective(recipe_of(loss={"responses": "correlation"}), recordings.manifest)
     (batch,) = next(iter(loader_of(both, global_size=40, per_device=None).epoch(0)))
     outputs = torch.randn(40, 12, generator=torch.Generator().manual_seed(0))
-    found = objective.losses({"rates": outputs}, batch, lambda own: own)["loss"].item()
+    value = objective.losses({"rates": outputs}, batch, lambda own: own)["loss"].item()
     wrong = []
     for site in range(12):
-        there = ~torch.isnan(batch.rates[:, site])
-        wrong.append(1 - np.corrcoef(batch.rates[there, site], outputs[there, site])[0, 1])
+        recorded = ~torch.isnan(batch.rates[:, site])
+        wrong.append(1 - np.corrcoef(batch.rates[recorded, site], outputs[recorded, site])[0, 1])
     expected = np.mean(wrong) if mix == "proportional" else (np.mean(wrong[:5]) + np.mean(wrong[5:])) / 2
-    assert found == pytest.approx(expected, rel=1e-3)
+    assert value == pytest.approx(expected, rel=1e-3)
 
 
 # ---- who is held out -----------------------------------------------------------------------------------------------
@@ -293,7 +293,7 @@ def sharing(tmp_path_factory):
 
 def divided(places, **early_stopping):
     recipe = recipe_of(early_stopping=early_stopping, images={"size": 32})
-    recordings = Recordings([ShardFolder(place) for place in places])
+    recordings = Recordings([ShardFolder(folder) for folder in places])
     parts = recordings.divide(recipe)
     fit, selection = training_stimuli(recordings, parts, recipe)
     return (
@@ -303,8 +303,8 @@ def divided(places, **early_stopping):
     )
 
 
-def held_out(place) -> set[str]:
-    shards = ShardFolder(place)
+def held_out(folder) -> set[str]:
+    shards = ShardFolder(folder)
     return {name for split in ("val", "test") for name in shards.split(split).stimulus_ids}
 
 
@@ -353,9 +353,9 @@ def test_a_recording_of_which_nothing_is_left_is_refused(tmp_path):
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 
-def changed(place, out, **fields):
+def changed(folder, out, **fields):
     """A copy of a shard folder whose manifest says something else."""
-    shutil.copytree(place, out)
+    shutil.copytree(folder, out)
     content = json.loads((out / "manifest.json").read_text())
     del content["checksum"]  # it was edited by hand
     for name, value in fields.items():

@@ -103,9 +103,9 @@ def held_by(shards) -> list[str]:
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("mode", ["ram", "disk", "auto"])
 def test_batches_are_the_same_however_images_are_kept(shards, mode, workers):
-    plain, kept = loader_of(opened(shards, "off")), loader_of(opened(shards, mode), workers)
+    plain, cached = loader_of(opened(shards, "off")), loader_of(opened(shards, mode), workers)
     for epoch, first_step in ((0, 0), (1, 0), (2, 2)):
-        assert torch.equal(images(kept, epoch, first_step), images(plain, epoch, first_step))
+        assert torch.equal(images(cached, epoch, first_step), images(plain, epoch, first_step))
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -146,9 +146,9 @@ def test_parts_of_a_split_share_its_images(shards):
 def test_runs_on_other_data_or_at_another_size_do_not_mix(shards, packed, tmp_path):
     others, copy = copied(packed[1], tmp_path / "other"), copied(packed[0], tmp_path / "copy")
     assert copy.manifest.splits["train"].shards == shards.manifest.splits["train"].shards
-    kept = [opened(shards), opened(others), opened(copy)]
+    cached = [opened(shards), opened(others), opened(copy)]
     plain = [opened(folder, "off") for folder in (shards, others, copy)]
-    shown = [evaluated(stimuli) for stimuli in kept]
+    shown = [evaluated(stimuli) for stimuli in cached]
     assert not torch.equal(shown[0], shown[1])
     for one, other in zip(shown, plain, strict=True):
         assert torch.equal(one, evaluated(other))
@@ -188,16 +188,16 @@ def test_shards_that_are_packed_anew_are_decoded_anew(shards):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("fit", [0, 1, 17, 30])
 def test_as_many_images_as_fit_are_kept_and_one_line_says_so(shards, fit, workers, capfd):
-    several = [opened(shards, gib=(fit * IMAGE + 100) / GIB) for _ in range(2)]
+    limited = [opened(shards, gib=(fit * IMAGE + 100) / GIB) for _ in range(2)]
     plain = loader_of(opened(shards, "off"))
     for epoch in range(2):
-        for stimuli in several:
+        for stimuli in limited:
             assert torch.equal(images(loader_of(stimuli, workers), epoch), images(plain, epoch))
-    evaluated(several[1])
-    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("loader.cache: ")]
-    assert len(said) == (fit < 30)
-    assert all(f"{fit} of 30 decoded images of 32 px fit" in line for line in said)
-    assert int(several[0]._cache._present.sum()) == fit
+    evaluated(limited[1])
+    messages = [line for line in capfd.readouterr().err.splitlines() if line.startswith("loader.cache: ")]
+    assert len(messages) == (fit < 30)
+    assert all(f"{fit} of 30 decoded images of 32 px fit" in line for line in messages)
+    assert int(limited[0]._cache._present.sum()) == fit
 
 
 def test_all_caches_of_a_run_share_its_budget(shards, capfd):
@@ -220,9 +220,9 @@ def test_a_full_disk_ends_keeping_and_not_the_run(shards, monkeypatch, capfd):
     stimuli = opened(shards, "disk")
     assert torch.equal(evaluated(stimuli), evaluated(opened(shards, "off")))
     evaluated(stimuli)
-    said = capfd.readouterr().err
-    assert said.count("loader.cache:") == 1
-    assert "12 decoded images of 32 px are cached and no more (No space left on device)" in said
+    message = capfd.readouterr().err
+    assert message.count("loader.cache:") == 1
+    assert "12 decoded images of 32 px are cached and no more (No space left on device)" in message
 
 
 def test_no_memory_at_all_is_said_and_survived(shards, monkeypatch, capfd):
@@ -453,5 +453,5 @@ def test_a_run_scores_the_same_with_and_without(recording, tmp_path):
         command = ["train/finetune.py", "--data", recording, "--out", runs[mode], *SMALL]
         succeed(2, *command, "--loader.cache", mode)
     assert losses(runs["off"]) == losses(runs["ram"])
-    again = ["train/finetune.py", "--data", recording, "--out", runs["ram"], *SMALL, "--resume"]
-    succeed(2, *again, "--loader.cache", "disk", "--loader.cache-gib", "0.1")
+    resume = ["train/finetune.py", "--data", recording, "--out", runs["ram"], *SMALL, "--resume"]
+    succeed(2, *resume, "--loader.cache", "disk", "--loader.cache-gib", "0.1")

@@ -32,12 +32,12 @@ from train.run.recipe import Recipe
 def recording(tmp_path_factory):
     """50 PNGs, 30 of them for training; a tenth of the responses were not recorded."""
     path = tmp_path_factory.mktemp("recording")
-    made = make_folder(path / "src", n=50, splits=True)
-    made.rates[np.random.default_rng(0).uniform(size=made.rates.shape) < 0.1] = np.nan
-    np.save(path / "src" / "rates.npy", made.rates)
-    made.shards = pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=12, workers=1)
-    made.train = [row for row, split in enumerate(made.splits) if split == "train"]
-    return made
+    written = make_folder(path / "src", n=50, splits=True)
+    written.rates[np.random.default_rng(0).uniform(size=written.rates.shape) < 0.1] = np.nan
+    np.save(path / "src" / "rates.npy", written.rates)
+    written.shards = pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=12, workers=1)
+    written.train = [row for row, split in enumerate(written.splits) if split == "train"]
+    return written
 
 
 @pytest.fixture(scope="module")
@@ -287,9 +287,9 @@ def test_every_kind_of_image_is_decoded_as_pillow_does(kind):
     tolerance = 2 if encoding == "jpg" else 0  # grey levels; another build of libjpeg may round otherwise
     assert np.abs(pixels.astype(int) - expected).max() <= tolerance
     for size in (33, 20, 48):
-        place = np.zeros((size, size, 3), np.uint8)
-        decode_into(place, memoryview(data), encoding)
-        assert np.array_equal(place, fit(pixels, size))
+        decoded = np.zeros((size, size, 3), np.uint8)
+        decode_into(decoded, memoryview(data), encoding)
+        assert np.array_equal(decoded, fit(pixels, size))
 
 
 def npy(array: np.ndarray) -> bytes:
@@ -301,9 +301,9 @@ def npy(array: np.ndarray) -> bytes:
 def test_raw_pixels_are_taken_as_they_are():
     grey = np.repeat(IMAGE[..., :1], 3, axis=2)
     for array, expected in ((IMAGE, IMAGE), (grey[..., 0], grey), (grey[..., :1], grey), (IMAGE[::-1], None)):
-        place = np.empty_like(IMAGE)
-        decode_into(place, memoryview(npy(array)), "image.npy")
-        assert np.array_equal(place, array if expected is None else expected)
+        decoded = np.empty_like(IMAGE)
+        decode_into(decoded, memoryview(npy(array)), "image.npy")
+        assert np.array_equal(decoded, array if expected is None else expected)
 
 
 @pytest.mark.parametrize(
@@ -384,9 +384,9 @@ def test_a_damaged_image_is_a_value_error_whatever_the_damage(encoding):
         with pytest.raises(ValueError, match=r"."):
             decode(data[:end], encoding)
     rng = np.random.default_rng(0)
-    for place in rng.integers(0, len(data), 60):
+    for offset in rng.integers(0, len(data), 60):
         broken = bytearray(data)
-        broken[place] ^= rng.integers(1, 256)
+        broken[offset] ^= rng.integers(1, 256)
         try:
             pixels = decode(bytes(broken), encoding)
         except ValueError:
@@ -439,16 +439,16 @@ def test_a_crop_that_needs_no_resizing_does_not_blur():
 def test_memory_is_used_again_only_when_no_view_of_a_batch_is_left():
     buffers, shape = BatchBuffers(), (2, 4, 4, 3)
     batch = buffers.allocate(shape)
-    place, view = batch.data_ptr(), batch.permute(0, 3, 1, 2)[1:]
+    address, view = batch.data_ptr(), batch.permute(0, 3, 1, 2)[1:]
     del batch
-    assert buffers.allocate(shape).data_ptr() != place
+    assert buffers.allocate(shape).data_ptr() != address
     array = view.numpy()
     del view
-    assert buffers.allocate(shape).data_ptr() != place
+    assert buffers.allocate(shape).data_ptr() != address
     del array
-    several = [buffers.allocate(shape) for _ in range(9)]
-    assert place in {batch.data_ptr() for batch in several}
-    assert len({batch.data_ptr() for batch in several}) == 9
+    allocated = [buffers.allocate(shape) for _ in range(9)]
+    assert address in {batch.data_ptr() for batch in allocated}
+    assert len({batch.data_ptr() for batch in allocated}) == 9
     assert buffers.allocate((1, 4, 4, 3)).shape == (1, 4, 4, 3)
 
 

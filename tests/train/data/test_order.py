@@ -79,7 +79,7 @@ def begun_and_not_finished(order, blocks):
     shard = np.repeat(np.arange(len(blocks.sizes)), blocks.sizes)[order]
     first = [np.flatnonzero(shard == number)[0] for number in range(len(blocks.sizes))]
     last = [np.flatnonzero(shard == number)[-1] for number in range(len(blocks.sizes))]
-    return [sum(a <= place <= b for a, b in zip(first, last, strict=True)) for place in range(len(order))]
+    return [sum(a <= position <= b for a, b in zip(first, last, strict=True)) for position in range(len(order))]
 
 
 @given(seeds, epochs, stored())
@@ -194,19 +194,19 @@ def test_no_micro_batch_is_empty_or_too_large_and_padding_weighs_nothing(deal):
 def test_no_more_micro_batches_than_are_needed(deal):
     """Each costs a pass through the network: with one fewer, some rank would exceed per_device."""
     batch, ranks, per_device = deal
-    pieces = accumulation(len(batch), ranks, per_device)
+    micro_batches = accumulation(len(batch), ranks, per_device)
     if per_device is None:
-        assert pieces == 1
-    elif pieces > 1:
+        assert micro_batches == 1
+    elif micro_batches > 1:
         largest = max(len(share(batch, rank, ranks)) for rank in range(ranks))
-        assert largest > per_device * (pieces - 1)
+        assert largest > per_device * (micro_batches - 1)
 
 
 @given(counts, ranks_)
 def test_shares_are_disjoint_complete_and_even(n, ranks):
-    parts = [share(np.arange(n), rank, ranks) for rank in range(ranks)]
-    assert np.array_equal(np.concatenate(parts), np.arange(n))
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    shares = [share(np.arange(n), rank, ranks) for rank in range(ranks)]
+    assert np.array_equal(np.concatenate(shares), np.arange(n))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 # ---- evaluation ----------------------------------------------------------------------------------------------------
@@ -252,9 +252,9 @@ def test_the_inner_split_exceeds_its_share_by_less_than_a_group(groups, fraction
     groups = np.array(groups)
     fit, inner = inner_split(groups, fraction, seed)
     largest = np.unique(groups[inner], return_counts=True)[1].max()
-    wanted = max(fraction * len(groups), 1)
-    assert len(inner) - largest < wanted
-    assert len(inner) >= wanted or len(set(groups[fit])) == 1  # all but the group that is left to fit
+    target = max(fraction * len(groups), 1)
+    assert len(inner) - largest < target
+    assert len(inner) >= target or len(set(groups[fit])) == 1  # all but the group that is left to fit
 
 
 @given(st.integers(10, 200), fractions, seeds)

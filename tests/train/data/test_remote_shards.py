@@ -34,9 +34,9 @@ def test_kept_images_need_no_shard(web, cache):
     loader = loader_of(shards, caches=ImageCaches(Loader(cache="ram")))
     before = [read(loader, epoch) for epoch in range(2)]
     shutil.rmtree(cache)
-    asked = len(web.asked)
+    requests_before = len(web.asked)
     assert_same(read(loader, 1), before[1])
-    assert len(web.asked) == asked
+    assert len(web.asked) == requests_before
 
 
 def test_the_order_by_blocks_fetches_each_shard_once_an_epoch(web, packed, cache):
@@ -57,9 +57,9 @@ def test_shards_are_fetched_before_they_are_needed(web, cache):
     steps = loader.epoch(0)
     next(steps)
     wait_for(lambda: len(web.times()) == 10)
-    asked = len(web.asked)
+    requests_before = len(web.asked)
     list(steps)
-    assert len(web.asked) == asked
+    assert len(web.asked) == requests_before
 
 
 def test_fetching_ahead_ends_with_the_reader(web, cache):
@@ -68,9 +68,9 @@ def test_fetching_ahead_ends_with_the_reader(web, cache):
     next(steps)
     steps.close()
     time.sleep(0.3)
-    asked = len(web.asked)
+    requests_before = len(web.asked)
     time.sleep(0.5)
-    assert len(web.asked) == asked < 13
+    assert len(web.asked) == requests_before < 13
 
 
 def test_an_evaluation_reads_each_shard_once_however_little_is_kept(web, packed, cache):
@@ -109,11 +109,11 @@ def test_the_inner_part_is_read_once_where_all_images_do_not_fit(web, cache):
     for stimuli in (inner, inner, plain[1]):
         if stimuli is inner and images:
             shutil.rmtree(cache)
-            asked = len(web.asked)
+            requests_before = len(web.asked)
         batches = evaluation_loader(stimuli, size=4, rank=0, ranks=1, workers=0, pin=False)
         images.append(torch.cat([batch.images.clone() for batch in batches]))
         if len(images) == 2:
-            assert len(web.asked) == asked
+            assert len(web.asked) == requests_before
     assert torch.equal(images[0], images[1])
     assert torch.equal(images[0], images[2])
 

@@ -162,8 +162,8 @@ def test_a_run_on_foreign_tars_and_its_scores(tars, tmp_path, processes):
     out = tmp_path / "run"
     command = ["train/finetune.py", "--data", tars, "--out", out, *SMALL, *STREAM, "--checkpoint.every-steps", "2"]
     command += ["--checkpoint.keep", "9"]
-    said = succeed(processes, *command, "--loader.workers", str(processes % 2))
-    assert "drawn with replacement" in said
+    output = succeed(processes, *command, "--loader.workers", str(processes % 2))
+    assert "drawn with replacement" in output
     assert len(losses(out)) == 2
     assert np.isfinite(losses(out)).all()
     if processes == 1:
@@ -172,9 +172,9 @@ def test_a_run_on_foreign_tars_and_its_scores(tars, tmp_path, processes):
     if processes == 2:
         for step in (10, 8):  # as if it had been killed after step 7
             shutil.rmtree(out / "checkpoints" / f"step_{step}")
-        again = run_here(*command, "--resume", "--loader.workers", "0")
-        assert again.returncode == 0, again.stderr
-        assert "resumed after epoch 1, step 1 of the next (step 6)" in again.stdout
+        resumed = run_here(*command, "--resume", "--loader.workers", "0")
+        assert resumed.returncode == 0, resumed.stderr
+        assert "resumed after epoch 1, step 1 of the next (step 6)" in resumed.stdout
         assert len(losses(out)) == 2
 
 

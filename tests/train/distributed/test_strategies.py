@@ -36,8 +36,8 @@ LOSS, TENSOR = 1e-6, 1e-5
 def tensors(run: Path) -> dict[str, torch.Tensor]:
     """Everything in a run's last checkpoint but what only some strategies or numbers of processes have."""
     files = sorted((run / "checkpoints" / "last").glob("*.safetensors"))
-    found = {f"{file.stem}: {name}": x for file in files for name, x in load_file(file).items()}
-    return {name: x for name, x in found.items() if "loss_scale" not in name}
+    by_name = {f"{file.stem}: {name}": x for file in files for name, x in load_file(file).items()}
+    return {name: x for name, x in by_name.items() if "loss_scale" not in name}
 
 
 def assert_close(run: Path, other: Path) -> None:
@@ -76,10 +76,10 @@ def by_strategy(recording, tmp_path_factory):
         if not out.exists():
             setting = strategy if strategy == "ddp" else f"ds_configs/{strategy}.json"
             command = ["train/finetune.py", "--data", recording, "--out", out, *OPTIONS, "--strategy", setting]
-            said = succeed(2, *command)
+            output = succeed(2, *command)
             assert {"ddp": "DDP", "zero0": "ZeRO-0", "zero3_offload": "ZeRO-3 with optimizer and weights"}.get(
                 strategy, "ZeRO-"
-            ) in said
+            ) in output
         return out
 
     return run
@@ -111,8 +111,8 @@ def test_a_run_goes_on_in_mid_epoch_under_another_strategy_and_number_of_process
     run = stopped_after(by_strategy(before), 8, tmp_path / "run")
     setting = after if after == "ddp" else f"ds_configs/{after}.json"
     command = ["train/finetune.py", "--data", recording, "--out", run, "--resume", "--strategy", setting]
-    said = succeed(processes, *command)
-    assert "resumed after epoch 1, step 3 of the next (step 8)" in said
+    output = succeed(processes, *command)
+    assert "resumed after epoch 1, step 3 of the next (step 8)" in output
     assert_close(run, by_strategy("ddp"))
 
 
@@ -200,9 +200,12 @@ def test_the_best_of_every_kept_checkpoint_is_kept(trained, recording, tmp_path)
     options = ["--data", recording, *SMALL, "--epochs", "6", "--checkpoint.keep", "3", "--optimizer.lr", "1e-2"]
     done = run_here("train/finetune.py", "--out", run, *options)
     assert done.returncode == 0, done.stderr
-    there = {path.name for path in (run / "checkpoints").glob("step_*")}
+    kept = {path.name for path in (run / "checkpoints").glob("step_*")}
     last = [f"step_{step}" for step in (20, 25, 30)]
-    assert there == {*last, *(f"step_{load_progress(run / 'checkpoints' / name).best_step}" for name in last)}
+    assert kept == {
+        *last,
+        *(f"step_{load_progress(run / 'checkpoints' / name).best_step}" for name in last),
+    }
 
 
 def test_no_process_goes_on_when_the_disk_is_full(recording, tmp_path):

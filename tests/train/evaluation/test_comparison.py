@@ -51,12 +51,12 @@ def test_pairing_finds_what_two_intervals_side_by_side_do_not():
 def test_leads_go_from_the_best_on_whichever_way_a_metric_points():
     values = {name: np.full(100, value) for name, value in (("a", 0.3), ("b", 0.5))}
     resampled = [{"mse": values["a"]}, {"mse": values["b"]}, None]
-    found = leads("mse", [0.3, 0.5, 0.9], resampled, 50)
-    assert [(lead.better, lead.worse) for lead in found] == [(0, 1), (1, 2)]
-    assert found[0].difference == pytest.approx(0.2)
-    assert found[0].is_certain
-    assert found[1].interval is None
-    assert not found[1].is_certain
+    leading = leads("mse", [0.3, 0.5, 0.9], resampled, 50)
+    assert [(lead.better, lead.worse) for lead in leading] == [(0, 1), (1, 2)]
+    assert leading[0].difference == pytest.approx(0.2)
+    assert leading[0].is_certain
+    assert leading[1].interval is None
+    assert not leading[1].is_certain
     assert leads("r2", [0.3, None, 0.9], [None] * 3, 50)[0].better == 2
 
 

@@ -65,19 +65,19 @@ def test_folds_leave_every_training_stimulus_out_once(members, joined, data):
 
 def test_the_mean_is_over_all_runs(members, joined):
     expected = np.mean([predictions(run)["prediction"] for run in members], axis=0)
-    found = predictions(joined["mean"])
-    np.testing.assert_allclose(found["prediction"], expected, rtol=1e-5)
+    ensemble = predictions(joined["mean"])
+    np.testing.assert_allclose(ensemble["prediction"], expected, rtol=1e-5)
     assert metrics(joined["mean"])["regression"]["r2"]["mean"] == pytest.approx(
-        r2_score(found["target"], found["prediction"]), rel=1e-6
+        r2_score(ensemble["target"], ensemble["prediction"]), rel=1e-6
     )
 
 
 def test_stacked_weights_rest_on_what_was_left_out(members, joined):
     """The folds are one member, whose worth its predictions of left-out stimuli tell."""
-    found = metrics(joined["stack"])
-    assert [len(member["runs"]) for member in found["ensemble"]["members"]] == [3, 1]
-    assert all(member["mean_weight"] >= 0 for member in found["ensemble"]["members"])
-    assert found["selected_on"][-1] == "train, left out"
+    scores = metrics(joined["stack"])
+    assert [len(member["runs"]) for member in scores["ensemble"]["members"]] == [3, 1]
+    assert all(member["mean_weight"] >= 0 for member in scores["ensemble"]["members"])
+    assert scores["selected_on"][-1] == "train, left out"
     assert len(predictions(joined["stack"], "left_out")["stimulus_id"]) == 60
 
 
@@ -181,9 +181,9 @@ def test_a_probe_of_shuffled_responses_is_at_chance(data, tmp_path):
         "stages.1",
         "--shuffle-responses",
     )
-    found = metrics(tmp_path / "run")
-    assert found["control"] == "shuffled responses"
-    assert found["regression"]["r2"]["mean"] < 0.05
+    scores = metrics(tmp_path / "run")
+    assert scores["control"] == "shuffled responses"
+    assert scores["regression"]["r2"]["mean"] < 0.05
     np.testing.assert_array_equal(predictions(tmp_path / "run")["target"], ShardFolder(data).split("val").rates())
 
 

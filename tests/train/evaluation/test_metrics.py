@@ -167,5 +167,5 @@ def test_feve_of_single_trials_and_of_averages_are_the_same():
 def test_sites_without_explainable_variance_have_no_feve():
     rng = np.random.default_rng(0)
     target = rng.normal(0, 1, (200, 2)).astype(np.float32)
-    found = fraction_of_explainable_variance(moments(0 * target, target), np.array([0.5, 0.99]))
-    assert np.isnan(found).tolist() == [False, True]
+    feve = fraction_of_explainable_variance(moments(0 * target, target), np.array([0.5, 0.99]))
+    assert np.isnan(feve).tolist() == [False, True]

@@ -40,13 +40,13 @@ def test_metrics_do_not_depend_on_the_number_of_processes(evaluated, processes):
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_metrics_equal_scikit_learn_on_the_predictions(evaluated, processes):
-    arrays, found = predictions(evaluated[processes]), metrics(evaluated[processes])["regression"]
+    arrays, scores = predictions(evaluated[processes]), metrics(evaluated[processes])["regression"]
     y, p = arrays["target"].astype(np.float64), arrays["prediction"].astype(np.float64)
-    assert found["r2"]["mean"] == pytest.approx(r2_score(y, p), rel=1e-6)
-    assert found["explained_variance"]["mean"] == pytest.approx(explained_variance_score(y, p), rel=1e-6)
-    assert found["mse"]["mean"] == pytest.approx(mean_squared_error(y, p), rel=1e-6)
+    assert scores["r2"]["mean"] == pytest.approx(r2_score(y, p), rel=1e-6)
+    assert scores["explained_variance"]["mean"] == pytest.approx(explained_variance_score(y, p), rel=1e-6)
+    assert scores["mse"]["mean"] == pytest.approx(mean_squared_error(y, p), rel=1e-6)
     r = [np.corrcoef(y[:, site], p[:, site])[0, 1] for site in range(y.shape[1])]
-    assert found["pearson_r"]["per_site"] == pytest.approx(r, rel=1e-6)
+    assert scores["pearson_r"]["per_site"] == pytest.approx(r, rel=1e-6)
 
 
 def test_every_stimulus_is_predicted_once_in_the_order_of_the_shards(recording, evaluated):
@@ -59,16 +59,16 @@ def test_every_stimulus_is_predicted_once_in_the_order_of_the_shards(recording, 
 
 
 def test_metrics_name_what_they_rest_on(evaluated):
-    found = metrics(evaluated[1])
-    assert found["simulated"] is True
-    assert found["selected_on"] == ["inner"]
-    method = found["regression"]["ceiling"]["method"]
+    scores = metrics(evaluated[1])
+    assert scores["simulated"] is True
+    assert scores["selected_on"] == ["inner"]
+    method = scores["regression"]["ceiling"]["method"]
     assert "variance components" in method
     for name in ("ceiled_explained_variance", "ceiled_pearson_r"):
-        assert found["regression"][name]["ceiling"] == method
-    assert "repetitions" in found["regression"]["feve"]["ceiling"]
-    low, high = found["regression"]["r2"]["ci95"]
-    assert low < found["regression"]["r2"]["mean"] < high
+        assert scores["regression"][name]["ceiling"] == method
+    assert "repetitions" in scores["regression"]["feve"]["ceiling"]
+    low, high = scores["regression"]["r2"]["ci95"]
+    assert low < scores["regression"]["r2"]["mean"] < high
 
 
 def test_the_course_file_from_pack_to_predictions(tmp_path):
@@ -92,10 +92,10 @@ def test_hybrid_scores_responses_and_classes(recording, tmp_path):
     run = tmp_path / "run"
     succeed(2, "train/finetune.py", "--data", recording, "--out", run, *SMALL, "--task.kind", "hybrid", "--epochs", "1")
     succeed(2, "train/evaluate.py", run)
-    found = metrics(run)
-    assert set(found["classification"]) == {"top1", "top5", "balanced_accuracy", "per_class"}
-    assert 0 <= found["classification"]["top1"] <= found["classification"]["top5"] <= 1
-    assert len(found["regression"]["r2"]["per_site"]) == 12
+    scores = metrics(run)
+    assert set(scores["classification"]) == {"top1", "top5", "balanced_accuracy", "per_class"}
+    assert 0 <= scores["classification"]["top1"] <= scores["classification"]["top5"] <= 1
+    assert len(scores["regression"]["r2"]["per_site"]) == 12
 
 
 def test_other_sites_than_the_run_was_trained_for_are_refused(trained, tmp_path):

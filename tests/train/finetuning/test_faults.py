@@ -40,12 +40,12 @@ def undisturbed(recording, tmp_path_factory):
 
 def ranks_of(run: Path) -> dict[int, psutil.Process]:
     """The processes of a run, by rank."""
-    found = {}
+    by_rank = {}
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
         if str(run) in words and "processes.py" not in " ".join(words):
-            found[int(process.environ()["RANK"])] = process
-    return found
+            by_rank[int(process.environ()["RANK"])] = process
+    return by_rank
 
 
 def wait_for_epochs(run: Path, count: int = 1) -> None:
@@ -80,8 +80,8 @@ def test_a_preempted_job_saves_and_goes_on_when_it_is_started_again(recording, u
     assert "Traceback" not in done.stderr
     stopped = load_progress(run / "checkpoints" / "last")
     assert stopped.epoch < EPOCHS
-    said = succeed(2, *command, SPIKETUNE_JOB="mine")
-    assert f"(step {stopped.step})" in said
+    output = succeed(2, *command, SPIKETUNE_JOB="mine")
+    assert f"(step {stopped.step})" in output
     assert_same(run, undisturbed)
 
 
@@ -154,9 +154,9 @@ def left_out(recording, tmp_path_factory):
 
 
 def test_a_step_that_is_not_finite_is_left_out_and_named(left_out, trained):
-    run, said = left_out
-    assert "warning: step 4 is left out: the loss was not finite on rank 0, which saw " in said
-    assert said.count("warning:") == 1
+    run, output = left_out
+    assert "warning: step 4 is left out: the loss was not finite on rank 0, which saw " in output
+    assert output.count("warning:") == 1
     assert all(abs(loss) < 10 for loss in losses(run))
     assert losses(run) != losses(trained)
     assert load_progress(run / "checkpoints" / "last").step == load_progress(trained / "checkpoints" / "last").step

@@ -30,9 +30,9 @@ def one_step(recording, tmp_path_factory):
 
     def run(processes, per_device):
         out = folder / f"{processes}_{per_device}"
-        pieces = ["--batch.per-device", per_device] if per_device else []
+        micro_batch = ["--batch.per-device", per_device] if per_device else []
         if not out.exists():
-            succeed(processes, "train/finetune.py", "--data", recording, "--out", out, *SMALL, *ONE_STEP, *pieces)
+            succeed(processes, "train/finetune.py", "--data", recording, "--out", out, *SMALL, *ONE_STEP, *micro_batch)
         return weights(out)
 
     return run
@@ -96,8 +96,8 @@ def test_a_killed_run_resumes_and_ends_as_if_undisturbed(six_epochs, recording, 
     undisturbed, options = six_epochs
     kill_after_an_epoch(2, tmp_path / "run", *options, "--loader.workers", "1")  # which must end with their rank
     assert load_progress(tmp_path / "run" / "checkpoints" / "last").epoch < 6, "it was over before it could be killed"
-    said = succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", "--resume")
-    assert "resumed after epoch" in said
+    output = succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", "--resume")
+    assert "resumed after epoch" in output
     assert losses(tmp_path / "run") == losses(undisturbed)
     assert largest_difference(weights(tmp_path / "run"), weights(undisturbed)) == 0
 
@@ -106,8 +106,8 @@ def test_a_run_without_a_checkpoint_starts_again(trained, recording, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True)
     shutil.rmtree(run / "checkpoints")
-    said = succeed(1, "train/finetune.py", "--data", recording, "--out", run, "--resume")
-    assert "starting from the beginning" in said
+    output = succeed(1, "train/finetune.py", "--data", recording, "--out", run, "--resume")
+    assert "starting from the beginning" in output
     assert losses(run) == losses(trained)
 
 
@@ -168,9 +168,9 @@ def test_the_network_that_is_saved_is_the_network_that_was_scored(recording, tmp
     options = [*SMALL, "--backbone.name", "test_resnet", "--epochs", "1", "--early-stopping.split", "val"]
     succeed(2, "train/finetune.py", "--data", recording, "--out", run, *options)
     succeed(1, "train/evaluate.py", run)
-    found = metrics(run)
-    assert found["selected_on"] == ["val"]
-    assert found["regression"]["r2"]["mean"] == pytest.approx(
+    scores = metrics(run)
+    assert scores["selected_on"] == ["val"]
+    assert scores["regression"]["r2"]["mean"] == pytest.approx(
         load_progress(run / "checkpoints" / "best").best, rel=1e-5
     )
 

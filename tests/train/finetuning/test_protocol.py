@@ -194,10 +194,10 @@ def test_the_running_average_is_the_moving_average_of_weights_and_statistics():
         for name, x in network.state_dict().items():
             assert torch.equal(x, before[name])
             expected[name] = decay * expected[name] + (1 - decay) * x.double()
-    found = average.network.state_dict()
+    averaged = average.network.state_dict()
     for name in ("0.weight", "0.bias", "1.weight", "1.running_mean", "1.running_var"):
-        torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-6)
-        assert not torch.equal(found[name], network.state_dict()[name])
+        torch.testing.assert_close(averaged[name].double(), expected[name], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(averaged[name], network.state_dict()[name])
     assert not any(parameter.requires_grad for parameter in average.network.parameters())
     assert all(parameter.requires_grad for parameter in network.parameters())
 
@@ -219,12 +219,12 @@ def test_a_run_saves_the_moving_average_of_the_weights_after_each_step(data, tmp
     for number, state in enumerate(steps, start=1):
         decay = decay_after(number, 0.7)
         expected = {name: decay * x + (1 - decay) * state[name] for name, x in expected.items()}
-    found, last = weights(run), load_file(run / "checkpoints" / "last" / "training.safetensors")
-    floats = [name for name, x in found.items() if x.is_floating_point()]
+    saved, trained_weights = weights(run), load_file(run / "checkpoints" / "last" / "training.safetensors")
+    floats = [name for name, x in saved.items() if x.is_floating_point()]
     for name in floats:
-        torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-6)
-        assert torch.equal(last[name].double(), steps[-1][name])
-    assert any(not torch.equal(found[name], last[name]) for name in floats)
+        torch.testing.assert_close(saved[name].double(), expected[name], rtol=1e-4, atol=1e-6)
+        assert torch.equal(trained_weights[name].double(), steps[-1][name])
+    assert any(not torch.equal(saved[name], trained_weights[name]) for name in floats)
 
 
 @pytest.mark.parametrize("killed_in", ["an epoch", "the first epoch", "saving"])
@@ -289,7 +289,7 @@ def test_a_correlation_runs_predictions_lie_on_the_line_of_the_stimuli_that_fit(
     options = ["--loss.responses", "correlation", "--early-stopping.split", "val", "--epochs", "3"]
     run = trained(tmp_path / "run", data, *options, *ema)
     assert "best pearson_r" in (run / "log.txt").read_text()
-    found = evaluated(run, "train")
+    arrays = evaluated(run, "train")
     for site in range(SITES):
-        line = np.polyfit(found["prediction"][:, site], found["target"][:, site], 1)
+        line = np.polyfit(arrays["prediction"][:, site], arrays["target"][:, site], 1)
         assert line == pytest.approx((1, 0), abs=0.05)

@@ -136,15 +136,15 @@ def test_each_trained_parameter_has_its_decay_and_rate(readout):
     )
     groups = parameter_groups(network, recipe)
     names = {id(parameter): name for name, parameter in network.named_parameters()}
-    found = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
-    assert len(found) == sum(len(group["params"]) for group in groups) == len(names)
-    for name, group in found.items():
+    group_of = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
+    assert len(group_of) == sum(len(group["params"]) for group in groups) == len(names)
+    for name, group in group_of.items():
         in_backbone, parameter = name.startswith("backbone."), network.get_parameter(name)
         assert group["part"] == ("backbone" if in_backbone else "readout")
         assert group["peak_lr"] == pytest.approx(0.001 if in_backbone else 0.01)
         matrix = parameter.ndim > 1 and "centre" not in name
         assert group["weight_decay"] == (0.3 if matrix else 0.0), name
-    spared = [name for name, group in found.items() if not group["weight_decay"]]
+    spared = [name for name, group in group_of.items() if not group["weight_decay"]]
     assert "backbone.net.bn1.weight" in spared
     assert "objective.log_variance" in spared
     assert ("heads.rates.centre" in spared) == (readout == "gaussian")

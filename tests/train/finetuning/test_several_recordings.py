@@ -98,8 +98,8 @@ def test_a_run_goes_on_in_mid_epoch_on_another_number_of_processes(run_on, two, 
     for checkpoint in (run / "checkpoints").glob("step_*"):
         if int(checkpoint.name.removeprefix("step_")) > 12:
             shutil.rmtree(checkpoint)
-    said = finetune(2, "--data", *two, "--out", run, "--resume")
-    assert "resumed after epoch 1, step 3 of the next (step 12)" in said
+    output = finetune(2, "--data", *two, "--out", run, "--resume")
+    assert "resumed after epoch 1, step 3 of the next (step 12)" in output
     assert_close(run, run_on(1))
     swapped = run_here("train/finetune.py", "--data", *reversed(two), "--out", run, "--resume")
     assert_refused(swapped, "other shards", "in the same order")
@@ -108,15 +108,17 @@ def test_a_run_goes_on_in_mid_epoch_on_another_number_of_processes(run_on, two, 
 def test_the_mean_over_recordings_selects_and_is_recorded(run_on):
     run = run_on(1)
     for epoch in history(run):
-        each = epoch["recordings"]
-        assert list(each) == ["one", "two"]
-        assert epoch["inner"]["r2"] == pytest.approx(np.mean([found["r2"] for found in each.values()]), rel=1e-12)
+        by_recording = epoch["recordings"]
+        assert list(by_recording) == ["one", "two"]
+        assert epoch["inner"]["r2"] == pytest.approx(
+            np.mean([scores["r2"] for scores in by_recording.values()]), rel=1e-12
+        )
     progress = load_progress(run / "checkpoints" / "best")
     assert progress.best == max(epoch["inner"]["r2"] for epoch in history(run))
     assert progress.recordings == {"one": 5, "two": 7}
     assert "mix equal: equally many stimuli of each in a step" in (run / "log.txt").read_text()
     env = json.loads((run / "env.json").read_text())
-    assert [Path(place).name for place in env["data"]] == env["recordings"] == ["one", "two"]
+    assert [Path(folder).name for folder in env["data"]] == env["recordings"] == ["one", "two"]
 
 
 def test_stimuli_in_proportion_train_what_the_joined_folder_trains(two, tmp_path):
@@ -141,20 +143,20 @@ def test_a_ridge_start_is_that_of_each_recording_alone(two, tmp_path):
     """The seed's backbone is the same; the readouts of one and two lie one after the other in that of both."""
     options = [*SMALL, "--epochs", "1", "--optimizer.lr", "1e-12", "--optimizer.weight-decay", "0"]
     options += ["--readout.start", "ridge", "--readout.kind", "factorised", "--backbone.cut", "stages.1"]
-    found = {}
+    starts = {}
     for name, places in {"one": two[:1], "two": two[1:], "both": two}.items():
         finetune(1, "--data", *places, "--out", tmp_path / name, *options)
-        found[name] = weights(tmp_path / name)
+        starts[name] = weights(tmp_path / name)
     for tensor in ("heads.rates.sites.weight", "heads.rates.sites.bias", "objective.responses.rate_std"):
-        alone = torch.cat([found["one"][tensor], found["two"][tensor]])
-        torch.testing.assert_close(found["both"][tensor], alone, rtol=1e-3, atol=1e-4)
-    assert found["both"]["heads.rates.sites.weight"].abs().max() > 0.1
+        alone = torch.cat([starts["one"][tensor], starts["two"][tensor]])
+        torch.testing.assert_close(starts["both"][tensor], alone, rtol=1e-3, atol=1e-4)
+    assert starts["both"]["heads.rates.sites.weight"].abs().max() > 0.1
 
 
 def test_a_hybrid_with_one_readout_to_the_classes_of_both(two, tmp_path):
     options = [*SMALL, "--task.kind", "hybrid", "--task.weighting", "uncertainty", "--epochs", "1"]
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump({"data": [str(place) for place in two], "mix": "equal"}))
+    recipe.write_text(yaml.safe_dump({"data": [str(folder) for folder in two], "mix": "equal"}))
     finetune(1, recipe, "--out", tmp_path / "run", *options)
     assert run_here("train/evaluate.py", tmp_path / "run").returncode == 0
     for name, sites in (("one", 5), ("two", 7)):
@@ -169,9 +171,9 @@ def test_a_correlation_is_calibrated_on_each_recordings_own_stimuli(two, tmp_pat
     assert run_here("train/evaluate.py", tmp_path / "run", "--split", "train").returncode == 0
     for name in ("one", "two"):
         folder = tmp_path / "run" / "eval" / "train" / name
-        found = json.loads((folder / "metrics.json").read_text())["regression"]
-        assert found["r2"]["mean"] == pytest.approx(found["explained_variance"]["mean"], abs=0.05)
-        assert found["r2"]["mean"] > 0
+        scores = json.loads((folder / "metrics.json").read_text())["regression"]
+        assert scores["r2"]["mean"] == pytest.approx(scores["explained_variance"]["mean"], abs=0.05)
+        assert scores["r2"]["mean"] > 0
 
 
 # ---- scores --------------------------------------------------------------------------------------------------------
@@ -194,8 +196,8 @@ def test_each_recording_is_scored_with_its_own_readout(scored, two):
         np.testing.assert_array_equal(arrays["target"], val.rates())
         assert arrays["stimulus_id"].tolist() == val.stimulus_ids
         assert arrays["site_id"].tolist() == folder.manifest.site_ids
-        there = ~np.isnan(arrays["target"])
-        r2 = [r2_score(arrays["target"][own, k], arrays["prediction"][own, k]) for k, own in enumerate(there.T)]
+        recorded = ~np.isnan(arrays["target"])
+        r2 = [r2_score(arrays["target"][rows, k], arrays["prediction"][rows, k]) for k, rows in enumerate(recorded.T)]
         assert metrics["regression"]["r2"]["per_site"] == pytest.approx(r2, rel=1e-5)
         assert (metrics["recording"], metrics["trained_on"]) == (name, ["one", "two"])
 
@@ -252,7 +254,7 @@ def test_the_network_is_exported_with_the_readout_of_one(scored, two, tmp_path):
     predictor = module.Predictor(tmp_path / "out")
     val = ShardFolder(two[1]).split("val")
     (batch,) = evaluation_loader(RecordingStimuli(val, 32), size=len(val), rank=0, ranks=1, workers=0, pin=False)
-    found = predictor.predict(batch.images.permute(0, 2, 3, 1).numpy())
-    np.testing.assert_allclose(found, results(scored, "two")[1]["prediction"], rtol=1e-4, atol=1e-4)
+    prediction = predictor.predict(batch.images.permute(0, 2, 3, 1).numpy())
+    np.testing.assert_allclose(prediction, results(scored, "two")[1]["prediction"], rtol=1e-4, atol=1e-4)
     assert predictor.site_ids == val.manifest.site_ids
     assert (tmp_path / "out" / "predictions_val.mat").exists()

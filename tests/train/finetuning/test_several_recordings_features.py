@@ -61,24 +61,24 @@ def folds(two, tmp_path_factory) -> list[Path]:
 def joined(folds, tmp_path_factory) -> Path:
     """The folds, stacked."""
     out = tmp_path_factory.mktemp("joined") / "stack"
-    said = ran("train/evaluate.py", *folds, "--combine", "stack", "--out", out).stdout
+    output = ran("train/evaluate.py", *folds, "--combine", "stack", "--out", out).stdout
     for name, stimuli in zip(NAMES, (12, 20), strict=True):
-        assert said.count(f"{name}, val: {stimuli} stimuli") == 2
-        assert f"ensemble, {name}, val: r2" in said
+        assert output.count(f"{name}, val: {stimuli} stimuli") == 2
+        assert f"ensemble, {name}, val: r2" in output
     return out
 
 
 def arrays(run: Path, split: str, name: str = "") -> dict[str, np.ndarray]:
-    with np.load(run / "eval" / split / name / "predictions.npz", allow_pickle=False) as found:
-        return dict(found)
+    with np.load(run / "eval" / split / name / "predictions.npz", allow_pickle=False) as file:
+        return dict(file)
 
 
 def metrics(run: Path, name: str = "", split: str = "val") -> dict:
     return json.loads((run / "eval" / split / name / "metrics.json").read_text())
 
 
-def train_ids(place: Path) -> list[str]:
-    return ShardFolder(place).split("train").stimulus_ids
+def train_ids(folder: Path) -> list[str]:
+    return ShardFolder(folder).split("train").stimulus_ids
 
 
 # ---- bad samples ---------------------------------------------------------------------------------------------------
@@ -86,14 +86,14 @@ def train_ids(place: Path) -> list[str]:
 
 def damaged(two: list[Path], folder: Path) -> tuple[list[Path], str]:
     """The same recordings; a training stimulus of the second has a flipped bit."""
-    places = [shutil.copytree(place, folder / place.name) for place in two]
+    places = [shutil.copytree(recording, folder / recording.name) for recording in two]
     offset, size = place_in(places[1], "png", 5)
     flip(places[1] / FIRST, offset + size // 2)
     return places, train_ids(places[1])[5]
 
 
 def stimuli_of(places, **recipe) -> list[list[str]]:
-    recordings, recipe = Recordings([ShardFolder(place) for place in places]), Recipe.model_validate(recipe)
+    recordings, recipe = Recordings([ShardFolder(folder) for folder in places]), Recipe.model_validate(recipe)
     found = training_stimuli(recordings, recordings.divide(recipe), recipe)
     return [part.stimulus_ids for stimuli in found for part in stimuli.recordings]
 
@@ -105,7 +105,7 @@ def test_what_cannot_be_read_of_one_recording_is_named_and_left_out(two, tmp_pat
     done = ran(*words, "--out", tmp_path / "run", "--on-bad-sample", "skip")
     assert "WARNING: 1 of 60 stimuli of two/train cannot be read and are LEFT OUT" in done.stdout
     left_out = json.loads((tmp_path / "run" / "env.json").read_text())["left_out"]
-    assert {name: list(found["stimuli"]) for name, found in left_out.items()} == {"two/train": [bad]}
+    assert {name: list(record["stimuli"]) for name, record in left_out.items()} == {"two/train": [bad]}
     done = ran("train/evaluate.py", tmp_path / "run", "--split", "train")
     assert "1 of 60 stimuli of train" in done.stderr
     assert metrics(tmp_path / "run", "two", "train")["left_out"]["train"]["count"] == 1
@@ -132,14 +132,14 @@ def test_charts_show_each_recording_and_the_mean(folds, joined):
     for metric in ("r2", "top1"):
         assert points(f"inner/{metric}") == pytest.approx([line["inner"][metric] for line in lines])
         for name in NAMES:
-            own = [line["recordings"][name][metric] for line in lines]
-            assert points(f"inner/{name}/{metric}") == pytest.approx(own)
-        each = np.mean([points(f"train/{name}/{metric}") for name in NAMES], axis=0)
-        assert points(f"train/{metric}") == pytest.approx(each, rel=1e-5)
+            recorded = [line["recordings"][name][metric] for line in lines]
+            assert points(f"inner/{name}/{metric}") == pytest.approx(recorded)
+        mean_score = np.mean([points(f"train/{name}/{metric}") for name in NAMES], axis=0)
+        assert points(f"train/{metric}") == pytest.approx(mean_score, rel=1e-5)
     for name, sites in zip(NAMES, (5, 7), strict=True):
-        found = metrics(folds[0], name)
-        assert points(f"val/{name}/r2") == pytest.approx([found["regression"]["r2"]["mean"]], rel=1e-5)
-        assert points(f"val/{name}/top1") == pytest.approx([found["classification"]["top1"]], rel=1e-5)
+        scores = metrics(folds[0], name)
+        assert points(f"val/{name}/r2") == pytest.approx([scores["regression"]["r2"]["mean"]], rel=1e-5)
+        assert points(f"val/{name}/top1") == pytest.approx([scores["classification"]["top1"]], rel=1e-5)
         assert f"val/{name}/best, median and worst site" in board.Tags()["images"]
         assert board.Histograms(f"inner/{name}/r2_of_sites")[-1].histogram_value.num == sites
 
@@ -166,20 +166,20 @@ def test_a_report_has_each_recording_in_its_table(folds, joined, two, tmp_path):
 
 
 def test_folds_leave_each_training_stimulus_of_each_recording_out_once(folds, joined, two):
-    for name, place in zip(NAMES, two, strict=True):
+    for name, folder in zip(NAMES, two, strict=True):
         left_out = [arrays(run, "left_out", name)["stimulus_id"].tolist() for run in folds]
-        assert sorted(left_out[0] + left_out[1]) == sorted(train_ids(place))
+        assert sorted(left_out[0] + left_out[1]) == sorted(train_ids(folder))
 
 
 def test_each_recording_has_an_ensemble_of_its_own(folds, joined, two, tmp_path):
     """Joined as they would be were there one recording, and scored on it."""
     assert not (joined / "eval" / "val" / "predictions.npz").exists()
-    for name, place in zip(NAMES, two, strict=True):
-        found, rates = arrays(joined, "val", name), ShardFolder(place).split("val").rates()
-        np.testing.assert_array_equal(found["target"], rates)
+    for name, folder in zip(NAMES, two, strict=True):
+        ensemble, rates = arrays(joined, "val", name), ShardFolder(folder).split("val").rates()
+        np.testing.assert_array_equal(ensemble["target"], rates)
         assert metrics(joined, name)["recording"] == name
         assert metrics(joined, name)["ensemble"]["members"][0]["mean_weight"] >= 0
-        assert arrays(joined, "left_out", name)["stimulus_id"].tolist() == train_ids(place)
+        assert arrays(joined, "left_out", name)["stimulus_id"].tolist() == train_ids(folder)
     ran("train/evaluate.py", *folds, "--out", tmp_path / "mean")
     for name in NAMES:
         expected = np.mean([arrays(run, "val", name)["prediction"] for run in folds], axis=0)
@@ -199,15 +199,15 @@ def test_runs_on_several_and_a_probe_of_one_are_joined_for_that_one(folds, joine
 
 def test_left_out_of_one_recording_is_what_the_run_left_out(folds, joined, two, tmp_path):
     """They were divided together, though only one is scored, from where it lies by now."""
-    own = shutil.copytree(folds[0], tmp_path / "run", symlinks=True)
-    shutil.rmtree(own / "eval")
+    copy = shutil.copytree(folds[0], tmp_path / "run", symlinks=True)
+    shutil.rmtree(copy / "eval")
     moved = shutil.copytree(two[1], tmp_path / "moved")
-    ran("train/evaluate.py", own, "--split", "left_out", "--data", moved)
-    assert not (own / "eval" / "left_out" / "one").exists()
-    before, after = (arrays(run, "left_out", "two") for run in (folds[0], own))
+    ran("train/evaluate.py", copy, "--split", "left_out", "--data", moved)
+    assert not (copy / "eval" / "left_out" / "one").exists()
+    before, after = (arrays(run, "left_out", "two") for run in (folds[0], copy))
     np.testing.assert_array_equal(before["stimulus_id"], after["stimulus_id"])
-    edit(own / "env.json", lambda content: content.pop("recordings"))
-    done = run_here("train/evaluate.py", own, "--split", "left_out", "--data", moved)
+    edit(copy / "env.json", lambda content: content.pop("recordings"))
+    done = run_here("train/evaluate.py", copy, "--split", "left_out", "--data", moved)
     assert_refused(done, "env.json", "one", "--data")
 
 
@@ -222,8 +222,8 @@ def test_an_ensemble_teaches_a_network_of_both_and_one_of_one(joined, two, tmp_p
     for places, name in ((two, "both"), (two[:1], "alone")):
         teach = ["--distill.teacher", joined, "--distill.weight", 1, "--epochs", 1]
         ran("train/finetune.py", "--data", *places, "--out", tmp_path / name, *SMALL, *teach)
-        said = (tmp_path / name / "log.txt").read_text()
-        assert [f"of the training stimuli of {place.name}" in said for place in two] == [True, name == "both"]
+        log = (tmp_path / name / "log.txt").read_text()
+        assert [f"of the training stimuli of {folder.name}" in log for folder in two] == [True, name == "both"]
     ran("train/probe.py", "--data", two[0], "--out", tmp_path / "probe", *PROBE, "--layers", "stages.1")
     words = ["--data", *two, "--out", tmp_path / "run", *SMALL, "--distill.teacher", tmp_path / "probe"]
     assert_refused(run_here("train/finetune.py", *words), "other sites", "two")
@@ -235,19 +235,19 @@ def test_an_ensemble_teaches_a_network_of_both_and_one_of_one(joined, two, tmp_p
 def test_windows_of_each_recordings_sites_are_those_found_alone(two, tmp_path):
     options = [*SMALL, "--epochs", 1, "--optimizer.lr", "1e-12", "--optimizer.weight-decay", 0]
     options += ["--readout.start", "field", "--readout.kind", "gaussian", "--backbone.cut", "stages.1"]
-    found = {}
+    tensors = {}
     for name, places in {"one": two[:1], "two": two[1:], "both": two}.items():
         ran("train/finetune.py", "--data", *places, "--out", tmp_path / name, *options)
-        found[name] = weights(tmp_path / name)
+        tensors[name] = weights(tmp_path / name)
     for tensor in ("centre", "log_width", "sites.weight", "sites.bias"):
-        own = [found[name][f"heads.rates.{tensor}"] for name in NAMES]
-        torch.testing.assert_close(found["both"][f"heads.rates.{tensor}"], torch.cat(own), rtol=1e-3, atol=1e-4)
-    assert found["both"]["heads.rates.centre"].abs().max() > 0
+        alone = [tensors[name][f"heads.rates.{tensor}"] for name in NAMES]
+        torch.testing.assert_close(tensors["both"][f"heads.rates.{tensor}"], torch.cat(alone), rtol=1e-3, atol=1e-4)
+    assert tensors["both"]["heads.rates.centre"].abs().max() > 0
 
 
 def test_a_subset_is_of_each_and_scales_its_sites(two):
     recipe = Recipe.model_validate({"subset": 20, "seed": 1})
-    recordings = Recordings([ShardFolder(place) for place in two])
+    recordings = Recordings([ShardFolder(folder) for folder in two])
     fit, selection = training_stimuli(recordings, recordings.divide(recipe), recipe)
     assert [len(a) + len(b) for a, b in zip(fit.recordings, selection.recordings, strict=True)] == [20, 20]
     scaled = with_rates_of(recordings.manifest, fit).rates
@@ -262,7 +262,7 @@ def test_sites_are_weighed_among_those_of_their_recording(tmp_path):
         make_folder(tmp_path / name, n=60, splits=True, sites=3, trials=4, rates=None, noise=noise)
         places.append(pack(Folder(source=tmp_path / name, name=name).open(), tmp_path / f"{name}_shards", 60, 1).folder)
     recordings, recipe = Recordings([ShardFolder(place) for place in places]), Recipe()
-    found = site_weights(training_stimuli(recordings, recordings.divide(recipe), recipe)[0])
-    assert found.shape == (6,)
-    assert [found[:3].mean(), found[3:].mean()] == pytest.approx([1, 1])
-    assert found[3:].std() > 0
+    weights = site_weights(training_stimuli(recordings, recordings.divide(recipe), recipe)[0])
+    assert weights.shape == (6,)
+    assert [weights[:3].mean(), weights[3:].mean()] == pytest.approx([1, 1])
+    assert weights[3:].std() > 0

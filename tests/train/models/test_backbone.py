@@ -370,8 +370,8 @@ def test_checkpointed_gradients_are_the_gradients(name, cut, module):
         gradients = {key: parameter.grad for key, parameter in network.named_parameters()}
         found[checkpointed] = losses, gradients, statistics(network)
         assert len(calls) == 2 * (1 + checkpointed)
-    for plain, again in zip(found[False], found[True], strict=True):
-        torch.testing.assert_close(again, plain, rtol=1e-4, atol=1e-5)
+    for plain, recomputed in zip(found[False], found[True], strict=True):
+        torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
 
 
 def test_a_network_that_cannot_checkpoint_gradients_is_refused():

@@ -131,11 +131,11 @@ BY_HAND = {
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_loss_is_the_textbooks_in_value_and_gradient(kind, rates, manifest, outputs):
-    found = value_and_gradient(lambda z: kind(manifest).contribution(z, batch_of(rates), single_rank), outputs)
+    value = value_and_gradient(lambda z: kind(manifest).contribution(z, batch_of(rates), single_rank), outputs)
     expected = value_and_gradient(lambda z: BY_HAND[kind](z, rates, manifest), outputs)
-    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert value[0] == pytest.approx(expected[0], rel=1e-5)
     assert expected[1].abs().max() > 1e-3
-    torch.testing.assert_close(found[1], expected[1], rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(value[1], expected[1], rtol=1e-4, atol=1e-7)
 
 
 def test_the_correlation_is_scipys(rates, manifest, outputs):
@@ -144,8 +144,8 @@ def test_the_correlation_is_scipys(rates, manifest, outputs):
     for site in range(SITES - 1):
         recorded = ~np.isnan(rates[:, site].numpy())
         expected.append(1 - stats.pearsonr(rates[recorded, site].numpy(), outputs[recorded, site].numpy()).statistic)
-    found = Correlation(manifest).contribution(outputs, batch_of(rates), single_rank)
-    assert float(found) == pytest.approx(np.mean(expected), rel=2e-4)
+    value = Correlation(manifest).contribution(outputs, batch_of(rates), single_rank)
+    assert float(value) == pytest.approx(np.mean(expected), rel=2e-4)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -157,13 +157,13 @@ def test_cross_entropy_is_the_textbooks(smoothing):
 
     def by_hand(z: torch.Tensor) -> torch.Tensor:
         log_p = z - torch.log(torch.exp(z).sum(1, keepdim=True))
-        own = log_p[torch.arange(STIMULI), labels]
-        return -((1 - smoothing) * own + smoothing * log_p.mean(1)).mean()
+        of_label = log_p[torch.arange(STIMULI), labels]
+        return -((1 - smoothing) * of_label + smoothing * log_p.mean(1)).mean()
 
-    found = value_and_gradient(lambda z: cross_entropy(z, batch, smoothing), logits)
+    value = value_and_gradient(lambda z: cross_entropy(z, batch, smoothing), logits)
     expected = value_and_gradient(by_hand, logits)
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
-    torch.testing.assert_close(found[1], expected[1])
+    assert value[0] == pytest.approx(expected[0], rel=1e-6)
+    torch.testing.assert_close(value[1], expected[1])
 
 
 def hybrid(manifest: Manifest, **task) -> Objective:
@@ -177,9 +177,9 @@ def hybrid_outputs(outputs: torch.Tensor) -> dict[str, torch.Tensor]:
 
 def test_a_hybrids_loss_is_the_weighted_sum(rates, manifest, outputs):
     batch = batch_of(rates, torch.arange(STIMULI) % CLASSES)
-    found = hybrid_outputs(outputs)
-    parts = hybrid(manifest, regression_weight=0.3, classification_weight=2.0).losses(found, batch, single_rank)
-    mse, entropy = squared_error_by_hand(outputs, rates, manifest), F.cross_entropy(found["classes"], batch.labels)
+    predicted = hybrid_outputs(outputs)
+    parts = hybrid(manifest, regression_weight=0.3, classification_weight=2.0).losses(predicted, batch, single_rank)
+    mse, entropy = squared_error_by_hand(outputs, rates, manifest), F.cross_entropy(predicted["classes"], batch.labels)
     torch.testing.assert_close(parts["mse"], mse)
     torch.testing.assert_close(parts["cross_entropy"], entropy)
     torch.testing.assert_close(parts["loss"], 0.3 * mse + 2 * entropy)
@@ -191,17 +191,17 @@ def test_uncertainty_weighting_is_that_of_kendall_et_al(rates, manifest, outputs
     s = torch.tensor([0.4, -0.7])
     with torch.no_grad():
         objective.log_variance.copy_(s)
-    found = hybrid_outputs(outputs)
-    parts = objective.losses(found, batch, single_rank)
+    predicted = hybrid_outputs(outputs)
+    parts = objective.losses(predicted, batch, single_rank)
     parts["loss"].backward()
     mse = squared_error_by_hand(outputs, rates, manifest).item()
-    entropy = F.cross_entropy(found["classes"], batch.labels).item()
+    entropy = F.cross_entropy(predicted["classes"], batch.labels).item()
     expected = mse * np.exp(-0.4) / 2 + entropy * np.exp(0.7) + (0.4 - 0.7) / 2
     assert parts["loss"].item() == pytest.approx(expected, rel=1e-5)
     slopes = [-mse * np.exp(-0.4) / 2 + 0.5, -entropy * np.exp(0.7) + 0.5]
     assert objective.log_variance.grad.tolist() == pytest.approx(slopes, rel=1e-5)
     plain = value_and_gradient(lambda z: squared_error_by_hand(z, rates, manifest), outputs)[1]
-    torch.testing.assert_close(found["rates"].grad, plain * np.exp(-0.4) / 2)
+    torch.testing.assert_close(predicted["rates"].grad, plain * np.exp(-0.4) / 2)
     weights = objective.learned_weights()
     assert weights["weight/responses"] == pytest.approx(np.exp(-0.4) / 2)
     assert weights["weight/classes"] == pytest.approx(np.exp(0.7))
@@ -409,21 +409,21 @@ def test_a_poisson_rate_is_positive_and_continuous(manifest):
 
 def test_a_poisson_target_gives_back_rates_above_the_mean_and_less_below(rates, manifest):
     loss, mean = PoissonLikelihood(manifest), torch.tensor(manifest.rates.mean)
-    found = loss.to_rates(loss.target(rates))
+    rates_again = loss.to_rates(loss.target(rates))
     above, below = rates > mean, rates < mean
     assert above.any()
     assert below.any()
-    torch.testing.assert_close(found[above], rates[above])
-    assert (found[below] >= rates[below]).all()
-    assert (found[below] < mean.expand_as(rates)[below]).all()
+    torch.testing.assert_close(rates_again[above], rates[above])
+    assert (rates_again[below] >= rates[below]).all()
+    assert (rates_again[below] < mean.expand_as(rates)[below]).all()
 
 
 def test_a_poisson_loss_is_least_at_the_rate_itself(manifest):
     """Above and below the mean, and near 0 for a silent stimulus."""
     loss = PoissonLikelihood(manifest)
     z = torch.linspace(-8, 4, 2401)[:, None].expand(-1, SITES)
-    for wanted in (0.3, 1.0, 2.5):
-        rates = torch.tensor(manifest.rates.mean, dtype=torch.float32)[None] * wanted
+    for rate in (0.3, 1.0, 2.5):
+        rates = torch.tensor(manifest.rates.mean, dtype=torch.float32)[None] * rate
         values = torch.stack([loss.contribution(row[None], batch_of(rates), single_rank) for row in z])
         assert loss.to_rates(z[values.argmin()][None])[0].numpy() == pytest.approx(rates[0].numpy(), rel=0.02)
 

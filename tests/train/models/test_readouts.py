@@ -70,9 +70,9 @@ def test_a_readout_computes_its_formula(kind):
     shape = (4, FEATURES) if kind == "linear" else (4, CHANNELS, ROWS, COLUMNS)
     x = torch.randn(shape, generator=generator)
     values = {name: parameter.detach().double().numpy() for name, parameter in readout.named_parameters()}
-    found = readout(x).detach().numpy()
-    assert found.shape == (4, SITES)
-    np.testing.assert_allclose(found, by_hand(kind, values, x.double().numpy()), rtol=1e-4, atol=1e-5)
+    computed = readout(x).detach().numpy()
+    assert computed.shape == (4, SITES)
+    np.testing.assert_allclose(computed, by_hand(kind, values, x.double().numpy()), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,13 +158,13 @@ def choice_of_penalty(x: np.ndarray, y: np.ndarray) -> float:
 
 def sklearn_ridge(x: np.ndarray, y: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Predictions for new features, each output from the stimuli that have it, at its own penalty."""
-    found = np.zeros((len(new), y.shape[1]))
+    predicted = np.zeros((len(new), y.shape[1]))
     for column, values in enumerate(y.T):
-        there = ~np.isnan(values)
-        if there.any():
-            alpha = choice_of_penalty(x[there], values[there])
-            found[:, column] = Ridge(alpha=alpha, solver="svd").fit(x[there], values[there]).predict(new)
-    return found
+        recorded = ~np.isnan(values)
+        if recorded.any():
+            alpha = choice_of_penalty(x[recorded], values[recorded])
+            predicted[:, column] = Ridge(alpha=alpha, solver="svd").fit(x[recorded], values[recorded]).predict(new)
+    return predicted
 
 
 def z_scores(data: Data) -> np.ndarray:
@@ -206,10 +206,10 @@ def test_a_ridge_start_predicts_new_stimuli_as_scikit_learn_does(data, kind):
     net, scores = ridge_started(data, kind, **({"rank": 8} if kind == "low_rank" else {}))
     x, new = (features(net, data.images[name], POOLING[kind]) for name in ("train", "val"))
     expected = sklearn_ridge(x, z_scores(data), new)
-    found = outputs(net, data.images["val"])
-    np.testing.assert_allclose(found, expected, atol=5e-4)
-    assert np.median(found.std(0)) > 0.1  # the fit is no constant
-    assert np.abs(found[:, 4]).max() < 1e-6  # it was never recorded
+    predicted = outputs(net, data.images["val"])
+    np.testing.assert_allclose(predicted, expected, atol=5e-4)
+    assert np.median(predicted.std(0)) > 0.1  # the fit is no constant
+    assert np.abs(predicted[:, 4]).max() < 1e-6  # it was never recorded
     assert np.isfinite(scores["rates"])
 
 
@@ -232,15 +232,15 @@ def test_the_score_of_a_ridge_start_is_that_of_the_stimuli_left_out(data):
     x, y = features(net, data.images["train"], POOLING["linear"]), z_scores(data)
     r2 = []
     for values in y[:, [0, 1, 2, 3, 5]].T:
-        there = np.flatnonzero(~np.isnan(values))
-        alpha = choice_of_penalty(x[there], values[there])
+        recorded = np.flatnonzero(~np.isnan(values))
+        alpha = choice_of_penalty(x[recorded], values[recorded])
         left_out = [
             Ridge(alpha=alpha, solver="svd").fit(x[rest], values[rest]).predict(x[[one]])[0]
-            for one in there
-            for rest in [there[there != one]]
+            for one in recorded
+            for rest in [recorded[recorded != one]]
         ]
-        error = np.square(values[there] - left_out).sum()
-        r2.append(1 - error / np.square(values[there] - values[there].mean()).sum())
+        error = np.square(values[recorded] - left_out).sum()
+        r2.append(1 - error / np.square(values[recorded] - values[recorded].mean()).sum())
     assert scores["rates"] == pytest.approx(np.mean(r2), abs=2e-3)  # the penalty's unit is that of all stimuli
 
 

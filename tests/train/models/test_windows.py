@@ -30,11 +30,11 @@ NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "
 def data(tmp_path_factory):
     """300 images; each site tells how two halves of a patch of the image differ, and noise."""
     path = tmp_path_factory.mktemp("fields")
-    made = make_folder(path / "src", n=300, splits=True, sites=len(PLACES), size=SIZE)
+    written = make_folder(path / "src", n=300, splits=True, sites=len(PLACES), size=SIZE)
     rates = []
     for x, y in PLACES:
         column, row = (round((place + 1) / 2 * SIZE) for place in (x, y))
-        patch = made.images[:, row - 3 : row + 3, column - 3 : column + 3].astype(np.float64)
+        patch = written.images[:, row - 3 : row + 3, column - 3 : column + 3].astype(np.float64)
         rates.append(patch[:, :, 3:].mean((1, 2, 3)) - patch[:, :, :3].mean((1, 2, 3)))
     rates = np.stack(rates, axis=1)
     rates = (rates - rates.mean(0)) / rates.std(0) + np.random.default_rng(0).normal(size=rates.shape)
@@ -80,17 +80,17 @@ def test_what_selects_is_an_honest_estimate(on_pixels):
 def test_predictions_of_the_stimuli_left_out_are_kept(on_pixels, data):
     train = ShardFolder(data).split("train")
     for run, _ in on_pixels:
-        kept = predictions(run, "left_out")
-        assert kept["stimulus_id"].tolist() == train.stimulus_ids
-        np.testing.assert_array_equal(kept["target"], train.rates())
-        assert 0.1 < np.corrcoef(kept["prediction"][:, 0], kept["target"][:, 0])[0, 1] < 0.9
+        left_out = predictions(run, "left_out")
+        assert left_out["stimulus_id"].tolist() == train.stimulus_ids
+        np.testing.assert_array_equal(left_out["target"], train.rates())
+        assert 0.1 < np.corrcoef(left_out["prediction"][:, 0], left_out["target"][:, 0])[0, 1] < 0.9
 
 
 def test_a_sum_of_layers_is_ridge_on_features_of_one_size(data, tmp_path):
     probed(tmp_path / "run", data, *NETWORK, "--layers", "stages.0+stages.1")
     products = 0
-    for own in centred_features(data).values():
-        products = products + own @ own.T / np.square(own).sum()
+    for features in centred_features(data).values():
+        products = products + features @ features.T / np.square(features).sum()
     gram, rates = gram_and_rates(products, data, ROUNDING["float32"])
     expected = ridge(gram, rates, 1000).prediction
     np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, atol=1e-3)
@@ -109,9 +109,9 @@ def test_each_window_is_a_ridge_on_features_weighed_by_it(data, tmp_path, layers
     fits = []
     for window in probe_windows():
         products = 0
-        for layer, own in centred_features(data, layers).items():
+        for layer, features in centred_features(data, layers).items():
             side = {"pixels": SIZE, "stages.0": 7, "stages.1": 4}[layer]
-            seen = own * np.sqrt(np.tile(window.weights(side, side), own.shape[1] // side**2))
+            seen = features * np.sqrt(np.tile(window.weights(side, side), features.shape[1] // side**2))
             products = products + seen @ seen.T / np.square(seen).sum()
         gram, rates = gram_and_rates(products, data, ROUNDING["float64"])
         fits.append(ridge(gram, rates, 1000))
@@ -124,11 +124,11 @@ def centred_features(data, layers=""):
     """Of all stimuli, train before val, float64 by layer."""
     shards = ShardFolder(data)
     torch.manual_seed(0)
-    look = LayerFeatures(Backbone(Source(name="test_convnext", weights="random"), SIZE).eval(), STAGES, 7)
+    extract = LayerFeatures(Backbone(Source(name="test_convnext", weights="random"), SIZE).eval(), STAGES, 7)
     images = [RecordingStimuli(shards.split(name), SIZE).images(np.arange(count)) for name, count in COUNTS.items()]
     with torch.no_grad():
-        features = (PixelFeatures() if layers == "pixels" else look)(torch.cat(images).permute(0, 3, 1, 2))
-    return {layer: (own.double() - own.double().mean(0)).numpy() for layer, own in features.items()}
+        features = (PixelFeatures() if layers == "pixels" else extract)(torch.cat(images).permute(0, 3, 1, 2))
+    return {layer: (values.double() - values.double().mean(0)).numpy() for layer, values in features.items()}
 
 
 def gram_and_rates(products, data, rounding):

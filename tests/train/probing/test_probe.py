@@ -80,19 +80,19 @@ def probe_pixels(recording, out, processes, *options):
 
 @pytest.mark.parametrize("processes", [1, 3])
 def test_least_squares_on_principal_components_equals_scikit_learn(recording, tmp_path, processes):
-    found = probe_pixels(recording, tmp_path / "run", processes, "--readout", "ols", "--components", "30")
+    predicted = probe_pixels(recording, tmp_path / "run", processes, "--readout", "ols", "--components", "30")
     images, rates = pixels_and_rates(recording, 16)
     pca = PCA(30, svd_solver="full").fit(images["train"])
     fit = LinearRegression().fit(pca.transform(images["train"]), rates["train"])
-    np.testing.assert_allclose(found, fit.predict(pca.transform(images["val"])), rtol=2e-6)  # of float32 pixels
+    np.testing.assert_allclose(predicted, fit.predict(pca.transform(images["val"])), rtol=2e-6)  # of float32 pixels
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_partial_least_squares_equals_scikit_learn(recording, tmp_path, processes):
-    found = probe_pixels(recording, tmp_path / "run", processes, "--readout", "pls", "--latent", "6")
+    predicted = probe_pixels(recording, tmp_path / "run", processes, "--readout", "pls", "--latent", "6")
     images, rates = pixels_and_rates(recording, 16)
     fit = PLSRegression(6, scale=False, tol=1e-12, max_iter=5000).fit(images["train"], rates["train"])
-    np.testing.assert_allclose(found, fit.predict(images["val"]), rtol=1e-5)
+    np.testing.assert_allclose(predicted, fit.predict(images["val"]), rtol=1e-5)
 
 
 def test_the_network_of_a_run_is_probed_from_its_folder(recording, tmp_path):
@@ -100,15 +100,15 @@ def test_the_network_of_a_run_is_probed_from_its_folder(recording, tmp_path):
     run, options = tmp_path / "run", ["--backbone.name", "test_convnext", "--images.size", "32"]
     finetuned = ["--task.kind", "classification", "--optimizer.lr", "1e-2", "--epochs", "3"]
     assert run_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *finetuned).returncode == 0
-    found = {}
+    predicted = {}
     for name, weights in (("trained", run), ("file", run / "checkpoints/best/network.safetensors"), ("not", "random")):
         out = tmp_path / name
         words = ["--layers", "stages.3", "--backbone.weights", weights, *options]
         done = run_here("train/probe.py", "--data", recording, "--out", out, *words)
         assert done.returncode == 0, done.stderr
-        found[name] = predictions(out)["prediction"]
-    np.testing.assert_array_equal(found["trained"], found["file"])
-    assert np.abs(found["trained"] - found["not"]).max() > 0.1
+        predicted[name] = predictions(out)["prediction"]
+    np.testing.assert_array_equal(predicted["trained"], predicted["file"])
+    assert np.abs(predicted["trained"] - predicted["not"]).max() > 0.1
 
 
 @pytest.mark.parametrize("by", ["random", "stratified", "grouped"])
@@ -117,12 +117,12 @@ def test_cross_validation_predicts_every_stimulus_once(recording, tmp_path, by):
     options += ["--cross-validation.folds", "4"]
     done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
     assert done.returncode == 0, done.stderr
-    found, predicted = metrics(tmp_path / "run", "cv"), predictions(tmp_path / "run", "cv")
-    assert found["stimuli"] == len(set(predicted["stimulus_id"])) == 240
+    scores, predicted = metrics(tmp_path / "run", "cv"), predictions(tmp_path / "run", "cv")
+    assert scores["stimuli"] == len(set(predicted["stimulus_id"])) == 240
     assert np.isfinite(predicted["prediction"]).all()
-    assert len(found["chosen_by_fold"]) == 4
-    assert set(found["layers"]) == {"stages.1", "stages.2"}
-    for block in found["layers"].values():
+    assert len(scores["chosen_by_fold"]) == 4
+    assert set(scores["layers"]) == {"stages.1", "stages.2"}
+    for block in scores["layers"].values():
         assert {"rsa", "cka"} <= block.keys()
 
 

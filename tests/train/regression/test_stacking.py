@@ -39,14 +39,14 @@ def test_weights_are_those_of_non_negative_least_squares(members):
 
 def test_the_stack_is_better_than_its_best_member_and_says_how_good_it_is(members):
     rates, predictions = members
-    found = stacked(rates, predictions)
+    stack = stacked(rates, predictions)
 
     def error(prediction, part):
         return np.square(prediction - rates[part]).mean()
 
     new, seen = slice(STIMULI, None), slice(0, STIMULI)
-    assert error(found.prediction, new) < min(error(p[new], new) for p in predictions)
-    assert error(found.left_out, seen) == pytest.approx(error(found.prediction, new), rel=0.25)
+    assert error(stack.prediction, new) < min(error(p[new], new) for p in predictions)
+    assert error(stack.left_out, seen) == pytest.approx(error(stack.prediction, new), rel=0.25)
 
 
 def test_left_out_predictions_do_not_know_their_own_response(members):

@@ -64,8 +64,8 @@ def reported(tmp_path_factory):
     """Frozen and fine-tuned, two seeds of these, and their ensemble, on three sizes, and the report over them."""
     folder = tmp_path_factory.mktemp("curves")
     runs = []
-    for place, size in enumerate(SIZES):
-        noise = 0.8 - 0.1 * place
+    for number, size in enumerate(SIZES):
+        noise = 0.8 - 0.1 * number
         frozen = probe(folder / f"runs_{size}" / "frozen", size, noise, told=size < 400)
         pair = [tuned(folder / f"runs_{size}" / f"tuned_{seed}", size, noise - 0.2, seed) for seed in (0, 1)]
         runs += [frozen, *pair, joined(folder / f"runs_{size}" / "both", frozen, *pair, stimuli=size)]
@@ -75,7 +75,7 @@ def reported(tmp_path_factory):
 
 
 def test_the_curves_have_the_scores_of_the_runs(reported):
-    folder, said = reported
+    folder, output = reported
     text = (folder / "out" / "table.md").read_text().splitlines()
     assert "| training stimuli | 100 | 200 | 400 | per doubling |" in text
     for name, runs in (("frozen", ["frozen"]), ("tuned", ["tuned_0", "tuned_1"]), ("both", ["both"])):
@@ -90,7 +90,7 @@ def test_the_curves_have_the_scores_of_the_runs(reported):
                 assert "[" in cell
         gain = (means[2] - means[0]) / 2  # the slope of three evenly spaced points
         assert float(cells[3]) == pytest.approx(gain, abs=6e-4)
-        assert f"{gain:+.3f} ({name})" in said
+        assert f"{gain:+.3f} ({name})" in output
     page = (folder / "out" / "report.html").read_text()
     assert "Score against training stimuli" in page
     assert "figures/data_efficiency.pdf, .svg, .png" in page
@@ -122,8 +122,8 @@ def test_unlike_probes_are_not_joined(tmp_path, other):
     runs = [probe(tmp_path / "a_100", 100, 0.8), probe(tmp_path / "b_200", 200, 0.7, **other)]
     assert curves(*runs) == []
     runs.append(probe(tmp_path / "a_400", 400, 0.6))
-    (found,) = curves(*runs)
-    assert members(found) == {100: ["a_100"], 400: ["a_400"]}
+    (curve,) = curves(*runs)
+    assert members(curve) == {100: ["a_100"], 400: ["a_400"]}
 
 
 def test_unlike_fine_tuned_runs_are_not_joined(tmp_path):
@@ -146,21 +146,21 @@ def test_what_says_only_where_and_by_what_chance_is_no_difference(tmp_path):
         tuned(tmp_path / "b", 100, 0.8, 1, data="there", early_stopping={"folds": 5, "fold": 2}),
         tuned(tmp_path / "c", 200, 0.7, 2, loader={"workers": 3}, early_stopping={"folds": 5, "fold": 3}),
     ]
-    (found,) = curves(*runs)
-    assert members(found) == {100: ["a", "b"], 200: ["c"]}
-    assert found.points[0].mean == pytest.approx(np.mean([r2(run) for run in runs[:2]]))
-    assert found.points[0].spread == pytest.approx(sorted(r2(run) for run in runs[:2]))
-    assert found.points[0].ci95 is None
-    assert found.points[1].spread is None
-    assert found.gain is None  # two points fit any line
+    (curve,) = curves(*runs)
+    assert members(curve) == {100: ["a", "b"], 200: ["c"]}
+    assert curve.points[0].mean == pytest.approx(np.mean([r2(run) for run in runs[:2]]))
+    assert curve.points[0].spread == pytest.approx(sorted(r2(run) for run in runs[:2]))
+    assert curve.points[0].ci95 is None
+    assert curve.points[1].spread is None
+    assert curve.gain is None  # two points fit any line
 
 
 def test_the_gain_is_per_doubling(tmp_path):
     runs = [probe(tmp_path / f"frozen_{size}", size, 0.9 - size / 1000) for size in (64, 100, 128, 400)]
-    (found,) = curves(*runs)
+    (curve,) = curves(*runs)
     design = np.array([[math.log2(size), 1] for size in (64, 100, 128, 400)])
     slope = np.linalg.lstsq(design, np.array([r2(run) for run in runs]), rcond=None)[0][0]
-    assert found.gain == pytest.approx(slope)
+    assert curve.gain == pytest.approx(slope)
 
 
 def test_only_ensembles_of_like_members_are_joined(tmp_path):

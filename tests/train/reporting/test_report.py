@@ -80,7 +80,7 @@ class Page(HTMLParser):
 
 
 def test_every_format_shows_the_numbers_of_metrics_json(reported):
-    folder, said = reported
+    folder, output = reported
     page, text = Page(folder / "out" / "report.html"), (folder / "out" / "table.md").read_text()
     for run in ("pixels", "frozen", "whole", "nearly"):
         block, line = metrics(folder / run)["regression"], lines(folder)[run]
@@ -94,23 +94,23 @@ def test_every_format_shows_the_numbers_of_metrics_json(reported):
                 shown += f" [{ci95[0]:.3f}, {ci95[1]:.3f}]"
             assert shown in row, (run, score)
             assert shown in marked
-        assert f"{block['r2']['mean']:.3f}" in said
+        assert f"{block['r2']['mean']:.3f}" in output
 
 
 def test_families_are_the_studys_and_facts_are_told(reported):
     folder, _ = reported
-    found = lines(folder)
-    assert {run: line["family"] for run, line in found.items()} == {
+    by_run = lines(folder)
+    assert {run: line["family"] for run, line in by_run.items()} == {
         "pixels": "Linear regression",
         "frozen": "Task-driven",
         "whole": "Data-driven",
         "nearly": "Hybrid",
         "classes": "Classification",
     }
-    assert (found["whole"]["parameters"], found["whole"]["training_seconds"]) == ("25600000", "90.0")
-    assert found["frozen"]["parameters_fitted"] == str(11 * SITES)
-    assert found["whole"]["hardware"] == "2 × GPU X"
-    assert found["whole"]["command"].startswith("launch/local.sh -n 2 train/finetune.py --data data/mine")
+    assert (by_run["whole"]["parameters"], by_run["whole"]["training_seconds"]) == ("25600000", "90.0")
+    assert by_run["frozen"]["parameters_fitted"] == str(11 * SITES)
+    assert by_run["whole"]["hardware"] == "2 × GPU X"
+    assert by_run["whole"]["command"].startswith("launch/local.sh -n 2 train/finetune.py --data data/mine")
     row = next(row for row in Page(folder / "out" / "report.html").rows if row and row[0].startswith("whole"))
     assert {"25.6 M (100 fitted)", "1.5 min", "2 × GPU X", "inner"} <= set(row)
 
@@ -129,9 +129,9 @@ def test_bold_is_the_best_where_the_next_is_clearly_behind(reported, tmp_path):
 
 def test_figures_lie_beside_the_page_in_three_formats(reported):
     folder, _ = reported
-    found = {path.name for path in (folder / "out" / "figures").iterdir()}
+    files = {path.name for path in (folder / "out" / "figures").iterdir()}
     names = {"sites", "layers_frozen", "site_by_site", "learning_curves", "confusion_classes"}
-    assert found == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")}
+    assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")}
     images = [facts for tag, facts in Page(folder / "out" / "report.html").tags if tag == "img"]
     assert len(images) == len(names)
     assert all(image["src"].startswith("data:image/svg+xml;base64,") and image["alt"] for image in images)

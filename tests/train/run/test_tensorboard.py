@@ -66,9 +66,9 @@ def test_the_first_page_of_custom_scalars_is_the_one_to_look_at(board):
     assert {"train/loss", "train/r2", "inner/r2", "val/r2", "inner/top1", "rate/readout"} <= tags
     shown = {tag for tag in tags if tag.startswith(("train", "inner", "rate", "speed"))}
     assert shown - {"speed/communication_seconds"} <= known.keys()  # which one process has none of
-    found = board("plugin/custom_scalars/scalars", run=RUN, tag="inner/r2")
-    assert found["regex_valid"]
-    assert len(found["tag_to_events"]["inner/r2"]) == 2
+    answer = board("plugin/custom_scalars/scalars", run=RUN, tag="inner/r2")
+    assert answer["regex_valid"]
+    assert len(answer["tag_to_events"]["inner/r2"]) == 2
 
 
 def test_sites_stimuli_and_objects_are_drawn(hybrid, board):
@@ -81,11 +81,11 @@ def test_sites_stimuli_and_objects_are_drawn(hybrid, board):
             "confusion matrix",
         ):
             assert f"{split}/{what}" in images
-            found = board("plugin/images/images", run=RUN, tag=f"{split}/{what}", sample=0)
-            assert [image["step"] for image in found] == at
-        found = board("plugin/histograms/histograms", run=RUN, tag=f"{split}/r2_of_sites")
-        assert [step for _, step, _ in found] == at
-        assert sum(count for _, _, count in found[-1][2]) == 12
+            answer = board("plugin/images/images", run=RUN, tag=f"{split}/{what}", sample=0)
+            assert [image["step"] for image in answer] == at
+        answer = board("plugin/histograms/histograms", run=RUN, tag=f"{split}/r2_of_sites")
+        assert [step for _, step, _ in answer] == at
+        assert sum(count for _, _, count in answer[-1][2]) == 12
     png = board("plugin/images/individualImage?" + found_query(board))
     assert png.startswith(b"\x89PNG")
 
@@ -99,27 +99,27 @@ def test_the_predictions_say_which_object_was_named(hybrid):
     with np.load(hybrid / "eval/val/predictions.npz", allow_pickle=False) as arrays:
         right = arrays["predicted_class"] == arrays["class"]
         names = arrays["class_id"][arrays["class"]]
-    found = metrics(hybrid)["classification"]
-    assert right.mean() == pytest.approx(found["top1"])
-    assert {str(name): right[names == name].mean() for name in set(names)} == pytest.approx(found["per_class"])
+    scores = metrics(hybrid)["classification"]
+    assert right.mean() == pytest.approx(scores["top1"])
+    assert {str(name): right[names == name].mean() for name in set(names)} == pytest.approx(scores["per_class"])
 
 
 def test_train_scores_are_those_of_the_predictions_that_training_made(recording, tmp_path, monkeypatch):
     """All of an epoch's predictions are kept here, so their scores can be computed again."""
-    kept = []
+    recorded = []
     keep = charts.TrainingCharts.keep_predictions
 
     def keep_here_too(self, outputs, batch):
-        kept.append((self._objective.responses, outputs, batch))
+        recorded.append((self._objective.responses, outputs, batch))
         keep(self, outputs, batch)
 
     monkeypatch.setattr(charts.TrainingCharts, "keep_predictions", keep_here_too)
     out = tmp_path / "run"
     done = run_here("train/finetune.py", "--data", recording, "--out", out, *SMALL, "--epochs", "1")
     assert done.returncode == 0, done.stderr
-    responses = kept[0][0]
-    prediction = torch.cat([responses.to_rates(outputs["rates"].detach()) for _, outputs, _ in kept]).double()
-    target = torch.cat([batch.rates for *_, batch in kept]).double()
+    responses = recorded[0][0]
+    prediction = torch.cat([responses.to_rates(outputs["rates"].detach()) for _, outputs, _ in recorded]).double()
+    target = torch.cat([batch.rates for *_, batch in recorded]).double()
     expected = 1 - ((target - prediction) ** 2).sum(0) / ((target - target.mean(0)) ** 2).sum(0)
     with served(tmp_path) as board:
         ((_, r2),) = [point[1:] for point in board("plugin/scalars/scalars", run="run/tensorboard", tag="train/r2")]

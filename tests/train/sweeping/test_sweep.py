@@ -64,12 +64,12 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 def processes_of(folder: Path) -> list[psutil.Process]:
     """All living processes that were started for a run."""
-    found = []
+    processes = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
         if any(str(folder) in word for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
-            found.append(process)
-    return found
+            processes.append(process)
+    return processes
 
 
 # ------------------------------------------------------------------------------------------------- real searches
@@ -216,8 +216,8 @@ def worker(recording, tmp_path, monkeypatch):
 def test_a_sampled_search_runs_as_many_points_as_were_asked_for(worker, tmp_path):
     content = SPACE | {"storage": f"sqlite:///{tmp_path}/study.db"}
     first, second = worker(content), worker(content)
-    for one in (first, second, first):
-        one.run_trial(one.study.claim())
+    for searcher in (first, second, first):
+        solo.run_trial(solo.study.claim())
     second.work()
     assert first.study.claim() is None
     recipes = [recipe for recipe, _ in first.launcher.started + second.launcher.started]
@@ -233,25 +233,25 @@ def test_a_sampled_search_runs_as_many_points_as_were_asked_for(worker, tmp_path
 
 
 def test_a_sampled_search_is_the_same_with_the_same_seed(worker, tmp_path):
-    few, found = SPACE | {"trials": 2}, []
+    few, sampled = SPACE | {"trials": 2}, []
     for content in (few, few, few | {"seed": 1}):
-        one = worker(content)
-        one.work()
-        found.append([recipe for recipe, _ in one.launcher.started])
+        solo = worker(content)
+        solo.work()
+        sampled.append([recipe for recipe, _ in solo.launcher.started])
         shutil.rmtree(tmp_path / "out")
-    assert found[0] == found[1]
-    assert found[0] != found[2]
+    assert sampled[0] == sampled[1]
+    assert sampled[0] != sampled[2]
 
 
 def test_a_failed_run_is_tried_once_more_and_a_diverged_one_is_not(worker):
     ends = {1e-3: Outcome("failed", "killed by SIGKILL"), 3e-3: Outcome("diverged", "the training diverged: step 1")}
-    one = worker(GRID, lambda recipe: ends[recipe.optimizer.lr] if recipe.optimizer.name == "sgd" else 0.5)
-    one.work()
+    solo = worker(GRID, lambda recipe: ends[recipe.optimizer.lr] if recipe.optimizer.name == "sgd" else 0.5)
+    solo.work()
     started = [
-        (recipe.optimizer.lr, resumed) for recipe, resumed in one.launcher.started if recipe.optimizer.name == "sgd"
+        (recipe.optimizer.lr, resumed) for recipe, resumed in solo.launcher.started if recipe.optimizer.name == "sgd"
     ]
     assert started == [(1e-3, False), (3e-3, False), (1e-3, True)]
-    entries = one.publish().trials
+    entries = solo.publish().trials
     assert [entry.state for entry in entries] == ["done", "done", "failed", "failed"]
     assert {entry.settings["optimizer.lr"]: entry.reason for entry in entries[2:]} == {
         1e-3: "killed by SIGKILL",
@@ -262,9 +262,9 @@ def test_a_failed_run_is_tried_once_more_and_a_diverged_one_is_not(worker):
 def test_bad_input_to_a_trial_stops_the_search_which_goes_on_when_it_is_mended(worker):
     with pytest.raises(BadInput, match=r"nowhere.pth is no file \(trial 0000"):
         worker(GRID, lambda _: Outcome("bad input", "nowhere.pth is no file")).work()
-    one = worker(GRID)
-    one.work()
-    assert [entry.state for entry in one.publish().trials] == ["done"] * 4
+    solo = worker(GRID)
+    solo.work()
+    assert [entry.state for entry in solo.publish().trials] == ["done"] * 4
 
 
 def test_an_interrupted_trial_is_queued_again(worker):
@@ -273,10 +273,10 @@ def test_an_interrupted_trial_is_queued_again(worker):
 
     with pytest.raises(KeyboardInterrupt):
         worker(GRID, interrupted).work()
-    one = worker(GRID)
-    assert {entry.state for entry in one.study.trials()} == {"waiting"}
-    one.work()
-    assert len(one.launcher.started) == 4
+    solo = worker(GRID)
+    assert {entry.state for entry in solo.study.trials()} == {"waiting"}
+    solo.work()
+    assert len(solo.launcher.started) == 4
 
 
 def test_a_trial_without_a_sign_of_life_is_picked_up_and_its_first_worker_records_nothing(worker, tmp_path):
@@ -306,24 +306,24 @@ def test_settings_are_ranked_by_their_mean_over_seeds(worker, tmp_path):
     values = {(1e-2, 0): 0.9, (1e-2, 1): 0.1, (1e-3, 0): 0.6, (1e-3, 1): 0.5, (1e-4, 0): 0.8}
     diverged = Outcome("diverged", "the training diverged: step 1")
     grid = {"optimizer.lr": [1e-2, 1e-3, 1e-4], "seed": [0, 1]}
-    one = worker({"grid": grid}, lambda recipe: values.get((recipe.optimizer.lr, recipe.seed), diverged))
-    one.work()
-    table = rows(one.folder.path) if one.publish() else []
+    solo = worker({"grid": grid}, lambda recipe: values.get((recipe.optimizer.lr, recipe.seed), diverged))
+    solo.work()
+    table = rows(solo.folder.path) if solo.publish() else []
     assert [(float(row["optimizer.lr"]), int(row["seed"])) for row in table] == [
         *((1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1), (1e-4, 0), (1e-4, 1))
     ]
     assert [float(row["mean over 2 seeds"]) for row in table[:4]] == pytest.approx([0.55, 0.55, 0.5, 0.5])
     assert load_recipe(tmp_path / "out" / "best.yaml").seed == 0
-    assert [(point.x, point.state) for point in best_points(one.publish(), SettingAxis("optimizer.lr", []), None)] == [
+    assert [(point.x, point.state) for point in best_points(solo.publish(), SettingAxis("optimizer.lr", []), None)] == [
         *((1e-3, "done"), (1e-2, "done"), (1e-4, "failed"))
     ]
     assert "ranked by their mean over the seeds 0, 1" in (tmp_path / "out" / "table.md").read_text()
 
 
 def test_a_metric_that_is_better_when_lower_is_minimised(worker):
-    one = worker(GRID | {"set": {"early_stopping.metric": "mse"}})
-    one.work()
-    assert [entry.value for entry in one.publish().trials] == [1e-3, 1e-3, 3e-3, 3e-3]
+    solo = worker(GRID | {"set": {"early_stopping.metric": "mse"}})
+    solo.work()
+    assert [entry.value for entry in solo.publish().trials] == [1e-3, 1e-3, 3e-3, 3e-3]
 
 
 @pytest.mark.parametrize(
@@ -336,9 +336,9 @@ def test_a_metric_that_is_better_when_lower_is_minimised(worker):
     ],
 )
 def test_every_search_has_a_figure(worker, grid):
-    one = worker({"grid": grid})
-    one.run_trial(one.study.claim())
-    assert min(Image.open(io.BytesIO(draw_search(one.publish()))).size) > 300
+    solo = worker({"grid": grid})
+    solo.run_trial(solo.study.claim())
+    assert min(Image.open(io.BytesIO(draw_search(solo.publish()))).size) > 300
 
 
 # ------------------------------------------------------------------------------------------------------- refusals

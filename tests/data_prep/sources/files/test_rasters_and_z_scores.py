@@ -58,9 +58,9 @@ def z_scored_within(sessions, trials):
 
 
 def test_trials_are_z_scored_within_the_sessions_of_a_column(tmp_path):
-    made = make_folder(tmp_path, n=20, sites=3, rates=None, trials=3)
+    written = make_folder(tmp_path, n=20, sites=3, rates=None, trials=3)
     recording = Folder(source=tmp_path, z_score=True, sessions="session").open()
-    expected = z_scored_within(np.repeat(np.arange(20) // 5, 3).reshape(20, 3), made.trials)
+    expected = z_scored_within(np.repeat(np.arange(20) // 5, 3).reshape(20, 3), written.trials)
     for i, stimulus in enumerate(recording.read(range(20))):
         np.testing.assert_allclose(stimulus.trials, expected[i], rtol=1e-4, atol=1e-5)
     assert recording.units == "z-score within sessions"
@@ -68,11 +68,11 @@ def test_trials_are_z_scored_within_the_sessions_of_a_column(tmp_path):
 
 
 def test_sessions_may_be_given_for_every_presentation(tmp_path):
-    made = make_folder(tmp_path, n=20, sites=3, rates=None, trials=3)
+    written = make_folder(tmp_path, n=20, sites=3, rates=None, trials=3)
     sessions = np.random.default_rng(1).integers(4, 7, (20, 3))
     np.save(tmp_path / "sessions.npy", sessions)
     recording = Folder(source=tmp_path, z_score=True, sessions="sessions.npy").open()
-    expected = z_scored_within(sessions, made.trials)
+    expected = z_scored_within(sessions, written.trials)
     found = np.stack([stimulus.trials for stimulus in recording.read(range(20))])
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 

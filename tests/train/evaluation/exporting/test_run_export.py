@@ -44,10 +44,10 @@ def images(recording):
     return np.stack([fit(np.asarray(image), SIZE) for image in decoded])
 
 
-def same(found, run):
+def same(exported, run):
     expected = predictions(run)["prediction"]
     assert expected.std() > 0
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * expected.std())
+    np.testing.assert_allclose(exported, expected, rtol=1e-4, atol=1e-4 * expected.std())
 
 
 def test_xarray_reads_the_predictions_with_their_coordinates(exported, recording):

@@ -74,13 +74,13 @@ def spoilt(recording, tmp_path_factory):
 
 
 def test_a_start_that_no_epoch_betters_is_the_best(spoilt):
-    run, said = spoilt
+    run, output = spoilt
     start, *epochs = history(run)
     assert start["epoch"] == start["step"] == 0
     assert [line["epoch"] for line in epochs] == [1, 2]
     assert [line["best"] for line in (start, *epochs)] == [True, False, False]
     assert max(line["inner"]["r2"] for line in epochs) < start["inner"]["r2"]
-    assert "on inner at the start: no epoch improved on it" in said
+    assert "on inner at the start: no epoch improved on it" in output
     assert (run / "checkpoints" / "best").readlink() == Path("step_0")
     scored = run_here("train/evaluate.py", run, "--split", "val")
     assert scored.returncode == 0, scored.stderr
