@@ -32,7 +32,7 @@ def held_out(recording, split="val"):
     return [i for i, name in enumerate(recording.splits) if name == split]
 
 
-def test_by_default_the_sources_own_division_stays(source):
+def test_by_default_the_splits_of_the_source_are_kept(source):
     assert divided(source).splits == source.open().splits
 
 
@@ -70,7 +70,7 @@ def test_the_folds_cover_every_stimulus_once(source, split_by):
         assert sum(map(len, objects)) == 6
 
 
-def test_the_shards_hold_what_was_divided(source, tmp_path):
+def test_the_shards_hold_the_new_splits(source, tmp_path):
     recording = divided(source, split="grouped", split_by="object", split_fractions=(0.3, 0.2))
     folder = pack(recording, tmp_path / "out", stimuli_per_shard=7, workers=1)
     whole = {stimulus.id: stimulus for stimulus in source.open().read(range(N))}
@@ -143,7 +143,7 @@ def test_groups_that_only_held_out_splits_share_do_not_straddle():
         ({"split": "random", "split_fractions": (0.7, 0.7)}, "add up to 1"),
     ],
 )
-def test_divisions_that_make_no_sense_are_refused(source, options, words):
+def test_impossible_splits_are_refused(source, options, words):
     with pytest.raises(BadInput, match=words):
         divided(source, **options)
 

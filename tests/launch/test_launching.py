@@ -76,7 +76,7 @@ def test_bad_input_ends_in_a_sentence_and_leaves_nothing(recording, tmp_path, ca
     assert not (tmp_path / "run").exists()
 
 
-def test_bad_input_under_the_launcher_is_said_once(trained, recording):
+def test_bad_input_under_the_launcher_is_reported_once(trained, recording):
     done = launch(3, "train/finetune.py", "--data", recording, "--out", trained, *SMALL)
     assert done.returncode == 2
     assert done.stderr.count("already holds a run") == 1

@@ -62,7 +62,7 @@ def test_a_slow_link_shows_as_communication(recording, on_one_machine, tmp_path)
 
 
 @pytest.mark.parametrize("accident", ["killed", pytest.param("cut off", marks=slow)])
-def test_the_machine_that_is_left_goes_on_alone(recording, on_one_machine, tmp_path, accident):
+def test_the_remaining_machine_continues_alone(recording, on_one_machine, tmp_path, accident):
     run = tmp_path / "run"
     command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS]
     with machines(2) as hosts:

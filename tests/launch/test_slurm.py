@@ -30,7 +30,7 @@ def undisturbed(recording, tmp_path_factory):
 
 
 @pytest.mark.parametrize("way", ["preempted", "near its limit"])
-def test_a_job_that_is_stopped_queues_again_and_ends_as_if_undisturbed(slurm, recording, undisturbed, tmp_path, way):
+def test_a_stopped_job_is_requeued_and_resumes_bit_for_bit(slurm, recording, undisturbed, tmp_path, way):
     run, log = tmp_path / "run", tmp_path / "log"
     words = ["launch/slurm/finetune.sbatch", "--data", recording, "--out", run, *OPTIONS]
     job = slurm.submit("--nodes=2", f"--output={log}", *words, **SETTINGS)

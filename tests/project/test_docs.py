@@ -149,7 +149,7 @@ def test_every_command_is_understood(command: Command):
             check(Command(command.page, text).words(keep_optional))
 
 
-def test_the_commands_are_found():
+def test_the_documented_commands_are_found():
     """The test above is worth what is found: a change of layout in the texts must not hide commands from it."""
     documented = commands()
     assert len(documented) > 60
@@ -284,12 +284,12 @@ def test_every_failure_and_warning_is_in_troubleshooting():
         assert any(part.strip() in fragment for part in quoted for fragment in fragments), (file, text)
 
 
-def test_links_between_pages_lead_somewhere():
+def test_links_between_pages_are_valid():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_no_page_tells_where_it_was_written():
+def test_no_page_names_the_machine_it_was_written_on():
     for page in PAGES:
         assert not re.search(rf"{re.escape(os.path.expanduser('~'))}/|/tmp/", page.read_text()), page.name

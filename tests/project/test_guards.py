@@ -126,11 +126,11 @@ def test_no_code_of_ours_executes_data_or_opens_files_unguarded():
         "tarfile.open(path)",
     ],
 )
-def test_the_walk_finds_what_it_looks_for(line):
+def test_the_check_finds_unsafe_code(line):
     assert faults_of(line, "train/elsewhere.py")
 
 
-def test_the_walk_lets_pass_what_is_fine():
+def test_the_check_accepts_safe_code():
     assert faults_of("re.compile('a')\nnetwork.eval()\npath.open()\njson.loads('1')", "train/elsewhere.py") == []
 
 
@@ -190,6 +190,6 @@ def test_every_text_of_a_recipe_has_a_greatest_length(model):
             assert any(isinstance(mark, MaxLen) for mark in marks) or "max_length" in str(field), name
 
 
-def test_what_is_walked_is_what_is_shipped():
+def test_all_shipped_code_is_checked():
     assert {path.parts[len(ROOT.parts)] for path in SOURCES} == {"data_prep", "train", "launch"}
     assert Path("train/run/predictor.py") in {path.relative_to(ROOT) for path in SOURCES}

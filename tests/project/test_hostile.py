@@ -90,7 +90,7 @@ def test_a_contact_sheet_that_leads_elsewhere_overwrites_nothing(kit):
     assert (folder / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_what_is_shown_of_a_stranger_does_not_steer_the_terminal(kit):
+def test_shown_text_cannot_control_the_terminal(kit):
     folder = sealed(kit.shards())
 
     def change(content: dict) -> None:
@@ -110,5 +110,5 @@ def test_more_processes_than_stimuli_are_refused(kit, monkeypatch):
     assert_refused(done, "64 processes cannot share")
 
 
-def test_there_are_many():
+def test_there_are_many_hostile_cases():
     assert len(CASES) >= 300

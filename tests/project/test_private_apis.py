@@ -163,7 +163,7 @@ def listed() -> set[str]:
 
 
 @pytest.mark.parametrize("name", CHECKS)
-def test_it_is_as_the_code_expects(name):
+def test_the_private_api_is_as_the_code_expects(name):
     assert CHECKS[name](), f"{name} has changed; docs/private_apis.md says who uses it and what could replace it"
 
 

@@ -43,5 +43,5 @@ def test_every_value_is_in_a_histogram_whose_least_block_is_seen():
     assert histogram([], 0, 1, 3) == "   "
 
 
-def test_what_moves_a_cursor_is_shown_and_not_done():
+def test_terminal_escapes_are_shown_and_not_executed():
     assert printable("a\x1b[2Jb\nc\u202e") == r"a\x1b[2Jb\nc\u202e"

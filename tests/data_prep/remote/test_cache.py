@@ -43,7 +43,7 @@ def test_processes_fetch_each_shard_once(web, cache):
     assert len(web.times()) == 10
 
 
-def test_what_a_killed_process_had_begun_is_resumed(web, packed, cache):
+def test_a_killed_download_is_resumed(web, packed, cache):
     shards = opened(web.url, cache)
     shard = train_shard(shards)
     part = cache / f"{shard.sha256}-{shard.bytes}.part"

@@ -240,7 +240,7 @@ def test_it_gives_up_in_the_end(download, server):
 
 
 @pytest.mark.parametrize("code", [403, 404, 410])
-def test_a_file_that_is_not_there_is_not_asked_for_again(download, server, tmp_path, code):
+def test_a_missing_file_is_not_requested_again(download, server, tmp_path, code):
     server.scenes = [refusal(code)] * 3
     with pytest.raises(RunFailed, match=rf"{code}.*--mirror"):
         download()

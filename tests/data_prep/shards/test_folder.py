@@ -212,7 +212,7 @@ def test_a_place_that_cannot_be_written_is_refused(source, tmp_path):
     assert_refused(run_here(PACK, "folder", source.path, "--out", tmp_path / "file" / "shards"), tmp_path / "file")
 
 
-def test_two_packs_to_one_place_one_wins_and_one_is_told(source, packed, tmp_path):
+def test_of_two_packs_into_one_folder_one_wins_and_the_other_is_refused(source, packed, tmp_path):
     out = tmp_path / "shards"
     args = [PACK, "folder", source.path, "--out", out, "--workers", 1, "--stimuli-per-shard", 8]
     results = [finish(process) for process in [start_command(args), start_command(args)]]
@@ -224,7 +224,7 @@ def test_two_packs_to_one_place_one_wins_and_one_is_told(source, packed, tmp_pat
     assert json.loads((out / "manifest.json").read_text()) == json.loads((packed.path / "manifest.json").read_text())
 
 
-def test_however_close_the_race_one_wins_and_the_others_are_told(tmp_path):
+def test_in_a_close_race_one_pack_wins_and_the_others_are_refused(tmp_path):
     def contend(out: Path, start: threading.Barrier) -> str:
         start.wait()
         try:
@@ -364,7 +364,7 @@ def test_show_refuses_a_place_it_cannot_draw_to(packed):
     assert_refused(run_here(SHOW, packed.path, "--contact-sheet", "/nowhere/sheet.png"), "/nowhere/sheet.png")
 
 
-def test_show_refuses_what_is_no_shard_folder(source, tmp_path):
+def test_show_refuses_a_folder_without_shards(source, tmp_path):
     assert_refused(run_here(SHOW, tmp_path / "nowhere"), tmp_path / "nowhere", "is not a folder")
     assert_refused(run_here(SHOW, source.path), source.path, "no manifest.json")
 
@@ -526,7 +526,7 @@ def test_a_wrong_manifest_is_refused_by_name(copied, key, value, message):
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"format": }', b"\xff\xfe", b"[]", b"null"])
-def test_a_manifest_that_is_no_json_object_is_refused(copied, content):
+def test_a_manifest_must_be_a_json_object(copied, content):
     (copied / "manifest.json").write_bytes(content)
     assert_refused(run_here(SHOW, copied), copied / "manifest.json")
 
@@ -584,7 +584,7 @@ def test_a_bad_command_line_is_refused_in_one_sentence(tmp_path, case):
         ([SHOW, "a", "--verfy"], ["--verify"]),
     ],
 )
-def test_what_is_missing_or_misspelt_is_named(args, words):
+def test_missing_and_misspelt_options_are_named(args, words):
     result = run_here(*args)
     assert_refused(result, *words)
     assert len(result.stderr.splitlines()) == 1

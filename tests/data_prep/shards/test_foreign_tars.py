@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_written_has_its_index_elsewhere_or_in_memory(fo
     assert "index.npz" not in contents(folder)
 
 
-def test_of_many_processes_one_reads_the_tars(folder, monkeypatch):
+def test_one_of_many_processes_reads_the_tars(folder, monkeypatch):
     read, start = [], threading.Barrier(4)
     monkeypatch.setattr(
         foreign_tars, "_derive", lambda *given, derive=foreign_tars._derive: read.append(1) or derive(*given)
@@ -245,7 +245,7 @@ def test_show_indexes_and_verifies_them(folder):
     assert "train      14" in run_here(SHOW, folder, "--index").stdout
 
 
-def test_an_index_that_a_pack_has_lost_is_made_again(folder, tmp_path):
+def test_a_lost_index_is_rebuilt(folder, tmp_path):
     """The tars tell it, and the manifest what they must hold."""
     (folder / "manifest.json").write_text(ShardFolder(folder).manifest.model_dump_json())
     (folder / "index.npz").unlink()
@@ -339,7 +339,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_damage_is_found_with_tar_and_key(folder, kind):
+def test_damage_is_reported_with_tar_and_key(folder, kind):
     damage, *words = DAMAGE[kind]
     damage(folder)
     assert_refused(run_here(SHOW, folder), *words)

@@ -212,7 +212,7 @@ def test_foreign_tars_are_refused_behind_a_url(packed, tmp_path, cache):
         assert_refused(show(web.url, cache), f"{web.url}/manifest.json does not exist", "of other origin")
 
 
-def test_tables_that_were_written_again_are_fetched(packed, tmp_path, cache):
+def test_rewritten_tables_are_fetched_again(packed, tmp_path, cache):
     """The manifest tells their hashes, so that it has to follow them."""
     folder = tmp_path / "copy"
     shutil.copytree(packed, folder)

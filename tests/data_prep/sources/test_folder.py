@@ -288,7 +288,7 @@ def test_bad_folders_are_refused_in_one_sentence(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_that_is_not_there(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(BadInput, match="no such folder"):
         Folder(source=tmp_path / "nowhere").open()
 

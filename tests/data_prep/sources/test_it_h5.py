@@ -211,7 +211,7 @@ def test_bad_files_are_refused_in_one_sentence(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_a_file_that_is_not_there(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(BadInput, match="no such file"):
         ItH5(source=tmp_path / "it.h5").open()
 

@@ -97,7 +97,7 @@ def test_tvsd_files_that_cannot_be_read(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
-def test_whose_file_it_is_must_be_known(tmp_path):
+def test_the_monkey_must_be_known(tmp_path):
     make_tvsd(tmp_path)
     (tmp_path / "monkeyF").rename(tmp_path / "mine")
     options = {"source": tmp_path / "mine" / "THINGS_normMUA.mat", "images": tmp_path / "object_images"}

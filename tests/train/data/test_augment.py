@@ -53,7 +53,7 @@ def test_draws_of_0_change_nothing(images):
     assert_equal(augment(images, draws(flip=-1.0), EVERYTHING), images)
 
 
-def test_what_is_off_is_off_whatever_was_drawn(images):
+def test_disabled_augmentations_change_nothing(images):
     assert torch.equal(augment(images, torch.full((COUNT, KINDS), 0.9), Augment()), images.float())
     assert not Augment().is_on
     for name in ("shift", "zoom", "brightness", "contrast", "flip"):
@@ -106,7 +106,7 @@ def test_contrast_stretches_around_the_images_mean(images):
         assert_equal(changed, (mean + (image.float() - mean) * factor).clamp(0, 255))
 
 
-def test_an_image_is_changed_by_its_own_draws_alone(images):
+def test_an_image_depends_only_on_its_own_draws(images):
     drawn = torch.from_numpy(augmentation_draws(0, 0, 0, COUNT, KINDS))
     whole = augment(images, drawn, EVERYTHING)
     for k in range(COUNT):

@@ -104,7 +104,7 @@ def stimuli_of(recipe: Recipe, *folders: Path) -> tuple[StimulusSet, StimulusSet
     return training_stimuli(recordings, recordings.divide(recipe), recipe)
 
 
-def test_the_division_of_the_others_is_the_one_of_all(packed, damaged):
+def test_leaving_stimuli_out_does_not_move_the_others_between_parts(packed, damaged):
     folder, bad = damaged
     recipe = Recipe.model_validate({"loader": {"on_bad_sample": "skip"}})
     all_stimuli = stimuli_of(Recipe(), packed)
@@ -158,7 +158,7 @@ def test_nothing_left_is_refused(copied):
 # ---- two at one folder ---------------------------------------------------------------------------------------------
 
 
-def test_of_two_runs_into_one_folder_one_wins_and_the_other_is_told(packed, tmp_path):
+def test_of_two_runs_into_one_folder_one_wins_and_the_other_is_refused(packed, tmp_path):
     """Both find the folder free; who claims it second is told."""
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     for folder in (first, second):

@@ -111,7 +111,7 @@ def test_recordings_that_share_nothing_are_divided_as_alone(sizes, fraction, see
 
 
 @given(st.lists(st.sets(st.integers(0, 80), min_size=2), min_size=2, max_size=4), st.floats(0.05, 0.5), seeds)
-def test_what_is_shared_is_on_one_side_and_every_recording_has_both(members, fraction, seed):
+def test_shared_stimuli_are_on_one_side_and_every_recording_has_both(members, fraction, seed):
     recordings = [(np.array(sorted(ids)), sorted(ids)) for ids in members]
     divided = inner_splits(recordings, fraction, seed)
     side = {}
@@ -309,7 +309,7 @@ def held_out(folder) -> set[str]:
 
 
 @pytest.mark.parametrize("split", ["inner", "val"])
-def test_what_one_recording_holds_out_is_trained_on_in_none(sharing, split):
+def test_stimuli_held_out_in_one_recording_are_trained_on_in_none(sharing, split):
     a, b, *_ = sharing
     fit, selection, notes = divided([a, b], split=split)
     everywhere = held_out(a) | held_out(b) | selection[0] | selection[1]
@@ -323,7 +323,7 @@ def test_what_one_recording_holds_out_is_trained_on_in_none(sharing, split):
 
 
 @pytest.mark.parametrize("split", ["inner", "val"])
-def test_recordings_that_divide_what_they_share_alike_lose_nothing(sharing, split):
+def test_recordings_with_the_same_splits_lose_no_stimulus(sharing, split):
     a, _, _, d = sharing
     fit, selection, notes = divided([a, d], split=split)
     assert notes == []
@@ -394,7 +394,7 @@ def test_names_must_differ_and_be_those_of_folders(two, tmp_path, name):
         ),
     ],
 )
-def test_what_has_no_meaning_for_several_is_refused(two, tmp_path, settings, fields, words):
+def test_settings_without_meaning_for_several_recordings_are_refused(two, tmp_path, settings, fields, words):
     other = changed(two[1], tmp_path / "other", **fields)
     with pytest.raises(BadInput, match=words):
         Recordings([ShardFolder(two[0]), ShardFolder(other)]).check(recipe_of(**settings))

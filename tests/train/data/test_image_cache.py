@@ -109,7 +109,7 @@ def test_batches_are_the_same_however_images_are_kept(shards, mode, workers):
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
-def test_what_was_decoded_once_is_never_read_again(shards, ranks):
+def test_a_decoded_image_is_never_read_again(shards, ranks):
     """By none of the ranks, nor by a rank that joins later, nor when the epoch's order is another."""
     everyone = [opened(shards) for _ in range(ranks)]
     expected = evaluated(opened(shards, "off"))
@@ -172,7 +172,7 @@ def test_a_damaged_image_is_named_and_not_kept(shards):
             evaluated(stimuli, workers)
 
 
-def test_shards_that_are_packed_anew_are_decoded_anew(shards):
+def test_repacked_shards_are_decoded_again(shards):
     before = opened(shards)
     evaluated(before)
     tar = shards.folder / "train-000000.tar"
@@ -187,7 +187,7 @@ def test_shards_that_are_packed_anew_are_decoded_anew(shards):
 
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("fit", [0, 1, 17, 30])
-def test_as_many_images_as_fit_are_kept_and_one_line_says_so(shards, fit, workers, capfd):
+def test_as_many_images_as_fit_are_cached_and_one_line_says_so(shards, fit, workers, capfd):
     limited = [opened(shards, gib=(fit * IMAGE + 100) / GIB) for _ in range(2)]
     plain = loader_of(opened(shards, "off"))
     for epoch in range(2):
@@ -225,7 +225,7 @@ def test_a_full_disk_ends_keeping_and_not_the_run(shards, monkeypatch, capfd):
     assert "12 decoded images of 32 px are cached and no more (No space left on device)" in message
 
 
-def test_no_memory_at_all_is_said_and_survived(shards, monkeypatch, capfd):
+def test_no_free_memory_is_reported_and_survived(shards, monkeypatch, capfd):
     def none(mode):
         raise OSError(errno.ENFILE, "Too many open files in system")
 
@@ -241,7 +241,7 @@ def test_auto_keeps_nothing_that_is_read_once(shards):
     assert ImageCaches(Loader(cache="ram"), single_pass=True).open(split, 32) is not None
 
 
-def test_the_budget_is_half_of_what_is_free_and_never_all(monkeypatch):
+def test_the_budget_is_at_most_half_of_the_free_memory(monkeypatch):
     monkeypatch.setattr(image_cache, "free_memory", lambda: 10 * GIB)
     assert image_cache._budget("ram", None) == 5 * GIB
     assert image_cache._budget("ram", 2) == 2 * GIB
@@ -419,7 +419,7 @@ def test_a_killed_worker_costs_nothing(shards, tmp_path):
     wait_for(lambda: memory_of_images(shards) == (0, set()))
 
 
-def test_a_rank_that_comes_back_finds_what_the_others_hold(shards, tmp_path):
+def test_a_restarted_rank_reuses_the_cache_of_the_others(shards, tmp_path):
     first, second = Rank(shards, tmp_path, 0), Rank(shards, tmp_path, 0)
     first.wait_until_ready()
     second.wait_until_ready()
@@ -431,7 +431,7 @@ def test_a_rank_that_comes_back_finds_what_the_others_hold(shards, tmp_path):
         rank.end(None)
 
 
-def test_a_list_that_is_nonsense_or_another_users_is_no_harm(shards, monkeypatch, tmp_path):
+def test_a_corrupt_or_foreign_cache_list_is_harmless(shards, monkeypatch, tmp_path):
     path = tmp_path / "list"
     monkeypatch.setattr(image_cache, "_list_path", lambda: path)
     path.write_bytes(b"\xff\0 nonsense\n" + b"a" * 64 + b" 1 0\n" + b"b" * 64 + b" 99999")

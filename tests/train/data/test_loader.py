@@ -101,7 +101,7 @@ def test_a_batch_holds_the_sources_pixels_responses_and_labels(recording, stimul
     assert seen == 30
 
 
-def test_what_is_not_asked_for_is_not_there(recording):
+def test_arrays_that_were_not_requested_are_absent(recording):
     bare = RecordingStimuli(recording.shards.split("val"), 32, responses=False)
     (batch,) = evaluation_loader(bare, size=10, rank=0, ranks=1, workers=0, pin=False)
     assert batch.rates is None
@@ -109,7 +109,7 @@ def test_what_is_not_asked_for_is_not_there(recording):
     assert batch.global_observed == 0
 
 
-def test_a_part_of_a_split_is_counted_from_its_own_start(recording, stimuli):
+def test_a_subset_of_a_split_has_its_own_positions(recording, stimuli):
     subset = np.array([29, 3, 17, 8])
     part = RecordingStimuli(recording.shards.split("train"), 32, subset=subset, classes=True)
     (batch,) = evaluation_loader(part, size=4, rank=0, ranks=1, workers=0, pin=False)
@@ -436,7 +436,7 @@ def test_a_crop_that_needs_no_resizing_does_not_blur():
 # ---- memory --------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_used_again_only_when_no_view_of_a_batch_is_left():
+def test_memory_is_reused_only_when_no_view_of_a_batch_is_left():
     buffers, shape = BatchBuffers(), (2, 4, 4, 3)
     batch = buffers.allocate(shape)
     address, view = batch.data_ptr(), batch.permute(0, 3, 1, 2)[1:]

@@ -41,7 +41,7 @@ def counted(micros):
 
 
 @given(seeds, epochs, counts, counts)
-def test_an_epoch_shows_each_stimulus_once_but_for_those_that_fill_no_batch(seed, epoch, size, stimuli):
+def test_an_epoch_shows_each_stimulus_once_except_an_incomplete_last_batch(seed, epoch, size, stimuli):
     batches = epoch_of(seed, epoch, size, stimuli)
     assert {len(batch) for batch in batches} == {min(size, stimuli)}
     shown = np.concatenate(batches)
@@ -58,7 +58,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(seed, epoch):
     assert len({tuple(other) for other in (order, *others)}) == 4
 
 
-def test_no_stimulus_is_left_out_for_good():
+def test_every_stimulus_is_seen_over_the_epochs():
     """10 of 50 stimuli fill no batch; which ones changes from epoch to epoch."""
     shown = [np.concatenate(epoch_of(0, epoch, 40, 50)) for epoch in range(20)]
     assert set(np.concatenate(shown).tolist()) == set(range(50))
@@ -137,7 +137,7 @@ def runs(draw):
 
 
 @given(seeds, epochs, runs())
-def test_a_run_that_goes_on_elsewhere_repeats_and_skips_nothing(seed, epoch, run):
+def test_a_run_resumed_on_other_ranks_repeats_and_skips_nothing(seed, epoch, run):
     """Whatever the order and the processes, micro-batches and workers before and after."""
     stimuli, blocks, size, before, after, changed, workers = run
     shown = []
@@ -258,7 +258,7 @@ def test_the_inner_split_exceeds_its_share_by_less_than_a_group(groups, fraction
 
 
 @given(st.integers(10, 200), fractions, seeds)
-def test_the_inner_split_is_seeded_and_does_not_care_what_groups_are_called(n, fraction, seed):
+def test_the_inner_split_is_seeded_and_ignores_group_names(n, fraction, seed):
     names = np.array([f"stim{i:03d}" for i in range(n)])
     fit, inner = inner_split(names, fraction, seed)
     again = inner_split(np.arange(n), fraction, seed)

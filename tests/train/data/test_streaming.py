@@ -95,7 +95,7 @@ def test_it_repeats_and_ranks_workers_seeds_and_beginnings_differ(stimuli):
     assert len({tuple(itertools.chain(*batches))[:12] for batches in drawn}) == 6
 
 
-def test_epochs_go_on_and_a_resumed_one_begins_a_stream_that_repeats(stimuli):
+def test_a_resumed_epoch_begins_a_repeatable_stream(stimuli):
     def resumed() -> list[list[int]]:
         loader = stream(stimuli)
         steps = [*loader.epoch(1, first_step=1), *loader.epoch(2)]
@@ -120,7 +120,7 @@ def test_epochs_go_on_and_a_resumed_one_begins_a_stream_that_repeats(stimuli):
         ([("new.png", sample(0)["png"])], "new: was added after the run began"),
     ],
 )
-def test_what_has_become_of_a_tar_is_told_in_one_sentence(tmp_path, members, words, workers):
+def test_a_missing_or_damaged_tar_is_reported_in_one_sentence(tmp_path, members, words, workers):
     """Tars are checked when they are indexed, and not trusted later."""
     tar = write_samples(tmp_path / "train.tar", range(3))
     stimuli = RecordingStimuli(ShardFolder(tmp_path).split("train"), 24)

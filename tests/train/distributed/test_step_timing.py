@@ -16,7 +16,7 @@ def clock() -> StepClock:
     return StepClock(torch.device("cpu"))
 
 
-def test_a_part_loses_what_is_communication_in_it(clock):
+def test_communication_is_subtracted_from_the_other_times(clock):
     with clock.part("backward"):
         time.sleep(PAUSE)
         begin = clock.now()

@@ -91,7 +91,7 @@ def test_every_strategy_trains_the_model_that_ddp_trains(by_strategy, strategy):
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=slow)])
-def test_parts_of_the_weights_make_other_optimizers_no_other(recording, tmp_path, optimizer):
+def test_sharding_the_weights_does_not_change_other_optimizers(recording, tmp_path, optimizer):
     options = ["--data", recording, *SMALL, "--optimizer.name", optimizer, "--optimizer.clip-norm", "0.5"]
     succeed(2, "train/finetune.py", "--out", tmp_path / "zero3", *options, "--strategy", "ds_configs/zero3.json")
     done = run_here("train/finetune.py", "--out", tmp_path / "one", *options)
@@ -104,7 +104,7 @@ def test_parts_of_the_weights_make_other_optimizers_no_other(recording, tmp_path
     [("zero3", 1, "ddp"), ("ddp", 3, "zero3"), ("zero2", 3, "zero2_offload"), ("zero0", 1, "zero1")],
     ids=["ZeRO-3 to one process", "DDP to ZeRO-3 on 3", "ZeRO-2 to offloaded on 3", "ZeRO-0 to ZeRO-1 on 1"],
 )
-def test_a_run_goes_on_in_mid_epoch_under_another_strategy_and_number_of_processes(
+def test_a_run_resumes_mid_epoch_under_another_strategy_and_process_count(
     by_strategy, recording, tmp_path, before, processes, after
 ):
     """Step 8 of 10 is the third of the second epoch."""
@@ -135,14 +135,14 @@ def test_saving_midway_changes_nothing(live):
 
 
 @pytest.mark.parametrize("step", [pytest.param(3, marks=slow), 7])
-def test_a_run_stopped_at_any_step_ends_bitwise_as_if_undisturbed(live, recording, tmp_path, step):
+def test_a_run_stopped_at_any_step_resumes_bit_for_bit(live, recording, tmp_path, step):
     run = stopped_after(live[0], step, tmp_path / "run")
     assert (run / "checkpoints" / "last" / "statistics.safetensors").exists()
     succeed(2, "train/finetune.py", "--data", recording, "--out", run, "--resume")
     assert_same(run, live[1])
 
 
-def test_a_checkpoint_of_mid_epoch_holds_the_mean_of_all_statistics(live):
+def test_a_mid_epoch_checkpoint_averages_the_statistics_of_all_ranks(live):
     checkpoint = live[0] / "checkpoints" / "step_3"
     network = load_file(checkpoint / "network.safetensors")
     for name, statistics in load_file(checkpoint / "statistics.safetensors").items():
@@ -172,7 +172,7 @@ def cut_off(path: Path) -> None:
     [("optimizer.safetensors", flip), ("network.safetensors", cut_off), ("sha256.json", Path.unlink)],
     ids=["a bit", "the end", "the sums"],
 )
-def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained, recording, tmp_path, file, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(trained, recording, tmp_path, file, damage):
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True)
     damage(run / "checkpoints" / "last" / file)
@@ -184,7 +184,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(trained, recordi
     assert_close(run, trained)  # in one thread
 
 
-def test_without_a_whole_checkpoint_nothing_goes_on(trained, recording, tmp_path):
+def test_a_run_without_an_intact_checkpoint_is_refused(trained, recording, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True)
     for file in (run / "checkpoints").glob("step_*/network.safetensors"):
@@ -194,7 +194,7 @@ def test_without_a_whole_checkpoint_nothing_goes_on(trained, recording, tmp_path
     assert_refused(run_here("train/evaluate.py", run), "network.safetensors", "damaged")
 
 
-def test_the_best_of_every_kept_checkpoint_is_kept(trained, recording, tmp_path):
+def test_the_best_checkpoint_of_each_kept_one_is_kept_too(trained, recording, tmp_path):
     """Also where it is no longer the best: the last one may turn out to be damaged."""
     run = tmp_path / "run"
     options = ["--data", recording, *SMALL, "--epochs", "6", "--checkpoint.keep", "3", "--optimizer.lr", "1e-2"]
@@ -208,7 +208,7 @@ def test_the_best_of_every_kept_checkpoint_is_kept(trained, recording, tmp_path)
     }
 
 
-def test_no_process_goes_on_when_the_disk_is_full(recording, tmp_path):
+def test_a_full_disk_stops_every_process(recording, tmp_path):
     """The limit on the size of a file stands in for the disk; the folder keeps no half of a checkpoint."""
     run = tmp_path / "run"
     words = ["bash", "launch/local.sh", "-n", "2", "train/finetune.py", "--data", recording, "--out", run, *SMALL]
@@ -235,7 +235,7 @@ def test_no_process_goes_on_when_the_disk_is_full(recording, tmp_path):
         ("three", ["zero_optimization.stage"]),
     ],
 )
-def test_strategies_that_cannot_be_are_refused(recording, tmp_path, zero, words):
+def test_impossible_strategies_are_refused(recording, tmp_path, zero, words):
     path = tmp_path / "strategy.json"
     path.write_text(json.dumps({"zero_optimization": zero}))
     command = ["train/finetune.py", "--data", recording, "--out", tmp_path / "run", *SMALL, "--strategy", path]
@@ -252,7 +252,7 @@ def test_strategies_that_cannot_be_are_refused(recording, tmp_path, zero, words)
         (["--backbone.batch-norm", "synced"], ["backbone.batch_norm", "test_convnext", "no BatchNorm"]),
     ],
 )
-def test_settings_that_do_not_fit_the_strategy_are_refused(recording, tmp_path, options, words):
+def test_settings_that_conflict_with_the_strategy_are_refused(recording, tmp_path, options, words):
     precision = [] if "--precision" in options else ["--precision", "fp32"]
     options = [*SMALL[:4], *SMALL[6:], *precision, *options]
     done = run_here("train/finetune.py", "--data", recording, "--out", tmp_path / "run", *options)

@@ -72,7 +72,7 @@ def test_the_mean_is_over_all_runs(members, joined):
     )
 
 
-def test_stacked_weights_rest_on_what_was_left_out(members, joined):
+def test_stacking_weights_use_left_out_predictions(members, joined):
     """The folds are one member, whose worth its predictions of left-out stimuli tell."""
     scores = metrics(joined["stack"])
     assert [len(member["runs"]) for member in scores["ensemble"]["members"]] == [3, 1]
@@ -88,7 +88,7 @@ def test_an_ensemble_can_be_joined_again_and_does_not_overwrite_another(members,
     assert_refused(run_here("train/evaluate.py", *members[:2]), "--out")
 
 
-def test_what_cannot_be_stacked_is_refused(members, data, tmp_path):
+def test_runs_that_cannot_be_stacked_are_refused(members, data, tmp_path):
     ran("train/probe.py", "--data", data, "--out", tmp_path / "ols", *PROBE, "--layers", "stages.1", "--readout", "ols")
     done = run_here("train/evaluate.py", members[3], tmp_path / "ols", "--combine", "stack", "--out", tmp_path / "out")
     assert_refused(done, "left_out", "ridge")
@@ -135,7 +135,7 @@ def test_reliability_needs_trials(tmp_path):
     assert_refused(run_here("train/finetune.py", *words), "loss.site_weights", "trials")
 
 
-def test_subsets_are_nested_and_told(data, tmp_path):
+def test_subsets_are_nested_and_recorded(data, tmp_path):
     seen = {}
     for size in (20, 40):
         ran(

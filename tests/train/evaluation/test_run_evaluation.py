@@ -26,7 +26,7 @@ def evaluated(trained, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_metrics_do_not_depend_on_the_number_of_processes(evaluated, processes):
+def test_metrics_do_not_depend_on_the_process_count(evaluated, processes):
     one, more = metrics(evaluated[1]), metrics(evaluated[processes])
     assert more["world_size"] == processes
     assert more["stimuli"] == one["stimuli"]
@@ -58,7 +58,7 @@ def test_every_stimulus_is_predicted_once_in_the_order_of_the_shards(recording, 
         np.testing.assert_array_equal(arrays["target"], val.rates())
 
 
-def test_metrics_name_what_they_rest_on(evaluated):
+def test_metrics_state_their_provenance(evaluated):
     scores = metrics(evaluated[1])
     assert scores["simulated"] is True
     assert scores["selected_on"] == ["inner"]
@@ -71,7 +71,7 @@ def test_metrics_name_what_they_rest_on(evaluated):
     assert low < scores["regression"]["r2"]["mean"] < high
 
 
-def test_the_course_file_from_pack_to_predictions(tmp_path):
+def test_the_course_file_is_packed_trained_and_predicted(tmp_path):
     """IT_data.h5 has no test responses: there the predictions alone are written."""
     make_it_h5(tmp_path / "IT_data.h5", n_train=60, n_val=20, n_test=11, size=32, sites=7)
     packed = run_command(["data_prep/pack.py", "it-h5", tmp_path / "IT_data.h5", "--out", tmp_path / "shards"])
@@ -98,7 +98,7 @@ def test_hybrid_scores_responses_and_classes(recording, tmp_path):
     assert len(scores["regression"]["r2"]["per_site"]) == 12
 
 
-def test_other_sites_than_the_run_was_trained_for_are_refused(trained, tmp_path):
+def test_evaluating_on_other_sites_is_refused(trained, tmp_path):
     make_it_h5(tmp_path / "IT_data.h5", n_train=20, n_val=10, n_test=5, size=32, sites=12)
     packed = run_command(["data_prep/pack.py", "it-h5", tmp_path / "IT_data.h5", "--out", tmp_path / "shards"])
     assert packed.returncode == 0, packed.stderr
@@ -108,7 +108,7 @@ def test_other_sites_than_the_run_was_trained_for_are_refused(trained, tmp_path)
     assert "Traceback" not in done.stderr
 
 
-def test_classes_that_no_training_stimulus_shows_are_warned_of(tmp_path):
+def test_classes_missing_from_train_raise_a_warning(tmp_path):
     make_folder(tmp_path / "src", n=60, n_objects=6)
     words = ["--split", "grouped", "--split-by", "object", "--split-fractions", "0.3", "0.1"]
     packed = run_here("data_prep/pack.py", "folder", tmp_path / "src", "--out", tmp_path / "shards", *words)

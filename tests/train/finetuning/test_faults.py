@@ -66,7 +66,7 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize("whom", [pytest.param("rank 0", marks=slow), "rank 1", "launcher"])
-def test_a_preempted_job_saves_and_goes_on_when_it_is_started_again(recording, undisturbed, tmp_path, whom):
+def test_a_preempted_job_saves_and_resumes_when_restarted(recording, undisturbed, tmp_path, whom):
     run, command = tmp_path / "run", ["train/finetune.py", "--data", recording, "--out", tmp_path / "run", *OPTIONS]
     started = start(2, *command, SPIKETUNE_JOB="mine")
     wait_for_epochs(run)
@@ -85,14 +85,14 @@ def test_a_preempted_job_saves_and_goes_on_when_it_is_started_again(recording, u
     assert_same(run, undisturbed)
 
 
-def test_another_job_does_not_go_on_with_the_run(recording, undisturbed):
+def test_another_job_does_not_resume_the_run(recording, undisturbed):
     done = launch(2, "train/finetune.py", "--data", recording, "--out", undisturbed, *OPTIONS, SPIKETUNE_JOB="other")
     assert done.returncode == 2
     assert "already holds a run" in done.stderr
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=slow)])
-def test_a_lost_process_is_named_and_all_are_started_again(recording, undisturbed, tmp_path, fault):
+def test_a_lost_process_is_named_and_all_processes_restart(recording, undisturbed, tmp_path, fault):
     """A hung one is given up after the time-out, which must hold for DeepSpeed's groups and for ours alike."""
     run = tmp_path / "run"
     command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS, "--faults.timeout", "3"]
@@ -111,7 +111,7 @@ def test_a_lost_process_is_named_and_all_are_started_again(recording, undisturbe
     assert_same(run, undisturbed)
 
 
-def test_bad_input_is_not_tried_again(recording, trained):
+def test_bad_input_is_not_retried(recording, trained):
     command = ["train/finetune.py", "--data", recording, "--out", trained, *OPTIONS]
     done = launch(2, "--max-restarts", "3", *command)
     assert done.returncode == 2
@@ -119,7 +119,7 @@ def test_bad_input_is_not_tried_again(recording, trained):
     assert "restarting" not in done.stderr
 
 
-def test_a_run_that_is_stopped_while_it_scores_scores_again(recording, trained, tmp_path):
+def test_a_run_stopped_while_scoring_scores_again(recording, trained, tmp_path):
     options = ["--data", recording, "--out", tmp_path / "run", *SMALL]
     done = run_patched("finetuning.selection_scoring", STOP_WHILE_SCORING, *options)
     assert done.returncode == STOPPED, done.stderr
@@ -153,7 +153,7 @@ def left_out(recording, tmp_path_factory):
     return run, done.stdout
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_named(left_out, trained):
+def test_a_non_finite_step_is_skipped_and_named(left_out, trained):
     run, output = left_out
     assert "warning: step 4 is left out: the loss was not finite on rank 0, which saw " in output
     assert output.count("warning:") == 1
@@ -165,7 +165,7 @@ def test_a_step_that_is_not_finite_is_left_out_and_named(left_out, trained):
 @pytest.mark.parametrize(
     "strategy", ["ddp", pytest.param("zero0", marks=slow), pytest.param("zero1", marks=slow), "zero3"]
 )
-def test_every_strategy_leaves_the_step_out(recording, left_out, tmp_path, strategy):
+def test_every_strategy_skips_the_step(recording, left_out, tmp_path, strategy):
     run = tmp_path / "run"
     chosen = strategy if strategy == "ddp" else f"ds_configs/{strategy}.json"
     options = ["--data", recording, "--out", run, *SMALL, "--strategy", chosen]
@@ -176,7 +176,7 @@ def test_every_strategy_leaves_the_step_out(recording, left_out, tmp_path, strat
     assert largest_difference(weights(run), weights(left_out[0])) < 1e-3
 
 
-def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(recording, tmp_path):
+def test_too_many_non_finite_steps_in_a_row_end_the_run(recording, tmp_path):
     run = tmp_path / "run"
     options = ["--data", recording, "--out", run, *SMALL, "--faults.bad-steps", "3"]
     done = run_patched("models.losses", NAN_ONCE.format(calls=set(range(7, 11))), *options)
@@ -186,7 +186,7 @@ def test_too_many_in_a_row_end_the_run_and_keep_the_checkpoint(recording, tmp_pa
     assert load_progress(run / "checkpoints" / "last").epoch == 1
 
 
-def test_running_statistics_survive_a_step_that_is_not_finite(recording, tmp_path):
+def test_running_statistics_survive_a_non_finite_step(recording, tmp_path):
     """Images that become NaN on their way poison BatchNorm's statistics before the loss is known."""
     patch = """
 forward = module.Network.forward
@@ -204,7 +204,7 @@ module.Network.forward = broken
     assert all(bool(tensor.isfinite().all()) for tensor in weights(run).values() if tensor.is_floating_point())
 
 
-def test_a_full_disk_ends_logging_but_not_the_run(recording, tmp_path):
+def test_a_full_disk_stops_logging_but_not_training(recording, tmp_path):
     """Charts and the log are lost, and that is said; a checkpoint that cannot be saved ends the run in a sentence."""
     patch = """
 import errno, logging
@@ -226,7 +226,7 @@ def epoch_that_waited(seconds: float) -> TrainedEpoch:
     )
 
 
-def test_what_slows_a_run_down_is_mentioned_once():
+def test_each_bottleneck_is_reported_once():
     bottlenecks, hosts = Bottlenecks(), ["one", "two", "three"]
     assert bottlenecks.notes(epoch_that_waited(0.5), [0.3, 0.32, 0.31], hosts) == []
     (slow_rank,) = bottlenecks.notes(epoch_that_waited(0.5), [0.3, 0.9, 0.3], hosts)
@@ -236,7 +236,7 @@ def test_what_slows_a_run_down_is_mentioned_once():
     assert bottlenecks.notes(epoch_that_waited(4.0), [0.3, 0.9, 0.3], hosts) == []
 
 
-def test_charts_tell_where_a_steps_time_goes(undisturbed):
+def test_charts_show_where_the_time_of_a_step_goes(undisturbed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(undisturbed / "tensorboard"))

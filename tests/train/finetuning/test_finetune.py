@@ -76,7 +76,7 @@ def test_training_lowers_the_loss(trained):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_training_ends_in_the_same_network_on_more_processes(recording, trained, tmp_path, processes):
+def test_more_processes_train_the_same_network(recording, trained, tmp_path, processes):
     out = tmp_path / "run"
     succeed(processes, "train/finetune.py", "--data", recording, "--out", out, *SMALL)
     assert losses(out) == pytest.approx(losses(trained), rel=1e-4)
@@ -92,7 +92,7 @@ def six_epochs(recording, tmp_path_factory):
     return out, options
 
 
-def test_a_killed_run_resumes_and_ends_as_if_undisturbed(six_epochs, recording, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(six_epochs, recording, tmp_path):
     undisturbed, options = six_epochs
     kill_after_an_epoch(2, tmp_path / "run", *options, "--loader.workers", "1")  # which must end with their rank
     assert load_progress(tmp_path / "run" / "checkpoints" / "last").epoch < 6, "it was over before it could be killed"
@@ -125,7 +125,7 @@ def test_resuming_on_other_data_or_settings_is_refused(trained, recording, tmp_p
         assert expected in done.stderr
 
 
-def test_a_damaged_image_in_another_processs_share_is_named(recording, tmp_path):
+def test_a_damaged_image_is_named_whichever_process_reads_it(recording, tmp_path):
     """Found by the one process that reads it, so that one must speak."""
     broken = tmp_path / "broken"
     shutil.copytree(recording, broken)
@@ -143,7 +143,7 @@ def test_a_damaged_image_in_another_processs_share_is_named(recording, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "vit_tiny_patch16_224"])
-def test_networks_with_a_hidden_head_or_a_fixed_size_take_any_image(recording, name):
+def test_networks_with_a_hidden_head_or_a_fixed_size_accept_any_image(recording, name):
     manifest = ShardFolder(recording).manifest
     recipe = Recipe.model_validate({"backbone": {"name": name, "weights": "random"}})
     outputs = Network(recipe, manifest, 64)(torch.zeros(2, 3, 64, 64, dtype=torch.uint8))
@@ -151,7 +151,7 @@ def test_networks_with_a_hidden_head_or_a_fixed_size_take_any_image(recording, n
     assert outputs["rates"].dtype == torch.float32
 
 
-def test_head_only_leaves_the_backbone_as_it_was(recording, tmp_path):
+def test_head_only_training_leaves_the_backbone_unchanged(recording, tmp_path):
     options = [*SMALL, "--backbone.name", "test_resnet", "--backbone.trainable", "head", "--epochs", "1"]
     succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *options)
     recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
@@ -162,7 +162,7 @@ def test_head_only_leaves_the_backbone_as_it_was(recording, tmp_path):
     assert changed == {"heads.rates.sites.weight", "heads.rates.sites.bias"}
 
 
-def test_the_network_that_is_saved_is_the_network_that_was_scored(recording, tmp_path):
+def test_the_saved_network_is_the_scored_one(recording, tmp_path):
     """With live BatchNorm each process has running statistics of its own; they are averaged before both."""
     run = tmp_path / "run"
     options = [*SMALL, "--backbone.name", "test_resnet", "--epochs", "1", "--early-stopping.split", "val"]
@@ -182,7 +182,7 @@ def test_bfloat16_trains_to_about_the_same_loss(recording, trained, tmp_path):
     assert losses(out) != losses(trained)
 
 
-def test_a_diverged_run_fails_in_a_sentence(recording, tmp_path):
+def test_a_diverged_run_ends_with_one_sentence(recording, tmp_path):
     options = ["--data", recording, *SMALL, "--optimizer.name", "sgd", "--optimizer.lr", "1000"]
     done = launch(2, "train/finetune.py", "--out", tmp_path / "run", *options)
     assert done.returncode == 1

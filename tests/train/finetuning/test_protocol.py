@@ -81,7 +81,7 @@ def test_shuffling_moves_whole_rows_and_leaves_the_stimuli(data):
     assert after.stimulus_ids == before.stimulus_ids
 
 
-def test_the_number_of_responses_moves_with_them(holey):
+def test_the_response_counts_are_shuffled_with_the_rows(holey):
     """The loss is normalised by it."""
     stimuli = RecordingStimuli(ShardFolder(holey).split("train"), 32)
     before = stimuli.observed
@@ -91,7 +91,7 @@ def test_the_number_of_responses_moves_with_them(holey):
 
 
 @pytest.mark.parametrize("split", ["inner", "val"])
-def test_no_response_leaks_between_what_fits_and_what_selects(data, split):
+def test_shuffling_keeps_fitted_and_selecting_responses_apart(data, split):
     settings = {"early_stopping": {"split": split}}
     shards = ShardFolder(data)
     recordings, recipe = Recordings([shards]), Recipe.model_validate(settings)
@@ -160,7 +160,7 @@ def test_a_run_repeats_bitwise_and_another_seed_does_not(data, tmp_path):
     assert losses(one) != losses(other)
 
 
-def test_dropped_branches_and_augmentation_are_tried_at_all(data, tmp_path):
+def test_dropped_branches_and_augmentation_change_the_losses(data, tmp_path):
     """Or the test above would show nothing."""
     plain = trained(tmp_path / "plain", data, "--ema", "0.9", "--epochs", "2")
     dropping = trained(tmp_path / "dropping", data, "--ema", "0.9", "--epochs", "2", *RANDOM[:2])
@@ -228,7 +228,7 @@ def test_a_run_saves_the_moving_average_of_the_weights_after_each_step(data, tmp
 
 
 @pytest.mark.parametrize("killed_in", ["an epoch", "the first epoch", "saving"])
-def test_an_interrupted_run_with_everything_random_ends_as_if_undisturbed(data, tmp_path, monkeypatch, killed_in):
+def test_an_interrupted_run_with_all_randomness_resumes_bit_for_bit(data, tmp_path, monkeypatch, killed_in):
     """Bitwise: average, trained weights and optimizer."""
     options = [*RANDOM, "--epochs", "4", "--schedule.cycle-momentum"]
     undisturbed = trained(tmp_path / "undisturbed", data, *options)
@@ -272,7 +272,7 @@ def test_poisson_refuses_negative_rates_by_site_and_stimulus(holey, tmp_path):
     trained(tmp_path / "run", holey, *options)
 
 
-def test_correlation_refuses_a_share_in_several_micro_batches(data, tmp_path):
+def test_correlation_refuses_more_than_one_micro_batch(data, tmp_path):
     options = ["--loss.responses", "correlation", "--batch.per-device", "8"]
     assert_refused(finetune(tmp_path / "run", data, *options), "loss.responses", "correlation", "batch.per_device")
     assert not (tmp_path / "run").exists()
@@ -285,7 +285,7 @@ def test_a_poisson_run_predicts_positive_rates(data, tmp_path):
 
 
 @pytest.mark.parametrize("ema", [[], ["--ema", "0.8"]], ids=["plain", "averaged"])
-def test_a_correlation_runs_predictions_lie_on_the_line_of_the_stimuli_that_fit(data, tmp_path, ema):
+def test_a_correlation_run_is_calibrated_on_the_fitted_stimuli(data, tmp_path, ema):
     options = ["--loss.responses", "correlation", "--early-stopping.split", "val", "--epochs", "3"]
     run = trained(tmp_path / "run", data, *options, *ema)
     assert "best pearson_r" in (run / "log.txt").read_text()

@@ -151,7 +151,7 @@ def test_each_trained_parameter_has_its_decay_and_rate(readout):
     assert "backbone.net.conv1.weight" not in spared
 
 
-def test_what_is_frozen_is_in_no_group():
+def test_frozen_parameters_are_in_no_group():
     network, recipe = network_and_recipe(backbone={"trainable": "head"})
     parameters = [parameter for group in parameter_groups(network, recipe) for parameter in group["params"]]
     assert {id(parameter) for parameter in parameters} == {id(p) for p in network.heads.parameters()}

@@ -98,7 +98,7 @@ def stimuli_of(places, **recipe) -> list[list[str]]:
     return [part.stimulus_ids for stimuli in found for part in stimuli.recordings]
 
 
-def test_what_cannot_be_read_of_one_recording_is_named_and_left_out(two, tmp_path):
+def test_unreadable_stimuli_of_one_recording_are_named_and_left_out(two, tmp_path):
     places, bad = damaged(two, tmp_path)
     words = ["train/finetune.py", "--data", *places, *SMALL, "--epochs", 1]
     assert_refused(run_here(*words, "--out", tmp_path / "stopped"), FIRST, bad)

@@ -463,7 +463,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tensors, tmp_path):
     assert trace.exists()  # it would have run
 
 
-def test_files_that_hold_no_weights_are_refused(tensors, tmp_path):
+def test_files_without_weights_are_refused(tensors, tmp_path):
     torch.save([1, 2, 3], tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "progress.pth")
     torch.save({0: torch.zeros(1)}, tmp_path / "numbers.pth")

@@ -121,7 +121,7 @@ def test_joined_layers_train_the_same_on_any_number_of_processes(words, run, tmp
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(run), rtol=1e-4)
 
 
-def test_a_run_that_goes_on_has_the_scales_it_had(words, run, tmp_path):
+def test_a_resumed_run_keeps_its_scales(words, run, tmp_path):
     options = [*words[1:], "--out", tmp_path / "run"]
     assert run_patched("finetuning.selection_scoring", STOP_WHILE_SCORING, *options).returncode == STOPPED
     done = run_here("train/finetune.py", "--data", words[2], "--out", tmp_path / "run", "--resume")

@@ -428,7 +428,7 @@ def test_a_poisson_loss_is_least_at_the_rate_itself(manifest):
         assert loss.to_rates(z[values.argmin()][None])[0].numpy() == pytest.approx(rates[0].numpy(), rel=0.02)
 
 
-def test_a_site_that_was_silent_over_train_does_no_harm(rates, manifest):
+def test_a_site_silent_over_train_is_harmless(rates, manifest):
     quiet = manifest.model_copy(deep=True)
     quiet.rates.mean[0], quiet.rates.std[0] = 0.0, 0.0
     silent = rates.clone()

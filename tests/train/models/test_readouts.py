@@ -256,7 +256,7 @@ def test_at_a_lower_rank_the_start_is_the_best_approximation_of_the_ridge(data):
     np.testing.assert_allclose(outputs(net, data.images["train"]), best, atol=2e-3)
 
 
-def test_classes_begin_at_a_ridge_whose_logits_are_as_sharp_as_the_stimuli_left_out_bear(data):
+def test_classes_start_at_a_ridge_with_calibrated_logits(data):
     net, scores = ridge_started(data, "linear", "hybrid")
     x, new = (features(net, data.images[name], POOLING["linear"]) for name in ("train", "val"))
     labels = data.train.labels

@@ -71,7 +71,7 @@ def test_a_site_is_read_where_it_sees(on_pixels):
     np.testing.assert_allclose(centre, PLACES, atol=0.3)
 
 
-def test_what_selects_is_an_honest_estimate(on_pixels):
+def test_the_selection_score_is_an_honest_estimate(on_pixels):
     """On stimuli that neither the regression nor the windows' weights were fitted on."""
     _, (_, through) = on_pixels
     assert through["layers"]["pixels"]["inner_r2"] == pytest.approx(through["regression"]["r2"]["mean"], abs=0.15)

@@ -122,7 +122,7 @@ def test_activations_are_what_a_real_step_allocates(name):
     assert activation_bytes(network, recipe, manifest, BATCH) == pytest.approx(allocated_peak(step), rel=0.01)
 
 
-def test_norms_keep_more_on_a_gpu_than_under_a_cpus_autocast():
+def test_norms_keep_more_on_a_gpu_than_under_cpu_autocast():
     recipe, network = made({"backbone": {"name": "convnext_atto"}})
     manifest = paper_manifest(SITES, CLASSES, SIDE)
     on_cpu = allocated_peak(lambda: forward_and_backward(network, recipe, empty_batch(recipe, manifest, BATCH)))
@@ -223,7 +223,7 @@ def test_strategies_divide_memory_as_the_zero_paper_says(strategy, weights, grad
     assert held.total == sum(expected) + held.activations + held.buffers
 
 
-def test_what_the_gpu_gives_away_the_host_takes():
+def test_offloaded_memory_is_counted_on_the_host():
     assert estimate_memory(ZERO2, COST, 8, 1, 1).host == 0
     assert estimate_memory(ZERO2_OFFLOAD, COST, 8, 1, 1).host == pytest.approx(GIB * (3 + 1 + 1) / 8)
     assert estimate_memory(ZERO3_OFFLOAD, COST, 8, 1, 1).host == pytest.approx(GIB * (3 + 1 + 1 + 1) / 8)

@@ -30,7 +30,7 @@ def probed(recording, tmp_path_factory):
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_a_probe_does_not_depend_on_the_number_of_processes(probed, processes):
+def test_a_probe_does_not_depend_on_the_process_count(probed, processes):
     one, more = metrics(probed[1]), metrics(probed[processes])
     assert list(more["layers"]) == list(one["layers"])
     assert more["chosen"] == one["chosen"]
@@ -126,7 +126,7 @@ def test_cross_validation_predicts_every_stimulus_once(recording, tmp_path, by):
         assert {"rsa", "cka"} <= block.keys()
 
 
-def test_a_killed_probe_goes_on_from_the_stimuli_it_has(recording, tmp_path):
+def test_a_killed_probe_resumes_from_the_stored_activations(recording, tmp_path):
     """Activations were cut off within a row; what is whole is not computed again, and the end is the same."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--data", recording, *LAYERS, "--batch-size", "16"]
@@ -162,7 +162,7 @@ def test_the_table_shows_the_numbers_of_metrics_json(probed, trained, tmp_path):
             assert f"{block[score]['mean']:.3f} [{low:.3f}, {high:.3f}]" in row
 
 
-def test_a_run_that_was_not_evaluated_is_named(recording, tmp_path):
+def test_the_report_names_a_run_without_scores(recording, tmp_path):
     succeed(1, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *SMALL, "--epochs", "1")
     done = run_command(["train/report.py", tmp_path / "run", "--out", tmp_path / "report"])
     assert done.returncode == 0, done.stderr
@@ -183,7 +183,7 @@ def test_a_run_that_was_not_evaluated_is_named(recording, tmp_path):
         (["--resume"], "not a probe that can be resumed"),
     ],
 )
-def test_bad_input_to_a_probe(recording, tmp_path, options, expected):
+def test_bad_probe_options_are_refused(recording, tmp_path, options, expected):
     done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *LAYERS, *options)
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr
@@ -199,5 +199,5 @@ def test_bad_input_to_a_probe(recording, tmp_path, options, expected):
         ("blocks.2+blocks.2.0.bn2+blocks.3+blocks.4+blocks.5", "blocks.2+...+blocks.5 (5 modules)"),
     ],
 )
-def test_layers_of_many_modules_have_short_names_in_tables(layer, label):
+def test_summed_layers_have_short_labels_in_tables(layer, label):
     assert layer_label(layer) == label

@@ -97,7 +97,7 @@ def test_the_curves_have_the_scores_of_the_runs(reported):
     assert len(list((folder / "out" / "figures").glob("data_efficiency.*"))) == 3
 
 
-def test_the_csv_tells_the_points(reported):
+def test_the_csv_lists_the_points(reported):
     folder, _ = reported
     with (folder / "out" / "table.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
@@ -140,7 +140,7 @@ def test_unlike_fine_tuned_runs_are_not_joined(tmp_path):
     assert curves(first, *others) == []
 
 
-def test_what_says_only_where_and_by_what_chance_is_no_difference(tmp_path):
+def test_paths_and_seeds_do_not_separate_curves(tmp_path):
     runs = [
         tuned(tmp_path / "a", 100, 0.8, data="here", early_stopping={"folds": 5, "fold": 1}),
         tuned(tmp_path / "b", 100, 0.8, 1, data="there", early_stopping={"folds": 5, "fold": 2}),
@@ -228,7 +228,7 @@ def test_missing_sizes_are_left_blank(tmp_path):
     assert blank == {"frozen": [False, True, False, True], "tuned": [False, False, True, True]}
 
 
-def test_training_stimuli_that_are_no_number_are_refused(tmp_path):
+def test_training_stimuli_must_be_a_number(tmp_path):
     run = probe(tmp_path / "run", 100, 0.7)
     path = run / "eval/val/metrics.json"
     path.write_text(path.read_text().replace('"training_stimuli": 100', '"training_stimuli": 0'))

@@ -97,7 +97,7 @@ def test_every_format_shows_the_numbers_of_metrics_json(reported):
         assert f"{block['r2']['mean']:.3f}" in output
 
 
-def test_families_are_the_studys_and_facts_are_told(reported):
+def test_families_and_facts_of_each_run_are_listed(reported):
     folder, _ = reported
     by_run = lines(folder)
     assert {run: line["family"] for run, line in by_run.items()} == {
@@ -156,7 +156,7 @@ def test_the_page_needs_no_network_and_lets_no_other_script_run(reported):
     assert sum(tag == "script" for tag, _ in page.tags) == 1
 
 
-def test_what_a_strangers_run_says_is_only_shown(tmp_path):
+def test_the_text_of_a_foreign_run_is_escaped(tmp_path):
     target = responses()
     layers = {NASTY: guess(target, 0.5), "b": guess(target, 1)}
     nasty = {"selected_on": [NASTY], "control": NASTY, "recording": NASTY, "command": ["finetune.py", NASTY]}
@@ -174,7 +174,7 @@ def test_what_a_strangers_run_says_is_only_shown(tmp_path):
         assert ",=" not in line
 
 
-def test_a_run_in_progress_is_told_of_and_not_a_failure(tmp_path):
+def test_a_run_in_progress_is_reported_and_is_not_a_failure(tmp_path):
     target = responses()
     make_run(tmp_path / "done", target, guess(target, 0.5))
     running = make_run(tmp_path / "running", recipe=Recipe(epochs=30), history=[epoch_line(1, 0.12)])
@@ -193,7 +193,7 @@ def test_a_run_in_progress_is_told_of_and_not_a_failure(tmp_path):
     assert "No run has been scored on val yet" in (tmp_path / "alone" / "report.html").read_text()
 
 
-def test_predictions_that_are_being_copied_are_done_without(tmp_path):
+def test_incomplete_predictions_are_ignored(tmp_path):
     target = responses()
     runs = [make_run(tmp_path / name, target, guess(target, noise)) for name, noise in (("a", 0.3), ("b", 0.9))]
     whole = (runs[0] / "eval/val/predictions.npz").read_bytes()
@@ -243,7 +243,7 @@ def test_two_runs_may_have_the_same_name(tmp_path):
     assert "| y/run |" in text
 
 
-def test_what_was_chosen_on_the_reported_split_is_flattered_and_named(tmp_path):
+def test_a_score_selected_on_the_reported_split_is_marked(tmp_path):
     target = responses()
     make_run(tmp_path / "a", target, guess(target, 0.5), selected_on=["val"], simulated=True)
     done = report(tmp_path / "out", tmp_path / "a")

@@ -76,7 +76,7 @@ def assert_goes_on(run: Path, trained: Path) -> None:
     assert largest_difference(weights(run), weights(trained)) == 0
 
 
-def test_a_checkpoint_for_which_there_is_no_room(recording, trained, tmp_path):
+def test_a_checkpoint_that_does_not_fit_on_the_disk(recording, trained, tmp_path):
     room = int(1.5 * bytes_of(trained / "checkpoints" / "last")) + 2**18
     disk = tmp_path / "disk"
     with small_disk(disk, room):

@@ -73,14 +73,14 @@ def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path, number):
         ("task: {knd: hybrid}", "task.knd", "kind"),
     ],
 )
-def test_an_unknown_name_is_told_the_nearest_one(tmp_path, text, where, nearest):
+def test_an_unknown_name_suggests_the_nearest_one(tmp_path, text, where, nearest):
     message = refusal(written(tmp_path, text))
     assert f"{where} is not a setting" in message
     if nearest:
         assert f"did you mean {nearest}?" in message
 
 
-def test_a_name_like_no_other_is_told_all_there_are(tmp_path):
+def test_a_name_unlike_any_other_lists_all_names(tmp_path):
     message = refusal(written(tmp_path, "schedule: {xyzzy: 1}"))
     assert "kind" in message
     assert "warmup" in message
@@ -115,19 +115,19 @@ def test_bad_values_are_refused_by_name(tmp_path, text, where):
 
 
 @pytest.mark.parametrize("text", ["- epochs\n- 3\n", "epochs", "3", "false", "0"])
-def test_what_is_not_a_mapping_is_no_recipe(tmp_path, text):
+def test_a_recipe_must_be_a_mapping(tmp_path, text):
     assert "must contain sections" in refusal(written(tmp_path, text))
 
 
 @pytest.mark.parametrize(
     "text", ["optimizer: {lr: 1", "a: b: c", "\tepochs: 3", "x: !!python/object/apply:os.getcwd []"]
 )
-def test_what_is_not_yaml_is_no_recipe(tmp_path, text):
+def test_a_recipe_must_be_yaml(tmp_path, text):
     """Nor is YAML that would run code."""
     assert "cannot be read as YAML" in refusal(written(tmp_path, text))
 
 
-def test_files_that_are_no_recipes(tmp_path):
+def test_unreadable_recipe_files_are_refused(tmp_path):
     assert "no such recipe" in refusal(tmp_path / "nowhere.yaml")
     assert "cannot be read" in refusal(tmp_path)
     binary = tmp_path / "binary.yaml"
@@ -322,7 +322,7 @@ def test_a_probes_recipe_is_read_and_refused_likewise(tmp_path):
 # ---- the loader's order --------------------------------------------------------------------------------------------
 
 
-def test_what_the_order_makes_no_use_of_is_refused(tmp_path):
+def test_settings_that_the_order_ignores_are_refused(tmp_path):
     with pytest.raises(BadInput, match=r"loader\.block_shards \(4\) has an effect with loader\.order blocks only"):
         load_recipe(written(tmp_path, "loader: {block_shards: 4}")).check()
     load_recipe(written(tmp_path, "loader: {order: blocks, block_shards: 4}")).check()

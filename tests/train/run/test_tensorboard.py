@@ -58,7 +58,7 @@ def test_scores_are_charted_over_optimizer_steps(hybrid, board):
         assert steps == list(range(10, lines[-1]["step"] + 1, 10)), tag
 
 
-def test_the_first_page_of_custom_scalars_is_the_one_to_look_at(board):
+def test_the_first_page_of_custom_scalars_holds_the_main_charts(board):
     pages = board("plugin/custom_scalars/layout")["category"]
     assert pages[0]["title"] == "first look"
     tags = {tag for page in pages for chart in page["chart"] for tag in chart["multiline"]["tag"]}

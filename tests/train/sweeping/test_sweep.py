@@ -110,7 +110,7 @@ def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
     assert "started" not in again.stdout
 
 
-def test_the_trial_of_a_killed_worker_goes_on_elsewhere(recording, tmp_path):
+def test_the_trial_of_a_killed_worker_is_resumed_by_another(recording, tmp_path):
     """In its run folder, from its last epoch, and with nothing left of the killed worker's processes."""
     sweep = {
         "set": {"epochs": 400, "early_stopping.patience": 400},
@@ -217,7 +217,7 @@ def test_a_sampled_search_runs_as_many_points_as_were_asked_for(worker, tmp_path
     content = SPACE | {"storage": f"sqlite:///{tmp_path}/study.db"}
     first, second = worker(content), worker(content)
     for searcher in (first, second, first):
-        solo.run_trial(solo.study.claim())
+        searcher.run_trial(searcher.study.claim())
     second.work()
     assert first.study.claim() is None
     recipes = [recipe for recipe, _ in first.launcher.started + second.launcher.started]
@@ -243,7 +243,7 @@ def test_a_sampled_search_is_the_same_with_the_same_seed(worker, tmp_path):
     assert sampled[0] != sampled[2]
 
 
-def test_a_failed_run_is_tried_once_more_and_a_diverged_one_is_not(worker):
+def test_a_failed_run_is_retried_once_and_a_diverged_one_is_not(worker):
     ends = {1e-3: Outcome("failed", "killed by SIGKILL"), 3e-3: Outcome("diverged", "the training diverged: step 1")}
     solo = worker(GRID, lambda recipe: ends[recipe.optimizer.lr] if recipe.optimizer.name == "sgd" else 0.5)
     solo.work()
@@ -259,7 +259,7 @@ def test_a_failed_run_is_tried_once_more_and_a_diverged_one_is_not(worker):
     }
 
 
-def test_bad_input_to_a_trial_stops_the_search_which_goes_on_when_it_is_mended(worker):
+def test_bad_input_stops_the_search_until_it_is_fixed(worker):
     with pytest.raises(BadInput, match=r"nowhere.pth is no file \(trial 0000"):
         worker(GRID, lambda _: Outcome("bad input", "nowhere.pth is no file")).work()
     solo = worker(GRID)
@@ -392,7 +392,7 @@ def test_bad_searches_are_refused_in_a_sentence_and_leave_nothing(recording, tmp
     assert not (tmp_path / "out").exists()
 
 
-def test_a_search_that_is_no_file_or_on_no_data_is_refused(recording, tmp_path):
+def test_a_missing_search_file_or_missing_data_is_refused(recording, tmp_path):
     sweep = written(tmp_path, GRID)
     out = ["--out", tmp_path / "out"]
     assert_refused(
@@ -469,7 +469,7 @@ def test_presets_are_valid(path):
         (1, "nothing known", "ended with exit code 1"),
     ],
 )
-def test_how_a_trial_ended_is_read_from_what_it_printed(code, printed, expected):
+def test_the_outcome_of_a_trial_is_read_from_its_output(code, printed, expected):
     if isinstance(expected, str):
         expected = Outcome("failed", f"{expected}; see run.log")
     assert outcome(code, printed, Path("run.log")) == expected
@@ -500,7 +500,7 @@ with hold_lock(heartbeat.path, int) as lock:
 
 
 @pytest.mark.parametrize("end", ["killed", "interrupted", "taken over"])
-def test_what_is_kept_ends_with_its_worker_and_frees_its_lock(tmp_path, end):
+def test_warm_processes_end_with_their_worker_and_release_its_lock(tmp_path, end):
     heartbeat = tmp_path / "beat"
     heartbeat.write_text("mine")
     worker = subprocess.Popen([sys.executable, "-c", WORKER, heartbeat], cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -519,7 +519,7 @@ def test_what_is_kept_ends_with_its_worker_and_frees_its_lock(tmp_path, end):
     assert len(gone) == 3
 
 
-def test_a_kept_commands_exit_code_and_output_are_passed_on(tmp_path):
+def test_a_warm_commands_exit_code_and_output_are_passed_on(tmp_path):
     heartbeat, log = Heartbeat(tmp_path / "beat", "mine", 0.1), tmp_path / "log"
     heartbeat.path.write_text("mine")
     for script, code in (("print('hello'); raise SystemExit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)):

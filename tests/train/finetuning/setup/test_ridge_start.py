@@ -73,7 +73,7 @@ def spoilt(recording, tmp_path_factory):
     return run, done.stdout
 
 
-def test_a_start_that_no_epoch_betters_is_the_best(spoilt):
+def test_a_ridge_start_that_no_epoch_improves_is_the_best(spoilt):
     run, output = spoilt
     start, *epochs = history(run)
     assert start["epoch"] == start["step"] == 0
@@ -110,7 +110,7 @@ def test_a_run_killed_after_its_start_was_saved_makes_it_again(spoilt, recording
     assert "starting from the beginning" in went_on(spoilt, recording, run)
 
 
-def test_a_run_goes_on_past_damaged_checkpoints_to_its_start(spoilt, recording, tmp_path):
+def test_damaged_checkpoints_fall_back_to_the_ridge_start(spoilt, recording, tmp_path):
     """All after the start are damaged; or only the last, which an odd disk also called the best."""
     run, last = tmp_path / "all", (spoilt[0] / "checkpoints" / "last").readlink()
     shutil.copytree(spoilt[0], run, symlinks=True)
