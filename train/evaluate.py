@@ -19,17 +19,23 @@ EXAMPLES = (
 def main() -> None:
     """Parse, check, score, write."""
     options = parse(Evaluate, examples=EXAMPLES)
-    several = len(options.runs) > 1 or options.out is not None
-    if options.combine != "mean" and not several:
+    is_ensemble = len(options.runs) > 1 or options.out is not None
+    if options.combine != "mean" and not is_ensemble:
         raise BadInput("--combine needs several runs, and only one is given")
 
     from train.distributed.runtime import start_runtime
     from train.evaluation.ensemble_evaluation import combine_members, prepare_ensembles
     from train.evaluation.run_evaluation import prepare, run_job
 
-    jobs, ensembles = prepare_ensembles(options) if several else (prepare(options, options.runs[0], options.split), [])
+    jobs, ensembles = (
+        prepare_ensembles(options) if is_ensemble else (prepare(options, options.runs[0], options.split), [])
+    )
     recipe = jobs[0].recipe if jobs else Recipe()
-    with start_runtime(None, "fp32", recipe.deterministic, timeouts=recipe.faults.timeouts) as runtime:
+    faults = recipe.faults
+    joined = start_runtime(
+        None, "fp32", recipe.deterministic, start_timeout=faults.start_timeout, timeout=faults.timeout
+    )
+    with joined as runtime:
         for job in jobs:
             run_job(job, runtime)
         if options.out is not None and runtime.is_main:

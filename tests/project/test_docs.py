@@ -233,7 +233,7 @@ def test_the_example_of_a_recipe_trains(recording, tmp_path):
     """With weights at random and small images; what the recipe is about stays."""
     (text,) = fenced("recipes.md", "yaml")
     (tmp_path / "my_vit.yaml").write_text(text)
-    recipe = load_recipe(tmp_path / "my_vit.yaml")
+    recipe = load_recipe(tmp_path / "my_vit.yaml", Recipe)
     recipe.check()
     assert recipe.readout.kind == "gaussian"
     smaller = ["--backbone.weights", "random", "--images.size", "32", "--epochs", "1", "--loader.workers", "0"]

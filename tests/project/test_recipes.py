@@ -14,7 +14,7 @@ from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from train.models.network import Network
-from train.run.recipe import load_recipe
+from train.run.recipe import Recipe, load_recipe
 
 SITES, HELD_OUT, SIZE = 5, 8, 64
 RECIPES = [path for path in sorted(ROOT.glob("train/recipes/*.yaml")) if "probe" not in path.stem]
@@ -63,11 +63,11 @@ def test_a_recipe_trains_and_is_scored(tiny, tmp_path, narrow_vgg, path):
     run = trained(tmp_path / "run", tiny, path)
     scored = run_here("train/evaluate.py", run)
     assert scored.returncode == 0, scored.stderr
-    recipe = load_recipe(path).model_dump()
+    recipe = load_recipe(path, Recipe).model_dump()
     for name, value in TINY.items():
         section, _, setting = name.rpartition(".")
         (recipe[section] if section else recipe)[setting] = value
-    assert load_recipe(run / "recipe.yaml").model_dump() == recipe
+    assert load_recipe(run / "recipe.yaml", Recipe).model_dump() == recipe
     assert np.isfinite(losses(run)).tolist() == [True]
     scores = metrics(run)
     assert scores["stimuli"] == HELD_OUT
@@ -112,7 +112,7 @@ def test_training_changes_all_that_is_trained_and_nothing_else(tiny, tmp_path, c
     switches = [f"--{name.replace('_', '-')}" for name, value in settings.items() if value is True]
     settings = {name: value for name, value in settings.items() if value is not True}
     run = trained(tmp_path / "run", tiny, *switches, **options, **settings)
-    network = Network(load_recipe(run / "recipe.yaml"), ShardFolder(tiny).manifest, SIZE)
+    network = Network(load_recipe(run / "recipe.yaml", Recipe), ShardFolder(tiny).manifest, SIZE)
     before, after = network.state_dict(), weights(run)
     parameters = {name for name, _ in network.named_parameters()}
     expected = {name for name in parameters if name.startswith(trained_parts)}

@@ -3,7 +3,7 @@
 `Engine` is one process and DDP, where every rank holds everything; `zero.py` is DeepSpeed, whose ZeRO partitions it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -16,7 +16,6 @@ from train.distributed.step_timing import StepClock, Timestamp
 
 SHARED_STATE = ("step", "mu_product")  # in an optimizer's state: one number, not one per weight
 SCALER = "loss_scale"  # stands for a parameter in the names of the optimizer's tensors
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Engine:
@@ -192,20 +191,3 @@ def parameter_state(tensors: dict[str, torch.Tensor], parameter: str) -> dict[st
     """The part of `Engine.optimizer_tensors` that belongs to one parameter, by key."""
     prefix = f"{parameter}|"
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def batch_norm_statistics(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """BatchNorm's running statistics by name; they differ between ranks, as each normalises its own micro-batches."""
-    for name, module in network.named_modules():
-        if isinstance(module, BATCH_NORMS) and module.track_running_stats:
-            assert module.running_mean is not None
-            assert module.running_var is not None
-            yield f"{name}.running_mean", module.running_mean
-            yield f"{name}.running_var", module.running_var
-
-
-def average_batch_norm_statistics(network: nn.Module, runtime: Runtime) -> None:
-    """Average BatchNorm's running statistics over ranks, in place."""
-    if runtime.ranks > 1:
-        for _, statistic in batch_norm_statistics(network):
-            statistic.copy_(runtime.mean(statistic))

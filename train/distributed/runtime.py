@@ -20,7 +20,6 @@ from train.distributed.accelerator import check_launcher, start_accelerator
 from train.distributed.heartbeat import Heartbeat
 from train.distributed.strategy import DeepSpeedConfig, strategy_name
 
-TIMEOUTS = (1800.0, 300.0)  # seconds, until the first step is done and from then on
 CONNECTION_ERRORS = ("closed by peer", "reset by peer", "imed out", "timeout", "Broken pipe")  # in gloo's messages
 ROLL_CALL_SECONDS = 3.0
 
@@ -39,10 +38,12 @@ class Runtime:
     Args:
         accelerator: joined.
         deepspeed: a complete configuration, or None.
-        timeouts: seconds, see `beat`.
+        start_timeout, timeout: seconds, see `start_runtime`.
     """
 
-    def __init__(self, accelerator: Accelerator, deepspeed: DeepSpeedConfig | None, timeouts: tuple[float, float]):
+    def __init__(
+        self, accelerator: Accelerator, deepspeed: DeepSpeedConfig | None, start_timeout: float, timeout: float
+    ):
         self._accelerator = accelerator
         self.deepspeed = deepspeed is not None
         self._strategy = strategy_name(deepspeed, accelerator.num_processes)
@@ -50,9 +51,8 @@ class Runtime:
         self.ranks: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
         self.hosts: list[str] = self.gather_objects(socket.gethostname())
-        start_timeout, step_timeout = timeouts
         self.heartbeat = Heartbeat(self.ranks, timedelta(seconds=start_timeout))
-        self._step_timeout, self._beats = timedelta(seconds=step_timeout), 0
+        self._step_timeout, self._beats = timedelta(seconds=timeout), 0
 
     @property
     def is_main(self) -> bool:
@@ -197,7 +197,8 @@ def start_runtime(
     precision: str,
     deterministic: bool = False,
     *,
-    timeouts: tuple[float, float] = TIMEOUTS,
+    start_timeout: float = 1800.0,
+    timeout: float = 300.0,
 ) -> Iterator[Runtime]:
     """Join the processes of this run; they part again on every way out.
 
@@ -205,7 +206,8 @@ def start_runtime(
         deepspeed: a complete configuration, or None.
         precision: of the recipe, compared with the launcher's.
         deterministic: use only kernels that repeat bitwise.
-        timeouts: seconds that the processes wait for each other, until their first step is done and from then on.
+        start_timeout: seconds that the processes wait for each other until their first step is done.
+        timeout: the same from then on.
 
     Raises:
         BadInput: the launcher's settings contradict the recipe or the machine.
@@ -219,7 +221,8 @@ def start_runtime(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     runtime = None
     try:
-        runtime = Runtime(start_accelerator(deepspeed, timeouts[0]), deepspeed, timeouts)
+        accelerator = start_accelerator(deepspeed, start_timeout)
+        runtime = Runtime(accelerator, deepspeed, start_timeout, timeout)
         with runtime.heartbeat.stop_on_signals():
             yield runtime
     except RuntimeError as error:

@@ -6,9 +6,10 @@ import torch
 from safetensors import SafetensorError
 
 from data_prep.common.errors import RunFailed
-from train.distributed.engine import Engine, batch_norm_statistics
+from train.distributed.engine import Engine
 from train.distributed.runtime import Runtime
 from train.finetuning.ema import RunningAverage
+from train.models.batch_norm import batch_norm_statistics
 from train.models.network import Network
 from train.run.checkpoint import save_checkpoint
 from train.run.progress import Progress

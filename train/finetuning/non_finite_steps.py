@@ -9,8 +9,8 @@ import torch
 from data_prep.common.errors import DIVERGED, RunFailed
 from train.data.batches import Batch
 from train.data.stimuli import StimulusSet
-from train.distributed.engine import batch_norm_statistics
 from train.distributed.runtime import Runtime
+from train.models.batch_norm import batch_norm_statistics
 from train.models.network import Network
 
 NAMED = 8  # stimuli in a warning

@@ -3,10 +3,10 @@
 from dataclasses import dataclass
 
 from train.data.stimuli import StimulusSet
-from train.distributed.engine import average_batch_norm_statistics
 from train.distributed.runtime import Runtime
 from train.evaluation.scoring import Scores, score_recordings
 from train.finetuning.ema import RunningAverage
+from train.models.batch_norm import batch_norm_statistics
 from train.models.losses import Correlation
 from train.models.network import Network
 
@@ -40,11 +40,11 @@ class SelectionScoring:
         that are trained on.
         """
         network = self.network
-        average_batch_norm_statistics(network, self.runtime)
+        self._average_batch_norm(network)
         if self.average is not None:
             network = self.average.network
             self.average.gather()
-            average_batch_norm_statistics(network, self.runtime)
+            self._average_batch_norm(network)
         responses = network.objective.responses
         if isinstance(responses, Correlation):
             responses.reset()
@@ -52,6 +52,12 @@ class SelectionScoring:
             assert moments is not None  # the network predicts responses
             responses.calibrate(moments.least_squares_lines())
         return self._score(network, self.selection, keep_predictions=True)
+
+    def _average_batch_norm(self, network: Network) -> None:
+        """Average BatchNorm's running statistics over ranks, in place."""
+        if self.runtime.ranks > 1:
+            for _, statistic in batch_norm_statistics(network):
+                statistic.copy_(self.runtime.mean(statistic))
 
     def _score(self, network: Network, stimuli: StimulusSet, *, keep_predictions: bool) -> Scores:
         return score_recordings(

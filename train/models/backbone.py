@@ -10,14 +10,13 @@ from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from data_prep.common.errors import BadInput
+from train.models.batch_norm import BATCH_NORMS
 from train.models.joined_layers import JoinedMap, LayerOutputs, modules_of
 from train.models.timm_networks import TimmNetwork, create_network
 from train.models.tracing import ForwardPass
 from train.models.truncation import truncate
 from train.models.weights import fits, load_into, read_weights
 from train.run.recipe import Source
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 class Backbone(nn.Module):

@@ -131,3 +131,8 @@ def parameter_groups(network: Network, recipe: Recipe) -> list[dict[str, Any]]:
         }
         for (in_backbone, decays), parameters in groups.items()
     ]
+
+
+def parameter_count(module: nn.Module, trainable_only: bool = False) -> int:
+    """Number of parameters, or of those that are trained."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trainable_only)

@@ -16,11 +16,6 @@ from train.models.windows import Window
 from train.run.recipe import Readout
 
 
-def parameter_count(module: nn.Module, trainable_only: bool = False) -> int:
-    """Number of parameters, or of those that are trained."""
-    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad or not trainable_only)
-
-
 def zero_linear(features: int, outputs: int) -> nn.Linear:
     """A linear layer whose outputs are 0 until it is trained."""
     layer = nn.Linear(features, outputs)

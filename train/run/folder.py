@@ -61,10 +61,15 @@ class RunFolder:
         A job keeps its name over restarts, in the environment variable SPIKETUNE_JOB, which launch/ sets.
         """
         job = os.environ.get("SPIKETUNE_JOB")
+        return bool(job) and self._facts().get("job") == job
+
+    def _facts(self) -> dict[str, Any]:
+        """The content of env.json; empty if it cannot be read."""
         try:
-            return bool(job) and parse_json(read_regular_file(self.env))["job"] == job
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+            content = parse_json(read_regular_file(self.env))
+        except (OSError, ValueError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def check_free(self) -> None:
         """Refuse a folder that is in use.
@@ -113,8 +118,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock(seconds=0)
         self.check_free()
-        places = [public_location(place) for place in data]
-        recorded_data = places if len(places) > 1 else places[0]
+        folders = [public_location(folder) for folder in data]
+        recorded_data = folders if len(folders) > 1 else folders[0]
         write_json(self.env, environment() | {"data": recorded_data} | dict(facts))
         recipe = recipe.model_copy(update={"data": recorded_data if all(map(is_url, data)) else None})
         temporary = self.recipe.with_suffix(".tmp")
@@ -176,18 +181,15 @@ class RunFolder:
         Raises:
             BadInput: env.json does not name them.
         """
-        try:
-            places = parse_json(read_regular_file(self.env))["data"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise BadInput(f"{self.env} does not name the run's shard folder; give it with --data") from None
-        return list(map(str, places)) if isinstance(places, list) else [str(places)]
+        data = self._facts().get("data")
+        if data is None:
+            raise BadInput(f"{self.env} does not name the run's shard folder; give it with --data")
+        return [str(folder) for folder in data] if isinstance(data, list) else [str(data)]
 
     def recordings(self) -> list[str]:
         """The names of the recordings in `data_folders`, if there are several; else empty."""
-        try:
-            return list(map(str, parse_json(read_regular_file(self.env)).get("recordings", [])))
-        except (OSError, ValueError, AttributeError, TypeError):
-            return []
+        names = self._facts().get("recordings")
+        return [str(name) for name in names] if isinstance(names, list) else []
 
 
 def epoch_of(line: str, path: Path) -> int:
@@ -220,7 +222,7 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     check_no_links(path)
     if is_probe(folder):
         raise BadInput(f"{path} is a probe, already scored by train/probe.py; see {path / 'eval'}")
-    return folder, load_recipe(folder.recipe)
+    return folder, load_recipe(folder.recipe, Recipe)
 
 
 def open_probe(path: Path) -> ProbeRecipe:

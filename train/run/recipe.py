@@ -3,7 +3,7 @@
 import difflib
 import os
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar, overload
+from typing import Annotated, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -83,11 +83,6 @@ class Recipe(Settings):
     """Maximum passes over the training stimuli; the schedule spans all of them."""
     seed: Annotated[int, OFTEN_CHANGED] = Field(0, ge=0, le=LARGEST_SEED)
     """Seed of the initial weights, the order of the stimuli, the subset and the inner split."""
-
-    @property
-    def places(self) -> list[str]:
-        """The shard folders of `data`."""
-        return [self.data] if isinstance(self.data, str) else self.data or []
 
     @property
     def selection_metric(self) -> str:
@@ -220,15 +215,7 @@ AnyRecipe = TypeVar("AnyRecipe", bound=Recipe | ProbeRecipe)
 Model = TypeVar("Model", bound=BaseModel)
 
 
-@overload
-def load_recipe(path: Path) -> Recipe: ...
-
-
-@overload
-def load_recipe(path: Path, kind: type[Model]) -> Model: ...
-
-
-def load_recipe(path: Path, kind: type[BaseModel] = Recipe) -> BaseModel:
+def load_recipe(path: Path, kind: type[Model]) -> Model:
     """Read a recipe, or other settings, from YAML.
 
     Raises:

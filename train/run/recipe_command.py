@@ -74,7 +74,8 @@ def _parse(model: type[Options], recipe: AnyRecipe, words: list[str], examples: 
     defaults = dict(recipe)
     data = defaults.pop("data")
     if data is not None:
-        defaults["data"] = recipe.places if isinstance(recipe, Recipe) else data
+        takes_several = isinstance(recipe, Recipe)
+        defaults["data"] = [data] if takes_several and isinstance(data, str) else data
     return command_line.parse(model, words, defaults=defaults, before=BEFORE, examples=examples)
 
 

@@ -224,11 +224,6 @@ class Faults(Settings):
     bad_steps: Annotated[int, FREE_ON_RESUME] = Field(10, ge=1, le=1_000_000)
     """Steps whose loss or gradient is not finite are skipped; after this many in a row the run ends."""
 
-    @property
-    def timeouts(self) -> tuple[float, float]:
-        """Seconds, until the first step is done and from then on."""
-        return self.start_timeout, self.timeout
-
 
 class Loader(Settings):
     """How images are read."""

@@ -100,7 +100,7 @@ def load_plan(path: Path) -> Plan:
     if not path.is_file():
         raise BadInput(f"{path}: no such sweep file")
     sweep = load_recipe(path, SweepSettings)
-    base = load_recipe(_find_recipe(path, sweep.recipe))
+    base = load_recipe(_find_recipe(path, sweep.recipe), Recipe)
     try:
         _check_kind(sweep)
         for section in ("set", "grid", "space"):

@@ -57,7 +57,7 @@ def gradient_by_hand(recording, run_recipe: Recipe) -> tuple[dict, dict]:
 
 def test_one_step_follows_the_gradient_of_the_global_batch(recording, one_step, tmp_path_factory):
     after = one_step(1, None)
-    recipe = load_recipe(next(tmp_path_factory.getbasetemp().glob("one_step*")) / "1_None" / "recipe.yaml")
+    recipe = load_recipe(next(tmp_path_factory.getbasetemp().glob("one_step*")) / "1_None" / "recipe.yaml", Recipe)
     before, gradient = gradient_by_hand(recording, recipe)
     for name, value in gradient.items():
         torch.testing.assert_close(before[name] - after[name], value, rtol=1e-4, atol=1e-6)
@@ -154,7 +154,7 @@ def test_networks_with_a_hidden_head_or_a_fixed_size_accept_any_image(recording,
 def test_head_only_training_leaves_the_backbone_unchanged(recording, tmp_path):
     options = [*SMALL, "--backbone.name", "test_resnet", "--backbone.trainable", "head", "--epochs", "1"]
     succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *options)
-    recipe = load_recipe(tmp_path / "run" / "recipe.yaml")
+    recipe = load_recipe(tmp_path / "run" / "recipe.yaml", Recipe)
     torch.manual_seed(recipe.seed)
     fresh = Network(recipe, ShardFolder(recording).manifest, 32).state_dict()
     trained = weights(tmp_path / "run")

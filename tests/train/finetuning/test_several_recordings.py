@@ -20,7 +20,7 @@ from train.data.recordings import combined_manifest
 from train.data.stimuli import RecordingStimuli
 from train.models.network import Network
 from train.run.checkpoint import load_matching_tensors, load_progress
-from train.run.recipe import load_recipe
+from train.run.recipe import Recipe, load_recipe
 
 # Accumulation over batches that do not divide by the processes, an average of the weights, readouts from a ridge: a
 # process has at most two stimuli in a pass, so that many show one recording alone.
@@ -183,7 +183,7 @@ def test_each_recording_is_scored_with_its_own_readout(scored, two):
     """As the whole network predicts it, on its own stimuli, in its own units."""
     folders = [ShardFolder(place) for place in two]
     network = Network(
-        load_recipe(scored / "recipe.yaml"), combined_manifest([folder.manifest for folder in folders]), 32
+        load_recipe(scored / "recipe.yaml", Recipe), combined_manifest([folder.manifest for folder in folders]), 32
     ).eval()
     network.load_state_dict(load_matching_tensors(network, scored / "checkpoints" / "best", "network"))
     for folder, name, columns in zip(folders, ("one", "two"), (slice(0, 5), slice(5, 12)), strict=True):

@@ -16,7 +16,7 @@ from torch import nn
 
 from data_prep.common.errors import BadInput
 from train.models.backbone import BATCH_NORMS, Backbone
-from train.models.readouts import parameter_count
+from train.models.network import parameter_count
 from train.models.small_cnns import cnn2, cnn3
 
 

@@ -16,8 +16,8 @@ from train.data.loader import evaluation_loader
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import start_runtime
 from train.finetuning.setup.ridge_start import SHARPNESS, start_from_ridge
-from train.models.network import Network
-from train.models.readouts import build_readout, parameter_count
+from train.models.network import Network, parameter_count
+from train.models.readouts import build_readout
 from train.regression.ridge import PENALTIES
 from train.run.recipe import Readout, Recipe
 

@@ -20,7 +20,7 @@ def written(folder, text):
 def refusal(path) -> str:
     """Why a recipe is refused: one sentence that names the file."""
     with pytest.raises(BadInput) as caught:
-        load_recipe(path)
+        load_recipe(path, Recipe)
     message = str(caught.value)
     assert str(path) in message
     assert "\n" not in message
@@ -38,7 +38,7 @@ optimizer:
 batch: {global_size: 64, per_device: 16}
 epochs: 7
 """
-    recipe = load_recipe(written(tmp_path, text))
+    recipe = load_recipe(written(tmp_path, text), Recipe)
     assert (recipe.task.kind, recipe.task.classification_weight, recipe.task.regression_weight) == ("hybrid", 0.5, 1)
     assert (recipe.backbone.name, recipe.backbone.trainable) == ("resnet18", "head")
     assert recipe.optimizer.clip_norm == 1.5
@@ -52,13 +52,13 @@ epochs: 7
 
 @pytest.mark.parametrize("text", ["", "# nothing but a comment\n", "{}"])
 def test_an_empty_recipe_is_the_default(tmp_path, text):
-    assert load_recipe(written(tmp_path, text)) == Recipe()
+    assert load_recipe(written(tmp_path, text), Recipe) == Recipe()
 
 
 @pytest.mark.parametrize("number", ["2e-4", "2.0e-4", "0.0002", '"2e-4"'])
 def test_numbers_that_yaml_takes_for_text_are_numbers(tmp_path, number):
     """YAML 1.1 reads 2e-4 as a string."""
-    assert load_recipe(written(tmp_path, f"optimizer: {{lr: {number}}}")).optimizer.lr == 2e-4
+    assert load_recipe(written(tmp_path, f"optimizer: {{lr: {number}}}"), Recipe).optimizer.lr == 2e-4
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_saved_recipes_load_as_they_were(tmp_path):
     ):
         recipe = Recipe.model_validate(settings)
         save_recipe(recipe, tmp_path / "saved.yaml")
-        assert load_recipe(tmp_path / "saved.yaml") == recipe
+        assert load_recipe(tmp_path / "saved.yaml", Recipe) == recipe
 
 
 def test_a_saved_recipe_names_every_setting(tmp_path):
@@ -324,8 +324,8 @@ def test_a_probes_recipe_is_read_and_refused_likewise(tmp_path):
 
 def test_settings_that_the_order_ignores_are_refused(tmp_path):
     with pytest.raises(BadInput, match=r"loader\.block_shards \(4\) has an effect with loader\.order blocks only"):
-        load_recipe(written(tmp_path, "loader: {block_shards: 4}")).check()
-    load_recipe(written(tmp_path, "loader: {order: blocks, block_shards: 4}")).check()
+        load_recipe(written(tmp_path, "loader: {block_shards: 4}"), Recipe).check()
+    load_recipe(written(tmp_path, "loader: {order: blocks, block_shards: 4}"), Recipe).check()
     for setting in ("order: blocks", "block_shards: 4"):
         with pytest.raises(BadInput, match=r"loader\.\w+ is for training only"):
             load_recipe(written(tmp_path, f"loader: {{{setting}}}"), ProbeRecipe).check()

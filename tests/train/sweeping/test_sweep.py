@@ -23,7 +23,7 @@ from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import load_manifest
 from train.run.folder import RunFolder
 from train.run.progress import Progress
-from train.run.recipe import load_recipe
+from train.run.recipe import Recipe, load_recipe
 from train.sweeping.plan import load_plan, setting_of
 from train.sweeping.queue import TrialStatus, open_study
 from train.sweeping.search_figures import SettingAxis, best_points, draw_search
@@ -98,9 +98,9 @@ def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
     assert "val and test selected nothing" in text
     assert f"Reported on val, which selected nothing: trial {table[0]['trial']}: R2" in text
     assert sum(done.stdout.count("scoring") for done in ended) == 1
-    best = load_recipe(out / "best.yaml")
+    best = load_recipe(out / "best.yaml", Recipe)
     assert best.optimizer.name == table[0]["optimizer.name"]
-    assert best == load_recipe(Path(table[0]["run"]) / "recipe.yaml")
+    assert best == load_recipe(Path(table[0]["run"]) / "recipe.yaml", Recipe)
     assert Image.open(out / "heatmap.png").size[0] > 300
     for run in started:
         (board,) = [folder for folder in (out / "tensorboard").iterdir() if folder.name == run]
@@ -171,7 +171,7 @@ class MadeUpRuns:
             path.parent.mkdir(parents=True)
             path.write_text('{"regression": {"r2": {"mean": 0.25}}}')
             return Outcome("done")
-        recipe, run = load_recipe(Path(command[1])), RunFolder(Path(command[command.index("--out") + 1]))
+        recipe, run = load_recipe(Path(command[1]), Recipe), RunFolder(Path(command[command.index("--out") + 1]))
         self.started.append((recipe, "--resume" in command))
         end = self._ends(recipe)
         (run.checkpoints / "best").mkdir(parents=True, exist_ok=True)
@@ -227,7 +227,7 @@ def test_a_sampled_search_runs_as_many_points_as_were_asked_for(worker, tmp_path
     assert [entry.state for entry in standings.trials] == ["done"] * 6
     table = rows(tmp_path / "out")
     assert float(table[0]["optimizer.lr"]) == max(recipe.optimizer.lr for recipe in recipes)
-    assert load_recipe(tmp_path / "out" / "best.yaml").optimizer.lr == float(table[0]["optimizer.lr"])
+    assert load_recipe(tmp_path / "out" / "best.yaml", Recipe).optimizer.lr == float(table[0]["optimizer.lr"])
     assert "trial " + table[0]["trial"] + ": R2 0.2500" in (tmp_path / "out" / "table.md").read_text()
     assert draw_search(standings).startswith(b"\x89PNG")
 
@@ -313,7 +313,7 @@ def test_settings_are_ranked_by_their_mean_over_seeds(worker, tmp_path):
         *((1e-3, 0), (1e-3, 1), (1e-2, 0), (1e-2, 1), (1e-4, 0), (1e-4, 1))
     ]
     assert [float(row["mean over 2 seeds"]) for row in table[:4]] == pytest.approx([0.55, 0.55, 0.5, 0.5])
-    assert load_recipe(tmp_path / "out" / "best.yaml").seed == 0
+    assert load_recipe(tmp_path / "out" / "best.yaml", Recipe).seed == 0
     assert [(point.x, point.state) for point in best_points(solo.publish(), SettingAxis("optimizer.lr", []), None)] == [
         *((1e-3, "done"), (1e-2, "done"), (1e-4, "failed"))
     ]

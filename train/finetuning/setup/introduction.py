@@ -5,8 +5,7 @@ from dataclasses import dataclass
 
 from train.distributed.runtime import Runtime
 from train.finetuning.setup.preparation import PreparedRun
-from train.models.network import Network
-from train.models.readouts import parameter_count
+from train.models.network import Network, parameter_count
 from train.run.monitor import Monitor
 
 MIXES = {

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.common.errors import BadInput
-from train.distributed.engine import Engine, batch_norm_statistics
+from train.distributed.engine import Engine
 from train.distributed.runtime import Runtime
 from train.finetuning.ema import RunningAverage
 from train.finetuning.setup.preparation import PreparedRun
+from train.models.batch_norm import batch_norm_statistics
 from train.models.network import Network
 from train.run.checkpoint import (
     load_matching_tensors,

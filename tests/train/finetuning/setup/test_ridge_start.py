@@ -11,7 +11,7 @@ from launching import SMALL, history, losses, metrics, succeed
 
 from train.models.readouts import Factorised, Gaussian
 from train.models.windows import Window, gaussian_windows
-from train.run.recipe import load_recipe
+from train.run.recipe import Recipe, load_recipe
 
 SHAPE, SITES = (3, 6, 6), 4
 
@@ -127,6 +127,6 @@ def test_damaged_checkpoints_fall_back_to_the_ridge_start(spoilt, recording, tmp
 
 def test_only_readouts_with_masks_have_windows(tmp_path):
     (tmp_path / "recipe.yaml").write_text("readout: {kind: linear, start: field}")
-    assert load_recipe(tmp_path / "recipe.yaml").readout.start == "field"
+    assert load_recipe(tmp_path / "recipe.yaml", Recipe).readout.start == "field"
     done = run_here("train/finetune.py", tmp_path / "recipe.yaml", "--data", tmp_path, "--out", tmp_path / "run")
     assert_refused(done, "readout.start", "gaussian")
