@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_command, run_here
+from helpers import run_command, succeed_here
 from launching import SMALL, launch
 from make_sources import make_folder
 from web_server import serve
@@ -76,8 +76,7 @@ def head_first(recording, tmp_path_factory):
         out = folder / f"on_{processes}"
         if not out.exists():
             command = ["train/finetune.py", "--data", recording, "--out", out, *SMALL, *settings]
-            done = run_here(*command) if processes == 1 else launch(processes, *command)
-            assert done.returncode == 0, done.stdout + done.stderr
+            succeed_here(*command) if processes == 1 else launch(processes, *command)
         return out
 
     return run

@@ -6,8 +6,8 @@ import signal
 from contextlib import suppress
 
 import pytest
-from helpers import slow
-from launching import SMALL, charts, finish_started, largest_difference, losses, succeed, wait_for_epochs, weights
+from helpers import finish, slow
+from launching import SMALL, charts, largest_difference, losses, succeed, wait_for_epochs, weights
 from machines import machines, reason_against
 
 pytestmark = pytest.mark.skipif(reason_against() is not None, reason=reason_against() or "")
@@ -35,7 +35,7 @@ def test_two_machines_train_as_one(recording, on_one_machine, tmp_path, processe
     run = tmp_path / "run"
     command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS, "--strategy", strategy]
     with machines(2) as hosts:
-        done = [finish_started(process) for process in start_on(hosts, "2", 0, processes, *command)]
+        done = [finish(process) for process in start_on(hosts, "2", 0, processes, *command)]
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
     assert f"{2 * processes} processes" in "".join(process.stdout for process in done)
     assert losses(run) == pytest.approx(losses(on_one_machine), rel=1e-4)
@@ -53,7 +53,7 @@ def test_a_slow_link_shows_as_communication(recording, on_one_machine, tmp_path)
         for host in hosts:
             host.limit(8 * gradients / 0.25 / 1e6)
         command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS, "--epochs", 3]
-        done = [finish_started(process) for process in start_on(hosts, "2", 0, 1, *command)]
+        done = [finish(process) for process in start_on(hosts, "2", 0, 1, *command)]
     assert [process.returncode for process in done] == [0, 0], done[0].stderr + done[1].stderr
     slow = charts(run)
     assert 0.2 < slow["communication"] - quick["communication"] < 0.5
@@ -74,7 +74,7 @@ def test_the_remaining_machine_continues_alone(recording, on_one_machine, tmp_pa
                     os.kill(pid, signal.SIGKILL)
         else:
             hosts[1].cut()
-        done = finish_started(first)
+        done = finish(first)
         second.kill()
     assert done.returncode == 0, done.stderr
     assert "restarting all (1 of 2)" in done.stderr

@@ -5,7 +5,7 @@ import json
 import sys
 
 import pytest
-from helpers import ROOT, run_here
+from helpers import ROOT, succeed_here
 from make_sources import make_folder
 
 
@@ -20,8 +20,7 @@ def best(monkeypatch):
 
     def command(words):
         ran.append(words[0])
-        done = run_here(*words)
-        assert done.returncode == 0, done.stderr
+        succeed_here(*words)
 
     monkeypatch.setattr(module, "command", command)
     return module, ran

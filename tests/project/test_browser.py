@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from boards import served
 from chromium import PROGRAM, Chromium
-from helpers import run_here
+from helpers import succeed_here
 from launching import SMALL
 from make_runs import SITES, guess, make_classifier, make_probe, make_run, responses
 
@@ -39,8 +39,7 @@ def page(tmp_path_factory):
         make_run(folder / "running"),
         make_classifier(folder / "names", *np.tile(np.arange(4), (2, 5)), list("abcd")),
     ]
-    done = run_here("train/report.py", *runs, "--out", folder / "out")
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/report.py", *runs, "--out", folder / "out")
     return (folder / "out" / "report.html").as_uri()
 
 
@@ -104,9 +103,8 @@ def test_a_script_that_slipped_in_would_not_run(browser, page, tmp_path):
 
 def test_tensorboard_opens_on_a_real_training(browser, recording, tmp_path):
     out = tmp_path / "runs" / "run"
-    done = run_here("train/finetune.py", "--data", recording, "--out", out, *SMALL)
-    assert done.returncode == 0, done.stderr
-    assert run_here("train/evaluate.py", out).returncode == 0
+    succeed_here("train/finetune.py", "--data", recording, "--out", out, *SMALL)
+    succeed_here("train/evaluate.py", out)
     with served(tmp_path / "runs") as board:
         for plugin in ("custom_scalars", "timeseries", "images"):
             browser.complaints.clear()

@@ -19,7 +19,7 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from documents import PAGES, Command, commands, fenced
-from helpers import ROOT, run_here, slow
+from helpers import ROOT, run_here, slow, succeed_here
 from make_sources import make_folder
 from PIL import Image
 from tensorboard import program
@@ -238,8 +238,7 @@ def test_the_example_of_a_recipe_trains(recording, tmp_path):
     assert recipe.readout.kind == "gaussian"
     smaller = ["--backbone.weights", "random", "--images.size", "32", "--epochs", "1", "--loader.workers", "0"]
     words = [tmp_path / "my_vit.yaml", "--data", recording, "--out", tmp_path / "run", *smaller, "--precision", "fp32"]
-    done = run_here("train/finetune.py", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = succeed_here("train/finetune.py", *words)
     assert "vit_tiny_patch16_224 cut after blocks.8" in done.stdout
 
 

@@ -8,7 +8,7 @@ import bad_runs
 import bad_shards
 import bad_sources
 import pytest
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from hostile import Case, Kit, edit, sealed
 from launching import SMALL
 from make_sources import make_folder
@@ -42,8 +42,7 @@ def made(tmp_path_factory) -> tuple[Path, Path]:
     make_folder(folder / "src", n=20, splits=True, sites=4, trials=3)
     packed = pack(Folder(source=folder / "src").open(), folder / "shards", stimuli_per_shard=8, workers=1).folder
     options = [*SMALL, "--epochs", "1", "--batch.global-size", "4", "--task.kind", "hybrid"]
-    done = run_here("train/finetune.py", "--data", packed, "--out", folder / "run", *options)
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/finetune.py", "--data", packed, "--out", folder / "run", *options)
     return packed, folder / "run"
 
 
@@ -84,7 +83,7 @@ def test_a_contact_sheet_that_leads_elsewhere_overwrites_nothing(kit):
     """What a stranger's folder links to stays as it is, and the sheet takes the link's place."""
     folder, precious = kit.shards(), kit.write("precious", "mine")
     (folder / "contact_sheet.png").symlink_to(precious)
-    assert run_here("data_prep/show.py", folder).returncode == 0
+    succeed_here("data_prep/show.py", folder)
     assert precious.read_text() == "mine"
     assert not (folder / "contact_sheet.png").is_symlink()
     assert (folder / "contact_sheet.png").read_bytes().startswith(b"\x89PNG")
@@ -98,8 +97,7 @@ def test_shown_text_cannot_control_the_terminal(kit):
         content["provenance"]["warnings"] = ["\x1b]0;owned\x07\nerror: all is well"]
 
     edit(folder / "manifest.json", change)
-    done = run_here("data_prep/show.py", folder)
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("data_prep/show.py", folder)
     assert all(line.isprintable() for line in done.stdout.splitlines())
     assert "\\x1b]0;owned" in done.stdout
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ROOT, run_here
+from helpers import ROOT, run_here, succeed_here
 from launching import losses, metrics, predictions, weights
 from make_sources import make_folder
 
@@ -42,8 +42,7 @@ def flags(settings: dict) -> list:
 
 
 def trained(run, data, *words, **settings):
-    done = run_here("train/finetune.py", *words, "--data", data, "--out", run, *flags(TINY | settings))
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/finetune.py", *words, "--data", data, "--out", run, *flags(TINY | settings))
     return run
 
 

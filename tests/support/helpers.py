@@ -1,4 +1,4 @@
-"""What several test files need: where things are, and how to run a command as a user does."""
+"""Paths, and ways to run a command as a user does."""
 
 import contextlib
 import io
@@ -6,36 +6,37 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-DATA = Path(os.environ.get("SPIKETUNE_DATA", ROOT.parent / "shared" / "data"))  # the real recordings, if they are here
-slow = pytest.mark.skipif("SPIKETUNE_SLOW" not in os.environ, reason="takes long; launch/test.sh --slow runs it too")
+DATA = Path(os.environ.get("SPIKETUNE_DATA", ROOT.parent / "shared" / "data"))  # real recordings, where available
+slow = pytest.mark.skipif("SPIKETUNE_SLOW" not in os.environ, reason="slow; run launch/test.sh --slow")
 
 
 def run_command(args: Sequence, **kw) -> CompletedProcess:
-    """Run `python ARGS` in the repository's root, as a user does, and return how it ended."""
+    """Run `python ARGS` in the root of the repository, as a user does, and wait for it to end."""
     return finish(start_command(args, **kw))
 
 
 def start_command(args: Sequence, **kw) -> subprocess.Popen:
-    """Start `python ARGS` in the repository's root as the leader of a process group of its own."""
+    """Start `python ARGS` in the root of the repository, in its own process group."""
     return start_group([sys.executable, *args], **kw)
 
 
 def start_group(words: Sequence, **kw) -> subprocess.Popen:
-    """Start any command in the repository's root as the leader of a process group of its own."""
+    """Start any command in the root of the repository, in its own process group."""
     piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*map(str, words)], cwd=ROOT, start_new_session=True, **piped, **kw)
 
 
-def finish(process: subprocess.Popen, timeout: float = 120) -> CompletedProcess:
-    """Wait for a started command."""
+def finish(process: subprocess.Popen, timeout: float = 300) -> CompletedProcess:
+    """Wait for a started command and collect its output; it is killed after `timeout` seconds."""
     try:
         out, err = process.communicate(timeout=timeout)
     finally:
@@ -44,7 +45,7 @@ def finish(process: subprocess.Popen, timeout: float = 120) -> CompletedProcess:
 
 
 def run_here(script: str, *args) -> CompletedProcess:
-    """Run a script as `__main__` in this process: what `run_command` does without the seconds a new Python takes."""
+    """Run a script as `__main__` in this process, which saves the seconds that a new Python takes to start."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     before, sys.argv = sys.argv, [script, *map(str, args)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -60,8 +61,24 @@ def run_here(script: str, *args) -> CompletedProcess:
     return CompletedProcess([script, *args], code, out.getvalue(), err.getvalue())
 
 
+def succeed_here(script: str, *args) -> CompletedProcess:
+    """`run_here` a script that must succeed."""
+    done = run_here(script, *args)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def wait_for(condition: Callable[[], object], seconds: float = 60, process: subprocess.Popen | None = None) -> None:
+    """Wait until a condition holds, for at most `seconds`, while `process`, if there is one, is running."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.02)
+
+
 def assert_refused(result: CompletedProcess, *words: str) -> None:
-    """The command ended with exit code 2 and one sentence, which holds all `words`; nobody saw a traceback."""
+    """The command ended with exit code 2 and one error message that contains all `words`, without a traceback."""
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
     errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]

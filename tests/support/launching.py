@@ -1,11 +1,10 @@
-"""Starting the commands of train/ on several processes, as users do, and reading what they leave."""
+"""Start the commands of train/ on several processes, as users do, and read the files of a run."""
 
 import contextlib
 import json
 import os
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -13,10 +12,10 @@ from subprocess import CompletedProcess
 import numpy as np
 import psutil
 import torch
-from helpers import ROOT, start_group
+from helpers import ROOT, finish, run_command, start_group, wait_for
 from safetensors.torch import load_file
 
-# A network without batch statistics, in float32: then the number of processes must not matter.
+# A network without BatchNorm, in float32, so that the number of processes makes no difference.
 SMALL = [
     *("--backbone.name", "test_convnext", "--backbone.weights", "random", "--precision", "fp32"),
     *("--epochs", "2", "--batch.global-size", "32", "--images.size", "32", "--optimizer.lr", "3e-3"),
@@ -25,27 +24,18 @@ SMALL = [
 
 
 def start(processes: int, *command, **environment: str) -> subprocess.Popen:
-    """launch/local.sh -n PROCESSES COMMAND (options of local.sh first), as the leader of a process group of its own."""
+    """Start `launch/local.sh -n PROCESSES COMMAND` (options of local.sh first) in its own process group."""
     words = ["bash", "launch/local.sh", "-n", processes, *command]
     return start_group(words, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
 def launch(processes: int, *command, timeout: float = 300, **environment: str) -> CompletedProcess:
-    """`start` and wait."""
-    return finish_started(start(processes, *command, **environment), timeout)
-
-
-def finish_started(process: subprocess.Popen, timeout: float = 300) -> CompletedProcess:
-    """Wait for what `start` began."""
-    try:
-        out, err = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    return CompletedProcess(process.args, process.returncode, out, err)
+    """`start` a command and wait for it to end."""
+    return finish(start(processes, *command, **environment), timeout)
 
 
 def kill_after_an_epoch(processes: int, run: Path, *options) -> None:
-    """Start a run and SIGKILL all its processes when its first checkpoint is there."""
+    """Start a run and SIGKILL all its processes once its first checkpoint exists."""
     launcher = start(processes, "train/finetune.py", "--out", run, *options)
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "last").exists() and time.monotonic() < deadline and launcher.poll() is None:
@@ -56,21 +46,20 @@ def kill_after_an_epoch(processes: int, run: Path, *options) -> None:
     launcher.communicate()
 
 
-def epochs_of(run) -> int:
+def epochs_of(run: Path) -> int:
+    """Number of epochs in the history of a run, 0 if it has none yet."""
     with contextlib.suppress(OSError):
         return len((run / "history.jsonl").read_text().splitlines())
     return 0
 
 
-def wait_for_epochs(run, count: int) -> None:
-    deadline = time.monotonic() + 120
-    while epochs_of(run) < count:
-        assert time.monotonic() < deadline, "the run did not begin"
-        time.sleep(0.02)
+def wait_for_epochs(run: Path, count: int = 1) -> None:
+    """Wait until the history of a run holds `count` epochs."""
+    wait_for(lambda: epochs_of(run) >= count, seconds=120)
 
 
 def succeed(processes: int, *command, **environment: str) -> str:
-    """`launch` that must end well; returns what it printed."""
+    """`launch` a command that must succeed; returns its standard output."""
     done = launch(processes, *command, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -97,19 +86,18 @@ module.score_recordings = score
 """
 
 
-def run_patched(module: str, patch: str, *options, processes: int = 1) -> subprocess.CompletedProcess:
-    """train/finetune.py with something in it replaced, to bring about what no input can."""
+def run_patched(module: str, patch: str, *options, processes: int = 1) -> CompletedProcess:
+    """Run train/finetune.py with part of `train.MODULE` replaced, to provoke faults that no input can."""
     script = Path(options[options.index("--out") + 1]).with_suffix(".py")
     script.write_text(DRIVER.format(module=module, patch=patch))
     if processes > 1:
         return launch(processes, script, *options, PYTHONPATH=str(ROOT))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, script, *map(str, options)]
-    return subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    return run_command([script, *options], env=environment)
 
 
 def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:
-    """The network's tensors in a run's checkpoint."""
+    """The network's tensors in a checkpoint of a run."""
     return load_file(run / "checkpoints" / which / "network.safetensors")
 
 
@@ -119,8 +107,22 @@ def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
+def checkpoint_tensors(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint of a run: weights, averages, optimizer state."""
+    files = sorted((run / "checkpoints" / "last").glob("*.safetensors"))
+    return {f"{file.stem}: {name}": x for file in files for name, x in load_file(file).items()}
+
+
+def assert_identical(run: Path, other: Path) -> None:
+    """Two runs have the same losses and the same last checkpoint, bit for bit."""
+    assert losses(run) == losses(other)
+    ours, theirs = checkpoint_tensors(run), checkpoint_tensors(other)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
 def history(run: Path) -> list[dict]:
-    """What a run wrote of its start, where that was scored, and of each epoch."""
+    """The lines of history.jsonl: one for the start, if it was scored, and one per epoch."""
     return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
 
 
@@ -130,7 +132,7 @@ def losses(run: Path) -> list[float]:
 
 
 def charts(run: Path) -> dict[str, float]:
-    """The median of each of a run's charts of time, by name."""
+    """The median of each chart `speed/NAME_seconds` of a run, by NAME."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run / "tensorboard"))
@@ -140,11 +142,11 @@ def charts(run: Path) -> dict[str, float]:
 
 
 def metrics(run: Path, split: str = "val") -> dict:
-    """What an evaluation wrote."""
+    """metrics.json of an evaluation."""
     return json.loads((run / "eval" / split / "metrics.json").read_text())
 
 
 def predictions(run: Path, split: str = "val") -> dict[str, np.ndarray]:
-    """What an evaluation predicted."""
+    """The arrays of predictions.npz of an evaluation."""
     with np.load(run / "eval" / split / "predictions.npz", allow_pickle=False) as arrays:
         return dict(arrays)

@@ -5,7 +5,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from make_field_files import Written
 from PIL import Image
 
@@ -42,8 +42,7 @@ def order_free(trials: np.ndarray) -> np.ndarray:
 def packed(tmp_path: Path, *args) -> ShardFolder:
     """Pack with the real command."""
     out = tmp_path / "packed"
-    done = run_here(PACK, *args, "--out", out, "--workers", 1)
-    assert done.returncode == 0, done.stderr
+    succeed_here(PACK, *args, "--out", out, "--workers", 1)
     return ShardFolder(out)
 
 

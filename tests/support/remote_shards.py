@@ -1,6 +1,5 @@
 """Shards behind a URL for tests: open them, fetch them, read them in batches, and look into their cache."""
 
-import time
 from pathlib import Path
 
 import torch
@@ -45,10 +44,3 @@ def fetch(shards: ShardFolder, number: int = 0) -> bytes:
 def kept(cache: Path) -> dict[str, int]:
     """The files in a cache and their sizes."""
     return {path.name: path.stat().st_size for path in cache.iterdir() if path.name != "lock"}
-
-
-def wait_for(condition, seconds: float = 20.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)

@@ -8,8 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
-from remote_shards import fetch, kept, opened, train_shard, wait_for
+from helpers import ROOT, wait_for
+from remote_shards import fetch, kept, opened, train_shard
 from web_server import serve
 
 from data_prep.common.errors import BadInput

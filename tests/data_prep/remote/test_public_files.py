@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from helpers import assert_refused, run_command, run_here
+from helpers import assert_refused, run_command, run_here, succeed_here
 
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.progress import Progress
@@ -376,8 +376,7 @@ def test_the_command_cites_and_says_how_to_continue(server, tmp_path, monkeypatc
     dataset = Dataset(known.title, known.citation, known.licence, files, known.pack, note="Images are elsewhere.")
     monkeypatch.setitem(datasets.DATASETS, "majaj2015", dataset)
     out = tmp_path / "with space"
-    done = run_here("data_prep/fetch.py", "majaj2015", "--out", out, "--mirror", server.url)
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("data_prep/fetch.py", "majaj2015", "--out", out, "--mirror", server.url)
     for words in ("doi:10.1523/JNEUROSCI.5181-14.2015", "licence", "Images are elsewhere."):
         assert words in done.stdout
     assert f"data_prep/pack.py brainio '{out}'/assy_dicarlo" in done.stdout

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from make_sources import encode
 from make_tars import IMAGES, OBJECTS, RATES, members_of, npy, sample, write_samples, write_tar
 from PIL import Image
@@ -105,7 +105,7 @@ def test_labels_alone_are_enough(tmp_path):
     assert folder.split("train").labels().tolist() == OBJECTS[:9].tolist()
     with pytest.raises(BadInput, match=r"'train' has no responses \(rates.npy\)"):
         folder.split("train").rates()
-    assert run_here(SHOW, tmp_path).returncode == 0
+    succeed_here(SHOW, tmp_path)
 
 
 def test_members_that_describe_the_tar_are_passed_over_as_webdataset_does(tmp_path):
@@ -238,7 +238,7 @@ def test_show_indexes_and_verifies_them(folder):
     assert shown.returncode == 0, shown.stderr
     assert "train      14 stimuli with responses, 2 shards" in shown.stdout
     assert "sites  5" in shown.stdout
-    assert run_here(SHOW, folder, "--verify").returncode == 0
+    succeed_here(SHOW, folder, "--verify")
     rewrite(folder / "train-1.tar", lambda data: data.__setitem__(1000, data[1000] ^ 1))
     assert_refused(run_here(SHOW, folder, "--verify"), "1 of 3 shards")
     shutil.copy(folder / "val-0.tar", folder / "train-1.tar")
@@ -250,8 +250,8 @@ def test_a_lost_index_is_rebuilt(folder, tmp_path):
     (folder / "manifest.json").write_text(ShardFolder(folder).manifest.model_dump_json())
     (folder / "index.npz").unlink()
     assert_refused(run_here(SHOW, folder), "has no index.npz", "--index")
-    assert run_here(SHOW, folder, "--index").returncode == 0
-    assert run_here(SHOW, folder, "--verify").returncode == 0
+    succeed_here(SHOW, folder, "--index")
+    succeed_here(SHOW, folder, "--verify")
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------

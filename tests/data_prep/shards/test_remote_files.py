@@ -9,7 +9,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from remote_shards import assert_same, fetch, kept, loader_of, opened, read, train_shard
 from web_server import serve
 
@@ -220,7 +220,7 @@ def test_rewritten_tables_are_fetched_again(packed, tmp_path, cache):
     (folder / "targets.npz").unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps(manifest | {"files": {}, "checksum": None}))
-    assert run_here(SHOW, folder, "--index").returncode == 0
+    succeed_here(SHOW, folder, "--index")
     for file in ("index.npz", "targets.npz", "manifest.json"):
         assert (folder / file).read_bytes() == (packed / file).read_bytes()
     with serve(folder) as web:

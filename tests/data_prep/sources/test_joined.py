@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from make_sources import make_folder, write_csv
 
 from data_prep.common.errors import BadInput
@@ -51,8 +51,7 @@ def test_sites_are_put_side_by_side_and_stimuli_matched(parts, tmp_path):
     a, folder_a, b, folder_b = parts
     out = tmp_path / "joined"
     names = ["--subjects", "Ann", "Bob", "--regions", "IT", "V4"]
-    done = run_here("data_prep/pack.py", "joined", folder_a, folder_b, "--out", out, "--workers", 1, *names)
-    assert done.returncode == 0, done.stderr
+    succeed_here("data_prep/pack.py", "joined", folder_a, folder_b, "--out", out, "--workers", 1, *names)
     folder = ShardFolder(out)
     assert [site["id"] for site in folder.manifest.sites] == [
         *(f"a_site_{k:03d}" for k in range(3)),

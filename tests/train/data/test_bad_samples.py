@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, assert_refused, run_here
+from helpers import ROOT, assert_refused, run_here, succeed_here
 from hostile import FIRST, edit, flip, indexed_anew, place_in, rewritten
 from launching import SMALL, metrics, predictions
 from make_sources import make_folder
@@ -44,8 +44,7 @@ def packed(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def run(packed, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "run"
-    done = run_here(FINETUNE, "--data", packed, "--out", out, *OPTIONS)
-    assert done.returncode == 0, done.stderr
+    succeed_here(FINETUNE, "--data", packed, "--out", out, *OPTIONS)
     return out
 
 
@@ -70,8 +69,7 @@ def test_a_run_names_what_it_leaves_out_and_trains_on_the_rest(damaged, tmp_path
     out = tmp_path / "out"
     assert_refused(run_here(FINETUNE, "--data", folder, "--out", out, *OPTIONS), other_sites, "9")
     assert not out.exists()
-    done = run_here(FINETUNE, "--data", folder, "--out", out, *OPTIONS, "--on-bad-sample", "skip")
-    assert done.returncode == 0, done.stderr
+    done = succeed_here(FINETUNE, "--data", folder, "--out", out, *OPTIONS, "--on-bad-sample", "skip")
     for words in ("WARNING: 2 of 36 stimuli of train", "LEFT OUT", f"{flipped}.png", f"{other_sites}.rates.npy"):
         assert words in done.stdout
         assert words in (out / "log.txt").read_text()
@@ -120,8 +118,7 @@ def test_an_evaluation_says_loudly_that_it_scores_fewer(run, damaged, tmp_path):
     copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
     assert_refused(run_here(EVALUATE, copy, "--data", folder), f"{bad}.png")
     assert not (copy / "eval").exists()
-    done = run_here(EVALUATE, copy, "--data", folder, "--on-bad-sample", "skip")
-    assert done.returncode == 0, done.stderr
+    done = succeed_here(EVALUATE, copy, "--data", folder, "--on-bad-sample", "skip")
     assert "WARNING: 1 of 12 stimuli of val cannot be read and are LEFT OUT" in done.stderr
     assert bad in done.stderr
     scores = metrics(copy)
@@ -140,8 +137,7 @@ def test_a_probe_says_so_as_well(damaged, tmp_path):
     folder, bad = damaged
     command = [PROBE, "--data", folder, "--layers", "pixels", "--components", "8"]
     assert_refused(run_here(*command, "--out", tmp_path / "a"), bad[1])
-    done = run_here(*command, "--out", tmp_path / "b", "--on-bad-sample", "skip")
-    assert done.returncode == 0, done.stderr
+    done = succeed_here(*command, "--out", tmp_path / "b", "--on-bad-sample", "skip")
     assert "WARNING: 2 of 36 stimuli of train" in done.stdout
     left_out = metrics(tmp_path / "b")["left_out"]
     assert {name for record in left_out.values() for name in record["stimuli"]} == set(bad)
@@ -203,7 +199,7 @@ def test_a_run_that_is_being_written_is_not_resumed_beside_it(run, packed, tmp_p
     resume = [FINETUNE, "--data", packed, "--out", copy, "--resume"]
     assert_refused(run_here(*resume), copy, "another process is writing")
     holder.close()
-    assert run_here(*resume).returncode == 0
+    succeed_here(*resume)
 
 
 def test_a_killed_process_leaves_the_folder_free(tmp_path):

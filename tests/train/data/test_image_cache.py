@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import psutil
 import pytest
 import torch
 from cached_images import memory_of_images
-from helpers import ROOT
+from helpers import ROOT, wait_for
 from launching import SMALL, losses, succeed
 from make_sources import make_folder
 
@@ -370,13 +369,6 @@ class Rank:
         if how is not None:
             self.process.send_signal(how)
         self.process.communicate("\n", timeout=60)
-
-
-def wait_for(condition, seconds=20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts what processes hold in /proc")

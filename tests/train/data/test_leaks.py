@@ -4,14 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
 from cached_images import memory_of_images
-from helpers import ROOT
+from helpers import ROOT, wait_for
 from make_sources import make_folder
 
 from data_prep.shards.folder import ShardFolder
@@ -102,13 +101,6 @@ def segments_of(rank) -> list[str]:
     """Named segments of shared memory, which outlive their process."""
     pids = {str(process.pid) for process in (rank.process, *rank.helpers)}
     return [path.name for path in Path("/dev/shm").iterdir() if pids & set(path.name.split("_"))]
-
-
-def wait_for(condition, seconds=30) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("end", ENDS)

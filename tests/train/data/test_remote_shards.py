@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 import yaml
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here, wait_for
 from launching import SMALL, kill_after_an_epoch, launch, losses
-from remote_shards import assert_same, kept, loader_of, opened, read, wait_for
+from remote_shards import assert_same, kept, loader_of, opened, read
 from web_server import serve
 
 from data_prep.remote.cache import GIB
@@ -162,8 +162,7 @@ def test_a_run_on_a_bad_network_equals_one_on_the_folder(recording, trained, tmp
         done = launch(2, *command, "--resume", **{SIGNED: f"{web.url}?signature=hush"})
         assert done.returncode == 0, done.stderr
         monkeypatch.setenv(SIGNED, f"{web.url}?signature=hush")
-        done = run_here("train/evaluate.py", tmp_path / "run", "--workers", "0")
-        assert done.returncode == 0, done.stderr
+        succeed_here("train/evaluate.py", tmp_path / "run", "--workers", "0")
     assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-5)
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["data"] == web.url
     assert json.loads((tmp_path / "run" / "env.json").read_text())["data"] == web.url

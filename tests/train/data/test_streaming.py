@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_refused, run_here, slow
+from helpers import assert_refused, run_here, slow, succeed_here
 from launching import SMALL, losses, metrics, succeed
 from make_tars import IMAGES, RATES, members_of, sample, write_samples, write_tar
 
@@ -167,7 +167,7 @@ def test_a_run_on_foreign_tars_and_its_scores(tars, tmp_path, processes):
     assert len(losses(out)) == 2
     assert np.isfinite(losses(out)).all()
     if processes == 1:
-        assert run_here("train/evaluate.py", out, "--split", "val").returncode == 0
+        succeed_here("train/evaluate.py", out, "--split", "val")
         assert metrics(out)["stimuli"] == len(ShardFolder(tars).split("val"))
     if processes == 2:
         for step in (10, 8):  # as if it had been killed after step 7

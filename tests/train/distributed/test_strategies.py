@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, assert_refused, run_here, slow
-from launching import SMALL, losses, succeed
+from helpers import ROOT, assert_refused, run_here, slow, succeed_here
+from launching import SMALL, assert_identical, checkpoint_tensors, losses, succeed
 from safetensors.torch import load_file
 
 from data_prep.common.errors import BadInput
@@ -34,10 +34,8 @@ LOSS, TENSOR = 1e-6, 1e-5
 
 
 def tensors(run: Path) -> dict[str, torch.Tensor]:
-    """Everything in a run's last checkpoint but what only some strategies or numbers of processes have."""
-    files = sorted((run / "checkpoints" / "last").glob("*.safetensors"))
-    by_name = {f"{file.stem}: {name}": x for file in files for name, x in load_file(file).items()}
-    return {name: x for name, x in by_name.items() if "loss_scale" not in name}
+    """The tensors of the last checkpoint of a run that every strategy has."""
+    return {name: x for name, x in checkpoint_tensors(run).items() if "loss_scale" not in name}
 
 
 def assert_close(run: Path, other: Path) -> None:
@@ -46,13 +44,6 @@ def assert_close(run: Path, other: Path) -> None:
     assert ours.keys() == theirs.keys()
     for name, x in ours.items():
         torch.testing.assert_close(x, theirs[name], rtol=TENSOR, atol=TENSOR, msg=lambda text, name=name: name + text)
-
-
-def assert_same(run: Path, other: Path) -> None:
-    assert losses(run) == losses(other)
-    ours, theirs = tensors(run), tensors(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(x, theirs[name]) for name, x in ours.items())
 
 
 def stopped_after(run: Path, step: int, out: Path) -> Path:
@@ -94,8 +85,7 @@ def test_every_strategy_trains_the_model_that_ddp_trains(by_strategy, strategy):
 def test_sharding_the_weights_does_not_change_other_optimizers(recording, tmp_path, optimizer):
     options = ["--data", recording, *SMALL, "--optimizer.name", optimizer, "--optimizer.clip-norm", "0.5"]
     succeed(2, "train/finetune.py", "--out", tmp_path / "zero3", *options, "--strategy", "ds_configs/zero3.json")
-    done = run_here("train/finetune.py", "--out", tmp_path / "one", *options)
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/finetune.py", "--out", tmp_path / "one", *options)
     assert losses(tmp_path / "zero3") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
 
 
@@ -131,7 +121,7 @@ def live(recording, tmp_path_factory):
 
 
 def test_saving_midway_changes_nothing(live):
-    assert_same(*live)
+    assert_identical(*live)
 
 
 @pytest.mark.parametrize("step", [pytest.param(3, marks=slow), 7])
@@ -139,7 +129,7 @@ def test_a_run_stopped_at_any_step_resumes_bit_for_bit(live, recording, tmp_path
     run = stopped_after(live[0], step, tmp_path / "run")
     assert (run / "checkpoints" / "last" / "statistics.safetensors").exists()
     succeed(2, "train/finetune.py", "--data", recording, "--out", run, "--resume")
-    assert_same(run, live[1])
+    assert_identical(run, live[1])
 
 
 def test_a_mid_epoch_checkpoint_averages_the_statistics_of_all_ranks(live):
@@ -176,8 +166,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(trained, recording, t
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True)
     damage(run / "checkpoints" / "last" / file)
-    done = run_here("train/finetune.py", "--data", recording, "--out", run, "--resume")
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("train/finetune.py", "--data", recording, "--out", run, "--resume")
     assert "warning: " in done.stdout
     assert file in done.stdout
     assert "resumed after epoch 1" in done.stdout
@@ -198,8 +187,7 @@ def test_the_best_checkpoint_of_each_kept_one_is_kept_too(trained, recording, tm
     """Also where it is no longer the best: the last one may turn out to be damaged."""
     run = tmp_path / "run"
     options = ["--data", recording, *SMALL, "--epochs", "6", "--checkpoint.keep", "3", "--optimizer.lr", "1e-2"]
-    done = run_here("train/finetune.py", "--out", run, *options)
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/finetune.py", "--out", run, *options)
     kept = {path.name for path in (run / "checkpoints").glob("step_*")}
     last = [f"step_{step}" for step in (20, 25, 30)]
     assert kept == {

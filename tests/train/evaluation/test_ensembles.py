@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from launching import SMALL, losses, metrics, predictions, succeed
 from make_sources import make_folder
 from sklearn.metrics import r2_score
@@ -31,12 +31,6 @@ def data(tmp_path_factory):
     return pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=50, workers=1).folder
 
 
-def ran(*words):
-    done = run_here(*words)
-    assert done.returncode == 0, done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
 def members(data, tmp_path_factory):
     """Three folds of a run, and a probe."""
@@ -44,8 +38,10 @@ def members(data, tmp_path_factory):
     folds = [folder / f"fold_{k}" for k in (1, 2, 3)]
     for number, run in enumerate(folds, 1):
         fold = ["--early-stopping.folds", 3, "--early-stopping.fold", number, "--seed", number]
-        ran("train/finetune.py", "--data", data, "--out", run, *SMALL, *fold)
-    ran("train/probe.py", "--data", data, "--out", folder / "probe", *PROBE, "--layers", "stages.0", "stages.1")
+        succeed_here("train/finetune.py", "--data", data, "--out", run, *SMALL, *fold)
+    succeed_here(
+        "train/probe.py", "--data", data, "--out", folder / "probe", *PROBE, "--layers", "stages.0", "stages.1"
+    )
     return [*folds, folder / "probe"]
 
 
@@ -54,7 +50,7 @@ def joined(members, tmp_path_factory):
     """Both kinds of ensemble."""
     out = {combine: tmp_path_factory.mktemp("joined") / combine for combine in ("mean", "stack")}
     for combine, folder in out.items():
-        ran("train/evaluate.py", *members, "--combine", combine, "--out", folder)
+        succeed_here("train/evaluate.py", *members, "--combine", combine, "--out", folder)
     return out
 
 
@@ -82,14 +78,16 @@ def test_stacking_weights_use_left_out_predictions(members, joined):
 
 
 def test_an_ensemble_can_be_joined_again_and_does_not_overwrite_another(members, joined, tmp_path):
-    ran("train/evaluate.py", joined["stack"], members[0], "--out", tmp_path / "again")
+    succeed_here("train/evaluate.py", joined["stack"], members[0], "--out", tmp_path / "again")
     done = run_here("train/evaluate.py", *members[:2], "--out", joined["mean"])
     assert_refused(done, "another ensemble", "--out")
     assert_refused(run_here("train/evaluate.py", *members[:2]), "--out")
 
 
 def test_runs_that_cannot_be_stacked_are_refused(members, data, tmp_path):
-    ran("train/probe.py", "--data", data, "--out", tmp_path / "ols", *PROBE, "--layers", "stages.1", "--readout", "ols")
+    succeed_here(
+        "train/probe.py", "--data", data, "--out", tmp_path / "ols", *PROBE, "--layers", "stages.1", "--readout", "ols"
+    )
     done = run_here("train/evaluate.py", members[3], tmp_path / "ols", "--combine", "stack", "--out", tmp_path / "out")
     assert_refused(done, "left_out", "ridge")
     assert not (tmp_path / "out").exists()
@@ -97,8 +95,8 @@ def test_runs_that_cannot_be_stacked_are_refused(members, data, tmp_path):
 
 def test_a_network_learns_from_an_ensemble(data, members, joined, tmp_path):
     teach = ["--distill.teacher", joined["stack"], "--distill.weight", 1]
-    ran("train/finetune.py", "--data", data, "--out", tmp_path / "run", *SMALL, *teach, "--epochs", 30)
-    ran("train/evaluate.py", tmp_path / "run", "--split", "train")
+    succeed_here("train/finetune.py", "--data", data, "--out", tmp_path / "run", *SMALL, *teach, "--epochs", 30)
+    succeed_here("train/evaluate.py", tmp_path / "run", "--split", "train")
     assert "teaches" in (tmp_path / "run" / "log.txt").read_text()
     student, taught = predictions(tmp_path / "run", "train"), predictions(joined["stack"], "left_out")
     assert student["stimulus_id"].tolist() == taught["stimulus_id"].tolist()
@@ -124,7 +122,7 @@ def test_unreliable_sites_count_less(data, tmp_path):
     assert weights[:3].min() > weights[3:].max()
     one_epoch = ["--data", data, *SMALL, "--epochs", 1, "--optimizer.lr", 1e-9]
     for name in ("equal", "reliability"):
-        ran("train/finetune.py", "--out", tmp_path / name, *one_epoch, "--loss.site-weights", name)
+        succeed_here("train/finetune.py", "--out", tmp_path / name, *one_epoch, "--loss.site-weights", name)
     assert losses(tmp_path / "equal")[0] != pytest.approx(losses(tmp_path / "reliability")[0], rel=1e-6)
 
 
@@ -138,7 +136,7 @@ def test_reliability_needs_trials(tmp_path):
 def test_subsets_are_nested_and_recorded(data, tmp_path):
     seen = {}
     for size in (20, 40):
-        ran(
+        succeed_here(
             "train/probe.py",
             "--data",
             data,
@@ -152,17 +150,17 @@ def test_subsets_are_nested_and_recorded(data, tmp_path):
         )
         seen[size] = set(predictions(tmp_path / str(size), "left_out")["stimulus_id"].tolist())
         assert len(seen[size]) == metrics(tmp_path / str(size))["training_stimuli"] == size
-        ran("train/evaluate.py", tmp_path / str(size), "--out", tmp_path / f"joined_{size}")
+        succeed_here("train/evaluate.py", tmp_path / str(size), "--out", tmp_path / f"joined_{size}")
     assert seen[20] < seen[40]
     runs = [tmp_path / f"{kind}{size}" for kind in ("", "joined_") for size in (20, 40)]
-    ran("train/report.py", *runs, "--out", tmp_path / "report")
+    succeed_here("train/report.py", *runs, "--out", tmp_path / "report")
     text = (tmp_path / "report" / "table.md").read_text()
     assert "| training stimuli | 20 | 40 | per doubling |" in text
     assert "\n| test_convnext, random weights, frozen, ridge | " in text
     assert "\n| joined | " in text
-    ran("train/finetune.py", "--data", data, "--out", tmp_path / "run", *SMALL, "--subset", 40)
-    ran("train/evaluate.py", tmp_path / "run")
-    ran("train/evaluate.py", tmp_path / "run", "--split", "left_out")
+    succeed_here("train/finetune.py", "--data", data, "--out", tmp_path / "run", *SMALL, "--subset", 40)
+    succeed_here("train/evaluate.py", tmp_path / "run")
+    succeed_here("train/evaluate.py", tmp_path / "run", "--split", "left_out")
     assert metrics(tmp_path / "run")["training_stimuli"] == 40
     assert set(predictions(tmp_path / "run", "left_out")["stimulus_id"].tolist()) < seen[40]
     done = run_here("train/finetune.py", "--data", data, "--out", tmp_path / "more", *SMALL, "--subset", 61)
@@ -170,7 +168,7 @@ def test_subsets_are_nested_and_recorded(data, tmp_path):
 
 
 def test_a_probe_of_shuffled_responses_is_at_chance(data, tmp_path):
-    ran(
+    succeed_here(
         "train/probe.py",
         "--data",
         data,
@@ -189,7 +187,7 @@ def test_a_probe_of_shuffled_responses_is_at_chance(data, tmp_path):
 
 def pipeline(data, folder):
     """A probe with windows, a run with all that is learned from a recording, and both joined."""
-    ran(
+    succeed_here(
         "train/probe.py",
         "--data",
         data,
@@ -203,9 +201,9 @@ def pipeline(data, folder):
     )
     words = ["--readout.kind", "gaussian", "--readout.start", "ridge", "--backbone.cut", "stages.1", "--ema", "0.9"]
     words += ["--loss.site-weights", "reliability", "--distill.teacher", folder / "probe", "--augment.shift", "0.05"]
-    ran("train/finetune.py", "--data", data, "--out", folder / "run", *SMALL, *words)
+    succeed_here("train/finetune.py", "--data", data, "--out", folder / "run", *SMALL, *words)
     runs = [folder / "probe", folder / "run"]
-    ran("train/evaluate.py", *runs, "--combine", "mean", "--out", folder / "ensemble")
+    succeed_here("train/evaluate.py", *runs, "--combine", "mean", "--out", folder / "ensemble")
     return folder
 
 

@@ -4,7 +4,7 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import run_command, run_here
+from helpers import run_command, run_here, succeed_here
 from launching import SMALL, launch, metrics, predictions, succeed
 from make_sources import make_folder, make_it_h5
 from sklearn.metrics import explained_variance_score, mean_squared_error, r2_score
@@ -115,7 +115,7 @@ def test_classes_missing_from_train_raise_a_warning(tmp_path):
     assert packed.returncode == 0, packed.stderr
     run = tmp_path / "run"
     task = ["--task.kind", "classification", "--epochs", "1"]
-    assert run_here("train/finetune.py", "--data", tmp_path / "shards", "--out", run, *SMALL, *task).returncode == 0
+    succeed_here("train/finetune.py", "--data", tmp_path / "shards", "--out", run, *SMALL, *task)
     done = run_here("train/evaluate.py", run)
     assert "by construction" in done.stderr
     assert metrics(run)["classification"]["classes_not_in_train"] == 2

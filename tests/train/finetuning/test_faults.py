@@ -7,17 +7,17 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import slow
+from helpers import finish, slow
 from launching import (
     SMALL,
     STOP_WHILE_SCORING,
-    finish_started,
     largest_difference,
     launch,
     losses,
     run_patched,
     start,
     succeed,
+    wait_for_epochs,
     weights,
 )
 
@@ -48,16 +48,6 @@ def ranks_of(run: Path) -> dict[int, psutil.Process]:
     return by_rank
 
 
-def wait_for_epochs(run: Path, count: int = 1) -> None:
-    """Until so many epochs are in the run's history."""
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        if (run / "history.jsonl").exists() and len((run / "history.jsonl").read_text().splitlines()) >= count:
-            return
-        time.sleep(0.01)
-    raise AssertionError("the run did not begin")
-
-
 def assert_same(run: Path, other: Path) -> None:
     """Two runs ended in the same losses and the same weights, bitwise."""
     assert losses(run) == losses(other)
@@ -74,7 +64,7 @@ def test_a_preempted_job_saves_and_resumes_when_restarted(recording, undisturbed
         started.send_signal(signal.SIGUSR1)
     else:
         ranks_of(run)[int(whom[-1])].send_signal(signal.SIGTERM)
-    done = finish_started(started)
+    done = finish(started)
     assert done.returncode == STOPPED, done.stderr
     assert done.stderr.count("stopped by SIG") == 1
     assert "Traceback" not in done.stderr
@@ -100,7 +90,7 @@ def test_a_lost_process_is_named_and_all_processes_restart(recording, undisturbe
     wait_for_epochs(run)
     ranks_of(run)[1].send_signal(fault)
     began = time.monotonic()
-    done = finish_started(started)
+    done = finish(started)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - began < 90
     assert "restarting all (1 of 1)" in done.stderr

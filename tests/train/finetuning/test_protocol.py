@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import assert_refused, run_here
-from launching import losses, predictions, weights
+from helpers import assert_refused, run_here, succeed_here
+from launching import assert_identical, losses, predictions, weights
 from make_sources import make_folder
 from safetensors.torch import load_file
 from timm.models import register_model
@@ -55,8 +55,7 @@ def trained(run, data, *words):
 
 
 def evaluated(run, split="val"):
-    done = run_here("train/evaluate.py", run, "--split", split)
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/evaluate.py", run, "--split", split)
     return predictions(run, split)
 
 
@@ -125,17 +124,6 @@ def test_a_shuffled_run_scores_at_chance_and_is_scored_on_the_true_responses(dat
 # ---- the same again ------------------------------------------------------------------------------------------------
 
 
-def tensors(run) -> dict[str, torch.Tensor]:
-    """Everything in a run's last checkpoint."""
-    files = sorted((run / "checkpoints" / "last").glob("*.safetensors"))
-    return {f"{file.stem}: {name}": x for file in files for name, x in load_file(file).items()}
-
-
-def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
-    assert one.keys() == other.keys()
-    assert all(torch.equal(one[name], other[name]) for name in one)
-
-
 RANDOM = [
     *("--backbone.name", "dropping_convnext", "--ema", "0.9", "--epochs", "2"),
     *("--augment.shift", "0.1", "--augment.zoom", "0.1", "--augment.brightness", "0.2", "--augment.flip"),
@@ -145,19 +133,18 @@ RANDOM = [
 def test_a_run_repeats_bitwise_and_another_seed_does_not(data, tmp_path):
     """With everything that is random: augmentation, dropped branches, order and initial weights."""
     try:
-        one, again, other = (
+        first, second, other_seed = (
             trained(tmp_path / name, data, *RANDOM, "--deterministic", "--seed", seed)
-            for name, seed in (("one", 5), ("again", 5), ("other", 6))
+            for name, seed in (("first", 5), ("second", 5), ("other_seed", 6))
         )
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(False)
-    assert_same(tensors(one), tensors(again))
-    assert losses(one) == losses(again)
-    network = {name: x for name, x in weights(other).items() if name.endswith("weight")}
+    assert_identical(first, second)
+    network = {name: x for name, x in weights(other_seed).items() if name.endswith("weight")}
     assert network
-    assert not any(torch.equal(x, weights(one)[name]) for name, x in network.items() if "norm" not in name)
-    assert losses(one) != losses(other)
+    assert not any(torch.equal(x, weights(first)[name]) for name, x in network.items() if "norm" not in name)
+    assert losses(first) != losses(other_seed)
 
 
 def test_dropped_branches_and_augmentation_change_the_losses(data, tmp_path):
@@ -256,8 +243,7 @@ def test_an_interrupted_run_with_all_randomness_resumes_bit_for_bit(data, tmp_pa
     assert resumed.returncode == 0, resumed.stderr
     expected = "starting from the beginning" if killed_in == "the first epoch" else "resumed after epoch 2"
     assert expected in resumed.stdout
-    assert_same(tensors(tmp_path / "run"), tensors(undisturbed))
-    assert losses(tmp_path / "run") == losses(undisturbed)
+    assert_identical(tmp_path / "run", undisturbed)
 
 
 # ---- losses and what they refuse -----------------------------------------------------------------------------------

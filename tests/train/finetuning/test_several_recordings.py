@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from launching import SMALL, history, largest_difference, losses, succeed, weights
 from make_recordings import pack_two
 from sklearn.metrics import r2_score
@@ -41,8 +41,7 @@ def finetune(processes: int, *words) -> str:
     """Train; one process runs here."""
     if processes > 1:
         return succeed(processes, "train/finetune.py", *words)
-    done = run_here("train/finetune.py", *words)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = succeed_here("train/finetune.py", *words)
     return done.stdout
 
 
@@ -69,8 +68,7 @@ def assert_close(run: Path, other: Path) -> None:
 @pytest.fixture(scope="module")
 def scored(run_on) -> Path:
     """The run of one process, each recording scored on val."""
-    done = run_here("train/evaluate.py", run_on(1))
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("train/evaluate.py", run_on(1))
     for line in ("one, val: 12 stimuli", "two, val: 20 stimuli"):
         assert line in done.stdout
     return run_on(1)
@@ -130,7 +128,7 @@ def test_stimuli_in_proportion_train_what_the_joined_folder_trains(two, tmp_path
     run = tmp_path / "together"
     finetune(1, "--data", *two, "--out", run, *options)
     assert_close(run, tmp_path / "of_joined")
-    assert run_here("train/evaluate.py", run).returncode == 0
+    succeed_here("train/evaluate.py", run)
     best = load_progress(run / "checkpoints" / "best").epoch
     (epoch,) = [line for line in history(run) if line["epoch"] == best]
     for name, scores in epoch["recordings"].items():  # what selects is what is scored afterwards
@@ -158,7 +156,7 @@ def test_a_hybrid_with_one_readout_to_the_classes_of_both(two, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({"data": [str(folder) for folder in two], "mix": "equal"}))
     finetune(1, recipe, "--out", tmp_path / "run", *options)
-    assert run_here("train/evaluate.py", tmp_path / "run").returncode == 0
+    succeed_here("train/evaluate.py", tmp_path / "run")
     for name, sites in (("one", 5), ("two", 7)):
         metrics, _ = results(tmp_path / "run", name)
         assert len(metrics["regression"]["r2"]["per_site"]) == sites
@@ -168,7 +166,7 @@ def test_a_hybrid_with_one_readout_to_the_classes_of_both(two, tmp_path):
 def test_a_correlation_is_calibrated_on_each_recordings_own_stimuli(two, tmp_path):
     options = [*SMALL, "--loss.responses", "correlation", "--mix", "equal"]
     finetune(1, "--data", *two, "--out", tmp_path / "run", *options)
-    assert run_here("train/evaluate.py", tmp_path / "run", "--split", "train").returncode == 0
+    succeed_here("train/evaluate.py", tmp_path / "run", "--split", "train")
     for name in ("one", "two"):
         folder = tmp_path / "run" / "eval" / "train" / name
         scores = json.loads((folder / "metrics.json").read_text())["regression"]
@@ -215,7 +213,7 @@ def test_scores_do_not_depend_on_processes_or_on_what_else_is_scored(scored, two
     shutil.rmtree(run / "eval")
     moved = tmp_path / "elsewhere"
     shutil.copytree(two[1], moved)
-    assert run_here("train/evaluate.py", run, "--data", moved).returncode == 0
+    succeed_here("train/evaluate.py", run, "--data", moved)
     assert not (run / "eval" / "val" / "one").exists()
     assert np.array_equal(results(run, "two")[1]["prediction"], results(scored, "two")[1]["prediction"])
 
@@ -246,8 +244,7 @@ def test_the_network_is_exported_with_the_readout_of_one(scored, two, tmp_path):
     assert_refused(run_here(*words), "--recording", "one, two")
     assert_refused(run_here(*words, "--recording", "three"), "--recording", "one, two")
     assert not (tmp_path / "out").exists()
-    done = run_here(*words, "--recording", "two")
-    assert done.returncode == 0, done.stderr
+    succeed_here(*words, "--recording", "two")
     spec = importlib.util.spec_from_file_location("predictor_of_two", tmp_path / "out" / "predictor.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from hostile import FIRST, edit, flip, place_in
 from launching import SMALL, history, succeed, weights
 from make_recordings import pack_two
@@ -35,12 +35,6 @@ PROBE = [
 ]
 
 
-def ran(*words):
-    done = run_here(*words)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory) -> list[Path]:
     return pack_two(tmp_path_factory.mktemp("two"))
@@ -53,7 +47,7 @@ def folds(two, tmp_path_factory) -> list[Path]:
     runs = [folder / f"fold_{number}" for number in (1, 2)]
     for number, run in enumerate(runs, 1):
         fold = ["--early-stopping.folds", 2, "--early-stopping.fold", number, "--task.kind", "hybrid"]
-        ran("train/finetune.py", "--data", *two, "--out", run, *SMALL, *fold, "--seed", number)
+        succeed_here("train/finetune.py", "--data", *two, "--out", run, *SMALL, *fold, "--seed", number)
     return runs
 
 
@@ -61,7 +55,7 @@ def folds(two, tmp_path_factory) -> list[Path]:
 def joined(folds, tmp_path_factory) -> Path:
     """The folds, stacked."""
     out = tmp_path_factory.mktemp("joined") / "stack"
-    output = ran("train/evaluate.py", *folds, "--combine", "stack", "--out", out).stdout
+    output = succeed_here("train/evaluate.py", *folds, "--combine", "stack", "--out", out).stdout
     for name, stimuli in zip(NAMES, (12, 20), strict=True):
         assert output.count(f"{name}, val: {stimuli} stimuli") == 2
         assert f"ensemble, {name}, val: r2" in output
@@ -102,11 +96,11 @@ def test_unreadable_stimuli_of_one_recording_are_named_and_left_out(two, tmp_pat
     places, bad = damaged(two, tmp_path)
     words = ["train/finetune.py", "--data", *places, *SMALL, "--epochs", 1]
     assert_refused(run_here(*words, "--out", tmp_path / "stopped"), FIRST, bad)
-    done = ran(*words, "--out", tmp_path / "run", "--on-bad-sample", "skip")
+    done = succeed_here(*words, "--out", tmp_path / "run", "--on-bad-sample", "skip")
     assert "WARNING: 1 of 60 stimuli of two/train cannot be read and are LEFT OUT" in done.stdout
     left_out = json.loads((tmp_path / "run" / "env.json").read_text())["left_out"]
     assert {name: list(record["stimuli"]) for name, record in left_out.items()} == {"two/train": [bad]}
-    done = ran("train/evaluate.py", tmp_path / "run", "--split", "train")
+    done = succeed_here("train/evaluate.py", tmp_path / "run", "--split", "train")
     assert "1 of 60 stimuli of train" in done.stderr
     assert metrics(tmp_path / "run", "two", "train")["left_out"]["train"]["count"] == 1
     assert "left_out" not in metrics(tmp_path / "run", "one", "train")
@@ -145,10 +139,10 @@ def test_charts_show_each_recording_and_the_mean(folds, joined):
 
 
 def test_a_report_has_each_recording_in_its_table(folds, joined, two, tmp_path):
-    ran("train/finetune.py", "--data", two[0], "--out", tmp_path / "alone", *SMALL)
-    ran("train/evaluate.py", tmp_path / "alone")
+    succeed_here("train/finetune.py", "--data", two[0], "--out", tmp_path / "alone", *SMALL)
+    succeed_here("train/evaluate.py", tmp_path / "alone")
     runs = [folds[0], tmp_path / "alone", joined]
-    done = ran("train/report.py", *runs, "--out", tmp_path / "report", "--pair", folds[0], joined)
+    done = succeed_here("train/report.py", *runs, "--out", tmp_path / "report", "--pair", folds[0], joined)
     of_one, of_two = done.stdout.split("two: 7 sites")
     for name in ("fold_1: one", "alone", "stack: one"):
         assert name in of_one
@@ -180,7 +174,7 @@ def test_each_recording_has_an_ensemble_of_its_own(folds, joined, two, tmp_path)
         assert metrics(joined, name)["recording"] == name
         assert metrics(joined, name)["ensemble"]["members"][0]["mean_weight"] >= 0
         assert arrays(joined, "left_out", name)["stimulus_id"].tolist() == train_ids(folder)
-    ran("train/evaluate.py", *folds, "--out", tmp_path / "mean")
+    succeed_here("train/evaluate.py", *folds, "--out", tmp_path / "mean")
     for name in NAMES:
         expected = np.mean([arrays(run, "val", name)["prediction"] for run in folds], axis=0)
         np.testing.assert_allclose(arrays(tmp_path / "mean", "val", name)["prediction"], expected, rtol=1e-5)
@@ -188,11 +182,11 @@ def test_each_recording_has_an_ensemble_of_its_own(folds, joined, two, tmp_path)
 
 
 def test_runs_on_several_and_a_probe_of_one_are_joined_for_that_one(folds, joined, two, tmp_path):
-    ran("train/probe.py", "--data", two[0], "--out", tmp_path / "probe", *PROBE, "--layers", "stages.1")
+    succeed_here("train/probe.py", "--data", two[0], "--out", tmp_path / "probe", *PROBE, "--layers", "stages.1")
     words = ["train/evaluate.py", *folds, tmp_path / "probe", "--combine", "stack", "--out", tmp_path / "out"]
     assert_refused(run_here(*words), "probe", "other sites", "two")
     assert not (tmp_path / "out").exists()
-    ran(*words, "--data", two[0])
+    succeed_here(*words, "--data", two[0])
     assert metrics(tmp_path / "out")["recording"] == "one"
     assert len(arrays(tmp_path / "out", "left_out")["stimulus_id"]) == 36
 
@@ -202,7 +196,7 @@ def test_left_out_of_one_recording_is_what_the_run_left_out(folds, joined, two, 
     copy = shutil.copytree(folds[0], tmp_path / "run", symlinks=True)
     shutil.rmtree(copy / "eval")
     moved = shutil.copytree(two[1], tmp_path / "moved")
-    ran("train/evaluate.py", copy, "--split", "left_out", "--data", moved)
+    succeed_here("train/evaluate.py", copy, "--split", "left_out", "--data", moved)
     assert not (copy / "eval" / "left_out" / "one").exists()
     before, after = (arrays(run, "left_out", "two") for run in (folds[0], copy))
     np.testing.assert_array_equal(before["stimulus_id"], after["stimulus_id"])
@@ -221,10 +215,10 @@ def test_two_processes_join_the_same(folds, joined, tmp_path):
 def test_an_ensemble_teaches_a_network_of_both_and_one_of_one(joined, two, tmp_path):
     for places, name in ((two, "both"), (two[:1], "alone")):
         teach = ["--distill.teacher", joined, "--distill.weight", 1, "--epochs", 1]
-        ran("train/finetune.py", "--data", *places, "--out", tmp_path / name, *SMALL, *teach)
+        succeed_here("train/finetune.py", "--data", *places, "--out", tmp_path / name, *SMALL, *teach)
         log = (tmp_path / name / "log.txt").read_text()
         assert [f"of the training stimuli of {folder.name}" in log for folder in two] == [True, name == "both"]
-    ran("train/probe.py", "--data", two[0], "--out", tmp_path / "probe", *PROBE, "--layers", "stages.1")
+    succeed_here("train/probe.py", "--data", two[0], "--out", tmp_path / "probe", *PROBE, "--layers", "stages.1")
     words = ["--data", *two, "--out", tmp_path / "run", *SMALL, "--distill.teacher", tmp_path / "probe"]
     assert_refused(run_here("train/finetune.py", *words), "other sites", "two")
 
@@ -237,7 +231,7 @@ def test_windows_of_each_recordings_sites_are_those_found_alone(two, tmp_path):
     options += ["--readout.start", "field", "--readout.kind", "gaussian", "--backbone.cut", "stages.1"]
     tensors = {}
     for name, places in {"one": two[:1], "two": two[1:], "both": two}.items():
-        ran("train/finetune.py", "--data", *places, "--out", tmp_path / name, *options)
+        succeed_here("train/finetune.py", "--data", *places, "--out", tmp_path / name, *options)
         tensors[name] = weights(tmp_path / name)
     for tensor in ("centre", "log_width", "sites.weight", "sites.bias"):
         alone = [tensors[name][f"heads.rates.{tensor}"] for name in NAMES]

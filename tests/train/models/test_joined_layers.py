@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import run_here
+from helpers import succeed_here
 from launching import SMALL, STOP_WHILE_SCORING, largest_difference, losses, run_patched, succeed, weights
 from networks import backbone, images, refusal
 
@@ -97,8 +97,7 @@ def words(recording):
 @pytest.fixture(scope="module")
 def run(words, tmp_path_factory):
     folder = tmp_path_factory.mktemp("joined") / "run"
-    done = run_here(*words, "--out", folder)
-    assert done.returncode == 0, done.stderr
+    succeed_here(*words, "--out", folder)
     return folder
 
 
@@ -124,8 +123,7 @@ def test_joined_layers_train_the_same_on_any_number_of_processes(words, run, tmp
 def test_a_resumed_run_keeps_its_scales(words, run, tmp_path):
     options = [*words[1:], "--out", tmp_path / "run"]
     assert run_patched("finetuning.selection_scoring", STOP_WHILE_SCORING, *options).returncode == STOPPED
-    done = run_here("train/finetune.py", "--data", words[2], "--out", tmp_path / "run", "--resume")
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/finetune.py", "--data", words[2], "--out", tmp_path / "run", "--resume")
     assert largest_difference(weights(tmp_path / "run"), weights(run)) == 0
 
 

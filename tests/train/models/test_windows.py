@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from launching import metrics, predictions, succeed
 from make_sources import make_folder
 
@@ -43,8 +43,7 @@ def data(tmp_path_factory):
 
 
 def probed(run, data, *words):
-    done = run_here("train/probe.py", "--data", data, "--out", run, "--loader.workers", 0, *words)
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/probe.py", "--data", data, "--out", run, "--loader.workers", 0, *words)
     return metrics(run)
 
 

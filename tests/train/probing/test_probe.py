@@ -5,7 +5,7 @@ import time
 
 import numpy as np
 import pytest
-from helpers import run_command, run_here, start_command
+from helpers import run_command, run_here, start_command, succeed_here
 from launching import SMALL, metrics, predictions, succeed
 from sklearn.cross_decomposition import PLSRegression
 from sklearn.decomposition import PCA
@@ -73,8 +73,7 @@ def probe_pixels(recording, out, processes, *options):
     if processes > 1:
         succeed(processes, *words)
     else:
-        done = run_here(*words)
-        assert done.returncode == 0, done.stderr
+        succeed_here(*words)
     return predictions(out)["prediction"]
 
 
@@ -99,13 +98,12 @@ def test_the_network_of_a_run_is_probed_from_its_folder(recording, tmp_path):
     """The study's re-trained classifier: other features than the random ones it began with, and the same as its own."""
     run, options = tmp_path / "run", ["--backbone.name", "test_convnext", "--images.size", "32"]
     finetuned = ["--task.kind", "classification", "--optimizer.lr", "1e-2", "--epochs", "3"]
-    assert run_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *finetuned).returncode == 0
+    succeed_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *finetuned)
     predicted = {}
     for name, weights in (("trained", run), ("file", run / "checkpoints/best/network.safetensors"), ("not", "random")):
         out = tmp_path / name
         words = ["--layers", "stages.3", "--backbone.weights", weights, *options]
-        done = run_here("train/probe.py", "--data", recording, "--out", out, *words)
-        assert done.returncode == 0, done.stderr
+        succeed_here("train/probe.py", "--data", recording, "--out", out, *words)
         predicted[name] = predictions(out)["prediction"]
     np.testing.assert_array_equal(predicted["trained"], predicted["file"])
     assert np.abs(predicted["trained"] - predicted["not"]).max() > 0.1
@@ -115,8 +113,7 @@ def test_the_network_of_a_run_is_probed_from_its_folder(recording, tmp_path):
 def test_cross_validation_predicts_every_stimulus_once(recording, tmp_path, by):
     options = [*LAYERS, "--layers", "stages.1", "stages.2", "--split", "cv", "--cross-validation.by", by]
     options += ["--cross-validation.folds", "4"]
-    done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
     scores, predicted = metrics(tmp_path / "run", "cv"), predictions(tmp_path / "run", "cv")
     assert scores["stimuli"] == len(set(predicted["stimulus_id"])) == 240
     assert np.isfinite(predicted["prediction"]).all()
@@ -130,7 +127,7 @@ def test_a_killed_probe_resumes_from_the_stored_activations(recording, tmp_path)
     """Activations were cut off within a row; what is whole is not computed again, and the end is the same."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--data", recording, *LAYERS, "--batch-size", "16"]
-    assert run_here("train/probe.py", "--out", whole, *options).returncode == 0
+    succeed_here("train/probe.py", "--out", whole, *options)
     process = start_command(["train/probe.py", "--out", cut, *options], env={**os.environ, "OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
     while not list(cut.glob("scratch/*/train/*.f32")) and time.monotonic() < deadline and process.poll() is None:
@@ -141,8 +138,7 @@ def test_a_killed_probe_resumes_from_the_stored_activations(recording, tmp_path)
     if stored:  # else it was killed before, or after, extraction; it must go on all the same
         with stored[0].open("ab") as file:
             file.write(b"\x00\x01\x02")
-    done = run_here("train/probe.py", "--data", recording, "--out", cut, "--resume")
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/probe.py", "--data", recording, "--out", cut, "--resume")
     assert metrics(cut) == metrics(whole)
     assert not (cut / "scratch").exists()
 

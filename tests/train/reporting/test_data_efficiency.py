@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from make_runs import SITES, guess, make_probe, make_run, responses
 from sklearn.metrics import r2_score
 
@@ -69,8 +69,7 @@ def reported(tmp_path_factory):
         frozen = probe(folder / f"runs_{size}" / "frozen", size, noise, told=size < 400)
         pair = [tuned(folder / f"runs_{size}" / f"tuned_{seed}", size, noise - 0.2, seed) for seed in (0, 1)]
         runs += [frozen, *pair, joined(folder / f"runs_{size}" / "both", frozen, *pair, stimuli=size)]
-    done = run_here("train/report.py", *runs, "--out", folder / "out")
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("train/report.py", *runs, "--out", folder / "out")
     return folder, done.stdout
 
 
@@ -209,8 +208,7 @@ def test_without_several_sizes_there_is_no_curve(tmp_path):
     runs = [probe(tmp_path / f"frozen_{seed}", 100, 0.7, seed) for seed in (0, 1)]
     untold = make_run(tmp_path / "earlier", TARGET, guess(TARGET, 0.4))
     assert curves(*runs, untold) == []
-    done = run_here("train/report.py", *runs, untold, "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("train/report.py", *runs, untold, "--out", tmp_path / "out")
     assert not list((tmp_path / "out" / "figures").glob("data_efficiency*"))
     assert "per doubling" not in (tmp_path / "out" / "table.md").read_text()
     assert "doubling" not in done.stdout
@@ -219,7 +217,7 @@ def test_without_several_sizes_there_is_no_curve(tmp_path):
 def test_missing_sizes_are_left_blank(tmp_path):
     runs = [probe(tmp_path / f"frozen_{size}", size, 0.7) for size in (100, 400)]
     runs += [tuned(tmp_path / f"tuned_{size}", size, 0.5) for size in (100, 200)]
-    assert run_here("train/report.py", *runs, "--out", tmp_path / "out").returncode == 0
+    succeed_here("train/report.py", *runs, "--out", tmp_path / "out")
     lines = (tmp_path / "out" / "table.md").read_text().splitlines()
     blank = {}
     for name in ("frozen", "tuned"):

@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from helpers import run_here
+from helpers import run_here, succeed_here
 from launching import SMALL, STOP_WHILE_SCORING, largest_difference, losses, run_patched, weights
 
 from data_prep.common.errors import FAILURE, STOPPED
@@ -70,8 +70,7 @@ def assert_goes_on(run: Path, trained: Path) -> None:
     assert checkpoint is not None
     assert faults == []
     assert not list((run / "checkpoints").glob(".step_*"))
-    done = run_here("train/finetune.py", "--data", *RunFolder(run).data_folders(), "--out", run, "--resume")
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/finetune.py", "--data", *RunFolder(run).data_folders(), "--out", run, "--resume")
     assert losses(run) == losses(trained)
     assert largest_difference(weights(run), weights(trained)) == 0
 

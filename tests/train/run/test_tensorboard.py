@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from boards import served
-from helpers import run_here
+from helpers import run_here, succeed_here
 from launching import SMALL, metrics
 
 from train.evaluation.figures.prediction_figures import mean_errors
@@ -24,8 +24,7 @@ def hybrid(recording, tmp_path_factory):
         patch.setattr(charts, "SHARE", 1e9)
         done = run_here("train/finetune.py", "--data", recording, "--out", out, *SMALL, *HYBRID)
     assert done.returncode == 0, done.stderr
-    done = run_here("train/evaluate.py", out)
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/evaluate.py", out)
     return out
 
 
@@ -115,8 +114,7 @@ def test_train_scores_are_those_of_the_predictions_that_training_made(recording,
 
     monkeypatch.setattr(charts.TrainingCharts, "keep_predictions", keep_here_too)
     out = tmp_path / "run"
-    done = run_here("train/finetune.py", "--data", recording, "--out", out, *SMALL, "--epochs", "1")
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/finetune.py", "--data", recording, "--out", out, *SMALL, "--epochs", "1")
     responses = recorded[0][0]
     prediction = torch.cat([responses.to_rates(outputs["rates"].detach()) for _, outputs, _ in recorded]).double()
     target = torch.cat([batch.rates for *_, batch in recorded]).double()
@@ -129,8 +127,7 @@ def test_train_scores_are_those_of_the_predictions_that_training_made(recording,
 def test_a_probe_draws_its_layers(recording, tmp_path):
     words = ["--layers", "stages.1", "stages.2", "--images.size", "32", "--loader.workers", "0"]
     network = ["--backbone.name", "test_convnext", "--backbone.weights", "random"]
-    done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "probe", *network, *words)
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/probe.py", "--data", recording, "--out", tmp_path / "probe", *network, *words)
     with served(tmp_path) as board:
         assert list(board("plugin/images/tags")["probe/tensorboard"]) == ["explained variance by layer"]
 
@@ -138,7 +135,7 @@ def test_a_probe_draws_its_layers(recording, tmp_path):
 def test_a_short_training_draws_nothing_but_an_evaluation_does(trained, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True)
-    assert run_here("train/evaluate.py", run).returncode == 0
+    succeed_here("train/evaluate.py", run)
     with served(tmp_path) as board:
         tags = board("plugin/images/tags")["run/tensorboard"]
     assert {tag.partition("/")[0] for tag in tags} == {"val"}
@@ -148,8 +145,7 @@ def test_a_folder_that_cannot_be_written_costs_an_evaluation_its_charts_alone(tr
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True, ignore=shutil.ignore_patterns("tensorboard"))
     (run / "tensorboard").write_text("a file where a folder should be")
-    done = run_here("train/evaluate.py", run)
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("train/evaluate.py", run)
     assert done.stderr.count("continuing without charts") == 1
     assert metrics(run)["stimuli"]
 

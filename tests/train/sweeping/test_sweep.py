@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers import ROOT, assert_refused, finish, run_here, start_command
+from helpers import ROOT, assert_refused, finish, run_here, start_command, wait_for
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -120,16 +120,16 @@ def test_the_trial_of_a_killed_worker_is_resumed_by_another(recording, tmp_path)
     command = ["train/sweep.py", written(tmp_path, sweep), "--data", recording, "--out", tmp_path / "out"]
     run = tmp_path / "out" / "trials" / "0000"
     killed = start_command([*command, "--processes", "2"], env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wait_for(run.with_suffix(".beat").exists, killed)
+    wait_for(run.with_suffix(".beat").exists, process=killed, seconds=300)
     other = start_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    wait_for((run / "checkpoints" / "last").exists, killed)
+    wait_for((run / "checkpoints" / "last").exists, process=killed, seconds=300)
     before = processes_of(run)
     assert len(before) >= 4  # supervisor, launcher and two ranks
     killed.kill()
     killed.wait()
     psutil.wait_procs(before, timeout=15)
     assert not any(process.is_running() for process in before)
-    wait_for(lambda: "resumed after epoch" in (run / "log.txt").read_text(), other)
+    wait_for(lambda: "resumed after epoch" in (run / "log.txt").read_text(), process=other, seconds=300)
     other.terminate()
     done = finish(other, timeout=60)
     assert done.returncode == 143, done.stderr
@@ -137,14 +137,6 @@ def test_the_trial_of_a_killed_worker_is_resumed_by_another(recording, tmp_path)
     assert not processes_of(run)
     study = json.loads((tmp_path / "out" / "study.json").read_text())["study"]
     assert study.startswith("out-")
-
-
-def wait_for(condition, process, seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 # ------------------------------------------------------------------------- the queue, with runs that are made up
@@ -504,7 +496,7 @@ def test_warm_processes_end_with_their_worker_and_release_its_lock(tmp_path, end
     heartbeat = tmp_path / "beat"
     heartbeat.write_text("mine")
     worker = subprocess.Popen([sys.executable, "-c", WORKER, heartbeat], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    wait_for(lambda: len(psutil.Process(worker.pid).children(recursive=True)) == 3, worker)
+    wait_for(lambda: len(psutil.Process(worker.pid).children(recursive=True)) == 3, process=worker)
     family = psutil.Process(worker.pid).children(recursive=True)
     assert seconds_since([heartbeat])[0] < 5
     if end == "taken over":

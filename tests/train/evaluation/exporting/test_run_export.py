@@ -11,7 +11,7 @@ import pytest
 import scipy.io
 import timm
 import torch
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from launching import SMALL, predictions
 from PIL import Image
 
@@ -30,9 +30,8 @@ def exported(trained, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     run = folder / "run"
     shutil.copytree(trained, run, symlinks=True)
-    assert run_here("train/evaluate.py", run).returncode == 0
-    done = run_here("train/export.py", run, "--out", folder / "out", "--format", "netcdf", "mat", "timm", "predictor")
-    assert done.returncode == 0, done.stderr
+    succeed_here("train/evaluate.py", run)
+    succeed_here("train/export.py", run, "--out", folder / "out", "--format", "netcdf", "mat", "timm", "predictor")
     return run, folder / "out"
 
 
@@ -127,14 +126,13 @@ def cut_hybrid(recording, tmp_path_factory):
         "--epochs",
         "1",
     ]
-    assert run_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *settings).returncode == 0
-    assert run_here("train/evaluate.py", run).returncode == 0
+    succeed_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *settings)
+    succeed_here("train/evaluate.py", run)
     return run
 
 
 def test_a_cut_hybrid_is_exported_too(cut_hybrid, images, tmp_path):
-    done = run_here("train/export.py", cut_hybrid, "--out", tmp_path, "--format", "predictor", "timm")
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("train/export.py", cut_hybrid, "--out", tmp_path, "--format", "predictor", "timm")
     assert "cut at stages.0+stages.1" in done.stdout
     spec = importlib.util.spec_from_file_location("cut_predictor", tmp_path / "predictor.py")
     module = importlib.util.module_from_spec(spec)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_refused, run_here
+from helpers import assert_refused, run_here, succeed_here
 from launching import SMALL, history, losses, metrics, succeed
 
 from train.models.readouts import Factorised, Gaussian
@@ -45,8 +45,7 @@ def started(recording, tmp_path_factory):
     words = [*SMALL, "--backbone.cut", "stages.0", "--readout.kind", "gaussian", "--epochs", "1"]
     words += ["--data", recording, "--optimizer.lr", "1e-9"]
     for start in ("ridge", "field"):
-        done = run_here("train/finetune.py", "--out", folder / start, *words, "--readout.start", start)
-        assert done.returncode == 0, done.stderr
+        succeed_here("train/finetune.py", "--out", folder / start, *words, "--readout.start", start)
         scores[start] = left_out_score(folder / start)
     return words, folder / "field", scores
 
@@ -68,8 +67,7 @@ def spoilt(recording, tmp_path_factory):
     """A run that begins at the ridge, and whose steps are so large that no epoch is better than that."""
     run = tmp_path_factory.mktemp("spoilt") / "run"
     words = ["--data", recording, *SMALL, "--readout.start", "ridge", "--optimizer.lr", "0.3", "--ema", "0.5"]
-    done = run_here("train/finetune.py", "--out", run, *words)
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("train/finetune.py", "--out", run, *words)
     return run, done.stdout
 
 
@@ -89,8 +87,7 @@ def test_a_ridge_start_that_no_epoch_improves_is_the_best(spoilt):
 
 def went_on(spoilt, recording, run):
     """What a copy of the run says when it goes on; it ends as that did."""
-    done = run_here("train/finetune.py", "--data", recording, "--out", run, "--resume")
-    assert done.returncode == 0, done.stderr
+    done = succeed_here("train/finetune.py", "--data", recording, "--out", run, "--resume")
     assert [line["epoch"] for line in history(run)] == [0, 1, 2]
     assert losses(run) == losses(spoilt[0])
     for link in ("last", "best"):
