@@ -1,4 +1,4 @@
-"""One small packed recording and one trained run that the end-to-end tests share."""
+"""Fixtures that the end-to-end tests share: a small packed recording, a trained run, shards behind a URL."""
 
 import signal
 from dataclasses import replace
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import run_command, succeed_here
-from launching import SMALL, launch
+from helpers import succeed_here
+from launching import SMALL, succeed
 from make_sources import make_folder
 from web_server import serve
 
@@ -16,12 +16,13 @@ from data_prep.shards import remote_files
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell starts what runs in its background
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # or the commands that tests interrupt would inherit it
+# A shell makes background jobs ignore Ctrl-C, which the commands that tests interrupt would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start processes come first: they take long, and two of them at a time fill the cores."""
+    """Run the files that start processes first: they are the slowest."""
     items.sort(key=lambda item: not {"launch", "start", "succeed"} & vars(item.module).keys())
 
 
@@ -31,14 +32,13 @@ def recording(tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("packed") / "simulated"
     options = ["--stimuli", "240", "--sites", "12", "--repetitions", "6", "--image-size", "48"]
     options += ["--stimuli-per-shard", "64"]
-    done = run_command(["data_prep/pack.py", "simulated", "--out", out, *options])
-    assert done.returncode == 0, done.stderr
+    succeed_here("data_prep/pack.py", "simulated", "--out", out, *options)
     return out
 
 
 @pytest.fixture(scope="session")
 def holey(tmp_path_factory) -> Path:
-    """60 stimuli of 32 px to train on, 6 sites: two lack a third of the responses, one lacks all, one goes below 0."""
+    """60 training stimuli of 32 px and 6 sites: some responses missing or below 0."""
     path = tmp_path_factory.mktemp("holey")
     written = make_folder(path / "src", n=100, splits=True, sites=6, noise=0.5)
     missing = np.random.default_rng(0).uniform(size=(100, 2)) < 0.3
@@ -51,20 +51,19 @@ def holey(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def trained(recording, tmp_path_factory) -> Path:
-    """A network trained on it for two epochs by one process."""
+    """A network trained on `recording` for two epochs by one process."""
     out = tmp_path_factory.mktemp("runs") / "trained"
-    done = launch(1, "train/finetune.py", "--data", recording, "--out", out, *SMALL)
-    assert done.returncode == 0, done.stderr
+    succeed(1, "train/finetune.py", "--data", recording, "--out", out, *SMALL)
     return out
 
 
 @pytest.fixture(scope="session")
-def head_first(recording, tmp_path_factory):
-    """The run of a network with everything that must not depend on the number of processes, by that number.
+def hybrid_run_on(recording, tmp_path_factory):
+    """A function from a number of processes to a run with everything that must not depend on that number.
 
-    A hybrid, both readouts begun at the ridge, images augmented, the weights' running average. One process runs here.
+    A hybrid with both readouts started at a ridge, augmented images and a running average of the weights.
     """
-    folder = tmp_path_factory.mktemp("head_first")
+    folder = tmp_path_factory.mktemp("hybrid_run_on")
     settings = [
         *("--backbone.cut", "stages.1", "--task.kind", "hybrid", "--task.weighting", "uncertainty"),
         *("--readout.kind", "flattened", "--readout.start", "ridge", "--ema", "0.9"),
@@ -76,7 +75,10 @@ def head_first(recording, tmp_path_factory):
         out = folder / f"on_{processes}"
         if not out.exists():
             command = ["train/finetune.py", "--data", recording, "--out", out, *SMALL, *settings]
-            succeed_here(*command) if processes == 1 else launch(processes, *command)
+            if processes == 1:
+                succeed_here(*command)
+            else:
+                succeed(processes, *command)
         return out
 
     return run
@@ -97,15 +99,15 @@ def packed(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def web(packed, impatient):
+def web(packed, fast_retries):
     """A web server that serves these shards."""
     with serve(packed) as server:
         yield server
 
 
 @pytest.fixture
-def impatient(monkeypatch, tmp_path):
-    """Retries after milliseconds; copies go to a folder of the test's own."""
+def fast_retries(monkeypatch, tmp_path):
+    """Retry after milliseconds, and cache in a temporary folder."""
     monkeypatch.setattr(remote_files, "RETRIES", replace(remote_files.RETRIES, first_pause=0.01))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.delenv(SIGNED, raising=False)
@@ -113,5 +115,5 @@ def impatient(monkeypatch, tmp_path):
 
 @pytest.fixture
 def cache(tmp_path) -> Path:
-    """A folder for copies."""
+    """An empty cache folder."""
     return tmp_path / "cache"

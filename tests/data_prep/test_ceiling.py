@@ -27,7 +27,7 @@ def simulate(repetitions, noise, stimuli=STIMULI, sites=SITES, seed=0):
 
 
 def drop(trials, remaining):
-    """Keep `kept` (stimuli,) repetitions of each stimulus, at random places."""
+    """Keep `remaining` (stimuli,) repetitions of each stimulus, chosen at random."""
     rng = np.random.default_rng(9)
     order = rng.permuted(np.tile(np.arange(trials.shape[1]), (len(trials), 1)), axis=1)
     return np.where((order < remaining[:, None])[:, :, None], trials, np.nan)
@@ -38,7 +38,7 @@ def true_reliability(noise, repetitions):
 
 
 def expected(noise, counts):
-    """What halves of the given counts lead to; for odd counts the halves differ in size, and so in noise."""
+    """Expected split-half reliability for these counts; with odd counts the halves differ in size and noise."""
     smaller, larger = np.asarray(counts) // 2, (np.asarray(counts) + 1) // 2
     r = 1 / (1 + noise * np.mean((1 / smaller + 1 / larger) / 2))
     return 2 * r / (1 + r)

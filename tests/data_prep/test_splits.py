@@ -1,4 +1,4 @@
-"""Other divisions into splits than the source's: who is held out, what the manifest says, what is warned of."""
+"""New splits: which stimuli are held out, what the manifest records, which warnings appear."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The script knows how many processes there are, whatever the launcher did; and bad input ends in one sentence."""
+"""Every launcher yields the right number of processes, and bad input ends in one error message."""
 
 import os
 import subprocess

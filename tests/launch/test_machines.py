@@ -1,4 +1,4 @@
-"""Several machines: the same losses as on one, and a machine that is lost does not take the run with it."""
+"""Several machines train as one, and a run survives the loss of a machine."""
 
 import json
 import os
@@ -17,7 +17,7 @@ OPTIONS = [*SMALL, "--epochs", EPOCHS, "--faults.timeout", "8"]
 
 
 def start_on(hosts, how_many: str, restarts: int, processes: int, *command):
-    """launch/machines.sh on each of the machines."""
+    """Start launch/machines.sh on each machine."""
     options = ["--host", hosts[0].address, "--machines", how_many, "--job", "together", "--join-seconds", "60"]
     options += ["-n", processes, "--max-restarts", restarts]
     return [host.start("bash", "launch/machines.sh", *options, *command) for host in hosts]
@@ -43,7 +43,7 @@ def test_two_machines_train_as_one(recording, on_one_machine, tmp_path, processe
 
 
 def test_a_slow_link_shows_as_communication(recording, on_one_machine, tmp_path):
-    """So slow that a step's gradients take a quarter of a second; the heartbeat and the losses travel beside them."""
+    """The link is so slow that the gradients of a step take a quarter of a second."""
     run = tmp_path / "run"
     quick = charts(on_one_machine)
     gradients = sum(

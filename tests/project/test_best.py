@@ -1,4 +1,4 @@
-"""The command that makes the tables of docs/results/best.md: it goes on where it was stopped."""
+"""benchmarks/best.py makes the tables of docs/results/best.md and resumes where it stopped."""
 
 import importlib.util
 import json
@@ -11,7 +11,7 @@ from make_sources import make_folder
 
 @pytest.fixture
 def best(monkeypatch):
-    """benchmarks/best.py as a module, whose commands run in this process."""
+    """benchmarks/best.py as a module that runs its commands in this process."""
     spec = importlib.util.spec_from_file_location("best", ROOT / "benchmarks" / "best.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "best", module)

@@ -1,4 +1,4 @@
-"""Pages as people see them, in headless Chromium: launch/test.sh --browser
+"""Reports and TensorBoard in headless Chromium (launch/test.sh --browser).
 
 SPIKETUNE_SCREENSHOTS names a folder that is to keep what was seen.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from boards import served
+from boards import tensorboard_on
 from chromium import PROGRAM, Chromium
 from helpers import succeed_here
 from launching import SMALL
@@ -92,7 +92,7 @@ def test_a_report_is_printed(browser, page, tmp_path):
 
 
 def test_a_script_that_slipped_in_would_not_run(browser, page, tmp_path):
-    """The content security policy, should an escape ever be forgotten."""
+    """The content security policy holds even where escaping was forgotten."""
     text = Path(page.removeprefix("file://")).read_text()
     worse = text.replace("<main>", "<main><script>window.slipped = 1</script><img src=x onerror='window.slipped = 1'>")
     (tmp_path / "worse.html").write_text(worse)
@@ -105,7 +105,7 @@ def test_tensorboard_opens_on_a_real_training(browser, recording, tmp_path):
     out = tmp_path / "runs" / "run"
     succeed_here("train/finetune.py", "--data", recording, "--out", out, *SMALL)
     succeed_here("train/evaluate.py", out)
-    with served(tmp_path / "runs") as board:
+    with tensorboard_on(tmp_path / "runs") as board:
         for plugin in ("custom_scalars", "timeseries", "images"):
             browser.complaints.clear()
             browser.open(f"{board.url}#{plugin}", DESKTOP)

@@ -1,4 +1,4 @@
-"""Every command answers --help and a mistyped word at once: without the libraries that its work takes."""
+"""Every command answers --help and typing errors at once, without importing heavy libraries."""
 
 import subprocess
 import sys

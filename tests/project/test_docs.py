@@ -1,4 +1,4 @@
-"""What README.md and docs/ tell people to type works, from the text itself.
+"""The commands and examples in README.md and docs/ work as written.
 
 Every command goes through the parser of the program it calls, with and without what stands in brackets; those of
 README's way from a recording to a report are run. Examples of a source, a readout and a recipe are used as they stand.
@@ -55,12 +55,12 @@ BATCH_SCRIPTS = {name: f"train/{name}.py" for name in ("finetune", "evaluate", "
 
 
 class Parsed(BaseException):
-    """The command line was understood."""
+    """The command line was parsed."""
 
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    """The working folder: the project's programs, and the files that the texts name as the reader's own."""
+    """A working folder with the project's programs and the user's files that the pages mention."""
     for name in ("data_prep", "train", "launch", "ds_configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my_vit.yaml").write_text(fenced("recipes.md", "yaml")[0])
@@ -72,7 +72,7 @@ def desk(tmp_path, monkeypatch):
 
 @pytest.fixture
 def only_parsing(monkeypatch):
-    """Commands end when they have understood their command line."""
+    """Make commands end once their command line is parsed."""
     parse = data_prep.common.command_line.parse
 
     def understood(*args, **options):
@@ -83,7 +83,7 @@ def only_parsing(monkeypatch):
 
 
 def check_script(script: str, words: list[str]) -> None:
-    """Our own program understands the words."""
+    """One of our commands accepts these words."""
     if script.startswith(("benchmarks/", "docs/")):
         options = re.findall(r"--[\w-]+", (ROOT / script).read_text())
         assert all(word in options for word in words if word.startswith("--")), script
@@ -103,7 +103,7 @@ def check_script(script: str, words: list[str]) -> None:
 
 
 def check(words: list[str]) -> None:
-    """The programs a command calls understand it."""
+    """Every program in a command accepts its words."""
     while re.match(r"[A-Z_]+=", words[0]):
         words = words[1:]
     first, *words = words
@@ -150,7 +150,7 @@ def test_every_command_is_understood(command: Command):
 
 
 def test_the_documented_commands_are_found():
-    """The test above is worth what is found: a change of layout in the texts must not hide commands from it."""
+    """A change in the layout of the pages must not hide commands from the test above."""
     documented = commands()
     assert len(documented) > 60
     assert {page.name for page in PAGES} - {command.page.name for command in documented} <= {
@@ -161,7 +161,7 @@ def test_the_documented_commands_are_found():
 
 @slow
 def test_readmes_way_from_a_recording_to_a_report(desk):
-    """In the order of the text, in a folder where README's `my_recording` lies; one process each."""
+    """Run in order, on one process each, in a folder that holds README's `my_recording`."""
     make_folder(desk / "my_recording", n=60, sites=4, noise=0.5)
     documented = [command for command in commands() if command.page.name == "README.md"]
     documented = [command for command in documented if not command.text.startswith((*SETS_UP, "tensorboard"))]
@@ -203,7 +203,7 @@ def test_the_example_of_a_source_packs(tmp_path, monkeypatch):
 
 
 def test_the_example_of_a_readout_learns(recording, monkeypatch):
-    """Added to the real ones as the text says: the class and the case."""
+    """The class and the case are added as the page says."""
     (text,) = fenced("recipes.md", "python")
     scope = dict(vars(readouts))
     exec(compile(text, "recipes.md", "exec"), scope)
@@ -230,7 +230,7 @@ def test_the_example_of_a_readout_learns(recording, monkeypatch):
 
 
 def test_the_example_of_a_recipe_trains(recording, tmp_path):
-    """With weights at random and small images; what the recipe is about stays."""
+    """With random weights and small images; the rest of the recipe stays."""
     (text,) = fenced("recipes.md", "yaml")
     (tmp_path / "my_vit.yaml").write_text(text)
     recipe = load_recipe(tmp_path / "my_vit.yaml", Recipe)

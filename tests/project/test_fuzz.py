@@ -1,4 +1,4 @@
-"""A little of benchmarks/fuzz.py in every test run: the same inputs each time, for every reader."""
+"""A short, repeatable run of benchmarks/fuzz.py for every reader."""
 
 import sys
 from pathlib import Path

@@ -57,14 +57,14 @@ MUST_SAY = {"np.load": ("allow_pickle", False), "torch.load": ("weights_only", T
 
 
 def name_of(node: ast.expr) -> str:
-    """`a.b.c` of a call's function, as it is written."""
+    """The dotted name `a.b.c` of a called function."""
     if isinstance(node, ast.Attribute):
         return f"{name_of(node.value)}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
 
 
 def faults_of(source: str, path: str) -> list[str]:
-    """What a file does that it must not."""
+    """The unsafe calls of a file."""
     faults = []
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -138,7 +138,7 @@ def test_the_check_accepts_safe_code():
 
 
 def settings_of(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
-    """Every setting below a model, by its dotted name."""
+    """Every setting of a model, by its dotted name."""
     fields: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():
         kind = field.annotation

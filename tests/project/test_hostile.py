@@ -1,4 +1,4 @@
-"""Bad and hostile input: refused by name in one sentence, nothing executed, nothing left behind, in bounded time."""
+"""Bad and malicious input is refused in one error message, in bounded time; nothing runs or is left behind."""
 
 import signal
 import time
@@ -53,7 +53,7 @@ def kit(made, tmp_path) -> Kit:
 
 @pytest.fixture(autouse=True)
 def _never_for_ever():
-    """What hangs is interrupted, and fails."""
+    """Interrupt a test that hangs."""
     signal.signal(signal.SIGALRM, lambda *_: pytest.fail(f"it took longer than {SECONDS} s"))
     signal.alarm(SECONDS)
     yield
@@ -80,7 +80,7 @@ def test_bad_input_is_refused_by_name(kit, case, monkeypatch):
 
 
 def test_a_contact_sheet_that_leads_elsewhere_overwrites_nothing(kit):
-    """What a stranger's folder links to stays as it is, and the sheet takes the link's place."""
+    """The target of a link in the folder stays unchanged, and the sheet replaces the link."""
     folder, precious = kit.shards(), kit.write("precious", "mine")
     (folder / "contact_sheet.png").symlink_to(precious)
     succeed_here("data_prep/show.py", folder)

@@ -37,7 +37,7 @@ KNOWN_BY = {
 
 @cache
 def imports(path: Path) -> frozenset[str]:
-    """The modules that a file imports, by dotted name, those within functions too."""
+    """The dotted names of the modules that a file imports, also within functions."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

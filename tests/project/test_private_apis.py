@@ -1,4 +1,4 @@
-"""The private APIs of torch, accelerate and deepspeed that docs/private_apis.md lists are still there, and no others.
+"""The private APIs that docs/private_apis.md lists exist as expected, and no others are used.
 
 Nothing here starts a process: attributes, signatures, and a word in the source where an object only has an attribute.
 """

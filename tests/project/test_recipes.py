@@ -1,4 +1,4 @@
-"""Every recipe trains and is scored, on images and a recording so small that only the plumbing is tried."""
+"""Every recipe trains and is scored, on a tiny recording."""
 
 import shutil
 
@@ -48,7 +48,7 @@ def trained(run, data, *words, **settings):
 
 @pytest.fixture
 def narrow_vgg(monkeypatch):
-    """A VGG without most of its classifier's 120 M weights, which take half a minute to draw, step and write."""
+    """A VGG without most of the 120 M weights of its classifier, which would take half a minute."""
     create = timm.create_model
 
     def narrower(name, **options):

@@ -1,4 +1,4 @@
-"""Recipes, weights and runs that are damaged, contradict themselves or are meant to do harm."""
+"""Recipes, weights and runs that are damaged, inconsistent or malicious."""
 
 import json
 import os
@@ -163,7 +163,7 @@ def _weights(name: str, content: Callable[[Path, Kit], Any]) -> Make:
 
 
 def _bomb(path: Path, _: Kit) -> None:
-    """A torch file whose tensors are squeezed."""
+    """A torch file with compressed tensors."""
     torch.save({"a": torch.zeros(2**24)}, path)
     with zipfile.ZipFile(path) as archive:
         members = {info.filename: archive.read(info) for info in archive.infolist()}
@@ -215,7 +215,7 @@ WEIGHTS: dict[str, Case] = {
 
 
 def _run(spoil: Callable[[Path, Kit], Any], *words: Any, command: str = EVALUATE, resealed: bool = True) -> Make:
-    """Evaluate a run that something is wrong with; the checkpoint's sums are made to fit unless it is mere damage."""
+    """Evaluate a faulty run; the checksums of its checkpoint match unless the fault is plain damage."""
 
     def make(kit: Kit) -> list:
         run = kit.trained()
@@ -253,7 +253,7 @@ def _progress(**changes: Any) -> Callable[[Path, Kit], Any]:
 
 
 def _linked(name: str) -> Callable[[Path, Kit], Any]:
-    """Something that the run would write to leads elsewhere."""
+    """Evaluate a run in which a path to be written is a link to elsewhere."""
 
     def spoil(run: Path, kit: Kit) -> None:
         path = run / name

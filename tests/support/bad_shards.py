@@ -1,4 +1,4 @@
-"""Shard folders and tars that are damaged or meant to do harm, and the words of the error that each ends in."""
+"""Shard folders and tars that are damaged or malicious, with the words of the error that each must cause."""
 
 import gzip
 import io
@@ -112,7 +112,7 @@ MANIFESTS |= {
 
 
 def _overlapping(path: Path, _: Kit) -> None:
-    """An .npz whose entries all lead to the same bytes."""
+    """An .npz whose entries all point to the same bytes."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a0.npy", npy(np.zeros(10_000)))
         first = archive.filelist[0]
@@ -148,7 +148,7 @@ def _replace(name: str, change):
 
 
 def _older_index(kit: Kit) -> list:
-    """The index of another pack beside these tars, whose sum the manifest does not know."""
+    """The index of another pack beside these tars, without its checksum in the manifest."""
     folder = kit.shards()
     with np.load(folder / "index.npz") as index:
         arrays = dict(index)
@@ -229,7 +229,7 @@ def _flip_in(kind: str):
 
 
 def _exchanged(folder: Path) -> None:
-    """The responses of two stimuli, which are of one size, change places: only the sums tell."""
+    """Swap the responses of two stimuli, which only checksums reveal because they have the same size."""
     (one, size), (other, _) = place_in(folder, "rates.npy", 0), place_in(folder, "rates.npy", 1)
     data = bytearray((folder / FIRST).read_bytes())
     data[one : one + size], data[other : other + size] = data[other : other + size], data[one : one + size]
@@ -241,7 +241,7 @@ def _cut_at_border(folder: Path) -> None:
 
 
 def _cut_and_indexed(kit: Kit) -> list:
-    """Cut at a member's border, and all that is said of the tar made to fit."""
+    """Cut a tar between two members, and update everything recorded about it."""
     folder = kit.shards()
     _cut_at_border(folder)
     return [SHOW, sealed(folder), "--index"]
@@ -254,7 +254,7 @@ def _reversed_sites(kit: Kit) -> list:
 
 
 def _member(kind: str, data: bytes, command: str = FINETUNE) -> Make:
-    """Run a command on a folder in which one member is other bytes, and every sum fits."""
+    """Run a command on a folder in which one member has other bytes and all checksums match."""
     return _tar(lambda folder: rewritten(folder, kind, data), command)
 
 

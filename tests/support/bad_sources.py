@@ -1,4 +1,4 @@
-"""Recordings of strangers that are damaged or meant to do harm, for every reader of data_prep/pack.py."""
+"""Damaged and malicious recordings for every source of data_prep/pack.py."""
 
 import io
 import os
@@ -21,7 +21,7 @@ IMAGE = make_images(1)[0][0]
 
 
 def _folder(spoil: Callable[[Path, Kit], Any], *flags: Any, **made: Any) -> Make:
-    """Pack a folder that something is wrong with."""
+    """Pack a faulty folder."""
 
     def make(kit: Kit) -> list:
         source = kit.folder / "src"
@@ -49,7 +49,7 @@ def _cell(old: str, new: str) -> Make:
 
 
 def _parquet_bomb(source: Path, _: Kit) -> None:
-    """A million rows of nothing, in a few bytes."""
+    """A million empty rows in a few bytes."""
     (source / "rates.npy").unlink()
     column = pa.DictionaryArray.from_arrays(pa.array(np.zeros(20_000_000, np.int8)), pa.array([1.0]))
     pq.write_table(pa.table({"n0": column}), source / "rates.parquet")
@@ -123,7 +123,7 @@ FOLDERS: dict[str, Case] = {
 
 
 def _zip(members: Callable[[dict[str, bytes]], dict[str, bytes]], spoil=lambda path: None, **attributes: Any) -> Make:
-    """Pack a comparison file whose images lie in an archive that something is wrong with."""
+    """Pack a comparison file whose images are in a faulty archive."""
 
     def make(kit: Kit) -> list:
         written = make_mbs(kit.folder / "a.h5", with_images=False)
@@ -140,7 +140,7 @@ def _first(data: bytes) -> Callable[[dict[str, bytes]], dict[str, bytes]]:
 
 
 def _claims(path: Path) -> None:
-    """Let the archive's list say that its first member has a terabyte."""
+    """Make the directory of the archive claim a terabyte for its first member."""
     data = bytearray(path.read_bytes())
     place = data.find(b"PK\x01\x02") + 24
     data[place : place + 4] = (2**32 - 2).to_bytes(4, "little")
@@ -181,7 +181,7 @@ ARCHIVES: dict[str, Case] = {
 
 
 def _hdf5(kind: str, spoil: Callable[[h5py.File, Kit], Any]) -> Make:
-    """Pack an HDF5 file that something is wrong with."""
+    """Pack a faulty HDF5 file."""
 
     def make(kit: Kit) -> list:
         path = kit.folder / f"a.{kind}"
@@ -210,7 +210,7 @@ def _put(name: str, value: Callable[[Kit], Any]) -> Callable[[h5py.File, Kit], N
 
 
 def _outside(file: h5py.File, kit: Kit) -> None:
-    """The responses lie in another file, by HDF5's external storage."""
+    """Store the responses in another file through HDF5's external storage."""
     del file["spikes_train"]
     kit.write("secret", bytes(10_000))
     file.create_dataset("spikes_train", (24, 10), "f4", external=[(str(kit.folder / "secret"), 0, 960)])
@@ -224,7 +224,7 @@ def _virtual(file: h5py.File, kit: Kit) -> None:
 
 
 def _file(kind: str, content: bytes | Callable[[Kit], bytes], *flags: str) -> Make:
-    """Pack a file that is something else."""
+    """Pack a file of another kind."""
 
     def make(kit: Kit) -> list:
         path = kit.write(f"a.{kind}", content(kit) if callable(content) else content)

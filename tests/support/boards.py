@@ -1,4 +1,4 @@
-"""TensorBoard on a folder, and its API."""
+"""Run TensorBoard on a folder and query its API."""
 
 import json
 import urllib.request
@@ -9,8 +9,8 @@ from tensorboard import program
 
 
 @contextmanager
-def served(folder):
-    """TensorBoard on a folder; yields a function that asks its API."""
+def tensorboard_on(folder):
+    """Run TensorBoard on a folder; yields a function that queries its API."""
     server = program.TensorBoard()
     server.configure(argv=[None, "--logdir", str(folder), "--port", "0", "--load_fast", "false"])
     url = server.launch()

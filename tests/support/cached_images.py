@@ -1,4 +1,4 @@
-"""Which processes hold the cached images of a recording, read from /proc."""
+"""Find the processes that hold the cached images of a recording, through /proc."""
 
 import contextlib
 import os
@@ -8,7 +8,7 @@ from train.data import image_cache
 
 
 def memory_of_images(shards) -> tuple[int, set[int]]:
-    """Bytes of the nameless files with these images that are still there, and which processes have them open."""
+    """Bytes of the anonymous files that cache these images, and the processes that have them open."""
     bytes_by_file, pids = {}, set()
     key = image_cache.pixel_key(shards.split("train"), 32).encode()
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):

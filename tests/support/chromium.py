@@ -1,4 +1,4 @@
-"""Headless Chromium, driven through its own pipe: what a page says on its console, what it computes, how it looks."""
+"""Drive headless Chromium through its DevTools pipe."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ class Chromium:
     """A browser with one page; use it in a `with`.
 
     Attributes:
-        complaints: errors and warnings of the page's console, and what could not be loaded.
+        complaints: errors in the console of the page, and resources that failed to load.
     """
 
     def __init__(self):
@@ -62,7 +62,7 @@ class Chromium:
         self._profile.cleanup()
 
     def call(self, method: str, **options: Any) -> dict[str, Any]:
-        """A command of the DevTools protocol, and its result."""
+        """Run a command of the DevTools protocol; returns its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": options}
         if getattr(self, "_session", None):
@@ -76,7 +76,7 @@ class Chromium:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._unread:
-            assert select.select([self._from], [], [], PATIENCE)[0], "the browser says nothing"
+            assert select.select([self._from], [], [], PATIENCE)[0], "the browser does not answer"
             data = os.read(self._from, 1 << 16)
             assert data, "the browser has ended"
             self._unread += data
@@ -96,27 +96,27 @@ class Chromium:
         self._events.append(method)
 
     def open(self, url: str, width: int, height: int = 900) -> None:
-        """Open a page in a window of that size, in pixels; below 600 it is a phone's."""
+        """Open a page in a window of this size in pixels; a width below 600 emulates a phone."""
         phone = width < 600
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2, mobile=phone)
         self._events.clear()
         if "loaderId" not in self.call("Page.navigate", url=url):
-            return  # another place on the same page
+            return  # an anchor on the same page
         while "Page.loadEventFired" not in self._events:
             self._next()
 
     def value(self, expression: str) -> Any:
-        """What a JavaScript expression comes to; promises are waited for."""
+        """The value of a JavaScript expression; promises are awaited."""
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
     def screenshot(self, path: Path, whole_page: bool = False) -> None:
-        """The window as a PNG, or the whole page."""
+        """Save the window, or the whole page, as a PNG."""
         answer = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=whole_page)
         path.write_bytes(base64.b64decode(answer["data"]))
 
     def print(self, path: Path) -> None:
-        """The page as it is printed, a PDF."""
+        """Print the page to a PDF."""
         answer = self.call("Page.printToPDF", preferCSSPageSize=True, printBackground=True)
         path.write_bytes(base64.b64decode(answer["data"]))

@@ -1,4 +1,4 @@
-"""The commands and examples in README.md and docs/, as a reader would copy them."""
+"""Extract the commands and examples of README.md and docs/ as a reader would copy them."""
 
 import re
 import shlex
@@ -15,11 +15,11 @@ INLINE = re.compile(r"`((?:python |bash |pip |tensorboard |(?:train/|data_prep/)
 
 @dataclass(frozen=True)
 class Command:
-    """A command in a text.
+    """A command quoted on a page.
 
     Attributes:
-        page: where it stands.
-        text: as it stands there, lines joined and the comment cut off.
+        page: file that quotes it.
+        text: the command, with continuation lines joined and the comment removed.
     """
 
     page: Path
@@ -29,7 +29,7 @@ class Command:
         return f"{self.page.name}: {self.text}"
 
     def words(self, keep_optional: bool = True) -> list[str]:
-        """Its words, with or without what stands in brackets; an ellipsis is no word."""
+        """The words of the command, with or without its optional part in brackets; an ellipsis is dropped."""
         text = (
             re.sub(r"\[([^\]']*)\]", r" \1 " if keep_optional else " ", self.text)
             if ".[" not in self.text
@@ -39,7 +39,7 @@ class Command:
 
 
 def commands() -> list[Command]:
-    """All of them, in order."""
+    """All commands of all pages, in order."""
     return list(dict.fromkeys(Command(page, text) for page in PAGES for text in _of_page(page.read_text())))
 
 
@@ -54,5 +54,5 @@ def _of_page(text: str) -> Iterator[str]:
 
 
 def fenced(page: str, language: str) -> list[str]:
-    """The examples in a language on a page of docs/."""
+    """The fenced code blocks of a language on a page of docs/."""
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)

@@ -1,4 +1,4 @@
-"""What corpora of bad inputs are made with: code that must never run, claims that are not true, sums made to fit."""
+"""Building blocks for malicious inputs: code that must never run, false claims, matching checksums."""
 
 import hashlib
 import io
@@ -24,7 +24,7 @@ FIRST = "train-000000.tar"
 
 
 class Canary:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -35,7 +35,7 @@ class Canary:
 
 @dataclass
 class Kit:
-    """What a case is made of.
+    """The materials of a case.
 
     Attributes:
         folder: of the case alone.
@@ -48,23 +48,23 @@ class Kit:
 
     @property
     def canary(self) -> Path:
-        """The file that only executed code would make."""
+        """The file that exists only if code was executed."""
         return self.folder / "canary"
 
     def code(self) -> bytes:
-        """A pickle that makes the canary."""
+        """A pickle that creates the canary."""
         return pickle.dumps(Canary(self.canary))
 
     def objects(self) -> np.ndarray:
-        """An array that makes it."""
+        """An object array that creates the canary."""
         return np.array([Canary(self.canary)], dtype=object)
 
     def shards(self) -> Path:
-        """A copy of the shard folder to spoil."""
+        """A copy of the shard folder, to be damaged."""
         return shutil.copytree(self.packed, self.folder / "shards")
 
     def trained(self) -> Path:
-        """A copy of the run to spoil."""
+        """A copy of the run, to be damaged."""
         return shutil.copytree(self.run, self.folder / "run", symlinks=True)
 
     def write(self, name: str, content: bytes | str) -> Path:
@@ -98,7 +98,7 @@ def edit(path: Path, change: Callable[[dict], None], **dump: Any) -> None:
 
 
 def with_manifest(**changes: Any) -> Make:
-    """Show a folder whose manifest says otherwise: dotted keys with __ for the dots; its checksum is made to fit."""
+    """Show a folder whose manifest has other values (keys with __ for dots) and a matching checksum."""
 
     def make(kit: Kit) -> list[Any]:
         folder = kit.shards()
@@ -115,7 +115,7 @@ def with_manifest(**changes: Any) -> Make:
 
 
 def with_manifest_bytes(content: bytes | Callable[[bytes], bytes]) -> Make:
-    """Show a folder whose manifest.json is other bytes."""
+    """Show a folder whose manifest.json has other bytes."""
 
     def make(kit: Kit) -> list[Any]:
         path = kit.shards() / "manifest.json"
@@ -126,7 +126,7 @@ def with_manifest_bytes(content: bytes | Callable[[bytes], bytes]) -> Make:
 
 
 def with_index(change: Callable[[dict[str, np.ndarray]], Any], save: Callable = np.savez) -> Make:
-    """Show a folder whose index has other arrays, with sums that fit."""
+    """Show a folder whose index has other arrays and matching checksums."""
 
     def make(kit: Kit) -> list[Any]:
         folder = kit.shards()
@@ -151,13 +151,13 @@ def with_index_file(spoil: Callable[[Path, Kit], Any], seal: bool = True) -> Mak
 
 
 def sealed(folder: Path) -> Path:
-    """Let the manifest know nothing of the sums of the tables and of itself, as a stranger would."""
+    """Remove the checksums of the tables and of the manifest from the manifest."""
     edit(folder / "manifest.json", lambda content: content.update(files={}, checksum=None))
     return folder
 
 
 def indexed_anew(folder: Path) -> Path:
-    """Let manifest and index fit tars that have changed."""
+    """Rebuild manifest and index for tars that were changed."""
     manifest = load_manifest(sealed(folder))
     index: dict[str, list[SplitIndex]] = {}
     for name, split in manifest.splits.items():
@@ -176,7 +176,7 @@ def indexed_anew(folder: Path) -> Path:
 
 
 def rewritten(folder: Path, kind: str, data: bytes, tar: str = FIRST) -> Path:
-    """Give the first stimulus of a tar another member of some kind."""
+    """Replace a member of the first stimulus of a tar."""
     with tarfile.open(folder / tar) as old:
         members = [(member.name, old.extractfile(member).read()) for member in old]
     key = members[0][0].partition(".")[0]
@@ -207,13 +207,13 @@ def flip(path: Path, offset: int) -> None:
 
 
 def claiming(shape: str, descr: str = "<f4", data: bytes = b"") -> bytes:
-    """A .npy file whose header claims a shape."""
+    """A .npy file whose header claims this shape."""
     header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + data
 
 
 def large_png(side: int) -> bytes:
-    """A PNG whose header claims a side, and that has next to no pixels."""
+    """A PNG whose header claims this side, with hardly any pixels."""
     import zlib
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -225,13 +225,13 @@ def large_png(side: int) -> bytes:
 
 
 def large_jpeg(jpeg: bytes, side: int = 65_500) -> bytes:
-    """A JPEG whose header claims a side; 65,535 is the most that the format can say."""
+    """A JPEG whose header claims this side, at most 65,535."""
     start = next(place for marker in (b"\xff\xc0", b"\xff\xc2") if (place := jpeg.find(marker)) >= 0)
     return jpeg[: start + 5] + side.to_bytes(2, "big") * 2 + jpeg[start + 9 :]
 
 
 def many_scans(jpeg: bytes, scans: int = 20_000) -> bytes:
-    """A large progressive JPEG with the last scan repeated without end."""
+    """A large progressive JPEG that repeats its last scan many times."""
     last = jpeg.rfind(b"\xff\xda")
     return jpeg[:last] + jpeg[last:-2] * scans + jpeg[-2:]
 
@@ -249,14 +249,14 @@ def zipped(path: Path, members: dict[str, bytes], **attributes: Any) -> Path:
 
 
 def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE, link: str = "") -> bytes:
-    """One block of a tar; a negative size is written as others do, to base 256."""
+    """A header block of a tar; a negative size is written in base 256."""
     info = tarfile.TarInfo(name)
     info.size, info.type, info.linkname = size, kind, link
     return info.tobuf(tarfile.GNU_FORMAT)
 
 
 def tars(blocks: bytes, name: str = "a.tar") -> Make:
-    """Show a folder with one tar that somebody wrote block by block."""
+    """Show a folder with one tar, written block by block."""
     return lambda kit: [SHOW, kit.write(f"tars/{name}", blocks).parent]
 
 

@@ -1,4 +1,4 @@
-"""Machines on this machine: network namespaces joined by a bridge, each with an address of its own."""
+"""Simulate machines by network namespaces joined by a bridge, each with its own address."""
 
 import json
 import os
@@ -16,13 +16,13 @@ PACKET = 68 * 1024  # bytes that the kernel hands to a device at once, at most, 
 
 @dataclass
 class Machine:
-    """One of them.
+    """A simulated machine.
 
     Attributes:
-        name: of its namespace.
-        address: of its only network device, which the others reach.
+        name: of the namespace.
+        address: of its only network device.
         hub: namespace of the bridge.
-        port: the other end of its cable there.
+        port: of the bridge that it is connected to.
     """
 
     name: str
@@ -31,19 +31,19 @@ class Machine:
     port: str
 
     def start(self, *command, **environment: str) -> subprocess.Popen:
-        """Start a command there, as the leader of a process group of its own."""
+        """Start a command on this machine, in its own process group."""
         # Not `ip netns exec`, which hides the control groups that Slurm looks for.
         words = ["nsenter", f"--net=/var/run/netns/{self.name}", *command]
         return start_group(words, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
     def pids(self) -> list[int]:
-        """Its processes."""
+        """The processes on this machine."""
         return [int(pid) for pid in _ip("netns", "pids", self.name).split()]
 
     def limit(self, megabits: float) -> None:
-        """Let it send so many Mbit a second; what it receives is limited by who sends.
+        """Limit what this machine sends, in Mbit/s.
 
-        The bucket holds what is sent in 2 ms, at least a packet; what waits may be 64 MB, so that nothing is lost.
+        The bucket holds what is sent in 2 ms, and at least a packet; 64 MB may queue, so that nothing is lost.
         """
         burst = max(int(megabits * 1e6 / 8 * 0.002), PACKET)
         shape = ["rate", f"{megabits}mbit", "burst", str(burst), "limit", str(64 * 2**20)]
@@ -51,16 +51,16 @@ class Machine:
         subprocess.run(words, capture_output=True, text=True, check=True)
 
     def bytes_sent(self) -> int:
-        """By its network device, so far."""
+        """Bytes that its network device has sent so far."""
         return int(json.loads(_ip("-n", self.name, "-s", "-j", "link", "show", "eth0"))[0]["stats64"]["tx"]["bytes"])
 
     def cut(self) -> None:
-        """Pull the cable."""
+        """Disconnect it from the bridge."""
         _ip("-n", self.hub, "link", "set", self.port, "down")
 
 
 def reason_against() -> str | None:
-    """Why there can be no such machines here."""
+    """Why machines cannot be simulated here, or None."""
     if not shutil.which("ip"):
         return "there is no `ip` command (package iproute2)"
     if subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
@@ -70,7 +70,7 @@ def reason_against() -> str | None:
 
 @contextmanager
 def machines(count: int) -> Iterator[list[Machine]]:
-    """So many machines in a network of their own; what runs there is killed at the end."""
+    """`count` machines in their own network; their processes are killed at the end."""
     tag = uuid.uuid4().hex[:6]
     hub, started = f"hub{tag}", []
     try:

@@ -1,4 +1,4 @@
-"""Write small recordings as the field keeps them: with xarray, pynwb, and h5py as MATLAB and others lay out HDF5."""
+"""Write small recordings in the file formats of the field: BrainIO, NWB, MATLAB v7.3 and HDF5."""
 
 import zipfile
 from dataclasses import dataclass

@@ -1,10 +1,10 @@
-"""Small recordings to be trained on together: other numbers of stimuli and sites, other images, responses missing."""
+"""Make small recordings that differ in stimuli, sites, image size and missing responses."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from make_sources import Made, make_folder, write_csv
+from make_sources import RecordingContent, make_folder, write_csv
 
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
@@ -18,13 +18,13 @@ def pack_recording(
     missing: float = 0.0,
     stimuli_per_shard: int = 8,
     **options,
-) -> tuple[Path, Made]:
-    """Pack a recording into `path / name`; returns that and what was made.
+) -> tuple[Path, RecordingContent]:
+    """Pack a recording into `path / name`; returns the shard folder and its content.
 
     Args:
-        path: folder for source and shards.
+        path: parent of the source and the shard folder.
         name: of the recording.
-        ids: of the stimuli; by default the name and a number.
+        ids: of the stimuli; by default the name of the recording and a number.
         splits: of the stimuli; by default three of five are train.
         missing: share of the responses that were not recorded.
         stimuli_per_shard: in a tar.

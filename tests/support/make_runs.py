@@ -1,4 +1,4 @@
-"""Folders as train/finetune.py, train/probe.py and train/sweep.py leave them, made up in a moment."""
+"""Write run folders like those of train/finetune.py, train/probe.py and train/sweep.py without training."""
 
 import json
 from pathlib import Path
@@ -17,23 +17,23 @@ STIMULI, SITES = 80, 12
 
 
 def responses(seed: int = 0, stimuli: int = STIMULI) -> np.ndarray:
-    """float32 (stimuli, SITES)."""
+    """Random responses float32 (stimuli, SITES)."""
     return np.random.default_rng(seed).normal(5, 1, (stimuli, SITES)).astype(np.float32)
 
 
 def guess(target: np.ndarray, noise: float, seed: int = 1) -> np.ndarray:
-    """Predictions that are off by some noise."""
+    """Predictions: the target plus noise of this standard deviation."""
     return (target + np.random.default_rng(seed).normal(0, noise, target.shape)).astype(np.float32)
 
 
 def make_run(path: Path, target: np.ndarray | None = None, prediction: np.ndarray | None = None, **more: Any) -> Path:
-    """A run; scored on val where there are predictions.
+    """Write a run folder, scored on val if there are predictions.
 
     Args:
         path: of its folder.
         target, prediction: (stimuli, sites).
         more: `recipe`, `recording`, `history` (lines), `command`, `reliability` (sites,), `layers` (predictions by name
-            of a probe), and what else metrics.json is to say.
+            of a probe), and further keys of metrics.json.
     """
     path.mkdir(parents=True)
     recipe = more.pop("recipe", Recipe(epochs=3))
@@ -57,13 +57,13 @@ def epoch_line(epoch: int, r2: float, best: bool = True) -> dict[str, Any]:
 
 
 def make_probe(path: Path, target: np.ndarray, layers: dict[str, np.ndarray], chosen: str, **more: Any) -> Path:
-    """A probe of some layers, of which one is chosen."""
+    """Write a probe of several layers, of which `chosen` is chosen."""
     recipe = more.pop("recipe", ProbeRecipe(layers=list(layers)))
     return make_run(path, target, layers[chosen], recipe=recipe, layers=layers, chosen=chosen, history=[], **more)
 
 
 def make_classifier(path: Path, shown: np.ndarray, named: np.ndarray, classes: list[str], **more: Any) -> Path:
-    """A classifier's run, scored on val."""
+    """Write the run of a classifier, scored on val."""
     make_run(path, recipe=Recipe.model_validate({"task": {"kind": "classification"}}), **more)
     counts = ClassCounts.zeros(len(classes))
     logits = torch.nn.functional.one_hot(torch.from_numpy(named), len(classes)).float()

@@ -18,8 +18,8 @@ GRID = 4  # the images are GRID x GRID colours, smoothly enlarged
 
 
 @dataclass
-class Made:
-    """What was written.
+class RecordingContent:
+    """The content of a small recording that was written.
 
     Attributes:
         images: uint8 (stimuli, size, size, 3).
@@ -63,7 +63,7 @@ def mean_rates(images: np.ndarray, sites: int, seed: int = 0) -> np.ndarray:
 
 
 def normalise(images: np.ndarray) -> np.ndarray:
-    """Anything (n, H, W, 3) in 0..255 -> float32 (n, 3, H, W), ImageNet-normalised as torchvision does it."""
+    """Normalise images (n, H, W, 3) in 0..255 to float32 (n, 3, H, W) as torchvision does for ImageNet."""
     return ((images.astype(np.float32) / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
 
 
@@ -78,8 +78,8 @@ def make_it_h5(
     noise: float = 0.5,
     seed: int = 0,
     chunks: int | None = None,
-) -> dict[str, Made]:
-    """Write a small file with the schema of the course's IT_data.h5; returns what is in it per split."""
+) -> dict[str, RecordingContent]:
+    """Write a small file with the schema of the course's IT_data.h5; returns its content by split."""
     n = {"train": n_train, "val": n_val, "test": n_test}
     images, label = make_images(sum(n.values()), size, n_objects, seed)
     rates = mean_rates(images, sites, seed)
@@ -95,7 +95,7 @@ def make_it_h5(
             file[f"object_{split}"] = np.array([name.encode("latin-1") for name in objects])
             if split != "test":
                 file[f"spikes_{split}"] = rates[rows]
-            made[split] = Made(images[rows], objects, rates[rows], None, ids, [split] * count)
+            made[split] = RecordingContent(images[rows], objects, rates[rows], None, ids, [split] * count)
             start += count
     return made
 
@@ -120,7 +120,7 @@ def make_folder(
     site_table: bool = False,
     noise: float = 0.5,
     seed: int = 0,
-) -> Made:
+) -> RecordingContent:
     """Write a recording for the source `folder`.
 
     Args:
@@ -170,11 +170,11 @@ def make_folder(
         write_csv(
             path / "sites.csv", {"id": site_ids, "region": ["V4"] * sites, "depth": [0.5 + k for k in range(sites)]}
         )
-    return Made(images, objects, average, single if trials else None, ids, split_names)
+    return RecordingContent(images, objects, average, single if trials else None, ids, split_names)
 
 
 def write_rates(path: Path, rates: np.ndarray, ids: list[str], site_ids: list[str]) -> None:
-    """Write rates (stimuli, sites) in the format that the file's ending says."""
+    """Write rates (stimuli, sites) in the format of the file's suffix."""
     if path.suffix == ".npy":
         np.save(path, rates)
         return

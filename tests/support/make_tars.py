@@ -1,4 +1,4 @@
-"""Make tars as others write them: an image and responses for each stimulus, adjacent, and nothing beside the tars."""
+"""Make plain tars with an image and responses per stimulus, without manifest or index."""
 
 import io
 import tarfile
@@ -19,7 +19,7 @@ def npy(array: np.ndarray, **options) -> bytes:
 
 
 def sample(row: int, **members: bytes) -> dict[str, bytes]:
-    """The members of a stimulus, encoded, by kind."""
+    """The encoded members of a stimulus, by kind."""
     return {"png": encode(IMAGES[row], "png"), "rates.npy": npy(RATES[row])} | members
 
 

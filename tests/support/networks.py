@@ -23,7 +23,7 @@ def backbone(
     pools: bool = True,
     maps: bool = False,
 ) -> Backbone:
-    """A backbone in evaluation mode, with the weights of this seed where they are random."""
+    """A backbone in evaluation mode; random weights are drawn with this seed."""
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # timm's, when it resamples position embeddings
@@ -31,7 +31,7 @@ def backbone(
 
 
 def refusal(name: str, cut: str | None = None, *, size: int = SIZE, weights: str | Path = "random") -> str:
-    """The message with which a backbone is refused, one line."""
+    """The one-line error message for an invalid backbone."""
     with pytest.raises(BadInput) as caught:
         backbone(name, cut, size=size, weights=weights)
     assert "\n" not in str(caught.value)

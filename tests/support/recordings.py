@@ -1,4 +1,4 @@
-"""Read recordings as the packing processes do, and compare what was packed with what was written."""
+"""Read recordings as packing does, and compare packed shards with the source."""
 
 import io
 import pickle
@@ -17,13 +17,13 @@ PACK = "data_prep/pack.py"
 
 
 def read_all(recording: Recording) -> list[Stimulus]:
-    """Everything in order, through a pickle."""
+    """All stimuli in order, from a pickled copy of the recording."""
     recording = pickle.loads(pickle.dumps(recording))
     return list(recording.read(range(len(recording.stimulus_ids))))
 
 
 def read_by_id(recording: Recording) -> dict[str, Stimulus]:
-    """Everything by id, through a pickle and in another order than the source's."""
+    """All stimuli by id, read from a pickled copy of the recording in random order."""
     recording = pickle.loads(pickle.dumps(recording))
     order = np.random.default_rng(0).permutation(len(recording.stimulus_ids))
     return {stimulus.id: stimulus for stimulus in recording.read(order.tolist())}
@@ -47,14 +47,14 @@ def packed(tmp_path: Path, *args) -> ShardFolder:
 
 
 def refused(tmp_path: Path, words: tuple[str, ...], *args) -> None:
-    """The real command ends with one sentence and leaves nothing behind."""
+    """The real command ends with one error message and leaves no files behind."""
     out = tmp_path / "refused"
     assert_refused(run_here(PACK, *args, "--out", out, "--workers", 1), *words)
     assert not list(tmp_path.glob("*refused*"))
 
 
 def check_packed(folder: ShardFolder, written: Written, columns=slice(None), scale: float = 1.0) -> None:
-    """What was packed is what was written: images, averages, and trials where there are several."""
+    """The shards hold the images, averages and (if there are several) trials of the source."""
     row_of = {name: row for row, name in enumerate(safe_ids(written.ids))}
     seen = set()
     for name in folder.manifest.splits:

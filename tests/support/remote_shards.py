@@ -1,4 +1,4 @@
-"""Shards behind a URL for tests: open them, fetch them, read them in batches, and look into their cache."""
+"""Open, fetch and read shards behind a URL, and inspect their cache."""
 
 from pathlib import Path
 
@@ -36,11 +36,11 @@ def train_shard(shards: ShardFolder, number: int = 0):
 
 
 def fetch(shards: ShardFolder, number: int = 0) -> bytes:
-    """All bytes of a train shard."""
+    """The bytes of a train shard."""
     with shards.split("train").files.local(train_shard(shards, number)) as path:
         return path.read_bytes()
 
 
-def kept(cache: Path) -> dict[str, int]:
+def cached_files(cache: Path) -> dict[str, int]:
     """The files in a cache and their sizes."""
     return {path.name: path.stat().st_size for path in cache.iterdir() if path.name != "lock"}

@@ -1,4 +1,4 @@
-"""Made-up predictions and responses, and their scores by our metrics and by scikit-learn."""
+"""Random predictions and responses, and their scores by our metrics and by scikit-learn."""
 
 import json
 
@@ -15,7 +15,7 @@ SITE_IDS = [f"n{k}" for k in range(SITES)]
 
 
 def make_predictions(stimuli=STIMULI, sites=SITES, missing=0.2, seed=0):
-    """Predictions and responses, float32 (stimuli, sites); a share of the responses is NaN, but for site 0."""
+    """Predictions and responses, float32 (stimuli, sites); a share of the responses is NaN, except at site 0."""
     rng = np.random.default_rng(seed)
     target = rng.normal(10, 2, (stimuli, sites))
     prediction = 0.6 * target + rng.normal(3, 1.2, (stimuli, sites))
@@ -26,7 +26,7 @@ def make_predictions(stimuli=STIMULI, sites=SITES, missing=0.2, seed=0):
 
 
 def moments(prediction, target, weight=None):
-    """All stimuli taken in at once by one rank."""
+    """The moments of all stimuli, computed at once."""
     weight = None if weight is None else torch.from_numpy(weight)
     return SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(target), weight)
 

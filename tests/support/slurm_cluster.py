@@ -1,4 +1,4 @@
-"""A Slurm of two nodes on this machine, each a network namespace with a slurmd of its own."""
+"""Run a Slurm cluster of two nodes on this machine, each a network namespace with its own slurmd."""
 
 import os
 import shutil
@@ -38,7 +38,7 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 
 
 def reason_against_slurm() -> str | None:
-    """Why there can be no such cluster here."""
+    """Why a cluster cannot run here, or None."""
     missing = [name for name in ("munged", "slurmctld", "slurmd", "sbatch") if not shutil.which(name)]
     if missing:
         return f"there is no {missing[0]} (launch/test.sh --slurm installs it)"
@@ -47,18 +47,18 @@ def reason_against_slurm() -> str | None:
 
 @dataclass
 class Cluster:
-    """A running one.
+    """A running cluster.
 
     Attributes:
         folder: its configuration and logs.
-        nodes: its machines; commands are given on the first.
+        nodes: its machines; commands run on the first.
     """
 
     folder: Path
     nodes: list[Machine]
 
     def run(self, *command, **environment: str) -> str:
-        """A command on the first node that must end well; returns what it printed."""
+        """Run a command on the first node that must succeed; returns its standard output."""
         settings = {"SLURM_CONF": str(self.folder / "slurm.conf"), **environment}
         process = self.nodes[0].start(*command, **settings)
         out, err = process.communicate(timeout=60)
@@ -66,16 +66,16 @@ class Cluster:
         return out
 
     def submit(self, *words, **environment: str) -> str:
-        """sbatch; returns the job's number."""
+        """Submit a job with sbatch; returns its number."""
         return self.run("sbatch", "--parsable", f"--chdir={ROOT}", *words, **environment).strip().split(";")[0]
 
     def state(self, job: str) -> str:
-        """RUNNING, COMPLETED ..."""
+        """State of a job: RUNNING, COMPLETED ..."""
         description = self.run("scontrol", "show", "job", job, "--oneliner")
         return next(word.partition("=")[2] for word in description.split() if word.startswith("JobState="))
 
     def wait_for(self, job: str, *states: str, seconds: float = 240) -> str:
-        """Until the job is in one of the states."""
+        """Wait until the job is in one of the states; returns it."""
         deadline = time.monotonic() + seconds
         while (state := self.state(job)) not in states:
             assert time.monotonic() < deadline, f"job {job} is still {state}, not {states}"
@@ -85,7 +85,7 @@ class Cluster:
 
 @contextmanager
 def cluster(folder: Path) -> Iterator[Cluster]:
-    """Start a cluster; all of it is gone at the end."""
+    """Run a cluster, which is shut down at the end."""
     with machines(2) as nodes:
         _configure(folder, nodes)
         environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}

@@ -1,4 +1,4 @@
-"""A web server on this machine that does what networks do: it cuts connections, lies, dawdles and refuses."""
+"""A local web server that imitates faulty networks: cut connections, wrong bytes, delays, refusals."""
 
 import threading
 import time
@@ -10,17 +10,17 @@ from pathlib import Path
 
 
 class Web:
-    """What a server serves and how.
+    """What the server serves, and the faults it imitates.
 
     Attributes:
-        folder: whose files it serves.
-        faults: what happens to the next requests for a file, one after the other: ("cut", BYTES), ("wrong",),
+        folder: the files to serve.
+        faults: by file, what happens to its next requests, one after the other: ("cut", BYTES), ("wrong",),
             ("slow", SECONDS) before the answer, ("drip", SECONDS) between single bytes, ("status", CODE), ("html",);
-            None for nothing.
-        always: the same for every request for a file.
-        ranges: whether it knows ranges; most do.
+            None for no fault.
+        always: by file, the fault of every request.
+        ranges: whether it supports range requests.
         wanted: user and password as "user:password", and a query, that every request must have.
-        pace: seconds that each 4 KiB of a tar take.
+        pace: seconds per 4 KiB.
         asked: (file, Range header) of all requests.
     """
 
@@ -36,7 +36,7 @@ class Web:
         self.url = ""
 
     def times(self) -> Counter:
-        """How often each tar was asked for."""
+        """Number of requests for each tar."""
         return Counter(file for file, _ in self.asked if file.endswith(".tar"))
 
 
@@ -87,7 +87,7 @@ def serve(folder: Path) -> Iterator[Web]:
             self.send_header("Content-Length", str(len(content) - start))
             self.end_headers()
             self.close_connection = True
-            with suppress(OSError):  # they did not wait
+            with suppress(OSError):  # the client hung up
                 self.send(content[start : start + how[0] if fault == "cut" else None], fault, *how)
 
         def send(self, content: bytes, fault: str, *how):

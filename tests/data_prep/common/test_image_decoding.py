@@ -1,4 +1,4 @@
-"""Encoded images: recognised by their bytes, converted without loss, refused where damaged or absurdly large."""
+"""Encoded images are recognised by their bytes, converted without loss, and refused if damaged or too large."""
 
 import zlib
 

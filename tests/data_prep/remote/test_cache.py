@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, wait_for
-from remote_shards import fetch, kept, opened, train_shard
+from remote_shards import cached_files, fetch, opened, train_shard
 from web_server import serve
 
 from data_prep.common.errors import BadInput
 from data_prep.remote import cache as shard_cache
 from data_prep.remote.cache import GIB
 
-pytestmark = pytest.mark.usefixtures("impatient")
+pytestmark = pytest.mark.usefixtures("fast_retries")
 
 
 READER = """
@@ -56,7 +56,7 @@ def test_a_killed_download_is_resumed(web, packed, cache):
     assert fetch(shards) == (packed / "train-000000.tar").read_bytes()
     ((_, requested_range),) = [request for request in web.asked[before:] if request[0] == "train-000000.tar"]
     assert int(requested_range.removeprefix("bytes=").rstrip("-")) > 4096
-    assert not any(name.endswith("part") for name in kept(cache))
+    assert not any(name.endswith("part") for name in cached_files(cache))
 
 
 @pytest.mark.parametrize("content", [b"", b"not the beginning of it", bytes(10**6)], ids=len)
@@ -73,10 +73,10 @@ def test_copies_stay_within_their_budget_and_those_used_last_remain(web, packed,
     for number in range(6):
         fetch(shards, number)
         fetch(shards, 0)
-        assert sum(kept(cache).values()) <= 3.9 * size
+        assert sum(cached_files(cache).values()) <= 3.9 * size
     assert web.times()["train-000000.tar"] == 1
-    assert f"{train_shard(shards, 5).sha256}-{train_shard(shards, 5).bytes}" in kept(cache)
-    assert f"{train_shard(shards, 1).sha256}-{train_shard(shards, 1).bytes}" not in kept(cache)
+    assert f"{train_shard(shards, 5).sha256}-{train_shard(shards, 5).bytes}" in cached_files(cache)
+    assert f"{train_shard(shards, 1).sha256}-{train_shard(shards, 1).bytes}" not in cached_files(cache)
 
 
 def test_a_copy_in_use_is_not_evicted(web, packed, cache):
@@ -98,7 +98,7 @@ def test_many_readers_of_a_small_cache_do_not_stop_each_other(web, packed, cache
     size = max(path.stat().st_size for path in packed.glob("*.tar"))
     readers = [start_reader(web.url, cache, 1.2 * size / GIB) for _ in range(3)]
     assert [(reader.wait(60), reader.stderr.read()) for reader in readers] == [(0, "")] * 3
-    assert sum(kept(cache).values()) <= 1.2 * size
+    assert sum(cached_files(cache).values()) <= 1.2 * size
 
 
 def test_a_shard_that_never_fits_is_refused_at_once(web, cache):
@@ -112,7 +112,7 @@ def test_a_full_disk_is_reported(web, cache, monkeypatch):
     monkeypatch.setattr(shard_cache.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(BadInput, match=rf"{cache}: no space for {web.url}/train-000000\.tar .*loader\.shard_cache"):
         fetch(shards)
-    assert not any(name.endswith("part") for name in kept(cache))
+    assert not any(name.endswith("part") for name in cached_files(cache))
 
 
 def test_a_cache_that_cannot_be_written_is_reported(web, tmp_path):

@@ -1,4 +1,4 @@
-"""Downloads of public files over a network that fails in every way that a local server can imitate."""
+"""Downloads of public files survive every network failure that a local server can imitate."""
 
 import hashlib
 import http.server
@@ -178,7 +178,7 @@ def test_a_later_call_resumes_too(download, server, tmp_path):
 
 
 def test_progress_allows_new_failures(download, server):
-    """Each cut comes further than the one before: retries count failures in a row without a step forward."""
+    """Each attempt gets further than the one before: only failures in a row without progress count."""
     server.scenes = [scene(cut=k * 50_000) for k in range(1, 6)]
     assert download(retries=1).read_bytes() == DATA
 
@@ -319,7 +319,7 @@ def test_a_page_that_leads_to_a_local_file_is_not_followed(download, server):
 
 
 def test_a_full_disk_keeps_what_arrived(server, tmp_path):
-    """A limit on the size of files stands for the full disk: the kernel refuses to write in the same way."""
+    """A limit on the file size stands in for the full disk: writing fails in the same way."""
     command = ["data_prep/fetch.py", "it-course", "--out", tmp_path, "--mirror", server.url]
     limited = run_command(command, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000)))
     assert limited.returncode == 1

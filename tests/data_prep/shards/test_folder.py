@@ -254,7 +254,7 @@ def test_an_image_that_cannot_be_read_leaves_nothing_behind(source, tmp_path):
 
 @pytest.fixture(scope="module")
 def long_source(tmp_path_factory):
-    """Enough stimuli for a pack to be caught in the middle."""
+    """Enough stimuli for a pack to be interrupted."""
     path = tmp_path_factory.mktemp("long") / "src"
     make_folder(path, n=600, size=16, sites=4, splits=True)
     return path
@@ -283,7 +283,7 @@ def is_alive(pid: int) -> bool:
 
 
 def kill(process, out: Path) -> SimpleNamespace:
-    """Kill a pack's first process; its workers get a few seconds to notice, then go too."""
+    """Kill the first process of a pack; workers that do not notice within seconds are killed too."""
     wait_until_it_writes(process, out)
     workers = children(process.pid)
     os.kill(process.pid, signal.SIGKILL)
@@ -299,7 +299,7 @@ def kill(process, out: Path) -> SimpleNamespace:
 
 
 def interrupt(process, out: Path) -> SimpleNamespace:
-    """Ctrl-C, which reaches the command and its workers alike."""
+    """Press Ctrl-C, which reaches the command and its workers."""
     wait_until_it_writes(process, out)
     os.killpg(process.pid, signal.SIGINT)
     result = finish(process, timeout=30)
@@ -407,7 +407,7 @@ def test_verify_finds_a_flipped_byte_in_a_header_and_in_the_padding(copied):
 
 
 def without_sums(folder: Path) -> None:
-    """Let the manifest know nothing of its own content and of the tables, as those of older packs."""
+    """Remove the checksums of the manifest and of the tables, as in older packs."""
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest |= {"files": {}, "checksum": None}
     (folder / "manifest.json").write_text(json.dumps(manifest))

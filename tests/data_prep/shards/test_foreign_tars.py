@@ -1,4 +1,4 @@
-"""Folders of tars of other origin: WebDataset's own writer, or plain tar in any of its formats."""
+"""Folders of tars from elsewhere: WebDataset's own writer, or plain tar in any of its formats."""
 
 import io
 import json
@@ -29,7 +29,7 @@ SHOW = "data_prep/show.py"
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """Two tars to train on and one to validate."""
+    """Two train tars and one val tar."""
     write_samples(tmp_path / "tars" / "train-0.tar", range(8))
     write_samples(tmp_path / "tars" / "train-1.tar", range(8, 14))
     write_samples(tmp_path / "tars" / "val-0.tar", range(14, 20))
@@ -157,7 +157,7 @@ def contents(folder: Path) -> list[str]:
 
 
 def rewrite(path: Path, change) -> None:
-    """Change a file's bytes and leave its size and time as they are."""
+    """Change the bytes of a file but not its size and time."""
     status, data = path.stat(), bytearray(path.read_bytes())
     change(data)
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""Packing on several processes: the same bytes whatever their number, and one sentence whatever goes wrong in one."""
+"""Packing on any number of processes writes the same bytes, and a fault in one is one error message."""
 
 import os
 import resource
@@ -21,7 +21,7 @@ PACK = "data_prep/pack.py"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Enough stimuli for a pack to be caught in the middle; JPEGs of 160 px, about 4 kB each."""
+    """Enough JPEGs (160 px, about 4 kB each) for a pack to be interrupted."""
     path = tmp_path_factory.mktemp("source") / "src"
     make_folder(path, n=600, size=160, sites=4, splits=True, trials=3, encoding="jpg")
     return path
@@ -71,7 +71,7 @@ def test_by_default_there_is_a_worker_for_each_core_that_may_be_used():
 
 
 def said(done) -> list[str]:
-    """What a command wrote to standard error, without the lines about its progress that a slow machine gets to see."""
+    """Standard error of a command without progress lines, which only a slow machine shows."""
     return [line for line in done.stderr.splitlines() if not line.startswith("packing: ")]
 
 

@@ -10,7 +10,7 @@ import fsspec
 import numpy as np
 import pytest
 from helpers import assert_refused, run_here, succeed_here
-from remote_shards import assert_same, fetch, kept, loader_of, opened, read, train_shard
+from remote_shards import assert_same, cached_files, fetch, loader_of, opened, read, train_shard
 from web_server import serve
 
 from data_prep.common.errors import BadInput, RunFailed
@@ -18,7 +18,7 @@ from data_prep.remote import transport
 from data_prep.shards import remote_files
 from data_prep.shards.folder import ShardFolder
 
-pytestmark = pytest.mark.usefixtures("impatient")
+pytestmark = pytest.mark.usefixtures("fast_retries")
 
 
 SHOW = "data_prep/show.py"
@@ -114,7 +114,7 @@ def test_wrong_bytes_are_never_used(web, cache):
     assert shard.sha256 in message
     assert "\n" not in message
     assert web.times()["train-000003.tar"] == remote_files.RETRIES.wrong_limit + 1
-    assert not any(name.startswith(shard.sha256) for name in kept(cache))
+    assert not any(name.startswith(shard.sha256) for name in cached_files(cache))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -203,7 +203,7 @@ def test_a_url_that_cannot_be_read_is_refused_in_a_sentence(packed, tmp_path, ca
 
 
 def test_foreign_tars_are_refused_behind_a_url(packed, tmp_path, cache):
-    """They have no manifest that would tell what to fetch, and to derive one all of them would have to be read."""
+    """Without a manifest, all of them would have to be read first."""
     for tar in packed.glob("*.tar"):
         (tmp_path / "tars" / tar.name).parent.mkdir(exist_ok=True)
         shutil.copy(tar, tmp_path / "tars")
@@ -213,7 +213,7 @@ def test_foreign_tars_are_refused_behind_a_url(packed, tmp_path, cache):
 
 
 def test_rewritten_tables_are_fetched_again(packed, tmp_path, cache):
-    """The manifest tells their hashes, so that it has to follow them."""
+    """The manifest holds their hashes."""
     folder = tmp_path / "copy"
     shutil.copytree(packed, folder)
     (folder / "index.npz").unlink()

@@ -36,7 +36,7 @@ def test_the_source_that_the_documentation_adds(tmp_path, monkeypatch):
 
 
 def test_the_options_of_sources_import_no_slow_library():
-    """So that help and command-line errors come at once."""
+    """Help and command-line errors must appear at once."""
     names = [f"data_prep.sources.{path.stem}" for path in (ROOT / "data_prep" / "sources").glob("[!_]*.py")]
     code = f"import sys, {', '.join(names)}; print(*({set(SLOW)!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

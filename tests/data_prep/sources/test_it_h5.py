@@ -138,7 +138,7 @@ def test_a_bad_image_that_open_did_not_look_at_is_found_by_read(tmp_path):
 
 
 def replace(path: Path, name: str, value=None) -> None:
-    """Put another value, dataset or link under a name; None removes it."""
+    """Replace a value, dataset or link; None removes it."""
     with h5py.File(path, "r+") as file:
         del file[name]
         if value is not None:

@@ -17,7 +17,7 @@ N = 30
 
 
 def make_part(path: Path, rows: slice, sites: int, site_ids: list[str] | None = None, **options):
-    """Pack the stimuli in `rows` of one set of 30; returns what was made, cut to them, and the shard folder."""
+    """Pack the stimuli in `rows` of a set of 30; returns their content and the shard folder."""
     source = path / "source"
     written = make_folder(source, n=N, splits=True, sites=sites, seed=0, **options)
     keep = range(N)[rows]

@@ -1,4 +1,4 @@
-"""The simulated recording: the same for everybody, and true to what it says of itself."""
+"""The simulated recording is the same on every machine and matches its own description."""
 
 import io
 import pickle

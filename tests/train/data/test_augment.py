@@ -1,4 +1,4 @@
-"""Augmentation: exactly the change that was drawn, and the same draws whatever the number of processes."""
+"""Augmentation applies exactly the drawn change, with the same draws on any number of processes."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def images() -> torch.Tensor:
 
 
 def draws(**kinds: float | list[float]) -> torch.Tensor:
-    """Draws of 0, but for those named."""
+    """Draws of 0, except those named."""
     drawn = torch.zeros(COUNT, KINDS)
     for name, values in kinds.items():
         drawn[:, globals()[name.upper()]] = torch.tensor(values)
@@ -32,14 +32,14 @@ def draws(**kinds: float | list[float]) -> torch.Tensor:
 
 
 def shifted(image: torch.Tensor, right: int, down: int) -> torch.Tensor:
-    """By whole pixels; the edge is repeated."""
+    """An image shifted by whole pixels; the edge is repeated."""
     rows = (torch.arange(SIZE) - down).clamp(0, SIZE - 1)
     columns = (torch.arange(SIZE) - right).clamp(0, SIZE - 1)
     return image[:, rows][:, :, columns]
 
 
 def assert_equal(augmented: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-3) -> None:
-    """To what float32 loses in the interpolation's weights."""
+    """Equal up to the rounding of interpolation weights in float32."""
     assert augmented.dtype == torch.float32
     torch.testing.assert_close(augmented, expected.float(), rtol=0, atol=tolerance)
 
@@ -150,6 +150,6 @@ def test_the_ranks_together_have_the_draws_of_the_global_batch(seed, size, ranks
 # ---- in training ---------------------------------------------------------------------------------------------------
 
 
-def test_training_with_augmentation_does_not_depend_on_the_number_of_processes(head_first):
+def test_training_with_augmentation_does_not_depend_on_the_number_of_processes(hybrid_run_on):
     """The run's readouts begin at a ridge, so that already the first loss depends on the images."""
-    assert losses(head_first(2)) == pytest.approx(losses(head_first(1)), rel=1e-4)
+    assert losses(hybrid_run_on(2)) == pytest.approx(losses(hybrid_run_on(1)), rel=1e-4)

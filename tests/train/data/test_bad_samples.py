@@ -55,7 +55,7 @@ def copied(packed, tmp_path) -> Path:
 
 @pytest.fixture
 def damaged(copied) -> tuple[Path, list[str]]:
-    """Two training stimuli and one of val are bad: a flipped bit, responses of other sites, no image."""
+    """Two train stimuli and one val stimulus are bad: a flipped bit, responses of other sites, no image."""
     rewritten(copied, "rates.npy", npy(np.zeros(9, np.float32)), "train-000001.tar")
     rewritten(copied, "png", b"no image", "val-000000.tar")
     offset, size = place_in(copied, "png", 2)
@@ -155,7 +155,7 @@ def test_nothing_left_is_refused(copied):
 
 
 def test_of_two_runs_into_one_folder_one_wins_and_the_other_is_refused(packed, tmp_path):
-    """Both find the folder free; who claims it second is told."""
+    """Both find the folder free; the one that claims it second is refused."""
     first, second = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
     for folder in (first, second):
         folder.check_free()
@@ -222,7 +222,7 @@ def test_a_killed_process_leaves_the_folder_free(tmp_path):
 
 
 def test_a_checkpoint_that_changes_meanwhile_is_not_mixed_with_the_next(run, packed, tmp_path, monkeypatch):
-    """`best` is looked up once: what is said of the network and its weights are of one checkpoint."""
+    """`best` is resolved once, so that progress and weights come from one checkpoint."""
     from train.evaluation import run_evaluation
     from train.evaluation.options import Evaluate
 
@@ -247,7 +247,7 @@ def test_a_checkpoint_that_changes_meanwhile_is_not_mixed_with_the_next(run, pac
 
 
 def test_a_report_over_a_run_in_progress(run, tmp_path):
-    """Half a line of history and no scores yet: it says what it lacks, or passes over it, and writes nothing there."""
+    """With half a line of history and no scores, the report says what is missing and leaves the run unchanged."""
     copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
     with (copy / "history.jsonl").open("a") as file:
         file.write('{"epoch": 2, "lo')

@@ -1,4 +1,4 @@
-"""Several recordings as one set of stimuli: who makes a step, who is held out, what the loss is, what is refused."""
+"""Several recordings as one set of stimuli: the batches, the held-out stimuli, the loss, and refused settings."""
 
 import itertools
 import json

@@ -1,4 +1,4 @@
-"""Decoded images that are kept: the same batches as without, shared, within the budget, and gone with their users."""
+"""Cached images give the same batches, are shared, stay within the budget and vanish with their users."""
 
 import errno
 import gc
@@ -36,7 +36,7 @@ IMAGE = 32 * 32 * 3
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory) -> list[Path]:
-    """Two recordings of 50 PNGs, 30 of them for training."""
+    """Two recordings of 50 PNGs each, 30 of them for training."""
     folders = []
     for seed in range(2):
         path = tmp_path_factory.mktemp("packed")
@@ -48,7 +48,7 @@ def packed(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture
 def shards(packed, tmp_path) -> ShardFolder:
-    """Files of its own for every test, so that nothing is shared between tests."""
+    """A fresh copy for every test, so that tests share no cache."""
     return copied(packed[0], tmp_path / "shards")
 
 
@@ -66,7 +66,7 @@ def loader_of(stimuli, workers=0, rank=0, ranks=1) -> TrainLoader:
 
 
 def images(loader, epoch=0, first_step=0) -> torch.Tensor:
-    """What an epoch shows, in its order."""
+    """The images of an epoch, in order."""
     return torch.cat([batch.images for step in loader.epoch(epoch, first_step) for batch in step])
 
 
@@ -76,7 +76,7 @@ def evaluated(stimuli, workers=0, **options) -> torch.Tensor:
 
 
 def destroy(shards) -> None:
-    """Overwrite the images in the tars and leave all else alone: who reads one from them now fails."""
+    """Overwrite the images in the tars, so that reading one of them fails."""
     png = MEMBERS.index("png")
     for tar in shards.folder.glob("*.tar"):
         status, index, data = tar.stat(), index_shard(tar), bytearray(tar.read_bytes())
@@ -267,7 +267,7 @@ def test_control_groups_limit_memory(tmp_path):
 
 
 def test_settings_survive_yaml(tmp_path):
-    """YAML takes a bare `off` for false."""
+    """YAML reads a bare `off` as false."""
     (tmp_path / "by_hand.yaml").write_text("loader: {cache: off}\n")
     assert load_recipe(tmp_path / "by_hand.yaml", Recipe).loader.cache == "off"
     save_recipe(Recipe(loader=Loader(cache="off", cache_gib=1.5)), tmp_path / "saved.yaml")

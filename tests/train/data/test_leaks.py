@@ -1,4 +1,4 @@
-"""However a rank ends, its decoding processes, its shared memory and the images it keeps are gone."""
+"""However a rank ends, its workers, shared memory and cached images are gone."""
 
 import os
 import signal
@@ -68,7 +68,7 @@ def shards(tmp_path_factory) -> ShardFolder:
 
 @pytest.fixture(scope="module")
 def ranks(shards, tmp_path_factory) -> dict[str, SimpleNamespace]:
-    """A rank for every end, all at work; each with two workers, and all sharing the kept images."""
+    """One working rank per way to end, each with two workers, all sharing the cached images."""
     script = tmp_path_factory.mktemp("rank") / "rank.py"
     script.write_text(RANK)
     started = {}
@@ -89,7 +89,7 @@ def ranks(shards, tmp_path_factory) -> dict[str, SimpleNamespace]:
 
 
 def workers_of(rank) -> list[psutil.Process]:
-    """The processes that decode: they share the kept images with the rank."""
+    """The worker processes of a rank, recognised by the cached images they share with it."""
     return [
         helper
         for helper in rank.helpers

@@ -1,4 +1,4 @@
-"""The loader: the same stimuli in the same order whatever processes read them, and the very pixels of the source."""
+"""The loader gives the same stimuli in the same order on any processes, with the exact pixels of the source."""
 
 import io
 import shutil
@@ -30,7 +30,7 @@ from train.run.recipe import Recipe
 
 @pytest.fixture(scope="module")
 def recording(tmp_path_factory):
-    """50 PNGs, 30 of them for training; a tenth of the responses were not recorded."""
+    """50 PNGs, 30 of them for training; a tenth of the responses is missing."""
     path = tmp_path_factory.mktemp("recording")
     written = make_folder(path / "src", n=50, splits=True)
     written.rates[np.random.default_rng(0).uniform(size=written.rates.shape) < 0.1] = np.nan
@@ -79,7 +79,7 @@ def assert_same_steps(one, other):
 
 
 def counted(batches) -> list[int]:
-    """The positions that count, in order."""
+    """The positions with weight, in order."""
     return [int(position) for batch in batches for position in batch.positions[batch.weight > 0]]
 
 
@@ -136,7 +136,7 @@ def test_z_scores_are_standard_over_train_and_invert_to_the_recorded_rates(recor
 
 
 def test_workers_change_nothing(stimuli):
-    """Not over epochs, not after an epoch that was left in the middle, and not when one is resumed."""
+    """Over several epochs, after an epoch that was abandoned, and when one is resumed."""
     alone, helped = (train_loader(stimuli, workers=workers, per_device=3) for workers in (0, 2))
     half_way = helped.epoch(0)
     next(half_way)
@@ -317,7 +317,7 @@ def test_raw_pixels_of_another_kind_are_refused(array):
 
 
 class Raw(Recording):
-    """Images that are only there as pixels."""
+    """A source whose images are raw pixels."""
 
     name, provenance, sites = "raw", {}, [{"id": "n0"}]
 

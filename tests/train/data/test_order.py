@@ -1,4 +1,4 @@
-"""Which stimuli make a step, and which rank gets which: properties that hold for every number of ranks."""
+"""Properties of the order and of its division over ranks that hold for every number of ranks."""
 
 import math
 
@@ -33,7 +33,7 @@ def epoch_of(seed, epoch, size, stimuli):
 
 
 def counted(micros):
-    """The positions that count in some micro-batches, in order."""
+    """The positions with weight in some micro-batches, in order."""
     return np.concatenate([micro.positions[micro.weight > 0] for micro in micros])
 
 
@@ -69,7 +69,7 @@ def test_every_stimulus_is_seen_over_the_epochs():
 
 @st.composite
 def stored(draw):
-    """How stimuli lie in shards of uneven sizes, and how many of these are mixed at a time."""
+    """Stimuli in shards of uneven sizes, and how many shards are mixed at a time."""
     sizes = tuple(draw(st.lists(st.integers(1, 40), min_size=1, max_size=25)))
     return Blocks(sizes, draw(st.integers(1, 30)))
 
@@ -92,7 +92,7 @@ def test_the_order_by_blocks_takes_each_stimulus_once(seed, epoch, blocks):
 
 @given(seeds, epochs, stored())
 def test_no_more_shards_are_open_than_are_mixed(seed, epoch, blocks):
-    """So each is read in one stretch, and once: those that are finished are not needed again."""
+    """Each shard is read once, in one stretch."""
     order = epoch_order(seed, epoch, sum(blocks.sizes), blocks)
     assert max(begun_and_not_finished(order, blocks)) <= blocks.shards_mixed
 
@@ -158,7 +158,7 @@ def test_a_run_resumed_on_other_ranks_repeats_and_skips_nothing(seed, epoch, run
 
 @st.composite
 def deals(draw):
-    """A global batch, and how many processes share it in micro-batches of at most how many stimuli."""
+    """A global batch, the number of processes that share it, and the largest micro-batch."""
     stimuli, size, ranks = draw(counts), draw(counts), draw(ranks_)
     size = min(size, stimuli)
     per_device = draw(st.none() | st.integers(1, size))

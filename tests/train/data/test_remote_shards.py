@@ -1,4 +1,4 @@
-"""Training and evaluation on remote shards: fetched ahead of the reader, once, within the room there is."""
+"""Remote shards are fetched once, ahead of the reader, within the budget of the cache."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import torch
 import yaml
 from helpers import assert_refused, run_here, succeed_here, wait_for
 from launching import SMALL, kill_after_an_epoch, launch, losses
-from remote_shards import assert_same, kept, loader_of, opened, read
+from remote_shards import assert_same, cached_files, loader_of, opened, read
 from web_server import serve
 
 from data_prep.remote.cache import GIB
@@ -26,7 +26,7 @@ from train.finetuning.setup.preparation import training_stimuli
 from train.run.checkpoint import load_progress
 from train.run.recipe import Loader, Recipe
 
-pytestmark = pytest.mark.usefixtures("impatient")
+pytestmark = pytest.mark.usefixtures("fast_retries")
 
 
 def test_kept_images_need_no_shard(web, cache):
@@ -40,7 +40,7 @@ def test_kept_images_need_no_shard(web, cache):
 
 
 def test_the_order_by_blocks_fetches_each_shard_once_an_epoch(web, packed, cache):
-    """Though no more than five of its ten shards are ever kept."""
+    """With at most five of the ten shards in the cache."""
     size = max(path.stat().st_size for path in packed.glob("train-*.tar"))
     loader = loader_of(opened(web.url, cache, 5.2 * size / GIB), block_shards=3)
     local = loader_of(ShardFolder(packed), block_shards=3)
@@ -49,7 +49,7 @@ def test_the_order_by_blocks_fetches_each_shard_once_an_epoch(web, packed, cache
         times = web.times()
         assert sum(times.values()) <= 10 * (epoch + 1)
         assert max(times.values()) <= epoch + 1
-        assert sum(kept(cache).values()) <= 5.2 * size
+        assert sum(cached_files(cache).values()) <= 5.2 * size
 
 
 def test_shards_are_fetched_before_they_are_needed(web, cache):

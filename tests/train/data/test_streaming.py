@@ -1,4 +1,4 @@
-"""The engine `webdataset`: images with their own responses, only those to fit, and as many steps on every rank."""
+"""The engine `webdataset` pairs images with their responses, and gives every rank as many steps."""
 
 import itertools
 import os
@@ -21,7 +21,7 @@ STREAM = ("--loader.engine", "webdataset")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Two tars to train on, 14 stimuli; six to validate."""
+    """Two train tars with 14 stimuli, and one val tar with six."""
     path = tmp_path_factory.mktemp("foreign")
     write_samples(path / "train-0.tar", range(8), prefix="sub/s")
     write_samples(path / "train-1.tar", range(8, 14), prefix="sub/s")
@@ -40,7 +40,7 @@ def stream(stimuli, rank=0, ranks=1, workers=0, seed=3, **options) -> StreamLoad
 
 
 def shown(loader, epochs=1, first_step=0) -> list[list[int]]:
-    """The positions of every micro-batch that count."""
+    """The positions with weight in every micro-batch."""
     batches = [batch for epoch in range(epochs) for step in loader.epoch(epoch, first_step) for batch in step]
     return [batch.positions[batch.weight > 0].tolist() for batch in batches]
 
@@ -149,7 +149,7 @@ def test_it_is_never_used_to_score(folder, tmp_path):
 
 @pytest.fixture(scope="module")
 def tars(recording, tmp_path_factory) -> Path:
-    """The tars of a packed recording, without its manifest and index: as from elsewhere."""
+    """The tars of a packed recording without its manifest and index, like tars from elsewhere."""
     path = tmp_path_factory.mktemp("elsewhere")
     for tar in recording.glob("*.tar"):
         shutil.copy(tar, path)

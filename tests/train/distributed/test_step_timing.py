@@ -1,4 +1,4 @@
-"""Where a step's time goes: to computing, or to waiting for the network and the other processes."""
+"""The time of a step is divided into computing and waiting for other processes."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Every strategy trains the same model, and a checkpoint of one is a checkpoint of all, from any step."""
+"""Every strategy trains the same model, and any strategy resumes the checkpoints of any other, at any step."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from train.finetuning.setup.recipe_checks import check_hardware
 from train.run.checkpoint import load_progress
 from train.run.recipe import Recipe
 
-# Every day, zero0 and zero1 are tried by a run that goes from one to the other.
+# By default, zero0 and zero1 are covered by a run that is resumed from one to the other.
 STRATEGIES = [
     *(pytest.param("zero0", marks=slow), pytest.param("zero1", marks=slow)),
     *("zero2", "zero3", "zero2_offload", "zero3_offload"),
@@ -29,7 +29,7 @@ OPTIONS = [
     *("--batch.per-device", "10", "--optimizer.clip-norm", "0.5"),
     *("--checkpoint.every-steps", "2", "--checkpoint.keep", "100"),
 ]
-# What float32 sums in another order may change: relative in a loss, absolute in a tensor of size 1.
+# Tolerance for float32 sums in another order: relative for a loss, absolute for a tensor.
 LOSS, TENSOR = 1e-6, 1e-5
 
 
@@ -47,7 +47,7 @@ def assert_close(run: Path, other: Path) -> None:
 
 
 def stopped_after(run: Path, step: int, out: Path) -> Path:
-    """A copy of a run as a kill after `step` would have left it."""
+    """A copy of a run as if it had been killed after `step`."""
     shutil.copytree(run, out, symlinks=True)
     for checkpoint in (out / "checkpoints").glob("step_*"):
         if int(checkpoint.name.removeprefix("step_")) > step:
@@ -59,7 +59,7 @@ def stopped_after(run: Path, step: int, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def by_strategy(recording, tmp_path_factory):
-    """The run of two processes, by strategy."""
+    """A function from a strategy to its run on two processes."""
     folder = tmp_path_factory.mktemp("strategies")
 
     def run(strategy: str) -> Path:
@@ -111,7 +111,7 @@ def test_a_run_resumes_mid_epoch_under_another_strategy_and_process_count(
 
 @pytest.fixture(scope="module")
 def live(recording, tmp_path_factory):
-    """A run on two processes with BatchNorm, whose statistics differ between them, with and without saving midway."""
+    """Two runs with BatchNorm on two processes, with and without checkpoints within an epoch."""
     folder = tmp_path_factory.mktemp("live")
     options = ["--data", recording, *SMALL, "--backbone.name", "test_resnet", "--ema", "0.9", "--deterministic"]
     midway = ["--checkpoint.every-steps", "1", "--checkpoint.keep", "100"]
@@ -184,7 +184,7 @@ def test_a_run_without_an_intact_checkpoint_is_refused(trained, recording, tmp_p
 
 
 def test_the_best_checkpoint_of_each_kept_one_is_kept_too(trained, recording, tmp_path):
-    """Also where it is no longer the best: the last one may turn out to be damaged."""
+    """Even if it is no longer the best, because the last checkpoint may turn out to be damaged."""
     run = tmp_path / "run"
     options = ["--data", recording, *SMALL, "--epochs", "6", "--checkpoint.keep", "3", "--optimizer.lr", "1e-2"]
     succeed_here("train/finetune.py", "--out", run, *options)
@@ -197,7 +197,7 @@ def test_the_best_checkpoint_of_each_kept_one_is_kept_too(trained, recording, tm
 
 
 def test_a_full_disk_stops_every_process(recording, tmp_path):
-    """The limit on the size of a file stands in for the disk; the folder keeps no half of a checkpoint."""
+    """A limit on the file size stands in for the full disk; no partial checkpoint is left."""
     run = tmp_path / "run"
     words = ["bash", "launch/local.sh", "-n", "2", "train/finetune.py", "--data", recording, "--out", run, *SMALL]
     limited = f"ulimit -f 400; exec {' '.join(map(str, words))}"

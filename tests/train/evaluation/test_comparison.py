@@ -1,4 +1,4 @@
-"""The paired bootstrap says what it says: its interval holds the true difference as often as it claims."""
+"""The interval of the paired bootstrap covers the true difference as often as it claims."""
 
 import numpy as np
 import pytest

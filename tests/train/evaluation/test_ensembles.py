@@ -1,4 +1,4 @@
-"""Ensembles of runs and probes; what is learned from them; and that held-out responses decide nothing."""
+"""Ensembles of runs and probes, distillation from them, and a proof that held-out responses influence nothing."""
 
 import shutil
 
@@ -47,7 +47,7 @@ def members(data, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def joined(members, tmp_path_factory):
-    """Both kinds of ensemble."""
+    """The members combined by mean and by stacking."""
     out = {combine: tmp_path_factory.mktemp("joined") / combine for combine in ("mean", "stack")}
     for combine, folder in out.items():
         succeed_here("train/evaluate.py", *members, "--combine", combine, "--out", folder)
@@ -69,7 +69,7 @@ def test_the_mean_is_over_all_runs(members, joined):
 
 
 def test_stacking_weights_use_left_out_predictions(members, joined):
-    """The folds are one member, whose worth its predictions of left-out stimuli tell."""
+    """The folds are one member, weighted by their predictions of left-out stimuli."""
     scores = metrics(joined["stack"])
     assert [len(member["runs"]) for member in scores["ensemble"]["members"]] == [3, 1]
     assert all(member["mean_weight"] >= 0 for member in scores["ensemble"]["members"])
@@ -186,7 +186,7 @@ def test_a_probe_of_shuffled_responses_is_at_chance(data, tmp_path):
 
 
 def pipeline(data, folder):
-    """A probe with windows, a run with all that is learned from a recording, and both joined."""
+    """A probe with windows, a run that uses everything a recording offers, and their ensemble."""
     succeed_here(
         "train/probe.py",
         "--data",

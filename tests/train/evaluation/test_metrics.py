@@ -102,7 +102,7 @@ def test_constant_predictions_have_no_pearson_r(value):
 
 
 def test_a_prediction_that_is_not_a_number_does_not_flatter_the_mean():
-    """To leave the site out, as if its responses were constant, could raise the score of a model that diverged."""
+    """Leaving the site out could raise the score of a model that diverged."""
     prediction, target = make_predictions()
     prediction[3, 0] = np.nan
     with pytest.raises(RunFailed, match="NaN"):

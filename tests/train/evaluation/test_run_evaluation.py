@@ -72,7 +72,7 @@ def test_metrics_state_their_provenance(evaluated):
 
 
 def test_the_course_file_is_packed_trained_and_predicted(tmp_path):
-    """IT_data.h5 has no test responses: there the predictions alone are written."""
+    """IT_data.h5 has no test responses, so that only predictions are written for that split."""
     make_it_h5(tmp_path / "IT_data.h5", n_train=60, n_val=20, n_test=11, size=32, sites=7)
     packed = run_command(["data_prep/pack.py", "it-h5", tmp_path / "IT_data.h5", "--out", tmp_path / "shards"])
     assert packed.returncode == 0, packed.stderr

@@ -1,4 +1,4 @@
-"""Whatever ends a process, the run goes on and ends as if nothing had happened."""
+"""Whatever ends a process, the run resumes and ends as if nothing had happened."""
 
 import json
 import signal
@@ -32,7 +32,7 @@ OPTIONS = [*SMALL, "--epochs", EPOCHS]
 
 @pytest.fixture(scope="module")
 def undisturbed(recording, tmp_path_factory):
-    """A run on two processes that nothing disturbs."""
+    """An undisturbed run on two processes."""
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     succeed(2, "train/finetune.py", "--data", recording, "--out", out, *OPTIONS)
     return out
@@ -49,7 +49,7 @@ def ranks_of(run: Path) -> dict[int, psutil.Process]:
 
 
 def assert_same(run: Path, other: Path) -> None:
-    """Two runs ended in the same losses and the same weights, bitwise."""
+    """Two runs ended with the same losses and weights, bit for bit."""
     assert losses(run) == losses(other)
     assert len(losses(run)) == EPOCHS
     assert largest_difference(weights(run), weights(other)) == 0
@@ -83,7 +83,7 @@ def test_another_job_does_not_resume_the_run(recording, undisturbed):
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=slow)])
 def test_a_lost_process_is_named_and_all_processes_restart(recording, undisturbed, tmp_path, fault):
-    """A hung one is given up after the time-out, which must hold for DeepSpeed's groups and for ours alike."""
+    """A process that hangs is given up after the time-out."""
     run = tmp_path / "run"
     command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS, "--faults.timeout", "3"]
     started = start(2, "--max-restarts", "1", *command)
@@ -135,7 +135,7 @@ module.SquaredError.contribution = broken
 
 @pytest.fixture(scope="module")
 def left_out(recording, tmp_path_factory):
-    """The run of one process whose fourth step was left out, and what it said."""
+    """A run of one process whose fourth step was skipped, and its output."""
     run = tmp_path_factory.mktemp("nan") / "run"
     options = ["--data", recording, "--out", run, *SMALL, "--backbone.name", "test_convnext"]
     done = run_patched("models.losses", NAN_ONCE.format(calls={4}), *options)
@@ -177,7 +177,7 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(recording, tmp_path):
 
 
 def test_running_statistics_survive_a_non_finite_step(recording, tmp_path):
-    """Images that become NaN on their way poison BatchNorm's statistics before the loss is known."""
+    """NaN images corrupt BatchNorm's statistics before the loss is known."""
     patch = """
 forward = module.Network.forward
 def broken(self, images):
@@ -195,7 +195,7 @@ module.Network.forward = broken
 
 
 def test_a_full_disk_stops_logging_but_not_training(recording, tmp_path):
-    """Charts and the log are lost, and that is said; a checkpoint that cannot be saved ends the run in a sentence."""
+    """The run reports that charts and the log can no longer be written, and continues."""
     patch = """
 import errno, logging
 def full(*_, **__):

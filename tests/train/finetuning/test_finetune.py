@@ -25,7 +25,7 @@ ONE_STEP = [
 
 @pytest.fixture(scope="module")
 def one_step(recording, tmp_path_factory):
-    """The weights after one step on the same global batch of 175 stimuli, by processes and micro-batch size."""
+    """A function from processes and micro-batch size to the weights after one step on the same 175 stimuli."""
     folder = tmp_path_factory.mktemp("one_step")
 
     def run(processes, per_device):
@@ -39,7 +39,7 @@ def one_step(recording, tmp_path_factory):
 
 
 def gradient_by_hand(recording, run_recipe: Recipe) -> tuple[dict, dict]:
-    """Initial weights, and the gradient of the mean squared error over the whole fitting part, by plain torch."""
+    """Initial weights, and the gradient of the mean squared error over all fitted stimuli, in plain torch."""
     shards = ShardFolder(recording)
     train = shards.split("train")
     fit, _ = inner_split(np.array(train.stimulus_ids), run_recipe.early_stopping.inner_fraction, run_recipe.seed)
@@ -85,7 +85,7 @@ def test_more_processes_train_the_same_network(recording, trained, tmp_path, pro
 
 @pytest.fixture(scope="module")
 def six_epochs(recording, tmp_path_factory):
-    """A run of six epochs on two processes that nothing disturbs, and its options."""
+    """An undisturbed run of six epochs on two processes, and its options."""
     options = ["--data", recording, *SMALL, "--epochs", "6"]
     out = tmp_path_factory.mktemp("six_epochs") / "run"
     succeed(2, "train/finetune.py", "--out", out, *options)
@@ -126,7 +126,7 @@ def test_resuming_on_other_data_or_settings_is_refused(trained, recording, tmp_p
 
 
 def test_a_damaged_image_is_named_whichever_process_reads_it(recording, tmp_path):
-    """Found by the one process that reads it, so that one must speak."""
+    """Only the process that reads it can report it."""
     broken = tmp_path / "broken"
     shutil.copytree(recording, broken)
     split = ShardFolder(broken).split("train")
@@ -163,7 +163,7 @@ def test_head_only_training_leaves_the_backbone_unchanged(recording, tmp_path):
 
 
 def test_the_saved_network_is_the_scored_one(recording, tmp_path):
-    """With live BatchNorm each process has running statistics of its own; they are averaged before both."""
+    """BatchNorm's running statistics differ between processes and are averaged before scoring and saving."""
     run = tmp_path / "run"
     options = [*SMALL, "--backbone.name", "test_resnet", "--epochs", "1", "--early-stopping.split", "val"]
     succeed(2, "train/finetune.py", "--data", recording, "--out", run, *options)
@@ -192,7 +192,7 @@ def test_a_diverged_run_ends_with_one_sentence(recording, tmp_path):
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_early_stopping_stops_all_processes(recording, tmp_path, processes):
-    """In the same epoch, though each has losses of its own: one that went on would wait for the others in vain."""
+    """All stop in the same epoch, although their losses differ; otherwise one would wait for the others forever."""
     out = tmp_path / "run"
     options = [*SMALL, "--epochs", "30", "--early-stopping.patience", "2", "--optimizer.lr", "1e-9"]
     done = launch(processes, "train/finetune.py", "--data", recording, "--out", out, *options)

@@ -1,4 +1,4 @@
-"""Controls and protocol: shuffled responses, seeds, running averages, and losses that refuse what they cannot mean."""
+"""Controls and protocol: shuffled responses, seeds, running averages, and data that a loss refuses."""
 
 from types import SimpleNamespace
 
@@ -32,13 +32,13 @@ OPTIONS = [
 
 @register_model
 def dropping_convnext(pretrained=False, **options):
-    """A third of its residual branches are dropped in training."""
+    """A network that drops a third of its residual branches in training."""
     return timm.create_model("test_convnext", drop_path_rate=0.3, **options)
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """100 stimuli, 60 of them for training, whose responses can be told well from the images."""
+    """100 stimuli, 60 of them for training, whose responses are easy to predict."""
     path = tmp_path_factory.mktemp("protocol")
     make_folder(path / "src", n=100, splits=True, sites=SITES, noise=0.5)
     return pack(Folder(source=path / "src").open(), path / "shards", stimuli_per_shard=50, workers=1).folder
@@ -81,7 +81,7 @@ def test_shuffling_moves_whole_rows_and_leaves_the_stimuli(data):
 
 
 def test_the_response_counts_are_shuffled_with_the_rows(holey):
-    """The loss is normalised by it."""
+    """The loss is normalised by these counts."""
     stimuli = RecordingStimuli(ShardFolder(holey).split("train"), 32)
     before = stimuli.observed
     stimuli.shuffle_responses(0)
@@ -107,7 +107,7 @@ def left_out_score(run) -> float:
 
 
 def test_a_shuffled_run_scores_at_chance_and_is_scored_on_the_true_responses(data, tmp_path):
-    """The shards stay as they are, and so do the responses that the evaluation compares with, on train as well."""
+    """The shards and the responses used for evaluation stay unshuffled, also on train."""
     before = {path.name: path.read_bytes() for path in data.iterdir()}
     options = ["--readout.kind", "flattened", "--backbone.cut", "stages.1", "--readout.start", "ridge", "--epochs", "1"]
     plain = trained(tmp_path / "plain", data, *options)
@@ -131,7 +131,7 @@ RANDOM = [
 
 
 def test_a_run_repeats_bitwise_and_another_seed_does_not(data, tmp_path):
-    """With everything that is random: augmentation, dropped branches, order and initial weights."""
+    """With all randomness on: augmentation, dropped branches, order and initial weights."""
     try:
         first, second, other_seed = (
             trained(tmp_path / name, data, *RANDOM, "--deterministic", "--seed", seed)
@@ -148,7 +148,7 @@ def test_a_run_repeats_bitwise_and_another_seed_does_not(data, tmp_path):
 
 
 def test_dropped_branches_and_augmentation_change_the_losses(data, tmp_path):
-    """Or the test above would show nothing."""
+    """Otherwise the test above would prove nothing."""
     plain = trained(tmp_path / "plain", data, "--ema", "0.9", "--epochs", "2")
     dropping = trained(tmp_path / "dropping", data, "--ema", "0.9", "--epochs", "2", *RANDOM[:2])
     augmented = trained(tmp_path / "augmented", data, "--ema", "0.9", "--epochs", "2", *RANDOM[-7:])
@@ -190,7 +190,7 @@ def test_the_running_average_is_the_moving_average_of_weights_and_statistics():
 
 
 def test_a_run_saves_the_moving_average_of_the_weights_after_each_step(data, tmp_path, monkeypatch):
-    """And the trained weights beside it, which it goes on from."""
+    """The trained weights are saved beside it, to resume from."""
     seen, update = [], RunningAverage.update
 
     def watch(self, step):
@@ -216,7 +216,7 @@ def test_a_run_saves_the_moving_average_of_the_weights_after_each_step(data, tmp
 
 @pytest.mark.parametrize("killed_in", ["an epoch", "the first epoch", "saving"])
 def test_an_interrupted_run_with_all_randomness_resumes_bit_for_bit(data, tmp_path, monkeypatch, killed_in):
-    """Bitwise: average, trained weights and optimizer."""
+    """The running average, the trained weights and the optimizer state are all identical."""
     options = [*RANDOM, "--epochs", "4", "--schedule.cycle-momentum"]
     undisturbed = trained(tmp_path / "undisturbed", data, *options)
     at_step = {"an epoch": 8, "the first epoch": 2, "saving": None}[killed_in]
@@ -250,7 +250,7 @@ def test_an_interrupted_run_with_all_randomness_resumes_bit_for_bit(data, tmp_pa
 
 
 def test_poisson_refuses_negative_rates_by_site_and_stimulus(holey, tmp_path):
-    """Which the squared error does not mind."""
+    """The squared error accepts them."""
     options = ["--early-stopping.split", "val", "--epochs", "1"]
     refused = finetune(tmp_path / "run", holey, *options, "--loss.responses", "poisson")
     assert_refused(refused, "loss.responses", "poisson", "site_005", "stim0007", "-0.25")

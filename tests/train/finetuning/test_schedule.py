@@ -1,4 +1,4 @@
-"""Optimizers and learning rates: torch's own schedules step by step, decay where it belongs, state that survives."""
+"""Optimizers and learning rates: torch's own schedules, weight decay on the right parameters, saved state."""
 
 import math
 from types import SimpleNamespace
@@ -88,7 +88,7 @@ def test_other_schedules_rise_in_a_line_and_then_follow_their_form(kind, warmup,
 
 @given(st.lists(st.integers(0, 8), max_size=40), st.integers(1, 5))
 def test_plateaus_are_torchs(scores, patience):
-    """Which waits for one bad epoch more than its patience."""
+    """torch waits for one bad epoch more than its patience."""
     optimizer = optimizer_of("sgd", 1.0)
     reference = torch.optim.lr_scheduler.ReduceLROnPlateau(
         optimizer, mode="max", factor=0.5, patience=patience - 1, threshold=0, eps=0
@@ -179,7 +179,7 @@ def step(engine: Engine, seed: int) -> None:
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizers_state_survives_a_checkpoint(name, tmp_path):
-    """Two steps, a checkpoint, and then a third that is the very same in another process's network and optimizer."""
+    """The step after a checkpoint is identical in another network and optimizer that loaded it."""
     engine, other = engine_of(name), engine_of(name)
     before = {key: x.clone() for key, x in engine.network.named_parameters()}
     for seed in range(2):
@@ -205,7 +205,7 @@ def test_an_optimizers_state_survives_a_checkpoint(name, tmp_path):
 
 
 def test_a_scaled_loss_takes_the_same_steps_and_finds_its_scale_again(tmp_path):
-    """As float16 needs it; an infinite gradient is no step and halves the scale, which a checkpoint keeps."""
+    """As for float16: an infinite gradient skips the step and halves the scale, which checkpoints store."""
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
     plain, scaled, resumed = (
         engine_of("adamw"),
@@ -231,7 +231,7 @@ def test_a_scaled_loss_takes_the_same_steps_and_finds_its_scale_again(tmp_path):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_weight_decay_shrinks_matrices_and_spares_the_rest(name):
-    """With gradients of 0 nothing else moves."""
+    """With gradients of 0, only weight decay changes parameters."""
     engine = engine_of(name)
     with torch.no_grad():
         for parameter in engine.network.heads.parameters():

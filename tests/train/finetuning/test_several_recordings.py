@@ -1,4 +1,4 @@
-"""Runs on several recordings are as elastic and exact as on one, and each recording is scored with its own readout."""
+"""Runs on several recordings are as elastic and exact as runs on one, and score each with its own readout."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def two(tmp_path_factory) -> list[Path]:
 
 
 def finetune(processes: int, *words) -> str:
-    """Train; one process runs here."""
+    """Train; a single process runs within this one."""
     if processes > 1:
         return succeed(processes, "train/finetune.py", *words)
     done = succeed_here("train/finetune.py", *words)
@@ -47,7 +47,7 @@ def finetune(processes: int, *words) -> str:
 
 @pytest.fixture(scope="module")
 def run_on(two, tmp_path_factory):
-    """The run of so many processes, under a strategy."""
+    """A function from a number of processes and a strategy to a run."""
     folder = tmp_path_factory.mktemp("runs")
 
     def run(processes: int, strategy: str = "ddp") -> Path:
@@ -67,7 +67,7 @@ def assert_close(run: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def scored(run_on) -> Path:
-    """The run of one process, each recording scored on val."""
+    """The run of one process, with each recording scored on val."""
     done = succeed_here("train/evaluate.py", run_on(1))
     for line in ("one, val: 12 stimuli", "two, val: 20 stimuli"):
         assert line in done.stdout
@@ -120,7 +120,7 @@ def test_the_mean_over_recordings_selects_and_is_recorded(run_on):
 
 
 def test_stimuli_in_proportion_train_what_the_joined_folder_trains(two, tmp_path):
-    """Where no stimulus is shared it is the same thing; with val to select, since only inner splits differ."""
+    """Equal if no stimulus is shared; val selects, since only the inner splits differ."""
     packed = run_here("data_prep/pack.py", "joined", *two, "--out", tmp_path / "joined", "--workers", 1)
     assert packed.returncode == 0, packed.stderr
     options = [*SMALL, "--readout.kind", "flattened", "--backbone.cut", "stages.1", "--early-stopping.split", "val"]
@@ -178,7 +178,7 @@ def test_a_correlation_is_calibrated_on_each_recordings_own_stimuli(two, tmp_pat
 
 
 def test_each_recording_is_scored_with_its_own_readout(scored, two):
-    """As the whole network predicts it, on its own stimuli, in its own units."""
+    """On its own stimuli and in its own units."""
     folders = [ShardFolder(place) for place in two]
     network = Network(
         load_recipe(scored / "recipe.yaml", Recipe), combined_manifest([folder.manifest for folder in folders]), 32

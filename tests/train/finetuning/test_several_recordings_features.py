@@ -1,4 +1,4 @@
-"""What is done with one recording is done with each of several: bad samples, charts, reports, ensembles, teachers."""
+"""Bad samples, charts, reports, ensembles and teachers work for each of several recordings as for one."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def two(tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def folds(two, tmp_path_factory) -> list[Path]:
-    """Two folds of a run on both."""
+    """Two folds of a run on both recordings."""
     folder = tmp_path_factory.mktemp("folds")
     runs = [folder / f"fold_{number}" for number in (1, 2)]
     for number, run in enumerate(runs, 1):
@@ -79,7 +79,7 @@ def train_ids(folder: Path) -> list[str]:
 
 
 def damaged(two: list[Path], folder: Path) -> tuple[list[Path], str]:
-    """The same recordings; a training stimulus of the second has a flipped bit."""
+    """The same recordings, with a flipped bit in a training stimulus of the second."""
     places = [shutil.copytree(recording, folder / recording.name) for recording in two]
     offset, size = place_in(places[1], "png", 5)
     flip(places[1] / FIRST, offset + size // 2)
@@ -166,7 +166,7 @@ def test_folds_leave_each_training_stimulus_of_each_recording_out_once(folds, jo
 
 
 def test_each_recording_has_an_ensemble_of_its_own(folds, joined, two, tmp_path):
-    """Joined as they would be were there one recording, and scored on it."""
+    """Combined and scored as with a single recording."""
     assert not (joined / "eval" / "val" / "predictions.npz").exists()
     for name, folder in zip(NAMES, two, strict=True):
         ensemble, rates = arrays(joined, "val", name), ShardFolder(folder).split("val").rates()

@@ -34,7 +34,7 @@ def dropping_resnet(pretrained=False, **options):
 
 @torch.no_grad()
 def perturbed(network: Backbone) -> Backbone:
-    """Move all weights a little: some layers start at 0, and what they multiply would not matter."""
+    """Change all weights a little, since layers that start at 0 would hide what they multiply."""
     generator = torch.Generator().manual_seed(3)
     for parameter in network.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.05)
@@ -42,7 +42,7 @@ def perturbed(network: Backbone) -> Backbone:
 
 
 def random_sum(output: torch.Tensor) -> torch.Tensor:
-    """A scalar that depends on every number of an output."""
+    """A scalar that depends on every element of an output."""
     return (output * torch.randn(output.shape, generator=torch.Generator().manual_seed(1))).sum()
 
 
@@ -128,7 +128,7 @@ def activations(net: nn.Module, module: str, images: torch.Tensor) -> torch.Tens
 
 @pytest.mark.parametrize("case", CUTS)
 def test_a_cut_network_ends_in_that_modules_activations(case):
-    """In evaluation and in training, with nothing left of what comes later, and gradients in all that is trained."""
+    """In evaluation and training mode; later modules are gone, and all trained weights get gradients."""
     name, cut, kept = CUTS[case]
     whole, short = perturbed(whole_network(name)), backbone(name, cut, seed=1)
     assert {n for n, _ in short.net.named_parameters()} == {
@@ -153,7 +153,7 @@ def test_a_cut_network_ends_in_that_modules_activations(case):
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_maxvit", "test_vit_relpos", "tf_efficientnet_lite0"])
 def test_without_pooled_features_only_what_leads_to_the_map_remains(name):
-    """Weights behind the map, such as the norm before a classifier, are dropped: nothing would reach them."""
+    """Weights after the map, such as the norm before a classifier, are dropped."""
     short, whole = backbone(name, pools=False, maps=True), backbone(name, maps=True)
     assert short.features is None
     assert short.map_shape == whole.map_shape

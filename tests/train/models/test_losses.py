@@ -1,4 +1,4 @@
-"""Losses: the textbook's values and gradients, contributions that add up, and outputs that mean rates."""
+"""Losses have the textbook values and gradients, add up over micro-batches and ranks, and map outputs to rates."""
 
 import copy
 from dataclasses import replace
@@ -40,7 +40,7 @@ def rates() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def manifest(rates) -> Manifest:
-    """As of a train split with other means than the batch."""
+    """The manifest of a train split whose means differ from the batch."""
     mean, std = np.nanmean(rates.double(), axis=0) + 1.5, np.nanstd(rates.double(), axis=0) + 0.7
     return Manifest.model_validate(
         {
@@ -76,7 +76,7 @@ def batch_of(rates, labels=None, weight=None, stimuli=None, observed=None) -> Ba
 
 
 def value_and_gradient(part, outputs: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """Of a function of the outputs."""
+    """Value and gradient of a function of the outputs."""
     leaf = outputs.clone().requires_grad_()
     value = part(leaf)
     value.backward()
@@ -212,7 +212,7 @@ def test_uncertainty_weighting_is_that_of_kendall_et_al(rates, manifest, outputs
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_stimuli_without_responses_do_not_count(kind, rates, manifest, outputs):
-    """As if their rows were not there; NaN comes through nowhere."""
+    """As if their rows were absent; no NaN gets through."""
     rows = torch.arange(0, STIMULI, 2)
     holes = rates.clone()
     holes[1::2] = float("nan")
@@ -262,7 +262,7 @@ def test_one_response_to_a_site_gives_no_correlation(rates, manifest, outputs):
 
 
 def test_the_correlation_has_a_gradient_where_all_outputs_are_alike(rates, manifest):
-    """At the start, that is."""
+    """As at the start of training."""
     _, gradient = value_and_gradient(
         lambda z: Correlation(manifest).contribution(z, batch_of(rates), single_rank), torch.zeros(STIMULI, SITES)
     )
@@ -395,7 +395,7 @@ def test_z_scores_are_converted_back_to_the_recordings_units(rates, manifest):
 
 
 def test_a_poisson_rate_is_positive_and_continuous(manifest):
-    """And smooth: its slope at the mean is the same from both sides."""
+    """Its slope at the mean is the same from both sides."""
     loss = PoissonLikelihood(manifest)
     z = torch.linspace(-6, 6, 1201)[:, None].expand(-1, SITES)
     rates = loss.to_rates(z)

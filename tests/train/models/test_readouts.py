@@ -1,4 +1,4 @@
-"""Readouts compute what they say, begin at each site's mean or at the ridge, and are as large as they say."""
+"""Readouts compute their documented formula, start at the mean or the ridge, and have the documented size."""
 
 import re
 import warnings
@@ -288,9 +288,9 @@ def left_out_scores(run) -> list[float]:
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_a_ridge_start_does_not_depend_on_the_number_of_processes(head_first, processes):
+def test_a_ridge_start_does_not_depend_on_the_number_of_processes(hybrid_run_on, processes):
     """A hybrid with both readouts at the ridge, the one to the sites on the whole map."""
-    one, more = head_first(1), head_first(processes)
+    one, more = hybrid_run_on(1), hybrid_run_on(processes)
     assert len(left_out_scores(one)) == 2
     assert left_out_scores(more) == pytest.approx(left_out_scores(one), abs=2e-4)
     assert losses(more) == pytest.approx(losses(one), rel=1e-4)

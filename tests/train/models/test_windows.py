@@ -1,4 +1,4 @@
-"""Receptive fields: a site that sees a part of the image is found there; layers may be read together."""
+"""Windows find the part of the image that a site responds to, also over several layers."""
 
 import numpy as np
 import pytest
@@ -28,7 +28,7 @@ NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """300 images; each site tells how two halves of a patch of the image differ, and noise."""
+    """300 images; each site responds to the contrast between two halves of a patch, plus noise."""
     path = tmp_path_factory.mktemp("fields")
     written = make_folder(path / "src", n=300, splits=True, sites=len(PLACES), size=SIZE)
     rates = []

@@ -1,4 +1,4 @@
-"""The plan: what a step needs against what real steps allocate, how strategies divide it, and what is recommended."""
+"""The plan: estimated against allocated memory, its division by strategies, and the recommendation."""
 
 import shlex
 

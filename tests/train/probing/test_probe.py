@@ -1,4 +1,4 @@
-"""Probes: exact ridge on any number of processes; and the table over runs."""
+"""Probes are exact on any number of processes, and the report shows their scores."""
 
 import os
 import time
@@ -40,7 +40,7 @@ def test_a_probe_does_not_depend_on_the_process_count(probed, processes):
 
 
 def pixels_and_rates(recording, size):
-    """Images as float64 rows and responses, by split."""
+    """Pixels as float64 rows, and responses, by split."""
     shards = ShardFolder(recording)
     images, rates = {}, {}
     for name in ("train", "val"):
@@ -53,7 +53,7 @@ def pixels_and_rates(recording, size):
 
 
 def test_ridge_on_pixels_equals_scikit_learn(recording, tmp_path):
-    """RidgeCV chooses by the same leave-one-out error; one site at a time gives each its own penalty."""
+    """RidgeCV uses the same leave-one-out error; fitting one site at a time gives each its own penalty."""
     options = ["--layers", "pixels", "--images.size", "16", "--components", "None"]
     succeed(2, "train/probe.py", "--data", recording, "--out", tmp_path / "run", *options)
     images, rates = pixels_and_rates(recording, 16)
@@ -67,7 +67,7 @@ def test_ridge_on_pixels_equals_scikit_learn(recording, tmp_path):
 
 
 def probe_pixels(recording, out, processes, *options):
-    """Predictions from pixels with products in float64, in blocks of very few columns, which must add up."""
+    """Predictions from pixels with float64 products, accumulated over blocks of few columns."""
     words = ["train/probe.py", "--data", recording, "--out", out, "--layers", "pixels", "--images.size", "16"]
     words += ["--products", "float64", "--memory", "0.0001", *options]
     if processes > 1:
@@ -95,7 +95,7 @@ def test_partial_least_squares_equals_scikit_learn(recording, tmp_path, processe
 
 
 def test_the_network_of_a_run_is_probed_from_its_folder(recording, tmp_path):
-    """The study's re-trained classifier: other features than the random ones it began with, and the same as its own."""
+    """A run folder and its weights file give the same features, which differ from random ones."""
     run, options = tmp_path / "run", ["--backbone.name", "test_convnext", "--images.size", "32"]
     finetuned = ["--task.kind", "classification", "--optimizer.lr", "1e-2", "--epochs", "3"]
     succeed_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *finetuned)
@@ -124,7 +124,7 @@ def test_cross_validation_predicts_every_stimulus_once(recording, tmp_path, by):
 
 
 def test_a_killed_probe_resumes_from_the_stored_activations(recording, tmp_path):
-    """Activations were cut off within a row; what is whole is not computed again, and the end is the same."""
+    """Stored activations end within a row; complete rows are reused, and the scores are the same."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     options = ["--data", recording, *LAYERS, "--batch-size", "16"]
     succeed_here("train/probe.py", "--out", whole, *options)

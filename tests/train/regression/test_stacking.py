@@ -1,4 +1,4 @@
-"""Stacking against scipy's non-negative least squares, and that it trusts members by what they are worth."""
+"""Stacking equals scipy's non-negative least squares and weights members by their quality."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,7 @@ STIMULI, OTHERS, SITES = 200, 50, 3
 
 @pytest.fixture
 def members():
-    """A good member, a poor one, one that is noise, and one that is wrong by sign; and the responses."""
+    """A good, a poor, a random and a sign-flipped member, and the responses."""
     generator = np.random.default_rng(0)
     rates = generator.normal(5, 2, size=(STIMULI + OTHERS, SITES))
     noise = generator.normal(size=(4, *rates.shape))

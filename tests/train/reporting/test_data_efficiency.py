@@ -1,4 +1,4 @@
-"""A report's curves of score against training stimuli: like runs are joined, unlike ones never."""
+"""Curves of score against training stimuli join like runs, and only those."""
 
 import csv
 import math
@@ -35,7 +35,7 @@ def tuned(path, stimuli, noise, seed=0, more=None, **settings):
 
 
 def joined(path, *members, stimuli=None, combine="mean"):
-    """An ensemble of runs, as train/evaluate.py leaves it."""
+    """An ensemble of runs, as train/evaluate.py writes it."""
     told = {} if stimuli is None else {"training_stimuli": stimuli}
     make_run(path, TARGET, guess(TARGET, 0.3, stimuli or 1), history=[], **told)
     for name in ("recipe.yaml", "env.json", "history.jsonl"):

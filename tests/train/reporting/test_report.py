@@ -1,4 +1,4 @@
-"""The report shows the numbers of metrics.json, says what is missing, and runs nothing that a run's folder holds."""
+"""The report shows the numbers of metrics.json, names what is missing, and executes nothing from a run folder."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""A disk that is full, or can suddenly only be read: a run says so, and what is on it stays whole."""
+"""On a full or read-only disk a run says so, and its files stay intact."""
 
 import subprocess
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def mount(*words) -> None:
 
 @contextmanager
 def mounted(place: Path, *words) -> Iterator[None]:
-    """Something mounted on a path until the end."""
+    """Mount something on a path while the block runs."""
     mount(*words, place)
     try:
         yield
@@ -31,7 +31,7 @@ def mounted(place: Path, *words) -> Iterator[None]:
 
 
 def small_disk(place: Path, size: int):
-    """A disk of so many bytes."""
+    """A disk of this size in bytes."""
     place.mkdir(exist_ok=True)
     return mounted(place, "-t", "tmpfs", "-o", f"size={size}", "none")
 
@@ -65,7 +65,7 @@ def assert_ended_in_a_sentence(done, *words: str) -> None:
 
 
 def assert_goes_on(run: Path, trained: Path) -> None:
-    """From its newest checkpoint, which is whole, to the end of one that nothing disturbed."""
+    """The run resumes from its newest, intact checkpoint and ends like an undisturbed one."""
     checkpoint, faults = newest_intact(run / "checkpoints")
     assert checkpoint is not None
     assert faults == []

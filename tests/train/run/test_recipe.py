@@ -1,4 +1,4 @@
-"""Recipes: what a YAML file may say, and how it is told what is wrong with it."""
+"""Recipes: what a YAML file may contain, and the messages for what is wrong with it."""
 
 import re
 
@@ -18,7 +18,7 @@ def written(folder, text):
 
 
 def refusal(path) -> str:
-    """Why a recipe is refused: one sentence that names the file."""
+    """The one-sentence message with which a recipe is refused."""
     with pytest.raises(BadInput) as caught:
         load_recipe(path, Recipe)
     message = str(caught.value)
@@ -123,7 +123,7 @@ def test_a_recipe_must_be_a_mapping(tmp_path, text):
     "text", ["optimizer: {lr: 1", "a: b: c", "\tepochs: 3", "x: !!python/object/apply:os.getcwd []"]
 )
 def test_a_recipe_must_be_yaml(tmp_path, text):
-    """Nor is YAML that would run code."""
+    """YAML that would run code is refused too."""
     assert "cannot be read as YAML" in refusal(written(tmp_path, text))
 
 
@@ -284,7 +284,7 @@ def test_saved_recipes_load_as_they_were(tmp_path):
 
 
 def test_a_saved_recipe_names_every_setting(tmp_path):
-    """So that a run does not change when a later version has other defaults."""
+    """A run must not change if a later version has other defaults."""
     save_recipe(Recipe(), tmp_path / "saved.yaml")
     saved = yaml.safe_load((tmp_path / "saved.yaml").read_text())
     assert saved.keys() == Recipe.model_fields.keys()

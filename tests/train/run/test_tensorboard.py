@@ -1,4 +1,4 @@
-"""TensorBoard shows what it should of a real training, read back through its own server, and steps mean one thing."""
+"""TensorBoard's own server shows the charts of a real training, with consistent steps."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from boards import served
+from boards import tensorboard_on
 from helpers import run_here, succeed_here
 from launching import SMALL, metrics
 
@@ -18,7 +18,7 @@ HYBRID = ["--task.kind", "hybrid", "--epochs", "2"]
 
 @pytest.fixture(scope="module")
 def hybrid(recording, tmp_path_factory):
-    """A hybrid, whose images are drawn after every epoch however short, and which is evaluated on val."""
+    """A hybrid that draws its images after every epoch, evaluated on val."""
     out = tmp_path_factory.mktemp("boards") / "hybrid"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(charts, "SHARE", 1e9)
@@ -30,7 +30,7 @@ def hybrid(recording, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def board(hybrid):
-    with served(hybrid.parent) as ask:
+    with tensorboard_on(hybrid.parent) as ask:
         yield ask
 
 
@@ -119,7 +119,7 @@ def test_train_scores_are_those_of_the_predictions_that_training_made(recording,
     prediction = torch.cat([responses.to_rates(outputs["rates"].detach()) for _, outputs, _ in recorded]).double()
     target = torch.cat([batch.rates for *_, batch in recorded]).double()
     expected = 1 - ((target - prediction) ** 2).sum(0) / ((target - target.mean(0)) ** 2).sum(0)
-    with served(tmp_path) as board:
+    with tensorboard_on(tmp_path) as board:
         ((_, r2),) = [point[1:] for point in board("plugin/scalars/scalars", run="run/tensorboard", tag="train/r2")]
     assert r2 == pytest.approx(float(expected.mean()), abs=1e-5)
 
@@ -128,7 +128,7 @@ def test_a_probe_draws_its_layers(recording, tmp_path):
     words = ["--layers", "stages.1", "stages.2", "--images.size", "32", "--loader.workers", "0"]
     network = ["--backbone.name", "test_convnext", "--backbone.weights", "random"]
     succeed_here("train/probe.py", "--data", recording, "--out", tmp_path / "probe", *network, *words)
-    with served(tmp_path) as board:
+    with tensorboard_on(tmp_path) as board:
         assert list(board("plugin/images/tags")["probe/tensorboard"]) == ["explained variance by layer"]
 
 
@@ -136,7 +136,7 @@ def test_a_short_training_draws_nothing_but_an_evaluation_does(trained, tmp_path
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True)
     succeed_here("train/evaluate.py", run)
-    with served(tmp_path) as board:
+    with tensorboard_on(tmp_path) as board:
         tags = board("plugin/images/tags")["run/tensorboard"]
     assert {tag.partition("/")[0] for tag in tags} == {"val"}
 

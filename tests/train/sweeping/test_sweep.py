@@ -1,4 +1,4 @@
-"""A search runs each point once, whoever works on it and whoever is killed, and tells what it found."""
+"""A search runs each point once, whichever workers run or are killed, and reports the results."""
 
 import csv
 import io
@@ -63,7 +63,7 @@ def rows(folder: Path) -> list[dict[str, str]]:
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """All living processes that were started for a run."""
+    """All live processes of a run."""
     processes = []
     for process in psutil.process_iter(["cmdline", "status"]):
         words = process.info["cmdline"] or []
@@ -111,7 +111,7 @@ def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
 
 
 def test_the_trial_of_a_killed_worker_is_resumed_by_another(recording, tmp_path):
-    """In its run folder, from its last epoch, and with nothing left of the killed worker's processes."""
+    """In the same run folder, from the last epoch; no process of the killed worker is left."""
     sweep = {
         "set": {"epochs": 400, "early_stopping.patience": 400},
         "grid": {"optimizer.lr": [1e-9], "optimizer.name": ["sgd"]},
@@ -143,7 +143,7 @@ def test_the_trial_of_a_killed_worker_is_resumed_by_another(recording, tmp_path)
 
 
 class MadeUpRuns:
-    """A launcher that trains nothing: `ends(recipe)` says how a run ends, or gives its value.
+    """A launcher that does not train: `ends(recipe)` gives the outcome of a run, or its value.
 
     Attributes:
         started: the recipe of every run that was started, and whether it was to be resumed.
@@ -193,7 +193,7 @@ class NeverStop:
 
 @pytest.fixture
 def worker(recording, tmp_path, monkeypatch):
-    """Makes workers of a search whose runs are made up; those of one search share its folder. They draw nothing."""
+    """A function that makes workers of a search with simulated runs; workers of one search share its folder."""
     monkeypatch.setattr("train.sweeping.publishing.draw_search", lambda standings: b"")
     manifest = load_manifest(recording)
 
@@ -294,7 +294,7 @@ def test_a_trial_without_a_sign_of_life_is_picked_up_and_its_first_worker_record
 
 
 def test_settings_are_ranked_by_their_mean_over_seeds(worker, tmp_path):
-    """A setting that is best with one seed, or failed with another, does not win."""
+    """A setting that is best with one seed only, or failed with another, does not win."""
     values = {(1e-2, 0): 0.9, (1e-2, 1): 0.1, (1e-3, 0): 0.6, (1e-3, 1): 0.5, (1e-4, 0): 0.8}
     diverged = Outcome("diverged", "the training diverged: step 1")
     grid = {"optimizer.lr": [1e-2, 1e-3, 1e-4], "seed": [0, 1]}
@@ -421,7 +421,7 @@ def test_joining_with_another_search_or_other_data_is_refused(worker, recording,
 
 
 def test_values_are_read_as_the_recipe_reads_them(tmp_path):
-    """YAML reads 1e-3 as a text."""
+    """YAML reads 1e-3 as text."""
     plan = load_plan(written(tmp_path, {"grid": {"optimizer.lr": ["1e-3", 1], "images.size": [32, None]}}))
     assert plan.choices == {"optimizer.lr": [1e-3, 1.0], "images.size": [32, None]}
     assert [plan.recipe(point).images.size for point in plan.points] == [32, None, 32, None]
