@@ -192,54 +192,60 @@ def evaluation_batches(stimuli: int, rank: int, ranks: int, size: int) -> list[M
     return batches
 
 
-def inner_split(groups: np.ndarray, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Divide the training stimuli into those to fit and the inner ones that select, by whole groups.
+@dataclass(frozen=True)
+class StimulusGroups:
+    """Which stimuli of a recording stay on one side when it is divided.
 
-    Args:
-        groups: a group label per stimulus (any comparable dtype); unique labels give a plain random split.
-        fraction: of the stimuli that are inner.
-        seed: of the draw.
-
-    Returns:
-        Positions (fit, inner), each ascending; both hold at least one group where there are two.
+    Attributes:
+        labels: of each stimulus's group (any comparable dtype); unique labels give a plain random split.
+        keys: per stimulus, the same for its group in other recordings.
     """
-    inner = _draw_groups(groups, fraction * len(groups), seed)
-    return np.flatnonzero(~inner), np.flatnonzero(inner)
+
+    labels: np.ndarray
+    keys: Sequence[Hashable]
 
 
-def _draw_groups(groups: np.ndarray, wanted: float, seed: int, spare: int = 1) -> np.ndarray:
-    """Draw whole groups until they hold `wanted` stimuli: at least one group, and all but `spare`; bool (stimuli,)."""
-    labels, group_of = np.unique(groups, return_inverse=True)
-    sizes = np.bincount(group_of)
-    order = np.random.default_rng([seed, len(groups)]).permutation(len(labels))
-    before = np.cumsum(sizes[order]) - sizes[order]
-    chosen = order[(before < max(wanted, 1)) & (np.arange(len(order)) < len(order) - spare)]
-    return np.isin(group_of, chosen)
+@dataclass(frozen=True)
+class InnerSplit:
+    """Positions of the training stimuli to fit and of the inner ones, which select; each ascending."""
+
+    fit: np.ndarray
+    inner: np.ndarray
 
 
-def inner_splits(
-    recordings: Sequence[tuple[np.ndarray, Sequence[Hashable]]], fraction: float, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`inner_split` of each recording, where stimuli that recordings share are inner in all of them or in none.
+def inner_splits(recordings: Sequence[StimulusGroups], fraction: float, seed: int) -> list[InnerSplit]:
+    """Divide the training stimuli of each recording by whole groups, those that recordings share alike in all of them.
 
     Earlier recordings decide for later ones, which draw what they lack from the rest. The first one is divided as it
-    would be alone, and so is every one that shares nothing.
+    would be alone, and so is every one that shares nothing. Where a recording has two groups, both sides hold at least
+    one.
 
     Args:
-        recordings: of each the groups as in `inner_split`, and per stimulus a key that is the same for its group in
-            other recordings.
-        fraction, seed: as in `inner_split`.
+        recordings: the groups of each.
+        fraction: of the stimuli that are inner.
+        seed: of the draw.
     """
     is_inner: dict[Hashable, bool] = {}
     divided = []
-    for groups, shared in recordings:
-        inner = np.array([is_inner.get(key, False) for key in shared], bool)
-        free = np.array([key not in is_inner for key in shared], bool)
+    for groups in recordings:
+        inner = np.array([is_inner.get(key, False) for key in groups.keys], bool)
+        free = np.array([key not in is_inner for key in groups.keys], bool)
         wanted = fraction * len(inner) - inner.sum()
         if not inner.any() and not free.any():  # earlier recordings fit all of its stimuli
             free[:] = True
         if free.any() and (wanted > 0 or not inner.any()):
-            inner[free] = _draw_groups(groups[free], wanted, seed, spare=int(free.all() or inner[~free].all()))
-        is_inner |= dict(zip(shared, inner.tolist(), strict=True))
-        divided.append((np.flatnonzero(~inner), np.flatnonzero(inner)))
+            spare = int(free.all() or inner[~free].all())
+            inner[free] = _draw_groups(groups.labels[free], wanted, seed, spare)
+        is_inner |= dict(zip(groups.keys, inner.tolist(), strict=True))
+        divided.append(InnerSplit(np.flatnonzero(~inner), np.flatnonzero(inner)))
     return divided
+
+
+def _draw_groups(labels: np.ndarray, wanted: float, seed: int, spare: int) -> np.ndarray:
+    """Draw whole groups until they hold `wanted` stimuli: at least one group, and all but `spare`; bool (stimuli,)."""
+    names, group_of = np.unique(labels, return_inverse=True)
+    sizes = np.bincount(group_of)
+    order = np.random.default_rng([seed, len(labels)]).permutation(len(names))
+    before = np.cumsum(sizes[order]) - sizes[order]
+    chosen = order[(before < max(wanted, 1)) & (np.arange(len(order)) < len(order) - spare)]
+    return np.isin(group_of, chosen)

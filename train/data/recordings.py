@@ -6,16 +6,17 @@ A stimulus that one recording holds out is not trained on in another: see `Recor
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder, ShardSplit
-from data_prep.shards.manifest import Image, Manifest, Rates, Split
+from data_prep.shards.manifest import Manifest, Rates, Split
 from data_prep.splits import folds
 from train.data.bad_samples import BadSamples
-from train.data.order import inner_splits, nested_subset
+from train.data.order import InnerSplit, StimulusGroups, inner_splits, nested_subset
 from train.run.folder import is_folder_name
 from train.run.recipe import LEAST_CORRELATED, EarlyStopping, Recipe
 
@@ -103,8 +104,8 @@ class Recordings:
             BadInput: naming the setting.
         """
         if len(self) == 1:
-            if recipe.mix != (default := Recipe.model_fields["mix"].default):
-                raise BadInput(f"mix ({recipe.mix}) needs several recordings; leave it at {default}")
+            if recipe.mix != "proportional":
+                raise BadInput(f"mix ({recipe.mix}) needs several recordings; leave it at proportional")
             return
         if recipe.loader.engine != "indexed":
             raise BadInput(f"loader.engine: {recipe.loader.engine} streams one recording; leave it at indexed")
@@ -124,7 +125,7 @@ class Recordings:
             self._check_alike("rates.units", "loss.responses poisson is in these; take mse")
 
     def _check_alike(self, field: str, why: str) -> None:
-        values = [_get(manifest, field) for manifest in self.manifests]
+        values = [attrgetter(field)(manifest) for manifest in self.manifests]
         for folder, value in zip(self.folders, values, strict=True):
             if value != values[0]:
                 raise BadInput(f"data: {self.folders[0].folder} and {folder.folder} differ in their {field}, and {why}")
@@ -148,28 +149,28 @@ class Recordings:
         Raises:
             BadInput: nothing is left of one, or it has fewer stimuli than the subset, or fewer groups than folds.
         """
-        divisions, screening = [], screening or BadSamples(recipe.loader, name_recordings=len(self) > 1)
-        trains = [folder.split("train") for folder in self.folders]
-        used = [subset_positions(train, recipe) for train in trains]
-        usable = [self._usable(train, recipe, screening) for train in trains]
+        screening = screening or BadSamples(recipe.loader, name_recordings=len(self) > 1)
+        trains = [self._train_stimuli(folder, recipe, screening) for folder in self.folders]
+        divisions = []
         if recipe.early_stopping.split == "val":
-            for folder, train, positions, readable in zip(self.folders, trains, used, usable, strict=True):
+            for folder, train in zip(self.folders, trains, strict=True):
                 val = folder.split("val")
-                fit = np.intersect1d(positions, readable)
-                divisions.append(FitAndSelection(train, fit, val, self._usable(val, recipe, screening)))
+                fit = np.intersect1d(train.used, train.readable)
+                divisions.append(FitAndSelection(train.split, fit, val, self._readable(val, recipe, screening)))
         else:
-            groups = [
-                _groups(train, positions, readable)
-                for train, positions, readable in zip(trains, used, usable, strict=True)
-            ]
-            inner_of_each = _inner_splits(groups, recipe.early_stopping, recipe.seed)
-            for train, positions, split, readable in zip(trains, used, inner_of_each, usable, strict=True):
-                fit, inner = (np.intersect1d(positions[indices], readable) for indices in split)
-                divisions.append(FitAndSelection(train, fit, train, inner))
+            splits = _inner_splits([_groups(train) for train in trains], recipe.early_stopping, recipe.seed)
+            for train, split in zip(trains, splits, strict=True):
+                fit = np.intersect1d(train.used[split.fit], train.readable)
+                inner = np.intersect1d(train.used[split.inner], train.readable)
+                divisions.append(FitAndSelection(train.split, fit, train.split, inner))
         self._hold_out(divisions)
         return divisions
 
-    def _usable(self, split: ShardSplit, recipe: Recipe, screening: BadSamples) -> np.ndarray:
+    def _train_stimuli(self, folder: ShardFolder, recipe: Recipe, screening: BadSamples) -> "_TrainStimuli":
+        split = folder.split("train")
+        return _TrainStimuli(split, subset_positions(split, recipe), self._readable(split, recipe, screening))
+
+    def _readable(self, split: ShardSplit, recipe: Recipe, screening: BadSamples) -> np.ndarray:
         return screening.usable_positions(
             split,
             self.image_size(recipe),
@@ -177,19 +178,19 @@ class Recordings:
             classes=recipe.task.predicts_classes,
         )
 
-    def _hold_out(self, divided: list[FitAndSelection]) -> None:
-        """Leave stimuli out of each recording's train split that others hold out."""
+    def _hold_out(self, divisions: list[FitAndSelection]) -> None:
+        """Leave out of each recording's train split the stimuli that other recordings hold out."""
         reported = [self._reported(folder) for folder in self.folders]
-        selecting = [_images(part.selection_split, part.selection) for part in divided]
-        for number, part in enumerate(divided):
-            before = len(part.fit) + len(part.selection)
-            of_others = set().union(*(held for k, held in enumerate(reported) if k != number))
-            if part.selection_split is part.train:
-                part.selection = _without(part.train, part.selection, of_others)
-            of_others = of_others.union(*(held for k, held in enumerate(selecting) if k != number))
-            part.fit = _without(part.train, part.fit, of_others)
-            part.left_out = before - len(part.fit) - len(part.selection)
-            if part.left_out and not (len(part.fit) and len(part.selection)):
+        selecting = [_images(division.selection_split, division.selection) for division in divisions]
+        for number, division in enumerate(divisions):
+            before = len(division.fit) + len(division.selection)
+            held_out = set().union(*(images for k, images in enumerate(reported) if k != number))
+            if division.selection_split is division.train:
+                division.selection = _without(division.train, division.selection, held_out)
+            held_out = held_out.union(*(images for k, images in enumerate(selecting) if k != number))
+            division.fit = _without(division.train, division.fit, held_out)
+            division.left_out = before - len(division.fit) - len(division.selection)
+            if division.left_out and not (len(division.fit) and len(division.selection)):
                 raise BadInput(
                     f"data: nothing is left of the train split of {self.folders[number].folder}, because the other "
                     "recordings hold out what it trains on or selects by; pack them with the same split"
@@ -205,12 +206,12 @@ def _images(split: ShardSplit, positions: np.ndarray | None = None) -> Images:
     return set(images if positions is None else [images[position] for position in positions])
 
 
-def _without(split: ShardSplit, positions: np.ndarray, held: Images) -> np.ndarray:
+def _without(split: ShardSplit, positions: np.ndarray, held_out: Images) -> np.ndarray:
     """The positions whose images are not held out."""
-    if not held:
+    if not held_out:
         return positions
     sizes = split.image_sizes
-    return positions[np.array([(split.stimulus_ids[k], int(sizes[k])) not in held for k in positions], bool)]
+    return positions[np.array([(split.stimulus_ids[k], int(sizes[k])) not in held_out for k in positions], bool)]
 
 
 def subset_positions(train: ShardSplit, recipe: Recipe) -> np.ndarray:
@@ -222,32 +223,45 @@ def subset_positions(train: ShardSplit, recipe: Recipe) -> np.ndarray:
     return np.arange(len(train)) if recipe.subset is None else nested_subset(len(train), recipe.subset, recipe.seed)
 
 
-def _groups(train: ShardSplit, used: np.ndarray, usable: np.ndarray) -> tuple[np.ndarray, Sequence[Hashable]]:
-    """The groups of the used stimuli that stay on one side, and a key for each that is the same in all recordings.
+@dataclass(frozen=True)
+class _TrainStimuli:
+    """The stimuli of a train split.
 
-    A stimulus that cannot be read is a group of its own.
+    Attributes:
+        split: theirs.
+        used: positions of those that the recipe uses.
+        readable: positions of those that can be read.
     """
-    groups = list(train.stimulus_ids)
-    shared: list[Hashable] = list(zip(train.stimulus_ids, train.image_sizes.tolist(), strict=True))
-    if (key := train.manifest.group_by) is not None:
-        for position in np.intersect1d(used, usable).tolist():
-            groups[position] = str(train.meta(position).get(key))
-            shared[position] = (key, groups[position])
-    return np.array(groups)[used], [shared[position] for position in used]
+
+    split: ShardSplit
+    used: np.ndarray
+    readable: np.ndarray
 
 
-def _inner_splits(
-    recordings: Sequence[tuple[np.ndarray, Sequence[Hashable]]], settings: EarlyStopping, seed: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """For the groups of each recording, the stimuli to fit and the inner ones, counted among those that are used."""
+def _groups(train: _TrainStimuli) -> StimulusGroups:
+    """The groups of the stimuli that are used; one that cannot be read is a group of its own."""
+    split = train.split
+    labels = list(split.stimulus_ids)
+    keys: list[Hashable] = list(zip(split.stimulus_ids, split.image_sizes.tolist(), strict=True))
+    group_by = split.manifest.group_by
+    if group_by is not None:
+        for position in np.intersect1d(train.used, train.readable).tolist():
+            labels[position] = str(split.meta(position).get(group_by))
+            keys[position] = (group_by, labels[position])
+    return StimulusGroups(np.array(labels)[train.used], [keys[position] for position in train.used])
+
+
+def _inner_splits(recordings: Sequence[StimulusGroups], settings: EarlyStopping, seed: int) -> list[InnerSplit]:
+    """The stimuli of each recording to fit and the inner ones, counted among those that are used."""
     if settings.folds is None:
         return inner_splits(recordings, settings.inner_fraction, seed)
     divided = []
-    for groups, _ in recordings:
-        if (count := len(np.unique(groups))) < settings.folds:
+    for groups in recordings:
+        count = len(np.unique(groups.labels))
+        if count < settings.folds:
             raise BadInput(f"early_stopping.folds: {count} groups of train stimuli cannot fill {settings.folds} folds")
-        inner = folds(groups, settings.folds, FOLD_SEED)[settings.fold - 1]
-        divided.append((np.delete(np.arange(len(groups)), inner), inner))
+        inner = folds(groups.labels, settings.folds, FOLD_SEED)[settings.fold - 1]
+        divided.append(InnerSplit(np.delete(np.arange(len(groups.labels)), inner), inner))
     return divided
 
 
@@ -269,7 +283,7 @@ def combined_manifest(manifests: Sequence[Manifest]) -> Manifest:
         splits={name: _combined_split(of_each) for name, of_each in splits.items()},
         sites=[site for manifest in manifests for site in manifest.sites],
         classes=_common([manifest.classes for manifest in manifests]),
-        image=_largest([manifest.image for manifest in manifests]),
+        image=max((manifest.image for manifest in manifests), key=attrgetter("side")),
         rates=Rates(
             units=_common([manifest.rates.units for manifest in manifests]) or "differ between the recordings",
             mean=[mean for manifest in manifests for mean in manifest.rates.mean],
@@ -287,16 +301,6 @@ def _combined_split(splits: list[Split]) -> Split:
     )
 
 
-def _largest(images: list[Image]) -> Image:
-    return max(images, key=lambda image: image.side)
-
-
 def _common(values: list[Any]) -> Any:
     """The value that all have in common, else None."""
     return values[0] if all(value == values[0] for value in values) else None
-
-
-def _get(manifest: Manifest, field: str) -> Any:
-    for name in field.split("."):
-        manifest = getattr(manifest, name)
-    return manifest

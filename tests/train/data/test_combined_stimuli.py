@@ -22,7 +22,7 @@ from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from train.data.combined_stimuli import CombinedStimuli
 from train.data.loader import TrainLoader, evaluation_loader
-from train.data.order import Blocks, Turns, epoch_order, inner_split, inner_splits, stimuli_of_epoch
+from train.data.order import Blocks, StimulusGroups, Turns, epoch_order, inner_splits, stimuli_of_epoch
 from train.data.recordings import Recordings
 from train.data.stimuli import RecordingStimuli
 from train.finetuning.setup.data_notes import notes_on_left_out
@@ -103,19 +103,21 @@ def test_turns_go_through_a_few_shards_at_a_time():
 @given(st.lists(st.integers(2, 60), min_size=1, max_size=4), st.floats(0.05, 0.6), seeds)
 def test_recordings_that_share_nothing_are_divided_as_alone(sizes, fraction, seed):
     recordings = [
-        (np.array([f"{k}_{i:02d}" for i in range(size)]), [(k, i) for i in range(size)]) for k, size in enumerate(sizes)
+        StimulusGroups(np.array([f"{k}_{i:02d}" for i in range(size)]), [(k, i) for i in range(size)])
+        for k, size in enumerate(sizes)
     ]
-    for (groups, _), (fit, inner) in zip(recordings, inner_splits(recordings, fraction, seed), strict=True):
-        alone = inner_split(groups, fraction, seed)
-        assert (fit.tolist(), inner.tolist()) == (alone[0].tolist(), alone[1].tolist())
+    for recording, split in zip(recordings, inner_splits(recordings, fraction, seed), strict=True):
+        (alone,) = inner_splits([recording], fraction, seed)
+        assert (split.fit.tolist(), split.inner.tolist()) == (alone.fit.tolist(), alone.inner.tolist())
 
 
 @given(st.lists(st.sets(st.integers(0, 80), min_size=2), min_size=2, max_size=4), st.floats(0.05, 0.5), seeds)
 def test_shared_stimuli_are_on_one_side_and_every_recording_has_both(members, fraction, seed):
-    recordings = [(np.array(sorted(ids)), sorted(ids)) for ids in members]
+    recordings = [StimulusGroups(np.array(sorted(ids)), sorted(ids)) for ids in members]
     divided = inner_splits(recordings, fraction, seed)
     side = {}
-    for (groups, _), (fit, inner) in zip(recordings, divided, strict=True):
+    for recording, split in zip(recordings, divided, strict=True):
+        groups, fit, inner = recording.labels, split.fit, split.inner
         assert sorted([*fit, *inner]) == list(range(len(groups)))
         assert len(inner)
         decided = [name in side for name in groups[inner]]

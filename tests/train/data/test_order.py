@@ -8,11 +8,13 @@ from hypothesis import strategies as st
 
 from train.data.order import (
     Blocks,
+    InnerSplit,
+    StimulusGroups,
     accumulation,
     epoch_order,
     evaluation_batches,
     global_batch,
-    inner_split,
+    inner_splits,
     micro_batches,
     share,
     steps_per_epoch,
@@ -25,6 +27,12 @@ seeds = st.integers(0, 2**32 - 1)
 epochs = st.integers(0, 1000)
 counts = st.integers(1, 300)
 ranks_ = st.integers(1, 70)
+
+
+def inner_split(labels, fraction, seed) -> InnerSplit:
+    """The inner split of a single recording."""
+    (split,) = inner_splits([StimulusGroups(np.array(labels), list(labels))], fraction, seed)
+    return split
 
 
 def epoch_of(seed, epoch, size, stimuli):
@@ -238,7 +246,8 @@ fractions = st.floats(0.01, 0.99)
 @given(groups_, fractions, seeds)
 def test_the_inner_split_keeps_groups_together_and_loses_nothing(groups, fraction, seed):
     groups = np.array(groups)
-    fit, inner = inner_split(groups, fraction, seed)
+    split = inner_split(groups, fraction, seed)
+    fit, inner = split.fit, split.inner
     assert np.array_equal(np.sort(np.concatenate([fit, inner])), np.arange(len(groups)))
     assert set(groups[fit]).isdisjoint(groups[inner])
     assert len(fit) > 0
@@ -250,7 +259,8 @@ def test_the_inner_split_keeps_groups_together_and_loses_nothing(groups, fractio
 @given(groups_, fractions, seeds)
 def test_the_inner_split_exceeds_its_share_by_less_than_a_group(groups, fraction, seed):
     groups = np.array(groups)
-    fit, inner = inner_split(groups, fraction, seed)
+    split = inner_split(groups, fraction, seed)
+    fit, inner = split.fit, split.inner
     largest = np.unique(groups[inner], return_counts=True)[1].max()
     target = max(fraction * len(groups), 1)
     assert len(inner) - largest < target
@@ -260,19 +270,18 @@ def test_the_inner_split_exceeds_its_share_by_less_than_a_group(groups, fraction
 @given(st.integers(10, 200), fractions, seeds)
 def test_the_inner_split_is_seeded_and_ignores_group_names(n, fraction, seed):
     names = np.array([f"stim{i:03d}" for i in range(n)])
-    fit, inner = inner_split(names, fraction, seed)
+    split = inner_split(names, fraction, seed)
     again = inner_split(np.arange(n), fraction, seed)
-    assert np.array_equal(fit, again[0])
-    assert np.array_equal(inner, again[1])
-    assert len(inner) == min(int(np.ceil(max(fraction * n, 1))), n - 1)
+    assert np.array_equal(split.fit, again.fit)
+    assert np.array_equal(split.inner, again.inner)
+    assert len(split.inner) == min(int(np.ceil(max(fraction * n, 1))), n - 1)
 
 
 def test_another_seed_gives_another_inner_split():
-    splits = {tuple(inner_split(np.arange(100), 0.1, seed)[1]) for seed in range(10)}
+    splits = {tuple(inner_split(np.arange(100), 0.1, seed).inner) for seed in range(10)}
     assert len(splits) == 10
 
 
 def test_a_single_group_is_never_held_out_whole():
     """There would be nothing left to fit."""
-    fit, _ = inner_split(np.zeros(20, int), 0.1, 0)
-    assert len(fit) > 0
+    assert len(inner_split(np.zeros(20, int), 0.1, 0).fit) > 0

@@ -2,7 +2,6 @@
 
 import shutil
 
-import numpy as np
 import pytest
 import torch
 from helpers import run_command
@@ -10,7 +9,7 @@ from launching import SMALL, kill_after_an_epoch, largest_difference, launch, lo
 
 from data_prep.shards.folder import ShardFolder
 from train.data.loader import TrainLoader
-from train.data.order import inner_split
+from train.data.recordings import Recordings
 from train.data.stimuli import RecordingStimuli
 from train.models.network import Network
 from train.run.checkpoint import load_progress
@@ -41,10 +40,9 @@ def one_step(recording, tmp_path_factory):
 def gradient_by_hand(recording, run_recipe: Recipe) -> tuple[dict, dict]:
     """Initial weights, and the gradient of the mean squared error over all fitted stimuli, in plain torch."""
     shards = ShardFolder(recording)
-    train = shards.split("train")
-    fit, _ = inner_split(np.array(train.stimulus_ids), run_recipe.early_stopping.inner_fraction, run_recipe.seed)
-    stimuli = RecordingStimuli(train, 32, fit)
-    options = {"seed": run_recipe.seed, "global_size": len(fit), "per_device": None, "workers": 0, "pin": False}
+    (division,) = Recordings([shards]).divide(run_recipe)
+    stimuli = RecordingStimuli(division.train, 32, division.fit)
+    options = {"seed": run_recipe.seed, "global_size": len(stimuli), "per_device": None, "workers": 0, "pin": False}
     (batch,) = next(TrainLoader(stimuli, rank=0, ranks=1, **options).epoch(0))
     torch.manual_seed(run_recipe.seed)
     network = Network(run_recipe, shards.manifest, 32).train()
