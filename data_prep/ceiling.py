@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 
 CONSTANT = 1e-24  # a variance below this fraction of the squared mean is float64 rounding of a constant
-LEAST_STIMULI = 4  # with at least two repetitions; the unbiased estimate needs more than three
+MIN_STIMULI = 4  # with at least two repetitions; the unbiased estimate needs more than three
 RESAMPLES, BOOTSTRAP_SEED = 1000, 0
 RANDOM_SPLITS, SPLIT_SEED = 100, 0
 _RESAMPLES_AT_ONCE = 100
@@ -28,7 +28,7 @@ class CeilingEstimate:
     """Noise ceilings of a recording; all float64, the last axis is sites, NaN where a site has no estimate.
 
     Attributes:
-        repetitions: (stimuli,), of each stimulus with at least two.
+        repetitions: (stimuli,), number of repetitions of each stimulus that has at least two.
         reliability: of the trial average, from variance components.
         resampled: (RESAMPLES, sites), the reliability on bootstrap resamples of the stimuli.
         split_half: the split-half estimate of the reliability, over RANDOM_SPLITS.
@@ -60,8 +60,8 @@ def estimate_ceiling(blocks: Iterable[np.ndarray]) -> CeilingEstimate | None:
     """Estimate the noise ceiling of every site; None where no stimulus has two repetitions.
 
     Args:
-        blocks: the trials of some sites after the other, each float (stimuli, repetitions, sites), NaN = missing. A
-            site's estimates do not depend on how the sites are cut into blocks.
+        blocks: the trials, a block of sites at a time: float (stimuli, repetitions, sites), NaN = missing. A site's
+            estimates do not depend on how the sites are cut into blocks.
     """
     estimates = [_estimate_block(trials) for trials in blocks]
     repetitions = np.max([block.repetitions for block in estimates], axis=0)
@@ -90,7 +90,7 @@ def _estimate_block(trials: np.ndarray) -> CeilingEstimate:
         repetitions=statistics.count.max(axis=1),
         reliability=components.reliability,
         resampled=bootstrap_reliability(statistics),
-        split_half=split_half_reliability(trials, RANDOM_SPLITS, SPLIT_SEED),
+        split_half=split_half_reliability(trials),
         ncsnr=components.ncsnr,
         noise_ceiling=components.noise_ceiling,
         explainable_share=components.explainable_share,
@@ -174,7 +174,7 @@ class VarianceComponents:
 
     @property
     def reliability(self) -> np.ndarray:
-        """rho = 1 - (S - 3) / (S - 1) * (v / n) / V; NaN for fewer than `LEAST_STIMULI` stimuli.
+        """rho = 1 - (S - 3) / (S - 1) * (v / n) / V; NaN for fewer than `MIN_STIMULI` stimuli.
 
         The factor (S - 3) / (S - 1) removes the bias of the ratio: for normal responses the mean of 1 / V is
         (S - 1) / (S - 3) times one over the mean of V (the mean of an inverse chi-squared variable). The estimate is
@@ -182,7 +182,7 @@ class VarianceComponents:
         """
         with np.errstate(invalid="ignore", divide="ignore"):
             rho = 1 - (self.stimuli - 3) / (self.stimuli - 1) * self.noise_of_average / self.total
-        return np.where(self.stimuli >= LEAST_STIMULI, rho, np.nan)
+        return np.where(self.stimuli >= MIN_STIMULI, rho, np.nan)
 
     @property
     def signal(self) -> np.ndarray:
@@ -240,7 +240,7 @@ def bootstrap_reliability(
 
 
 def _summands(statistics: TrialStatistics) -> tuple[np.ndarray, np.ndarray]:
-    """What is summed over stimuli: 1, m - c, (m - c)^2, v, v / n and 1 / n, and the centre c.
+    """The terms to sum over stimuli, 1, m - c, (m - c)^2, v, v / n and 1 / n, and the centre c.
 
     c is the mean over stimuli of the averages m, so that the sums lose nothing to cancellation.
 
@@ -282,12 +282,14 @@ def _components(sums: np.ndarray, centre: np.ndarray, resampled_from: np.ndarray
 # ---------------------------------------------------------------------------------------------------- split halves
 
 
-def split_half_reliability(trials: np.ndarray, random_splits: int = 100, seed: int = 0) -> np.ndarray:
+def split_half_reliability(
+    trials: np.ndarray, random_splits: int = RANDOM_SPLITS, seed: int = SPLIT_SEED
+) -> np.ndarray:
     """Spearman-Brown corrected split-half reliability of the trial average, per site.
 
-    The repetitions of every stimulus are split at random into halves (an odd one out goes to either half with equal
-    chance). The half averages are correlated over stimuli, r, and corrected to the full number of repetitions,
-    rho = 2 r / (1 + r) (Spearman 1910; Brown 1910). rho is averaged over the random splits.
+    The repetitions of every stimulus are split at random into halves (of an odd number, the extra one goes to either
+    half with equal probability). The half averages are correlated over stimuli, r, and corrected to the full number of
+    repetitions, rho = 2 r / (1 + r) (Spearman 1910; Brown 1910). rho is averaged over the random splits.
 
     Args:
         trials: float (stimuli, repetitions, sites), NaN = missing. For each site, stimuli with fewer than two
@@ -304,7 +306,9 @@ def split_half_reliability(trials: np.ndarray, random_splits: int = 100, seed: i
         return np.where(defined, 2 * r / (1 + r), 0).sum(axis=0) / defined.sum(axis=0)
 
 
-def split_half_correlations(trials: np.ndarray, random_splits: int = 100, seed: int = 0) -> np.ndarray:
+def split_half_correlations(
+    trials: np.ndarray, random_splits: int = RANDOM_SPLITS, seed: int = SPLIT_SEED
+) -> np.ndarray:
     """The uncorrected correlations r of `split_half_reliability`: float64 (random_splits, sites)."""
     recorded = ~np.isnan(trials)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -313,18 +317,18 @@ def split_half_correlations(trials: np.ndarray, random_splits: int = 100, seed: 
     for position, stimulus in enumerate(trials):
         # A generator for each stimulus, so that its halves depend neither on the other stimuli nor on the sites.
         generator = np.random.default_rng([seed, position])
-        keys, odd_one = generator.random((random_splits, len(stimulus))), generator.integers(0, 2, random_splits)
-        for repetitions, sites in _sites_with_the_same_repetitions(recorded[position]):
+        keys, extra = generator.random((random_splits, len(stimulus))), generator.integers(0, 2, random_splits)
+        for repetitions, sites in _group_sites(recorded[position]):
             values = stimulus[np.ix_(repetitions, sites)] - centre[sites]
-            first, second = _half_averages(values, keys[:, repetitions], odd_one)
+            first, second = _half_averages(values, keys[:, repetitions], extra)
             summands = (np.ones_like(first), first, second, first**2, second**2, first * second)
             for total, summand in zip(sums, summands, strict=True):
                 total[:, sites] += summand
     return _correlation(sums, centre)
 
 
-def _sites_with_the_same_repetitions(recorded: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Group the sites of one stimulus by the repetitions they have; yields positions of the repetitions and the sites.
+def _group_sites(recorded: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Group the sites of one stimulus by their recorded repetitions; yields positions of repetitions and of sites.
 
     Args:
         recorded: bool (repetitions, sites). Sites with fewer than two repetitions are left out.
@@ -338,16 +342,16 @@ def _sites_with_the_same_repetitions(recorded: np.ndarray) -> Iterator[tuple[np.
             yield np.flatnonzero(pattern), np.flatnonzero(pattern_of_site.ravel() == number)
 
 
-def _half_averages(values: np.ndarray, keys: np.ndarray, odd_one: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _half_averages(values: np.ndarray, keys: np.ndarray, extra: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The averages over both halves of the repetitions, in every split: float64 (splits, sites) each.
 
     Args:
         values: (repetitions, sites).
         keys: (splits, repetitions), random; the repetitions with the smallest keys form the first half.
-        odd_one: 0 or 1 (splits,), whether the first half gets the odd one out.
+        extra: 0 or 1 (splits,), whether the first half gets the extra one of an odd number of repetitions.
     """
     values, count = values.astype(np.float64), len(values)
-    first_size = ((count + odd_one) // 2)[:, None]
+    first_size = ((count + extra) // 2)[:, None]
     in_first = keys.argsort(axis=1).argsort(axis=1) < first_size
     first = in_first.astype(np.float64) @ values
     return first / first_size, (values.sum(axis=0) - first) / (count - first_size)

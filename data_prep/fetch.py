@@ -2,7 +2,7 @@
 
     python data_prep/fetch.py {majaj2015,freemanziemba2013,tvsd,it-course} --out DIR
 
-What has arrived of an interrupted download is kept; the next call resumes it.
+An interrupted download resumes where it stopped when the command is run again.
 """
 
 import shlex
@@ -32,11 +32,11 @@ class Fetch(BaseModel):
     out: Path
     """Folder for the files; files that exist are not downloaded again."""
     mirror: str | None = None
-    """Address of a folder (http or https) with the same files under the same names, e.g. of your institute."""
+    """URL (http or https) of a folder with the same files under the same names, such as your institute's mirror."""
     retries: int = Field(5, ge=0, le=1000)
-    """Retries per file, counted from the last progress."""
+    """Retries per file in a row without progress."""
     timeout: float = Field(60.0, gt=0, le=86_400)
-    """Seconds of silence after which a connection is opened again."""
+    """Seconds without data after which a connection is reopened."""
 
 
 def _describe(dataset: Dataset) -> str:
@@ -57,7 +57,7 @@ def main() -> None:
     report(_describe(dataset))
     for file in dataset.files:
         files.fetch(file, options.out)
-    print("continue with:")
+    print("pack it with:")
     for name, words in dataset.pack.items():
         print(f"  python data_prep/pack.py {words.format(folder=shlex.quote(str(options.out)))} --out data/{name}")
 

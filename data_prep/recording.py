@@ -44,17 +44,17 @@ class Recording(ABC):
 
     Attributes:
         name: short name, e.g. "majaj2015".
-        provenance: JSON-able: where it comes from, how it was processed, warnings raised on the way.
-        simulated: True for recordings that no brain took part in.
+        provenance: JSON-able; where the recording comes from, how it was processed, warnings about it.
+        simulated: True if no brain was recorded.
         sites: one dict per site, each with at least `id`; `region`, `subject` ... where known.
         response_window_ms: (start, end) after stimulus onset; None where the source does not say.
         units: of the rates, e.g. "spikes/s", or "as recorded" where the source does not say.
         stimulus_ids: all ids, in the source's order.
         splits: one of `SPLITS` per stimulus.
         objects: the object shown, per stimulus; None where the source has no labels.
-        group_by: the fact in `meta` by which stimuli were kept together in one split; None where none was used.
-        truth: facts known only of a simulation, e.g. `{"reliability": [...]}` per site.
-        meta: per stimulus, the part of `Stimulus.meta` that is known before the stimulus is read; None where none is.
+        group_by: the fact in `meta` whose groups each stay within one split; None if there is none.
+        truth: facts known only for a simulation, e.g. `{"reliability": [...]}` per site.
+        meta: per stimulus, the part of `Stimulus.meta` that is known before the stimulus is read; None if nothing is.
         split_has_responses: per split, whether its stimuli have responses; None where all have.
     """
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
-from data_prep.common.option_fields import Place
+from data_prep.common.option_fields import FolderLocation
 
 EXAMPLES = (
     "data/it",
@@ -24,20 +24,20 @@ class Show(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    folder: tyro.conf.Positional[Place]
-    """A shard folder made by data_prep/pack.py, or its URL, or a local folder of tars of other origin."""
+    folder: tyro.conf.Positional[FolderLocation]
+    """A shard folder made by data_prep/pack.py, or its URL, or a local folder of other WebDataset tars."""
     index: bool = False
-    """Read the tars again and write the tables beside them; local folders only. Not needed for tars of other origin:
-    these are read again whenever they change."""
+    """Read the tars again and rewrite the tables beside them; local folders only. Tars that pack.py did not write do
+    not need this: they are read again whenever they change."""
     verify: bool = False
-    """Rehash every shard and compare it with the manifest and the index. Remote shards without a verified copy are
+    """Rehash every shard and compare it with the manifest and the index. Remote shards that are not in the cache are
     fetched."""
     contact_sheet: Path | None = None
-    """Where to put the contact sheet; by default contact_sheet.png in the folder, for a URL in the working folder."""
+    """File for the contact sheet; by default contact_sheet.png in the folder, or in the working folder for a URL."""
     shard_cache: Path | None = None
     """Folder for copies of remote shards; by default in ~/.cache."""
     shard_cache_gib: float | None = Field(None, gt=0, le=1e6)
-    """The most that these copies may take; by default half of what is free on the disk."""
+    """Size limit of these copies in GiB; by default half of the free disk space."""
 
 
 def main() -> None:

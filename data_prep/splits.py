@@ -1,5 +1,6 @@
 """Which stimuli are held out: at random, by whole groups, or in folds; and pack's options for that."""
 
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -15,7 +16,7 @@ def assign_splits(n: int, fractions: Mapping[str, float], seed: int, groups: Seq
 
     The stimuli are permuted by `numpy.random.default_rng(seed).permutation`; the first floor(val * n) go to val, the
     next floor(test * n) to test, the rest to train. With `groups`, whole groups are permuted and assigned in the same
-    way until a split has its share, so that no group straddles two splits.
+    way until a split has its share, so no group straddles two splits.
 
     Args:
         n: number of stimuli.
@@ -29,20 +30,21 @@ def assign_splits(n: int, fractions: Mapping[str, float], seed: int, groups: Seq
     if unknown := set(fractions) - set(SPLITS):
         raise BadInput(f"split fractions: unknown split {sorted(unknown)[0]!r}; use {', '.join(SPLITS)}")
     if not all(share >= 0 for share in fractions.values()) or not abs(sum(fractions.values()) - 1) < 1e-6:
-        raise BadInput(f"split fractions must be positive and add up to 1, not {dict(fractions)}")
+        raise BadInput(f"split fractions must not be negative and must add up to 1, not {dict(fractions)}")
     names = np.arange(n) if groups is None else np.asarray(groups)
     _, group_of = np.unique(names, return_inverse=True)
     sizes = np.bincount(group_of)
     split_of_group = np.full(len(sizes), "train", dtype=object)
-    order = iter(np.random.default_rng(seed).permutation(len(sizes)))
+    remaining = deque(np.random.default_rng(seed).permutation(len(sizes)))
     for split in ("val", "test"):
         room = int(fractions.get(split, 0.0) * n + 1e-9)
-        while room > 0 and (group := next(order, None)) is not None:
+        while room > 0 and remaining:
+            group = remaining.popleft()
             split_of_group[group] = split
             room -= sizes[group]
     splits = [str(split) for split in split_of_group[group_of]]
     if "train" not in splits:
-        raise BadInput(f"{n} stimuli in {len(sizes)} groups leave none to train on with fractions {dict(fractions)}")
+        raise BadInput(f"fractions {dict(fractions)} leave none of the {n} stimuli ({len(sizes)} groups) to train on")
     return splits
 
 
@@ -58,20 +60,20 @@ def straddling(groups: Mapping[str, Sequence[Mapping[str, set[str]]]]) -> dict[s
         groups: per split, for each of its shards, the values of each fact that occur there.
 
     Returns:
-        For each fact with such groups their number, and that of all groups: `{"object": {"groups": 3, "of": 64}}`.
+        For each fact with such groups, how many there are of how many: `{"object": {"groups": 3, "of": 64}}`.
     """
-    per_split: dict[str, dict[str, set[str]]] = {}
+    train: dict[str, set[str]] = defaultdict(set)
+    held_out: dict[str, set[str]] = defaultdict(set)
     for split, shards in groups.items():
+        values_of = train if split == "train" else held_out
         for shard in shards:
             for fact, values in shard.items():
-                per_split.setdefault(fact, {}).setdefault(split, set()).update(values)
-    counts = {}
-    for fact, values_of in per_split.items():
-        held_out: set[str] = set().union(*(values for split, values in values_of.items() if split != "train"))
-        shared = values_of.get("train", set()) & held_out
-        if shared:
-            counts[fact] = {"groups": len(shared), "of": len(set().union(*values_of.values()))}
-    return counts
+                values_of[fact] |= values
+    return {
+        fact: {"groups": len(values & held_out[fact]), "of": len(values | held_out[fact])}
+        for fact, values in train.items()
+        if values & held_out[fact]
+    }
 
 
 def folds(groups: np.ndarray, count: int, seed: int, *, stratified: bool = False) -> list[np.ndarray]:
@@ -106,7 +108,7 @@ def folds(groups: np.ndarray, count: int, seed: int, *, stratified: bool = False
 
 # -------------------------------------------------------------------------------------------------- pack's options
 
-# The options that each way of dividing uses, besides `split`.
+# The options that each kind of split uses, besides `split`.
 _OPTIONS_OF = {
     "source": (),
     "random": ("split_fractions", "split_seed"),
@@ -131,27 +133,27 @@ class SplitOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     split: Literal["source", "random", "grouped", "leave-out", "k-fold"] = "source"
-    """Which stimuli are held out: as the source (and its options) says; stimuli at random; whole groups, e.g. objects;
-    the groups named by --hold-out; or one of several folds."""
+    """How stimuli are held out: as the source and its options define; individual stimuli at random; whole groups at
+    random, such as objects; the groups named by --hold-out; or one of several folds."""
     split_by: str | None = None
-    """What groups stimuli (object, category, a column of the table ...), for grouped, leave-out and k-fold."""
+    """The fact that groups stimuli (object, category, a table column ...), for grouped, leave-out and k-fold."""
     split_fractions: tuple[float, float] = (0.09, 0.10)
     """Shares of the stimuli for val and test, for random and grouped."""
     split_seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed for random, grouped and k-fold."""
     hold_out: tuple[str, ...] = ()
-    """The groups that become val, for leave-out, e.g. one category."""
+    """The groups that become val, such as one category, for leave-out."""
     folds: int = Field(10, ge=2, le=10_000)
     """Number of folds, for k-fold."""
     fold: int = Field(1, ge=1, le=10_000)
     """Which fold becomes val, counted from 1, for k-fold."""
 
     def open_recording(self, source: RecordingSource) -> Recording:
-        """Open a source, and divide its recording in another way if these options ask for it.
+        """Open a source, and split its recording differently if these options ask for it.
 
         Raises:
-            BadInput: options that this way of dividing would ignore, facts that the source does not know, or a
-                division that leaves nothing to train on or to hold out.
+            BadInput: options that this kind of split would ignore, a fact that is not known for every stimulus, or a
+                split that leaves nothing to train on or to hold out.
         """
         self._check()
         if self.split == "source":
@@ -177,7 +179,7 @@ class SplitOptions(BaseModel):
         if self.split == "leave-out" and not self.hold_out:
             raise BadInput("--split leave-out needs --hold-out: the groups to hold out")
         if self.split == "k-fold" and self.fold > self.folds:
-            raise BadInput(f"--fold {self.fold}: there are {self.folds} folds, counted from 1 (--folds)")
+            raise BadInput(f"--fold {self.fold}: must be 1 to {self.folds}, the number of --folds")
 
     def _divide(self, n: int, groups: list[str] | None, name: str) -> list[str]:
         if self.split in ("random", "grouped"):
@@ -194,10 +196,10 @@ class SplitOptions(BaseModel):
         """Which stimuli belong to the groups of --hold-out: bool (stimuli,)."""
         unknown = set(self.hold_out) - set(groups)
         if unknown:
-            raise BadInput(f"--hold-out {min(unknown)}: no such {self.split_by} in {name}; it has {_listed(groups)}")
+            raise BadInput(f"--hold-out {min(unknown)}: {name} has no such {self.split_by}; it has {_listed(groups)}")
         held_out = np.isin(groups, self.hold_out)
         if held_out.all():
-            raise BadInput(f"--hold-out: {', '.join(self.hold_out)} is all that {name} has; leave some to train on")
+            raise BadInput(f"--hold-out {' '.join(self.hold_out)} covers all of {name}; leave some to train on")
         return held_out
 
     def _in_fold(self, labels: np.ndarray, name: str) -> np.ndarray:
@@ -211,14 +213,14 @@ class SplitOptions(BaseModel):
 
 
 class DividedRecording(Recording):
-    """A recording, or the part of it that has responses, with other splits.
+    """A recording, or the part of it that has responses, with new splits.
 
     Args:
         recording: as its source delivers it.
         positions: of the stimuli to keep, ascending.
-        splits: of those.
+        splits: one per position.
         group_by: the fact that keeps stimuli together.
-        rule: how the splits came about, for the manifest.
+        rule: how the splits were made, for the manifest.
     """
 
     def __init__(
@@ -241,7 +243,7 @@ class DividedRecording(Recording):
         self._recording, self._positions = recording, positions
         left_out = len(recording.stimulus_ids) - len(positions)
         if left_out:
-            warning = f"{left_out} stimuli without responses were left out of the division"
+            warning = f"{left_out} stimuli without responses were left out"
             self.provenance["warnings"] = [*recording.provenance.get("warnings", []), warning]
 
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
@@ -250,7 +252,7 @@ class DividedRecording(Recording):
 
 
 def _check_replaced(source: RecordingSource, split: str) -> None:
-    """Refuse options of a source that a division by `split` would ignore."""
+    """Refuse options of a source that this kind of split would ignore."""
     for name in _REPLACED_OPTIONS:
         field = type(source).model_fields.get(name) if isinstance(source, BaseModel) else None
         if field is not None and getattr(source, name) != field.default:
@@ -261,7 +263,7 @@ def _with_responses(recording: Recording) -> list[int]:
     """The positions of the stimuli in splits that have responses."""
     positions = [position for position in range(len(recording.splits)) if recording.has_responses(position)]
     if not positions:
-        raise BadInput(f"{recording.name}: no stimulus has responses; there is nothing to divide")
+        raise BadInput(f"{recording.name}: no stimulus has responses; there is nothing to split")
     return positions
 
 
@@ -276,8 +278,8 @@ def _facts(recording: Recording, name: str) -> list[str]:
         known = ["object"] if recording.objects else []
     if None in values:
         raise BadInput(
-            f"--split-by {name}: {recording.name} does not know this of every stimulus; it knows "
-            f"{_listed(known) or 'nothing'}"
+            f"--split-by {name}: not known for every stimulus of {recording.name}; known facts: "
+            f"{_listed(known) or 'none'}"
         )
     return [str(value) for value in values]
 

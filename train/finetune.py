@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import Field
 
 from data_prep.common.errors import run_command
-from data_prep.common.option_fields import Place
+from data_prep.common.option_fields import FolderLocation
 from train.run.folder import open_run
 from train.run.recipe import MOST_RECORDINGS, Recipe
 from train.run.recipe_command import parse_resumable
@@ -26,7 +26,7 @@ EXAMPLES = (
 class Finetune(Recipe):
     """Fine-tune a vision backbone to predict the responses of a recording's sites."""
 
-    data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)]
+    data: Annotated[list[FolderLocation], Field(min_length=1, max_length=MOST_RECORDINGS)]
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...); several train one
     backbone on several recordings, with a readout for each."""
     out: Path

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from data_prep.common.errors import run_command
-from data_prep.common.option_fields import OFTEN_CHANGED, Place
+from data_prep.common.option_fields import OFTEN_CHANGED, FolderLocation
 from train.run.folder import open_probe
 from train.run.recipe import ProbeRecipe
 from train.run.recipe_command import parse_resumable
@@ -24,7 +24,7 @@ EXAMPLES = (
 class Probe(ProbeRecipe):
     """Predict the responses from a frozen network's activations, or from the pixels, exactly."""
 
-    data: Place
+    data: FolderLocation
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     out: Path
     """Run folder to create."""

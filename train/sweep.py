@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
-from data_prep.common.option_fields import Place
+from data_prep.common.option_fields import FolderLocation
 
 EXAMPLES = (
     "train/recipes/sweeps/SWEEP.yaml --data data/it --out sweeps/a",
@@ -30,7 +30,7 @@ class SweepCommand(BaseModel):
 
     sweep: tyro.conf.Positional[Path]
     """What is searched (SWEEP.yaml), see docs/sweeps.md."""
-    data: Place
+    data: FolderLocation
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     out: Path
     """Folder of the search, to make or to join."""

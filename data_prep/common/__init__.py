@@ -1,1 +1,1 @@
-"""What every part of data_prep/ and train/ may use."""
+"""Helpers that every part of data_prep/ and train/ may use."""

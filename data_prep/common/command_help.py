@@ -14,12 +14,12 @@ FLAG_COLUMN = 30
 
 
 def usage(program: str, options: Sequence[Option], before: str = "") -> str:
-    """The usage line: positional arguments and required options, then that there are others.
+    """The usage line: positional arguments and required options, then a placeholder for the others.
 
     Args:
-        program: as it was started, with the subcommand where one was chosen.
+        program: as it was started, with the chosen subcommand if any.
         options: of the command.
-        before: arguments that are read before these, such as [RECIPE.yaml].
+        before: arguments that come first, such as [RECIPE.yaml].
     """
     positional = [option.usage for option in options if option.positional]
     required = [option.usage for option in options if option.required and not option.positional]
@@ -38,11 +38,11 @@ def help_page(
     """What --help prints.
 
     Args:
-        usage_line: as of `usage`.
-        model: of the command; its docstring says what the command does.
+        usage_line: from `usage`.
+        model: of the command; its docstring describes the command.
         options: of the command.
         examples: command lines.
-        subcommands: to choose from, by name; their docstrings say what each is.
+        subcommands: by name; their docstrings describe them.
     """
     width = min(shutil.get_terminal_size().columns, WIDEST)
     blocks = [_wrapped(f"usage: {usage_line}", width, "      "), _wrapped(_text(model), width)]
@@ -50,15 +50,13 @@ def help_page(
         blocks.append("\n".join(["examples:", *(f"  {example}" for example in examples)]))
     if subcommands:
         entries = [_entry(name, _text(kind), width) for name, kind in subcommands.items()]
-        blocks.append(
-            "\n".join(["subcommands, each with options of its own (--help after its name lists them):", *entries])
-        )
+        blocks.append("\n".join(["subcommands (SUBCOMMAND --help lists the options of each):", *entries]))
     blocks += [_block(title, members, width) for title, members in _sections(options, model).items()]
     return "\n\n".join(blocks)
 
 
 def _sections(options: Sequence[Option], model: type[BaseModel]) -> dict[str, list[Option]]:
-    """The options below their titles, in the order in which they are shown."""
+    """The options by section title, in the order shown."""
     sections: dict[str, list[Option]] = {"required:": [], "settings people change most:": [], "other options:": []}
     required, often, others = sections
     for option in options:
@@ -94,7 +92,7 @@ def _description(option: Option) -> str:
 
 
 def _entry(flags: str, description: str, width: int) -> str:
-    """An option or a subcommand, and beside it what it is."""
+    """An option or a subcommand, with its description beside it."""
     lines = textwrap.wrap(description, width - FLAG_COLUMN - 2) or [""]
     if len(flags) >= FLAG_COLUMN:
         return "\n".join([f"  {flags}", *(" " * (FLAG_COLUMN + 2) + line for line in lines)])

@@ -19,7 +19,7 @@ from data_prep.common.option_fields import Option, options_of, subcommands
 Parsed = TypeVar("Parsed", bound=BaseModel)
 SUBCOMMAND_SETTINGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 
-# tyro's complaints, as running text
+# Patterns for tyro's error messages, as running text.
 _OUT_OF_BOUNDS = re.compile(
     r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type=\w+\]"
 )
@@ -48,7 +48,7 @@ def parse(
         model: of the options; the docstrings of its fields are their help texts.
         words: of the command line; by default those of this process.
         defaults: values of fields, in place of the model's own defaults.
-        before: arguments that were read before `words`, for the usage line.
+        before: arguments that come before `words`, for the usage line.
         examples: command lines for the help page, without the name of the program.
 
     Raises:
@@ -77,7 +77,7 @@ def parse(
 
 
 def _program() -> str:
-    """The command as it is shown: relative to the working folder where it lies below it."""
+    """The command as shown to the user: relative to the working folder if it lies below it."""
     relative = os.path.relpath(sys.argv[0])
     return sys.argv[0] if relative.startswith("..") else relative
 
@@ -89,8 +89,8 @@ def _subcommands(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
 def _unknown_subcommand(words: Sequence[str], choices: Mapping[str, Any]) -> str:
     names = ", ".join(choices)
     if not words or words[0].startswith("-"):
-        return f"name one of {names} first; {_program()} --help tells what they are"
-    return f"{words[0]!r} is none of {names}{_did_you_mean(difflib.get_close_matches(words[0], choices, n=1))}"
+        return f"give one of {names} first; {_program()} --help describes them"
+    return f"{words[0]!r} is not one of {names}{_did_you_mean(difflib.get_close_matches(words[0], choices, n=1))}"
 
 
 def _check_flags(words: Sequence[str], options: Sequence[Option], usage_line: str) -> None:
@@ -119,10 +119,10 @@ def _normal(flag: str) -> str:
 
 
 def _nearest(flag: str, known: Sequence[str]) -> list[str]:
-    """The flags that are meant: those that end alike (--lr for --optimizer.lr), else the most similar one."""
+    """The flags that were probably meant: with the same last part (--lr for --optimizer.lr), else the most similar."""
     last = flag.lstrip("-").rpartition(".")[2]
-    alike = [name for name in known if name.lstrip("-").rpartition(".")[2] == last]
-    return alike or difflib.get_close_matches(flag, known, n=1)
+    same_ending = [name for name in known if name.lstrip("-").rpartition(".")[2] == last]
+    return same_ending or difflib.get_close_matches(flag, known, n=1)
 
 
 def _did_you_mean(names: Any) -> str:
@@ -135,24 +135,24 @@ def _help_hint() -> str:
 
 
 def _parse_with_tyro(model: type[Parsed], words: Sequence[str], defaults: Mapping[str, Any], usage_line: str) -> Parsed:
-    own = {
+    model_defaults = {
         name: tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
         for name, field in model.model_fields.items()
     }
-    default = model.model_construct(None, **(own | dict(defaults)))
-    complaint = io.StringIO()
+    default = model.model_construct(None, **(model_defaults | dict(defaults)))
+    tyro_output = io.StringIO()
     config = (tyro.conf.FlagCreatePairsOff, *(SUBCOMMAND_SETTINGS if _subcommands(model) else ()))
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(tyro_output):
             return tyro.cli(model, args=words, default=default, config=config)
-    except SystemExit as end:
-        if end.code in (0, None):
+    except SystemExit as exit_request:
+        if exit_request.code in (0, None):
             raise
-        raise BadInput(_sentence(complaint.getvalue(), usage_line)) from None
+        raise BadInput(_sentence(tyro_output.getvalue(), usage_line)) from None
 
 
 def _sentence(box: str, usage_line: str) -> str:
-    """tyro's framed complaint as one sentence, without the frame, links and repeated help."""
+    """tyro's framed error message as one sentence, without the frame, links and repeated help."""
     lines = [re.sub(r"[╭╮╰╯│─]|-{4,}", " ", line).strip() for line in box.splitlines()]
     text = re.sub(r"\[/?bold\]", "", " ".join(line for line in lines if line))
     text = re.split(r"Argument helptext:|Perhaps you meant:|For full helptext,|Got errors:", text)[0]

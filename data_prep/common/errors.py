@@ -1,4 +1,4 @@
-"""How every command reports what is known to go wrong: one clear sentence and an exit code."""
+"""The errors that every command reports as one clear sentence and an exit code."""
 
 import os
 import sys
@@ -8,32 +8,32 @@ from pathlib import Path
 from data_prep.common.terminal import printable
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
-DIVERGED = "the training diverged: "  # begins the message of a failure that another attempt would not mend
-STOPPED = 75  # EX_TEMPFAIL of sysexits.h: the same command, started again, continues
+DIVERGED = "the training diverged: "  # starts the message of a failure that a retry would not fix
+STOPPED = 75  # EX_TEMPFAIL of sysexits.h: running the same command again continues the work
 
 
 class BadInput(Exception):
     """The user's input cannot be used. The message names the file, the field and what would be right.
 
     Attributes:
-        alone: whether only this process can have noticed, because each reads other stimuli.
+        on_one_rank: whether only this rank can have noticed the error, because each rank reads different stimuli.
     """
 
-    alone = False
+    on_one_rank = False
 
 
 class Stopped(Exception):
-    """The work was interrupted by a signal or a limit, and can be continued. The message says by which."""
+    """The work was interrupted by a signal or a limit and can be resumed. The message names the cause."""
 
 
 class RunFailed(Exception):
     """The input is fine, but the work cannot continue. The message says why and what would help.
 
     Attributes:
-        alone: as in `BadInput`.
+        on_one_rank: as in `BadInput`.
     """
 
-    alone = False
+    on_one_rank = False
 
 
 class CannotWrite(RunFailed):
@@ -49,16 +49,16 @@ class CannotWrite(RunFailed):
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command's `main`; what is known to go wrong ends in one sentence on standard error, without a traceback.
+    """Run a command's `main` and report its expected errors in one sentence on standard error, without a traceback.
 
-    The exit code is 2 for bad input, 1 for a failure, 75 for work that was interrupted and 130 for Ctrl-C. Under a
-    launcher, most faults are noticed by every process; the first process of each machine reports them.
+    The exit code is 2 for bad input, 1 for a failure, 75 for interrupted work and 130 for Ctrl-C. Under a launcher,
+    every process notices most errors; the first process of each machine reports them.
     """
     reports = os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         main()
     except (BadInput, RunFailed) as error:
-        if reports or error.alone:
+        if reports or error.on_one_rank:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
         sys.exit(BAD_INPUT if isinstance(error, BadInput) else FAILURE)
     except Stopped as stop:
@@ -69,6 +69,6 @@ def run_command(main: Callable[[], None]) -> None:
         if reports:
             print("interrupted", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # the reader of our output, `head` say, has closed it
+    except BrokenPipeError:  # the reader of our output, such as `head`, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)

@@ -1,4 +1,4 @@
-"""Encoded images: their format and size, decoding to RGB, and lossless PNG for what is neither JPEG nor PNG."""
+"""Encoded images: detect their format and size, decode them to RGB, convert other formats to lossless PNG."""
 
 import io
 import warnings
@@ -10,8 +10,8 @@ from PIL import Image
 from data_prep.common.safe_reading import parse_npy
 
 MAX_PIXELS = 100_000_000  # a header that claims more is damaged or malicious
-MAX_SCANS = 200  # of a JPEG; each goes over all pixels, and camera files have about ten
-FEW_STEPS = 2**34  # pixels x bytes of a JPEG that is decoded in no time, however many scans it has
+MAX_SCANS = 200  # of a JPEG; each scan visits all pixels, and camera files have about ten
+QUICK_STEPS = 2**34  # pixels x bytes of a JPEG that decodes quickly however many scans it has
 PNG_LEVEL = 1  # zlib's fastest: three times as fast as Pillow's default for about a tenth more bytes
 
 # Formats that Pillow may try; some of its other readers start external programs (EPS: Ghostscript).
@@ -20,13 +20,13 @@ PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # 8 bits or fewer a channel, a
 
 _RAW_START = b"\x93NUMPY"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
-_JPEG_MODES = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "L"}  # by the colours that libjpeg-turbo finds
+_JPEG_MODES = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "L"}  # by libjpeg-turbo's name of the colour space
 _PNG_END = b"IEND\xaeB`\x82"
-_FORMATS_OF = {"jpg": ("JPEG",), "png": ("PNG",)}  # that a member of that name may have
+_FORMATS_OF = {"jpg": ("JPEG",), "png": ("PNG",)}  # allowed for a member with that extension
 
 
 def sniff_encoding(data: bytes) -> str | None:
-    """The encoding by the first bytes, whatever the file is called: "jpg", "png", or None for anything else."""
+    """The encoding according to the first bytes, not the file name: "jpg", "png", or None for anything else."""
     if data[:3] == b"\xff\xd8\xff":
         return "jpg"
     if data[:8] == b"\x89PNG\r\n\x1a\n":
@@ -54,12 +54,12 @@ def image_size(data: bytes) -> tuple[int, int, str]:
 
 
 def check_scans(data: bytes | memoryview, pixels: int) -> None:
-    """Refuse a JPEG whose few bytes make a decoder go over its pixels thousands of times.
+    """Refuse a small JPEG that would make a decoder visit its pixels thousands of times.
 
     Raises:
         ValueError: more than `MAX_SCANS`.
     """
-    if pixels * len(data) <= FEW_STEPS:
+    if pixels * len(data) <= QUICK_STEPS:
         return
     scans = bytes(data).count(_JPEG_SCAN)
     if scans > MAX_SCANS:
@@ -83,7 +83,7 @@ def rgb_image(data: bytes | memoryview, encoding: str) -> Image.Image:
     with _open(data, _FORMATS_OF[encoding]) as image:
         try:
             return image.convert("RGB")
-        except Exception as error:  # its decoders meet damage with any kind of error
+        except Exception as error:  # Pillow raises errors of any kind for damaged images
             raise ValueError(str(error)) from None
 
 
@@ -149,7 +149,7 @@ def convert_to_png(data: bytes) -> tuple[bytes, str]:
             )
         try:
             image.load()
-        except Exception as error:  # its decoders meet damage with any kind of error
+        except Exception as error:  # Pillow raises errors of any kind for damaged images
             raise ValueError(f"the image cannot be decoded ({error})") from error
         assert image.format is not None, "it was read from a file"
         return _to_png(image), image.format.lower()
@@ -159,7 +159,7 @@ def packable(data: bytes) -> tuple[bytes, str, dict[str, str]]:
     """An image as it goes into a shard: JPEG and PNG as they are, anything else as lossless PNG.
 
     Returns:
-        The bytes, their encoding, and for the stimulus's facts a note if the image had to be converted.
+        The bytes, their encoding, and a note for the stimulus's facts if the image was converted.
 
     Raises:
         ValueError: as `image_size` and `convert_to_png`.
@@ -175,11 +175,11 @@ def packable(data: bytes) -> tuple[bytes, str, dict[str, str]]:
 def _open(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit follows
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below against our own limit
             image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise ValueError(f"the image claims more than {MAX_PIXELS // 10**6} megapixels") from error
-    except Exception as error:  # its readers meet damage with any kind of error
+    except Exception as error:  # Pillow raises errors of any kind for damaged images
         raise ValueError(f"not a readable image ({', '.join(formats)})") from error
     width, height = image.size
     if width * height > MAX_PIXELS:
@@ -190,10 +190,8 @@ def _open(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
 def _is_whole(data: bytes) -> bool:
     """False for a JPEG or PNG without its end. The markers of a JPEG cannot occur in its pixel data by chance."""
     encoding = sniff_encoding(data)
-    if encoding == "jpg" and data.endswith(_JPEG_END):
-        return True
-    if encoding == "jpg":  # the end of a thumbnail lies before the image's own scan
-        return data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)
+    if encoding == "jpg":  # a thumbnail's end marker lies before the image's own scan
+        return data.endswith(_JPEG_END) or data.rfind(_JPEG_END) > data.rfind(_JPEG_SCAN)
     return encoding is None or data.rfind(_PNG_END) >= 0
 
 

@@ -1,4 +1,4 @@
-"""File locks between processes, with flock: the kernel releases a lock when its holder ends, however it ends."""
+"""File locks between processes (flock): the kernel releases a lock when its holder ends, however it ends."""
 
 import contextlib
 import fcntl
@@ -16,7 +16,7 @@ def exclusive(path: Path, *, required: bool = True) -> Iterator[int]:
 
     Args:
         path: of the file or folder.
-        required: False for work that is only repeated without the lock: some network file systems lock nothing.
+        required: False if going without the lock merely repeats work; some network file systems have no locks.
 
     Raises:
         OSError: the file cannot be opened, or `required` and the file system has no locks.
@@ -75,7 +75,7 @@ def is_locked(path: Path) -> bool:
 def byte_range(descriptor: int, start: int, length: int = 1) -> Iterator[None]:
     """Hold a lock on bytes of an open file.
 
-    Unlike the others it also works between processes that inherited the same descriptor.
+    Unlike the other locks, it also works between processes that inherited the same descriptor.
     """
     fcntl.lockf(descriptor, fcntl.LOCK_EX, length, start)
     try:

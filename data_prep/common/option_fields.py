@@ -1,4 +1,4 @@
-"""The options of a command as the fields of its pydantic model, with the flags and defaults they have."""
+"""The options of a command, from the fields of its pydantic model: names, flags, defaults."""
 
 import types
 from collections.abc import Iterator, Mapping
@@ -17,7 +17,7 @@ VALUE_NAMES: dict[Any, str] = {int: "N", float: "NUMBER", str: "TEXT", Path: "PA
 
 @dataclass(frozen=True)
 class Mark:
-    """What is known about a field besides its type; used as `Annotated[int, OFTEN_CHANGED]`."""
+    """A mark on a field, used as `Annotated[int, OFTEN_CHANGED]`."""
 
     meaning: str
 
@@ -32,7 +32,7 @@ class ValueName:
     text: str
 
 
-Place = Annotated[str, ValueName("PATH|URL")]
+FolderLocation = Annotated[str, ValueName("PATH|URL")]
 """The type of an option that takes a shard folder."""
 
 
@@ -43,7 +43,7 @@ class Option:
     Attributes:
         name: dotted, as in a recipe: optimizer.lr.
         field: of the model.
-        default: its value where the option is not given; tyro.MISSING for a required one.
+        default: its value if the option is not given; tyro.MISSING for a required option.
         section: the model that holds the field.
     """
 
@@ -54,7 +54,7 @@ class Option:
 
     @property
     def required(self) -> bool:
-        """Whether it has to be given."""
+        """Whether it must be given."""
         return self.default is tyro.MISSING
 
     @property

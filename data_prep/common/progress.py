@@ -8,14 +8,14 @@ from types import TracebackType
 class Progress:
     """Counts finished items out of a known total.
 
-    On a terminal it draws a bar on standard error; elsewhere it prints a line every ten seconds, and one at the end of
-    what took longer than that; quick work is silent.
+    On a terminal it draws a bar on standard error. Elsewhere it prints a line every ten seconds, and a last one if
+    there was any; quick work is silent.
 
     Args:
         total: number of items; None if unknown.
         label: what is being done, e.g. "packing".
         unit: name of one item.
-        silent: show nothing, as on every rank but the first.
+        silent: show nothing, as on all ranks but the first.
     """
 
     SECONDS_BETWEEN_LINES = 10.0
@@ -24,7 +24,7 @@ class Progress:
         self.total, self.label, self.unit, self.silent = total, label, unit, silent
         self.done = 0
         self._started = self._last_line = time.monotonic()
-        self._printed: int | None = None  # how many were done when the last line was printed
+        self._printed: int | None = None  # items done when the last line was printed
         self._bar = None
         if sys.stderr.isatty() and not silent:
             from tqdm import tqdm  # here, so that commands that show no bar start faster
@@ -32,7 +32,7 @@ class Progress:
             self._bar = tqdm(total=total, desc=label, unit=f" {unit}", dynamic_ncols=True, leave=False)
 
     def advance(self, by: int = 1, note: str = "") -> None:
-        """Count `by` more items as done; `note` is shown behind the count."""
+        """Count `by` more items as done; `note` is shown after the count."""
         self.done += by
         if self._bar is not None:
             self._bar.set_postfix_str(note, refresh=False)

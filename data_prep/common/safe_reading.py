@@ -1,6 +1,6 @@
-"""Reading plain data of unknown origin: regular files only, no code is run, no more memory is taken than it is worth.
+"""Reading untrusted plain data: regular files only, no code runs, and no file can claim absurd amounts of memory.
 
-The functions raise `ValueError` for anything else; their callers know the file and name it.
+The functions raise `ValueError` for anything else; their callers name the file.
 """
 
 import io
@@ -15,9 +15,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-LARGEST_TEXT = 256 * 2**20  # bytes: manifests of a million stimuli take a tenth of it
-MOST_SQUEEZED = 1000  # the largest compression factor of honest data
-ALWAYS_FINE = 64 * 2**20  # bytes that a file of any size may claim
+LARGEST_TEXT = 256 * 2**20  # bytes; a manifest of a million stimuli takes a tenth of it
+LARGEST_COMPRESSION = 1000  # the largest compression factor of honest data
+ALWAYS_ALLOWED = 64 * 2**20  # bytes that a file of any size may claim
 LONGEST_NAME = 1000  # characters, of ids, classes and the like
 
 _HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -30,7 +30,7 @@ def read_regular_file(path: Path, largest: int = LARGEST_TEXT) -> bytes:
         ValueError: a pipe, a device or a folder, or more than `largest` bytes.
         OSError: it cannot be read.
     """
-    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    file = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # does not wait for the writer of a pipe
     with os.fdopen(file, "rb") as opened:
         status = os.fstat(file)
         if not stat.S_ISREG(status.st_mode):
@@ -60,7 +60,7 @@ def _finite(text: str) -> float:
 
 
 def parse_npy(data: bytes | memoryview) -> np.ndarray:
-    """The array in the bytes of a .npy file, whose header is checked against their number first.
+    """The array in the bytes of a .npy file; the size that its header claims is checked first.
 
     Raises:
         ValueError: not a .npy file, one that is too short or too long, or one with Python objects.
@@ -72,7 +72,7 @@ def parse_npy(data: bytes | memoryview) -> np.ndarray:
     except Exception as error:  # numpy's parser raises many kinds
         raise ValueError(f"its header is damaged: {' '.join(str(error).split())[:200]}") from None
     if dtype.hasobject:
-        raise ValueError("it contains Python objects, and creating these would run code")
+        raise ValueError("it contains Python objects, and loading them could run code")
     if any(length < 0 for length in shape) or dtype.itemsize == 0:
         raise ValueError(f"it claims the shape {shape} of {dtype}")
     claimed, actual = math.prod(shape) * dtype.itemsize, len(view) - start.tell()
@@ -105,7 +105,7 @@ def _check_sizes(archive: zipfile.ZipFile, members: list[zipfile.ZipInfo]) -> No
     size = archive.fp.seek(0, io.SEEK_END)
     for member in members:
         if member.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{member.filename} is compressed, as no file of this project is")
+            raise ValueError(f"{member.filename} is compressed; Spiketune writes uncompressed files only")
     claimed = sum(member.file_size for member in members)
     if claimed > size:
         raise ValueError(f"its members claim {claimed:,} bytes, and it has {size:,}")
@@ -123,11 +123,12 @@ def check_claim(claimed: int, actual: int) -> None:
     Raises:
         ValueError: the claim is absurd.
     """
-    if claimed > max(ALWAYS_FINE, MOST_SQUEEZED * actual):
+    if claimed > max(ALWAYS_ALLOWED, LARGEST_COMPRESSION * actual):
         raise ValueError(f"it claims {claimed:,} bytes in a file of {actual:,}")
 
 
 def is_name(text: str) -> bool:
     """Whether a text from a file can serve as a name: one printable line of at most LONGEST_NAME characters."""
-    are_shown = (c.isprintable() or unicodedata.category(c) == "Zs" for c in text)  # spaces of all kinds
-    return 0 < len(text) <= LONGEST_NAME and (text.isprintable() or all(are_shown))
+    if not 0 < len(text) <= LONGEST_NAME:
+        return False
+    return text.isprintable() or all(c.isprintable() or unicodedata.category(c) == "Zs" for c in text)  # Zs: spaces

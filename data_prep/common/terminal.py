@@ -1,4 +1,4 @@
-"""Text for people at a terminal: aligned columns, bars, bold where the terminal shows it."""
+"""Text for a terminal: aligned columns, bars, histograms, bold."""
 
 import re
 import sys
@@ -28,7 +28,7 @@ def bar(share: float, width: int = 12) -> str:
 
 
 def histogram(values: Sequence[float], low: float, high: float, bins: int = 20) -> str:
-    """The distribution of values between two limits, a block per bin; values beyond count in the outermost bins."""
+    """The distribution of values between two limits, a block per bin; the outermost bins count values beyond them."""
     counts = [0] * bins
     for value in values:
         index = int((value - low) / (high - low) * bins) if high > low else 0

@@ -8,14 +8,14 @@ import threading
 
 
 def usable_cores() -> int:
-    """Cores that this process may use, which a job scheduler can make fewer than the machine has."""
+    """Cores that this process may use; a job scheduler can grant fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def serve_parent(*_: object) -> None:
-    """Called first in a worker process: leave Ctrl-C to the parent, and end when the parent is gone.
+    """Call this first in a worker process: it leaves Ctrl-C to the parent, and ends when the parent is gone.
 
-    A killed parent cannot stop its workers, and they would wait for work forever, holding on to its files.
+    A killed parent cannot stop its workers; they would wait for work forever and keep its files open.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()

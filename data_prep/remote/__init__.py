@@ -1,1 +1,1 @@
-"""Files behind URLs: reading, downloading, keeping; public data sets."""
+"""Files behind URLs: transports, downloads, the cache; public data sets."""

@@ -1,11 +1,11 @@
 """Verified copies of remote files on this machine's disk, shared by all its processes and jobs, within a budget.
 
-    ROOT/<sha256>-<bytes>         a complete file whose bytes have that hash; its time is that of its last use
-    ROOT/<sha256>-<bytes>.part    one that a process is fetching, which then has it locked, or that was begun
+    ROOT/<sha256>-<bytes>         a complete file with that hash; its modification time is that of its last use
+    ROOT/<sha256>-<bytes>.part    an incomplete file; the process that is fetching it holds its lock
     ROOT/lock                     held while a process decides what to fetch and what to evict for it
 
-A file is known by its content, so the same shard is kept once, whatever URLs it comes from. Its lock ends with its
-process; what a killed process had begun is resumed.
+Files are named by their content, so a shard is kept once, whatever URLs it comes from. Locks end with their process;
+the next process resumes what a killed one began.
 """
 
 import os
@@ -13,7 +13,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -33,8 +33,8 @@ class FetchSettings:
 
     Attributes:
         folder: of the cache; by default `default_root`.
-        gib: the most that the cache may take; by default half of the disk's free space.
-        timeout: seconds after which a silent connection is given up.
+        gib: size limit of the cache; by default half of the disk's free space.
+        timeout: seconds without data after which a connection is given up.
     """
 
     folder: Path | None = None
@@ -43,7 +43,7 @@ class FetchSettings:
 
 
 class KnownContent(Protocol):
-    """The content of a file, known before it is fetched: of a shard, or of a table that the manifest lists."""
+    """Size and hash of a file, known before it is fetched: of a shard, or of a table that the manifest lists."""
 
     @property
     def bytes(self) -> int:
@@ -62,7 +62,7 @@ class _CachedFile:
 
     Attributes:
         path: of the file.
-        size: bytes that it takes, or will take once it is complete.
+        size: bytes that it takes, or will take when it is complete.
         used: when it was used last.
         is_arriving: whether a process is fetching it.
     """
@@ -85,11 +85,11 @@ def default_root() -> Path:
 
 
 class ShardCache:
-    """The copies in one folder.
+    """A cache of files in one folder.
 
     Args:
         root: the folder, which is created if needed.
-        gib: the most that its files may take; by default half of the disk's free space, these files included.
+        gib: size limit of its files; by default half of the disk's free space, these files included.
 
     Raises:
         BadInput: the folder cannot be written.
@@ -110,12 +110,12 @@ class ShardCache:
         """
         if content.bytes > self.budget:
             raise BadInput(
-                f"{name} has {content.bytes / GIB:.3g} GiB, more than the {self.budget / GIB:.3g} GiB that may be kept "
-                f"in {self.root}; raise loader.shard_cache_gib, or choose another loader.shard_cache"
+                f"{name} has {content.bytes / GIB:.3g} GiB, more than the cache {self.root} may hold "
+                f"({self.budget / GIB:.3g} GiB); raise loader.shard_cache_gib, or choose another loader.shard_cache"
             )
 
     def holds(self, content: KnownContent) -> bool:
-        """Whether there is a copy; if so, it counts as used just now."""
+        """Whether there is a copy; if so, marks it as used now."""
         try:
             os.utime(self.path(content))
         except FileNotFoundError:
@@ -145,7 +145,7 @@ class ShardCache:
         name: str,
         download: Callable[[int], None],
         wait: bool = True,
-        spared: Callable[[], Collection[str]] = frozenset,
+        evict_last: Callable[[], Collection[str]] = frozenset,
     ) -> bool:
         """Make sure that there is a copy of a file.
 
@@ -153,8 +153,8 @@ class ShardCache:
             content: of the file.
             name: of the file, for messages.
             download: writes it, complete and verified, to a descriptor that may hold its beginning.
-            wait: until there is a copy, also while another process fetches it or the cache is full of files in use.
-            spared: gives the hashes of files that are evicted last.
+            wait: until there is a copy, even if another process is fetching it or the cache is full of files in use.
+            evict_last: returns the hashes of files to evict only after all others.
 
         Returns:
             Whether there is a copy, which is always true with `wait`.
@@ -164,7 +164,7 @@ class ShardCache:
         """
         self.check_room(content, name)
         while not self.holds(content):
-            part = self._claim(content, name, spared())
+            part = self._claim(content, name, evict_last())
             if part is not None:
                 self._fill(content, part, download)
             elif not wait:
@@ -174,7 +174,7 @@ class ShardCache:
         return True
 
     def path(self, content: KnownContent) -> Path:
-        """Where the copy of a file is, if there is one."""
+        """The path of a file's copy, whether or not it exists."""
         return self.root / f"{content.sha256}-{content.bytes}"
 
     def _part_path(self, content: KnownContent) -> Path:
@@ -182,27 +182,24 @@ class ShardCache:
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
-        try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            descriptor = locks.open_lock(self.root / "lock")
-        except OSError as error:
-            raise self._unusable(error) from None
-        try:
-            locks.lock(descriptor)
+        with ExitStack() as stack:
+            try:
+                self.root.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locks.exclusive(self.root / "lock"))
+            except OSError as error:
+                raise self._unusable(error) from None
             yield
-        finally:
-            os.close(descriptor)
 
     def _unusable(self, error: OSError) -> BadInput:
-        return BadInput(f"{self.root}: remote shards cannot be kept there ({error.strerror}); set loader.shard_cache")
+        return BadInput(f"{self.root} cannot be used as a cache ({error.strerror}); choose another loader.shard_cache")
 
     # ---- fetching --------------------------------------------------------------------------------------------------
 
-    def _claim(self, content: KnownContent, name: str, spared: Collection[str]) -> int | None:
-        """A locked descriptor to write a file to; None if another process is fetching it, or is in the way.
+    def _claim(self, content: KnownContent, name: str, evict_last: Collection[str]) -> int | None:
+        """A locked descriptor to write a file to; None if another process is fetching it or uses the space it needs.
 
         Raises:
-            BadInput: there is no room, and no process is at work that would make some.
+            BadInput: there is no room, and none of the other files is in use, so waiting would not help.
         """
         with self._lock():
             if self.path(content).exists():
@@ -213,7 +210,7 @@ class ShardCache:
                 os.close(part)
                 return None
             others = [file for file in self._files() if file.path != part_path]
-            fits = self._evict(content, others, spared)
+            fits = self._evict(content, others, evict_last)
             if fits:
                 return part
             if not os.fstat(part).st_size:
@@ -226,14 +223,14 @@ class ShardCache:
     def _fill(self, content: KnownContent, part: int, download: Callable[[int], None]) -> None:
         try:
             download(part)
-            os.fsync(part)  # before it gets its name, or a crash could leave a file of that name without its content
+            os.fsync(part)  # before the rename, or a crash could leave a file with that name but without its content
             os.utime(part)
             with self._lock():
                 self._part_path(content).rename(self.path(content))
         except OSError as error:
             self._discard_part(content)
             raise self._unusable(error) from None
-        except BadInput:  # these bytes are useless
+        except BadInput:  # the bytes are useless
             self._discard_part(content)
             raise
         finally:
@@ -245,11 +242,11 @@ class ShardCache:
 
     # ---- room ------------------------------------------------------------------------------------------------------
 
-    def _evict(self, content: KnownContent, others: list[_CachedFile], spared: Collection[str]) -> bool | None:
-        """Remove the files that were used longest ago until a new one fits.
+    def _evict(self, content: KnownContent, others: list[_CachedFile], evict_last: Collection[str]) -> bool | None:
+        """Remove the least recently used files until a new one fits.
 
         Returns:
-            Whether it fits; None if it does not and waiting for files in use would not help.
+            Whether it fits; None if it does not and no file is in use, so waiting would not help.
         """
         taken = sum(file.size for file in others)
         missing = content.bytes - self._part_path(content).stat().st_size
@@ -258,17 +255,17 @@ class ShardCache:
         def fits() -> bool:
             return taken + content.bytes <= self.budget and shutil.disk_usage(self.root).free >= missing
 
-        some_in_use = False
-        for file in sorted(others, key=lambda file: (file.sha256 in spared, file.used)):
+        any_in_use = False
+        for file in sorted(others, key=lambda file: (file.sha256 in evict_last, file.used)):
             if fits():
                 return True
             if not file.is_arriving and _removed(file.path):
                 taken -= file.size
             else:
-                some_in_use = True
+                any_in_use = True
         if fits():
             return True
-        return False if some_in_use else None
+        return False if any_in_use else None
 
     def _full(self, content: KnownContent, name: str) -> BadInput:
         free = shutil.disk_usage(self.root).free
@@ -284,7 +281,7 @@ class ShardCache:
             name = _NAME.fullmatch(path.name)
             if name is None:
                 continue
-            with suppress(FileNotFoundError):  # somebody tidies up by hand
+            with suppress(FileNotFoundError):  # deleted by hand meanwhile
                 status = path.stat()
                 is_arriving = name[3] is not None and locks.is_locked(path)
                 size = int(name[2]) if is_arriving else status.st_size

@@ -1,6 +1,6 @@
-"""Public recordings that data_prep/fetch.py downloads: where their files are, whose they are, how to go on.
+"""Public recordings that data_prep/fetch.py downloads: their files, citations and licences, and how to pack them.
 
-This table is all that has to change when a file moves. Its facts are from the sites named in it.
+When a file moves, only this table has to change. Its facts are from the sites named in it.
 """
 
 from dataclasses import dataclass
@@ -16,9 +16,9 @@ class RemoteFile:
     """A file to download.
 
     Attributes:
-        url: where it is.
-        path: where it goes, relative to --out; also where a mirror has it.
-        sha1: of its content, in hexadecimal digits; None where its publisher states none.
+        url: of the file.
+        path: relative to --out, and to the URL of a mirror.
+        sha1: of its content, in hexadecimal digits; None if its publisher states none.
     """
 
     url: str
@@ -31,13 +31,13 @@ class Dataset:
     """A public recording.
 
     Attributes:
-        title: what it is.
+        title: one-line description.
         citation: what to cite.
-        licence: under which terms it may be used.
-        files: all that is to be downloaded.
-        pack: commands that pack it, as words after data_prep/pack.py, each with a name for what it packs; {folder}
-            stands for where it was downloaded.
-        note: what else has to be known or fetched.
+        licence: the terms of use.
+        files: to download.
+        pack: {name of a packed recording: the arguments of data_prep/pack.py that pack it}; {folder} stands for the
+            download folder.
+        note: anything else to know or to fetch.
     """
 
     title: str
@@ -103,7 +103,7 @@ DATASETS: dict[DatasetName, Dataset] = {
         pack={
             f"tvsd-{monkey}": f"tvsd {{folder}}/monkey{monkey}/THINGS_normMUA.mat --images THINGS" for monkey in "FN"
         },
-        note="The images are not part of it: download THINGS (Hebart et al. 2019) from "
+        note="The images are not included: download THINGS (Hebart et al. 2019) from "
         "https://things-initiative.org, under its own terms.",
     ),
     "it-course": Dataset(

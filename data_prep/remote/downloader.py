@@ -1,4 +1,4 @@
-"""One download: resumed after a cut connection, retried with growing pauses, verified when it is complete."""
+"""Downloading one file: resume after a cut connection, retry with growing pauses, verify when complete."""
 
 import hashlib
 import os
@@ -15,7 +15,7 @@ from data_prep.remote.transport import Answer, RangeRefused, ServerBusy
 LONGEST_PAUSE = 60.0  # seconds between two attempts
 
 Request = Callable[[int, str | None], AbstractContextManager[Answer]]
-"""Asks for a file from a byte on, of a version (ETag) if that is known; see `Transport.open` for what it raises."""
+"""Requests a file from a byte on, in a version (ETag) if that is known; raises as `Transport.open` does."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Retries:
     """When to try again.
 
     Attributes:
-        limit: failures in a row that are forgiven.
+        limit: number of failures in a row to tolerate.
         first_pause: seconds before the second attempt; each further pause is twice as long.
-        worthwhile: bytes that an attempt must bring to end a row of failures.
-        wrong_limit: complete downloads with wrong bytes that are forgiven.
+        worthwhile: bytes that an attempt must fetch to reset the count of failures.
+        wrong_limit: number of complete downloads with wrong content to tolerate.
     """
 
     limit: int
@@ -36,26 +36,23 @@ class Retries:
 
 
 class Unreachable(OSError):
-    """The attempts are used up. The message says what the last one failed with.
+    """Too many attempts failed. The message is that of the last error.
 
     Attributes:
-        attempts: in a row that failed.
+        attempts: number of failed attempts in a row.
     """
 
     def __init__(self, error: OSError, attempts: int):
         super().__init__(error.strerror or str(error) or type(error).__name__)
         self.attempts = attempts
 
-    def __str__(self) -> str:
-        return str(self.args[0])
-
 
 class WrongContent(Exception):
-    """The download is complete and not the file that it should be. The message says why."""
+    """The download is complete but is not the expected file. The message says why."""
 
 
 class Cancelled(Exception):
-    """Nobody waits for the file any more."""
+    """The file is no longer needed."""
 
 
 class DiskError(Exception):
@@ -79,17 +76,17 @@ def _disk_errors() -> Iterator[None]:
 
 
 class PartialFile:
-    """What has arrived of a file, hashed on the way.
+    """The part of a file that has arrived, hashed on arrival.
 
     Args:
         descriptor: of a file open for reading and writing, which may hold the beginning of an earlier download.
         algorithm: of the hash, for hashlib.
-        etag_path: where to keep the version of the file that the bytes belong to, for later processes.
+        etag_path: file that records the version the bytes belong to, for later processes; None to record none.
 
     Attributes:
         size: bytes that have arrived.
         etag: version of the file that they belong to, if known.
-        is_joined: whether they came with several answers, which may be of different files.
+        is_joined: whether they came from more than one answer, and so perhaps from different files.
     """
 
     def __init__(self, descriptor: int, algorithm: str, etag_path: Path | None = None):
@@ -105,7 +102,7 @@ class PartialFile:
 
     @property
     def hexdigest(self) -> str:
-        """Hash of all that has arrived, in hexadecimal digits."""
+        """Hash of the bytes that have arrived, in hexadecimal digits."""
         return self._hash.hexdigest()
 
     def beginning(self, count: int) -> bytes:
@@ -127,14 +124,14 @@ class PartialFile:
                 rest = rest[written:]
 
     def restart(self) -> None:
-        """Throw away what has arrived."""
+        """Discard the bytes that have arrived."""
         with _disk_errors():
             os.ftruncate(self._descriptor, 0)
         self._hash, self.size, self.is_joined = hashlib.new(self._algorithm), 0, False
         self.remember_etag(None)
 
     def remember_etag(self, etag: str | None) -> None:
-        """Note the version of the file that the bytes belong to."""
+        """Record the version of the file that the bytes belong to."""
         self.etag = etag
         if self._etag_path is None:
             return
@@ -152,14 +149,14 @@ class _Attempts:
         self._retries, self._report, self._failures = retries, report, 0
 
     def failed(self, error: OSError, progress: int = 0) -> None:
-        """Pause after a failure; at random, so that not all processes come back at once.
+        """Pause after a failure, for a random time so that not all processes retry at once.
 
         Args:
             error: that ended the attempt.
-            progress: bytes that it brought all the same.
+            progress: bytes that the attempt fetched nevertheless.
 
         Raises:
-            Unreachable: there were too many in a row.
+            Unreachable: too many attempts failed in a row.
         """
         self._failures = 1 if progress >= self._retries.worthwhile else self._failures + 1
         failure = Unreachable(error, self._failures)
@@ -186,13 +183,13 @@ class Download:
     """One file to download.
 
     Attributes:
-        request: asks for it.
+        request: requests it.
         part: receives it, from where an earlier download ended.
-        fault: says what is wrong with a complete download, None if nothing.
+        fault: returns what is wrong with a complete download, None if nothing.
         retries: when to try again.
-        size: of the whole file in bytes, where it is known.
-        report: is told why an attempt is repeated.
-        cancelled: whether nobody waits for the file any more.
+        size: of the whole file in bytes, if known.
+        report: called with the reason for each retry.
+        cancelled: returns whether the file is no longer needed.
     """
 
     request: Request
@@ -204,13 +201,13 @@ class Download:
     cancelled: Callable[[], bool] = _never
 
     def run(self) -> None:
-        """Fetch what is missing until the file is complete and right.
+        """Fetch the rest of the file, and check it.
 
         Raises:
-            WrongContent: it is complete and wrong.
+            WrongContent: it is complete but wrong.
             Unreachable: too many attempts failed in a row.
             DiskError: the disk is full.
-            Cancelled: nobody waits for it any more.
+            Cancelled: it is no longer needed.
             BadInput: the server refuses it.
         """
         wrong = 0
@@ -218,19 +215,19 @@ class Download:
             fault = self._complete() or self.fault(self.part)
             if fault is None:
                 return
-            # Bytes of several answers may belong to different files; those of one answer are what the server has.
-            is_forgiven = wrong < self.retries.wrong_limit or (wrong == 0 and self.part.is_joined)
-            if not is_forgiven:
+            # Bytes from several answers may belong to different files; those from one answer are what the server has.
+            try_again = wrong < self.retries.wrong_limit or (wrong == 0 and self.part.is_joined)
+            if not try_again:
                 raise WrongContent(fault)
             wrong += 1
-            self.report(f"{fault}; downloading all of it again")
+            self.report(f"{fault}; downloading the whole file again")
             self.part.restart()
 
     def _complete(self) -> str | None:
-        """Fetch until the server has no more, or has more than there should be.
+        """Fetch until the server has no more, or sends more than expected.
 
         Returns:
-            A fault where the bytes cannot belong to the server's file.
+            A fault if the earlier bytes cannot belong to the server's file, else None.
         """
         attempts = _Attempts(self.retries, self.report)
         while True:
@@ -251,7 +248,7 @@ class Download:
         if self.size is not None and self.part.size >= self.size:
             return
         with self.request(self.part.size, self.part.etag) as answer:
-            if answer.start == 0 and self.part.size:  # no ranges there, or another version of the file by now
+            if answer.start == 0 and self.part.size:  # the server has no ranges, or by now another version of the file
                 self.part.restart()
             self.part.is_joined = self.part.size > 0
             self.part.remember_etag(answer.etag)
@@ -264,12 +261,12 @@ class Download:
 
 
 def read_small_file(request: Request, url: str, largest: int, retries: Retries) -> bytes:
-    """A file whose size and content are not known beforehand, whole in memory.
+    """Download a file of unknown size and content into memory.
 
     Args:
-        request: asks for it.
+        request: requests it.
         url: of it, for messages.
-        largest: bytes that it may have.
+        largest: size limit in bytes.
         retries: when to try again.
 
     Raises:

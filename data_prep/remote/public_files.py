@@ -1,7 +1,7 @@
-"""Files of public data sets, downloaded into a folder: data_prep/fetch.py.
+"""Downloading the files of public data sets into a folder, for data_prep/fetch.py.
 
-What has arrived of a file is kept as `<name>.part`, and the version of the file that it belongs to (the server's ETag)
-as `<name>.part.etag`. The file gets its name when it is complete and its checksum is right.
+An incomplete file is kept as `<name>.part`, and the version that it belongs to (the server's ETag) as
+`<name>.part.etag`. The file gets its name when it is complete and its checksum is right.
 """
 
 import errno
@@ -24,14 +24,15 @@ from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.progress import Progress
 from data_prep.remote.datasets import RemoteFile
 from data_prep.remote.downloader import DiskError, Download, PartialFile, Retries, Unreachable, WrongContent
-from data_prep.remote.transport import Answer, FileRefused, http_get
+from data_prep.remote.http_transport import http_get
+from data_prep.remote.transport import Answer, FileRefused
 
 MEGABYTE = 10**6
 LARGEST_PAGE = 2**20  # bytes that are read of an HTML page
 DISK_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 LONGEST_SIGNATURE = 16  # bytes
 
-# How files with these endings begin; anything else under that name is a web page, a pointer, or damaged.
+# First bytes of files with these endings; a file that begins differently is a web page, a pointer, or damaged.
 SIGNATURES = {
     ".h5": (b"\x89HDF",),
     ".nc": (b"\x89HDF", b"CDF"),
@@ -45,11 +46,11 @@ class PublicFiles:
     """Downloads files of public data sets.
 
     Attributes:
-        mirror: an http(s) folder to take all files from, under their paths; None for where they were published.
-        retries: how many times in a row a file may fail.
-        timeout: seconds of silence after which a connection is given up.
+        mirror: URL (http or https) of a folder with all files under their paths; None for the publishers' URLs.
+        retries: failures in a row that are tolerated for a file.
+        timeout: seconds without data after which a connection is given up.
         first_pause: seconds before the first retry; each further pause is twice as long.
-        report: is told what happens.
+        report: called with progress messages.
     """
 
     mirror: str | None = None
@@ -81,7 +82,7 @@ class PublicFiles:
             error = failure.error if isinstance(failure, DiskError) else failure
             if error.errno in DISK_FULL:
                 raise RunFailed(
-                    f"no space left for {target}; what has arrived is kept, so free some space and run it again"
+                    f"no space left for {target}; the part that arrived is kept; free some space and run it again"
                 ) from None
             raise BadInput(f"{target} cannot be written ({error.strerror or error}); choose another --out") from None
         return target
@@ -105,14 +106,15 @@ class PublicFiles:
             Download(request, part, fault, Retries(self.retries, self.first_pause), report=report).run()
         except Unreachable as error:
             raise RunFailed(
-                f"{url}: {error} ({error.attempts} times in a row); what has arrived is kept, so run it again later"
+                f"{url}: {error} ({error.attempts} attempts failed in a row); the part that arrived is kept: run the "
+                "command again later"
             ) from None
         except FileRefused as error:
-            raise RunFailed(f"{error}; it may have moved (name another copy of it with --mirror)") from None
+            raise RunFailed(f"{error}; it may have moved (give another copy with --mirror)") from None
         except WrongContent as wrong:
             aside = target.with_name(target.name + ".unverified")
             part_path.rename(aside)
-            raise RunFailed(f"{url}: {wrong}; it was put aside as {aside}") from None
+            raise RunFailed(f"{url}: {wrong}; it was kept as {aside}") from None
         part_path.rename(target)
 
     def _url(self, file: RemoteFile) -> str:
@@ -127,14 +129,14 @@ def _part_path(target: Path) -> Path:
 
 @contextmanager
 def _open_part(target: Path) -> Iterator[PartialFile]:
-    """What has arrived of a file; no other process can add to it."""
+    """The part of a file that has arrived, locked against other processes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     path = _part_path(target)
     etag_path = path.with_name(path.name + ".etag")
     descriptor = locks.open_lock(path)
     try:
         if not locks.try_lock(descriptor):
-            raise BadInput(f"{path} is being downloaded by another process; wait for it")
+            raise BadInput(f"{path} is being downloaded by another process; wait until it is done")
         part = PartialFile(descriptor, "sha1", etag_path)
         try:
             yield part
@@ -171,8 +173,8 @@ def _check_space(answer: Answer, file: RemoteFile, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if answer.length is not None and answer.length > free:
         raise RunFailed(
-            f"no space for {file.path}: {answer.length / 1e9:,.2f} GB are still missing, {free / 1e9:,.2f} GB are free "
-            f"in {folder}"
+            f"no space for {file.path}: it needs another {answer.length / 1e9:,.2f} GB, and {folder} has "
+            f"{free / 1e9:,.2f} GB free"
         )
 
 
@@ -187,18 +189,18 @@ def _with_progress(answer: Answer, name: str) -> Iterator[bytes]:
             progress.advance(-(-arrived // MEGABYTE) - progress.done)
 
 
-# ----------------------------------------------------------------------------------- pages in place of the file
+# ----------------------------------------------------------------------------------- pages instead of the file
 
 
 class _Browser:
-    """Sends requests, and confirms the page that Google Drive shows in place of a large file."""
+    """Sends requests, and confirms the page that Google Drive shows instead of a large file."""
 
     def __init__(self) -> None:
         cookies = urllib.request.HTTPCookieProcessor(http.cookiejar.CookieJar())
         self._opener = urllib.request.build_opener(cookies)
 
     def send(self, request: urllib.request.Request, timeout: float) -> http.client.HTTPResponse:
-        """The server's answer, once the file itself comes."""
+        """The server's answer that contains the file itself."""
         response = self._opener.open(request, timeout=timeout)
         if not _is_page(response):
             return response
@@ -226,8 +228,8 @@ def _page_instead_of_file(url: str, page: str) -> RunFailed:
     title = re.search(r"<title[^>]*>(.*?)</title>", page, re.DOTALL | re.IGNORECASE)
     shown = f" ({' '.join(title[1].split())[:80]!r})" if title else ""
     return RunFailed(
-        f"{url} answered with a web page{shown} instead of the file; open it in a browser to see what it asks for, and "
-        "put the file into its place by hand"
+        f"{url} answered with a web page{shown} instead of the file; open it in a browser to see what it asks for, or "
+        "download the file by hand"
     )
 
 
@@ -249,7 +251,7 @@ class _Form(html.parser.HTMLParser):
 
     @classmethod
     def address(cls, page: str) -> str | None:
-        """The address that sending the form asks for; None where the page has no such form."""
+        """The URL that submitting the form requests; None if the page has no such form."""
         form = cls()
         form.feed(page)
         if not form.action:

@@ -1,4 +1,4 @@
-"""Where a shard folder is: a local path, or a URL, which is never shown with its secrets."""
+"""The location of a shard folder: a local path, or a URL, which is never shown with its secrets."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from urllib.request import url2pathname
 from data_prep.common.errors import BadInput
 
 SIGNED = "SPIKETUNE_SIGNED_URL"
-"""The environment variable that may hold a URL with its secrets, so that no command line has to."""
+"""The environment variable that can hold a URL with its secrets, so that no command line has to."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class FolderUrl:
     """The URL of a shard folder.
 
     A user and a password before the host and everything after a `?` (a signature, say) belong to every file's URL and
-    are hidden wherever the URL is shown or written; `str` gives what may be shown.
+    are hidden wherever the URL is shown or written; `str` gives the URL without them.
 
     Args:
         text: as given by the user.
@@ -28,56 +28,56 @@ class FolderUrl:
     text: str = field(repr=False)
 
     @property
-    def _parts(self) -> SplitResult:
+    def _split(self) -> SplitResult:
         return urlsplit(self.text, allow_fragments=False)
 
     @property
     def scheme(self) -> str:
         """The part before ://, in lower case."""
-        return self._parts.scheme
+        return self._split.scheme
 
     @property
     def host(self) -> str:
         """The part between :// and the path, with user and password."""
-        return self._parts.netloc
+        return self._split.netloc
 
     @property
     def path(self) -> str:
         """The path on the host."""
-        return self._parts.path
+        return self._split.path
 
     @property
     def user(self) -> tuple[str, str] | None:
         """User and password, if the URL has them."""
-        parts = self._parts
-        return None if parts.username is None else (unquote(parts.username), unquote(parts.password or ""))
+        split = self._split
+        return None if split.username is None else (unquote(split.username), unquote(split.password or ""))
 
     @property
     def has_secrets(self) -> bool:
-        """Whether a part of it must not be shown."""
-        return "@" in self._parts.netloc or bool(self._parts.query)
+        """Whether it has parts that must not be shown."""
+        return "@" in self._split.netloc or bool(self._split.query)
 
     def __str__(self) -> str:
-        return self._shown(self._parts.path.rstrip("/"))
+        return self._shown(self._split.path.rstrip("/"))
 
     def __truediv__(self, file: str) -> str:
         """The URL of one of the folder's files, without secrets."""
-        return self._shown(f"{self._parts.path.rstrip('/')}/{file}")
+        return self._shown(f"{self._split.path.rstrip('/')}/{file}")
 
     def _shown(self, path: str) -> str:
-        return self._parts._replace(netloc=self._parts.netloc.rpartition("@")[2], path=path, query="").geturl()
+        return self._split._replace(netloc=self._split.netloc.rpartition("@")[2], path=path, query="").geturl()
 
-    def of(self, file: str, user: bool = True) -> str:
+    def full_url(self, file: str, user: bool = True) -> str:
         """The URL of one of the folder's files, with its secrets; without user and password if `user` is False."""
-        parts = self._parts
-        netloc = parts.netloc if user else parts.netloc.rpartition("@")[2]
-        return parts._replace(netloc=netloc, path=f"{parts.path.rstrip('/')}/{file}").geturl()
+        split = self._split
+        netloc = split.netloc if user else split.netloc.rpartition("@")[2]
+        return split._replace(netloc=netloc, path=f"{split.path.rstrip('/')}/{file}").geturl()
 
     def hide(self, message: str) -> str:
-        """A message of another library with the URL's secrets replaced."""
-        parts = self._parts
-        user, at, _ = parts.netloc.rpartition("@")
-        secrets = [user + at, user, parts.query, *parts.query.split("&"), parts.password or ""]
+        """Another library's message with the URL's secrets masked."""
+        split = self._split
+        user, at, _ = split.netloc.rpartition("@")
+        secrets = [user + at, user, split.query, *split.query.split("&"), split.password or ""]
         for secret in sorted(filter(None, secrets), key=len, reverse=True):
             message = message.replace(secret, "***").replace(unquote(secret), "***")
         return message
@@ -100,11 +100,13 @@ def parse_location(location: Path | str | FolderUrl) -> Path | FolderUrl:
         return Path(location)
     url = FolderUrl(str(location))
     if "::" in url.text.partition("/")[0]:
-        raise BadInput(f"{url.text.partition('/')[0]}...: chained URLs are not read; give the shard folder's own URL")
+        raise BadInput(
+            f"{url.text.partition('/')[0]}...: chained URLs are not supported; give the shard folder's own URL"
+        )
     if url.scheme == "file":
         return Path(url2pathname(url.path))
     if not url.host:
-        raise BadInput(f"{url}: names no host or bucket; a URL looks like https://HOST/FOLDER or s3://BUCKET/FOLDER")
+        raise BadInput(f"{url} has no host or bucket; a URL looks like https://HOST/FOLDER or s3://BUCKET/FOLDER")
     signed = FolderUrl(os.environ.get(SIGNED, ""))
     return signed if not url.has_secrets and str(signed) == str(url) else url
 
@@ -116,7 +118,7 @@ def public_location(location: Path | str | FolderUrl) -> str:
 
 
 def without_secrets(words: Iterable[str]) -> list[str]:
-    """The words of a command line, with the secrets of URLs removed."""
+    """The words of a command line without the secrets of URLs."""
     shown = []
     for word in words:
         option, equals, value = word.partition("=") if word.startswith("-") else ("", "", word)
@@ -125,7 +127,7 @@ def without_secrets(words: Iterable[str]) -> list[str]:
 
 
 def move_secrets_to_environment(location: str) -> str:
-    """A location for the command lines of child processes, which everybody can read; they inherit its secrets."""
+    """A location for the command lines of child processes, which anyone can read; they inherit its secrets."""
     url = parse_location(location)
     if isinstance(url, FolderUrl) and url.has_secrets:
         os.environ[SIGNED] = url.text

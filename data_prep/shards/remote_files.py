@@ -19,7 +19,9 @@ from data_prep.remote.downloader import (
     WrongContent,
     read_small_file,
 )
-from data_prep.remote.transport import Answer, FileRefused, Transport, transport
+from data_prep.remote.fsspec_transport import FsspecTransport
+from data_prep.remote.http_transport import HttpTransport
+from data_prep.remote.transport import Answer, FileRefused, Transport
 from data_prep.remote.url import FolderUrl
 from data_prep.shards.manifest import Manifest, Shard, parse_manifest
 
@@ -43,7 +45,8 @@ class RemoteFiles:
 
     def __init__(self, url: FolderUrl, settings: FetchSettings):
         self.url, self._settings = url, settings
-        self._transport: Transport = transport(url, settings.timeout)
+        kind = HttpTransport if url.scheme in ("http", "https") else FsspecTransport
+        self._transport: Transport = kind(url, settings.timeout)
         self._cache: ShardCache | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -116,13 +119,13 @@ class RemoteFiles:
         """What a shard's bytes depend on."""
         return [shard.sha256]
 
-    def fetch(self, shard: Shard, cancelled: Callable[[], bool], spared: Callable[[], Collection[str]]) -> bool:
+    def fetch(self, shard: Shard, cancelled: Callable[[], bool], evict_last: Callable[[], Collection[str]]) -> bool:
         """Fetch a shard before it is used, unless another process is fetching it or the cache is full of files in use.
 
         Args:
             shard: to fetch.
             cancelled: whether nobody waits for it any more.
-            spared: gives the hashes of the shards that are evicted last when space is needed.
+            evict_last: gives the hashes of the shards that are evicted last when space is needed.
 
         Returns:
             Whether a copy exists now.
@@ -131,7 +134,7 @@ class RemoteFiles:
             Cancelled: `cancelled` became true.
             BadInput, RunFailed: it cannot be fetched.
         """
-        return self._fetch(shard, shard.file, cancelled, wait=False, spared=spared)
+        return self._fetch(shard, shard.file, cancelled, wait=False, evict_last=evict_last)
 
     # ---- fetching --------------------------------------------------------------------------------------------------
 
@@ -153,12 +156,12 @@ class RemoteFiles:
         file: str,
         cancelled: Callable[[], bool] = lambda: False,
         wait: bool = True,
-        spared: Callable[[], Collection[str]] = frozenset,
+        evict_last: Callable[[], Collection[str]] = frozenset,
     ) -> bool:
         def download(descriptor: int) -> None:
             self._download(content, file, descriptor, cancelled)
 
-        return self.cache.fetch(content, self.url / file, download, wait, spared)
+        return self.cache.fetch(content, self.url / file, download, wait, evict_last)
 
     def _download(self, content: KnownContent, file: str, descriptor: int, cancelled: Callable[[], bool]) -> None:
         """Write a file to a descriptor, which may hold its beginning.

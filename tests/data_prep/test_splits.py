@@ -138,7 +138,7 @@ def test_groups_that_only_held_out_splits_share_do_not_straddle():
         ({"split": "leave-out", "split_by": "category"}, "needs --hold-out"),
         ({"split": "leave-out", "split_by": "category", "hold_out": ("fruit",)}, "fruit.*being, thing"),
         ({"split": "leave-out", "split_by": "category", "hold_out": ("being", "thing")}, "leave some to train on"),
-        ({"split": "k-fold", "fold": 11}, "10 folds"),
+        ({"split": "k-fold", "fold": 11}, "must be 1 to 10"),
         ({"split": "k-fold", "split_by": "object"}, "only 6 groups"),
         ({"split": "random", "split_fractions": (0.7, 0.7)}, "add up to 1"),
     ],

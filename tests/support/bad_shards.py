@@ -427,7 +427,7 @@ ADDRESSES: dict[str, Case] = {
     "a list of other files": (_at("reference://x"), ("reference://",)),
     "somebody's archive": (_at("zip://x.zip"), ("zip://",)),
     "a device": (_at("file:///dev/zero"), ("/dev/zero",)),
-    "no host": (_at("https:///x"), ("names no host",)),
+    "no host": (_at("https:///x"), ("has no host",)),
     "nothing": (_at("nowhere"), ("nowhere is not a folder",)),
 }
 

@@ -134,7 +134,7 @@ class _BatchLoader(DataLoader):
             try:
                 for batch in super().__iter__():
                     if isinstance(batch, BadInput | RunFailed):
-                        batch.alone = True
+                        batch.on_one_rank = True
                         raise batch
                     advance()
                     yield batch
@@ -161,7 +161,7 @@ def _says_that_a_worker_died(error: Exception) -> bool:
 
 def _worker_killed() -> RunFailed:
     failure = RunFailed("a decoding process was killed (out of memory?); lower loader.workers or loader.cache_gib")
-    failure.alone = True
+    failure.on_one_rank = True
     return failure
 
 

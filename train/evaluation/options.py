@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
-from data_prep.common.option_fields import Place
+from data_prep.common.option_fields import FolderLocation
 from train.run.recipe import MOST_RECORDINGS
 
 Combine = Literal["mean", "stack"]
@@ -28,7 +28,7 @@ class Evaluate(BaseModel):
     """How an ensemble predicts: the mean over all runs, or per site a weighted sum learned on left_out."""
     checkpoint: Literal["best", "last"] = "best"
     """Epoch whose weights are used."""
-    data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
+    data: Annotated[list[FolderLocation], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
     """Shard folder or its URL; by default the one the run was trained on. For a run on several recordings: those to
     score; by default all."""
     shard_cache: str | None = None

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from data_prep.common.option_fields import Place
+from data_prep.common.option_fields import FolderLocation
 from train.run.recipe import MOST_RECORDINGS, Recipe
 
 
@@ -17,7 +17,7 @@ class Plan(Recipe):
     """Memory of each GPU in GiB."""
     machines: int = Field(1, ge=1, le=1_000_000)
     """Machines, each with the same number of GPUs."""
-    data: Annotated[list[Place], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
+    data: Annotated[list[FolderLocation], Field(min_length=1, max_length=MOST_RECORDINGS)] | None = None
     """Shard folder or its URL (or several), for the numbers of sites and classes and the size of the images."""
     sites: int | None = Field(None, ge=1, le=1_000_000)
     """Sites, where there is no shard folder; by default 168."""

@@ -117,7 +117,7 @@ def test_a_full_disk_is_reported(web, cache, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_is_reported(web, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match=r"file/cache: remote shards cannot be kept there .*loader\.shard_cache"):
+    with pytest.raises(BadInput, match=r"file/cache cannot be used as a cache .*loader\.shard_cache"):
         opened(web.url, tmp_path / "file" / "cache")
 
 

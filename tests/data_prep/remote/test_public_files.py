@@ -169,7 +169,7 @@ def test_a_cut_connection_is_resumed(download, server, reports):
 
 def test_a_later_call_resumes_too(download, server, tmp_path):
     server.scenes = [scene(cut=120_000)]
-    with pytest.raises(RunFailed, match="what has arrived is kept"):
+    with pytest.raises(RunFailed, match="the part that arrived is kept"):
         download(retries=0)
     assert left(tmp_path) == ["IT.h5.part", "IT.h5.part.etag"]
     assert download().read_bytes() == DATA
@@ -199,7 +199,7 @@ def test_parts_of_different_files_are_noticed_by_the_checksum(download, server, 
     (tmp_path / "IT.h5.part").write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(1000))
     assert download().read_bytes() == DATA
     assert ranges(server) == ["bytes=1008-", None]
-    assert "downloading all of it again" in reports[0]
+    assert "downloading the whole file again" in reports[0]
 
 
 def test_a_complete_part_only_gets_its_name(download, server, tmp_path):
@@ -234,7 +234,7 @@ def test_pauses_grow_and_heed_the_server(download, server, monkeypatch):
 
 def test_it_gives_up_in_the_end(download, server):
     server.scenes = [refusal(503)] * 10
-    with pytest.raises(RunFailed, match=r"503 \(3 times in a row"):
+    with pytest.raises(RunFailed, match=r"503 \(3 attempts failed in a row"):
         download(retries=2)
     assert len(server.requests) == 3
 

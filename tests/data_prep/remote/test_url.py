@@ -6,7 +6,7 @@ import pytest
 from remote_shards import fetch, opened
 
 from data_prep.common.errors import BadInput
-from data_prep.remote import transport
+from data_prep.remote.http_transport import HttpTransport
 from data_prep.remote.url import (
     SIGNED,
     FolderUrl,
@@ -52,7 +52,7 @@ def test_child_processes_inherit_secrets(monkeypatch):
 
 
 def test_secrets_do_not_follow_redirects(packed, cache):
-    request = transport.HttpTransport(FolderUrl("https://me:word@host/folder"), 1).request("a.tar")
+    request = HttpTransport(FolderUrl("https://me:word@host/folder"), 1).request("a.tar")
     assert request.full_url == "https://host/folder/a.tar"
     assert "Authorization" in request.unredirected_hdrs
     assert "Authorization" not in request.headers

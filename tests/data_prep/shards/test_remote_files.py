@@ -14,7 +14,7 @@ from remote_shards import assert_same, cached_files, fetch, loader_of, opened, r
 from web_server import serve
 
 from data_prep.common.errors import BadInput, RunFailed
-from data_prep.remote import transport
+from data_prep.remote import fsspec_transport
 from data_prep.shards import remote_files
 from data_prep.shards.folder import ShardFolder
 
@@ -69,7 +69,7 @@ def test_other_urls_are_read_through_fsspec(packed, cache, scheme):
 
 
 def test_parts_that_fsspec_gives_are_put_together(packed, cache, monkeypatch):
-    monkeypatch.setattr(transport, "PART", 1000)
+    monkeypatch.setattr(fsspec_transport, "PART", 1000)
     fsspec.filesystem("memory").put(str(packed), "memory://bucket/parts", recursive=True)
     assert fetch(opened("memory://bucket/parts", cache)) == (packed / "train-000000.tar").read_bytes()
 
@@ -188,7 +188,7 @@ REFUSED = {
     "no driver": ("s3://bucket/folder", ("s3://bucket/folder", "s3fs", "pip install s3fs")),
     "no driver for Google's": ("gs://bucket/folder", ("pip install gcsfs",)),
     "unknown": ("htp://host/folder", ("htp:// is not known",)),
-    "no host": ("https:///folder", ("names no host",)),
+    "no host": ("https:///folder", ("has no host",)),
     "chained": ("simplecache::s3://bucket/folder", ("chained",)),
     "nobody there": ("http://127.0.0.1:9/folder", ("127.0.0.1:9/folder/manifest.json cannot be read", "refused")),
 }
