@@ -73,7 +73,7 @@ class PublicFiles:
         target = folder / file.path
         if target.exists():
             _check_existing(target, file)
-            self.report(f"{target} exists already")
+            self.report(f"{target} already exists")
             return target
         try:
             with _open_part(target) as part:
@@ -155,7 +155,7 @@ def _check_existing(target: Path, file: RemoteFile) -> None:
         content.seek(0)
         sha1 = hashlib.file_digest(content, "sha1").hexdigest() if file.sha1 else ""
     if fault := _fault(beginning, sha1, file):
-        raise BadInput(f"{target} exists already, but {fault}; remove it to download it again")
+        raise BadInput(f"{target} already exists, but {fault}; remove it to download it again")
 
 
 def _fault(beginning: bytes, sha1: str, file: RemoteFile) -> str | None:

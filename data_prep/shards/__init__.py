@@ -1,1 +1,1 @@
-"""The shard folder: writing, reading, verifying."""
+"""The shard folder: writing, reading, verifying it."""

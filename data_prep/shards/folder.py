@@ -34,11 +34,11 @@ class ShardFolder:
     manifest both are derived, see data_prep/shards/foreign_tars.py.
 
     Args:
-        folder: as written by data_prep/pack.py, or its URL, or a local folder of tars of other origin.
+        folder: as written by data_prep/pack.py, or its URL, or a local folder of foreign tars.
         fetch: how remote shards are fetched and kept.
 
     Raises:
-        BadInput: anything missing, damaged or contradictory that can be known without reading the tars.
+        BadInput: anything missing, damaged or contradictory that shows without reading the tars.
     """
 
     def __init__(self, folder: Path | str | FolderUrl, fetch: FetchSettings | None = None):
@@ -58,7 +58,7 @@ class ShardFolder:
 
     @property
     def is_remote(self) -> bool:
-        """Whether its shards have to be fetched."""
+        """Whether its shards must be fetched."""
         return isinstance(self._files, RemoteFiles)
 
     @property
@@ -79,7 +79,7 @@ class ShardFolder:
         )
 
     def verify(self) -> Iterator[tuple[Shard, str | None]]:
-        """Rehash and index every tar; yield each shard with what is wrong with it, or None."""
+        """Rehash and index every tar; yield each shard with its fault, or None."""
         for name, split in self.manifest.splits.items():
             for number, shard in enumerate(split.shards):
                 yield shard, self._fault(name, number, shard)
@@ -107,7 +107,7 @@ class ShardSplit:
         manifest: of the folder.
         index: of the split.
         files: of the folder.
-        table: the responses, where they are read from a table rather than from the shards.
+        table: the responses, if they are read from a table rather than from the shards.
     """
 
     def __init__(
@@ -136,9 +136,9 @@ class ShardSplit:
         return self.__dict__ | {"_response_table": None}  # worker processes read images only
 
     def fingerprint(self, purpose: str) -> str:
-        """A hash that changes when anything of the split may have changed, as 64 hexadecimal digits.
+        """A hash that changes when anything in the split may have changed, as 64 hexadecimal digits.
 
-        It covers the paths of local files and when they were last written, so that a damaged copy differs as well.
+        It covers the paths and modification times of local files, so that a damaged copy differs as well.
 
         Args:
             purpose: of the hash; it is hashed too.
@@ -166,7 +166,7 @@ class ShardSplit:
         return data
 
     def check_bytes(self, position: int, kind: str, data: bytes | memoryview) -> None:
-        """Refuse a member's bytes that are not those that were indexed.
+        """Refuse a member whose bytes are not those that were indexed.
 
         Raises:
             BadInput: they differ, naming the stimulus and the member.
@@ -180,11 +180,11 @@ class ShardSplit:
 
     @property
     def is_remote(self) -> bool:
-        """Whether its shards have to be fetched."""
+        """Whether its shards must be fetched."""
         return isinstance(self.files, RemoteFiles)
 
     def shards_of(self, positions: np.ndarray) -> np.ndarray:
-        """The numbers of the tars that stimuli lie in, int32."""
+        """The numbers of the tars that contain stimuli, int32."""
         return self._index.shard[positions]
 
     def location(self, position: int) -> str:
@@ -210,7 +210,7 @@ class ShardSplit:
         """A float32 array member: "rates.npy" (sites,), "trials.npy" (repetitions, sites) or "truth.npy" (sites,).
 
         Raises:
-            BadInput: no plain array of numbers, or one for another number of sites.
+            BadInput: not a plain array of numbers, or for another number of sites.
         """
         data = self.member(position, kind)
         return None if data is None else self._array(data, position, kind)
@@ -219,7 +219,7 @@ class ShardSplit:
         location = f"{self.location(position)}.{kind}"
         array, sites = read_array(data, location), len(self.manifest.sites)
         if array.shape[-1:] != (sites,) or array.ndim != (2 if "trials" in kind else 1):
-            raise BadInput(f"{location} has the shape {array.shape}; it must be for {sites} sites")
+            raise BadInput(f"{location} has the shape {array.shape}, which does not fit the {sites} sites")
         return array
 
     def rates(self, positions: np.ndarray | None = None) -> np.ndarray:
@@ -229,7 +229,7 @@ class ShardSplit:
             positions: of the stimuli; by default all.
 
         Raises:
-            BadInput: the split has no responses, or a stimulus of it has none.
+            BadInput: the split has no responses, or one of its stimuli has none.
         """
         if not self.has_responses:
             raise BadInput(f"{self.folder}: the split {self.name!r} has no responses (rates.npy)")
@@ -269,10 +269,10 @@ class ShardSplit:
         """The single trials of all stimuli: float32 (stimuli, repetitions, sites), padded with NaN.
 
         Args:
-            sites: read these only; no more memory is taken than they need.
+            sites: to read; takes only the memory that these need.
 
         Returns:
-            The trials, or None where there are none.
+            The trials, or None if there are none.
         """
         trials_of = self._trials_of_stimuli(sites)
         repetitions = max(map(len, trials_of.values()), default=0)
@@ -286,7 +286,7 @@ class ShardSplit:
     def _trials_of_stimuli(self, sites: slice) -> dict[int, np.ndarray]:
         """float32 (repetitions, sites) by position, of the stimuli that have trials.
 
-        Tars are read here, not mapped: the pages of a mapped file count as this process's memory.
+        Tars are read, not mapped: the pages of a mapped file count as memory of this process.
         """
         column = MEMBERS.index("trials.npy")
         offsets, sizes, shards = self._index.offset[:, column], self._index.size[:, column], self._index.shard

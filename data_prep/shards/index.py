@@ -1,11 +1,11 @@
-"""index.npz: where in its tar each member of each stimulus lies, so that any stimulus can be read without scanning.
+"""index.npz: the offset and size of every member in its tar, so that any stimulus can be read without scanning.
 
 members               (members,)     the extensions that may occur: MEMBERS in data_prep/shards/members.py
 <split>.stimulus_id   (stimuli,)     ids in the order of the shards
 <split>.shard         (stimuli,)     position of its tar in the manifest's list for the split
-<split>.offset        (stimuli, members)   byte offset of the member's data in the tar, -1 where it is absent
+<split>.offset        (stimuli, members)   byte offset of the member's data in the tar, -1 if absent
 <split>.size          (stimuli, members)   bytes
-<split>.crc32         (stimuli, members)   of these bytes, so that no flipped bit passes as a number; optional
+<split>.crc32         (stimuli, members)   of these bytes, so that a flipped bit is noticed; optional
 """
 
 import mmap
@@ -23,14 +23,14 @@ from data_prep.common.safe_reading import is_name, read_npz
 from data_prep.remote.url import FolderUrl
 from data_prep.shards.manifest import Manifest, Split
 from data_prep.shards.members import MEMBERS, member_table
-from data_prep.shards.storage import Files
+from data_prep.shards.storage import LocalFiles, RemoteFiles
 
 FILE = "index.npz"
 
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """Where the members of a split's stimuli lie; the arrays are described at the top of this file."""
+    """The positions of the members of a split's stimuli; the arrays are described at the top of this file."""
 
     stimulus_id: np.ndarray
     shard: np.ndarray
@@ -62,7 +62,7 @@ class SplitIndex:
         )
 
     def describes(self, shard: int, tar: "SplitIndex") -> bool:
-        """Whether it says of one shard what the index of that tar alone says."""
+        """Whether it describes one shard just as the index of that tar alone does."""
         rows = self.shard == shard
         same = (
             np.array_equal(self.stimulus_id[rows], tar.stimulus_id)
@@ -75,11 +75,11 @@ class SplitIndex:
 
     def arrays(self, split: str) -> dict[str, np.ndarray]:
         """Its arrays by their names in the file."""
-        return {f"{split}.{part}": getattr(self, part) for part in SplitIndex.__dataclass_fields__}
+        return {f"{split}.{name}": getattr(self, name) for name in SplitIndex.__dataclass_fields__}
 
 
 def index_shard(path: Path) -> SplitIndex:
-    """Find every member of one tar, and read it for its checksum.
+    """Index one tar: find every member, and read it for its checksum.
 
     Raises:
         BadInput: as `member_table`.
@@ -90,7 +90,7 @@ def index_shard(path: Path) -> SplitIndex:
 
 
 def checksums(content: mmap.mmap | memoryview, extents: np.ndarray) -> np.ndarray:
-    """CRC-32 of each member of a tar, 0 where a stimulus has none: uint32 (stimuli, members).
+    """CRC-32 of each member of a tar, 0 for absent ones: uint32 (stimuli, members).
 
     Args:
         content: of the tar.
@@ -113,11 +113,11 @@ def write_index(folder: Path, splits: Mapping[str, SplitIndex]) -> None:
     write_npz(folder / FILE, arrays)
 
 
-def load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> dict[str, SplitIndex]:
+def load_index(folder: Path | FolderUrl, files: LocalFiles | RemoteFiles, manifest: Manifest) -> dict[str, SplitIndex]:
     """The index of a packed folder, by split.
 
     Args:
-        folder: that it describes, for messages.
+        folder: of the shards, for messages.
         files: of the folder.
         manifest: of the folder.
 
@@ -130,19 +130,19 @@ def load_index(folder: Path | FolderUrl, files: Files, manifest: Manifest) -> di
             index = index_of(read_npz(file), manifest)
     except (OSError, ValueError, KeyError) as error:
         raise BadInput(
-            f"{path} cannot be read ({error}); write it again with data_prep/show.py --index, where the tars lie"
+            f"{path} cannot be read ({error}); rebuild it with data_prep/show.py --index beside the tars"
         ) from None
     _check_disjoint(path, index)
     return index
 
 
 def _check_disjoint(path: Path | str, index: Mapping[str, SplitIndex]) -> None:
-    """Refuse a stimulus that is in two splits: held-out scores would include stimuli that were fitted."""
+    """Refuse a stimulus that is in two splits: held-out scores would include fitted stimuli."""
     split_of: dict[str, str] = {}
     for name, split in index.items():
         for stimulus in split.stimulus_id.tolist():
             if (other := split_of.setdefault(stimulus, name)) != name:
-                raise BadInput(f"{path}: stimulus {stimulus} is in {other} and in {name}; pack the recording again")
+                raise BadInput(f"{path}: stimulus {stimulus} is in both {other} and {name}; pack the recording again")
 
 
 def index_of(arrays: Mapping[str, np.ndarray], manifest: Manifest) -> dict[str, SplitIndex]:
@@ -153,7 +153,7 @@ def index_of(arrays: Mapping[str, np.ndarray], manifest: Manifest) -> dict[str, 
         KeyError: an array is missing.
     """
     members = tuple(arrays["members"].tolist())
-    if members != MEMBERS[: len(members)]:  # older folders know fewer
+    if members != MEMBERS[: len(members)]:  # older folders list fewer
         raise ValueError(f"it lists the members {', '.join(map(str, members))}")
     indexes = {}
     for name, split in manifest.splits.items():
@@ -211,11 +211,11 @@ def _check_ids(name: str, ids: list[str]) -> None:
 
 def _with_all_members(index: SplitIndex) -> SplitIndex:
     """An index with a column for each of MEMBERS."""
-    lacking = ((0, 0), (0, len(MEMBERS) - index.offset.shape[1]))
+    missing_columns = ((0, 0), (0, len(MEMBERS) - index.offset.shape[1]))
     return SplitIndex(
         index.stimulus_id,
         index.shard,
-        np.pad(index.offset, lacking, constant_values=-1),
-        np.pad(index.size, lacking),
-        None if index.crc32 is None else np.pad(index.crc32, lacking),
+        np.pad(index.offset, missing_columns, constant_values=-1),
+        np.pad(index.size, missing_columns),
+        None if index.crc32 is None else np.pad(index.crc32, missing_columns),
     )

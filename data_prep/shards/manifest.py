@@ -1,4 +1,4 @@
-"""manifest.json: what a shard folder contains, as a typed and checked model."""
+"""manifest.json, which describes a shard folder, as a typed and checked model."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import LONGEST_NAME, is_name, parse_json, read_regular_file
 
 FORMAT_VERSION: Final = 1
-MOST_STIMULI, MOST_BYTES = 10**9, 2**50  # of a split, of a shard; whatever claims more is damaged or malicious
+MOST_STIMULI, MOST_BYTES = 10**9, 2**50  # of a split, of a shard; a manifest that claims more is damaged or malicious
 LARGEST_SIDE = 2**16  # pixels
 
 
@@ -35,11 +35,11 @@ SplitName = Annotated[str, Field(pattern="^(train|val|test)$")]
 TableName = Annotated[str, Field(pattern=r"^(index|targets)\.npz$")]
 
 
-class _Part(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
-class Shard(_Part):
+class Shard(_Strict):
     """One tar file of a split."""
 
     file: str = Field(pattern=r"^(?:[A-Za-z0-9_-][A-Za-z0-9_.-]*/)?[A-Za-z0-9_.-]+\.tar$")
@@ -48,7 +48,7 @@ class Shard(_Part):
     sha256: Sha256
 
 
-class Table(_Part):
+class Table(_Strict):
     """A table beside the shards: index.npz, targets.npz."""
 
     bytes: Bytes
@@ -61,15 +61,15 @@ class Table(_Part):
             return cls(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
-class Split(_Part):
-    """The shards of one split; `responses` tells whether its stimuli carry rates."""
+class Split(_Strict):
+    """The shards of one split; `responses`: whether its stimuli have rates."""
 
     stimuli: Count
     responses: bool
     shards: list[Shard] = Field(min_length=1)
 
 
-class Image(_Part):
+class Image(_Strict):
     """Size in pixels and mode of the images; `mixed` if they differ (then width and height are the largest)."""
 
     width: int = Field(ge=1, le=LARGEST_SIDE)
@@ -79,7 +79,7 @@ class Image(_Part):
 
     @property
     def side(self) -> int:
-        """Side in pixels of the square that a network sees of the largest image by default."""
+        """Side in pixels of the square that a network sees by default."""
         return min(self.width, self.height)
 
     @classmethod
@@ -90,7 +90,7 @@ class Image(_Part):
         return cls(width=max(widths), height=max(heights), mode=mode, mixed=len(images) > 1)
 
 
-class Rates(_Part):
+class Rates(_Strict):
     """Per-site mean and standard deviation over the train split; null for a site never recorded there."""
 
     units: Name
@@ -111,18 +111,18 @@ class Rates(_Part):
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]
 
 
-class Ceiling(_Part):
-    """What trials say of the best that a model can do (see `data_prep/ceiling.py`); null where a site has no estimate.
+class Ceiling(_Strict):
+    """Noise ceilings estimated from trials (see `data_prep/ceiling.py`); null where a site has no estimate.
 
     Attributes:
-        method: what `reliability` is.
+        method: by which `reliability` was estimated.
         random_splits, seed: of `split_half`.
-        stimuli: with at least two repetitions.
-        repetitions: "min", "mean" and "max" of those.
-        reliability: of the trial average, per site: what scores are compared with.
-        ci95: per site, over stimuli; `mean_ci95` of the mean over sites. Folders packed before have neither, and
-            their reliability is the split-half one.
-        split_half: another estimate of the reliability, by Spearman and Brown.
+        stimuli: number of stimuli with at least two repetitions.
+        repetitions: "min", "mean" and "max" over these stimuli.
+        reliability: of the trial average, per site; scores are compared with it.
+        ci95: of the reliability, per site, over stimuli; `mean_ci95`: of its mean over sites. Older folders have
+            neither, and their reliability is the split-half estimate.
+        split_half: the Spearman-Brown estimate of the reliability.
         ncsnr, noise_ceiling: of Allen et al. 2022; the ceiling as a share, 0..1.
         explainable_share: of the variance of single trials, Cadena et al. 2019.
     """
@@ -132,7 +132,7 @@ class Ceiling(_Part):
     seed: int
     stimuli: int
     repetitions: dict[Literal["min", "mean", "max"], float]
-    reliability: list[Annotated[float, Field(le=1)] | None]  # far below 0 where there is next to no signal
+    reliability: list[Annotated[float, Field(le=1)] | None]  # can be far below 0 where there is little signal
     ci95: list[Interval | None] | None = None
     mean_ci95: Interval | None = None
     split_half: list[float | None] | None = None
@@ -142,7 +142,7 @@ class Ceiling(_Part):
 
     @classmethod
     def from_estimate(cls, estimate: CeilingEstimate) -> "Ceiling":
-        """The estimate as JSON holds it: null for NaN."""
+        """The estimate for JSON: null for NaN."""
         repetitions = estimate.repetitions
         return cls(
             method="variance components of repetitions and stimuli, unbiased",
@@ -160,11 +160,14 @@ class Ceiling(_Part):
         )
 
     def facts(self) -> dict[str, Any]:
-        """What a score that rests on the reliability says of it."""
-        return {"method": self.method} | ({} if self.mean_ci95 is None else {"ci95": self.mean_ci95})
+        """The facts to report beside a score that uses the reliability."""
+        facts: dict[str, Any] = {"method": self.method}
+        if self.mean_ci95 is not None:
+            facts["ci95"] = self.mean_ci95
+        return facts
 
 
-class Manifest(_Part):
+class Manifest(_Strict):
     """The whole of manifest.json."""
 
     format: Literal["spiketune-shards"] = "spiketune-shards"
@@ -173,7 +176,7 @@ class Manifest(_Part):
     simulated: bool
     provenance: dict[str, Any]
     splits: dict[SplitName, Split]
-    sites: list[dict[str, Any]]  # empty if there are only labels
+    sites: list[dict[str, Any]]  # empty for a folder with labels only
     classes: list[Name] | None
     image: Image
     rates: Rates
@@ -182,19 +185,19 @@ class Manifest(_Part):
     ceiling: Ceiling | None = None
     truth: dict[str, Any] | None = None
     files: dict[TableName, Table] = {}
-    checksum: Sha256 | None = None  # of all the rest, so that no flipped digit passes as a number; see `save`
+    checksum: Sha256 | None = None  # of everything else, so that a flipped digit is noticed; see `save`
 
     @field_validator("provenance")
     @classmethod
-    def _shown(cls, value: dict[str, Any]) -> dict[str, Any]:
-        """Check what data_prep/shards/summary.py shows of it; the rest is kept as it is."""
+    def _check_shown_facts(cls, value: dict[str, Any]) -> dict[str, Any]:
+        """Check the entries that data_prep/shards/summary.py shows."""
         warnings, straddling = value.get("warnings", []), value.get("straddling", {})
         if not isinstance(warnings, list) or not all(isinstance(text, str) for text in warnings):
             raise ValueError("warnings must be a list of sentences")
         if not isinstance(straddling, dict) or not all(
             isinstance(counts, dict) and {"groups", "of"} <= counts.keys() for counts in straddling.values()
         ):
-            raise ValueError("straddling must give groups and of for each fact")
+            raise ValueError("straddling must have groups and of for each fact")
         return value
 
     @property
@@ -216,7 +219,7 @@ class Manifest(_Part):
 
 
 def _checksum(content: dict[str, Any]) -> str:
-    """A hash of what a manifest says, however it is laid out."""
+    """A hash of a manifest's content that does not depend on its layout."""
     rest = {name: value for name, value in content.items() if name != "checksum"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
@@ -232,7 +235,7 @@ def load_manifest(folder: Path) -> Manifest:
         raise BadInput(f"{folder} is not a folder; give a shard folder made by data_prep/pack.py")
     if not path.is_file():
         raise BadInput(
-            f"{folder} has no manifest.json, so it is not a (finished) shard folder; nor does it contain tars"
+            f"{folder} has no manifest.json, so it is not a (finished) shard folder, and it contains no tars"
         )
     try:
         content = read_regular_file(path)
@@ -274,12 +277,12 @@ def _check_names(manifest: Manifest, path: Path | str) -> None:
     sites = len(manifest.sites)
     ids = [site.get("id") for site in manifest.sites]
     if None in ids or len(set(map(str, ids))) != sites:
-        raise BadInput(f"{path}: sites: each of the {sites} sites needs an id of its own")
+        raise BadInput(f"{path}: sites: each of the {sites} sites needs its own id")
     for site_id in map(str, ids):
         if not is_name(site_id):
             raise BadInput(f"{path}: sites: the id {site_id[:100]!r} is not printable or too long")
     if manifest.classes is not None and len(set(manifest.classes)) != len(manifest.classes):
-        raise BadInput(f"{path}: classes: two have the same name, so labels would be ambiguous")
+        raise BadInput(f"{path}: classes: two have the same name, so labels are ambiguous")
     count_of = Counter(shard.file for split in manifest.splits.values() for shard in split.shards)
     for file, count in count_of.items():
         if count > 1:
@@ -288,16 +291,16 @@ def _check_names(manifest: Manifest, path: Path | str) -> None:
 
 def _check_lengths(manifest: Manifest, path: Path | str) -> None:
     sites, ceiling = len(manifest.sites), manifest.ceiling
-    lists = {"rates.mean": manifest.rates.mean, "rates.std": manifest.rates.std}
+    lists: dict[str, list | None] = {"rates.mean": manifest.rates.mean, "rates.std": manifest.rates.std}
     if ceiling is not None:
         names = ("reliability", "ci95", "split_half", "ncsnr", "noise_ceiling", "explainable_share")
-        lists |= {f"ceiling.{name}": getattr(ceiling, name) for name in names if getattr(ceiling, name) is not None}
+        lists |= {f"ceiling.{name}": getattr(ceiling, name) for name in names}
     for name, values in lists.items():
-        if len(values) != sites:
+        if values is not None and len(values) != sites:
             raise BadInput(f"{path}: {name} has {len(values)} values for {sites} sites; pack the recording again")
-    known = [mean is None for mean in manifest.rates.mean]
-    if known != [std is None for std in manifest.rates.std]:
-        raise BadInput(f"{path}: rates: a site has a mean and no std, or the reverse; pack the recording again")
+    unrecorded = [mean is None for mean in manifest.rates.mean]
+    if unrecorded != [std is None for std in manifest.rates.std]:
+        raise BadInput(f"{path}: rates: a site has a mean but no std, or the reverse; pack the recording again")
     for name, split in manifest.splits.items():
         counted = sum(shard.stimuli for shard in split.shards)
         if counted != split.stimuli:
@@ -305,7 +308,7 @@ def _check_lengths(manifest: Manifest, path: Path | str) -> None:
 
 
 def to_json_list(values: Iterable[float]) -> list[float | None]:
-    """Floats for JSON, which has no NaN: what is not finite becomes null."""
+    """Floats for JSON, which has no NaN: values that are not finite become null."""
     return [float(value) if math.isfinite(value) else None for value in values]
 
 

@@ -1,4 +1,4 @@
-"""The members of a shard: which are plain data, where they lie in the tar, and what the small ones say."""
+"""The members of a shard: which kinds are plain data, their positions in the tar, and reading the small ones."""
 
 import io
 import re
@@ -17,20 +17,20 @@ IMAGE_MEMBERS = ("jpg", "png", "image.npy")
 LABEL_FIELDS = ("object", "label", "class")  # of a JSON member that names the class, in order of preference
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # as WebDataset divides names into key and extension
-_NOT_A_SAMPLE = re.compile(r"__[^/]*__($|/)")  # members that WebDataset passes over, such as __index__
-_SAME_KIND = {"jpeg": "jpg"}
+_NOT_A_SAMPLE = re.compile(r"__[^/]*__($|/)")  # members that WebDataset ignores, such as __index__
+_ALIASES = {"jpeg": "jpg"}
 BLOCK = 512  # bytes: of a header in a tar, and what members are padded to
 ABSENT = (-1, 0)  # offset and size of a member that a stimulus lacks
 
 LARGEST_HEADER = 2**20  # bytes of a long name; a header that claims more is damaged or malicious
-LARGEST_PADDING = 64 * 2**20  # bytes after the end mark; tar pads to 10 kB
+LARGEST_PADDING = 64 * 2**20  # zero bytes after the end mark; tar pads to 10 kB
 
 _END_MARK = 2 * BLOCK  # zero bytes that close a tar
-_EMPTY_READS = 2  # that walking a complete tar without an end mark takes
+_EMPTY_READS = 2  # as many as it takes to walk a complete tar without an end mark
 
 
 def key_and_kind(name: str) -> tuple[str, str] | None:
-    """A member's key and its kind, one of MEMBERS; None for what is not plain data.
+    """A member's key and its kind, one of MEMBERS; None for a kind that is not plain data.
 
     The key ends at the first dot of the file's name and keeps its folders, as in WebDataset; plain `tar` puts `./`
     before them, which is dropped.
@@ -39,7 +39,7 @@ def key_and_kind(name: str) -> tuple[str, str] | None:
     if divided is None:
         return None
     key, kind = divided[1], divided[2].lower()
-    kind = _SAME_KIND.get(kind, kind)
+    kind = _ALIASES.get(kind, kind)
     return (key, kind) if kind in MEMBERS else None
 
 
@@ -50,15 +50,15 @@ def is_sample(name: str) -> bool:
 
 def not_plain(tar: Path | str, name: str) -> BadInput:
     """The error for a member of a kind that is never decoded."""
-    return BadInput(f"{tar}: {name}: not a member of plain data ({', '.join(MEMBERS)})")
+    return BadInput(f"{tar}: {name}: not plain data ({', '.join(MEMBERS)})")
 
 
 def member_table(path: Path) -> tuple[list[str], np.ndarray]:
     """Find every member of one tar by walking its headers.
 
     Returns:
-        The keys in their order, and for each key the offset and size of each of MEMBERS, int64 (stimuli, members, 2);
-        ABSENT where it has none.
+        The keys in the order of the tar, and the offset and size of each of MEMBERS, int64 (stimuli, members, 2);
+        ABSENT for those that a stimulus lacks.
 
     Raises:
         BadInput: a damaged tar, a member that is not plain data, or members of one stimulus that are not adjacent.
@@ -71,9 +71,9 @@ def member_table(path: Path) -> tuple[list[str], np.ndarray]:
             raise not_plain(path, name)
         key, kind = member
         if key != last and key in extents:
-            raise BadInput(f"{path}: {key}: twice in the tar, or its members do not lie together")
+            raise BadInput(f"{path}: {key}: occurs twice in the tar, or its members are not adjacent")
         if kind in extents.setdefault(key, {}):
-            raise BadInput(f"{path}: {key}: has {kind} twice; WebDataset cannot read such a tar either")
+            raise BadInput(f"{path}: {key}: has {kind} twice, which WebDataset cannot read either")
         extents[key][kind] = (offset, size)
         last = key
     table = [[of_kind.get(kind, ABSENT) for kind in MEMBERS] for of_kind in extents.values()]
@@ -81,7 +81,7 @@ def member_table(path: Path) -> tuple[list[str], np.ndarray]:
 
 
 class _GuardedTar(io.BufferedReader):
-    """A tar for tarfile to walk: no header can make it take much memory or, by leading backwards, endless time."""
+    """A tar for tarfile to walk. No header can make it take much memory or, by pointing backwards, endless time."""
 
     def __init__(self, path: Path):
         super().__init__(io.FileIO(path))
@@ -95,12 +95,12 @@ class _GuardedTar(io.BufferedReader):
         if not data:
             self._empty_reads += 1
         if self._empty_reads > _EMPTY_READS:
-            raise tarfile.ReadError("a header leads beyond the end")
+            raise tarfile.ReadError("a header points beyond the end")
         return data
 
     def seek(self, position: int, whence: int = io.SEEK_SET, /) -> int:
         if whence != io.SEEK_SET or position < self._furthest:
-            raise tarfile.ReadError(f"the header before byte {self._furthest} leads backwards")
+            raise tarfile.ReadError(f"the header before byte {self._furthest} points backwards")
         self._furthest = super().seek(position)
         return self._furthest
 
@@ -119,13 +119,13 @@ def _files(path: Path) -> Iterator[tuple[str, int, int]]:
             end = tar.offset
     except BadInput:
         raise
-    except Exception as error:  # tarfile meets a damaged header with any kind of error
+    except Exception as error:  # tarfile raises errors of any kind for damaged headers
         raise BadInput(f"{path} is not a whole tar file ({error}); pack or copy it again") from None
     _check_end(path, end)
 
 
 def _check_name(path: Path, name: str) -> None:
-    """Refuse names that lead out of a folder or are not printable."""
+    """Refuse names that point outside the folder or are not printable."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -133,21 +133,21 @@ def _check_name(path: Path, name: str) -> None:
     if not is_name(name):
         raise BadInput(f"{path}: {name[:100]!r}: the name is too long or not printable; rename it")
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise BadInput(f"{path}: {name}: the name leads out of the folder; rename it")
+        raise BadInput(f"{path}: {name}: the name points outside the folder; rename it")
 
 
 def _check_end(path: Path, end: int) -> None:
-    """Refuse a tar without its end mark: nothing else shows that it was cut at a member's border."""
+    """Refuse a tar without an end mark: nothing else shows that it was cut between two members."""
     with path.open("rb") as file:
         file.seek(end)
         mark = file.read(_END_MARK)
-        goes_on = path.stat().st_size - file.tell() > LARGEST_PADDING or any(file.read(LARGEST_PADDING))
+        has_more_data = path.stat().st_size - file.tell() > LARGEST_PADDING or any(file.read(LARGEST_PADDING))
     if any(mark):
         raise BadInput(f"{path} is not a whole tar file (no header at byte {end}); pack or copy it again")
     if len(mark) < _END_MARK:
-        raise BadInput(f"{path} is not a whole tar file (it ends without an end mark: cut short); copy it again")
-    if goes_on:
-        raise BadInput(f"{path} goes on after its end mark, where every reader stops; were two tars concatenated?")
+        raise BadInput(f"{path} is not a whole tar file (it is cut short, without an end mark); copy it again")
+    if has_more_data:
+        raise BadInput(f"{path} has data after its end mark, where every reader stops; were two tars concatenated?")
 
 
 def read_json(data: bytes | memoryview | None, location: str) -> dict[str, Any]:
@@ -201,7 +201,7 @@ def read_label(cls: bytes | memoryview | None, facts: dict[str, Any], location: 
         location: of the stimulus, for messages.
 
     Raises:
-        BadInput: it is not a line of text.
+        BadInput: it is not one line of text.
     """
     if cls is not None:
         try:

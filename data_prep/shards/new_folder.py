@@ -1,7 +1,7 @@
 """A new folder that appears complete or not at all.
 
 It is filled under a hidden name beside the target and renamed at the end. A killed process leaves at most the hidden
-folder; the next one with the same target removes it.
+folder, which the next process with the same target removes.
 """
 
 import glob
@@ -24,7 +24,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         BadInput: `out` exists, cannot be created, or is being created by another process.
     """
     if out.exists():
-        raise BadInput(f"{out} exists already; choose another --out, or remove it first to pack again")
+        raise BadInput(f"{out} already exists; choose another --out, or remove it to pack again")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         hidden, lock = _create_hidden(out)
@@ -43,8 +43,8 @@ def new_folder(out: Path) -> Iterator[Path]:
 
 
 def _create_hidden(out: Path) -> tuple[Path, int]:
-    """A hidden folder, and the descriptor of its lock, which tells it from the leftover of a dead process."""
-    with locks.exclusive(out.parent):  # a folder that is not locked yet must not pass for a leftover
+    """A hidden folder and the descriptor of its lock, which distinguishes it from the leftover of a dead process."""
+    with locks.exclusive(out.parent):  # or another process could take a folder that is not locked yet for a leftover
         _remove_leftovers(out)
         hidden = Path(tempfile.mkdtemp(prefix=f".{out.name}.packing-", dir=out.parent))
         descriptor = locks.open_lock(hidden)
@@ -56,7 +56,7 @@ def _remove_leftovers(out: Path) -> None:
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.packing-*"):
         try:
             in_use = locks.is_locked(leftover)
-        except FileNotFoundError:  # finished or removed just now
+        except FileNotFoundError:  # just finished or removed
             continue
         if in_use:
             raise BadInput(f"another process is packing to {out}; wait for it, or choose another --out")

@@ -1,4 +1,4 @@
-"""The manifest of a packed recording, from what was noted while its shards were written."""
+"""The manifest of a packed recording, from notes taken while its shards were written."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -16,21 +16,21 @@ from data_prep.shards.index import SplitIndex
 from data_prep.shards.manifest import Ceiling, Image, Manifest, Rates, Shard, Split
 from data_prep.splits import straddling
 
-CEILING_BYTES = 64 * 2**20  # of trials whose ceilings are estimated at once, which takes about four times as much
-RESAMPLED = 0.1  # a rounding error above this part of a grey level is not float16 noise: the image was resampled
+CEILING_BYTES = 64 * 2**20  # of trials to estimate ceilings from at once, which takes about four times the memory
+RESAMPLED = 0.1  # grey levels; a larger rounding error is not float16 noise: the image was resampled
 
 
 class StimulusNotes:
-    """What the manifest has to say of the stimuli of one shard, collected on their way into it.
+    """Notes for the manifest about the stimuli of one shard, taken while it is written.
 
     Args:
-        sites: of the recording.
-        facts: whose values are noted.
+        sites: number of sites of the recording.
+        facts: the facts whose values are noted.
 
     Attributes:
         groups: the values of each fact.
         image_sizes: widths, heights and modes of the images.
-        rounding_error: the largest that storing an image as uint8 caused, in grey levels; None where none was stored.
+        rounding_error: the largest error from rounding an image to uint8, in grey levels; None if none was rounded.
     """
 
     def __init__(self, sites: int, facts: Iterable[str]):
@@ -41,7 +41,7 @@ class StimulusNotes:
         self._rates: list[np.ndarray | None] = []
 
     def add(self, stimulus: Stimulus) -> None:
-        """Check a stimulus and note what matters of it.
+        """Check a stimulus and note its facts.
 
         Raises:
             BadInput: its arrays do not fit the recording's sites, or hold infinite values.
@@ -61,7 +61,7 @@ class StimulusNotes:
         if array is None:
             return
         if array.ndim != dimensions or array.shape[-1] != self._sites:
-            raise BadInput(f"{stimulus_id}: {name} of shape {array.shape}; the recording has {self._sites} sites")
+            raise BadInput(f"{stimulus_id}: {name} of shape {array.shape} do not fit {self._sites} sites")
         if np.isinf(array).any():
             raise BadInput(f"{stimulus_id}: {name} contain an infinite value; NaN stands for what was not recorded")
 
@@ -71,13 +71,13 @@ class StimulusNotes:
         if not recorded:
             return None
         if len(recorded) < len(self._rates):
-            raise BadInput("some stimuli of one split have responses and others have none; use NaN for missing ones")
+            raise BadInput("some stimuli of a split have responses and others have none; use NaN for missing responses")
         return np.stack(recorded)
 
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A shard that was written; the last four are described in `StimulusNotes`."""
+    """A packed shard; `image_sizes`, `rounding_error` and `groups` are described in `StimulusNotes`."""
 
     shard: Shard
     index: SplitIndex
@@ -89,7 +89,7 @@ class PackedShard:
 
 @dataclass(frozen=True)
 class PackedShards:
-    """All shards that were written, by split."""
+    """All packed shards, by split."""
 
     of_split: dict[str, list[PackedShard]] = field(default_factory=dict)
 
@@ -105,7 +105,7 @@ class PackedShards:
 
 
 def manifest_of(recording: Recording, packed: PackedShards) -> Manifest:
-    """The manifest of a recording that was packed, without its ceiling.
+    """The manifest of a packed recording, without its ceiling.
 
     Raises:
         BadInput: there is nothing to fit a model on.
@@ -145,7 +145,7 @@ def _rates(recording: Recording, packed: PackedShards) -> Rates:
 
 
 def _provenance(recording: Recording, packed: PackedShards) -> dict[str, Any]:
-    """The recording's provenance, and what packing added to it."""
+    """The recording's provenance, with the facts and warnings from packing."""
     provenance = {"split": {"method": "source"}} | recording.provenance
     warnings = list(provenance.get("warnings", []))
     shared = straddling({split: [shard.groups for shard in shards] for split, shards in packed.of_split.items()})
@@ -153,7 +153,7 @@ def _provenance(recording: Recording, packed: PackedShards) -> dict[str, Any]:
         provenance["straddling"] = shared
     if "val" not in packed.of_split:
         warnings.append(
-            f"no stimulus is in val (of {len(recording.stimulus_ids)}), which evaluate and probe score by default"
+            f"none of the {len(recording.stimulus_ids)} stimuli is in val, which evaluate and probe score by default"
         )
     errors = [shard.rounding_error for shard in packed.all() if shard.rounding_error is not None]
     if errors:
@@ -161,7 +161,7 @@ def _provenance(recording: Recording, packed: PackedShards) -> dict[str, Any]:
         if max(errors) > RESAMPLED and not any("uint8" in warning for warning in warnings):
             warnings.append(
                 f"rounding to uint8 moved a pixel by {max(errors):.3f} of a grey level: "
-                "the source's images never were uint8 (they were resampled after decoding)"
+                "the source's images were not uint8 (they were resampled after decoding)"
             )
     if warnings:
         provenance["warnings"] = warnings

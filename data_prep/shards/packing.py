@@ -1,4 +1,4 @@
-"""Recording -> shard folder, on several processes, complete or not at all."""
+"""Packing a recording into a shard folder with several processes, completely or not at all."""
 
 import multiprocessing
 import re
@@ -24,17 +24,17 @@ from data_prep.shards.reindexing import write_tables
 from data_prep.shards.writer import write_shard
 from data_prep.splits import grouping_facts
 
-PRELOADED = ["data_prep.shards.packing", "webdataset"]  # importing these takes seconds: once for all processes
+PRELOADED = ["data_prep.shards.packing", "webdataset"]  # slow to import: once for all processes
 
 
 def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) -> ShardFolder:
     """Write `recording` as a shard folder and open it.
 
     Args:
-        recording: what to pack.
+        recording: to pack.
         out: the folder to create.
         stimuli_per_shard: stimuli in one tar.
-        workers: packing processes.
+        workers: number of packing processes.
 
     Raises:
         BadInput: `out` exists, the recording contradicts itself, or one of its stimuli cannot be read.
@@ -59,7 +59,7 @@ def check_recording(recording: Recording) -> None:
     """
     ids, splits = recording.stimulus_ids, recording.splits
     if not ids:
-        raise BadInput(f"{recording.name}: has no stimuli")
+        raise BadInput(f"{recording.name} has no stimuli")
     _check_names(recording)
     stimulus_id, count = Counter(ids).most_common(1)[0]
     if count > 1:
@@ -70,9 +70,9 @@ def check_recording(recording: Recording) -> None:
     if wrong is not None:
         raise BadInput(f"{recording.name}: stimulus id {wrong!r} must consist of letters, digits, _ and - only")
     if len(splits) != len(ids) or not set(splits) <= set(SPLITS):
-        raise BadInput(f"{recording.name}: splits must name one of {', '.join(SPLITS)} for every stimulus")
+        raise BadInput(f"{recording.name}: every stimulus needs a split, one of {', '.join(SPLITS)}")
     if "train" not in splits:
-        raise BadInput(f"{recording.name}: has no stimulus in the split 'train'; a model needs some to be fitted on")
+        raise BadInput(f"{recording.name} has no stimulus in train, so no model can be fitted")
 
 
 def _check_names(recording: Recording) -> None:
@@ -123,7 +123,7 @@ def _write_shards(recording: Recording, folder: Path, jobs: list[ShardJob], work
         Progress(len(recording.stimulus_ids), "packing") as progress,
         ProcessPoolExecutor(min(workers, len(jobs)), context, _start_process, (recording, counter)) as pool,
     ):
-        with _ctrl_c_ignored():  # by the processes that start here; one that has only half started would die noisily
+        with _ctrl_c_ignored():  # by the starting processes; one that is interrupted while starting prints a traceback
             futures = [pool.submit(write_one_shard, folder, job) for job in jobs]
         try:
             _watch(futures, counter, progress)
@@ -156,7 +156,7 @@ def _watch(futures: list[Future[PackedShard]], counter: "Synchronized[int]", pro
         progress.advance(counter.value - progress.done)
 
 
-# What a packing process works on: set when it starts, so that the recording is sent once and not with each shard.
+# The work of a packing process: set when it starts, so that the recording is sent once rather than with each shard.
 _recording: Recording
 _counter: "Synchronized[int]"
 
@@ -167,13 +167,13 @@ def _start_process(recording: Recording, counter: "Synchronized[int]") -> None:
 
 
 def set_work(recording: Recording, counter: "Synchronized[int]") -> None:
-    """Set what `write_one_shard` packs in this process, and where it counts finished stimuli."""
+    """Set the recording that `write_one_shard` packs in this process, and the counter of finished stimuli."""
     global _recording, _counter
     _recording, _counter = recording, counter
 
 
 def write_one_shard(folder: Path, job: ShardJob) -> PackedShard:
-    """Write a shard of the recording that was given to `set_work`.
+    """Write a shard of the recording given to `set_work`.
 
     Raises:
         BadInput: a stimulus cannot be read.
@@ -188,7 +188,7 @@ def write_one_shard(folder: Path, job: ShardJob) -> PackedShard:
 
 
 def _noted(stimuli: Iterator[Stimulus], notes: StimulusNotes) -> Iterator[Stimulus]:
-    """Pass the stimuli on, noted and counted."""
+    """Yield the stimuli after noting and counting them."""
     for stimulus in stimuli:
         notes.add(stimulus)
         with _counter.get_lock():

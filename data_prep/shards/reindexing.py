@@ -1,4 +1,4 @@
-"""The tables beside the shards, index.npz and targets.npz: written when a recording is packed, and again on request."""
+"""Writing the tables beside the shards, index.npz and targets.npz, after packing and on request."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -25,16 +25,16 @@ def write_tables(
 
     Args:
         folder: of the shards.
-        manifest: of the shards; what it says of the tables is filled in.
+        manifest: of the shards; its entries for the tables are filled in.
         split_indexes: by split.
-        estimate_ceiling: gives the manifest's ceiling, from the shards; by default it stays as it is.
+        estimate_ceiling: returns the manifest's ceiling, from the shards; by default the ceiling stays as it is.
 
     Raises:
         CannotWrite: the disk is full, the folder read-only ...
     """
     write_index(folder, split_indexes)
     manifest.files = {}
-    manifest.save(folder / "manifest.json")  # reading the shards needs one, which must not know an earlier index
+    manifest.save(folder / "manifest.json")  # needed to read the shards; must not list an earlier index
     shards = ShardFolder(folder)
     if estimate_ceiling is not None:
         manifest.ceiling = estimate_ceiling(shards)
@@ -44,14 +44,14 @@ def write_tables(
 
 
 def reindex(location: Path | str | FolderUrl) -> None:
-    """Read the tars of a folder again and write its tables, whoever wrote the tars.
+    """Read the tars of a packed or foreign folder again and rewrite its tables.
 
     Raises:
         BadInput: a damaged tar, a folder that is not packed and holds no tars, one that cannot be written, or a URL.
     """
     folder = parse_location(location)
     if isinstance(folder, FolderUrl):
-        raise BadInput(f"{folder}: tars are indexed where they lie; use --index there and copy the folder again")
+        raise BadInput(f"{folder}: --index works on local folders only; use it there, and upload the folder again")
     if is_foreign(folder):
         open_foreign(folder, read_again=True)
         return
@@ -69,7 +69,7 @@ def reindex(location: Path | str | FolderUrl) -> None:
 
 
 def _check_sha256(path: Path, shard: Shard) -> None:
-    """Refuse to index bytes that were not packed: an index would make damage pass as data."""
+    """Refuse bytes that were not packed: indexing them would make damage look like data."""
     with path.open("rb") as file:
         if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
             raise BadInput(f"{path}: its bytes are not those that were packed (sha256 differs); copy or pack it again")

@@ -1,4 +1,4 @@
-"""The files of a shard folder behind a URL: fetched when they are needed, verified, and cached on disk."""
+"""The files of a shard folder behind a URL: fetched when needed, verified, and cached on disk."""
 
 import io
 import os
@@ -54,7 +54,7 @@ class RemoteFiles:
 
     @property
     def cache(self) -> ShardCache:
-        """The local copies; created when needed, as reading the manifest alone needs none."""
+        """The local copies; opened when needed, as reading the manifest alone needs no cache."""
         if self._cache is None:
             self._cache = ShardCache(self._settings.folder or default_root(), self._settings.gib)
         return self._cache
@@ -71,13 +71,13 @@ class RemoteFiles:
             if error.status not in (404, 410):
                 raise
             raise BadInput(
-                f"{error}; give the URL of a shard folder made by data_prep/pack.py (tars of other origin are "
-                "read from local folders only)"
+                f"{error}; give the URL of a shard folder made by data_prep/pack.py (other tars are read from "
+                "local folders only)"
             ) from None
         return parse_manifest(content, self.url / "manifest.json")
 
     def check(self, manifest: Manifest) -> None:
-        """Refuse shards that do not fit into the cache. Missing shards are noticed when they are fetched.
+        """Refuse shards that do not fit into the cache. Missing shards are noticed only when they are fetched.
 
         Raises:
             BadInput: the largest exceeds the budget.
@@ -116,7 +116,7 @@ class RemoteFiles:
             yield self.cache.path(shard)
 
     def state(self, shard: Shard) -> list[Any]:
-        """What a shard's bytes depend on."""
+        """The hash of a shard, which identifies its bytes."""
         return [shard.sha256]
 
     def fetch(self, shard: Shard, cancelled: Callable[[], bool], evict_last: Callable[[], Collection[str]]) -> bool:
@@ -124,8 +124,8 @@ class RemoteFiles:
 
         Args:
             shard: to fetch.
-            cancelled: whether nobody waits for it any more.
-            evict_last: gives the hashes of the shards that are evicted last when space is needed.
+            cancelled: returns whether it is no longer needed.
+            evict_last: returns the hashes of shards to evict only after all others.
 
         Returns:
             Whether a copy exists now.
@@ -169,7 +169,7 @@ class RemoteFiles:
         Raises:
             BadInput: the server refuses it, or its bytes are wrong every time.
             RunFailed: the network fails.
-            Cancelled: nobody waits for it any more.
+            Cancelled: it is no longer needed.
             OSError: the disk fails.
         """
 
@@ -187,18 +187,18 @@ class RemoteFiles:
         except WrongContent:
             raise WrongBytes(
                 f"{self.url / file}: these are not the bytes that were packed: manifest.json expects "
-                f"{content.bytes:,} of sha256 {content.sha256}, and {RETRIES.wrong_limit + 1} times others came (the "
-                f"last time {part.size:,} of {part.hexdigest}); copy the folder to its place again"
+                f"{content.bytes:,} bytes of sha256 {content.sha256}, but {RETRIES.wrong_limit + 1} downloads differed "
+                f"(the last: {part.size:,} bytes of {part.hexdigest}); upload the folder again"
             ) from None
         except Unreachable as error:
             raise RunFailed(
                 f"{self.url / file} cannot be fetched ({self.url.hide(str(error))}; {part.size:,} of "
-                f"{content.bytes:,} bytes came; {error.attempts} attempts); start again with --resume when the network "
-                "is up"
+                f"{content.bytes:,} bytes arrived; {error.attempts} attempts); run it again with --resume when the "
+                "network is up"
             ) from None
 
     def _small_file(self, file: str) -> bytes:
-        """A file whose content is not known beforehand.
+        """A file of unknown size and content.
 
         Raises:
             BadInput: it cannot be fetched.
@@ -207,6 +207,6 @@ class RemoteFiles:
             return read_small_file(lambda *_: self._transport.open(file), self.url / file, LARGEST_TEXT, RETRIES)
         except Unreachable as error:
             raise BadInput(
-                f"{self.url / file} cannot be read ({self.url.hide(str(error))}; {error.attempts} attempts); is the "
-                "URL right and the network up?"
+                f"{self.url / file} cannot be read ({self.url.hide(str(error))}; {error.attempts} attempts); check "
+                "the URL and the network"
             ) from None

@@ -1,11 +1,11 @@
 """targets.npz: the responses and descriptions of all stimuli in one file.
 
-They lie in the shards as well; a run on remote shards reads them here, or it would have to fetch every shard before its
-first step.
+The shards contain them as well. A run on remote shards reads them here, to avoid fetching every shard before its first
+step.
 
-    <split>.rates      float32 (stimuli, sites), NaN = not recorded; absent where the split has no responses
-    <split>.json       uint8 (bytes,), the JSON members one after the other
-    <split>.json_end   int64 (stimuli,), where each of them ends
+    <split>.rates      float32 (stimuli, sites), NaN = not recorded; absent if the split has no responses
+    <split>.json       uint8 (bytes,), the JSON members, concatenated
+    <split>.json_end   int64 (stimuli,), the end of each of them
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class ResponseTable:
 
     @property
     def is_well_formed(self) -> bool:
-        """Whether the arrays have their types, and no description ends before it begins or beyond the end."""
+        """Whether the arrays have the right types, and every description lies within `json`."""
         types = self.json.dtype == np.uint8 and self.json_end.dtype.kind == "i"
         if not types or self.json.ndim != 1 or (self.rates is not None and self.rates.dtype != np.float32):
             return False
@@ -76,7 +76,7 @@ def write_response_table(folder: Path, tables: Mapping[str, ResponseTable]) -> N
 
 
 def load_response_table(file: BinaryIO, name: str, manifest: Manifest) -> dict[str, ResponseTable]:
-    """Read what `write_response_table` has written, by split.
+    """Read a file of `write_response_table`: the table of each split.
 
     Args:
         file: targets.npz, opened.
@@ -102,13 +102,13 @@ def load_response_table(file: BinaryIO, name: str, manifest: Manifest) -> dict[s
 def _check(table: ResponseTable, location: str, manifest: Manifest, split: str) -> None:
     facts = manifest.splits[split]
     if not table.is_well_formed:
-        raise BadInput(f"{location}: has other types than float32, uint8 and int64; pack the recording again")
+        raise BadInput(f"{location}: damaged arrays (other types, or ends out of order); pack the recording again")
     matches = table.json_end.shape == (facts.stimuli,)
     if table.rates is None:
         matches = matches and not facts.responses
     else:
         matches = matches and table.rates.shape == (facts.stimuli, len(manifest.sites))
     if not matches:
-        raise BadInput(f"{location}: does not describe the stimuli that manifest.json counts; pack the recording again")
+        raise BadInput(f"{location}: does not have the stimuli of manifest.json; pack the recording again")
     if table.rates is not None and np.isinf(table.rates).any():
         raise BadInput(f"{location}: contains an infinite rate; NaN stands for what was not recorded")

@@ -1,45 +1,17 @@
-"""Where the files of a shard folder are stored: on this machine, or behind a URL (data_prep/shards/remote_files.py)."""
+"""The files of a shard folder: on this machine, or behind a URL (data_prep/shards/remote_files.py)."""
 
 import hashlib
 import mmap
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from data_prep.common.errors import BadInput
 from data_prep.remote.cache import FetchSettings
 from data_prep.remote.url import FolderUrl, parse_location
 from data_prep.shards.manifest import Manifest, Shard, load_manifest
 from data_prep.shards.remote_files import RemoteFiles
-
-
-class Files(Protocol):
-    """Reads a shard folder's files. It can be passed to other processes."""
-
-    def manifest(self) -> Manifest:
-        """The folder's manifest, checked."""
-        ...
-
-    def check(self, manifest: Manifest) -> None:
-        """Refuse faults of the shards that show without reading them."""
-        ...
-
-    def table(self, file: str, manifest: Manifest) -> BinaryIO:
-        """One of the folder's tables (.npz), opened."""
-        ...
-
-    def member(self, shard: Shard, offset: int, size: int) -> memoryview:
-        """Bytes of a shard."""
-        ...
-
-    def local(self, shard: Shard) -> AbstractContextManager[Path]:
-        """A shard as a file of this machine."""
-        ...
-
-    def state(self, shard: Shard) -> list[Any]:
-        """What a shard's bytes depend on, for a hash."""
-        ...
 
 
 def open_files(location: Path | str | FolderUrl, settings: FetchSettings | None = None) -> "LocalFiles | RemoteFiles":
@@ -59,7 +31,7 @@ def open_files(location: Path | str | FolderUrl, settings: FetchSettings | None 
 
 
 class LocalFiles:
-    """The files of a local folder. Each process that reads shards maps them into memory."""
+    """The files of a local folder, with the methods of `RemoteFiles`. Each process maps the shards that it reads."""
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -83,8 +55,11 @@ class LocalFiles:
                 path = self._folder / shard.file
                 if not path.is_file():
                     raise BadInput(f"{path} is missing, though manifest.json lists it; copy or pack the folder again")
-                if (size := path.stat().st_size) != shard.bytes:
-                    raise BadInput(f"{path} has {size} bytes, manifest.json says {shard.bytes}; copy or pack it again")
+                size = path.stat().st_size
+                if size != shard.bytes:
+                    raise BadInput(
+                        f"{path} has {size} bytes, but manifest.json lists {shard.bytes}; copy or pack it again"
+                    )
 
     def table(self, file: str, manifest: Manifest) -> BinaryIO:
         """One of the folder's tables, opened.
@@ -94,13 +69,13 @@ class LocalFiles:
         """
         path = self._folder / file
         if not path.is_file():
-            raise BadInput(f"{self._folder} has no {file}; data_prep/show.py {self._folder} --index makes one")
+            raise BadInput(f"{self._folder} has no {file}; data_prep/show.py {self._folder} --index writes it")
         table, entry = path.open("rb"), manifest.files.get(file)
         if entry is not None and hashlib.file_digest(table, "sha256").hexdigest() != entry.sha256:
             table.close()
             raise BadInput(
-                f"{path} is not the one that was packed with manifest.json (its sha256 differs): it is damaged or "
-                "belongs to other shards; copy the folder again, or write it again with data_prep/show.py --index"
+                f"{path} is not the file that was packed with manifest.json (its sha256 differs): it is damaged or "
+                "belongs to other shards; copy the folder again, or rebuild the file with data_prep/show.py --index"
             )
         table.seek(0)
         return table
@@ -118,6 +93,6 @@ class LocalFiles:
         yield self._folder / shard.file
 
     def state(self, shard: Shard) -> list[Any]:
-        """The path of a shard and when it was last written, so that a damaged copy differs as well."""
+        """The path, modification time and hash of a shard, so that a damaged copy differs as well."""
         path = self._folder.resolve() / shard.file
         return [str(path), path.stat().st_mtime_ns, shard.sha256]

@@ -1,4 +1,4 @@
-"""What a shard folder contains, for people: a summary in words, a verification, a contact sheet of its images."""
+"""Reports on a shard folder: a summary, a verification, a contact sheet of its images."""
 
 import io
 import sys
@@ -18,7 +18,7 @@ from data_prep.shards.manifest import Ceiling, Manifest, from_json_list
 
 
 def summary(folder: ShardFolder) -> str:
-    """What a shard folder contains, as text for a terminal."""
+    """A summary of a shard folder, as text for a terminal."""
     manifest = folder.manifest
     simulated = "  (SIMULATED: no brain was recorded)" if manifest.simulated else ""
     lines = []
@@ -44,28 +44,28 @@ def summary(folder: ShardFolder) -> str:
         lines += _ceiling_lines(manifest.ceiling)
     lines += [f"  warning: {text}" for text in [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]]
     title = f"{bold(printable(manifest.name))}{simulated}  in {printable(str(folder.folder))}"
-    return "\n".join([title, *map(printable, lines)])  # names from files must not control the terminal
+    return "\n".join([title, *map(printable, lines)])  # a name from a file must not control the terminal
 
 
 def _split_line(manifest: Manifest) -> str:
-    """How the stimuli were divided, e.g. "grouped, split_by object, split_seed 0"."""
+    """How the stimuli were split, e.g. "grouped, split_by object, split_seed 0"."""
     rule = manifest.provenance.get("split", "unknown")
     if isinstance(rule, dict):
         settings = (f"{name} {value}" for name, value in rule.items() if name != "method" and value is not None)
         rule = ", ".join([str(rule.get("method", "random")), *settings])
-    return f"  division  {rule}"
+    return f"  split  {rule}"
 
 
 def _shared_groups(manifest: Manifest) -> Iterator[str]:
-    """What it means for scores that groups of stimuli are both in train and held out."""
+    """Warnings about groups of stimuli that are both in train and held out."""
     for fact, counts in manifest.provenance.get("straddling", {}).items():
         count = f"{counts['groups']} of {counts['of']} values of {fact!r} are both in train and held out"
         if fact == manifest.group_by:
-            yield f"{count}, though the stimuli were divided by it: scores do not hold for a new {fact}"
+            yield f"{count}, although the stimuli were split by it: scores do not hold for a new {fact}"
         else:
             yield (
-                f"{count}: scores hold for new images of them, not for a new {fact} "
-                f"(pack with --split grouped --split-by {fact} for that)"
+                f"{count}: scores hold for new images of these, not for a new {fact} "
+                f"(for that, pack with --split grouped --split-by {fact})"
             )
 
 
@@ -110,7 +110,7 @@ def contact_sheet(
     """Evenly spaced images of a split, each with its object's name.
 
     Args:
-        split: to take images from.
+        split: of the images.
         columns, rows: of the sheet.
         tile: pixels of one image's side.
         among: positions to choose from; by default all.
@@ -132,7 +132,7 @@ def contact_sheet(
 
 
 def write_contact_sheet(shards: ShardFolder, path: Path) -> None:
-    """Write a contact sheet of the first split as PNG; of a remote folder, of its first shard.
+    """Write a contact sheet of the first split as PNG; for a remote folder, of its first shard.
 
     Raises:
         BadInput: it cannot be written, or an image cannot be decoded.
@@ -157,7 +157,7 @@ def print_verification(shards: ShardFolder) -> None:
     """Verify every shard, and print what is damaged.
 
     Raises:
-        BadInput: some are damaged.
+        BadInput: any is damaged.
     """
     count = sum(len(split.shards) for split in shards.manifest.splits.values())
     faults = []

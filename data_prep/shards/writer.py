@@ -1,12 +1,14 @@
 """Writing one shard: a plain WebDataset tar, with its hash and its index."""
 
+from __future__ import annotations
+
 import hashlib
 import io
 import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,29 +17,20 @@ from data_prep.shards.index import SplitIndex, index_shard
 from data_prep.shards.manifest import Shard
 from data_prep.shards.members import ABSENT, BLOCK, MEMBERS
 
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
-class _HashingFile:
-    """A file for writing that hashes and counts its content, so that a shard need not be read again for that."""
+
+class _HashingFile(io.BufferedWriter):
+    """A file for writing that hashes its content, so that a shard need not be read again for that."""
 
     def __init__(self, path: Path):
-        self._file = path.open("wb")
-        self._hash = hashlib.sha256()
-        self.bytes = 0
+        super().__init__(io.FileIO(path, "w"))
+        self.hash = hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
-        self._hash.update(data)
-        self.bytes += len(data)
-        return self._file.write(data)
-
-    def flush(self) -> None:
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()
-
-    @property
-    def sha256(self) -> str:
-        return self._hash.hexdigest()
+    def write(self, data: ReadableBuffer, /) -> int:
+        self.hash.update(data)
+        return super().write(data)
 
 
 def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> tuple[Shard, SplitIndex]:
@@ -45,7 +38,7 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> tuple[Shard, SplitIn
 
     Args:
         path: of the tar.
-        stimuli: in the order in which they are to lie in the tar.
+        stimuli: in the order of the tar.
 
     Returns:
         The shard's entry in the manifest, and its index.
@@ -53,7 +46,7 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> tuple[Shard, SplitIn
     Raises:
         OSError: the tar cannot be written.
     """
-    import webdataset  # here, because it imports torch: a second that only those who write should pay
+    import webdataset  # here because it imports torch, which takes a second
 
     file = _HashingFile(path)
     ids: list[str] = []
@@ -73,14 +66,15 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> tuple[Shard, SplitIn
         index = index_shard(path)
     else:
         index = SplitIndex.of_tar(ids, np.array(extents, np.int64), np.array(checksums, np.uint32))
-    return Shard(file=path.name, stimuli=len(ids), bytes=file.bytes, sha256=file.sha256), index
+    shard = Shard(file=path.name, stimuli=len(ids), bytes=path.stat().st_size, sha256=file.hash.hexdigest())
+    return shard, index
 
 
 def _extents(members: dict[str, bytes], start: int, end: int) -> list[tuple[int, int]] | None:
     """Offset and size of each of MEMBERS in a tar where these were written from `start` to `end`.
 
-    The writer puts them in alphabetical order, each behind a header of one block and padded to whole blocks. None
-    where that does not add up to `end`: a name that is too long for one header block takes several.
+    The writer puts them in alphabetical order, each after a header of one block and padded to whole blocks. None if
+    that does not add up to `end`: a long name takes more than one header block.
     """
     extents, offset = {}, start
     for kind in sorted(members):

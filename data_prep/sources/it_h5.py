@@ -167,7 +167,7 @@ def denormalise(image: np.ndarray, location: str) -> tuple[np.ndarray, float]:
 def rounding_warning(error: float) -> str:
     """What an error above `ROUNDING_WARNING` means."""
     return (
-        f"the images differ from whole uint8 steps by up to {error:.2f}: they never were uint8 (perhaps resized in "
+        f"the images differ from whole uint8 steps by up to {error:.2f}: they were never uint8 (perhaps resized in "
         "floating point), so the packed images are rounded"
     )
 

@@ -83,7 +83,7 @@ def test_the_shards_hold_the_new_splits(source, tmp_path):
     assert ShardFolder(folder.folder).manifest.provenance["split"] == rule
     assert manifest.group_by == "object"
     assert "straddling" not in manifest.provenance
-    assert "division  grouped, split_by object" in summary(folder)
+    assert "split  grouped, split_by object" in summary(folder)
 
 
 def test_the_simulated_recording_knows_its_categories():
@@ -115,7 +115,7 @@ def test_a_declared_group_that_straddles_is_warned_of(tmp_path):
     make_folder(tmp_path / "src", n=N, splits=True)
     recording = Folder(source=tmp_path / "src", group_by="category").open()
     folder = pack(recording, tmp_path / "out", stimuli_per_shard=50, workers=1)
-    assert "though the stimuli were divided by it" in summary(folder)
+    assert "although the stimuli were split by it" in summary(folder)
 
 
 def test_groups_that_only_held_out_splits_share_do_not_straddle():

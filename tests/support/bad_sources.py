@@ -161,8 +161,8 @@ def _same(whole: dict[str, bytes]) -> dict[str, bytes]:
 
 
 ARCHIVES: dict[str, Case] = {
-    "an absolute name": (_zip(lambda whole: whole | {"/etc/x.png": b""}), ("/etc/x.png", "leads out")),
-    "a name that leads out": (_zip(lambda whole: whole | {"a/../../x.png": b""}), ("a/../../x.png", "leads out")),
+    "an absolute name": (_zip(lambda whole: whole | {"/etc/x.png": b""}), ("/etc/x.png", "points outside")),
+    "a name that leads out": (_zip(lambda whole: whole | {"a/../../x.png": b""}), ("a/../../x.png", "points outside")),
     "a name that steers the terminal": (_zip(lambda whole: whole | {"\x1b[2J.png": b""}), ("not printable",)),
     "a symbolic link": (_zip(_same, external_attr=(stat.S_IFLNK | 0o777) << 16), ("link or a device",)),
     "a device": (_zip(_same, external_attr=(stat.S_IFCHR | 0o777) << 16), ("link or a device",)),

@@ -131,7 +131,7 @@ class ProductStore:
         with contextlib.suppress(OSError):  # other ranks may not have cleared theirs yet
             self._scratch.parent.rmdir()
 
-    # ------------------------------------------------------------------------------------------- what exists already
+    # --------------------------------------------------------------------------------------------- what already exists
 
     @cached_property
     def _example(self) -> torch.Tensor:

@@ -157,7 +157,7 @@ def _check_member(path: Path, info: zipfile.ZipInfo) -> None:
     if not is_name(name):
         raise BadInput(f"{path}: {name[:100]!r}: the name is too long or not printable; rename it")
     if name.startswith("/") or ".." in PurePosixPath(name).parts:
-        raise BadInput(f"{path}: {name}: the name leads out of the archive; rename it")
+        raise BadInput(f"{path}: {name}: the name points outside the archive; rename it")
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise BadInput(f"{path}: {name}: a link or a device; pack it as a plain file")
 

@@ -142,7 +142,7 @@ def test_an_existing_file_is_not_downloaded_again(download, server, reports):
     download()
     download()
     assert len(server.requests) == 1
-    assert "exists already" in reports[-1]
+    assert "already exists" in reports[-1]
 
 
 def test_without_a_checksum_the_kind_of_file_is_checked(download):
@@ -277,7 +277,7 @@ def test_a_wrong_checksum_is_refused_and_the_file_put_aside(download, tmp_path):
 
 def test_another_file_of_that_name_is_left_alone(download, server, tmp_path):
     (tmp_path / "IT.h5").write_bytes(b"mine")
-    with pytest.raises(BadInput, match="exists already"):
+    with pytest.raises(BadInput, match="already exists"):
         download()
     assert (tmp_path / "IT.h5").read_bytes() == b"mine"
     assert server.requests == []

@@ -513,7 +513,7 @@ def set_in(document: dict, key: str, value) -> None:
         ("format", "tables", "format"),
         ("sites", None, "sites"),
         ("sites.0", {"region": "IT"}, "needs an id"),
-        ("sites.0.id", "n3", "needs an id of its own"),
+        ("sites.0.id", "n3", "needs its own id"),
         ("classes", None, "classes"),
         ("image.width", 0, "image.width"),
     ],
@@ -540,12 +540,12 @@ def write_tar(path: Path, members: list[str]) -> Path:
 
 @pytest.mark.parametrize("name", ["a.pyd", "a.pkl", "a.pth", "a.rates.npy.gz", "a.txt", "a"])
 def test_anything_but_plain_data_is_refused_by_name(tmp_path, name):
-    with pytest.raises(BadInput, match=f": {name}: not a member of plain data"):
+    with pytest.raises(BadInput, match=f": {name}: not plain data"):
         index_shard(write_tar(tmp_path / "foreign.tar", ["a.png", name]))
 
 
 def test_members_that_lie_apart_are_refused(tmp_path):
-    with pytest.raises(BadInput, match="b: twice in the tar, or its members do not lie together"):
+    with pytest.raises(BadInput, match="b: occurs twice in the tar, or its members are not adjacent"):
         index_shard(write_tar(tmp_path / "mixed.tar", ["b.png", "a.png", "a.json", "b.json"]))
 
 

@@ -135,7 +135,7 @@ def test_names_tell_the_split(tmp_path, names, splits):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        (["train-0.tar", "more.tar"], "more.tar: its name says no split"),
+        (["train-0.tar", "more.tar"], "more.tar: its name contains no split"),
         (["train-of-test.tar"], "several splits"),
         (["train.tar", "val.tar.gz"], "val.tar.gz is compressed"),
         (["pipe:touch hacked.tar"], "rename it to letters, digits"),
@@ -331,9 +331,9 @@ DAMAGE = {
     "a key twice": (also(*members_of({"s11": sample(11), "s10": sample(10)})), "train-1.tar: s10", "twice"),
     "a member twice": (also(("s10.png", sample(10)["png"])), "train-1.tar: s10", "has png twice"),
     "a key in two tars": (also(*members_of({"s03": sample(3)})), "train-1.tar: s03", "train-0.tar too"),
-    "a pickle as a member": (also(("s10.pyd", pickle.dumps(1))), "train-1.tar: s10.pyd", "not a member of plain data"),
-    "a torch file": (also(("s10.pth", b"")), "train-1.tar: s10.pth", "not a member of plain data"),
-    "a name without an ending": (also(("README", b"")), "train-1.tar: README", "not a member of plain data"),
+    "a pickle as a member": (also(("s10.pyd", pickle.dumps(1))), "train-1.tar: s10.pyd", "not plain data"),
+    "a torch file": (also(("s10.pth", b"")), "train-1.tar: s10.pth", "not plain data"),
+    "a name without an ending": (also(("README", b"")), "train-1.tar: README", "not plain data"),
     "a link": (link, "train-1.tar: s99.png", "a link"),
 }
 

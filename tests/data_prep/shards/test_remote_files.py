@@ -209,7 +209,7 @@ def test_foreign_tars_are_refused_behind_a_url(packed, tmp_path, cache):
         shutil.copy(tar, tmp_path / "tars")
     assert len(ShardFolder(tmp_path / "tars").split("train")) == 60
     with serve(tmp_path / "tars") as web:
-        assert_refused(show(web.url, cache), f"{web.url}/manifest.json does not exist", "of other origin")
+        assert_refused(show(web.url, cache), f"{web.url}/manifest.json does not exist", "local folders only")
 
 
 def test_rewritten_tables_are_fetched_again(packed, tmp_path, cache):
@@ -225,7 +225,7 @@ def test_rewritten_tables_are_fetched_again(packed, tmp_path, cache):
         assert (folder / file).read_bytes() == (packed / file).read_bytes()
     with serve(folder) as web:
         assert_same(read(loader_of(opened(web.url, cache))), read(loader_of(ShardFolder(packed))))
-        assert_refused(show(web.url, cache, "--index"), web.url, "where they lie")
+        assert_refused(show(web.url, cache, "--index"), web.url, "local folders only")
 
 
 @pytest.mark.parametrize("status", [401, 403])

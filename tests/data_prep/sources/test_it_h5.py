@@ -91,7 +91,7 @@ def test_images_that_never_were_uint8_are_reported(tmp_path):
     replace(tmp_path / "it.h5", "stimulus_val", normalise(smooth))
     recording = ItH5(source=tmp_path / "it.h5").open()
     (warning,) = recording.provenance["warnings"]
-    assert "never were uint8" in warning
+    assert "were never uint8" in warning
     errors = {s.id: s.meta["uint8_rounding_error"] for s in read_all(recording)}
     assert all((error > ROUNDING_WARNING) == name.startswith("val") for name, error in errors.items())
 

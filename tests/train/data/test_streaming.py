@@ -116,7 +116,7 @@ def test_a_resumed_epoch_begins_a_repeatable_stream(stimuli):
     ("members", "words"),
     [
         ([("s00.png", b"no image")], "s00.png: these are not the bytes"),
-        ([("s00.pyd", b"")], "s00.pyd: not a member of plain data"),
+        ([("s00.pyd", b"")], "s00.pyd: not plain data"),
         ([("new.png", sample(0)["png"])], "new: was added after the run began"),
     ],
 )

@@ -24,7 +24,7 @@ def export(options: Export) -> None:
     """Check everything, then write each format and print its files.
 
     Raises:
-        BadInput: the run cannot be exported as asked, or a file exists already.
+        BadInput: the run cannot be exported as asked, or a file already exists.
     """
     _check_recording(options)
     _check_files(options)
@@ -72,7 +72,7 @@ def _check_files(options: Export) -> None:
     """Refuse to overwrite a file.
 
     Raises:
-        BadInput: a file exists already, or the folder cannot be written.
+        BadInput: a file already exists, or the folder cannot be written.
     """
     check_writable(options.out)
     for name in options.format:
@@ -82,7 +82,7 @@ def _check_files(options: Export) -> None:
             paths = [options.out / file for file in NETWORK_FILES[name]]
         for path in paths:
             if path.exists():
-                raise BadInput(f"{path} exists already; choose another --out")
+                raise BadInput(f"{path} already exists; choose another --out")
 
 
 def _load_assembly(options: Export) -> Assembly:

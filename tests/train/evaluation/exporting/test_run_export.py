@@ -146,7 +146,7 @@ def test_a_cut_hybrid_is_exported_too(cut_hybrid, images, tmp_path):
 
 def test_nothing_is_overwritten(exported):
     run, out = exported
-    assert_refused(run_here("train/export.py", run, "--out", out, "--format", "mat"), "exists already")
+    assert_refused(run_here("train/export.py", run, "--out", out, "--format", "mat"), "already exists")
 
 
 def test_predictions_have_to_be_there(exported, tmp_path):
