@@ -137,7 +137,7 @@ class SessionScale:
         return np.where(std > 1e-12 * np.abs(self._mean), std, np.nan)
 
     def z_score(self, responses: np.ndarray, session: np.ndarray) -> np.ndarray:
-        """Standard deviations from the session's mean: float64, the shape of `responses`.
+        """Responses in standard deviations from the session's mean: float64, the shape of `responses`.
 
         NaN where a site does not vary within a session.
         """

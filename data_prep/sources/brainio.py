@@ -48,7 +48,7 @@ class Brainio(HeldOut):
     time_bin: tuple[float, float] | None = None
     """Start and end in ms of the time bin; bins that fill it without gaps are averaged. Default: the only bin."""
     variable: str | None = None
-    """Name of the variable with the responses, where the file has several."""
+    """Name of the variable with the responses, if the file has several."""
     name: str | None = None
     """Name of the recording. Default: the assembly's file name without its ending."""
     units: str = "as recorded"
@@ -97,7 +97,7 @@ class Brainio(HeldOut):
         )
 
     def _assembly(self, variables: Mapping[str, Variable], id_column: str) -> "Assembly":
-        """The assembly as its coordinates describe it, with the sites and time bins that are asked for."""
+        """The assembly as its coordinates describe it, with the selected sites and time bins."""
         data = self._responses_variable(variables)
         sites, columns = self._sites(_coordinates(variables, data, "neuroid"))
         bins, window = self._time_bins(_coordinates(variables, data, "time_bin"), data)
@@ -115,7 +115,7 @@ class Brainio(HeldOut):
         return Assembly(data.name, sites, columns, bins, window, rows, labels)
 
     def _responses_variable(self, variables: Mapping[str, Variable]) -> Variable:
-        """The one variable over presentation and neuroid, or the one that was asked for."""
+        """The only variable over presentation and neuroid, or the one that --variable names."""
         fitting = {
             name: variable
             for name, variable in variables.items()
@@ -123,29 +123,33 @@ class Brainio(HeldOut):
             and {"presentation", "neuroid"} <= set(variable.axes) <= {"presentation", "neuroid", "time_bin"}
         }
         if not fitting:
-            numeric = [f"{name} ({', '.join(found.axes)})" for name, found in variables.items() if found.numeric]
+            numeric = [
+                f"{name} ({', '.join(variable.axes)})" for name, variable in variables.items() if variable.numeric
+            ]
             raise BadInput(
-                f"{self.source}: no variable is over presentation and neuroid (and time_bin); "
+                f"{self.source}: no variable has the axes presentation and neuroid (and time_bin); "
                 f"there is {', '.join(numeric) or 'none'}"
             )
-        if self.variable is None and len(fitting) > 1:
-            raise BadInput(f"{self.source}: pick one of the variables {', '.join(fitting)} with --variable")
-        if self.variable is not None and self.variable not in fitting:
+        if self.variable is None:
+            if len(fitting) > 1:
+                raise BadInput(f"{self.source}: pick one of the variables {', '.join(fitting)} with --variable")
+            return next(iter(fitting.values()))
+        if self.variable not in fitting:
             raise BadInput(
                 f"{self.source}: there is no variable {self.variable!r} over presentation and neuroid; "
                 f"there is {', '.join(fitting)}"
             )
-        return next(iter(fitting.values())) if self.variable is None else fitting[self.variable]
+        return fitting[self.variable]
 
     def _sites(self, coordinates: Coordinates) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """The facts about the sites that are kept, and which neuroids they are."""
+        """The facts about the selected sites, and the positions of their neuroids."""
         id_name = _first_known(SITE_ID_NAMES, coordinates)
         if id_name is None:
             raise self._missing_coordinate("neuroid", SITE_ID_NAMES, coordinates)
         ids = coordinates[id_name].texts()
-        columns = {name: found.values() for name, found in coordinates.items() if name not in (id_name, "id")}
+        columns = {name: variable.values() for name, variable in coordinates.items() if name not in (id_name, "id")}
         animal_name = _first_known(ANIMAL_NAMES, columns) or "animal"
-        sites = [row_facts(columns, i) for i in range(len(ids))]
+        sites = [row_facts(columns, position) for position in range(len(ids))]
         keep = select_sites(sites, "region", self.region, "--region", self.source)
         keep &= select_sites(sites, animal_name, self.animal, "--animal", self.source)
         if not keep.any():
@@ -158,7 +162,7 @@ class Brainio(HeldOut):
         return list(compress(sites, keep)), np.flatnonzero(keep)
 
     def _time_bins(self, coordinates: Coordinates, data: Variable) -> tuple[list[int], tuple[float, float] | None]:
-        """The time bins to average, none where the assembly has no such axis, and the window that they cover, in ms."""
+        """The time bins to average, none if the assembly has no such axis, and the window that they cover, in ms."""
         if "time_bin" not in data.axes:
             if self.time_bin is not None:
                 raise BadInput(f"{self.source}: the assembly has no axis time_bin for --time-bin to pick from")
@@ -175,17 +179,14 @@ class Brainio(HeldOut):
             if count > 1:
                 raise BadInput(f"{self.source}: pick a time bin with --time-bin START END; there are {available} ms")
             return [0], edges[0]
-        if self.time_bin in edges:
-            return [edges.index(self.time_bin)], self.time_bin
-        start, end = self.time_bin
-        inside = sorted((k for k in range(count) if start <= edges[k][0] and edges[k][1] <= end), key=edges.__getitem__)
-        covered = [start, *(edges[k][1] for k in inside)]
-        if not inside or covered[:-1] != [edges[k][0] for k in inside] or covered[-1] != end:
+        bins = _bins_filling(self.time_bin, edges)
+        if not bins:
+            start, end = self.time_bin
             raise BadInput(
                 f"{self.source}: no time bin is {start:g}-{end:g} ms, nor do bins fill it without gaps and overlaps "
                 f"(--time-bin); there are {available} ms"
             )
-        return inside, self.time_bin
+        return bins, self.time_bin
 
     def _rows_of_stimuli(self, table: Table, id_column: str, names: list[str]) -> dict[str, int]:
         """{stimulus: its row in the stimulus set}."""
@@ -207,14 +208,14 @@ class Brainio(HeldOut):
 
 @dataclass(frozen=True)
 class Assembly:
-    """What is read of an assembly.
+    """The part of an assembly that is read.
 
     Attributes:
-        variable: that holds the responses.
-        sites: the facts about the sites that are kept.
-        columns: which neuroids they are.
-        bins: the time bins to average; none where there is no such axis.
-        window_ms: that the bins cover, where it is known.
+        variable: name of the variable with the responses.
+        sites: the facts about the selected sites.
+        columns: the positions of their neuroids.
+        bins: the time bins to average; none if there is no such axis.
+        window_ms: the window that the bins cover, if known.
         rows: {stimulus: its presentations}, in order of repetition.
         labels: {fact: {stimulus: its value}}, from the coordinates of the presentations.
     """
@@ -234,7 +235,7 @@ class BrainioRecording(NamedImagesRecording):
 
     Attributes (beside those of `NamedImagesRecording`):
         path: the NetCDF file.
-        assembly: what is read of it.
+        assembly: the part of it that is read.
     """
 
     path: Path
@@ -273,11 +274,22 @@ def _first_known(names: Iterable[str], known: Iterable[str]) -> str | None:
 
 
 def _coordinates(variables: Mapping[str, Variable], data: Variable, axis: str) -> Coordinates:
-    return {name: found for name, found in variables.items() if found.axes == (axis,) and name != data.name}
+    return {name: variable for name, variable in variables.items() if variable.axes == (axis,) and name != data.name}
+
+
+def _bins_filling(window: tuple[float, float], edges: list[tuple[float, float]]) -> list[int]:
+    """The bin that is `window`, else the bins that fill it without gaps and overlaps, in order; empty if none do."""
+    if window in edges:
+        return [edges.index(window)]
+    start, end = window
+    inside = [k for k, (first, last) in enumerate(edges) if start <= first and last <= end]
+    inside.sort(key=lambda k: edges[k])
+    starts, ends = [edges[k][0] for k in inside], [edges[k][1] for k in inside]
+    return inside if [*starts, end] == [start, *ends] else []
 
 
 def _ranks(values: list[Any]) -> np.ndarray:
-    """Numbers that sort as the values do, unknown values last."""
+    """Numbers in the order of the values, unknown values last."""
     known = sorted({value for value in values if value is not None})
     rank = {value: k for k, value in enumerate(known)}
     return np.array([rank.get(value, len(known)) for value in values])

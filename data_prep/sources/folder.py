@@ -29,7 +29,7 @@ class Folder(HeldOut):
     """Images and responses from a folder with stimuli.csv and rates or trials."""
 
     source: tyro.conf.Positional[Path]
-    """Folder with stimuli.csv (stimulus_id, image, optionally object, category, split and others), images, rates."""
+    """Folder with images, responses and stimuli.csv (stimulus_id, image; optionally object, category, split ...)."""
     stimuli: Path | None = None
     """Table of stimuli, one row each. Default: SOURCE/stimuli.csv."""
     rates: Path | None = None
@@ -37,10 +37,10 @@ class Folder(HeldOut):
     trials: Path | None = None
     """Single trials (stimuli x repetitions x sites), .npy, NaN-padded. Default: SOURCE/trials.npy if it exists."""
     rasters: Path | None = None
-    """Spikes per millisecond (stimuli x repetitions x sites x ms), .npy, -1 = missing, to count in --window-ms instead
-    of giving trials. Default: SOURCE/rasters.npy if it exists."""
+    """Spikes per millisecond (stimuli x repetitions x sites x ms), .npy, -1 = missing; counted in --window-ms in place
+    of trials. Default: SOURCE/rasters.npy if it exists."""
     raster_start_ms: float = 0.0
-    """Start of the rasters, in ms after stimulus onset; negative: before it."""
+    """Start of the rasters, in ms after stimulus onset; negative if before it."""
     baseline_ms: tuple[float, float] | None = None
     """Window of the rasters whose rate is subtracted from each trial's response, in ms after stimulus onset."""
     z_score: bool = False
@@ -53,7 +53,7 @@ class Folder(HeldOut):
     object_column: str = "object"
     """Column of the stimulus table that names the object shown (the class label)."""
     group_by: str | None = None
-    """Column whose values must not be shared between splits. With a column split: the one that split was based on."""
+    """Column whose values must not be shared between splits. With a column split: the column it was based on."""
     name: str | None = None
     """Name of the recording. Default: the folder's name."""
     window_ms: tuple[float, float] | None = None
@@ -80,7 +80,7 @@ class Folder(HeldOut):
         objects = self._objects(table)
         splits, split_rule = self._splits(table)
         responses = self._responses(table)
-        sites = self._sites(responses.decisive)
+        sites = self._sites(responses.primary)
         recorded = responses.check_finite(ids, [site["id"] for site in sites])
         converted = _check_images(self.source, images, table)
         provenance = {
@@ -146,7 +146,7 @@ class Folder(HeldOut):
         sessions = self.sessions
         if sessions is not None and sessions.endswith(".npy"):
             sessions = str(self._find(Path(sessions), (), "--sessions"))
-        z_scores = to_z_scores(files.decisive, sessions, table)
+        z_scores = to_z_scores(files.primary, sessions, table)
         return ResponseFiles(None, z_scores) if rates is None else ResponseFiles(z_scores, None)
 
     def _response_files(self, ids: list[str]) -> "ResponseFiles":
@@ -212,19 +212,19 @@ class Folder(HeldOut):
         sites = {site_id: {"id": site_id} | row_facts(facts, row) for row, site_id in enumerate(ids)}
         if responses.site_ids is None:
             return list(sites.values())
-        if only_in_one := set(responses.site_ids) ^ set(ids):
-            raise BadInput(f"{path} and the header of {responses.path} name different sites, e.g. {min(only_in_one)!r}")
+        if unmatched := set(responses.site_ids) ^ set(ids):
+            raise BadInput(f"{path} and the header of {responses.path} name different sites, e.g. {min(unmatched)!r}")
         return [sites[site_id] for site_id in responses.site_ids]
 
     def _find_rasters(self) -> Path | None:
         return self._find(self.rasters, ("rasters.npy",), "--rasters")
 
     def _find(self, named: Path | None, defaults: Sequence[str], flag: str) -> Path | None:
-        """The file that the flag names (as given, else below SOURCE), or the one default that exists."""
+        """The file that a flag names (a path, or a name below SOURCE), else the only default that exists."""
         if named is not None:
             path = next((path for path in (named, self.source / named) if path.is_file()), None)
             if path is None:
-                raise BadInput(f"{flag} {named}: no such file, neither here nor in {self.source}")
+                raise BadInput(f"{flag} {named}: no such file, neither as given nor in {self.source}")
             return path
         existing = [self.source / default for default in defaults if (self.source / default).is_file()]
         if len(existing) > 1:
@@ -240,11 +240,11 @@ class ResponseFiles:
     trials: Responses | None
 
     @property
-    def decisive(self) -> Responses:
-        """The rates where they are given, which the trials then only accompany; else the trials."""
-        decisive = self.trials if self.rates is None else self.rates
-        assert decisive is not None
-        return decisive
+    def primary(self) -> Responses:
+        """The rates if they are given, else the trials."""
+        primary = self.trials if self.rates is None else self.rates
+        assert primary is not None, "a folder has rates or trials"
+        return primary
 
     @property
     def file_names(self) -> list[str]:
@@ -255,15 +255,15 @@ class ResponseFiles:
         """Refuse infinite responses, and responses that are all NaN; returns as `Responses.check_finite`."""
         if self.rates is not None and self.trials is not None:
             self.trials.check_finite(stimulus_ids, site_ids)
-        recorded = self.decisive.check_finite(stimulus_ids, site_ids)
+        recorded = self.primary.check_finite(stimulus_ids, site_ids)
         if not recorded.any():
-            raise BadInput(f"{self.decisive.path}: every response is NaN; nothing was recorded")
+            raise BadInput(f"{self.primary.path}: every response is NaN; nothing was recorded")
         return recorded
 
 
 @dataclass(kw_only=True)
 class FolderRecording(NamedImagesRecording):
-    """A folder that `Folder.open` has checked; it holds only text, and responses that were read from text.
+    """A folder that `Folder.open` has checked; in memory are only tables and the responses of text files.
 
     Attributes (beside those of `NamedImagesRecording`):
         files: of the responses.
@@ -272,7 +272,7 @@ class FolderRecording(NamedImagesRecording):
     files: ResponseFiles
 
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
-        """Yield rates and trials; the rates are the average of the trials where no rates are given."""
+        """Yield rates and trials; the rates are the average of the trials if no rates are given."""
         rates = None if self.files.rates is None else self.files.rates.load()
         trials = None if self.files.trials is None else self.files.trials.load()
         for i in indices:
@@ -305,14 +305,14 @@ def _stimulus_ids(table: Table) -> list[str]:
 def _image_paths(table: Table, root: Path) -> list[str]:
     images = table.complete_column("image")
     for i, image in enumerate(images):
-        # Only the text is judged: a symbolic link that the user put into the folder may point anywhere.
+        # Only the text is checked: a symbolic link that the user put into the folder may point anywhere.
         if os.path.isabs(image) or os.path.normpath(image).split(os.sep)[0] == "..":
             raise BadInput(f"{table.location(i)}: image {image!r} must be a path inside {root}, relative to it")
     return images
 
 
 def _check_images(root: Path, images: list[str], table: Table) -> int:
-    """Check the first bytes of every image; returns how many have to be converted to PNG."""
+    """Check the first bytes of every image; returns how many must be converted to PNG."""
     from data_prep.common.image_decoding import sniff_encoding  # slow to import
 
     converted = 0
@@ -330,7 +330,7 @@ def _check_images(root: Path, images: list[str], table: Table) -> int:
 
 
 def _shared_images(images: list[str], splits: list[str]) -> list[str]:
-    """A warning where one image file is used in several splits, which makes held-out scores too good."""
+    """A warning if an image file is used in more than one split, which makes held-out scores too good."""
     splits_of: dict[str, set[str]] = {}
     for image, split in zip(images, splits, strict=True):
         splits_of.setdefault(os.path.normpath(image), set()).add(split)
@@ -341,7 +341,7 @@ def _shared_images(images: list[str], splits: list[str]) -> list[str]:
 
 
 def _meta(table: Table, objects: list[str] | None) -> list[dict[str, Any]]:
-    """The facts about each stimulus, beside its id, file and split; object and category stay text."""
+    """The facts about each stimulus except id, file and split; object and category stay text."""
     columns: dict[str, list[Any]] = {
         name: text_cells(cells) if name in ("object", "category") else parse_cells(cells)
         for name, cells in table.columns.items()

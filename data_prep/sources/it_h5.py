@@ -1,7 +1,7 @@
 """Source `it-h5`: IT_data.h5 of the EPFL course NX-414, normalised HvM images and rates of 168 IT sites.
 
 The images in the file are float (N, 3, H, W), (x / 255 - mean) / std with ImageNet's mean and std. They are converted
-back to uint8; how far the values are from whole numbers shows whether they were ever uint8.
+back to uint8; the distance of the values from whole numbers shows whether they ever were uint8.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class ItH5(BaseModel, extra="forbid", use_attribute_docstrings=True):
             raise BadInput(f"{self.source}: no such file; SOURCE must be the course's IT_data.h5")
         with hdf5.open_file(self.source) as file:
             contents = {split: _check_split(file, split) for split in SPLITS}
-            self._check_equal("image sizes", {split: found.image_shape for split, found in contents.items()})
-            sites = {split: found.sites for split, found in contents.items() if found.sites is not None}
+            self._check_equal("image sizes", {split: content.image_shape for split, content in contents.items()})
+            sites = {split: content.sites for split, content in contents.items() if content.sites is not None}
             self._check_equal("numbers of sites", sites)
             error = max(_probe_rounding_error(hdf5.dataset(file, f"stimulus_{split}")) for split in SPLITS)
         _, height, width = contents["train"].image_shape
@@ -72,7 +72,7 @@ class ItH5(BaseModel, extra="forbid", use_attribute_docstrings=True):
             splits=[split for split in SPLITS for _ in contents[split].objects],
             objects=[name for split in SPLITS for name in contents[split].objects],
             path=self.source,
-            split_has_responses={split: found.has_responses for split, found in contents.items()},
+            split_has_responses={split: content.has_responses for split, content in contents.items()},
         )
 
     def _check_equal(self, quantity: str, values: dict[str, Any]) -> None:
@@ -165,7 +165,7 @@ def denormalise(image: np.ndarray, location: str) -> tuple[np.ndarray, float]:
 
 
 def rounding_warning(error: float) -> str:
-    """What an error above `ROUNDING_WARNING` means."""
+    """The warning for an error above `ROUNDING_WARNING`."""
     return (
         f"the images differ from whole uint8 steps by up to {error:.2f}: they were never uint8 (perhaps resized in "
         "floating point), so the packed images are rounded"
@@ -181,7 +181,7 @@ def _to_uint8_steps(image: np.ndarray) -> np.ndarray:
 
 
 def _block_length(images: h5py.Dataset) -> int:
-    """How many images to read at once: whole chunks, so that none is decompressed twice, in little memory."""
+    """Number of images to read at once: whole chunks, so that none is decompressed twice, within a memory limit."""
     image_bytes = max(1, images.dtype.itemsize * int(np.prod(images.shape[1:])))
     chunk = images.chunks[0] if images.chunks else 1
     length = chunk * -(-_BLOCK_IMAGES // chunk)
@@ -192,8 +192,8 @@ def _probe_rounding_error(images: h5py.Dataset) -> float:
     """The largest rounding error of a few evenly spaced images, in uint8 steps.
 
     Raises:
-        BadInput: values in another scale. Those of 0..1 and -1..1 fall into 0..255 when ImageNet's normalisation is
-            undone, so the range alone does not tell: images are judged by which scale makes whole uint8 steps.
+        BadInput: values in another scale. Values in 0..1 and -1..1 fall into 0..255 when ImageNet's normalisation is
+            undone, so the range alone is no proof: the right scale is the one that gives whole uint8 steps.
     """
     rows = np.unique(np.linspace(0, len(images) - 1, PROBES).round().astype(int))
     probes = np.stack([images[int(row)] for row in rows]).astype(np.float32)
@@ -218,7 +218,7 @@ def _distance_to_whole(steps: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class _SplitContents:
-    """What a split of the file holds; `sites` is None where it has no spikes."""
+    """The content of a split of the file; `sites` is None if it has no spikes."""
 
     image_shape: tuple[int, ...]
     objects: list[str]
@@ -227,12 +227,12 @@ class _SplitContents:
 
 
 def _check_split(file: h5py.File, split: str) -> _SplitContents:
-    stimuli, *image_shape = _check_images(hdf5.dataset(file, f"stimulus_{split}"))
-    objects = _objects(hdf5.dataset(file, f"object_{split}"), stimuli)
+    shape = _check_images(hdf5.dataset(file, f"stimulus_{split}"))
+    objects = _objects(hdf5.dataset(file, f"object_{split}"), shape[0])
     if split == "test" and not hdf5.contains(file, "spikes_test"):
-        return _SplitContents(tuple(image_shape), objects, None, False)
-    sites, has_responses = _check_spikes(hdf5.dataset(file, f"spikes_{split}"), stimuli)
-    return _SplitContents(tuple(image_shape), objects, sites, has_responses)
+        return _SplitContents(shape[1:], objects, None, False)
+    sites, has_responses = _check_spikes(hdf5.dataset(file, f"spikes_{split}"), shape[0])
+    return _SplitContents(shape[1:], objects, sites, has_responses)
 
 
 def _check_images(images: h5py.Dataset) -> tuple[int, ...]:
@@ -261,7 +261,7 @@ def _check_spikes(spikes: h5py.Dataset, stimuli: int) -> tuple[int, bool]:
 
 
 def _objects(data: h5py.Dataset, stimuli: int) -> list[str]:
-    """The object names: latin-1 bytes, unless the file itself declares UTF-8."""
+    """The object names: latin-1, unless the file declares UTF-8."""
     import h5py
 
     location = hdf5.location(data)

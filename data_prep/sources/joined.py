@@ -1,7 +1,7 @@
-"""Source `joined`: several packed recordings of different sites, as one recording.
+"""Source `joined`: several packed recordings of different sites, joined into one recording.
 
-Stimuli are matched by id, and where several recordings have one, their images must be the same bytes. The responses of
-sites whose recording does not have a stimulus are NaN.
+Stimuli are matched by id; the images of a stimulus must be the same bytes in all recordings. If a recording lacks a
+stimulus, the responses of its sites to it are NaN.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Value = TypeVar("Value")
 
 
 class Joined(HeldOut):
-    """Several packed recordings of different sites as one: stimuli are matched by id, sites are put side by side."""
+    """Several packed recordings of different sites, joined: stimuli are matched by id, sites are put side by side."""
 
     source: tyro.conf.Positional[tuple[Path, ...]]
     """Shard folders made by data_prep/pack.py."""
     new_split: bool = False
-    """Split anew at random. By default the splits are as packed, and must agree on the stimuli that are shared."""
+    """Make a new random split. By default the splits stay as packed, and must agree on shared stimuli."""
     subjects: tuple[str, ...] = ()
     """The subject of each folder's sites, one name per folder. Default: as in the folders."""
     regions: tuple[str, ...] = ()
@@ -53,18 +53,18 @@ class Joined(HeldOut):
         from data_prep.shards.folder import ShardFolder  # slow to import
 
         if len(self.source) < 2:
-            raise BadInput("joined: give two shard folders or more; one alone needs no joining")
+            raise BadInput("joined: give at least two shard folders")
         folders = [ShardFolder(path) for path in self.source]
         folder_splits: list[dict[str, ShardSplit]] = [
             {name: folder.split(name) for name in folder.manifest.splits} for folder in folders
         ]
         occurrences = _occurrences(folder_splits)
         sites, keep = self._sites(folders)
-        meta = [_merged_meta(stimulus, found) for stimulus, found in occurrences.items()]
+        meta = [_merged_meta(stimulus, by_folder) for stimulus, by_folder in occurrences.items()]
         splits, rule = self._splits(occurrences, meta)
         split_has_responses = dict.fromkeys(splits, False)
-        for split, found in zip(splits, occurrences.values(), strict=True):
-            split_has_responses[split] |= any(occurrence.split.has_responses for occurrence in found.values())
+        for split, by_folder in zip(splits, occurrences.values(), strict=True):
+            split_has_responses[split] |= any(occurrence.split.has_responses for occurrence in by_folder.values())
         manifests = [folder.manifest for folder in folders]
         packed_group_by = _common_value([manifest.group_by for manifest in manifests])
         return JoinedRecording(
@@ -100,7 +100,7 @@ class Joined(HeldOut):
         )
 
     def _sites(self, folders: Sequence[ShardFolder]) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """The facts about the sites of all folders, and bool (sites,): which are kept."""
+        """The facts about the sites of all folders, and bool (sites,): which are selected."""
         for flag, names in (("--subjects", self.subjects), ("--regions", self.regions)):
             if names and len(names) != len(folders):
                 raise BadInput(f"{flag}: {len(names)} names for {len(folders)} folders; give one for each")
@@ -108,8 +108,8 @@ class Joined(HeldOut):
         ids_of = [{str(site["id"]) for site in folder.manifest.sites} for folder in folders]
         sites = []
         for k, (folder, label) in enumerate(zip(folders, labels, strict=True)):
-            ids_of_others = set().union(*(ids for other, ids in enumerate(ids_of) if other != k))
-            prefix = f"{label}_" if ids_of[k] & ids_of_others else ""  # then of all sites of the folder, to look alike
+            other_ids = set().union(*(ids for other, ids in enumerate(ids_of) if other != k))
+            prefix = f"{label}_" if ids_of[k] & other_ids else ""  # for all sites of the folder, to be uniform
             facts: dict[str, Any] = {"recording": label}
             if self.subjects:
                 facts["subject"] = self.subjects[k]
@@ -126,21 +126,23 @@ class Joined(HeldOut):
             return self.assign(meta, self.source[0])
         self.refuse_split_options("the splits stay as packed without --new-split")
         splits = []
-        for stimulus, found in occurrences.items():
-            packed = {occurrence.split_name for occurrence in found.values()}
-            if len(packed) > 1:
-                contradiction = ", ".join(f"{self.source[k]} in {found[k].split_name}" for k in found)
-                raise BadInput(
-                    f"stimulus {stimulus!r} is for {contradiction}; pack them with the same split, "
-                    "or split anew with --new-split"
+        for stimulus, by_folder in occurrences.items():
+            packed_splits = {occurrence.split_name for occurrence in by_folder.values()}
+            if len(packed_splits) > 1:
+                contradiction = ", ".join(
+                    f"{occurrence.split_name} in {self.source[folder]}" for folder, occurrence in by_folder.items()
                 )
-            splits.append(packed.pop())
+                raise BadInput(
+                    f"stimulus {stimulus!r} is in different splits ({contradiction}); pack the folders with the same "
+                    "split, or make a new one with --new-split"
+                )
+            splits.append(packed_splits.pop())
         return splits, "as packed"
 
 
 @dataclass(frozen=True, slots=True)
 class Occurrence:
-    """A stimulus in one of the folders: its split there, and its position in it."""
+    """A stimulus in one of the folders: its split, and its position in the split."""
 
     split_name: str
     split: ShardSplit
@@ -154,7 +156,7 @@ class JoinedRecording(Recording):
     Attributes (beside those of `Recording`):
         occurrences: of each stimulus, {number of the folder: its occurrence there}.
         site_counts: the number of sites of each folder.
-        columns: the sites that are kept, of those of all folders side by side.
+        columns: positions of the selected sites among those of all folders side by side.
     """
 
     occurrences: list[dict[int, Occurrence]]
@@ -187,14 +189,14 @@ class JoinedRecording(Recording):
         return bytes(image), encoding
 
     def _responses(self, occurrences: Mapping[int, Occurrence]) -> tuple[np.ndarray, np.ndarray | None]:
-        """Rates, float32 (sites,), and trials, (repetitions, sites), NaN where a folder has none."""
+        """Rates, float32 (sites,), and trials, (repetitions, sites); NaN for folders without the stimulus."""
         rates, trials = [], []
         for folder, sites in enumerate(self.site_counts):
             folder_rates = folder_trials = None
             if folder in occurrences:
-                found = occurrences[folder]
-                folder_rates = found.split.array(found.position, "rates.npy")
-                folder_trials = found.split.array(found.position, "trials.npy")
+                occurrence = occurrences[folder]
+                folder_rates = occurrence.split.array(occurrence.position, "rates.npy")
+                folder_trials = occurrence.split.array(occurrence.position, "trials.npy")
             rates.append(np.full(sites, np.nan, np.float32) if folder_rates is None else folder_rates)
             trials.append(np.empty((0, sites), np.float32) if folder_trials is None else folder_trials)
         all_rates = np.concatenate(rates)[self.columns]
@@ -218,7 +220,7 @@ def _occurrences(folder_splits: Sequence[Mapping[str, ShardSplit]]) -> dict[str,
 
 
 def _merged_meta(stimulus: str, occurrences: Mapping[int, Occurrence]) -> dict[str, Any]:
-    """The facts of all folders about a stimulus; where they differ the first wins, except for the object shown."""
+    """The facts of all folders about a stimulus; if they differ the first wins, except that objects must agree."""
     merged: dict[str, Any] = {}
     for occurrence in occurrences.values():
         meta = occurrence.split.meta(occurrence.position)
@@ -232,10 +234,10 @@ def _merged_meta(stimulus: str, occurrences: Mapping[int, Occurrence]) -> dict[s
 
 
 def _common_value(values: Sequence[Value]) -> Value | None:
-    """The value that all have, else None."""
+    """The value if all are the same, else None."""
     return values[0] if all(value == values[0] for value in values) else None
 
 
 def _numbered(names: list[str]) -> list[str]:
-    """Names, with a number appended to those that occur several times."""
+    """Names, with a number appended to repeated ones."""
     return [f"{name}-{names[: k + 1].count(name)}" if names.count(name) > 1 else name for k, name in enumerate(names)]

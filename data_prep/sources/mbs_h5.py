@@ -1,12 +1,11 @@
-"""Source `mbs-h5`: HDF5 with responses per split, subject and region, as model-brain comparisons exchange them.
+"""Source `mbs-h5`: HDF5 with responses per split, subject and region, a format for model-brain comparisons.
 
     /{split}/stimulus_ids                       (stimuli,), or a group with one such dataset per subject
     /{split}/neural_data/{subject}/{region}     (stimuli, sites)
     /noise_ceilings/{subject}/{region}          (sites,), in percent of the attribute max_nc; optional
 
-An id that occurs several times in a split was shown as many times: its rows are trials. The images are files named by
-id, or an array in this or another HDF5 file: beside the ids of a split, with ids of its own, or indexed by the numbers
-that are the ids.
+If an id is repeated in a split, its rows are trials. The images are files named by id, or an array in this or another
+HDF5 file: beside the ids of a split, with its own ids, or indexed by ids that are numbers.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import compress, groupby
+from itertools import compress, groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +112,7 @@ class MbsH5(HeldOutVal):
         )
 
     def _areas(self, file: h5py.File, file_splits: Sequence[str]) -> list[Area]:
-        """The areas of the subjects and regions that are asked for, in the order in which they first occur."""
+        """The areas of the selected subjects and regions, in the order in which they first occur."""
         areas: dict[tuple[str, str], Area] = {}
         for split in file_splits:
             neural = hdf5.subgroup(file, f"{split}/neural_data")
@@ -135,14 +134,14 @@ class MbsH5(HeldOutVal):
             for name in stimuli:
                 if (first := split_of.setdefault(name, split)) != split:
                     raise BadInput(
-                        f"{self.source}: stimulus {name!r} is in {first} and in {split}; it must be in one split"
+                        f"{self.source}: stimulus {name!r} is in both {first} and {split}; it must be in one split"
                     )
         return split_of
 
     def _splits(
         self, in_file: list[str], file_splits: Sequence[str], meta: list[dict[str, Any]]
     ) -> tuple[list[str], Any]:
-        """The split of every stimulus, and how it was made; val is taken from train where the file has none."""
+        """The split of every stimulus, and how it was made; val is taken from train if the file has none."""
         if "val" in file_splits:
             self.refuse_split_options(f"{self.source} has a split val")
         training = [i for i, split in enumerate(in_file) if split == "train"]
@@ -183,7 +182,7 @@ class Area:
         return f"{split}/neural_data/{self.subject}/{self.region}"
 
     def check(self, file: h5py.File, rows: Rows) -> None:
-        """Refuse responses that do not fit the ids of their split, or those of another split."""
+        """Refuse responses whose shape does not fit the ids of their split, or differs between splits."""
         for (split, subject), stimuli in rows.items():
             if subject != self.subject or not hdf5.contains(file, self.path(split)):
                 continue
@@ -255,7 +254,7 @@ class MbsH5Recording(NamedImagesRecording):
 
     def _area_trials(self, file: h5py.File, area: Area, split: str, names: list[str]) -> Iterator[np.ndarray]:
         if not hdf5.contains(file, area.path(split)):
-            return iter([np.empty((0, area.site_count), np.float32)] * len(names))
+            return repeat(np.empty((0, area.site_count), np.float32), len(names))
         responses = hdf5.numeric_dataset(file, area.path(split), 2)
         not_shown = np.empty(0, np.int64)
         rows = [self.rows[split, area.subject].get(name, not_shown) for name in names]
@@ -319,8 +318,8 @@ def _image_rows(file: h5py.File, split_of: Mapping[str, str], named: str | None)
             )
         return list(image_names.values())
     raise BadInput(
-        f"{file.filename}: there is no array of images called {' or '.join(candidates)}, neither at the top nor "
-        "in the splits; name one with --image-dataset, or a folder of images with --images"
+        f"{file.filename}: there is no array of images named {' or '.join(candidates)}, neither at the top level "
+        "nor in the splits; name one with --image-dataset, or a folder of images with --images"
     )
 
 

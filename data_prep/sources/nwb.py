@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     import h5py
 
 STIMULUS_COLUMNS = ("stimulus_id", "image_id", "stimulus_name", "image_name", "stim_id", "stimulus", "image", "frame")
-OBJECT_COLUMNS = {"object_name": "object", "category_name": "category"}  # what tables call them, and we
+OBJECT_COLUMNS = {"object_name": "object", "category_name": "category"}  # names in the tables, and ours
 REGION_COLUMNS = ("region", "brain_area", "brain_region", "area", "location")
 TABLES = ("presentations", "stimulus_presentations", "trials")  # preferred in this order, if there are several
-NOT_PRESENTATIONS = ("epochs", "invalid_times")  # other tables that may be among the intervals
+NOT_PRESENTATIONS = ("epochs", "invalid_times")  # other tables among the intervals
 
 Windows = tuple[tuple[float, float], ...]
 
@@ -48,13 +48,13 @@ class Nwb(HeldOut):
     table: str | None = None
     """Table of presentations in /intervals. Default: the only one, else presentations or trials."""
     stimulus_column: str | None = None
-    """Its column that names the stimulus. Default: the first that exists of stimulus_id, image_id, stimulus_name ..."""
+    """Its column with the stimulus. Default: the first of stimulus_id, image_id, stimulus_name ... that exists."""
     onset_column: str = "start_time"
     """Its column with the time of the onset in seconds."""
     image_column: str | None = None
     """Its column with the image's path in --images. Default: the image has the name of the stimulus."""
     window_ms: Windows = ((70.0, 170.0),)
-    """Start and end of the window after onset. With several (70 120 120 170) there is a site per unit and window."""
+    """Start and end of the window after onset. Several windows (70 120 120 170) give a site per unit and window."""
     region: tuple[str, ...] = ()
     """Only units in these regions."""
     region_column: str | None = None
@@ -78,7 +78,7 @@ class Nwb(HeldOut):
         rows = {name: rows for name, rows in rows_by_stimulus(presentations.stimuli).items() if name not in left_out}
         if not rows:
             raise BadInput(
-                f"{self.source}: the column {presentations.stimulus_column} names no stimulus for any presentation"
+                f"{self.source}: no presentation has a stimulus in the column {presentations.stimulus_column}"
             )
         facts = [
             _constant_facts(presentations.facts, shown_at) | {"stimulus_id": name} for name, shown_at in rows.items()
@@ -147,7 +147,7 @@ class Nwb(HeldOut):
         return hdf5.subgroup(intervals, names[0])
 
     def _units(self, file: h5py.File) -> list[Unit]:
-        """The units that are kept."""
+        """The selected units."""
         group = hdf5.subgroup(file, "units")
         if not hdf5.contains(group, "spike_times"):
             raise BadInput(f"{self.source}: /units has no spike_times; it holds {', '.join(group)}")
@@ -213,8 +213,8 @@ class Unit:
 
     Attributes:
         row: in /units.
-        facts: `id` and what else is known of it.
-        span: where its spikes begin and end in spike_times.
+        facts: `id` and everything else that is known about it.
+        span: start and end of its spikes in spike_times.
     """
 
     row: int
@@ -251,7 +251,7 @@ class NwbRecording(NamedImagesRecording):
                 yield from rates_and_trials(np.split(rates, np.cumsum(list(map(len, rows)))[:-1]), repetitions)
 
     def _rates(self, file: h5py.File, onsets: np.ndarray) -> np.ndarray:
-        """The rates of all sites in some presentations, float32 (presentations, sites); holds one unit at a time."""
+        """The rates of all sites by presentation, float32 (presentations, sites); reads one unit at a time."""
         windows = np.array(self.windows) / 1000
         spikes = hdf5.numeric_dataset(file, "units/spike_times", 1)
         observed = nwb_tables.observation_intervals(hdf5.subgroup(file, "units"))
@@ -299,7 +299,7 @@ def _constant_facts(columns: dict[str, list[Any]], rows: np.ndarray) -> dict[str
 
 
 def _as_meta(facts: dict[str, Any]) -> dict[str, Any]:
-    """Facts as a Stimulus has them: object and category under these names, as text."""
+    """Facts in the form of `Stimulus.meta`: object and category have these names, and are text."""
     meta = {OBJECT_COLUMNS.get(name, name): value for name, value in facts.items() if name != "stimulus_id"}
     return meta | {name: str(meta[name]) for name in ("object", "category") if name in meta}
 
@@ -307,12 +307,12 @@ def _as_meta(facts: dict[str, Any]) -> dict[str, Any]:
 def _known_fact(facts: dict[str, Any], name: str, flag: str) -> Any:
     if name not in facts:
         known = ", ".join(sorted(facts))
-        raise BadInput(f"{flag}: {name!r} is not known of stimulus {facts['stimulus_id']!r}; known are {known}")
+        raise BadInput(f"{flag}: {name!r} is not known for stimulus {facts['stimulus_id']!r}; known facts: {known}")
     return facts[name]
 
 
 def _fill_template(template: str, facts: dict[str, Any]) -> str:
-    """A template of paths for one stimulus; only names of facts may be in its braces."""
+    """The path of a stimulus's image by a template; only names of facts may be in its braces."""
     try:
         fields = [name for _, name, _, _ in Formatter().parse(template) if name is not None]
         return template.format(**{name: _known_fact(facts, name, "--images") for name in fields})

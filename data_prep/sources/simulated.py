@@ -1,7 +1,7 @@
 """Source `simulated`: drawn images, IT-like model neurons, and the truth about both.
 
-It needs no download, so every command can be tried with it, and its noise-free rates are known, so ceilings and scores
-can be checked against them. No brain took part, and everything made from it says so.
+It needs no download, so every command can be tried with it. Its noise-free rates are known, so ceilings and scores can
+be checked against them. Everything derived from it is marked as simulated.
 
 The stimuli follow the HvM set of Majaj et al. (2015): 64 objects, 8 in each of 8 categories, each at a random position,
 size and rotation on a cluttered background. `simulation/population.py` describes the sites and the trials.
@@ -41,7 +41,7 @@ class Simulated(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """Share of the stimuli for testing."""
 
     def open(self) -> SimulatedRecording:
-        """Lay out the stimuli and sites and compute all mean rates, which takes about 7 ms per stimulus.
+        """Draw the sites and compute the mean rates for all stimuli, which takes about 7 ms per stimulus.
 
         Raises:
             BadInput: the held-out fractions leave nothing to train on.

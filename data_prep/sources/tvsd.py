@@ -1,7 +1,7 @@
 """Source `tvsd`: the THINGS ventral stream spiking dataset (Papale et al. 2025), one monkey's THINGS_normMUA.mat.
 
-MATLAB v7.3 files are HDF5 with the axes reversed: what MATLAB calls (1024, 22248) is (22248, 1024) here. Files that
-other programs have rewritten may have them the other way round; the axis of 1024 channels shows which.
+MATLAB v7.3 files are HDF5 with the axes reversed: MATLAB's (1024, 22248) is (22248, 1024) here. Files that other
+programs rewrote may have the opposite order; the axis of 1024 channels shows which it is.
 
     train_MUA      (22248, 1024)     one presentation each
     test_MUA_reps  (30, 100, 1024)   single presentations of the test stimuli
@@ -55,7 +55,7 @@ class Tvsd(HeldOutVal):
     images: Path
     """Folder of the THINGS images (object_images, with a folder per concept), or a zip of it without a password."""
     monkey: Literal["F", "N"] | None = None
-    """Whose file it is. Default: F or N where SOURCE's path says monkeyF or monkeyN."""
+    """The monkey. Default: as named by monkeyF or monkeyN in SOURCE's path."""
     region: tuple[Literal["V1", "V4", "IT"], ...] = ()
     """Only these regions."""
     min_reliability: float | None = Field(None, ge=-1, le=1)
@@ -126,7 +126,7 @@ class Tvsd(HeldOutVal):
         raise BadInput(f"{candidates[0]}: no such file; name the dataset's things_imgs.mat with --image-list")
 
     def _select_channels(self, monkey: str, qualities: dict[str, np.ndarray]) -> np.ndarray:
-        """The channels to keep, counted from 0."""
+        """The selected channels, counted from 0."""
         regions = [{"region": _region(monkey, channel)} for channel in range(CHANNELS)]
         keep = select_sites(regions, "region", self.region, "--region", self.source)
         if self.min_reliability is not None:
@@ -142,7 +142,7 @@ class TvsdRecording(NamedImagesRecording):
 
     Attributes (beside those of `NamedImagesRecording`):
         path: THINGS_normMUA.mat.
-        channels: those that are kept, counted from 0.
+        channels: the selected ones, counted from 0.
         train_stimuli: number of training stimuli.
         repetitions: of a test stimulus.
     """
@@ -201,7 +201,7 @@ def _site(monkey: str, channel: int, qualities: dict[str, np.ndarray]) -> dict[s
 
 
 def _channel_qualities(file: h5py.File) -> dict[str, np.ndarray]:
-    """The file's measures of each channel: float64 (1024,), NaN where it has no value."""
+    """The file's quality measures of each channel: float64 (1024,), NaN if unknown."""
     pairs = hdf5.numeric_dataset(file, "reliab", 2)
     correlations = pairs[()].astype(np.float64)
     if CHANNELS not in correlations.shape:
@@ -233,7 +233,7 @@ def _check_shape(file: h5py.File, name: str, expected: tuple[int | None, ...]) -
     axes = ", ".join("repetitions" if length is None else str(length) for length in expected)
     raise BadInput(
         f"{hdf5.location(data)} has the shape {data.shape}; expected ({axes}), or the reverse "
-        f"({CHANNELS} channels, and as many stimuli as things_imgs.mat lists)"
+        f"({CHANNELS} channels, and the stimuli of things_imgs.mat)"
     )
 
 

@@ -1,1 +1,1 @@
-"""What the sources share: tables, response arrays, trials, image files, HDF5, NetCDF."""
+"""Shared by the sources: tables, response arrays, trials, image files, HDF5, NetCDF."""

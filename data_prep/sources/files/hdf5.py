@@ -1,4 +1,4 @@
-"""Safe reading of HDF5 files: read-only, and no link or external storage that leads out of the file is followed.
+"""Safe reading of HDF5 files: read-only, without following links or external storage out of the file.
 
 h5py is imported where it is used, so that the command line does not wait for it.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     Node: TypeAlias = h5py.Group | h5py.Dataset
 
-BLOCK_BYTES = 64 * 2**20  # size of HDF5's chunk cache, and the most that is read of a dataset at once
+BLOCK_BYTES = 64 * 2**20  # size of HDF5's chunk cache, and the limit of one read
 
 
 @contextmanager
@@ -29,7 +29,7 @@ def open_file(path: Path) -> Iterator[h5py.File]:
     """Open for reading, with a chunk cache of `BLOCK_BYTES`.
 
     Raises:
-        BadInput: anything that HDF5 cannot read, here or later.
+        BadInput: HDF5 cannot read something, here or within the block.
     """
     import h5py
 
@@ -60,10 +60,10 @@ def is_dataset(node: Node) -> bool:
 
 
 def member(group: h5py.Group, name: str) -> Node:
-    """The node at `name`, a path below `group`. A link could point to any file of the machine, so none is followed.
+    """The node at `name`, a path below `group`. Links are not followed, as they could point to any file.
 
     Raises:
-        BadInput: nothing is there (the message lists what is), or the path contains a link.
+        BadInput: it does not exist (the message lists what does), or the path contains a link.
     """
     node: Node = group
     for step in name.strip("/").split("/"):
@@ -71,13 +71,13 @@ def member(group: h5py.Group, name: str) -> Node:
         if link is None:
             raise _missing(node, group, name)
         if not _is_hard(link):
-            raise BadInput(f"{group.file.filename}: {name} is a link to elsewhere; it must itself be in the file")
+            raise BadInput(f"{group.file.filename}: {name} is a link; the data must be in the file itself")
         node = node[step]
     return node
 
 
 def contains(group: h5py.Group, name: str) -> bool:
-    """Whether there is a node or a link at `name`; a link is not followed to see whether it leads anywhere."""
+    """Whether there is a node or a link at `name`; links are not followed."""
     node: Node = group
     for step in name.strip("/").split("/"):
         link = _link(node, step)
@@ -99,9 +99,9 @@ def _is_hard(link: object) -> bool:
 
 def _missing(parent: Node, group: h5py.Group, name: str) -> BadInput:
     inside = ", ".join(sorted(parent)) if is_group(parent) else ""
-    where = "it" if parent.name == "/" else parent.name.lstrip("/")
+    parent_name = "it" if parent.name == "/" else parent.name.lstrip("/")
     full = f"{group.name}/{name}".strip("/")
-    return BadInput(f"{group.file.filename}: there is no dataset {full!r}; {where} holds {inside or 'nothing'}")
+    return BadInput(f"{group.file.filename}: there is no dataset {full!r}; {parent_name} holds {inside or 'nothing'}")
 
 
 def subgroup(group: h5py.Group, name: str) -> h5py.Group:
@@ -130,13 +130,13 @@ def dataset(group: h5py.Group, name: str) -> h5py.Dataset:
 
 
 def check_stored_inside(data: h5py.Dataset) -> None:
-    """Refuse a dataset whose data are in other files (which could be any), or that claims more than the file can hold.
+    """Refuse a dataset whose data are in other files, which could be any, or that claims more than the file can hold.
 
     Raises:
         BadInput: it does.
     """
     if data.external or data.is_virtual:
-        raise BadInput(f"{location(data)} keeps its data in other files; the data must be in the file itself")
+        raise BadInput(f"{location(data)} stores its data in other files; the data must be in the file itself")
     try:
         check_claim(data.dtype.itemsize * math.prod(data.shape or ()), Path(data.file.filename).stat().st_size)
     except ValueError as error:
@@ -195,7 +195,7 @@ def read_texts(data: h5py.Dataset) -> list[str]:
 
 
 def decode_text(value: bytes | str) -> str:
-    """Text without padding."""
+    """A text as str, without padding; bytes that are not UTF-8 are read as latin-1."""
     if isinstance(value, str):
         return value.strip("\x00 \t\r\n")
     data = bytes(value).strip(b"\x00 \t\r\n")
@@ -206,7 +206,7 @@ def decode_text(value: bytes | str) -> str:
 
 
 def rows_at_once(data: h5py.Dataset, axis: int = 0) -> int:
-    """How many rows along `axis` to read at once: whole chunks, so that none is unpacked twice, in `BLOCK_BYTES`."""
+    """Number of rows along `axis` to read at once: whole chunks, so that none is unpacked twice, in `BLOCK_BYTES`."""
     row_bytes = max(1, data.dtype.itemsize * int(np.prod(data.shape)) // max(1, data.shape[axis]))
     chunk = data.chunks[axis] if data.chunks else 1
     most = max(1, BLOCK_BYTES // row_bytes)

@@ -1,4 +1,4 @@
-"""Options of sources that have no splits of their own: which stimuli to hold out at random."""
+"""Options of sources without splits: which stimuli to hold out at random."""
 
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -11,10 +11,10 @@ from data_prep.splits import assign_splits
 
 
 class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
-    """Which stimuli are for validation, where the source has a test split of its own."""
+    """Which stimuli are for validation, if the source has a test split."""
 
     val_fraction: float = Field(0.09, ge=0, lt=1)
-    """Share of the stimuli for validation, taken at random from those for training."""
+    """Share of the training stimuli to use for validation, chosen at random."""
     group_by: str | None = None
     """Fact about the stimuli (object, category ...) whose values must not be shared between the random splits."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
@@ -31,7 +31,7 @@ class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
             path: of the source, for the message.
 
         Returns:
-            a split for each stimulus, and the rule for the provenance.
+            A split for each stimulus, and the rule for the provenance.
 
         Raises:
             BadInput: a stimulus lacks the fact to group by, or none is left to train on.
@@ -40,14 +40,16 @@ class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
         if self.group_by is not None:
             if any(self.group_by not in facts for facts in meta):
                 known = ", ".join(sorted(set.intersection(*(set(facts) for facts in meta)))) or "nothing"
-                raise BadInput(f"{path}: --group-by {self.group_by}: not known of every stimulus; known is {known}")
+                raise BadInput(
+                    f"{path}: --group-by {self.group_by}: not known for every stimulus; known facts: {known}"
+                )
             groups = [str(facts[self.group_by]) for facts in meta]
         held_out = self._held_out()
         splits = assign_splits(len(meta), {"train": 1.0 - sum(held_out.values())} | held_out, self.seed, groups)
         return splits, {"seed": self.seed, "group_by": self.group_by, **held_out}
 
     def refuse_split_options(self, reason: str, allowed: Collection[str] = ()) -> None:
-        """Refuse these options, but those `allowed`, where they would be ignored; `reason` begins the sentence."""
+        """Refuse these options, except those `allowed`, because they would be ignored; `reason` starts the sentence."""
         for option in HeldOut.model_fields:
             field = type(self).model_fields.get(option)
             if field is not None and option not in allowed and getattr(self, option) != field.default:
@@ -55,7 +57,7 @@ class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
 
 
 class HeldOut(HeldOutVal):
-    """Which stimuli are held out, where the source has no splits."""
+    """Which stimuli are held out, if the source has no splits."""
 
     val_fraction: float = Field(0.09, ge=0, lt=1)
     """Share of the stimuli for validation."""

@@ -1,4 +1,4 @@
-"""Ids of stimuli and sites that are safe and unique, and the selection of sites by what is known of them."""
+"""Safe and unique ids of stimuli and sites, and the selection of sites by their facts."""
 
 import hashlib
 import re
@@ -27,22 +27,22 @@ def safe_ids(names: Sequence[str]) -> list[str]:
 
 
 def source_id(name: str, safe_id: str) -> dict[str, Any]:
-    """The fact that keeps a stimulus's name in the source, where its id had to differ from it."""
+    """The fact that records a stimulus's name in the source, if its id differs from the name."""
     return {} if safe_id == name else {"source_id": name}
 
 
 def unique_site_ids(names: Sequence[str], owners: Sequence[str]) -> list[str]:
-    """Ids for sites: their names where these are unique, else prefixed with the owner (animal, recording).
+    """Ids for sites: their names if these are unique, else prefixed with the owner (animal, recording).
 
     Raises:
-        BadInput: they are not unique even so.
+        BadInput: the prefixed names are not unique either.
     """
     if len(set(names)) == len(names):
         return list(names)
     ids = [f"{owner}_{name}" if owner else name for owner, name in zip(owners, names, strict=True)]
     if len(set(ids)) != len(ids):
         repeated = next(name for k, name in enumerate(ids) if name in ids[:k])
-        raise BadInput(f"two sites are called {repeated!r}; each needs an id of its own")
+        raise BadInput(f"two sites are named {repeated!r}; each needs its own id")
     return ids
 
 
@@ -53,9 +53,10 @@ def select_sites(
 
     Args:
         sites: facts about every site.
-        fact: the one that decides, such as "region".
-        wanted: its values to keep; none keeps all sites.
-        flag: the option, and `path`: the file, for the message.
+        fact: name of the fact to select by, such as "region".
+        wanted: values to select; if empty, all sites are selected.
+        flag: the option, for the message.
+        path: of the file, for the message.
 
     Returns:
         bool (sites,).
@@ -66,6 +67,6 @@ def select_sites(
     values = [str(site[fact]) if fact in site else None for site in sites]
     for value in wanted:
         if value not in values:
-            known = ", ".join(sorted({value for value in values if value is not None})) or "the file names none"
-            raise BadInput(f"{path}: no site has the {fact} {value!r} ({flag}); there are: {known}")
+            known = ", ".join(sorted({value for value in values if value is not None})) or "none"
+            raise BadInput(f"{path}: no site has the {fact} {value!r} ({flag}); the sites have: {known}")
     return np.array([not wanted or value in wanted for value in values], dtype=bool)

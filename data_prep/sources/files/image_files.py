@@ -1,4 +1,4 @@
-"""Images in a folder or a zip archive, found by the names that tables give them."""
+"""Images in a folder or a zip archive, found by the names in a table."""
 
 import os
 import stat
@@ -23,7 +23,7 @@ class EncodedImage:
     Attributes:
         data: the encoded image.
         encoding: "jpg" or "png".
-        note: for the stimulus's facts, where the image had to be converted.
+        note: for the stimulus's facts, if the image was converted.
     """
 
     data: bytes
@@ -47,19 +47,19 @@ class ImageFiles:
     def __post_init__(self) -> None:
         self._is_archive = self.path.is_file() and zipfile.is_zipfile(self.path)
         if not self._is_archive and not self.path.is_dir():
-            raise BadInput(f"{self.path}: neither a folder nor a zip archive; the images are expected there")
+            raise BadInput(f"{self.path}: neither a folder nor a zip archive, so it cannot contain the images")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path, "_is_archive": self._is_archive}  # without the cached listings: they can be large
 
     def find(self, names: Sequence[str]) -> str | None:
-        """The image that the first matching name stands for.
+        """The image of the first name that matches one.
 
         A name is a path below the folder, else a file name in any sub-folder, else a file name without its ending. A
         file name that occurs in several sub-folders is ambiguous and matches none.
 
         Returns:
-            the image's path below the folder, or None.
+            The image's path below the folder, or None.
         """
         for name in (name.replace("\\", "/").strip() for name in names):
             if not name:
@@ -80,7 +80,7 @@ class ImageFiles:
             wanted: {stimulus: names that its image may have}.
 
         Raises:
-            BadInput: some stimuli have none; the message counts them and gives one.
+            BadInput: some stimuli have none; the message counts them and names one.
         """
         paths, missing = [], []
         for stimulus, names in wanted.items():
@@ -105,7 +105,7 @@ class ImageFiles:
         try:
             with zipfile.ZipFile(self.path) as archive:
                 members = archive.infolist()
-        except Exception as error:  # a damaged archive makes zipfile raise errors of any kind
+        except Exception as error:  # zipfile raises errors of any kind for damaged archives
             raise BadInput(f"{self.path}: not a readable zip archive ({error})") from None
         for info in members:
             _check_member(self.path, info)
@@ -146,13 +146,13 @@ class ImageFiles:
 
         try:
             data, encoding, note = packable(read())
-        except Exception as error:  # a damaged archive makes zipfile raise errors of any kind
+        except Exception as error:  # zipfile raises errors of any kind for damaged archives
             raise BadInput(f"{self.path / name}: the image cannot be read ({error})") from error
         return EncodedImage(data, encoding, note)
 
 
 def _check_member(path: Path, info: zipfile.ZipInfo) -> None:
-    """Refuse names and kinds of members that only a malicious archive has, even though nothing is unpacked to disk."""
+    """Refuse names and kinds of members that only malicious archives have, though nothing is unpacked to disk."""
     name, kind = info.filename, stat.S_IFMT(info.external_attr >> 16)
     if not is_name(name):
         raise BadInput(f"{path}: {name[:100]!r}: the name is too long or not printable; rename it")

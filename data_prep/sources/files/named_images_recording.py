@@ -1,4 +1,4 @@
-"""A recording that gets its images by name from a folder, an archive or an array, apart from the responses."""
+"""A recording whose images are loaded by name from a folder, an archive or an array, apart from the responses."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +33,7 @@ class NamedImagesRecording(Recording):
 
     @abstractmethod
     def responses(self, indices: Sequence[int]) -> Iterator[tuple[np.ndarray | None, np.ndarray | None]]:
-        """Yield rates and trials of the stimuli at `indices`, as a Stimulus has them."""
+        """Yield `Stimulus.rates` and `Stimulus.trials` of the stimuli at `indices`."""
 
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
         """Yield the stimuli at `indices`; files are open while this runs, and only in the process that runs it.
@@ -55,5 +55,5 @@ class NamedImagesRecording(Recording):
 
 
 def objects_of(meta: Sequence[dict[str, Any]]) -> list[str] | None:
-    """The object that each stimulus shows, or None where it is not known of every stimulus."""
+    """The object that each stimulus shows, or None if it is not known for every stimulus."""
     return [str(facts["object"]) for facts in meta] if all("object" in facts for facts in meta) else None

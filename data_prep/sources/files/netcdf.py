@@ -1,4 +1,4 @@
-"""Reading NetCDF files, version 4 (which is HDF5) and version 3: variables with named axes, read in pieces."""
+"""Reading NetCDF files of version 4 (which is HDF5) and version 3: variables with named axes, read in blocks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Variable(ABC):
 
     Attributes:
         name: of the variable.
-        axes: names of its axes, without the one along which characters of strings are stored.
+        axes: names of its axes, except an axis along the characters of strings.
         shape: lengths of these axes.
         numeric: whether it holds numbers.
     """
@@ -47,7 +47,7 @@ class Variable(ABC):
 
     @abstractmethod
     def rows_at_once(self, axis: str) -> int:
-        """How many rows along an axis to read at once."""
+        """Number of rows along an axis to read at once."""
 
     def values(self) -> list[Any]:
         """The values of a variable with one axis as plain numbers or text, None where unknown."""
@@ -103,7 +103,7 @@ def open_netcdf(path: Path) -> Iterator[dict[str, Variable]]:
     """Open for reading: {name: variable}.
 
     Raises:
-        BadInput: not a NetCDF file, damaged, or with links or data that lead out of it.
+        BadInput: not a NetCDF file, damaged, or with links or data outside the file.
     """
     try:
         with path.open("rb") as file:
@@ -155,11 +155,11 @@ def _first_values(attributes: dict[str, Any]) -> dict[str, float]:
 
 @contextmanager
 def _open_version_3(path: Path) -> Iterator[dict[str, Variable]]:
-    from scipy.io import netcdf_file  # imported here: slow, and few files are of this version
+    from scipy.io import netcdf_file  # here because it is slow to import, and few files are of this version
 
     try:
         file = netcdf_file(path, "r", mmap=True)
-    except Exception as error:  # a damaged file makes it raise errors of any kind
+    except Exception as error:  # scipy raises errors of any kind for damaged files
         raise BadInput(f"{path}: not a readable NetCDF file, or damaged ({error})") from None
     variables: dict[str, Variable] = {}
     for name, data in file.variables.items():
@@ -173,6 +173,6 @@ def _open_version_3(path: Path) -> Iterator[dict[str, Variable]]:
         yield variables
     finally:
         variables.clear()
-        with warnings.catch_warnings():  # about arrays that still use the file; they keep their own memory map
+        with warnings.catch_warnings():  # that arrays still use the file; they keep their own memory map
             warnings.simplefilter("ignore", RuntimeWarning)
             file.close()

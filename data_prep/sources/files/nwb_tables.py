@@ -1,4 +1,4 @@
-"""Tables of NWB files: their columns, ragged columns, and what is known of units."""
+"""Tables of NWB files: columns, ragged columns, and facts about units."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUBJECT_ID = "general/subject/subject_id"
 def columns(table: h5py.Group) -> dict[str, h5py.Dataset]:
     """The columns that hold one number or text per row."""
     rows = len(hdf5.dataset(table, "id")) if hdf5.contains(table, "id") else None
-    found = {}
+    columns_by_name = {}
     for name in table:
         data = hdf5.member(table, name)
         if name == "id" or name.endswith("_index") or hdf5.contains(table, f"{name}_index"):
@@ -32,15 +32,15 @@ def columns(table: h5py.Group) -> dict[str, h5py.Dataset]:
             continue
         if rows in (None, len(data)):
             hdf5.check_stored_inside(data)
-            found[name] = data
-    return found
+            columns_by_name[name] = data
+    return columns_by_name
 
 
 def find_column(table: h5py.Group, names: Sequence[str], flag: str) -> str:
     """The first of `names` that is a column of the table.
 
     Raises:
-        BadInput: none is; the message lists the columns and the option to choose one with.
+        BadInput: none is; the message lists the columns and names the option to choose one.
     """
     existing = columns(table)
     for name in names:
@@ -67,7 +67,7 @@ def read_names(column: h5py.Dataset) -> list[str]:
 
 
 def ragged_spans(table: h5py.Group, name: str) -> list[tuple[int, int]]:
-    """Where each row's values begin and end in a ragged column."""
+    """Start and end of each row's values in a ragged column."""
     ends = hdf5.numeric_dataset(table, f"{name}_index", 1)[()].astype(np.int64)
     length = len(hdf5.numeric_dataset(table, name))
     if len(ends) and (ends[0] < 0 or np.any(np.diff(ends) < 0) or ends[-1] > length):
@@ -79,7 +79,7 @@ def ragged_spans(table: h5py.Group, name: str) -> list[tuple[int, int]]:
 
 
 def electrode_locations(file: h5py.File, units: h5py.Group) -> list[str | None] | None:
-    """The location of each unit's first electrode, where the file has electrodes."""
+    """The location of each unit's first electrode, if the file has electrodes."""
     if not hdf5.contains(units, "electrodes") or not hdf5.contains(file, ELECTRODE_LOCATIONS):
         return None
     locations = hdf5.read_texts(hdf5.dataset(file, ELECTRODE_LOCATIONS))
@@ -94,14 +94,14 @@ def electrode_locations(file: h5py.File, units: h5py.Group) -> list[str | None] 
 
 
 def subject_id(file: h5py.File) -> str | None:
-    """The subject of the session, where the file names it."""
+    """The subject of the session, if the file names it."""
     return hdf5.decode_text(hdf5.dataset(file, SUBJECT_ID)[()]) if hdf5.contains(file, SUBJECT_ID) else None
 
 
 def observation_intervals(units: h5py.Group) -> Callable[[int], np.ndarray] | None:
     """A function from a unit's row to the intervals in which it was observed, (intervals, 2) in seconds.
 
-    None where the file does not have them.
+    None if the file has no such intervals.
     """
     if not hdf5.contains(units, "obs_intervals"):
         return None

@@ -1,4 +1,4 @@
-"""From presentations, in the order in which they were shown, to the trials of each stimulus."""
+"""From presentations, in the order of the recording, to the trials of each stimulus."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -58,7 +58,7 @@ def gather_trials(
 
 
 def rows_in_memory(sites: int) -> int:
-    """How many presentations, float32 (presentations, sites), take `TRIALS_BYTES`."""
+    """Number of presentations, float32 (presentations, sites), that take `TRIALS_BYTES`."""
     return max(1, TRIALS_BYTES // (4 * max(1, sites)))
 
 
@@ -73,7 +73,7 @@ def _gather_in_one_pass(
         if not len(block):
             continue
         first, last = int(wanted[block[0]]), int(wanted[block[-1]])
-        with np.errstate(over="ignore"):  # what is too large for float32 becomes inf, which is refused later
+        with np.errstate(over="ignore"):  # too large for float32 becomes inf, which is refused later
             trials[block] = read(slice(first, last + 1))[wanted[block] - first]
     yield from np.split(trials, np.cumsum([len(stimulus_rows) for stimulus_rows in rows])[:-1])
 
@@ -81,12 +81,11 @@ def _gather_in_one_pass(
 def rates_and_trials(
     trials_per_stimulus: Iterable[np.ndarray], repetitions: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
-    """Yield rates and trials as a Stimulus has them.
+    """Yield `Stimulus.rates` and `Stimulus.trials`.
 
     Args:
         trials_per_stimulus: float32 (presentations, sites) for each stimulus.
-        repetitions: the largest number that any stimulus has; with one, the responses are rates and there are no
-            trials.
+        repetitions: the largest number of any stimulus; if it is 1, the responses are rates and there are no trials.
     """
     for trials in trials_per_stimulus:
         if repetitions == 1:
@@ -96,5 +95,5 @@ def rates_and_trials(
 
 
 def pad_repetitions(trials: np.ndarray, repetitions: int) -> np.ndarray:
-    """Trials (presentations, sites) with rows of NaN appended up to a number of repetitions."""
+    """Trials (presentations, sites), padded with rows of NaN to a number of repetitions."""
     return np.pad(trials, ((0, repetitions - len(trials)), (0, 0)), constant_values=np.nan)

@@ -1,7 +1,7 @@
 """Responses computed when they are read: spikes/s counted in rasters, and z-scores of rates or trials.
 
-Both are indexed by stimuli like an array (stimuli, repetitions, sites), take next to no memory, and can be pickled to
-the packing processes.
+Both are indexed by stimuli like an array (stimuli, repetitions, sites), take little memory, and can be pickled to the
+packing processes.
 """
 
 from collections.abc import Sequence

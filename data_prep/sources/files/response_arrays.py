@@ -1,4 +1,4 @@
-"""Arrays of rates or trials in .npy, .csv or .parquet files, memory-mapped where that is possible."""
+"""Arrays of rates or trials in .npy, .csv or .parquet files, memory-mapped if possible."""
 
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,8 +28,8 @@ class Responses:
     Attributes:
         path: of the file.
         shape: (stimuli, sites) or (stimuli, repetitions, sites).
-        array: the responses where they are held or computed; None for those that stay in a .npy file.
-        site_ids: where the file names its sites.
+        array: the responses in memory, or an array that computes them; None if they are read from a .npy file.
+        site_ids: if the file names its sites.
     """
 
     path: Path
@@ -38,11 +38,11 @@ class Responses:
     site_ids: list[str] | None = None
 
     def load(self) -> ResponseArray:
-        """The responses, memory-mapped where they are in a .npy file."""
+        """The responses, memory-mapped if they are in a .npy file."""
         return self.array if self.array is not None else map_npy(self.path)
 
     def check_shape(self, stimuli: int, axes: tuple[str, ...]) -> None:
-        """Refuse another number of axes than `axes`, whose names the message lists, or of stimuli along the first."""
+        """Refuse a shape that does not have these axes (names, for the message) and this number of stimuli."""
         shape = self.shape
         if len(shape) == len(axes) and shape[0] == stimuli and all(shape):
             return
@@ -65,7 +65,7 @@ class Responses:
                 position = np.argwhere(np.isinf(block))[0]
                 raise BadInput(
                     f"{self.path}: the response of site {site_ids[position[-1]]!r} to stimulus "
-                    f"{stimulus_ids[start + position[0]]!r} is infinite; use NaN for what was not recorded"
+                    f"{stimulus_ids[start + position[0]]!r} is infinite; use NaN for missing responses"
                 )
             recorded[start : start + rows] = ~np.isnan(block).reshape(len(block), -1).all(axis=1)
         return recorded
@@ -75,7 +75,7 @@ def map_npy(path: Path) -> np.ndarray:
     """A .npy file of plain numbers as a memory map; raises BadInput for anything else."""
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy's parser raises errors of many kinds
+    except Exception as error:  # numpy raises errors of many kinds for damaged files
         raise BadInput(f"{path}: not a readable .npy file of plain numbers ({error})") from error
     if not isinstance(array, np.ndarray):
         raise BadInput(f"{path}: this is an .npz archive; save the one array with np.save")
@@ -90,7 +90,7 @@ def open_npy(path: Path) -> Responses:
 
 
 def as_float32(numbers: np.ndarray) -> np.ndarray:
-    """A float32 copy; what is too large for float32 becomes inf, which is refused later."""
+    """A float32 copy; numbers too large for float32 become inf, which is refused later."""
     with np.errstate(over="ignore"):
         return np.array(numbers, dtype=np.float32)
 
@@ -100,7 +100,7 @@ def as_float32(numbers: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _RateTable:
-    """Rates float32 (rows, sites), the stimulus of each row where there is a column stimulus_id, and the sites."""
+    """Rates float32 (rows, sites), the stimulus of each row if there is a column stimulus_id, and the sites."""
 
     rates: np.ndarray
     stimulus_ids: list[str] | None
@@ -108,7 +108,7 @@ class _RateTable:
 
 
 def open_rates(path: Path, stimulus_ids: list[str]) -> Responses:
-    """Rates from a file; rows that name their stimulus are brought into the order of `stimulus_ids`."""
+    """Rates from a file; rows that name their stimulus are sorted into the order of `stimulus_ids`."""
     if path.suffix == ".npy":
         return open_npy(path)
     if path.suffix == ".csv":

@@ -1,4 +1,4 @@
-"""Tables as people write them: CSV files with a header, read as text and checked."""
+"""CSV tables with a header, read as text and checked."""
 
 import csv
 import math
@@ -13,7 +13,7 @@ from data_prep.common.errors import BadInput
 
 MISSING = ("", "nan", "na", "null", "none")  # cells that mean "not recorded", in lower case
 
-_INTEGER = re.compile(r"[-+]?(0|[1-9]\d{0,17})")  # a leading zero makes it a name, "007"
+_INTEGER = re.compile(r"[-+]?(0|[1-9]\d{0,17})")  # with a leading zero it is a name, such as "007"
 _NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
 
 
@@ -69,7 +69,7 @@ def read_table(path: Path) -> Table:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, stripped cells) of every row that is not blank; all have as many cells as the first."""
+    """Yield (line, stripped cells) of every row that is not blank; all must have as many cells as the first."""
     width = None
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -88,12 +88,12 @@ def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
 
 
 def check_column_names(path: Path, names: Sequence[str]) -> None:
-    """Refuse columns without a name, or with the name of another."""
+    """Refuse columns without a name, or with the same name."""
     for i, name in enumerate(names):
         if not name:
             raise BadInput(f"{path}: column {i + 1} has no name; name it, or leave the column out")
     if repeated := [name for name, count in Counter(names).items() if count > 1]:
-        raise BadInput(f"{path}: two columns are called {repeated[0]!r}; names must be unique")
+        raise BadInput(f"{path}: two columns are named {repeated[0]!r}; names must be unique")
 
 
 def parse_cells(cells: Sequence[str]) -> list[Any]:
@@ -114,7 +114,7 @@ def text_cells(cells: Sequence[str]) -> list[str | None]:
 
 
 def is_number(cell: str) -> bool:
-    """Whether a cell is a finite decimal number; JSON has no inf, and a leading zero makes it a name."""
+    """Whether a cell is a finite decimal number (JSON has no inf); one with a leading zero is a name."""
     return _NUMBER.fullmatch(cell) is not None and math.isfinite(float(cell))
 
 

@@ -1,1 +1,1 @@
-"""The images of the simulated recording."""
+"""The images and the model neurons of the simulated recording."""

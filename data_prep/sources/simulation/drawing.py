@@ -1,7 +1,7 @@
 """Drawing the images of the simulated recording: one object in 3-D, lit, on a cluttered background.
 
-Apart from a noise field of fixed size, a scene is drawn with vector operations alone, so the same scene can be drawn at
-any size: large for the stimulus and small for the simulated sites.
+Apart from a noise field of fixed size, a scene consists of vector graphics, so it can be drawn at any size: large for
+the stimulus and small for the simulated sites.
 """
 
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Pose:
 
 
 def draw_scene(body: Body, pose: Pose, rng: np.random.Generator, size: int) -> np.ndarray:
-    """Draw an object on a background of its own.
+    """Draw an object on a random background.
 
     Args:
         body: the object.
@@ -63,12 +63,12 @@ def draw_background(rng: np.random.Generator, size: int) -> Image.Image:
     draw = ImageDraw.Draw(image)
     for _ in range(int(rng.integers(2, 8))):
         centre, half = rng.uniform(0, size, 2), rng.uniform(0.03, 0.22, 2) * size
-        corners, sides = int(rng.integers(0, 6)), rng.uniform(0, 2 * np.pi)
+        corners, first_angle = int(rng.integers(0, 6)), rng.uniform(0, 2 * np.pi)
         colour = tuple(int(c) for c in rng.uniform(30, 225) + rng.uniform(-30, 30, 3))
         if corners < 3:
             draw.ellipse([*(centre - half), *(centre + half)], fill=colour)
         else:
-            angles = sides + np.arange(corners) * 2 * np.pi / corners
+            angles = first_angle + np.arange(corners) * 2 * np.pi / corners
             draw.polygon((centre + np.stack([np.cos(angles), np.sin(angles)], 1) * half).ravel().tolist(), fill=colour)
     return image
 

@@ -5,7 +5,7 @@ An object is a handful of superquadrics (Barr 1981), the classical part vocabula
     ((|x|^q + |y|^q)^(p/q) + |z|^p)^(1/p) = 1
 
 with p = q = 2 an ellipsoid, p = q large a box and p large, q = 2 a cylinder. Each part is scaled, tapered along its z
-axis, bent, turned and moved to its place. Axes of an object: x to its front, y to its left, z up.
+axis, bent, turned and moved into position. Axes of an object: x to its front, y to its left, z up.
 """
 
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ class Sculptor:
             self.pair(colour, (side, y, (top + bottom) / 2), (radius, radius, (top - bottom) / 2), p=p, **shape)
 
     def body(self, rng: np.random.Generator) -> Body:
-        """The object, centred, scaled to radius 1 and painted with a surface pattern of its own."""
+        """The object, centred, scaled to radius 1 and painted with a random surface pattern."""
         _, quads = unit_cube()
         vertices = np.concatenate([points for points, _ in self.parts])
         vertices -= (vertices.max(0) + vertices.min(0)) / 2

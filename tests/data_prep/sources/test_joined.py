@@ -90,7 +90,7 @@ def test_sites_with_names_of_their_own_keep_them_and_can_be_selected(parts, tmp_
     recording = Joined(source=(folder_a, folder_c), region=("V4",)).open()
     assert [site["id"] for site in recording.sites] == ["c1", "c2"]
     assert all(stimulus.rates.shape == (2,) for stimulus in recording.read(range(len(recording.stimulus_ids))))
-    with pytest.raises(BadInput, match=r"region 'V1' \(--region\); there are: V4"):
+    with pytest.raises(BadInput, match=r"region 'V1' \(--region\); the sites have: V4"):
         Joined(source=(folder_a, folder_c), region=("V1",)).open()
 
 
@@ -99,7 +99,7 @@ def test_splits_that_contradict_each_other_need_new_ones(parts, tmp_path):
     source = tmp_path / "other"
     make_folder(source, n=N)
     other = pack(Folder(source=source).open(), tmp_path / "shards", 50, 1).folder
-    with pytest.raises(BadInput, match=r"stimulus 'stim\d+' is for .* in .*--new-split"):
+    with pytest.raises(BadInput, match=r"stimulus 'stim\d+' is in different splits .*--new-split"):
         Joined(source=(folder_a, other)).open()
     recording = Joined(source=(folder_a, other), new_split=True, val_fraction=0.2, test_fraction=0).open()
     assert recording.splits.count("val") == 6

@@ -73,7 +73,7 @@ BAD_MBS = {
     "in two": ("test/stimulus_ids", [b"im1003.png"] * 6, "'im1003.png' is in train and in test"),
     "ceilings": ("noise_ceilings/s1/V4", np.zeros(4), "4 values for 3 sites"),
     "floats": ("train/stimuli", np.zeros((21, 8, 8, 3)), r"expected uint8 \(21, height, width, 3\)"),
-    "soft link": ("train/neural_data/s1/V4", h5py.SoftLink("/test/neural_data/s1/V4"), "is a link to elsewhere"),
+    "soft link": ("train/neural_data/s1/V4", h5py.SoftLink("/test/neural_data/s1/V4"), "is a link; the data must"),
 }
 
 

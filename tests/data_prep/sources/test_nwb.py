@@ -61,7 +61,7 @@ def test_tables_and_columns_are_found_or_named(tmp_path):
     assert Nwb(**options | {"images": template}, stimulus_column="scene").open().stimulus_ids == recording.stimulus_ids
     stimuli = tmp_path / "stimuli"
     for bad, message in {
-        f"{stimuli}/{{name}}.png": "'name' is not known of stimulus .*scene",
+        f"{stimuli}/{{name}}.png": "'name' is not known for stimulus .*scene",
         f"{stimuli}/{{scene": "not a template",
         f"{stimuli}/{{scene.upper}}": "'scene.upper' is not known",
         str(tmp_path / "none" / "{scene}.png"): "neither a folder nor a zip",
