@@ -44,7 +44,7 @@ def assign_splits(n: int, fractions: Mapping[str, float], seed: int, groups: Seq
             room -= sizes[group]
     splits = [str(split) for split in split_of_group[group_of]]
     if "train" not in splits:
-        raise BadInput(f"fractions {dict(fractions)} leave none of the {n} stimuli ({len(sizes)} groups) to train on")
+        raise BadInput(f"split fractions {dict(fractions)} leave none of {n} stimuli ({len(sizes)} groups) to train on")
     return splits
 
 

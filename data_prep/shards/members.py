@@ -43,11 +43,6 @@ def key_and_kind(name: str) -> tuple[str, str] | None:
     return (key, kind) if kind in MEMBERS else None
 
 
-def is_sample(name: str) -> bool:
-    """False for a member that describes the tar and not a stimulus."""
-    return not _NOT_A_SAMPLE.match(name)
-
-
 def not_plain(tar: Path | str, name: str) -> BadInput:
     """The error for a member of a kind that is never decoded."""
     return BadInput(f"{tar}: {name}: not plain data ({', '.join(MEMBERS)})")
@@ -111,7 +106,7 @@ def _files(path: Path) -> Iterator[tuple[str, int, int]]:
         with _GuardedTar(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 _check_name(path, member.name)
-                if member.isdir() or not is_sample(member.name):
+                if member.isdir() or _NOT_A_SAMPLE.match(member.name):
                     continue
                 if not member.isreg() or member.issparse():
                     raise BadInput(f"{path}: {member.name}: a link, a device or a sparse file; pack it as a plain file")

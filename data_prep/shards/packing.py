@@ -40,7 +40,7 @@ def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) 
         BadInput: `out` exists, the recording contradicts itself, or one of its stimuli cannot be read.
         RunFailed: the disk is full, or a packing process was killed.
     """
-    check_recording(recording)
+    _check_recording(recording)
     with new_folder(out) as folder:
         packed = _write_shards(recording, folder, shard_jobs(recording.splits, stimuli_per_shard), workers)
         manifest = manifest_of(recording, packed)
@@ -51,7 +51,7 @@ def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) 
     return ShardFolder(out)
 
 
-def check_recording(recording: Recording) -> None:
+def _check_recording(recording: Recording) -> None:
     """Refuse a recording that contradicts itself.
 
     Raises:

@@ -8,7 +8,7 @@ import json
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -87,16 +87,13 @@ def _extents(members: dict[str, bytes], start: int, end: int) -> list[tuple[int,
 
 
 def _members_of(stimulus: Stimulus) -> dict[str, bytes]:
-    members = {stimulus.encoding: stimulus.image, "json": _json_bytes(stimulus.meta)}
+    facts = json.dumps(stimulus.meta, sort_keys=True, allow_nan=False)
+    members = {stimulus.encoding: stimulus.image, "json": facts.encode()}
     arrays = {"rates.npy": stimulus.rates, "trials.npy": stimulus.trials, "truth.npy": stimulus.truth}
     for kind, array in arrays.items():
         if array is not None:
             members[kind] = _npy_bytes(array)
     return members
-
-
-def _json_bytes(content: dict[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, allow_nan=False).encode()
 
 
 def _npy_bytes(array: np.ndarray) -> bytes:

@@ -198,7 +198,7 @@ INDEXES: dict[str, Case] = {
     "an id of two lines": (_set("train.stimulus_id", 0, "a\nb"), ("not printable",)),
     "an id in two splits": (
         with_index(lambda arrays: arrays["val.stimulus_id"].__setitem__(0, arrays["train.stimulus_id"][0])),
-        ("is in train and in val",),
+        ("is in both train and val",),
     ),
 }
 

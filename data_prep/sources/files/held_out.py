@@ -39,7 +39,7 @@ class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
         groups = None
         if self.group_by is not None:
             if any(self.group_by not in facts for facts in meta):
-                known = ", ".join(sorted(set.intersection(*(set(facts) for facts in meta)))) or "nothing"
+                known = ", ".join(sorted(set.intersection(*(set(facts) for facts in meta)))) or "none"
                 raise BadInput(
                     f"{path}: --group-by {self.group_by}: not known for every stimulus; known facts: {known}"
                 )

@@ -512,7 +512,7 @@ def set_in(document: dict, key: str, value) -> None:
         ("format_version", 2, "format_version"),
         ("format", "tables", "format"),
         ("sites", None, "sites"),
-        ("sites.0", {"region": "IT"}, "needs an id"),
+        ("sites.0", {"region": "IT"}, "needs its own id"),
         ("sites.0.id", "n3", "needs its own id"),
         ("classes", None, "classes"),
         ("image.width", 0, "image.width"),

@@ -136,7 +136,7 @@ def test_names_tell_the_split(tmp_path, names, splits):
     ("names", "words"),
     [
         (["train-0.tar", "more.tar"], "more.tar: its name contains no split"),
-        (["train-of-test.tar"], "several splits"),
+        (["train-of-test.tar"], "more than one split"),
         (["train.tar", "val.tar.gz"], "val.tar.gz is compressed"),
         (["pipe:touch hacked.tar"], "rename it to letters, digits"),
     ],
@@ -189,7 +189,7 @@ def test_other_tars_are_read_again(folder, change):
             np.savez(
                 folder / "index.npz", **{name: arrays[name] for name in arrays if name not in ("manifest", "tars")}
             )
-        with pytest.raises(BadInput, match=r"no manifest.json, so it is not a complete copy"):
+        with pytest.raises(BadInput, match=r"no manifest.json, so it is an incomplete copy"):
             ShardFolder(folder)
         return
     stimuli = {"rewritten": 11, "more": 15, "fewer": 8, "damaged index": 14}[change]
@@ -210,7 +210,7 @@ def test_a_folder_that_cannot_be_written_has_its_index_elsewhere_or_in_memory(fo
         notes = capfd.readouterr().err
         assert notes.count("note: ") == 1
         assert f"{folder} cannot be written (Read-only file system)" in notes
-        assert ("read again each time" if nowhere else f"kept as {tmp_path / 'cache'}") in notes
+        assert ("read again each time" if nowhere else f"kept in {tmp_path / 'cache'}") in notes
     rewrite(folder / "train-0.tar", lambda data: data.__setitem__(slice(None), bytes(len(data))))
     assert len(ShardFolder(folder).split("train")) == 14
     assert capfd.readouterr().err == ""
@@ -220,7 +220,7 @@ def test_a_folder_that_cannot_be_written_has_its_index_elsewhere_or_in_memory(fo
 def test_one_of_many_processes_reads_the_tars(folder, monkeypatch):
     read, start = [], threading.Barrier(4)
     monkeypatch.setattr(
-        foreign_tars, "_derive", lambda *given, derive=foreign_tars._derive: read.append(1) or derive(*given)
+        foreign_tars, "derive", lambda *given, derive=foreign_tars.derive: read.append(1) or derive(*given)
     )
 
     def open_it(_):
@@ -316,21 +316,25 @@ DAMAGE = {
     "no stimuli": (lambda folder: write_tar(folder / "train-1.tar", []), "train-1.tar", "contains no stimuli"),
     "no image": (changed(png=None), "train-1.tar: s10", "has no image"),
     "no responses": (changed(rates_npy=None), "train-1.tar: s10", "has no rates.npy"),
-    "another number of sites": (changed(rates_npy=npy(RATES[0, :4])), "train-1.tar: s10", "4 sites, others have 5"),
+    "another number of sites": (
+        changed(rates_npy=npy(RATES[0, :4])),
+        "train-1.tar: s10",
+        "4 sites, but earlier stimuli have 5",
+    ),
     "a table of responses": (changed(rates_npy=npy(RATES)), "train-1.tar: s10.rates.npy", "(sites,)"),
     "an infinite response": (changed(rates_npy=npy(np.float32([1, np.inf]))), "train-1.tar: s10", "infinite"),
     "objects": (changed(rates_npy=npy(np.array([{}] * 5), allow_pickle=True)), "train-1.tar: s10", "plain npy"),
     "a pickle": (changed(rates_npy=pickle.dumps([1.0] * 5)), "train-1.tar: s10.rates.npy", "plain npy"),
     "text": (changed(rates_npy=npy(np.array(["a"] * 5))), "train-1.tar: s10.rates.npy", "real numbers"),
     "a cut image": (changed(png=sample(10)["png"][:-20]), "train-1.tar: s10.png", "cut short"),
-    "a wrong name": (changed(png=encode(IMAGES[0], "jpg")), "train-1.tar: s10.png", "another format"),
+    "a wrong name": (changed(png=encode(IMAGES[0], "jpg")), "train-1.tar: s10.png", "is not that of its name"),
     "no JSON": (changed(json=b"{"), "train-1.tar: s10.json", "not readable as JSON"),
     "no JSON object": (changed(json=b"[1]"), "train-1.tar: s10.json", "JSON object"),
     "a class for one only": (changed(cls=b"3"), "train-0.tar: s00", "has no label"),
     "no class": (changed(cls=b"\xff"), "train-1.tar: s10.cls", "as text"),
     "a key twice": (also(*members_of({"s11": sample(11), "s10": sample(10)})), "train-1.tar: s10", "twice"),
     "a member twice": (also(("s10.png", sample(10)["png"])), "train-1.tar: s10", "has png twice"),
-    "a key in two tars": (also(*members_of({"s03": sample(3)})), "train-1.tar: s03", "train-0.tar too"),
+    "a key in two tars": (also(*members_of({"s03": sample(3)})), "train-1.tar: s03", "is also in train-0.tar"),
     "a pickle as a member": (also(("s10.pyd", pickle.dumps(1))), "train-1.tar: s10.pyd", "not plain data"),
     "a torch file": (also(("s10.pth", b"")), "train-1.tar: s10.pth", "not plain data"),
     "a name without an ending": (also(("README", b"")), "train-1.tar: README", "not plain data"),

@@ -246,7 +246,7 @@ BAD_FOLDERS = {
     "no group": (lambda f: None, {"group_by": "sesion"}, "no column 'sesion'.*session"),
     "no object": (lambda f: None, {"object_column": "synset"}, "no column 'synset'"),
     "empty object": (lambda f: edit_stimuli(f, object={0: ""}), {}, "line 2: .*'object' is empty"),
-    "no training": (lambda f: None, {"val_fraction": 0.5, "test_fraction": 0.5}, "none to train on"),
+    "no training": (lambda f: None, {"val_fraction": 0.5, "test_fraction": 0.5}, "leave none of 40 stimuli"),
     "window": (lambda f: None, {"window_ms": (170.0, 70.0)}, "--window-ms"),
     "no responses": (lambda f: (f / "rates.npy").unlink(), {}, "no responses.*--rates, --trials or --rasters"),
     "two rates": (lambda f: (f / "rates.csv").write_text("a\n1\n"), {}, r"rates\.npy and rates\.csv.*--rates"),

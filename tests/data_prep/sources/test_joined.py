@@ -123,7 +123,7 @@ def test_one_id_with_two_images_is_refused_and_nothing_is_left(parts, tmp_path):
 
 def test_objects_must_agree_and_one_folder_is_not_enough(parts, tmp_path):
     _, folder_a, _, _ = parts
-    with pytest.raises(BadInput, match="two shard folders or more"):
+    with pytest.raises(BadInput, match="at least two shard folders"):
         Joined(source=(folder_a,)).open()
     with pytest.raises(BadInput, match="--subjects: 1 names for 2 folders"):
         Joined(source=(folder_a, folder_a), subjects=("Ann",)).open()

@@ -40,7 +40,7 @@ def test_subjects_that_saw_other_stimuli(tmp_path):
 
 def test_images_may_lie_in_a_folder_or_another_file(tmp_path):
     written = make_mbs(tmp_path / "mbs.h5", with_images=False, val=True)
-    with pytest.raises(BadInput, match=r"no array of images called stimuli or .*--image-dataset.*--images"):
+    with pytest.raises(BadInput, match=r"no array of images named stimuli or .*--image-dataset.*--images"):
         MbsH5(source=tmp_path / "mbs.h5").open()
     write_images(tmp_path / "folder", written.ids, written.images)
     recording = MbsH5(source=tmp_path / "mbs.h5", images=tmp_path / "folder").open()
@@ -70,7 +70,7 @@ BAD_MBS = {
     "times": ("train/neural_data/s1/V4", np.zeros((21, 3, 80)), "plain numbers with 2 axes"),
     "objects": ("train/stimulus_ids", np.zeros(21, [("id", int)]), "expected strings or integers"),
     "no ids": ("test/stimulus_ids", None, "no dataset 'test/stimulus_ids'; test holds neural_data"),
-    "in two": ("test/stimulus_ids", [b"im1003.png"] * 6, "'im1003.png' is in train and in test"),
+    "in two": ("test/stimulus_ids", [b"im1003.png"] * 6, "'im1003.png' is in both train and test"),
     "ceilings": ("noise_ceilings/s1/V4", np.zeros(4), "4 values for 3 sites"),
     "floats": ("train/stimuli", np.zeros((21, 8, 8, 3)), r"expected uint8 \(21, height, width, 3\)"),
     "soft link": ("train/neural_data/s1/V4", h5py.SoftLink("/test/neural_data/s1/V4"), "is a link; the data must"),
