@@ -30,8 +30,6 @@ ROUNDING_WARNING = 0.1
 RANGE_TOLERANCE = 0.5
 PROBES = 4  # images per split that `open` checks
 
-_BLOCK_IMAGES = 16
-
 
 class ItH5(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """The EPFL course's IT recording, IT_data.h5."""
@@ -126,7 +124,7 @@ class ItH5Recording(Recording):
 
     def _blocks(self, file: h5py.File, indices: Sequence[int], first: dict[str, int]) -> Iterator[list[int]]:
         """Cut `indices` into runs of consecutive stimuli of one split that lie in one block of the file."""
-        length = {split: _block_length(hdf5.dataset(file, f"stimulus_{split}")) for split in first}
+        length = {split: hdf5.rows_at_once(hdf5.dataset(file, f"stimulus_{split}")) for split in first}
         block: list[int] = []
         for i in indices:
             split = self.splits[i]
@@ -178,14 +176,6 @@ def _to_uint8_steps(image: np.ndarray) -> np.ndarray:
     std = np.float32(255) * np.array(IMAGENET_STD, np.float32)[:, None, None]
     with np.errstate(over="ignore", invalid="ignore"):  # inf and NaN are reported by the caller
         return image.astype(np.float32) * std + mean
-
-
-def _block_length(images: h5py.Dataset) -> int:
-    """Number of images to read at once: whole chunks, so that none is decompressed twice, within a memory limit."""
-    image_bytes = max(1, images.dtype.itemsize * int(np.prod(images.shape[1:])))
-    chunk = images.chunks[0] if images.chunks else 1
-    length = chunk * -(-_BLOCK_IMAGES // chunk)
-    return max(1, min(length, hdf5.BLOCK_BYTES // image_bytes))
 
 
 def _probe_rounding_error(images: h5py.Dataset) -> float:

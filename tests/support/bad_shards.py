@@ -389,7 +389,7 @@ STRANGERS: dict[str, Case] = {
     "responses that are records": (_foreign(rates_npy=npy(np.zeros(5, "i4,f4"))), ("s1.rates.npy", "real numbers")),
     "responses of other sites": (_foreign(rates_npy=npy(np.zeros(9))), ("s1.rates.npy", "9 sites")),
     "a huge PNG": (_foreign(png=large_png(100_000)), ("s1.png", "megapixels")),
-    "a PNG that is a GIF": (_foreign(png=encode(IMAGES[0], "gif")), ("s1.png", "another format")),
+    "a PNG that is a GIF": (_foreign(png=encode(IMAGES[0], "gif")), ("s1.png", "is not that of its name")),
     "a program as an image": (_foreign(png=b"%!PS-Adobe\n"), ("s1.png", "readable image")),
     "pixels that are objects": (
         lambda kit: _named("s0.image.npy", npy(kit.objects(), allow_pickle=True))(kit),

@@ -319,7 +319,7 @@ DAMAGE = {
     "another number of sites": (
         changed(rates_npy=npy(RATES[0, :4])),
         "train-1.tar: s10",
-        "4 sites, but earlier stimuli have 5",
+        "earlier stimuli have 5",
     ),
     "a table of responses": (changed(rates_npy=npy(RATES)), "train-1.tar: s10.rates.npy", "(sites,)"),
     "an infinite response": (changed(rates_npy=npy(np.float32([1, np.inf]))), "train-1.tar: s10", "infinite"),

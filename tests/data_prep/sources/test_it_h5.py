@@ -10,6 +10,7 @@ from make_sources import make_it_h5, normalise
 from recordings import pixels, read_all
 
 from data_prep.common.errors import BadInput
+from data_prep.sources.files import hdf5
 from data_prep.sources.it_h5 import ROUNDING_WARNING, ItH5
 
 
@@ -66,6 +67,8 @@ def test_it_h5_reads_any_order(tmp_path):
 def test_it_h5_is_streamed_in_blocks(tmp_path, monkeypatch):
     make_it_h5(tmp_path / "it.h5", n_train=100)
     recording = ItH5(source=tmp_path / "it.h5").open()
+    with h5py.File(tmp_path / "it.h5") as file:
+        monkeypatch.setattr(hdf5, "BLOCK_BYTES", 16 * file["stimulus_train"][0].nbytes)
     rows = []
     plain = h5py.Dataset.__getitem__
 
