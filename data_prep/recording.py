@@ -1,6 +1,6 @@
-"""Recording: the one shape in which every source delivers images and responses.
+"""Recording: the common form in which all sources deliver images and responses.
 
-A source knows its own file format and nothing of shards; the packer knows `Recording` and nothing of file formats.
+A source knows its file format but not the shards; the packer knows `Recording` but no file formats.
 """
 
 from abc import ABC, abstractmethod
@@ -21,10 +21,10 @@ class Stimulus:
         id: unique in the recording; letters, digits, `_` and `-` only (it becomes a file name inside a tar).
         image: the encoded image; the source's own bytes wherever it has an encoded file.
         encoding: "jpg", "png", or "image.npy" for raw pixels, uint8 (H, W, 3).
-        rates: float32 (sites,), trial-averaged responses; NaN = not recorded; None where the split has no responses.
+        rates: float32 (sites,), trial-averaged responses; NaN = not recorded; None if the split has no responses.
         trials: float32 (repetitions, sites), single-trial responses padded with NaN; None without single trials.
         truth: float32 (sites,), the noise-free mean rates; known for simulated recordings only.
-        meta: JSON-able facts about the stimulus; `object` and `category` where they are known.
+        meta: JSON-able facts about the stimulus; `object` and `category` if known.
     """
 
     id: str
@@ -46,16 +46,16 @@ class Recording(ABC):
         name: short name, e.g. "majaj2015".
         provenance: JSON-able; where the recording comes from, how it was processed, warnings about it.
         simulated: True if no brain was recorded.
-        sites: one dict per site, each with at least `id`; `region`, `subject` ... where known.
-        response_window_ms: (start, end) after stimulus onset; None where the source does not say.
-        units: of the rates, e.g. "spikes/s", or "as recorded" where the source does not say.
+        sites: one dict per site, each with at least `id`; `region`, `subject` ... if known.
+        response_window_ms: (start, end) after stimulus onset; None if unknown.
+        units: of the rates, e.g. "spikes/s", or "as recorded" if unknown.
         stimulus_ids: all ids, in the source's order.
         splits: one of `SPLITS` per stimulus.
-        objects: the object shown, per stimulus; None where the source has no labels.
+        objects: the object shown, per stimulus; None if the source has no labels.
         group_by: the fact in `meta` whose groups each stay within one split; None if there is none.
         truth: facts known only for a simulation, e.g. `{"reliability": [...]}` per site.
         meta: per stimulus, the part of `Stimulus.meta` that is known before the stimulus is read; None if nothing is.
-        split_has_responses: per split, whether its stimuli have responses; None where all have.
+        split_has_responses: per split, whether its stimuli have responses; None if all do.
     """
 
     name: str
@@ -77,7 +77,7 @@ class Recording(ABC):
         """Yield the stimuli at `indices` (positions in `stimulus_ids`), in that order, without holding them all."""
 
     def known_meta(self, index: int) -> dict[str, Any]:
-        """What is known of a stimulus before it is read."""
+        """The facts about a stimulus that are known before it is read."""
         return {} if self.meta is None else self.meta[index]
 
     def has_responses(self, index: int) -> bool:

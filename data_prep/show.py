@@ -1,4 +1,4 @@
-"""Print what a shard folder contains, verify it, and draw a contact sheet of its images.
+"""Print a summary of a shard folder, verify it, and draw a contact sheet of its images.
 
 python data_prep/show.py DIR [--index] [--verify] [--contact-sheet PNG]
 python data_prep/show.py URL [--verify] [--contact-sheet PNG] [--shard-cache DIR]
@@ -20,7 +20,7 @@ EXAMPLES = (
 
 
 class Show(BaseModel):
-    """Print what a shard folder contains, and draw a contact sheet of its images."""
+    """Print a summary of a shard folder, and draw a contact sheet of its images."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 

@@ -185,7 +185,7 @@ class Download:
     Attributes:
         request: requests it.
         part: receives it, from where an earlier download ended.
-        fault: returns what is wrong with a complete download, None if nothing.
+        fault: returns the fault of a complete download, None if it is right.
         retries: when to try again.
         size: of the whole file in bytes, if known.
         report: called with the reason for each retry.

@@ -68,7 +68,7 @@ class PublicFiles:
 
         Raises:
             BadInput: it cannot be written there, or another file of that name exists.
-            RunFailed: it cannot be downloaded; what has arrived is kept for the next attempt.
+            RunFailed: it cannot be downloaded; the part that arrived is kept for the next attempt.
         """
         target = folder / file.path
         if target.exists():

@@ -18,8 +18,8 @@ SIGNED = "SPIKETUNE_SIGNED_URL"
 class FolderUrl:
     """The URL of a shard folder.
 
-    A user and a password before the host and everything after a `?` (a signature, say) belong to every file's URL and
-    are hidden wherever the URL is shown or written; `str` gives the URL without them.
+    A user and a password before the host, and everything after a `?` such as a signature, belong to every file's URL.
+    They are hidden wherever the URL is shown or written; `str` gives the URL without them.
 
     Args:
         text: as given by the user.

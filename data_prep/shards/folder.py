@@ -1,6 +1,6 @@
 """Opening, reading and verifying a shard folder.
 
-A shard is a plain WebDataset tar. Beside the tars lies `index.npz` (data_prep/shards/index.py), so any stimulus can be
+A shard is a plain WebDataset tar. With the `index.npz` beside the tars (data_prep/shards/index.py), any stimulus can be
 read without scanning.
 """
 
@@ -92,7 +92,7 @@ class ShardFolder:
                         raise WrongBytes
                 tar_index = index_shard(path)
         except WrongBytes:
-            return "its bytes are not those that were packed (sha256 differs)"
+            return "its bytes are not those that were packed (its sha256 differs)"
         return None if self._index[split].describes(number, tar_index) else "index.npz does not describe it"
 
 

@@ -267,8 +267,8 @@ def parse_manifest(content: bytes, path: Path | str) -> Manifest:
     _check_lengths(manifest, path)
     if manifest.checksum not in (None, _checksum(fields)):
         raise BadInput(
-            f"{path}: its content is not what was written (the checksum differs); copy it again, or, if you edited it "
-            "by hand, remove the line with the checksum"
+            f"{path} is damaged or was edited (its checksum differs); copy it again, or, if you edited it, remove the "
+            "line with the checksum"
         )
     return manifest
 

@@ -183,7 +183,7 @@ def read_array(data: bytes | memoryview, location: str) -> np.ndarray:
     with np.errstate(over="ignore"):
         array = array.astype(np.float32, copy=False)
     if np.isinf(array).any():
-        raise BadInput(f"{location} contains an infinite value; NaN stands for what was not recorded")
+        raise BadInput(f"{location} contains an infinite value; use NaN for missing responses")
     return array
 
 

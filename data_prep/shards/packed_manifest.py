@@ -63,7 +63,7 @@ class StimulusNotes:
         if array.ndim != dimensions or array.shape[-1] != self._sites:
             raise BadInput(f"{stimulus_id}: {name} of shape {array.shape} do not fit {self._sites} sites")
         if np.isinf(array).any():
-            raise BadInput(f"{stimulus_id}: {name} contain an infinite value; NaN stands for what was not recorded")
+            raise BadInput(f"{stimulus_id}: {name} contain an infinite value; use NaN for missing responses")
 
     def rates(self) -> np.ndarray | None:
         """float32 (stimuli, sites), or None where no stimulus of the shard has responses."""

@@ -152,7 +152,7 @@ def _watch(futures: list[Future[PackedShard]], counter: "Synchronized[int]", pro
     while pending:
         done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
         for future in done:
-            future.result()  # raises what the process raised
+            future.result()  # raises the exception of the process
         progress.advance(counter.value - progress.done)
 
 

@@ -111,4 +111,4 @@ def _check(table: ResponseTable, location: str, manifest: Manifest, split: str) 
     if not matches:
         raise BadInput(f"{location}: does not have the stimuli of manifest.json; pack the recording again")
     if table.rates is not None and np.isinf(table.rates).any():
-        raise BadInput(f"{location}: contains an infinite rate; NaN stands for what was not recorded")
+        raise BadInput(f"{location}: contains an infinite rate; use NaN for missing responses")
