@@ -183,7 +183,7 @@ def _check(name: str, index: SplitIndex, split: Split, members: int) -> None:
     if index.crc32 is not None:
         _check_array(f"{name}: crc32", index.crc32, "u", per_member)
     if index.shard.min() < 0 or index.shard.max() >= len(split.shards) or (np.diff(index.shard) < 0).any():
-        raise ValueError(f"{name}: shard does not number the {len(split.shards)} shards in order")
+        raise ValueError(f"{name}: shard must ascend from 0 to {len(split.shards) - 1}")
     counts = np.bincount(index.shard, minlength=len(split.shards)).tolist()
     if counts != [shard.stimuli for shard in split.shards]:
         raise ValueError(f"{name}: it does not list the stimuli that manifest.json counts in each shard")

@@ -69,7 +69,7 @@ RECIPES: dict[str, Case] = {
     "two megabytes": (_recipe("# " + "x" * 2**21), ("recipe.yaml", "2,097,154 bytes")),
     "no text": (_recipe(b"\xff\xfe\x00"), ("recipe.yaml", "YAML")),
     "a list": (_recipe("[1, 2]"), ("recipe.yaml", "list")),
-    "a pipe": (_piped, ("recipe.yaml", "no regular file")),
+    "a pipe": (_piped, ("recipe.yaml", "not a regular file")),
     "an unknown key": (_recipe("optimizer: {lrr: 1}"), ("optimizer.lrr", "did you mean lr?")),
     "a value of megabytes": (_recipe(f"epochs: {'x' * 100_000}"), ("epochs", "...")),
     "no such file": (lambda kit: [FINETUNE, "no.yaml", "--data", "x", "--out", "out"], ("no.yaml: no such recipe",)),
@@ -288,7 +288,7 @@ RUNS: dict[str, Case] = {
         _run(lambda run, kit: edit(run / "env.json", lambda env: env.update(data=f"pipe:touch {kit.canary}"))),
         ("pipe:touch",),
     ),
-    "no checkpoint": (_run(lambda run, _: shutil.rmtree(run / "checkpoints")), ("no checkpoint",)),
+    "no checkpoint": (_run(lambda run, _: shutil.rmtree(run / "checkpoints")), ("is not a checkpoint",)),
     "a checkpoint elsewhere": (_run(_best_leads("/etc")), ("best leads to /etc",)),
     "a checkpoint above": (_run(_best_leads("../../x")), ("best leads to ../../x",)),
     "a log that leads elsewhere": (_run(_linked("log.txt"), command=FINETUNE), ("log.txt is a link",)),
@@ -362,7 +362,7 @@ RUNS: dict[str, Case] = {
             *("--out", "out", "--format", "mat"),
             command=EXPORT,
         ),
-        ("predictions.npz", "cannot be read"),
+        ("predictions.npz", "Python objects"),
     ),
     "predictions that lack sites": (
         _run(

@@ -70,7 +70,7 @@ MANIFESTS: dict[str, Case] = {
     "of an unknown split": (with_manifest(splits__holdout={}), ("holdout",)),
     "of another version": (with_manifest(format_version=9), ("format_version",)),
     "an unknown field": (with_manifest(command="touch x"), ("command",)),
-    "classes of one name": (with_manifest(classes__1="apple", classes__0="apple"), ("classes", "one name")),
+    "classes of one name": (with_manifest(classes__1="apple", classes__0="apple"), ("classes", "same name")),
     "sites without an id": (with_manifest(sites__0={}), ("its own id",)),
     "sites of one id": (with_manifest(sites__0__id="site_001"), ("its own id",)),
     "a site that steers the terminal": (with_manifest(sites__0__id="\x1b[2J"), ("sites", "not printable")),
@@ -78,7 +78,7 @@ MANIFESTS: dict[str, Case] = {
     "a class of two lines": (with_manifest(classes__0="a\nb"), ("classes.0", "printable")),
     "too few means": (with_manifest(rates__mean=[1.0]), ("rates.mean has 1 values",)),
     "a negative deviation": (with_manifest(rates__std__0=-1.0), ("rates.std.0",)),
-    "a mean without a deviation": (with_manifest(rates__std__0=None), ("a mean and no std",)),
+    "a mean without a deviation": (with_manifest(rates__std__0=None), ("a mean but no std",)),
     "a reliability above one": (with_manifest(ceiling__reliability__0=7.0), ("ceiling.reliability.0",)),
     "too few intervals": (with_manifest(ceiling__ci95=[]), ("ceiling.ci95 has 0 values",)),
     "an interval of one number": (with_manifest(ceiling__mean_ci95=[0.5]), ("ceiling.mean_ci95",)),
@@ -173,7 +173,7 @@ INDEXES: dict[str, Case] = {
         ("index.npz cannot be read", "compressed"),
     ),
     "entries over each other": (with_index_file(_overlapping), ("index.npz cannot be read", "claim")),
-    "two arrays of a name": (with_index_file(_two_of_a_name), ("index.npz cannot be read", "one name")),
+    "two arrays of a name": (with_index_file(_two_of_a_name), ("index.npz cannot be read", "same name")),
     "a claim": (with_index_file(_of_member(claiming("(1000000000000,)"))), ("claims 4,000,000,000,000 bytes",)),
     "a claim beyond all numbers": (with_index_file(_of_member(claiming(f"({10**30}, {10**30})"))), ("claims",)),
     "a negative claim": (with_index_file(_of_member(claiming("(-1,)"))), ("claims the shape (-1,)",)),
@@ -188,9 +188,9 @@ INDEXES: dict[str, Case] = {
     "beyond the end of the shard": (_set("train.offset", (0, 0), 10**12), ("train", "beyond the end")),
     "beyond all numbers": (_set("train.size", (0, 1), 2**63 - 1), ("train", "beyond the end")),
     "of negative size": (_set("train.size", (0, 1), -5), ("train", "beyond the end")),
-    "of a shard that is not": (_set("train.shard", -1, 10**9), ("train", "count the 2 shards")),
-    "of a negative shard": (_set("train.shard", 0, -1), ("train", "count the 2 shards")),
-    "shards in disorder": (_replace("train.shard", lambda old: old[::-1]), ("train", "in their order")),
+    "of a shard that is not": (_set("train.shard", -1, 10**9), ("train", "must ascend from 0 to 1")),
+    "of a negative shard": (_set("train.shard", 0, -1), ("train", "must ascend from 0 to 1")),
+    "shards in disorder": (_replace("train.shard", lambda old: old[::-1]), ("train", "must ascend from 0 to 1")),
     "shards as floats": (_replace("train.shard", lambda old: old.astype(float)), ("train", "shard is float64")),
     "too short": (_replace("train.stimulus_id", lambda old: old[:-1]), ("train", "manifest.json counts")),
     "ids as numbers": (_replace("train.stimulus_id", lambda old: np.arange(len(old))), ("stimulus_id is int64",)),
@@ -277,7 +277,7 @@ TARS: dict[str, Case] = {
     "a bit of a response flipped, evaluated": (_tar(_flip_in("rates.npy"), EVALUATE), (FIRST, "checksum")),
     "a bit of a fact flipped": (_tar(_flip_in("json")), (FIRST, ".json", "checksum")),
     "responses exchanged": (_tar(_exchanged, FINETUNE), (FIRST, ".rates.npy", "checksum")),
-    "sites in another order": (_reversed_sites, ("site", "not the one the network was trained for")),
+    "sites in another order": (_reversed_sites, ("site", "differs from the one the network was trained for")),
     "responses that are objects": (
         _member("rates.npy", claiming("(1,)", "|O", b"\x80\x04N.")),
         (".rates.npy", "Python objects"),
@@ -439,7 +439,7 @@ def _copy_of_index_only(kit: Kit) -> list:
     return [SHOW, folder]
 
 
-STRANGERS["a pack without its manifest"] = (_copy_of_index_only, ("no manifest.json", "not a whole copy"))
+STRANGERS["a pack without its manifest"] = (_copy_of_index_only, ("no manifest.json", "an incomplete copy"))
 TARS["damaged, and indexed as if it were not"] = (
     lambda kit: [SHOW, (lambda folder: (_flip_in("png")(folder), folder)[1])(kit.shards()), "--index"],
     (FIRST, "sha256 differs"),
