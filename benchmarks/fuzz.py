@@ -38,7 +38,7 @@ from safetensors.torch import save
 
 from data_prep.common.errors import BadInput
 from data_prep.common.image_decoding import convert_to_png, image_size, raw_pixels
-from data_prep.shards.foreign_tars import _read_tar
+from data_prep.shards.derived_manifest import read_tar
 from data_prep.shards.index import load_index
 from data_prep.shards.manifest import Manifest, parse_manifest
 from data_prep.shards.members import read_array, read_json
@@ -191,7 +191,7 @@ def targets(folder: Path) -> dict[str, Target]:
             [(shards / "targets.npz").read_bytes(), _npz(a=objects), code],
         ),
         "tar": Target(
-            in_file("a.tar", lambda path: _read_tar(scratch, path)),
+            in_file("a.tar", lambda path: read_tar(scratch, path)),
             [path.read_bytes() for path in sorted(shards.glob("*.tar"))[:2]],
         ),
         "npy": Target(array, [_npy(np.zeros((2, 3), np.float32)), _npy(np.zeros((4, 4, 3), np.uint8)), _npy(objects)]),

@@ -63,7 +63,12 @@ class _Tar:
 _Splits = dict[str, list[_Tar]]
 
 
-def _read_tar(folder: Path, path: Path) -> _Tar:
+def read_tar(folder: Path, path: Path) -> _Tar:
+    """Read one tar of a folder and check its stimuli.
+
+    Raises:
+        BadInput: it is damaged or contains anything but stimuli, naming the tar and the key.
+    """
     file = path.relative_to(folder).as_posix()
     keys, extents = member_table(path)
     if not keys:
@@ -128,7 +133,7 @@ def derive(folder: Path, tars: dict[str, list[Path]]) -> Derived:
     with Progress(sum(map(len, tars.values())), f"indexing {folder}", "tars") as progress:
         for split, paths in tars.items():
             for path in paths:
-                splits.setdefault(split, []).append(_read_tar(folder, path))
+                splits.setdefault(split, []).append(read_tar(folder, path))
                 progress.advance()
     rates: dict[str, np.ndarray] = {}
     for split, split_tars in splits.items():
