@@ -4,10 +4,10 @@
 #     launch/local.sh [-n N] [--max-restarts R] train/finetune.py ...
 #
 #   -n N               number of processes; default: one per GPU, or one without GPUs
-#   --max-restarts R   maximum number of restarts: when a process has died, all start again, and the run goes on from its
-#                      last checkpoint
+#   --max-restarts R   maximum number of restarts: when a process has died, all restart, and the run resumes from its last
+#                      checkpoint
 #   OMP_NUM_THREADS    threads per CPU process; default: the cores divided evenly
-#   PYTHON             the interpreter; default: that of .venv if there is one
-#   SPIKETUNE_JOB      name of this job: the same command started again under the same name continues its own run
+#   PYTHON             the interpreter; default: that of .venv if it exists
+#   SPIKETUNE_JOB      name of this job: the same command restarted under the same name resumes its own run
 source "$(dirname "${BASH_SOURCE[0]}")/interpreter.sh"
 exec "$python" "$here/processes.py" local "$@"

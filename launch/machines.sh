@@ -4,10 +4,10 @@
 #     launch/machines.sh --host ADDRESS[:PORT] --machines N --job NAME [-n N] [--max-restarts R] train/finetune.py ...
 #
 #   --host ADDRESS     name or address of one of the machines, where all meet; default port: 29400
-#   --machines N       number of machines; MIN:MAX goes on when some are lost, down to MIN
-#   --job NAME         any name, the same on all machines; started again under it, the job continues its own run
+#   --machines N       number of machines; MIN:MAX continues when machines are lost, down to MIN
+#   --job NAME         any name, the same on all machines; restarted under it, the job resumes its own run
 #   -n N               number of processes on this machine; default: one per GPU, or one without GPUs
-#   --max-restarts R   maximum number of restarts: when a process or a machine has died, all that are left start again
+#   --max-restarts R   maximum number of restarts: when a process or a machine has died, the rest restart
 #   --join-seconds S   how long to wait for the other machines; default: 600
 #   OMP_NUM_THREADS, PYTHON    see launch/local.sh
 #   GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME    the network device; default: the one that leads to ADDRESS

@@ -29,8 +29,8 @@ BAD_INPUT, STOPPED = 2, 75  # exit codes of data_prep/common/errors.py, after wh
 PORT = 29400
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # passed on to the processes
 GRACE_SECONDS = 600  # to save after a signal; clusters kill earlier than that
-GRACE_AFTER_DEATH_SECONDS = 5  # when another process has died; there is nothing to save then
-HANG_SECONDS = 300  # without CPU time, after other processes have ended well: no time-out would end it then
+GRACE_AFTER_DEATH_SECONDS = 5  # when another process has died; then there is nothing to save
+HANG_SECONDS = 300  # without CPU time, after other processes have succeeded: no time-out would end it then
 
 
 def gpu_count() -> int:
@@ -45,7 +45,7 @@ def gpu_count() -> int:
 
 
 def environment(processes: int, gpus: int) -> dict[str, str]:
-    """Environment variables for the processes; those that are set already keep their values."""
+    """Environment variables for the processes; variables that are already set keep their values."""
     settings = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
     if not gpus:
         cores = len(os.sched_getaffinity(0))
@@ -61,7 +61,7 @@ def network_options(host: str, machines: str, job: str, join_seconds: int) -> li
 
     Args:
         host: its name or address, with or without a port.
-        machines: "N", or "MIN:MAX" to go on when some are lost.
+        machines: "N", or "MIN:MAX" to continue when machines are lost.
         job: a name, the same on all machines.
         join_seconds: how long to wait for enough machines.
     """
@@ -107,13 +107,13 @@ def set_network_device(address: str) -> None:
 
 
 class HangDetector:
-    """Finds processes that hang at their end: others have ended well, so none is left to notice."""
+    """Finds processes that hang at the end of a run, when the others have succeeded and cannot notice."""
 
     def __init__(self):
-        self._last_progress: dict[int, tuple[float, float]] = {}  # by process, its CPU time and when that changed
+        self._last_progress: dict[int, tuple[float, float]] = {}  # by process id: CPU time, and when that last changed
 
     def hanging(self, processes: list[subprocess.Popen]) -> list[subprocess.Popen]:
-        """The processes that have used no CPU time for long, though another one has ended well."""
+        """The processes that have used no CPU time for long, although another one has succeeded."""
         import psutil
 
         if not any(process.poll() == 0 for process in processes):
@@ -134,7 +134,7 @@ class HangDetector:
 def agent_class(exit_codes: list[int]) -> type:
     """torchrun's agent for the processes of this machine, which knows when a restart would not help.
 
-    What it uses of torchrun is private, see docs/private_apis.md.
+    It relies on private parts of torchrun, see docs/private_apis.md.
 
     Args:
         exit_codes: the agent adds the exit codes of processes that it has shut down.
@@ -155,7 +155,7 @@ def agent_class(exit_codes: list[int]) -> type:
         def _monitor_workers(self, worker_group):
             processes = [handler.proc for handler in self._pcontext.subprocess_handlers.values()]
             for process in hang_detector.hanging(processes):
-                print(f"process {process.pid} hangs while others are done; killing it", file=sys.stderr, flush=True)
+                print(f"process {process.pid} hangs after others have ended; killing it", file=sys.stderr, flush=True)
                 process.kill()
             result = super()._monitor_workers(worker_group)
             failed = {rank: failure.exitcode for rank, failure in result.failures.items()}
@@ -193,7 +193,7 @@ def launch(torchrun_options: list[str], max_restarts: int, command: list[str]) -
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.run import parse_args, run
 
-    # Otherwise restarted processes share the store of those that died, and find their addresses there.
+    # Otherwise restarted processes share the store of those that died, and read their old addresses.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it reports each failure once more
     exit_codes: list[int] = []  # of processes that were shut down after a signal
@@ -246,7 +246,7 @@ def command_parser(launcher: str) -> argparse.ArgumentParser:
             "--machines",
             required=True,
             metavar="N|MIN:MAX",
-            help="number of machines; MIN:MAX goes on when some are lost, down to MIN",
+            help="number of machines; MIN:MAX continues when machines are lost, down to MIN",
         )
         parser.add_argument("--job", required=True, metavar="NAME", help="any name, the same on all machines")
         parser.add_argument(
@@ -277,7 +277,7 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, processe
         with contextlib.suppress(OSError):
             socket.gethostbyname(options.host.partition(":")[0])
             return
-        parser.error(f"--host {options.host}: no machine has this name")
+        parser.error(f"--host {options.host}: this name cannot be resolved")
 
 
 def main() -> int:

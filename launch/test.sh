@@ -7,7 +7,7 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-# COMMAND PACKAGE...: install the packages unless the command is there.
+# COMMAND PACKAGE...: install the packages unless the command exists.
 install_unless() {
     command -v "$1" >/dev/null || { apt-get update -q && apt-get install -y -q "${@:2}"; }
 }

@@ -30,9 +30,9 @@ class Finetune(Recipe):
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...); several train one
     backbone on several recordings, with a readout for each."""
     out: Path
-    """Run folder to make."""
+    """Run folder to create."""
     resume: bool = False
-    """Go on with the run in --out from its last checkpoint; a job that is started again (SPIKETUNE_JOB) does so."""
+    """Resume the run in --out from its last checkpoint; a job that is restarted (SPIKETUNE_JOB) does so by itself."""
 
 
 def parse_command_line(words: list[str]) -> tuple[Finetune, Recipe]:

@@ -21,7 +21,7 @@ def parse_command_line(words: list[str]) -> tuple[Plan, Recipe]:
     """The options, and the recipe in them.
 
     Raises:
-        BadInput: anything in it that is unknown, out of bounds or contradictory.
+        BadInput: an option is unknown, out of bounds, or contradicts another.
     """
     options, recipe = parse_with_recipe(Plan, Recipe, words, EXAMPLES)
     if options.gpus % options.machines:

@@ -29,7 +29,7 @@ class Probe(ProbeRecipe):
     out: Path
     """Run folder to create."""
     split: Annotated[Literal["val", "test", "cv"], OFTEN_CHANGED] = "val"
-    """Stimuli to score: of a split, by a regression on train; or all (cv), each fold by a regression on the others."""
+    """Stimuli to score: a split, by a regression on train; or all (cv), each fold by a regression on the others."""
     scratch: Path | None = None
     """Folder for activations while the probe runs; a subfolder of the run folder by default."""
     resume: bool = False

@@ -24,7 +24,7 @@ class Report(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     runs: Annotated[list[Path], tyro.conf.Positional] = Field(min_length=1)
-    """Folders of train/finetune.py, train/probe.py and train/sweep.py; of a search its best trial is compared."""
+    """Folders made by train/finetune.py, train/probe.py and train/sweep.py; a search stands for its best trial."""
     out: Path
     """Folder for report.html, table.md, table.csv and figures/."""
     split: Literal["train", "val", "test", "cv"] = "val"

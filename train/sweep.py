@@ -2,7 +2,7 @@
 
 python train/sweep.py SWEEP.yaml --data DIR --out SWEEP_DIR [--processes N]
 
-The same command again, on this machine or another one, joins the search.
+Run the same command again, on this machine or another one, to join the search.
 """
 
 from pathlib import Path
@@ -23,19 +23,19 @@ EXAMPLES = (
 class SweepCommand(BaseModel):
     """Search over recipes: a grid, or points that TPE samples.
 
-    The same command again, on this machine or on another one that shares the folder, joins the search.
+    Run the same command again, on this machine or another one that shares the folder, to join the search.
     """
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     sweep: tyro.conf.Positional[Path]
-    """What is searched (SWEEP.yaml), see docs/sweeps.md."""
+    """File that defines the search (SWEEP.yaml), see docs/sweeps.md."""
     data: FolderLocation
     """Shard folder made by data_prep/pack.py, or its URL (https://, s3://, gs://, hf://, ...)."""
     out: Path
-    """Folder of the search, to make or to join."""
+    """Folder of the search to create or join."""
     processes: int | None = Field(None, ge=1, le=1024)
-    """Processes per trial; by default one per GPU, or one where there is none."""
+    """Processes per trial; by default one per GPU, or one without GPUs."""
 
 
 def main() -> None:

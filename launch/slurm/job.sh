@@ -5,8 +5,8 @@
 #
 #   PROCESSES        processes per node; default: one per GPU, or one without GPUs
 #   MAX_RESTARTS     maximum number of restarts after a process or a node has died; default: 3
-#   MIN_NODES        fewest nodes to go on with when others are lost (needs sbatch --no-kill); default: all of them
-#   REQUEUE          whether a job that was stopped queues again and goes on; default: 1; 0 lets it end
+#   MIN_NODES        minimum number of nodes to continue with when others are lost (needs sbatch --no-kill); default: all
+#   REQUEUE          whether a stopped job is requeued and resumes; default: 1; 0 lets it end
 #   PYTHON           the interpreter; default: that of .venv
 set -euo pipefail
 
@@ -46,7 +46,7 @@ wait_for() {
 end_with() {
     if [ "$1" = 75 ] || { [ -n "$stopping" ] && [ "$1" != 0 ] && [ "$1" != 2 ]; }; then
         if [ "${REQUEUE:-1}" = 1 ]; then
-            echo "stopped before the end; queueing again"
+            echo "stopped before the end; requeueing"
             scontrol requeue "$SLURM_JOB_ID"
         fi
     fi

@@ -289,8 +289,8 @@ RUNS: dict[str, Case] = {
         ("pipe:touch",),
     ),
     "no checkpoint": (_run(lambda run, _: shutil.rmtree(run / "checkpoints")), ("is not a checkpoint",)),
-    "a checkpoint elsewhere": (_run(_best_leads("/etc")), ("best leads to /etc",)),
-    "a checkpoint above": (_run(_best_leads("../../x")), ("best leads to ../../x",)),
+    "a checkpoint elsewhere": (_run(_best_leads("/etc")), ("best points to /etc",)),
+    "a checkpoint above": (_run(_best_leads("../../x")), ("best points to ../../x",)),
     "a log that leads elsewhere": (_run(_linked("log.txt"), command=FINETUNE), ("log.txt is a link",)),
     "a history that leads elsewhere": (_run(_linked("history.jsonl"), command=FINETUNE), ("history.jsonl is a link",)),
     "charts that lead elsewhere": (_run(_linked("tensorboard")), ("tensorboard is a link",)),
@@ -302,13 +302,13 @@ RUNS: dict[str, Case] = {
     "images of a million pixels": (_run(_progress(image_size=10**6)), ("progress.json", "image_size")),
     "sites in another order": (
         _run(_progress(site_ids=["site_001", "site_000", "site_002", "site_003"])),
-        ("site list", "'site_001' is 'site_000'"),
+        ("site list", "'site_000' instead of 'site_001'"),
     ),
     "sites in another order, resumed": (
         _run(_progress(site_ids=["site_001", "site_000", "site_002", "site_003"]), command=FINETUNE),
-        ("site list", "'site_001' is 'site_000'"),
+        ("site list", "'site_000' instead of 'site_001'"),
     ),
-    "fewer sites": (_run(_progress(site_ids=["site_000"])), ("site list", "1 of them, not 4")),
+    "fewer sites": (_run(_progress(site_ids=["site_000"])), ("site list", "4 instead of 1")),
     "other classes": (_run(_progress(classes=["a", "b", "c", "d"])), ("class list",)),
     "sums that are a list": (_run(lambda run, _: (run / _SUMS).write_text("[]"), resealed=False), ("sha256.json",)),
     "sums of files elsewhere": (

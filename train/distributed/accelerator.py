@@ -1,4 +1,4 @@
-"""Start Accelerate and DeepSpeed, and make sure that they join the processes that the launcher started."""
+"""Starts Accelerate and DeepSpeed, and checks that they join all the processes that the launcher started."""
 
 import logging
 import os
@@ -30,7 +30,9 @@ def check_launcher(precision: str) -> None:
     """
     launcher = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if launcher not in ("no", precision):
-        raise BadInput(f"the launcher was told --mixed_precision {launcher}, the recipe says precision: {precision}")
+        raise BadInput(
+            f"the launcher has --mixed_precision {launcher}, but the recipe has precision: {precision}; leave it at no"
+        )
     gpus = torch.cuda.device_count()
     if 0 < gpus < ranks_on_machine() and not cpu_requested():
         raise BadInput(
@@ -47,7 +49,7 @@ def start_accelerator(deepspeed: DeepSpeedConfig | None, timeout: float) -> Acce
         timeout: seconds that the processes wait for each other.
 
     Raises:
-        RuntimeError: not as many processes were joined as were started, or under another strategy.
+        RuntimeError: not all processes were joined, or they were joined under another strategy.
     """
     started = world_size()
     cpu = not uses_gpu()
@@ -61,7 +63,7 @@ def start_accelerator(deepspeed: DeepSpeedConfig | None, timeout: float) -> Acce
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
         expected_types = [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
         if started == 1:
-            expected_types.append(DistributedType.NO)  # or one of the above, if a launcher started the one process
+            expected_types.append(DistributedType.NO)  # or one of the above, if a launcher started this single process
     else:
         accelerator = _deepspeed_accelerator(deepspeed, cpu, handlers)
         expected_types = [DistributedType.DEEPSPEED]
@@ -74,18 +76,18 @@ def start_accelerator(deepspeed: DeepSpeedConfig | None, timeout: float) -> Acce
 
 
 def _deepspeed_accelerator(config: DeepSpeedConfig, cpu: bool, handlers: list[Any]) -> Accelerator:
-    # DeepSpeed looks for ninja on PATH, where a virtual environment that was not activated is missing.
+    # DeepSpeed looks for ninja on PATH, which lacks the virtual environment unless that is activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:  # one process alone
+    if "MASTER_PORT" not in os.environ:  # a single process without a launcher
         os.environ["MASTER_PORT"] = str(_free_port())
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed
 
     deepspeed.utils.logger.setLevel(logging.ERROR)  # it warns about NAdam and SGD at every start
-    # Inference alone needs it, and compiling it takes a minute.
+    # Only inference needs it, and compiling it takes a minute.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # With it set, accelerate silently drops DeepSpeed for DDP.
     os.environ.pop("ACCELERATE_USE_CPU", None)

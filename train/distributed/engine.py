@@ -55,7 +55,7 @@ class Engine:
         self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=scales_loss)
 
     def compile(self) -> None:
-        """Let torch compile the network for training; scoring stays as it is, so that scores do not depend on it."""
+        """Let torch compile the network for training; scoring is not compiled, so that scores do not depend on it."""
         self._training_forward = torch.compile(self._wrapped, dynamic=False)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -106,7 +106,7 @@ class Engine:
 
     def _gradient_is_not_finite(self) -> torch.Tensor:
         non_finite = torch.zeros((), device=self.runtime.device)
-        # What GradScaler uses: one pass over all gradients. On a CPU a norm of each takes thirty times as long.
+        # As in GradScaler: one pass over all gradients. On a CPU a norm of each takes thirty times as long.
         torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), non_finite, self._scale_of_one)
         return non_finite.bool()
 
@@ -129,7 +129,7 @@ class Engine:
         self.optimizer.step()
 
     def _scaled_step(self) -> torch.Tensor:
-        """With a scaled loss a gradient that overflows is no fault: that is how the scale is found."""
+        """With a scaled loss an overflowing gradient is no fault: that is how the scale adapts."""
         if self._clip_norm is not None:
             self._scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)

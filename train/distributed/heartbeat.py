@@ -1,9 +1,9 @@
-"""A few numbers that all ranks exchange with every step, so that they stop together.
+"""A small message that all ranks exchange at every step, so that they stop together.
 
 A cluster stops a job with SIGTERM when it needs the machine, or with SIGUSR1 some time before the limit, and the signal
-may reach one process only. If that process just ended, the others would wait for it in their next collective
-operation. So each rank sends a message with every step and reads, one step later, what all ranks have sent: nobody
-waits for the message, and all ranks learn of the signal in the same step. Messages travel over gloo, beside the step's
+may reach one process only. If that process simply ended, the others would wait for it in their next collective
+operation. So each rank sends a message with every step and reads, one step later, what all ranks have sent: no rank
+waits for a message, and all ranks learn of the signal in the same step. Messages travel over gloo, beside the step's
 own communication, and never touch a GPU.
 """
 
@@ -23,11 +23,11 @@ SMOOTHING = 0.9  # of the running averages, per step
 
 
 class Heartbeat:
-    """This rank's messages to the others, and theirs to it.
+    """Sends this rank's messages to the others, and receives theirs.
 
     Attributes:
-        work_seconds: time that each rank needs for its own work in a step, without waiting for others, as a running
-            average: float64 (ranks,).
+        work_seconds: time that each rank works in a step, without waiting for the others; a running average, float64
+            (ranks,).
 
     Args:
         ranks: number of processes.
@@ -46,8 +46,7 @@ class Heartbeat:
         """Send this rank's message and read those of the last beat; every rank must call it equally often.
 
         Args:
-            work_seconds: time that this rank needed for its own work since the last beat; None leaves the averages
-                unchanged.
+            work_seconds: time that this rank has worked since the last beat; None leaves the averages unchanged.
 
         Raises:
             Stopped: a rank has received a signal; all ranks raise it at the same beat.
@@ -88,5 +87,5 @@ class Heartbeat:
 
 def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
     group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, dist.ProcessGroup)  # a number only in a process that is not part of the group
+    assert isinstance(group, dist.ProcessGroup)  # it is an int only in a process outside the group
     return group

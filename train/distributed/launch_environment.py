@@ -30,9 +30,9 @@ def world_size() -> int:
 
 
 def _requested_processes() -> tuple[str, int]:
-    """The launcher, and the number of processes it was asked for, where it has not told this process its rank.
+    """The launcher and the number of processes it was asked for, where it did not set this process's rank.
 
-    `accelerate launch --cpu --num_processes 2` starts one process and sets nothing that says so; its command line does.
+    `accelerate launch --cpu --num_processes 2` starts one process and sets no variable; only its command line shows it.
     """
     for variable, launcher in LAUNCHERS.items():
         if os.environ.get(variable, "1") != "1":
@@ -52,7 +52,7 @@ def _command_line_of_parent() -> list[str]:
 
 
 def _accelerate_processes(words: list[str]) -> int:
-    """The number of processes that an `accelerate launch` command line asks for; 1 where it does not say."""
+    """The number of processes that an `accelerate launch` command line asks for; 1 if it names none."""
     options = {}
     for word, next_word in zip(words, [*words[1:], ""], strict=True):
         name, _, value = word.partition("=")
@@ -76,8 +76,8 @@ def ranks_on_machine() -> int:
 
 
 def uses_gpu() -> bool:
-    """Whether this run computes on GPUs: where there are any, unless ACCELERATE_USE_CPU says otherwise."""
-    import torch  # takes seconds, and only the work needs it
+    """Whether this run computes on GPUs: if the machine has any, unless ACCELERATE_USE_CPU asks for the CPU."""
+    import torch  # takes seconds; parsing must not wait for it
 
     return torch.cuda.is_available() and not cpu_requested()
 

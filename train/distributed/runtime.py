@@ -29,8 +29,8 @@ class Runtime:
 
     Attributes:
         deepspeed: whether DeepSpeed is the strategy.
-        rank: which process this is.
-        ranks: how many there are.
+        rank: of this process.
+        ranks: number of processes.
         device: where this process computes.
         hosts: the machine of each rank.
         heartbeat: what the ranks exchange with every step.
@@ -73,8 +73,7 @@ class Runtime:
     def beat(self, work_seconds: float | None = None) -> None:
         """Exchange a message with the other ranks, once a step; see `train/distributed/heartbeat.py`.
 
-        From the second beat on, when all ranks have done a whole step, the second time-out holds for everything that
-        they wait for each other.
+        From the second beat on, when all ranks have done a whole step, `timeout` replaces `start_timeout`.
 
         Raises:
             Stopped: a rank has received a signal; all ranks raise it at the same beat.
@@ -82,7 +81,7 @@ class Runtime:
         self.heartbeat.beat(work_seconds)
         self._beats += 1
         if self._beats == 2 and self.ranks > 1:
-            for group in dist.distributed_c10d._world.pg_map:  # DeepSpeed's and the heartbeat's as well
+            for group in dist.distributed_c10d._world.pg_map:  # including DeepSpeed's and the heartbeat's
                 dist.set_timeout(self._step_timeout, group)
 
     def unresponsive_ranks(self) -> list[int]:
@@ -103,7 +102,7 @@ class Runtime:
     # --- collectives: the same calls with one process and with many
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensors of all ranks, of one shape, stacked along a new first dimension."""
+        """The tensors of all ranks, which have the same shape, stacked along a new first dimension."""
         if self.ranks == 1:
             return tensor[None]
         tensors = [torch.empty_like(tensor) for _ in range(self.ranks)]
@@ -111,7 +110,7 @@ class Runtime:
         return torch.stack(tensors)
 
     def gather_rows(self, rows: torch.Tensor) -> np.ndarray:
-        """The rows of all ranks, in the order of the ranks, which may have different numbers of rows."""
+        """The rows of all ranks, in the order of the ranks; their numbers may differ."""
         if self.ranks == 1:
             return rows.cpu().numpy()
         counts = self.all_gather(torch.tensor(len(rows), device=self.device)).tolist()
@@ -159,7 +158,7 @@ class Runtime:
 
     @contextmanager
     def cudnn_autotuning(self, deterministic: bool) -> Iterator[None]:
-        """Let cuDNN choose its fastest kernels; in training only, as another run may choose others."""
+        """Let cuDNN choose its fastest kernels; for training only, as the choice may vary between runs."""
         torch.backends.cudnn.benchmark = not deterministic
         try:
             yield
@@ -200,19 +199,19 @@ def start_runtime(
     start_timeout: float = 1800.0,
     timeout: float = 300.0,
 ) -> Iterator[Runtime]:
-    """Join the processes of this run; they part again on every way out.
+    """Join the processes of this run, and leave the process group on every way out.
 
     Args:
         deepspeed: a complete configuration, or None.
         precision: of the recipe, compared with the launcher's.
-        deterministic: use only kernels that repeat bitwise.
+        deterministic: use only kernels that are reproducible bit for bit.
         start_timeout: seconds that the processes wait for each other until their first step is done.
         timeout: the same from then on.
 
     Raises:
         BadInput: the launcher's settings contradict the recipe or the machine.
         RunFailed: another process has ended or does not answer.
-        RuntimeError: not as many processes were joined as were started.
+        RuntimeError: not all processes were joined.
     """
     check_launcher(precision)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default
@@ -237,9 +236,9 @@ def start_runtime(
 
 
 def _explain_lost_connection(runtime: Runtime | None) -> str:
-    """A sentence about the processes that have ended or hang, from one that has noticed."""
+    """A sentence about the processes that have ended or hang, for one that has noticed."""
     if runtime is None:
-        return "the processes could not be joined: one has ended or cannot be reached; its message says why"
+        return "the processes could not be joined: one has ended or cannot be reached; see its message"
     try:
         unresponsive = runtime.unresponsive_ranks()
     except RuntimeError:
@@ -247,4 +246,4 @@ def _explain_lost_connection(runtime: Runtime | None) -> str:
     if not unresponsive:
         return "the processes have lost each other, though all of them run: check the network between them"
     named = ", ".join(f"rank {rank} on {runtime.hosts[rank]}" for rank in unresponsive)
-    return f"{named} has ended or hangs; if it has ended, its message says why"
+    return f"{named} has ended or hangs; if it has ended, see its message"

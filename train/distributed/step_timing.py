@@ -15,7 +15,7 @@ class StepClock:
     """Times the parts of each step: on a GPU with events in its queue, which are read when they have passed.
 
     Attributes:
-        seconds: by part, of the last step that is known to be over; empty before one is.
+        seconds: by part, of the last step known to be complete; empty before the first.
 
     Args:
         device: where the step is computed.
@@ -29,7 +29,7 @@ class StepClock:
         self._finished: deque[Spans] = deque()  # steps that the device may not have done yet
 
     def now(self) -> Timestamp:
-        """The time, or the present place in the GPU's queue."""
+        """The time on a CPU, an event in the GPU's queue on a GPU."""
         if not self._on_gpu:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -48,7 +48,7 @@ class StepClock:
         self.count(name, begin)
 
     def count(self, name: str, begin: Timestamp) -> None:
-        """Add the time since `begin` to part `name`, and take it from the part whose block is open."""
+        """Add the time since `begin` to part `name`, and subtract it from the part whose block is open."""
         end = self.now()
         self._spans.setdefault(name, []).append((begin, end))
         if self._open_parts:
@@ -59,8 +59,8 @@ class StepClock:
         self._finished.append(self._spans)
         self._spans = {}
         while self._finished and _is_over(self._finished[0]):
-            spans_of = self._finished.popleft()
-            self.seconds = {name: sum(_seconds(*span) for span in spans) for name, spans in spans_of.items()}
+            step = self._finished.popleft()
+            self.seconds = {name: sum(_seconds(begin, end) for begin, end in spans) for name, spans in step.items()}
 
 
 def _is_over(step: Spans) -> bool:

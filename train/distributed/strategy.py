@@ -1,6 +1,6 @@
 """The strategy of a run, from its recipe and the launcher's environment: DDP, or a DeepSpeed configuration.
 
-Nothing here imports DeepSpeed; `train/distributed/runtime.py` does, with the configuration that is made here.
+Nothing here imports DeepSpeed; `train/distributed/accelerator.py` does, with the configuration made here.
 """
 
 import os
@@ -28,7 +28,7 @@ def resolve_strategy(setting: str | None) -> DeepSpeedConfig | None:
     launched_with_deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
     launcher_file = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
     if launched_with_deepspeed and setting == "ddp":
-        raise BadInput("strategy is ddp, but the launcher was told to use DeepSpeed; drop one of the two")
+        raise BadInput("strategy is ddp, but the launcher asks for DeepSpeed; drop one of the two")
     if setting is None and launched_with_deepspeed:
         if launcher_file == "none":
             raise BadInput("the launcher asks for DeepSpeed without a file; add --deepspeed_config_file ds_configs/...")
@@ -36,7 +36,7 @@ def resolve_strategy(setting: str | None) -> DeepSpeedConfig | None:
     if setting in (None, "ddp"):
         return None
     if launched_with_deepspeed and launcher_file != "none" and Path(launcher_file).resolve() != Path(setting).resolve():
-        raise BadInput(f"strategy is {setting}, but the launcher was given {launcher_file}; they must agree")
+        raise BadInput(f"strategy is {setting}, but the launcher has {launcher_file}; they must agree")
     return _read_config(Path(setting))
 
 
@@ -79,7 +79,7 @@ def zero_stage(config: DeepSpeedConfig | None) -> int | None:
 
 
 def strategy_name(config: DeepSpeedConfig | None, ranks: int) -> str:
-    """What a strategy is called in the log."""
+    """The name of a strategy for the log."""
     if config is None:
         return "DDP" if ranks > 1 else "one process"
     zero = config["zero_optimization"]
@@ -116,9 +116,9 @@ def complete_deepspeed_config(
     for name, value in from_recipe.items():
         if config.get(name, value) != value:
             raise BadInput(
-                f"strategy: {name} is {config[name]} in the file, but the recipe gives {value}; remove it there"
+                f"strategy: {name} is {config[name]} in the file, but {value} in the recipe; remove it from the file"
             )
     for name in RECIPE_SECTIONS:
         if name in config:
-            raise BadInput(f"strategy: the file has a section {name!r}, which the recipe decides; remove it there")
+            raise BadInput(f"strategy: the file has a section {name!r}, which belongs to the recipe; remove it")
     return config | from_recipe

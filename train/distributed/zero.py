@@ -1,7 +1,7 @@
-"""The engine under DeepSpeed, which finds a checkpoint's tensors in what ZeRO partitions.
+"""The engine under DeepSpeed, which gathers a checkpoint's tensors from what ZeRO partitions.
 
 ZeRO-1 and -2 divide the optimizer's state into equal partitions, one per rank, ZeRO-3 the weights too (Rajbhandari et
-al. 2020). A checkpoint knows nothing of ranks: here partitions become whole tensors with names, and back.
+al. 2020). A checkpoint knows nothing of ranks: this module turns partitions into named whole tensors, and back.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,7 +45,7 @@ class ZeroEngine(Engine):
         self._deepspeed = wrapped
         self._stage: int = wrapped.zero_optimization_stage()
         for parameter in self._partitioned_parameters().values():
-            if parameter.ds_persist:  # small ones stay whole; the losses' own are read outside of a forward pass
+            if parameter.ds_persist:  # small ones stay whole; the losses' parameters are read outside of a forward pass
                 parameter.all_gather([parameter])
 
     def compile(self) -> None:
@@ -67,7 +67,7 @@ class ZeroEngine(Engine):
             skipped = self._gradient_is_not_finite()
             if skipped:
                 self._deepspeed.zero_grad()
-                self._deepspeed.micro_steps += 1  # all that remains of the step
+                self._deepspeed.micro_steps += 1  # all that is left of the step
             else:
                 self._deepspeed.step()
             return skipped
@@ -108,7 +108,7 @@ class ZeroEngine(Engine):
         return ((name, x) for name, x in self.network.state_dict().items() if x.dtype == torch.float32)
 
     def _partitioned_parameters(self) -> dict[str, Any]:
-        """The parameters that ranks hold a partition of each, by name: none before ZeRO-3, then all."""
+        """The partitioned parameters by name: all under ZeRO-3, otherwise none."""
         return dict(self.network.named_parameters()) if self._stage == 3 else {}
 
     def _partition_weight(self, parameter: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -169,7 +169,7 @@ class _FlatGroup(Protocol):
 
     Attributes:
         local: this rank's flat tensor, which the optimizer steps.
-        parameters: in their order there.
+        parameters: in their order in it.
     """
 
     local: torch.Tensor
@@ -199,12 +199,12 @@ class _PartitionedTogether:
 
 
 class _PartitionedOneByOne:
-    """ZeRO-3: each parameter is padded and divided into one partition per rank; those of a rank are laid end to end.
+    """ZeRO-3: each parameter is padded and divided into one partition per rank; a rank's partitions lie end to end.
 
     Args:
         local: this rank's flat tensor.
-        parameters: in their order there.
-        spans: where each begins there, and the length of its partition.
+        parameters: in their order in it.
+        spans: start and length of each parameter's partition in it.
     """
 
     def __init__(self, local: torch.Tensor, parameters: Sequence[Any], spans: Sequence[tuple[int, int]]):

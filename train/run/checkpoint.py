@@ -5,13 +5,12 @@
     checkpoints/step_N/training.safetensors     the weights in training, if those above are their running average
     checkpoints/step_N/optimizer.safetensors    `<parameter>|<key>`, e.g. `heads.rates.sites.weight|exp_avg`
     checkpoints/step_N/statistics.safetensors   `<file>|<name>`: BatchNorm statistics of each rank, within an epoch
-    checkpoints/step_N/progress.json            how far the run is, and what the network predicts
+    checkpoints/step_N/progress.json            how far the run has come, and what the network predicts
     checkpoints/step_N/sha256.json              checksums of the files above
     checkpoints/{last,best} -> step_N
 
 A checkpoint is written under a temporary name and renamed when it is complete; the links `last` and `best` are
-replaced atomically. Damage that the disk does later shows in the checksums: a run resumes from the newest intact
-checkpoint.
+replaced atomically. The checksums reveal later damage on disk: a run resumes from the newest intact checkpoint.
 """
 
 import contextlib
@@ -49,7 +48,7 @@ def save_checkpoint(folder: Path, tensors: TensorFiles, progress: Progress, keep
         folder: RUN/checkpoints.
         tensors: of the files network, optimizer, training and statistics; a file without tensors is not written.
         progress: of the run.
-        keep: number of recent checkpoints to keep, and of each also the one that was the best then.
+        keep: number of recent checkpoints to keep; the one that was the best at each of them is kept too.
 
     Raises:
         OSError: it cannot be written; earlier checkpoints are unchanged.
@@ -90,7 +89,7 @@ def checksum(path: Path) -> str:
 
 
 def _link(link: Path, target: str) -> None:
-    """Let a link lead to `target`, atomically."""
+    """Point a link at `target`, atomically."""
     temporary = link.with_name(f".{link.name}.tmp")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)
@@ -109,7 +108,7 @@ def _remove_old(folder: Path, keep: int) -> None:
 
 
 def remove_newer(folder: Path, progress: Progress) -> None:
-    """Remove the checkpoints after the one that a run resumes from, which are damaged."""
+    """Remove the checkpoints after the one that a run resumes from; they are damaged."""
     for checkpoint in _newest_first(folder):
         if _step_of(checkpoint) > progress.step:
             shutil.rmtree(checkpoint, ignore_errors=True)
@@ -132,26 +131,26 @@ def _step_of(checkpoint: Path) -> int:
 
 
 def resolve_checkpoint(folder: Path, which: str) -> Path:
-    """The checkpoint that `last` or `best` leads to at this moment; a run in progress may change the link at any time.
+    """The checkpoint that `last` or `best` points to now; a run in progress may change the link at any time.
 
     Args:
         folder: RUN/checkpoints.
         which: "last" or "best".
 
     Raises:
-        BadInput: the link leads elsewhere.
+        BadInput: the link points elsewhere.
     """
     link = folder / which
     if not link.is_symlink():
         return link
     target = os.readlink(link)
     if not _CHECKPOINT.fullmatch(target):
-        raise BadInput(f"{link} leads to {target}; it must lead to a checkpoint beside it, such as step_100")
+        raise BadInput(f"{link} points to {target}; it must point to a checkpoint beside it, such as step_100")
     return folder / target
 
 
 def newest_intact(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose files are as they were written, or None; and what is wrong with each newer one.
+    """The newest checkpoint whose files are intact, or None; and what is wrong with each newer one.
 
     Args:
         folder: RUN/checkpoints.
@@ -179,7 +178,7 @@ def _checksums(checkpoint: Path) -> dict[str, str]:
 
 
 def _check_intact(path: Path) -> None:
-    """Refuse a file that is not as it was written.
+    """Refuse a file that has changed since it was written.
 
     Raises:
         BadInput: naming it.
@@ -238,11 +237,11 @@ def load_matching_tensors(
     """The tensors of network or training, checked to be exactly those of a network, in the same shapes.
 
     Args:
-        network: that is to load them.
-        checkpoint: folder.
+        network: will load them.
+        checkpoint: its folder.
         name: of the file.
-        rows: for a network of one of a run's recordings, the outputs that are its sites. Tensors with a row per site,
-            which have another shape in that network, are cut to these rows.
+        rows: for a network of a single recording of the run, the outputs for its sites. Tensors with a row per site,
+            whose shape differs in that network, are cut to these rows.
 
     Raises:
         BadInput: the checkpoint is of another network, or contains NaN or infinity.

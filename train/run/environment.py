@@ -1,4 +1,4 @@
-"""What it takes to repeat a run besides its recipe: command, versions, git commit, hardware."""
+"""What is needed to repeat a run besides its recipe: command, versions, git commit, hardware."""
 
 import importlib.metadata
 import os
@@ -31,11 +31,9 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    code = Path(__file__).parent
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
     try:
-        shown = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=code, capture_output=True, text=True
-        )
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except OSError:
         return None
-    return shown.stdout.strip() or None
+    return git.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""What is known about a setting besides its type, as metadata on its field: when it is used, and what may change."""
+"""Rules for a setting, as metadata on its field: when it is used, and whether it may change on resume."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ class UsedWhen:
     harmless: tuple[Any, ...]
 
     def holds(self, settings: BaseModel) -> bool:
-        """Whether the other setting is as it must be."""
+        """Whether the other setting has a value that gives this one an effect."""
         value = value_at(settings, self.setting)
         return value in self.values if self.values else value is not None
 
@@ -53,7 +53,7 @@ def check_nothing_is_ignored(settings: BaseModel) -> None:
         rules = [rule for rule in field.metadata if isinstance(rule, UsedWhen) and value not in rule.harmless]
         if value != default and not all(rule.holds(settings) for rule in rules):
             needed = " and ".join(map(str, rules))
-            raise BadInput(f"{name} ({value}) has an effect with {needed} only; leave it at {default}")
+            raise BadInput(f"{name} ({value}) has an effect only with {needed}; leave it at {default}")
 
 
 def check_no_training_settings(settings: BaseModel) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run: where everything is, who may write to it, and whether a run can be resumed.
+"""The folder of a run: its layout, who may write to it, and whether the run can be resumed.
 
 RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
 RUN/checkpoints/{last,best} -> step_N/                 see train/run/checkpoint.py
@@ -28,7 +28,7 @@ from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 from train.run.yaml_files import read_yaml
 
 LOCK = ".lock"  # locked by the process that writes to the run
-SECONDS_TO_END = 10.0  # that a killed process may take to end
+SECONDS_TO_END = 10.0  # for a killed process to end
 LEFT_OUT = "left_out"  # as a split: training stimuli, each predicted by a model that was not fitted on it
 
 
@@ -72,7 +72,7 @@ class RunFolder:
         return content if isinstance(content, dict) else {}
 
     def check_free(self) -> None:
-        """Refuse a folder that is in use.
+        """Refuse a folder that is not free for a new run.
 
         Raises:
             BadInput: it holds a run or other files, or cannot be written.
@@ -108,7 +108,7 @@ class RunFolder:
     def claim(self, recipe: Recipe | ProbeRecipe, data: Sequence[Path | str], facts: Mapping[str, Any]) -> None:
         """Make the folder, lock it until `close`, and write recipe.yaml and env.json.
 
-        recipe.yaml gets the data only if it is behind URLs: paths mean nothing on another machine.
+        recipe.yaml records the data only if they are behind URLs: paths mean nothing on another machine.
 
         Raises:
             BadInput: another run has just claimed it.
@@ -127,10 +127,10 @@ class RunFolder:
         temporary.replace(self.recipe)
 
     def lock(self, seconds: float = SECONDS_TO_END) -> None:
-        """Keep other processes from writing to the run until `close`, or until this process ends in whatever way.
+        """Keep other processes from writing to the run until `close`, or until this process ends in any way.
 
         Args:
-            seconds: to wait for a process that is just ending.
+            seconds: to wait for a process that is about to end.
 
         Raises:
             BadInput: another process is writing to the run, or the folder cannot be written.
@@ -141,7 +141,7 @@ class RunFolder:
             raise BadInput(f"{self.path} cannot be written ({error.strerror})") from None
         try:
             locked = locks.try_lock(self._lock, seconds)
-        except OSError:  # some network file systems have no locks; then nobody is kept out
+        except OSError:  # some network file systems have no locks; then no process is kept out
             return
         if not locked:
             self.close()
@@ -155,7 +155,7 @@ class RunFolder:
 
     @contextmanager
     def logging_failures(self, rank: int) -> Iterator[None]:
-        """Append the traceback of whatever ends the block unexpectedly to RUN/failures/rank_N.txt."""
+        """Append the traceback of an unexpected failure in the block to RUN/failures/rank_N.txt."""
         try:
             yield
         except (Stopped, KeyboardInterrupt):
@@ -218,7 +218,7 @@ def open_run(path: Path) -> tuple[RunFolder, Recipe]:
     """
     folder = RunFolder(path)
     if not folder.recipe.is_file():
-        raise BadInput(f"{path} is not a run folder (it has no recipe.yaml); give the --out of a train/finetune.py")
+        raise BadInput(f"{path} is not a run folder (it has no recipe.yaml); give the --out of a train/finetune.py run")
     check_no_links(path)
     if is_probe(folder):
         raise BadInput(f"{path} is a probe, already scored by train/probe.py; see {path / 'eval'}")
@@ -279,7 +279,7 @@ def flattened(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse to begin work whose results could not be written.
+    """Refuse to start work whose results could not be written.
 
     Raises:
         BadInput: the nearest existing folder above `path` is read-only or not a folder.

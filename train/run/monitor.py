@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: log.txt and the terminal, history.jsonl, TensorBoard."""
+"""What a run writes as it proceeds: log.txt and the terminal, history.jsonl, TensorBoard."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from train.run.tensorboard import TensorBoard
 
 
 class Monitor:
-    """Writes the log, history.jsonl and TensorBoard's files; does nothing on other ranks than the first.
+    """Writes the log, history.jsonl and TensorBoard's files on the first rank; does nothing on the others.
 
     Args:
         folder: of the run; it must exist on the first rank.
@@ -54,7 +54,7 @@ class Monitor:
         """Append a line to history.jsonl.
 
         Raises:
-            CannotWrite: the disk is full, the folder read-only ...
+            CannotWrite: for example on a full disk or a read-only folder.
         """
         if not self._is_main:
             return
@@ -65,7 +65,7 @@ class Monitor:
             raise CannotWrite(self._folder.history, error) from None
 
     def rewind(self, epoch: int, step: int) -> None:
-        """Remove what was written after an epoch and a step: a resumed run writes it again."""
+        """Remove what was written after an epoch and a step: the resumed run writes it again."""
         if self.tensorboard is None:
             return
         self.tensorboard.rewind(step)
@@ -95,7 +95,7 @@ class _LogFile(logging.FileHandler):
     def close(self) -> None:
         try:
             super().close()
-        except OSError:  # closing tries again what could not be written before
+        except OSError:  # closing tries once more to write what failed before
             self.handleError(None)
 
     def handleError(self, record: logging.LogRecord | None) -> None:
@@ -105,6 +105,6 @@ class _LogFile(logging.FileHandler):
 
 
 def _print_failure_of_thread(failure: threading.ExceptHookArgs) -> None:
-    """Print what ended a thread, except TensorBoard's: its error is raised again at the next write, and handled."""
+    """Print the error that ended a thread, except TensorBoard's: the next write raises it again, and handles it."""
     if type(failure.thread).__name__ != "_AsyncWriterThread":
         threading.__excepthook__(failure)

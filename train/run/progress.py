@@ -48,7 +48,7 @@ class Progress(BaseModel):
 
     @property
     def epochs_without_improvement(self) -> int:
-        """Epochs in a row, up to now."""
+        """Number of epochs since the best one."""
         return self.epoch - self.best_epoch
 
     @property
@@ -77,7 +77,7 @@ class Progress(BaseModel):
         return slice(first, first + self.recordings[recording])
 
     def for_recording(self, recording: str, where: str) -> "Progress":
-        """The same as if the run had been trained on this recording alone; arguments as for `rows_of`."""
+        """This progress as if the run had been trained on that recording alone; arguments as for `rows_of`."""
         site_ids = self.site_ids[self.rows_of(recording, where)]
         return self.model_copy(update={"site_ids": site_ids, "recordings": {recording: len(site_ids)}})
 
@@ -86,7 +86,7 @@ class Progress(BaseModel):
 
         Args:
             manifest: of the data.
-            where: the data are, for the message.
+            where: location of the data, for the message.
 
         Raises:
             BadInput: naming the first that differs.
@@ -96,10 +96,10 @@ class Progress(BaseModel):
             _check_same_names("class", self.classes, manifest.classes or [], where)
 
 
-def _check_same_names(kind: str, trained: list[str], found: list[str], where: str) -> None:
-    if trained == found:
+def _check_same_names(kind: str, trained: list[str], in_data: list[str], where: str) -> None:
+    if trained == in_data:
         return
-    pairs = zip(trained, found, strict=False)
-    differences = [f"{name!r} is {other!r} there" for name, other in pairs if name != other]
-    difference = differences[0] if differences else f"{len(trained)} of them, not {len(found)}"
+    pairs = zip(trained, in_data, strict=False)
+    differences = [f"{other!r} instead of {name!r}" for name, other in pairs if name != other]
+    difference = differences[0] if differences else f"{len(in_data)} instead of {len(trained)}"
     raise BadInput(f"{where}: its {kind} list differs from the one the network was trained for: {difference}")

@@ -34,8 +34,8 @@ from train.run.settings import (
 )
 from train.run.yaml_files import describe_error, read_yaml
 
-LEAST_CORRELATED = 3  # stimuli in a batch that a correlation makes sense for
-LEAST_SUBSET = 20  # training stimuli, some of which are held back
+LEAST_CORRELATED = 3  # stimuli in a batch for a correlation over it
+LEAST_SUBSET = 20  # training stimuli, part of which are held back
 MOST_STIMULI = 10**9
 MOST_RECORDINGS = 1000  # of one run
 

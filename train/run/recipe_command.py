@@ -8,8 +8,7 @@ from data_prep.common import command_line
 from train.run.folder import begun_by_this_job
 from train.run.recipe import AnyRecipe, Recipe, load_recipe
 
-BEFORE = "[RECIPE.yaml]"
-
+BEFORE = "[RECIPE.yaml]"  # shown before the options
 
 Options = TypeVar("Options", bound=Any)
 
@@ -20,7 +19,7 @@ def parse_with_recipe(
     """Parse a command line whose first word may be a recipe.
 
     Args:
-        model: of the options, which are those of the recipe and some of the command's own.
+        model: of the options: the recipe's settings and the command's own options.
         kind: of the recipe.
         words: of the command line.
         examples: for the help page.
@@ -29,7 +28,7 @@ def parse_with_recipe(
         The options, and the recipe in them.
 
     Raises:
-        BadInput: something unknown, out of bounds or contradictory.
+        BadInput: an option is unknown, out of bounds, or contradicts another.
     """
     recipe, words = leading_recipe(words, kind)
     options = _parse(model, recipe or kind(), words, examples)
@@ -46,7 +45,7 @@ def parse_resumable(
     """`parse_with_recipe` for a command that makes a run or, with --resume, continues it.
 
     With --resume and no recipe, the run's own recipe gives the defaults. A run that an earlier start of the same job
-    began is resumed without being told to.
+    began is resumed without --resume.
 
     Args:
         model, kind, words, examples: as of `parse_with_recipe`; the options have `out` and `resume`.

@@ -10,7 +10,7 @@ from data_prep.common.option_fields import OFTEN_CHANGED
 from data_prep.remote.cache import FetchSettings
 from train.run.field_rules import FREE_ON_RESUME, TRAINING_ONLY, used_when
 
-LARGEST_SEED = 2**63 - 1  # that every generator takes
+LARGEST_SEED = 2**63 - 1  # accepted by every random number generator
 WEEK = 7 * 86400.0  # seconds
 
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
@@ -210,7 +210,7 @@ class Checkpoint(Settings):
     every_steps: Annotated[int | None, FREE_ON_RESUME] = Field(None, ge=1, le=10**9)
     """Optimizer steps between checkpoints, in addition to one after each epoch."""
     keep: Annotated[int, FREE_ON_RESUME] = Field(2, ge=1, le=10_000)
-    """Number of recent checkpoints to keep besides the best; if the last is damaged, a run resumes from the one before.
+    """Number of recent checkpoints to keep besides the best; if the last is damaged, a run resumes from an earlier one.
     """
 
 
@@ -220,7 +220,7 @@ class Faults(Settings):
     timeout: Annotated[float, FREE_ON_RESUME] = Field(300.0, ge=1, le=WEEK)
     """Seconds that processes wait for each other from the second step on before they give up."""
     start_timeout: Annotated[float, FREE_ON_RESUME] = Field(1800.0, ge=1, le=WEEK)
-    """The same while they start and during the first step, which may compile."""
+    """The same during start-up and the first step, which may compile."""
     bad_steps: Annotated[int, FREE_ON_RESUME] = Field(10, ge=1, le=1_000_000)
     """Steps whose loss or gradient is not finite are skipped; after this many in a row the run ends."""
 

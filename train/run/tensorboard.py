@@ -37,7 +37,7 @@ class TensorBoard:
         self._write(add)
 
     def histogram(self, name: str, values: np.ndarray, step: int) -> None:
-        """Add the distribution of some values."""
+        """Add the distribution of the values."""
         self._write(lambda writer: writer.add_histogram(name, values, step))
 
     def figure(self, name: str, png: bytes, step: int) -> None:
@@ -83,7 +83,7 @@ def training_pages(responses: bool, classes: bool, recordings: Sequence[str] = (
 
     Args:
         responses, classes: whether the network predicts them.
-        recordings: names, if there are several: each gets charts of its own.
+        recordings: their names if there are several; each gets its own charts.
     """
     metrics: dict[str, str] = {}
     if responses:

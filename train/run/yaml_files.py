@@ -1,4 +1,4 @@
-"""YAML from other people: read as plain values only, bounded in size; and what is wrong with it, in a sentence."""
+"""Reads untrusted YAML as plain values, bounded in size, and describes what is wrong with it in a sentence."""
 
 import difflib
 import reprlib

@@ -227,7 +227,9 @@ def test_a_recording_that_the_run_does_not_know_is_refused(scored, two, recordin
     del content["checksum"]  # it was edited by hand
     content["sites"][2]["id"] = "another"
     (other / "manifest.json").write_text(json.dumps(content))
-    assert_refused(run_here("train/evaluate.py", scored, "--data", other), "site list", "'site_002' is 'another'")
+    assert_refused(
+        run_here("train/evaluate.py", scored, "--data", other), "site list", "'another' instead of 'site_002'"
+    )
 
 
 def test_a_run_on_one_recording_is_scored_on_one(trained, two):

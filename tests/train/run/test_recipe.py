@@ -323,7 +323,7 @@ def test_a_probes_recipe_is_read_and_refused_likewise(tmp_path):
 
 
 def test_settings_that_the_order_ignores_are_refused(tmp_path):
-    with pytest.raises(BadInput, match=r"loader\.block_shards \(4\) has an effect with loader\.order blocks only"):
+    with pytest.raises(BadInput, match=r"loader\.block_shards \(4\) has an effect only with loader\.order blocks"):
         load_recipe(written(tmp_path, "loader: {block_shards: 4}"), Recipe).check()
     load_recipe(written(tmp_path, "loader: {order: blocks, block_shards: 4}"), Recipe).check()
     for setting in ("order: blocks", "block_shards: 4"):
