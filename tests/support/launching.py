@@ -75,14 +75,14 @@ run_command(main)
 """
 
 STOP_WHILE_SCORING = """
-scored = module.score_recordings
+scored = module.score
 def score(*args, **kw):
     score.calls += 1
     if score.calls == 2:
         os.kill(os.getpid(), signal.SIGTERM)
     return scored(*args, **kw)
 score.calls = 0
-module.score_recordings = score
+module.score = score
 """
 
 

@@ -52,8 +52,7 @@ def shard_folders_of(run: Path) -> list[str]:
     Raises:
         BadInput: they are not on record.
     """
-    path = run / ENSEMBLE_FILE
-    return _read_record(path).data if path.is_file() else RunFolder(run).data_folders()
+    return read_record(run).data if (run / ENSEMBLE_FILE).is_file() else RunFolder(run).data_folders()
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,13 @@ class EnsembleRecord:
         return (self.combine, self.members, len(self.data)) == (other.combine, other.members, len(other.data))
 
 
-def _read_record(path: Path) -> EnsembleRecord:
+def read_record(ensemble: Path) -> EnsembleRecord:
+    """Read the ensemble.json of a folder.
+
+    Raises:
+        BadInput: it is missing or damaged.
+    """
+    path = ensemble / ENSEMBLE_FILE
     try:
         content = parse_json(read_regular_file(path))
         data = content["data"] if isinstance(content["data"], list) else [content["data"]]
@@ -169,10 +174,9 @@ def _check_free(out: Path, ensembles: Sequence[Ensemble]) -> None:
     Raises:
         BadInput: it does.
     """
-    path = out / ENSEMBLE_FILE
-    if not path.is_file():
+    if not (out / ENSEMBLE_FILE).is_file():
         RunFolder(out).check_free()
-    elif not _read_record(path).is_same_ensemble(_record(ensembles)):
+    elif not read_record(out).is_same_ensemble(_record(ensembles)):
         raise BadInput(f"{out} contains another ensemble; choose another --out")
 
 

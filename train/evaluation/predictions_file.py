@@ -1,4 +1,4 @@
-"""predictions.npz: the responses that a run, a probe or an ensemble predicts for the stimuli of a split."""
+"""predictions.npz: the responses and classes that a run, a probe or an ensemble predicts for a split."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from data_prep.common.safe_reading import read_npz
 from train.run.folder import LEFT_OUT, RunFolder
 
 PREDICTIONS_FILE = "predictions.npz"
+SCORE_FIRST = "score the run on that split first (train/evaluate.py)"
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,20 @@ class Predictions:
         write_npz(folder / PREDICTIONS_FILE, arrays)
 
 
+@dataclass(frozen=True)
+class ClassPredictions:
+    """Predicted classes, with the true ones.
+
+    Attributes:
+        names: of the classes, in label order.
+        shown, predicted: int (stimuli,), labels.
+    """
+
+    names: list[str]
+    shown: np.ndarray
+    predicted: np.ndarray
+
+
 def predictions_of(run: Path, split: str, recording: str) -> Predictions:
     """What a run, a probe or an ensemble predicts for a split of a recording.
 
@@ -63,8 +78,8 @@ def predictions_of(run: Path, split: str, recording: str) -> Predictions:
     return read_predictions(RunFolder(run).results_on(split, recording) / PREDICTIONS_FILE, hint)
 
 
-def read_predictions(path: Path, hint: str = "score the run on that split first (train/evaluate.py)") -> Predictions:
-    """Read a predictions.npz.
+def read_predictions(path: Path, hint: str = SCORE_FIRST) -> Predictions:
+    """Read the predicted responses of a predictions.npz.
 
     Args:
         path: of the file.
@@ -73,21 +88,42 @@ def read_predictions(path: Path, hint: str = "score the run on that split first 
     Raises:
         BadInput: it is missing, damaged, or has no predicted responses.
     """
-    try:
-        arrays = read_npz(path)
-        if "prediction" not in arrays:
-            raise BadInput(f"{path} contains no predicted responses: the run predicts classes only")
-        stimulus_ids, site_ids, rates = arrays["stimulus_id"], arrays["site_id"], arrays["prediction"]
-    except FileNotFoundError:
-        raise BadInput(f"{path} is missing; {hint}") from None
-    except KeyError as error:
-        raise BadInput(f"{path} is damaged (it has no {error.args[0]}); score the run again") from None
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is damaged ({error}); score the run again") from None
+    arrays = _read_arrays(path, hint)
+    if "prediction" not in arrays:
+        raise BadInput(f"{path} contains no predicted responses: the run predicts classes only")
+    for name in ("stimulus_id", "site_id"):
+        if name not in arrays:
+            raise BadInput(f"{path} is damaged (it has no {name}); score the run again")
+    stimulus_ids, site_ids, rates = arrays["stimulus_id"], arrays["site_id"], arrays["prediction"]
     responses = arrays.get("target")
-    predictions = Predictions(list(map(str, stimulus_ids.flat)), list(map(str, site_ids.flat)), rates, responses)
     shape = (*stimulus_ids.shape, *site_ids.shape)
     for values in (rates, responses):
         if values is not None and (stimulus_ids.ndim != 1 or values.shape != shape or values.dtype.kind != "f"):
             raise BadInput(f"{path} is damaged: its arrays do not fit its stimuli and sites; score the run again")
-    return predictions
+    return Predictions(list(map(str, stimulus_ids)), list(map(str, site_ids)), rates, responses)
+
+
+def read_class_predictions(path: Path) -> ClassPredictions | None:
+    """Read the predicted classes of a predictions.npz; None if it has none, or the true classes are unknown.
+
+    Raises:
+        BadInput: it is missing or damaged.
+    """
+    arrays = _read_arrays(path, SCORE_FIRST)
+    if not {"class_id", "class", "predicted_class"} <= arrays.keys():
+        return None
+    names, shown, predicted = arrays["class_id"], arrays["class"], arrays["predicted_class"]
+    for labels in (shown, predicted):
+        are_labels = labels.ndim == 1 and len(labels) and labels.dtype.kind == "i" and len(labels) == shown.size
+        if not are_labels or labels.min() < 0 or labels.max() >= names.size:
+            raise BadInput(f"{path} is damaged: its labels do not fit its stimuli and classes; score the run again")
+    return ClassPredictions(list(map(str, names.flat)), shown, predicted)
+
+
+def _read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
+    try:
+        return read_npz(path)
+    except FileNotFoundError:
+        raise BadInput(f"{path} is missing; {hint}") from None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is damaged ({error}); score the run again") from None

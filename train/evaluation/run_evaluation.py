@@ -188,11 +188,11 @@ def run_job(job: Job, runtime: Runtime) -> None:
     scores = evaluate(job, runtime)
     if not runtime.is_main:
         return
-    _warn_of_unseen_classes(job)
     folder, metrics = write_results(job, scores, runtime.ranks)
     _chart(job, scores)
     name = job.split if job.recording is None else f"{job.recording}, {job.split}"
     print(f"{name}: {len(job.stimuli):,} stimuli  {summary(metrics)}\nwritten to {folder}", flush=True)
+    _warn_of_unseen_classes(job, metrics)
     print_warnings(job.bad_samples)
 
 
@@ -235,13 +235,12 @@ def _unseen_classes(job: Job) -> int:
     return len(np.setdiff1d(job.stimuli.labels, train.labels(usable)))
 
 
-def _warn_of_unseen_classes(job: Job) -> None:
-    unseen = _unseen_classes(job)
-    if unseen:
-        assert job.stimuli.labels is not None
-        shown = len(np.unique(job.stimuli.labels))
+def _warn_of_unseen_classes(job: Job, metrics: Mapping[str, Any]) -> None:
+    scores = metrics.get("classification", {})
+    if "classes_not_in_train" in scores:
         print(
-            f"warning: {unseen} of the {shown} classes in {job.split} are not in train, so their images "
+            f"warning: {scores['classes_not_in_train']} of the {len(scores['per_class'])} classes in {job.split} are "
+            "not in train, so their images "
             "count as wrong by construction; for classification, split in a way that does not group by object",
             file=sys.stderr,
         )

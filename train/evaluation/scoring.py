@@ -11,7 +11,7 @@ from data_prep.common.errors import BadInput
 from data_prep.common.progress import Progress
 from train.data.batches import Batch
 from train.data.loader import evaluation_loader, rank_positions
-from train.data.stimuli import RecordingStimuli, StimulusSet
+from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
 from train.evaluation.classification import ClassCounts
 from train.evaluation.metrics import mean_score, site_scores
@@ -36,14 +36,6 @@ class RecordingScores:
     rates: np.ndarray | None
     classes: np.ndarray | None = None
 
-    def value(self, metric: str) -> float:
-        """The mean over sites of a metric of responses, or the accuracy "top1".
-
-        Raises:
-            KeyError: the network predicts nothing that has this metric.
-        """
-        return self.means()[metric]
-
     def means(self) -> dict[str, float]:
         """Every metric's mean over sites, and the accuracy "top1"."""
         means: dict[str, float] = {}
@@ -64,12 +56,8 @@ class Scores:
 
     by_recording: dict[str, RecordingScores]
 
-    def value(self, metric: str) -> float:
-        """A metric's mean over recordings; NaN if it has no value for one of them."""
-        return float(np.mean([scores.value(metric) for scores in self.by_recording.values()]))
-
     def means(self) -> dict[str, float]:
-        """Every metric's mean over recordings."""
+        """Every metric's mean over recordings; NaN if it has no value for one of them."""
         return mean_over_recordings([scores.means() for scores in self.by_recording.values()])
 
     def chart_values(self) -> dict[str, float]:
@@ -102,25 +90,6 @@ def chart_names(split: str, recordings: Iterable[str]) -> list[str]:
     """The name of a split in the charts of each recording: `split`, or with several recordings `split/NAME`."""
     names = list(recordings)
     return [split] if len(names) == 1 else [f"{split}/{name}" for name in names]
-
-
-def score_recordings(
-    network: Network, stimuli: StimulusSet, runtime: Runtime, *, batch_size: int, workers: int, keep_predictions: bool
-) -> Scores:
-    """`score` the stimuli of each recording."""
-    return Scores(
-        {
-            recording.name: score(
-                network,
-                recording,
-                runtime,
-                batch_size=batch_size,
-                workers=workers,
-                keep_predictions=keep_predictions,
-            )
-            for recording in stimuli.recordings
-        }
-    )
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ class EarlyStopping:
             RunFailed: the selection metric has no value.
         """
         progress = self._progress
-        value = scores.value(progress.selection_metric)
+        value = scores.means()[progress.selection_metric]
         if math.isnan(value):
             raise RunFailed(self._why_no_value(scores))
         sign = -1 if progress.selection_metric in LOWER_IS_BETTER else 1
@@ -50,7 +50,7 @@ class EarlyStopping:
         recording, stimuli = next(
             (part.name, len(part))
             for part in self._selection.recordings
-            if math.isnan(scores.by_recording[part.name].value(metric))
+            if math.isnan(scores.by_recording[part.name].means()[metric])
         )
         return (
             f"{metric} has no value on the {stimuli} stimuli of {split} of {recording}: there are too few, or "

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from train.data.stimuli import StimulusSet
 from train.distributed.runtime import Runtime
-from train.evaluation.scoring import Scores, score_recordings
+from train.evaluation.scoring import Scores, score
 from train.finetuning.ema import RunningAverage
 from train.models.batch_norm import batch_norm_statistics
 from train.models.losses import Correlation
@@ -60,11 +60,16 @@ class SelectionScoring:
                 statistic.copy_(self.runtime.mean(statistic))
 
     def _score(self, network: Network, stimuli: StimulusSet, *, keep_predictions: bool) -> Scores:
-        return score_recordings(
-            network,
-            stimuli,
-            self.runtime,
-            batch_size=self.batch_size,
-            workers=self.workers,
-            keep_predictions=keep_predictions,
+        return Scores(
+            {
+                recording.name: score(
+                    network,
+                    recording,
+                    self.runtime,
+                    batch_size=self.batch_size,
+                    workers=self.workers,
+                    keep_predictions=keep_predictions,
+                )
+                for recording in stimuli.recordings
+            }
         )

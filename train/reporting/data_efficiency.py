@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.common.errors import BadInput
 from data_prep.common.option_fields import marked
-from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.common.terminal import printable
-from train.evaluation.ensemble_evaluation import ENSEMBLE_FILE
+from train.evaluation.ensemble_evaluation import ENSEMBLE_FILE, read_record
 from train.reporting.reported_run import ScoredRun, shortest_names
 from train.run.field_rules import FREE_ON_RESUME
 from train.run.folder import RunFolder, flattened
@@ -134,7 +134,7 @@ class _Systems:
             try:
                 facts = self._facts(run, depth)
                 text = None if facts is None else json.dumps(facts, sort_keys=True, default=str)
-            except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            except (BadInput, OSError, ValueError, TypeError, AttributeError):
                 text = None
             self._digests[run] = None if text is None else hashlib.sha256(text.encode()).hexdigest()
         return self._digests[run]
@@ -150,11 +150,14 @@ class _Systems:
     def _ensemble_facts(self, run: Path, depth: int) -> list[str] | None:
         if depth >= DEEPEST:
             return None
-        ensemble = parse_json(read_regular_file(run / ENSEMBLE_FILE))
-        paths = [Path(path) for member in ensemble["members"] for path in member["runs"]]
-        digests = [self.digest(path, depth + 1) for path in paths]
-        known = [digest for digest in digests if digest is not None]
-        return [ensemble["combine"], *sorted(known)] if known and len(known) == len(digests) else None
+        ensemble = read_record(run)
+        digests: list[str] = []
+        for path in itertools.chain.from_iterable(ensemble.members):
+            digest = self.digest(Path(path), depth + 1)
+            if digest is None:
+                return None
+            digests.append(digest)
+        return [ensemble.combine, *sorted(digests)] if digests else None
 
 
 # ----------------------------------------------------------------------------------------------------------- names

@@ -15,14 +15,20 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.common.terminal import printable
+from data_prep.shards.manifest import from_json_list
 from train.evaluation.comparison import ScoredPredictions
 from train.evaluation.figures.layer_figure import layer_label
+from train.evaluation.predictions_file import (
+    PREDICTIONS_FILE,
+    ClassPredictions,
+    read_class_predictions,
+    read_predictions,
+)
 from train.reporting.run_files import (
     Classification,
     Environment,
     Metrics,
     Regression,
-    read_arrays,
     read_environment,
     read_history,
     read_metrics,
@@ -48,20 +54,6 @@ class Size:
 
     all: int
     fitted: int
-
-
-@dataclass(frozen=True)
-class ClassPredictions:
-    """The classes that a network predicted.
-
-    Attributes:
-        names: of the classes, in label order.
-        shown, predicted: int (stimuli,), labels.
-    """
-
-    names: list[str]
-    shown: np.ndarray
-    predicted: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -231,38 +223,38 @@ class ReportedRun:
             commands.append(shlex.join(["launch/local.sh", "train/evaluate.py", str(self.path), "--split", self.split]))
         return commands
 
-    def _read_predictions(self) -> dict[str, np.ndarray]:
-        folder = RunFolder(self.path).evaluation(self.split, recording=self.recording)
-        return read_arrays(folder / "predictions.npz")
+    @property
+    def _predictions_file(self) -> Path:
+        return RunFolder(self.path).evaluation(self.split, recording=self.recording) / PREDICTIONS_FILE
 
     @cached_property
     def predictions(self) -> ScoredPredictions | None:
         """Its predicted responses, stimuli in alphabetical order; None where they cannot be read."""
         regression = self.metrics.regression if self.metrics else None
-        arrays = self._read_predictions() if regression else {}
-        if regression is None or not {"stimulus_id", "prediction", "target"} <= arrays.keys():
+        if regression is None:
             return None
-        prediction, target, order = arrays["prediction"], arrays["target"], np.argsort(arrays["stimulus_id"])
-        if prediction.shape != target.shape or prediction.shape != (len(order), regression.sites):
+        try:
+            predictions = read_predictions(self._predictions_file)
+        except BadInput:
             return None
-        if regression.ceiling is None:
-            return ScoredPredictions(prediction[order], target[order])
-        reliability = np.array([np.nan if value is None else value for value in regression.ceiling.per_site])
-        if reliability.shape != (regression.sites,):
+        rates, responses = predictions.rates, predictions.responses
+        if responses is None or rates.shape[1] != regression.sites:
             return None
-        return ScoredPredictions(prediction[order], target[order], reliability)
+        reliability = None
+        if regression.ceiling is not None:
+            reliability = from_json_list(regression.ceiling.per_site)
+            if len(reliability) != regression.sites:
+                return None
+        order = np.argsort(predictions.stimulus_ids)
+        return ScoredPredictions(rates[order], responses[order], reliability)
 
     @cached_property
     def class_predictions(self) -> ClassPredictions | None:
         """The classes that it predicted; None where it predicts none, or they cannot be read."""
-        arrays = self._read_predictions()
-        if not {"stimulus_id", "class_id", "class", "predicted_class"} <= arrays.keys():
+        try:
+            return read_class_predictions(self._predictions_file)
+        except BadInput:
             return None
-        names = [str(name) for name in arrays["class_id"]]
-        for labels in (arrays["class"], arrays["predicted_class"]):
-            if labels.dtype.kind != "i" or not len(labels) or labels.min() < 0 or labels.max() >= len(names):
-                return None
-        return ClassPredictions(names, arrays["class"], arrays["predicted_class"])
 
 
 @dataclass(frozen=True)

@@ -7,18 +7,16 @@ import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import numpy as np
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import parse_json, read_npz, read_regular_file
+from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.common.terminal import printable
 from train.run.recipe import MOST_STIMULI
 from train.run.yaml_files import read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 Text = Annotated[str, AfterValidator(printable)]
-PER_SITE_OR_CLASS = ("site_id", "class_id")  # arrays of predictions.npz; all others have one entry per stimulus
 
 
 class _FileContent(BaseModel):
@@ -179,14 +177,3 @@ def read_history(path: Path) -> list[dict[str, Any]]:
         if isinstance(content, dict):
             history.append(content)
     return history
-
-
-def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a predictions.npz; empty where it is missing, damaged, or holds more than numbers and texts."""
-    try:
-        arrays = read_npz(path)
-    except (OSError, ValueError):
-        return {}
-    lengths = {len(array) for name, array in arrays.items() if name not in PER_SITE_OR_CLASS}
-    is_plain = all(array.dtype.kind in "fiuU" for array in arrays.values())
-    return arrays if is_plain and len(lengths) <= 1 else {}

@@ -122,9 +122,7 @@ class RunFolder:
         recorded_data = folders if len(folders) > 1 else folders[0]
         write_json(self.env, environment() | {"data": recorded_data} | dict(facts))
         recipe = recipe.model_copy(update={"data": recorded_data if all(map(is_url, data)) else None})
-        temporary = self.recipe.with_suffix(".tmp")
-        save_recipe(recipe, temporary)
-        temporary.replace(self.recipe)
+        save_recipe(recipe, self.recipe)
 
     def lock(self, seconds: float = SECONDS_TO_END) -> None:
         """Keep other processes from writing to the run until `close`, or until this process ends in any way.

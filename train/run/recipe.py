@@ -8,6 +8,7 @@ from typing import Annotated, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, Field, ValidationError
 
+from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.common.option_fields import OFTEN_CHANGED
 from train.run.field_rules import FREE_ON_RESUME, check_no_training_settings, check_nothing_is_ignored, used_when
@@ -244,5 +245,9 @@ def _did_you_mean(path: Path) -> str:
 
 
 def save_recipe(recipe: Recipe | ProbeRecipe, path: Path) -> None:
-    """Write a recipe with all its settings as YAML."""
-    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    """Write a recipe with all its settings as YAML.
+
+    Raises:
+        CannotWrite: the disk is full, the folder read-only ...
+    """
+    write_bytes(path, yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False).encode())

@@ -17,7 +17,7 @@ from data_prep.shards.storage import open_files
 from train.models.timm_networks import check_network_name
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
-from train.run.recipe import Recipe, save_recipe
+from train.run.recipe import save_recipe
 from train.sweeping.plan import Plan, load_plan
 from train.sweeping.publishing import REPORTED_SPLIT, publish
 from train.sweeping.queue import Claim, Study, open_study
@@ -148,7 +148,7 @@ class Worker:
         heartbeat = Heartbeat(self.folder.heartbeat(claim.run), claim.token, self._heartbeat_seconds)
         recipe, run = self.folder.trial_recipe(claim.run), RunFolder(self.folder.run(claim.run))
         with hold_lock(heartbeat.path, self.stop.check) as lock:
-            write_recipe(self.plan.recipe(claim.settings), recipe)
+            save_recipe(self.plan.recipe(claim.settings), recipe)
             resume = ["--resume"] if run.recipe.is_file() else []
             if not resume:  # an attempt was killed before the run had claimed its folder
                 shutil.rmtree(run.path, ignore_errors=True)
@@ -210,13 +210,6 @@ def read_result(run: RunFolder) -> tuple[float, dict[str, float]]:
     assert progress.best is not None  # a run that is done has scored an epoch
     facts = {"best_epoch": progress.best_epoch, "epochs": epochs[-1]["epoch"], "seconds": round(seconds, 1)}
     return progress.best, facts
-
-
-def write_recipe(recipe: Recipe, path: Path) -> None:
-    """Write a recipe to a temporary file and rename it."""
-    temporary = path.with_suffix(".tmp")
-    save_recipe(recipe, temporary)
-    temporary.replace(path)
 
 
 def describe_settings(settings: dict[str, Any]) -> str:
