@@ -1,4 +1,4 @@
-"""Is one model better than another on the same stimuli? A paired bootstrap answers.
+"""Compares models that predict the same stimuli, by a paired bootstrap.
 
 All models are resampled with the same stimuli (Efron and Tibshirani 1993, chapter 16 on paired data; Koehn 2004 for
 scores of systems), so what is hard or easy for all of them cancels in their difference. The interval is the percentile
@@ -73,14 +73,14 @@ def leads(
     signed = {model: sign * score for model, score in enumerate(scores) if score is not None}
     ranked = sorted(signed, key=lambda model: -signed[model])
     values = [None if means is None else means.get(metric) for means in resampled]
-    found = []
+    models_ahead = []
     for better, worse in itertools.pairwise(ranked):
         values_of_better, values_of_worse = values[better], values[worse]
         interval = None
         if values_of_better is not None and values_of_worse is not None:
             interval = paired_interval(sign * (values_of_better - values_of_worse), stimuli)
-        found.append(Lead(better, worse, signed[better] - signed[worse], interval))
-    return found
+        models_ahead.append(Lead(better, worse, signed[better] - signed[worse], interval))
+    return models_ahead
 
 
 def paired_interval(differences: np.ndarray, stimuli: int) -> tuple[float, float] | None:

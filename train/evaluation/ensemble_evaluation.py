@@ -1,7 +1,7 @@
 """Evaluates an ensemble: opens its members, scores those that need it, combines them, writes the results.
 
 OUT/ensemble.json                      the members, and how they are combined
-OUT/eval/<split>/...                   as in a run's folder; and `left_out`, so that it can teach or be a member
+OUT/eval/<split>/...                   as in a run folder; and `left_out`, for use as a teacher or a member
 
 With several recordings, the predictions of each recording are combined on their own.
 """
@@ -106,7 +106,7 @@ def prepare_ensembles(options: Evaluate) -> tuple[list[Job], list[Ensemble]]:
     The ensemble predicts the recordings of --data, by default those of the first run; every member must predict them.
 
     Returns:
-        What has to be scored first, and an ensemble for each recording.
+        The evaluations to run first, and an ensemble for each recording.
 
     Raises:
         BadInput: options or members that do not go together.
@@ -159,7 +159,7 @@ def _checked_out(options: Evaluate) -> Path:
 
 
 def _jobs(options: Evaluate, run: Path, recipe: Recipe) -> list[Job]:
-    """What has to be scored of a fine-tuned run: the split, and the stimuli left out of training if they are needed."""
+    """The evaluations that a fine-tuned run needs: of the split, and of the left-out stimuli if these are used."""
     if not recipe.task.predicts_responses:
         raise BadInput(f"{run} does not predict responses, which is what an ensemble combines")
     jobs = prepare(options, run, options.split)
@@ -242,11 +242,12 @@ def write_ensembles(out: Path, ensembles: Sequence[Ensemble], ranks: int) -> lis
         BadInput: members cannot be combined; then nothing is written.
     """
     predictions = [ensemble.predict() for ensemble in ensembles]
-    several = len(ensembles) > 1
+    has_several_recordings = len(ensembles) > 1
     # The weights for several recordings differ; they are in the metrics of each.
-    write_json(out / ENSEMBLE_FILE, _content(_record(ensembles), None if several else predictions[0].weights))
+    weights = None if has_several_recordings else predictions[0].weights
+    write_json(out / ENSEMBLE_FILE, _content(_record(ensembles), weights))
     return [
-        _write(RunFolder(out), ensemble, predicted, ranks, ensemble.recording if several else None)
+        _write(RunFolder(out), ensemble, predicted, ranks, ensemble.recording if has_several_recordings else None)
         for ensemble, predicted in zip(ensembles, predictions, strict=True)
     ]
 
@@ -286,7 +287,7 @@ def _read_metrics(run: Path, split: str, recording: str) -> dict[str, Any]:
 
 
 def _facts_of_members(metrics_of_runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """How the members came about: all that any of them was selected on, all controls, and a common training size."""
+    """Facts of an ensemble: every split that selected a member, all controls, and the training size if shared."""
     runs = list(metrics_of_runs)
     facts: dict[str, Any] = {"selected_on": list(dict.fromkeys(split for run in runs for split in run["selected_on"]))}
     controls = {run["control"] for run in runs if "control" in run}

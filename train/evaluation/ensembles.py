@@ -96,7 +96,7 @@ class Ensemble:
             (`train/regression/stacking.py`).
         shards: of the recording.
         split: to predict.
-        bad_samples: finds out which stimuli can be read.
+        bad_samples: records which stimuli cannot be read.
     """
 
     def __init__(

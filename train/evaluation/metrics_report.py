@@ -21,7 +21,7 @@ SHUFFLED_CONTROL = "shuffled responses"  # `control` of a run or probe that was 
 def metrics_report(
     scores: RecordingScores, stimuli: RecordingStimuli, manifest: Manifest, split: str, ranks: int
 ) -> dict[str, Any]:
-    """What metrics.json says of a network's scores on a split."""
+    """The content of metrics.json for a network's scores on a split."""
     metrics = report_head(stimuli.stimulus_ids, stimuli.rates, manifest, split, ranks)
     if scores.moments is not None:
         assert scores.rates is not None, "the predictions of a report are kept"
@@ -36,7 +36,7 @@ def metrics_report(
 def report_head(
     stimulus_ids: list[str], rates: np.ndarray | None, manifest: Manifest, split: str, ranks: int
 ) -> dict[str, Any]:
-    """What every metrics.json begins with: what was scored, and on how many processes."""
+    """The first entries of every metrics.json: what was scored, and on how many processes."""
     head = {
         "split": split,
         "stimuli": len(stimulus_ids),

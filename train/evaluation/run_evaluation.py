@@ -37,7 +37,7 @@ SUMMARISED = ("r2", "explained_variance", "mse", "pearson_r", "ceiled_explained_
 
 @dataclass(frozen=True)
 class Job:
-    """An evaluation on one recording, checked as far as possible before the processes are joined.
+    """An evaluation on one recording, checked as far as possible before the process group starts.
 
     Attributes:
         options: of the command line.
@@ -49,7 +49,7 @@ class Job:
         recording: name of the recording if the run was trained on several, else None.
         shards: of the recording.
         stimuli: to predict.
-        bad_samples: knows which stimuli are left out.
+        bad_samples: records which stimuli are left out.
     """
 
     options: Evaluate
@@ -227,7 +227,7 @@ def evaluate(job: Job, runtime: Runtime) -> RecordingScores:
 
 
 def _unseen_classes(job: Job) -> int:
-    """How many of the scored classes no training stimulus shows: the network cannot predict them."""
+    """The number of scored classes without a training stimulus, which the network cannot predict."""
     if job.stimuli.labels is None:
         return 0
     train = job.shards.split("train")
@@ -282,7 +282,7 @@ def _prediction_arrays(job: Job, scores: RecordingScores) -> dict[str, np.ndarra
 
 
 def _run_facts(job: Job) -> dict[str, Any]:
-    """What metrics.json says about the run."""
+    """The entries of metrics.json that describe the run."""
     facts: dict[str, Any] = {
         "checkpoint": job.options.checkpoint,
         "epoch": job.progress.epoch,

@@ -21,7 +21,7 @@ from train.models.network import Network
 
 @dataclass(frozen=True)
 class RecordingScores:
-    """What is known of a network's predictions of a recording's split; the same on every rank.
+    """A network's predictions of a recording's split, and their scores; the same on every rank.
 
     Attributes:
         moments: of responses and predictions; None where the network predicts none or there are no responses.
@@ -78,7 +78,7 @@ def mean_over_recordings(recordings: Sequence[Mapping[str, float]]) -> dict[str,
 
 
 def chart_values(by_recording: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Metrics under the names of their charts: `r2` is the mean; with several recordings, `NAME/r2` is that of one."""
+    """Metrics under the names of their charts: `r2` is the mean; with several recordings, `NAME/r2` is that of NAME."""
     values = mean_over_recordings(list(by_recording.values()))
     if len(by_recording) > 1:
         for recording, metrics in by_recording.items():
@@ -107,7 +107,7 @@ def score(
 
     Args:
         network: on the runtime's device.
-        stimuli: of one recording; `stimuli.columns` are its sites among the network's outputs.
+        stimuli: of a recording; `stimuli.columns` are its sites among the network's outputs.
         runtime: this process.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
@@ -115,7 +115,7 @@ def score(
         label: of the progress bar; no bar without one.
 
     Raises:
-        Stopped: a process was told to stop.
+        Stopped: a process was asked to stop.
         RuntimeError: the ranks together did not see every stimulus once.
     """
     was_training = network.training
@@ -136,14 +136,14 @@ def score(
 
 
 class _RankScorer:
-    """Accumulates the predictions of this rank's share of the stimuli, and what they are scored by."""
+    """Accumulates the predictions of this rank's share of the stimuli, and their moments and counts."""
 
     def __init__(self, network: Network, stimuli: RecordingStimuli, runtime: Runtime, keep_predictions: bool):
         self._runtime, self._stimuli, self._keep = runtime, stimuli, keep_predictions
         self._responses = network.objective.responses
         self._classifies = "classes" in network.heads
         self._seen = 0
-        kept = len(rank_positions(len(stimuli), runtime.rank, runtime.ranks)) if keep_predictions else 0
+        rows = len(rank_positions(len(stimuli), runtime.rank, runtime.ranks)) if keep_predictions else 0
         device, sites = runtime.device, 0
         self._moments: SiteMoments | None = None
         if self._responses is not None:
@@ -155,11 +155,11 @@ class _RankScorer:
             head = network.heads["classes"]
             assert isinstance(head, nn.Linear)
             self._counts = ClassCounts.zeros(head.out_features, device)
-        self._rates = torch.empty(kept, sites, device=device)
-        self._classes = torch.empty(kept, dtype=torch.int64, device=device)
+        self._rates = torch.empty(rows, sites, device=device)
+        self._classes = torch.empty(rows, dtype=torch.int64, device=device)
 
     def add(self, outputs: Mapping[str, torch.Tensor], batch: Batch, count: int) -> None:
-        """Take in a batch, of which the first `count` stimuli are no padding."""
+        """Add a batch; stimuli after the first `count` are padding."""
         rows = slice(self._seen, self._seen + count)
         if self._responses is not None:
             rates = self._responses.to_rates(outputs["rates"])[:, self._stimuli.columns]

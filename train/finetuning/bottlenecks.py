@@ -36,8 +36,8 @@ class Bottlenecks:
         if slowest > SLOW_RANK * usual > 0 and slowest - usual > LEAST_DELAY * epoch.seconds / epoch.steps:
             rank = busy.index(slowest)
             notes["rank"] = (
-                f"note: rank {rank} on {hosts[rank]} needs {slowest / usual:.1f} times as long for its part of a step "
-                "as the others, and they wait for it"
+                f"note: rank {rank} on {hosts[rank]} takes {slowest / usual:.1f} times as long for its part of a step "
+                "as the others, which wait for it"
             )
         new = [sentence for kind, sentence in notes.items() if kind not in self._mentioned]
         self._mentioned |= notes.keys()

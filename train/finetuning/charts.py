@@ -110,8 +110,8 @@ class TrainingCharts:
         """The scores of this epoch's last predictions in training, over all ranks; every rank must take part.
 
         The weights changed in between and the images were augmented, so no single network would score this on train.
-        Under a loss that ignores the scale of the responses there is Pearson's r only. With several recordings there is
-        each one's score, as `NAME/r2`, besides the mean.
+        Under a loss that ignores the scale of the responses, only Pearson's r is scored. With several recordings, each
+        has its own scores, as `NAME/r2`, besides the mean.
         """
         predictions, self._kept, self._kept_stimuli = self._kept, deque(), 0
         of_responses, of_classes = self._response_scores(predictions), self._class_scores(predictions)
@@ -125,16 +125,16 @@ class TrainingCharts:
         )
 
     def _response_scores(self, predictions: Sequence[TrainPredictions]) -> list[dict[str, float]]:
-        """Of each recording, the metrics that have a value, as means over sites."""
+        """For each recording, the metrics that have a value, as means over sites."""
         responses = self._objective.responses
         if responses is None:
             return [{} for _ in self._fit.recordings]
         moments = SiteMoments.zeros(responses.rate_mean.numel(), self._runtime.device)
         if predictions:
             moments = SiteMoments.of(
-                prediction=torch.cat([responses.to_rates(kept.outputs["rates"]) for kept in predictions]),
-                response=torch.cat([kept.rates for kept in predictions if kept.rates is not None]),
-                weight=torch.cat([kept.weight for kept in predictions]),
+                prediction=torch.cat([responses.to_rates(micro_batch.outputs["rates"]) for micro_batch in predictions]),
+                response=torch.cat([micro_batch.rates for micro_batch in predictions if micro_batch.rates is not None]),
+                weight=torch.cat([micro_batch.weight for micro_batch in predictions]),
             )
         scores = site_scores(moments.over_ranks(self._runtime))
         shown = ("pearson_r",) if responses.needs_calibration else tuple(scores)
@@ -142,16 +142,16 @@ class TrainingCharts:
         return [{name: mean for name, mean in of_part.items() if np.isfinite(mean)} for of_part in means]
 
     def _class_scores(self, predictions: Sequence[TrainPredictions]) -> list[dict[str, float]]:
-        """Of each recording, the share of stimuli whose class was the likeliest."""
+        """For each recording, the share of stimuli whose class was the likeliest."""
         if self._selection.labels is None:
             return [{} for _ in self._fit.recordings]
         device = self._runtime.device
         ends = torch.tensor([len(part) for part in self._fit.recordings], device=device).cumsum(0)
         counts = torch.zeros(len(ends), 2, dtype=torch.float64, device=device)  # correct, shown
-        for kept in predictions:
-            correct = (kept.outputs["classes"].argmax(1) == kept.labels) * kept.weight
-            recording = torch.bucketize(kept.positions, ends[:-1], right=True)
-            counts.index_add_(0, recording, torch.stack((correct, kept.weight), dim=1).double())
+        for micro_batch in predictions:
+            correct = (micro_batch.outputs["classes"].argmax(1) == micro_batch.labels) * micro_batch.weight
+            recording = torch.bucketize(micro_batch.positions, ends[:-1], right=True)
+            counts.index_add_(0, recording, torch.stack((correct, micro_batch.weight), dim=1).double())
         return [{"top1": correct / shown} if shown else {} for correct, shown in self._runtime.sum(counts).tolist()]
 
     def chart_epoch(self, step: int, scores: Scores, seconds: float) -> None:

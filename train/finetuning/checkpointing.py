@@ -69,7 +69,7 @@ class CheckpointWriter:
     def _average_statistics(self, tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         """Put the ranks' mean of BatchNorm's statistics into `tensors`; returns those of each rank.
 
-        In mid-epoch they differ between ranks, and a run that resumes on as many ranks needs each rank's own.
+        Mid-epoch they differ between ranks, and a run that resumes on as many ranks needs those of each rank.
         """
         networks = {"network": self._network}
         if self._average is not None:

@@ -53,7 +53,7 @@ class EarlyStopping:
             if math.isnan(scores.by_recording[part.name].means()[metric])
         )
         return (
-            f"{metric} has no value on the {stimuli} stimuli of {split} of {recording}: there are too few, or "
+            f"{metric} is undefined on the {stimuli} stimuli of {split} of {recording}: they are too few, or "
             "their responses or predictions are constant; raise early_stopping.inner_fraction or choose another "
             "early_stopping.metric"
         )

@@ -44,6 +44,6 @@ class RunningAverage:
     @torch.no_grad()
     def gather(self) -> None:
         """Bring `network` up to date; every rank must take part."""
-        for own, whole in zip(self._whole, self._engine.gather(self._averages), strict=True):
-            if own is not whole:
-                own.copy_(whole)
+        for tensor, average in zip(self._whole, self._engine.gather(self._averages), strict=True):
+            if tensor is not average:
+                tensor.copy_(average)

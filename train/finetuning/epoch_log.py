@@ -64,7 +64,7 @@ class EpochLog:
         self._append_to_history(scores, is_best, facts)
 
     def end(self, stopped_early: bool) -> None:
-        """Say why training has ended, and which epoch is the best."""
+        """Log why training ended, and which epoch is the best."""
         progress = self._progress
         reason = "stopped early" if stopped_early else "all epochs done"
         best = float("nan") if progress.best is None else progress.best
@@ -72,12 +72,12 @@ class EpochLog:
         self._monitor.log(f"{reason}: best {progress.selection_metric} {best:.4f} on {progress.selection_split} {when}")
 
     def _described(self, scores: Scores) -> str:
-        """Every metric, and of several recordings the selection metric of each."""
+        """Every metric; with several recordings, also the selection metric of each."""
         metric = self._progress.selection_metric
         text = "  ".join(f"{name} {value:.4f}" for name, value in scores.means().items())
         if len(scores.by_recording) > 1:
-            of_each = ", ".join(f"{name} {scored.means()[metric]:.4f}" for name, scored in scores.by_recording.items())
-            text += f"  ({metric}: {of_each})"
+            values = [f"{name} {scored.means()[metric]:.4f}" for name, scored in scores.by_recording.items()]
+            text += f"  ({metric}: {', '.join(values)})"
         return f"{self._progress.selection_split}: {text}"
 
     def _chart(self, scores: Scores, train_scores: Mapping[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The mean training loss of an epoch, summed up in a way that survives a checkpoint in mid-epoch."""
+"""The mean training loss of an epoch, summed so that it survives a mid-epoch checkpoint."""
 
 from collections.abc import Sequence
 
@@ -39,8 +39,8 @@ class EpochLoss:
 
     def of_ranks(self) -> list[float]:
         """The sum of each rank; every rank must take part."""
-        own = torch.tensor(self._sum, dtype=torch.float64, device=self._runtime.device)
-        return self._runtime.all_gather(own).tolist()
+        sum_of_rank = torch.tensor(self._sum, dtype=torch.float64, device=self._runtime.device)
+        return self._runtime.all_gather(sum_of_rank).tolist()
 
     def mean(self, steps: int) -> float:
         """The mean over those of the epoch's `steps` that were not left out; every rank must take part.

@@ -79,7 +79,7 @@ class Training:
         """Train until the epochs or the patience are used up.
 
         Raises:
-            Stopped: a process was told to stop; a checkpoint is saved.
+            Stopped: a process was asked to stop; a checkpoint is saved.
             RunFailed: the loss stayed infinite or NaN, or a checkpoint cannot be saved.
         """
         if self.progress.step == 0 and self.recipe.readout.start != "zero":

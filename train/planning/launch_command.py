@@ -20,15 +20,15 @@ def launch_command(estimate: StrategyEstimate, options: Plan, words: list[str]) 
     """
     names_recipe = words[0].endswith((".yaml", ".yml"))
     recipe, flags = (words[:1], words[1:]) if names_recipe else ([], words)
-    data = [str(parse_location(place)) for place in options.data] if options.data else ["DIR"]
-    parts = [
+    data = [str(parse_location(location)) for location in options.data] if options.data else ["DIR"]
+    words_of_command = [
         _launcher(estimate.strategy, options),
         shlex.join(["train/finetune.py", *recipe, "--data", *data, "--out", "RUN", *settings_of(flags)]),
     ]
     if options.strategy is not None:
-        parts.append(f"--strategy {_strategy_setting(estimate.strategy)}")
-    parts.append(f"--batch.per_device {estimate.per_device}")
-    return " ".join(parts)
+        words_of_command.append(f"--strategy {_strategy_setting(estimate.strategy)}")
+    words_of_command.append(f"--batch.per_device {estimate.per_device}")
+    return " ".join(words_of_command)
 
 
 def _launcher(strategy: str, options: Plan) -> str:
@@ -47,10 +47,10 @@ def _strategy_setting(name: str) -> str:
 
 def settings_of(words: list[str]) -> list[str]:
     """The words of a command line without the plan's own options and the settings that it decides."""
-    kept, is_dropped = [], False
+    remaining, is_dropped = [], False
     for word in words:
         if word.startswith("--"):
             is_dropped = word.partition("=")[0].replace("_", "-") in (*PLAN_OPTIONS, *REPLACED_SETTINGS)
         if not is_dropped:
-            kept.append(word)
-    return kept
+            remaining.append(word)
+    return remaining

@@ -36,18 +36,18 @@ class LiveBytes(TorchDispatchMode):
     torch.distributed's MemTracker counts the same, module by module, and takes tens of times longer.
 
     Args:
-        known: tensors that are not counted.
+        uncounted: tensors that are left out.
 
     Attributes:
         live: bytes, now.
         peak: bytes, the most so far.
     """
 
-    def __init__(self, known: Iterable[torch.Tensor]):
+    def __init__(self, uncounted: Iterable[torch.Tensor]):
         super().__init__()
         self.live = self.peak = 0
         self._alive: dict[int, Any] = {
-            id(storage): storage for storage in (tensor.untyped_storage() for tensor in known)
+            id(storage): storage for storage in (tensor.untyped_storage() for tensor in uncounted)
         }
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -106,8 +106,8 @@ def optimizer_cost(settings: recipe_settings.Optimizer) -> OptimizerCost:
     state = [value for value in optimizer.state[weight].values() if isinstance(value, torch.Tensor)]
     with LiveBytes([weight, weight.grad, *state]) as counted:
         optimizer.step()
-    kept = sum(tensor.nbytes for tensor in state)
-    return OptimizerCost(state=kept // TINY, scalars=kept % TINY, temporary=counted.peak // TINY)
+    state_bytes = sum(tensor.nbytes for tensor in state)
+    return OptimizerCost(state=state_bytes // TINY, scalars=state_bytes % TINY, temporary=counted.peak // TINY)
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def measure_step(recipe: Recipe, manifest: Manifest) -> StepCost:
 def activation_bytes(network: Network, recipe: Recipe, manifest: Manifest, batch: int) -> int:
     """The most bytes that forward, loss and backward of `batch` stimuli hold beyond weights and gradients.
 
-    The gradients are there from the start, as in all micro-batches of a step but the first.
+    The gradients exist from the start, as in all micro-batches of a step but the first.
 
     Args:
         network: in training mode; it is copied without its data.
@@ -189,12 +189,12 @@ def activation_bytes(network: Network, recipe: Recipe, manifest: Manifest, batch
     with FakeCopyMode(fake):
         network = copy.deepcopy(network)
     with fake:
-        known = [*network.parameters(), *network.buffers()]
+        uncounted = [*network.parameters(), *network.buffers()]
         for parameter in network.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.empty_like(parameter)
-                known.append(parameter.grad)
-        with LiveBytes(known) as counted, AutocastAsOnCuda():
+                uncounted.append(parameter.grad)
+        with LiveBytes(uncounted) as counted, AutocastAsOnCuda():
             forward_and_backward(network, recipe, empty_batch(recipe, manifest, batch))
     return counted.peak
 
@@ -202,7 +202,7 @@ def activation_bytes(network: Network, recipe: Recipe, manifest: Manifest, batch
 def forward_and_backward(network: Network, recipe: Recipe, batch: Batch) -> None:
     """One micro-batch as in the training loop."""
     images = batch.images if batch.draws is None else augment(batch.images, batch.draws, recipe.augment)
-    network.objective.losses(network(images), batch, lambda own: own)["loss"].backward()
+    network.objective.losses(network(images), batch, lambda share: share)["loss"].backward()
 
 
 def empty_batch(recipe: Recipe, manifest: Manifest, size: int) -> Batch:

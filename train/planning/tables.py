@@ -46,7 +46,7 @@ def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
 def manifest_of(options: Plan) -> Manifest:
     """The recording of --data, or a made-up one."""
     if options.data is not None:
-        return combined_manifest([open_files(place).manifest() for place in options.data])
+        return combined_manifest([open_files(location).manifest() for location in options.data])
     return paper_manifest(options.sites or SITES, options.classes or CLASSES, SIDE)
 
 

@@ -104,10 +104,10 @@ class LayerRegressions:
         owners = self._products.compute_missing(
             [LayerWindow(layer, window) for layer in self._layers for window in layer_windows]
         )
-        own = {key: self._regress(key) for key, owner in owners.items() if owner == self._runtime.rank}
+        owned = {key: self._regress(key) for key, owner in owners.items() if owner == self._runtime.rank}
         results: dict[LayerWindow, LayerResult] = {}
-        for of_rank in self._runtime.gather_objects(own):
-            results |= of_rank
+        for results_of_rank in self._runtime.gather_objects(owned):
+            results |= results_of_rank
         return {
             layer: self._stack({window: results[LayerWindow(layer, window)] for window in layer_windows})
             for layer in self._layers

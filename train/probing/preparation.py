@@ -1,4 +1,4 @@
-"""Opens what a probe needs and checks it, before the processes are joined."""
+"""Opens what a probe needs and checks it, before the process group starts."""
 
 import os
 from collections.abc import Mapping
@@ -34,13 +34,13 @@ from train.run.recipe import ProbeRecipe
 
 @dataclass(frozen=True)
 class Job:
-    """A probe that is checked as far as possible before the processes are joined.
+    """A probe that is checked as far as possible before the process group starts.
 
     Attributes:
         recipe: its settings.
         data: shard folder, or its URL.
         split: val, test or cv.
-        resume: whether to go on with an interrupted probe.
+        resume: whether to resume an interrupted probe.
         manifest: of the shards.
         folder: to write to.
         splits: the stimuli by split; positions run through one split after the other.
@@ -48,7 +48,7 @@ class Job:
         extractor: from images to activations.
         layers: names, in order.
         workers: decoding processes per rank.
-        bad_samples: knows which stimuli are left out.
+        bad_samples: records which stimuli are left out.
     """
 
     recipe: ProbeRecipe
@@ -116,7 +116,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
         data: shard folder, or its URL.
         out: run folder.
         split: val, test or cv.
-        resume: go on with an interrupted probe.
+        resume: whether to resume an interrupted probe.
 
     Raises:
         BadInput: it does not fit.
@@ -205,7 +205,7 @@ def _partition(
     else:
         held_out_sets = [positions[len(splits["train"]) :]]
         key = shards.manifest.group_by
-    groups = positions if key is None else np.array([str(own.get(key)) for own in facts])
+    groups = positions if key is None else np.array([str(stimulus.get(key)) for stimulus in facts])
     partitions = []
     for held_out in held_out_sets:
         fit = np.setdiff1d(positions, held_out)
@@ -217,9 +217,9 @@ def _outer_folds(facts: list[dict[str, Any]], recipe: ProbeRecipe) -> list[np.nd
     settings = recipe.cross_validation
     labels = np.arange(len(facts))
     if settings.by != "random":
-        if any(settings.key not in own for own in facts):
+        if any(settings.key not in stimulus for stimulus in facts):
             raise BadInput(f"cross_validation.key: not every stimulus has a {settings.key!r}; use by: random")
-        labels = np.array([str(own[settings.key]) for own in facts])
+        labels = np.array([str(stimulus[settings.key]) for stimulus in facts])
     if settings.by != "stratified" and len(np.unique(labels)) < settings.folds:
         raise BadInput(f"cross_validation.folds: {len(np.unique(labels))} groups cannot fill {settings.folds} folds")
     return folds(labels, settings.folds, recipe.seed, stratified=settings.by == "stratified")

@@ -1,4 +1,4 @@
-"""The inner products of a probe's layers, computed once and kept on disk; a killed probe goes on from what is there.
+"""The inner products of a probe's layers, computed once and kept on disk, from where a killed probe resumes.
 
 SCRATCH/<rank>_of_<ranks>/settings.json           what they depend on; if that changes, all are computed again
 SCRATCH/<rank>_of_<ranks>/<split>/                activations of the rank's stimuli, until they are used up
@@ -51,7 +51,7 @@ class LayerWindow:
 
     @property
     def file_name(self) -> str:
-        """Of the matrix; a hash replaces the name of a layer of so many modules that file systems refuse it."""
+        """Of the matrix; a hash replaces a layer's name that is too long for file systems."""
         layer, window = self.layer, self.window
         if len(layer) > LONGEST_NAME:
             layer = hashlib.sha256(layer.encode()).hexdigest()

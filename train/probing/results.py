@@ -24,14 +24,14 @@ CEILED_COLUMNS = {"ceiled EV": "ceiled_explained_variance", "FEVE": "feve"}
 
 @dataclass(frozen=True)
 class ProbeScores:
-    """What a probe found.
+    """The results of a probe.
 
     Attributes:
         metrics: the content of metrics.json.
         prediction: of the scored stimuli, each by the layer that its partition's inner folds chose: float32
             (stimuli, sites).
         left_out: predictions of the training stimuli by the chosen layer, each from the others: float32
-            (stimuli, sites); None but for ridge on train.
+            (stimuli, sites); None except for a ridge that was fitted on train.
     """
 
     metrics: dict[str, Any]

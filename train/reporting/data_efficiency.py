@@ -121,7 +121,7 @@ def curves_of(runs: Sequence[ScoredRun]) -> list[Curve]:
 
 
 class _Systems:
-    """Tells from their folders which runs are of the same system; reads each folder once."""
+    """Identifies the system of a run from its folder; reads each folder once."""
 
     def __init__(self) -> None:
         self._digests: dict[Path, str | None] = {}
@@ -164,16 +164,16 @@ class _Systems:
 
 
 def _names(systems: Sequence[Sequence[ScoredRun]]) -> list[str]:
-    """A name for each system: what its folders' names begin or end with, and as much more as tells it from others."""
+    """A name for each system: what its folders' names begin or end with, and whatever else distinguishes it."""
     names = [_common_words([scored.run.path.absolute().name for scored in runs]) for runs in systems]
     for describe in (_descriptions, _differing_settings, _largest_runs):
         for name in sorted(set(names)):
-            places = [place for place, other in enumerate(names) if other == name]
-            details = describe([systems[place] for place in places])
+            indices = [index for index, other in enumerate(names) if other == name]
+            details = describe([systems[index] for index in indices])
             if name and len(set(details)) == 1:
                 continue
-            for place, detail in zip(places, details, strict=True):
-                names[place] = ", ".join(part for part in (name, detail) if part)
+            for index, detail in zip(indices, details, strict=True):
+                names[index] = ", ".join(part for part in (name, detail) if part)
     controls = [runs[0].metrics.control for runs in systems]
     return [f"{name} (CONTROL: {control})" if control else name for name, control in zip(names, controls, strict=True)]
 

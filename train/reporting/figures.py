@@ -1,4 +1,4 @@
-"""The figures of a report, drawn for a paper: vector graphics, legible in print, told apart with any colour vision."""
+"""The figures of a report, drawn for a paper: vector graphics that are legible in print and with any colour vision."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -16,12 +16,12 @@ from train.evaluation.figures.figure_style import (
     SKY,
     VERMILLION,
     FileFormat,
-    encoded,
-    finished,
-    known,
+    encode,
+    escape_formulas,
+    finish,
+    known_scores,
     new_figure,
-    plain,
-    short,
+    shorten,
 )
 from train.evaluation.figures.layer_figure import draw_layers
 from train.evaluation.figures.prediction_figures import draw_confusion
@@ -68,7 +68,7 @@ class EpochValue(NamedTuple):
 
 
 def _figure(name: str, caption: str, figure: "Figure") -> ReportFigure:
-    return ReportFigure(name, caption, {kind: encoded(figure, kind) for kind in FORMATS})
+    return ReportFigure(name, caption, {kind: encode(figure, kind) for kind in FORMATS})
 
 
 def file_name(name: str) -> str:
@@ -80,12 +80,12 @@ def file_name(name: str) -> str:
 
 
 def group_figures(group: Group, pair: tuple[Path, Path] | None, suffix: str) -> Iterator[ReportFigure]:
-    """Draw everything that there is data for.
+    """Draw every figure that the group has data for.
 
     Args:
         group: runs that can be compared.
         pair: the runs to compare site by site; by default the two best.
-        suffix: of the files' names, to tell several groups apart.
+        suffix: of the files' names, which distinguishes groups.
     """
     caption = f"R2 of every site (dots), its mean with the 95 % interval over stimuli (ring). {group.title}."
     yield _figure(f"sites{suffix}", caption, draw_site_scores(group))
@@ -96,7 +96,7 @@ def group_figures(group: Group, pair: tuple[Path, Path] | None, suffix: str) -> 
             yield _layer_figure(group, scored, suffix)
     runs = [scored for path in pair or () for scored in group.runs if scored.run.path == path]
     if len(runs) != 2:
-        runs = [group.runs[place] for place in group.ranking[1::-1]]
+        runs = [group.runs[index] for index in group.ranking[1::-1]]
     if len(runs) == 2:
         below, above = runs
         caption = f"R2 site by site: {below.run.title} and {above.run.title}; above the line the second is better."
@@ -113,37 +113,37 @@ def _layer_figure(group: Group, scored: ScoredRun, suffix: str) -> ReportFigure:
 
 def draw_site_scores(group: Group) -> "Figure":
     """The sites' R2, a line of dots per model, the best on top."""
-    runs = [group.runs[place] for place in group.ranking[::-1]]
+    runs = [group.runs[index] for index in group.ranking[::-1]]
     figure = new_figure(WIDTH, 0.42 * len(runs) + 1.3)
     axes = figure.add_subplot()
-    low = _lowest([value for scored in runs for value in known(scored.regression.r2.per_site)])
-    for place, scored in enumerate(runs):
-        _draw_sites_of(axes, place, scored, low)
+    low = _lowest([value for scored in runs for value in known_scores(scored.regression.r2.per_site)])
+    for index, scored in enumerate(runs):
+        _draw_sites_of(axes, index, scored, low)
     axes.axvline(0, color="0.7", linewidth=0.6, zorder=0)
     if (ceiling := group.ceiling_of(R2)) is not None:
         axes.axvline(ceiling, color="black", linestyle="--", linewidth=1)
         axes.text(ceiling, len(runs) - 0.45, "ceiling", ha="center", va="bottom", fontsize=8)
-    axes.set_yticks(range(len(runs)), [plain(short(scored.run.title)) for scored in runs], fontsize=9)
+    axes.set_yticks(range(len(runs)), [escape_formulas(shorten(scored.run.title)) for scored in runs], fontsize=9)
     axes.set_ylim(-0.6, len(runs) - 0.4)
     axes.set_xlabel("R² of a site")
     axes.grid(axis="x", color="0.92", zorder=0)
     axes.set_axisbelow(True)
-    return finished(figure, axes, "")
+    return finish(figure, axes, "")
 
 
-def _draw_sites_of(axes: "Axes", place: int, scored: ScoredRun, low: float) -> None:
+def _draw_sites_of(axes: "Axes", index: int, scored: ScoredRun, low: float) -> None:
     """Dots at a height; triangles stand for sites below the axis's end."""
     r2 = scored.regression.r2
-    values = known(r2.per_site)
-    heights = place + np.random.default_rng(0).uniform(-0.27, 0.27, len(values))
+    values = known_scores(r2.per_site)
+    heights = index + np.random.default_rng(0).uniform(-0.27, 0.27, len(values))
     inside = values >= low
     shown = np.maximum(values, low)
     axes.scatter(shown[inside], heights[inside], s=9, color=BLUE, alpha=0.35, linewidths=0)
     axes.scatter(shown[~inside], heights[~inside], s=12, color=BLUE, alpha=0.35, marker="<", linewidths=0)
     if r2.ci95:
-        axes.plot(r2.ci95, [place, place], color="black", linewidth=2, solid_capstyle="butt")
+        axes.plot(r2.ci95, [index, index], color="black", linewidth=2, solid_capstyle="butt")
     if r2.mean is not None:
-        axes.plot(max(r2.mean, low), place, "o", color="white", markeredgecolor="black", markersize=6)
+        axes.plot(max(r2.mean, low), index, "o", color="white", markeredgecolor="black", markersize=6)
 
 
 def _lowest(values: Sequence[float]) -> float:
@@ -171,9 +171,9 @@ def draw_site_by_site(below: ScoredRun, above: ScoredRun) -> "Figure":
     axes.text(0.04, 0.96, f"better at {above_count} sites", transform=corner, va="top", color=VERMILLION, fontsize=9)
     axes.text(0.96, 0.04, f"better at {below_count} sites", transform=corner, ha="right", color=BLUE, fontsize=9)
     axes.set(xlim=ends, ylim=ends, aspect="equal")
-    axes.set_xlabel(f"R², {plain(short(below.run.title, 34))}")
-    axes.set_ylabel(f"R², {plain(short(above.run.title, 34))}")
-    return finished(figure, axes, "")
+    axes.set_xlabel(f"R², {escape_formulas(shorten(below.run.title, 34))}")
+    axes.set_ylabel(f"R², {escape_formulas(shorten(above.run.title, 34))}")
+    return finish(figure, axes, "")
 
 
 def draw_data_efficiency(group: Group) -> "Figure":
@@ -182,12 +182,12 @@ def draw_data_efficiency(group: Group) -> "Figure":
     figure = new_figure(WIDTH, 3.4 + 0.19 * math.ceil(len(curves) / 2))
     axes = figure.add_subplot()
     shown: list[float] = []
-    for place, curve in enumerate(curves):
+    for index, curve in enumerate(curves):
         sizes, means = [point.stimuli for point in curve.points], [point.mean for point in curve.points]
         bands = [point.spread if seeds else point.ci95 for point in curve.points]
         low, high = np.array([(np.nan, np.nan) if band is None else band for band in bands]).T
-        axes.fill_between(sizes, low, high, color=_colour(place), alpha=0.13, linewidth=0)
-        _draw_line(axes, place, sizes, means, plain(short(curve.name, 40)), marker="o")
+        axes.fill_between(sizes, low, high, color=_colour(index), alpha=0.13, linewidth=0)
+        _draw_line(axes, index, sizes, means, escape_formulas(shorten(curve.name, 40)), marker="o")
         shown += means
     if (ceiling := group.ceiling_of(R2)) is not None:
         axes.axhline(ceiling, color="black", linestyle="--", linewidth=1)
@@ -202,7 +202,7 @@ def draw_data_efficiency(group: Group) -> "Figure":
     axes.grid(color="0.92")
     axes.set_axisbelow(True)
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
-    return finished(figure, axes, "")
+    return finish(figure, axes, "")
 
 
 def _readable_ticks(sizes: Sequence[int]) -> list[int]:
@@ -240,23 +240,23 @@ def draw_learning_curves(runs: Sequence[ReportedRun]) -> "Figure":
     figure = new_figure(WIDTH, 2.9 + 0.19 * math.ceil(len(runs) / 2))
     left, right = figure.subplots(1, 2)
     shown: list[float] = []
-    for place, run in enumerate(runs):
+    for index, run in enumerate(runs):
         losses = [EpochValue(line["epoch"], line["loss"]) for line in run.epochs if _is_number(line.get("loss"))]
-        _draw_epochs(left, place, losses, plain(short(run.name, 40)))
+        _draw_epochs(left, index, losses, escape_formulas(shorten(run.name, 40)))
         selection = Selection.of(run)
         values = selection.values(run.epochs)
-        _draw_epochs(right, place, values)
+        _draw_epochs(right, index, values)
         shown += [value for _, value in values]
         best = [line for line in run.epochs if line.get("best")][-1:]
         for epoch, value in selection.values(best):
-            right.plot(epoch, value, "o", color="white", markeredgecolor=_colour(place), markersize=6, zorder=4)
+            right.plot(epoch, value, "o", color="white", markeredgecolor=_colour(index), markersize=6, zorder=4)
     _cut_off_hopeless(right, shown)
     for axes, label in ((left, "training loss"), (right, _selection_label(runs))):
         axes.set(xlabel="epoch", ylabel=label)
         axes.grid(color="0.92")
         axes.set_axisbelow(True)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        finished(figure, axes, "")
+        finish(figure, axes, "")
     figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure
 
@@ -302,18 +302,18 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float)
 
 
-def _draw_epochs(axes: "Axes", place: int, values: Sequence[EpochValue], label: str = "") -> None:
-    _draw_line(axes, place, [epoch for epoch, _ in values], [value for _, value in values], label)
+def _draw_epochs(axes: "Axes", index: int, values: Sequence[EpochValue], label: str = "") -> None:
+    _draw_line(axes, index, [epoch for epoch, _ in values], [value for _, value in values], label)
 
 
-def _draw_line(axes: "Axes", place: int, x: Sequence[float], y: Sequence[float], label: str, marker: str = "") -> None:
+def _draw_line(axes: "Axes", index: int, x: Sequence[float], y: Sequence[float], label: str, marker: str = "") -> None:
     """One of several curves, in its colour and line style."""
-    line = LINES[place // len(COLOURS) % len(LINES)]
-    axes.plot(x, y, linewidth=1.5, linestyle=line, color=_colour(place), marker=marker, markersize=5, label=label)
+    line = LINES[index // len(COLOURS) % len(LINES)]
+    axes.plot(x, y, linewidth=1.5, linestyle=line, color=_colour(index), marker=marker, markersize=5, label=label)
 
 
-def _colour(place: int) -> str:
-    return COLOURS[place % len(COLOURS)]
+def _colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
 
 
 def _cut_off_hopeless(axes: "Axes", values: Sequence[float]) -> None:

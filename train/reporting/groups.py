@@ -95,12 +95,12 @@ class Group:
 
     @cached_property
     def is_paired(self) -> list[bool]:
-        """Of each run, whether it has predictions, for the same stimuli and responses as the first that has some."""
+        """For each run, whether it has predictions, for the same stimuli and responses as the first that has any."""
         predictions = [scored.run.predictions for scored in self.runs]
-        first = next((known for known in predictions if known is not None), None)
+        first = next(filter(None, predictions), None)
         return [
-            known is not None and first is not None and np.array_equal(known.response, first.response, equal_nan=True)
-            for known in predictions
+            scored is not None and first is not None and np.array_equal(scored.response, first.response, equal_nan=True)
+            for scored in predictions
         ]
 
     @cached_property
@@ -127,13 +127,13 @@ class Group:
         """The numbers of training stimuli that the curves have, ascending."""
         return sorted({point.stimuli for curve in self.curves for point in curve.points})
 
-    def is_best(self, place: int, metric: Metric) -> bool:
+    def is_best(self, index: int, metric: Metric) -> bool:
         """Whether a run is the best by a metric, and the interval of its lead excludes 0."""
-        return any(lead.better == place and lead.is_certain for lead in self.leads.get(metric.key, [])[:1])
+        return any(lead.better == index and lead.is_certain for lead in self.leads.get(metric.key, [])[:1])
 
     @property
     def ranking(self) -> list[int]:
-        """The places of the runs by R2, the best first; those without one come last."""
+        """The indices of the runs by R2, the best first; those without one come last."""
         means = [scored.regression.r2.mean for scored in self.runs]
         keys = [math.inf if mean is None else -mean for mean in means]
         return sorted(range(len(keys)), key=keys.__getitem__)

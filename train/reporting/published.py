@@ -1,4 +1,4 @@
-"""Numbers that others have published, for a table of reference: none of them was measured here."""
+"""Published numbers, for reference: none of them was measured here."""
 
 from dataclasses import dataclass
 

@@ -148,7 +148,7 @@ def read_runs(folders: Sequence[Path], split: str, sweeps: dict[Path, SweepResul
         run = sweeps[folder].best if folder in sweeps else folder
         if run is None:
             continue
-        if run.resolve() in {known.resolve() for known in folders_by_run}:
+        if run.resolve() in {other.resolve() for other in folders_by_run}:
             raise BadInput(f"{folder} is named twice; name each run once")
         folders_by_run[run] = folder
     if not folders_by_run:

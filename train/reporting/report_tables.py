@@ -85,29 +85,29 @@ def comparison_table(group: Group, anchors: Mapping[str, str]) -> Table:
     return Table(
         group.title,
         columns,
-        [_comparison_row(group, place, scored, anchors) for place, scored in enumerate(group.runs)],
+        [_comparison_row(group, index, scored, anchors) for index, scored in enumerate(group.runs)],
         _ceiling_row(group, columns) if group.ceiling else None,
         group.notes,
         group.ranking,
     )
 
 
-def _comparison_row(group: Group, place: int, scored: ScoredRun, anchors: Mapping[str, str]) -> list[Cell]:
+def _comparison_row(group: Group, index: int, scored: ScoredRun, anchors: Mapping[str, str]) -> list[Cell]:
     run = scored.run
     facts = _facts(run, scored.metrics, anchors.get(run.name, ""))
     facts["sites"] = _csv_cell(scored.regression.sites or None)
     facts["curve"] = _csv_cell(
         next((curve.name for curve in group.curves for point in curve.points if scored in point.runs), None)
     )
-    scores = [_metric_cell(group, place, metric) for metric in METRICS]
+    scores = [_metric_cell(group, index, metric) for metric in METRICS]
     before = [facts[column.title] for column in FACTS_BEFORE_SCORES]
     return [*before, *scores, *(facts[column.title] for column in FACTS_AFTER_SCORES)]
 
 
-def _metric_cell(group: Group, place: int, metric: Metric) -> Cell:
-    score = group.runs[place].regression.score(metric.key)
-    lead = next((lead for lead in group.leads.get(metric.key, []) if lead.better == place), None)
-    return _score_cell(score, lead, group.is_best(place, metric))
+def _metric_cell(group: Group, index: int, metric: Metric) -> Cell:
+    score = group.runs[index].regression.score(metric.key)
+    lead = next((lead for lead in group.leads.get(metric.key, []) if lead.better == index), None)
+    return _score_cell(score, lead, group.is_best(index, metric))
 
 
 def _score_cell(score: Score | None, lead: Lead | None, is_best: bool) -> Cell:
@@ -192,7 +192,7 @@ def lead_table(group: Group) -> Table | None:
 
 def _lead_row(group: Group, lead: Lead) -> list[Cell]:
     difference = Cell(number(lead.difference), values=(lead.difference,))
-    titles = [_text_cell(group.runs[place].run.title) for place in (lead.better, lead.worse)]
+    titles = [_text_cell(group.runs[index].run.title) for index in (lead.better, lead.worse)]
     if lead.interval is None:
         return [*titles, difference, Cell("-", values=(None,)), _text_cell("-")]
     ends = Cell(interval(lead.interval), values=lead.interval)

@@ -164,8 +164,8 @@ class ReportedRun:
         """Training time including selection; None where it is not known."""
         names = ("train_seconds", "score_seconds", "seconds")
         durations = [line.get(name) for line in self.history for name in names]
-        known = [float(duration) for duration in durations if isinstance(duration, int | float)]
-        return sum(known) if known else None
+        seconds = [float(duration) for duration in durations if isinstance(duration, int | float)]
+        return sum(seconds) if seconds else None
 
     @property
     def hardware(self) -> str:
@@ -339,9 +339,9 @@ def _scores_of(epoch: dict[str, Any], recording: str | None) -> dict[str, Any]:
 
 
 def shortest_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, each with as many parent folders as it takes to tell all of them apart."""
-    parts = [folder.absolute().parts for folder in folders]
+    """The folders' names, each with as many parent folders as it takes to make all of them differ."""
+    paths = [folder.absolute().parts for folder in folders]
     depth = 1
-    while depth < max(map(len, parts)) and len({part[-depth:] for part in parts}) < len(set(parts)):
+    while depth < max(map(len, paths)) and len({path[-depth:] for path in paths}) < len(set(paths)):
         depth += 1
-    return [printable("/".join(part[-depth:])) for part in parts]
+    return [printable("/".join(path[-depth:])) for path in paths]

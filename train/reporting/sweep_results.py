@@ -58,14 +58,14 @@ def read_sweep(path: Path) -> SweepResults:
     trial, state, run = (header.index(title) for title in ("trial", "state", "run"))
     done = [line for line in lines if line[state] == "done"]
     ended = sum(line[state] in ("done", "failed") for line in lines)
-    shown = [place for place in range(len(header)) if place != run]
+    shown = [index for index in range(len(header)) if index != run]
     more = f" The first {MOST_ROWS} are shown." if len(lines) > MOST_ROWS else ""
     figure = folder.heatmap.read_bytes() if folder.heatmap.is_file() else b""
     best = folder.trials / Path(done[0][trial]).name if done else None
     return SweepResults(
         name,
-        [header[place] for place in shown],
-        [[_shorten(line[place]) for place in shown] for line in lines[:MOST_ROWS]],
+        [header[index] for index in shown],
+        [[_shorten(line[index]) for index in shown] for line in lines[:MOST_ROWS]],
         f"{ended} of {len(lines)} trials ended; the best comes first.{more}",
         figure if figure.startswith(_PNG) else None,
         best if best is not None and best.is_dir() else None,
@@ -73,7 +73,7 @@ def read_sweep(path: Path) -> SweepResults:
 
 
 def _shorten(cell: str) -> str:
-    """A number with four digits."""
+    """A number with four digits; other text as it is."""
     try:
         return f"{float(cell):.4g}" if "." in cell or "e" in cell else cell
     except ValueError:

@@ -13,7 +13,7 @@ from data_prep.common.terminal import aligned, bar, bold
 PAGE, MARKDOWN, CSV, TERMINAL = "page", "markdown", "csv", "terminal"
 FORMULA_STARTS = tuple("=+-@\t\r")
 IN_MARKDOWN = (("&", "&amp;"), ("<", "&lt;"), ("|", "\\|"), ("`", "\\`"), ("\n", " "))
-Value = str | float | bool | None  # None where there is none
+Value = str | float | bool | None  # None: unknown
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Cell:
 
     @property
     def sort_value(self) -> Value:
-        """What the page sorts by; empty where there is no value."""
+        """What the page sorts by; empty if the value is unknown."""
         if not self.values:
             return self.text
         return "" if self.values[0] is None else self.values[0]
@@ -115,13 +115,13 @@ class Table:
 
     def shown_in(self, kind: str) -> "Table":
         """The columns that a format shows, with notes on these."""
-        places = [place for place, column in enumerate(self.columns) if kind in column.formats]
-        columns = [self.columns[place] for place in places]
+        indices = [index for index, column in enumerate(self.columns) if kind in column.formats]
+        columns = [self.columns[index] for index in indices]
         return Table(
             self.title,
             columns,
-            [[row[place] for place in places] for row in self.rows],
-            None if self.footer is None else [self.footer[place] for place in places],
+            [[row[index] for index in indices] for row in self.rows],
+            None if self.footer is None else [self.footer[index] for index in indices],
             [*self.notes, *_relative_scores(columns)],
             self.terminal_order,
         )
@@ -183,12 +183,12 @@ def in_terminal(table: Table) -> str:
     """Title and table; a column with bars shows its details as well."""
     shown = table.shown_in(TERMINAL)
     order = range(len(shown.rows)) if shown.terminal_order is None else shown.terminal_order
-    rows = [shown.rows[place] for place in order]
+    rows = [shown.rows[index] for index in order]
     if shown.footer is not None:
         rows.append(shown.footer)
     lines: list[list[str]] = [[] for _ in range(len(rows) + 1)]
-    for place, column in enumerate(shown.columns):
-        cells = [row[place] for row in rows]
+    for index, column in enumerate(shown.columns):
+        cells = [row[index] for row in rows]
         for line, texts in zip(lines, _terminal_column(column, cells), strict=True):
             line += texts
     return "\n".join([bold(table.title), *aligned(lines)])

@@ -115,11 +115,11 @@ def load_plan(path: Path) -> Plan:
 
 
 def _find_recipe(sweep_file: Path, name: str) -> Path:
-    places = [sweep_file.parent / name, Path(name), ROOT / name]
-    for path in places:
+    candidates = [sweep_file.parent / name, Path(name), ROOT / name]
+    for path in candidates:
         if path.is_file():
             return path
-    raise BadInput(f"{sweep_file}: recipe: neither {places[0]} nor {places[1].absolute()} exists")
+    raise BadInput(f"{sweep_file}: recipe: neither {candidates[0]} nor {candidates[1].absolute()} exists")
 
 
 def _check_kind(sweep: SweepSettings) -> None:

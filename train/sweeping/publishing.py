@@ -1,6 +1,6 @@
-"""What a search has found so far: table.md, table.csv, heatmap.png, best.yaml, and TensorBoard's HParams.
+"""Publishes the results of a search so far: table.md, table.csv, heatmap.png, best.yaml, and TensorBoard's HParams.
 
-All are rewritten from the study after every trial.
+All are written again from the study after every trial.
 """
 
 import csv

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from train.evaluation.figures.figure_style import encoded, new_figure
+from train.evaluation.figures.figure_style import encode, new_figure
 from train.sweeping.plan import SEED, Plan, as_choice
 from train.sweeping.standings import Standings
 
@@ -156,8 +156,7 @@ class SearchFigure:
         failed_x = _positions(x, [point.x for point in self.failed])
         axes.scatter(failed_x, _positions(y, [point.y for point in self.failed]), c=FAILED, marker="x", s=50)
         if (best := self.best) is not None:
-            place = _positions(x, [best.x]), _positions(y, [best.y])
-            axes.scatter(*place, s=200, facecolors="none", edgecolors="black")
+            axes.scatter(_positions(x, [best.x]), _positions(y, [best.y]), s=200, facecolors="none", edgecolors="black")
         _label_axis(axes, "x", x)
         _label_axis(axes, "y", y)
         figure.colorbar(dots, ax=axes, label=self.label, extend=scale.clipped_ends(values))
@@ -186,7 +185,7 @@ class SearchFigure:
 
     def _finish(self, figure: "Figure", axes: "Axes") -> bytes:
         axes.set_title(self.title, fontsize=10, wrap=True)
-        return encoded(figure)
+        return encode(figure)
 
 
 def colour_scale(values: Sequence[float], lower_is_better: bool) -> ColourScale:

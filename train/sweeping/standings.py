@@ -40,18 +40,18 @@ class Standings:
 
     @property
     def settled(self) -> bool:
-        """Whether no point waits or runs."""
+        """Whether no trial waits or runs."""
         return all(trial.state in ("done", "failed") for trial in self.trials)
 
     def summary(self) -> str:
         """How far the search is, in a line."""
         count = Counter(trial.state for trial in self.trials)
         ended = count["done"] + count["failed"]
-        parts = [f"{ended} of {len(self.trials)} trials ended"]
-        parts += [f"{count[state]} {state}" for state in ("failed", "running", "waiting") if count[state]]
+        phrases = [f"{ended} of {len(self.trials)} trials ended"]
+        phrases += [f"{count[state]} {state}" for state in ("failed", "running", "waiting") if count[state]]
         if self.best and self.best.value is not None:
-            parts.append(f"best {self.plan.metric} {self.best.value:.4f} ({self.best.run})")
-        return ", ".join(parts)
+            phrases.append(f"best {self.plan.metric} {self.best.value:.4f} ({self.best.run})")
+        return ", ".join(phrases)
 
 
 def rank(plan: Plan, trials: Sequence[TrialStatus]) -> Standings:
@@ -81,7 +81,7 @@ def rank(plan: Plan, trials: Sequence[TrialStatus]) -> Standings:
 
 
 def _setting(trial: TrialStatus) -> tuple:
-    """What a point shares with its repetitions under other seeds."""
+    """The settings that a trial shares with its repetitions under other seeds."""
     if not trial.settings:  # not sampled yet
         return (trial.run,)
     return tuple((key, as_choice(value)) for key, value in trial.settings.items() if key != SEED)

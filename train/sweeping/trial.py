@@ -53,8 +53,8 @@ class Launcher:
         self.processes = processes or max(self.gpus, 1)
         if 0 < self.gpus < self.processes:
             raise BadInput(
-                f"--processes {self.processes}: there are {self.gpus} GPUs, and a process needs one; "
-                "or set ACCELERATE_USE_CPU=true"
+                f"--processes {self.processes}: this machine has {self.gpus} GPUs, and each process needs one; "
+                "lower it, or set ACCELERATE_USE_CPU=true"
             )
 
     def describe(self) -> str:
@@ -98,7 +98,7 @@ class Launcher:
     def run(
         self, command: Sequence[str], heartbeat: Heartbeat, lock: int, log: Path, check: Callable[[], None]
     ) -> Outcome:
-        """Run what `command` returned and tell how it ended; see `train.sweeping.supervised_process.run_supervised`."""
+        """Run what `command` returned and report how it ended; see `run_supervised`."""
         before = log.stat().st_size if log.exists() else 0
         code = run_supervised(command, heartbeat, lock, log, self.environment(), check)
         with log.open("rb") as file:
@@ -132,7 +132,7 @@ def _last_exception(printed: str) -> str | None:
 
 
 def _describe_exit(codes: set[int]) -> str:
-    """The exit code that tells most: the launcher ends with SIGTERM the processes that did not fail themselves."""
+    """Describe the exit code of the process that failed first; the launcher ends the others with SIGTERM."""
     code = next((code for code in sorted(codes) if code != -signal.SIGTERM), -signal.SIGTERM)
     if code == -signal.SIGKILL:
         return "killed by SIGKILL (out of memory?)"

@@ -220,7 +220,7 @@ def test_each_bottleneck_is_reported_once():
     bottlenecks, hosts = Bottlenecks(), ["one", "two", "three"]
     assert bottlenecks.notes(epoch_that_waited(0.5), [0.3, 0.32, 0.31], hosts) == []
     (slow_rank,) = bottlenecks.notes(epoch_that_waited(0.5), [0.3, 0.9, 0.3], hosts)
-    assert "rank 1 on two needs 3.0 times as long" in slow_rank
+    assert "rank 1 on two takes 3.0 times as long" in slow_rank
     (loader,) = bottlenecks.notes(epoch_that_waited(4.0), [0.3, 0.9, 0.3], hosts)
     assert "40% of the time is spent waiting for images" in loader
     assert bottlenecks.notes(epoch_that_waited(4.0), [0.3, 0.9, 0.3], hosts) == []

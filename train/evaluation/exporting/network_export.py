@@ -75,7 +75,7 @@ def load_trained(
     Args:
         recipe: of the run.
         checkpoint: folder.
-        progress: of the checkpoint; with several recordings, of the one to export (`Progress.of`).
+        progress: of the checkpoint; with several recordings, of the one to export (`Progress.for_recording`).
         manifest: of the recording.
         rows: of the readout, which belong to the recording (`Progress.rows_of`).
     """
@@ -92,7 +92,7 @@ class NetworkInUnits(nn.Module):
         self.network = network
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """See the class."""
+        """Predict, as described for the class."""
         outputs = self.network(images)
         responses = self.network.objective.responses
         if responses is not None:

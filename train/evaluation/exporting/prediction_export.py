@@ -37,7 +37,7 @@ class Assembly:
 
 
 def assemble(predictions: Predictions, shards: ShardFolder | None, split: str) -> Assembly:
-    """Combine predictions with what the shard folder says about their stimuli and sites.
+    """Combine predictions with the shard folder's facts about their stimuli and sites.
 
     Args:
         predictions: of a split.
@@ -52,8 +52,8 @@ def assemble(predictions: Predictions, shards: ShardFolder | None, split: str) -
     facts: dict[str, Any] = {"split": split}
     if shards is not None:
         stimuli |= _columns(_stimulus_facts(shards, predictions.stimulus_ids))
-        known = {str(site["id"]): site for site in shards.manifest.sites}
-        sites_facts = [known.get(site, {}) for site in predictions.site_ids]
+        facts_of_site = {str(site["id"]): site for site in shards.manifest.sites}
+        sites_facts = [facts_of_site.get(site, {}) for site in predictions.site_ids]
         sites |= _columns([{name: value for name, value in site.items() if name != "id"} for site in sites_facts])
         facts |= _recording_facts(shards.manifest)
     arrays = {"prediction": predictions.rates}

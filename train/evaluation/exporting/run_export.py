@@ -95,7 +95,7 @@ def _load_assembly(options: Export) -> Assembly:
 
 
 def _find_shards(options: Export, folder: RunFolder) -> ShardFolder | None:
-    """The shard folder, which knows more about stimuli and sites; None if it no longer exists."""
+    """The shard folder, for facts about stimuli and sites; None if it no longer exists."""
     if options.data is not None:
         return ShardFolder(options.data)
     try:

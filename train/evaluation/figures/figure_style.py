@@ -1,7 +1,7 @@
 """The style that all figures share: size, colours, titles, and how they become files.
 
-matplotlib draws without a screen, and is imported when a figure is drawn, so that commands which draw none start fast.
-The colours are those of Okabe and Ito (2008), told apart with any colour vision.
+matplotlib draws without a display. It is imported only when a figure is drawn, so that other commands start fast.
+The colours are those of Okabe and Ito (2008), distinguishable with any colour vision.
 """
 
 import io
@@ -32,14 +32,14 @@ def new_figure(width: float, height: float) -> "Figure":
     return figure
 
 
-def finished(figure: "Figure", axes: "Axes", title: str) -> "Figure":
-    """The figure with a title, and without the upper and right border."""
-    axes.set_title(plain(title), fontsize=10, wrap=True)
+def finish(figure: "Figure", axes: "Axes", title: str) -> "Figure":
+    """Add a title and remove the upper and right border; returns the figure."""
+    axes.set_title(escape_formulas(title), fontsize=10, wrap=True)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
-def encoded(figure: "Figure", kind: FileFormat = "png") -> bytes:
+def encode(figure: "Figure", kind: FileFormat = "png") -> bytes:
     """A figure as a file's bytes; the same figure gives the same bytes."""
     from matplotlib import rc_context
 
@@ -49,16 +49,16 @@ def encoded(figure: "Figure", kind: FileFormat = "png") -> bytes:
     return buffer.getvalue()
 
 
-def plain(text: str) -> str:
-    """A text that matplotlib does not take for a formula."""
+def escape_formulas(text: str) -> str:
+    """A text with its dollar signs escaped, so that matplotlib does not typeset it as a formula."""
     return text.replace("$", r"\$")
 
 
-def short(title: str, longest: int = 42) -> str:
-    """A title with its middle left out where it is longer than some characters."""
+def shorten(title: str, longest: int = 42) -> str:
+    """A title of at most `longest` characters; a longer one loses its middle."""
     return title if len(title) <= longest else f"{title[: longest - 9]}…{title[-8:]}"
 
 
-def known(per_site: Sequence[float | None]) -> np.ndarray:
-    """The sites' scores without those that are missing; a single 0 where all are, so that something can be drawn."""
+def known_scores(per_site: Sequence[float | None]) -> np.ndarray:
+    """The sites' scores without the missing ones; a single 0 if all are missing, so that something can be drawn."""
     return np.array([value for value in per_site if value is not None] or [0.0])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from train.evaluation.figures.figure_style import BLUE, VERMILLION, finished, new_figure, plain, short
+from train.evaluation.figures.figure_style import BLUE, VERMILLION, escape_formulas, finish, new_figure, shorten
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,7 +32,7 @@ def draw_sites(prediction: np.ndarray, target: np.ndarray, r2: np.ndarray, site_
         axes.plot([low, high], [low, high], color="0.6", linewidth=0.8)
         axes.scatter(x, y, s=12, color=BLUE, alpha=0.5, linewidths=0)
         axes.set(xlabel="prediction", ylabel="response")
-        finished(figure, axes, f"{rank}: {short(site_ids[site], 20)}, R² {r2[site]:.2f}")
+        finish(figure, axes, f"{rank}: {shorten(site_ids[site], 20)}, R² {r2[site]:.2f}")
     return figure
 
 
@@ -68,7 +68,7 @@ def draw_extremes(errors: np.ndarray, images: Callable[[np.ndarray], np.ndarray]
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)
-        axes.set_title(f"{plain(short(labels[position], 18))}\n{errors[position]:+.2f} SD", fontsize=8)
+        axes.set_title(f"{escape_formulas(shorten(labels[position], 18))}\n{errors[position]:+.2f} SD", fontsize=8)
     for axes, label, colour in zip(grid[:, 0], ("overestimated", "underestimated"), (VERMILLION, BLUE), strict=True):
         axes.set_ylabel(label, color=colour, fontsize=9)
     return figure
@@ -91,10 +91,10 @@ def draw_confusion(names: Sequence[str], shown: np.ndarray, predicted: np.ndarra
     figure = new_figure(side + 1, side)
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="cividis", vmin=0, vmax=1)
-    labels = [plain(short(names[int(place)], 18)) for place in present]
+    labels = [escape_formulas(shorten(names[int(label)], 18)) for label in present]
     size = 8 if len(present) <= 30 else 5
     axes.set_xticks(range(len(present)), labels, rotation=90, fontsize=size)
     axes.set_yticks(range(len(present)), labels, fontsize=size)
     axes.set(xlabel="predicted", ylabel="shown")
     figure.colorbar(image, ax=axes, label="share of those shown", shrink=0.8)
-    return finished(figure, axes, title)
+    return finish(figure, axes, title)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from train.data.stimuli import RecordingStimuli
-from train.evaluation.figures.figure_style import encoded
+from train.evaluation.figures.figure_style import encode
 from train.evaluation.figures.prediction_figures import draw_confusion, draw_extremes, draw_sites, mean_errors
 from train.evaluation.metrics import site_scores
 from train.evaluation.scoring import RecordingScores
@@ -32,7 +32,7 @@ def chart_figures(
     classes = stimuli.split.manifest.classes or []
     if scores.classes is not None and stimuli.labels is not None and len(classes) <= MAX_CLASSES:
         figure = draw_confusion(classes, stimuli.labels, scores.classes, f"{split}, step {step}")
-        board.figure(f"{split}/confusion matrix", encoded(figure), step)
+        board.figure(f"{split}/confusion matrix", encode(figure), step)
 
 
 def _chart_sites(
@@ -48,11 +48,11 @@ def _chart_sites(
     r2 = site_scores(scores.moments)["r2"]
     if np.isfinite(r2).any():
         figure = draw_sites(prediction, response, r2, stimuli.split.manifest.site_ids)
-        board.figure(f"{split}/best, median and worst site", encoded(figure), step)
+        board.figure(f"{split}/best, median and worst site", encode(figure), step)
 
 
 def _chart_extremes(board: TensorBoard, split: str, errors: np.ndarray, stimuli: RecordingStimuli, step: int) -> None:
     """Show the most over- and underestimated stimuli; images of remote shards are not fetched for that."""
     if np.isfinite(errors).any() and not stimuli.split.is_remote:
         figure = draw_extremes(errors, lambda positions: stimuli.images(positions).numpy(), stimuli.names())
-        board.figure(f"{split}/most over- and underestimated", encoded(figure), step)
+        board.figure(f"{split}/most over- and underestimated", encode(figure), step)

@@ -123,7 +123,7 @@ def build_engine(run: PreparedRun, network: Network, runtime: Runtime) -> Engine
 
 
 def run_facts(run: PreparedRun, size: NetworkSize, runtime: Runtime) -> dict[str, Any]:
-    """What env.json says of processes, network and stimuli."""
+    """The entries of env.json about processes, network and stimuli."""
     facts: dict[str, Any] = {
         "processes": runtime.describe(),
         "parameters": {"all": size.all, "trained": size.trained},

@@ -1,4 +1,4 @@
-"""Opens the data of a run and checks it with the recipe as far as possible before any processes are joined."""
+"""Opens the data of a run and checks it with the recipe as far as possible before the process group starts."""
 
 import os
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class TrainingData:
         fit: the stimuli that are trained on.
         selection: the stimuli that select the best epoch.
         bad_samples: stimuli that cannot be read and are left out.
-        notes: what the log says of the data.
+        notes: about the data, for the log.
     """
 
     recordings: Recordings

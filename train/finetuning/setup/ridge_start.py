@@ -1,4 +1,4 @@
-"""Head first: readouts that start at the ridge solution on the features of the backbone as it is, in closed form.
+"""Starts the readouts at the ridge solution on the features of the backbone before training, in closed form.
 
 Each rank computes the features of its share of the stimuli and gets all stimuli of a slice of the features
 (`train/regression/feature_slices.py`); weights are computed slice by slice. A site's penalty is chosen by exact
@@ -38,7 +38,7 @@ class LinearMap:
     @classmethod
     def stacked(cls, maps: "Sequence[LinearMap]") -> "LinearMap":
         """The outputs of one map after the other."""
-        return cls(torch.cat([each.weight for each in maps]), torch.cat([each.bias for each in maps]))
+        return cls(torch.cat([part.weight for part in maps]), torch.cat([part.bias for part in maps]))
 
 
 @dataclass(frozen=True)
@@ -190,18 +190,17 @@ def _recordings(
     targets = responses.target(rates.to(runtime.device)).cpu().numpy()
     sizes = [len(recording) for recording in stimuli.recordings]
     targets_of_recordings = np.split(targets, np.cumsum(sizes)[:-1])
-    for recording, own_features, own_targets in zip(
-        stimuli.recordings, features.split(sizes), targets_of_recordings, strict=True
-    ):
-        yield own_features, own_targets[:, recording.columns]
+    recordings = zip(stimuli.recordings, features.split(sizes), targets_of_recordings, strict=True)
+    for recording, recording_features, recording_targets in recordings:
+        yield recording_features, recording_targets[:, recording.columns]
 
 
 def _start_sites(network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
     """Start the readout to the sites at a ridge per recording; returns the mean leave-one-out score."""
     maps, scores = [], []
-    for own_features, targets in _recordings(network, features, stimuli, runtime):
-        fit = _fit(own_features, targets, runtime)
-        maps.append(_linear_map(own_features, fit, runtime))
+    for recording_features, targets in _recordings(network, features, stimuli, runtime):
+        fit = _fit(recording_features, targets, runtime)
+        maps.append(_linear_map(recording_features, fit, runtime))
         scores.append(mean_score(fit.inner_r2))
     start = LinearMap.stacked(maps)
     network.site_readout.start_from(start.weight, start.bias, _outputs(features, start, runtime))
@@ -227,8 +226,8 @@ def _start_sites_in_windows(
         runtime: this process.
     """
     ridges = [
-        _best_windows(own_features, width, len(windows), targets, runtime)
-        for own_features, targets in _recordings(network, features, stimuli, runtime)
+        _best_windows(recording_features, width, len(windows), targets, runtime)
+        for recording_features, targets in _recordings(network, features, stimuli, runtime)
     ]
     start, readout = LinearMap.stacked([ridge.map for ridge in ridges]), network.site_readout
     assert isinstance(readout, MaskedReadout)
@@ -240,7 +239,7 @@ def _start_sites_in_windows(
 def _best_windows(
     features: torch.Tensor, width: int, windows: int, targets: np.ndarray, runtime: Runtime
 ) -> WindowedRidge:
-    """The ridges of a recording's sites through their best of so many windows; features as above."""
+    """The ridges of a recording's sites, each through its best window; arguments as of `_start_sites_in_windows`."""
     channels, first, sites = width // windows, runtime.rank * width // runtime.ranks, targets.shape[1]
     best_r2, best_window = np.full(sites, -np.inf), np.zeros(sites, int)
     weight = torch.zeros(sites, channels, device=runtime.device)

@@ -1,4 +1,4 @@
-"""What a network learns of its training stimuli: their responses, or those mixed with a teacher's, or shuffled."""
+"""The responses that a network is trained on: as recorded, mixed with a teacher's predictions, or shuffled."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ LEAST_WEIGHT = 0.05  # of a site in the loss, however unreliable
 
 @dataclass(frozen=True)
 class TrainingTargets:
-    """What is learned, beside the responses that the stimuli hold themselves.
+    """How the responses are learned; the stimuli hold the responses themselves.
 
     Attributes:
         manifest: of all recordings as one; of a subset, with its sites' mean and standard deviation.
         site_weights: of each site in the loss, float64 (sites,); None if all count alike.
-        notes: what the log says of them.
+        notes: about the teacher, for the log.
     """
 
     manifest: Manifest
@@ -95,10 +95,10 @@ def _weights_of(fit: RecordingStimuli) -> np.ndarray:
             f"loss.site_weights: reliability needs single trials, which {fit.split.folder} does not have; use equal"
         )
     reliability = np.clip(variance_components(statistics).reliability, LEAST_WEIGHT, 1)
-    known = ~np.isnan(reliability)
-    if not known.any():
+    is_known = ~np.isnan(reliability)
+    if not is_known.any():
         raise BadInput(f"loss.site_weights: {fit.split.folder} has too few repetitions for a reliability; use equal")
-    weights = np.where(known, reliability, reliability[known].mean())
+    weights = np.where(is_known, reliability, reliability[is_known].mean())
     return weights / weights.mean()
 
 
@@ -120,12 +120,10 @@ def mix_in_teacher(fit: RecordingStimuli, teacher: str, settings: Distill) -> st
     if predictions.site_ids != fit.split.manifest.site_ids:
         raise BadInput(f"distill.teacher: {teacher} predicts other sites than {fit.split.folder} has")
     predicted, rates = predictions.rows(fit.stimulus_ids), _rates(fit)
-    known = ~np.isnan(predicted)
-    if not known.any():
+    is_predicted = ~np.isnan(predicted)
+    if not is_predicted.any():
         raise BadInput(f"distill.teacher: {teacher} predicts none of the {len(fit)} training stimuli of {fit.name}")
     mixed = np.where(np.isnan(rates), predicted, (1 - settings.weight) * rates + settings.weight * predicted)
-    fit.replace_responses(np.where(known, mixed, rates))
-    return (
-        f"{teacher} teaches {int(known.any(axis=1).sum()):,} of the training stimuli of {fit.name}; its weight is "
-        f"{settings.weight:g}"
-    )
+    fit.replace_responses(np.where(is_predicted, mixed, rates))
+    taught = int(is_predicted.any(axis=1).sum())
+    return f"{teacher} teaches {taught:,} of the training stimuli of {fit.name} with weight {settings.weight:g}"
