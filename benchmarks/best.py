@@ -14,8 +14,6 @@ OUT/<recording>/<division>/     shards, runs (with their wall time in seconds.js
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -24,14 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from harness import ROOT, run_checked
 
-ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from data_prep.ceiling import percentile_interval  # noqa: E402
-from train.evaluation.confidence_intervals import bootstrap_means  # noqa: E402
-from train.evaluation.metrics import mean_score  # noqa: E402
-from train.regression.methods import r2_per_site  # noqa: E402
+from data_prep.ceiling import percentile_interval
+from train.evaluation.confidence_intervals import bootstrap_means
+from train.evaluation.metrics import mean_score
+from train.regression.methods import r2_per_site
 
 SIMULATED = "simulated"
 GIVEN = "given"
@@ -140,15 +138,8 @@ CURVE = (
 
 
 def command(words: Sequence[Any]) -> None:
-    """Run a command of the project; its output goes to stderr where it fails.
-
-    Raises:
-        SystemExit: it failed.
-    """
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(map(str, words))}\n{done.stderr[-2000:]}")
+    """Run a command of the project, which must succeed."""
+    run_checked([sys.executable, *words], PYTHONPATH=str(ROOT))
 
 
 def pack(recording: str, folder: Path, division: str, folds: int) -> Path:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from harness import ROOT, read_results, run_alone, table
+from harness import ROOT, CommandFailed, read_results, run_alone, table
 from synthetic import GIB, STRATEGIES, pack_jpegs, pack_simulated, setting_of
 
 from train.distributed.launch_environment import uses_gpu
@@ -282,7 +282,7 @@ def check(report: Report, folder: Path) -> None:
     for name, part in parts.items():
         try:
             part()
-        except Exception as error:
+        except (Exception, CommandFailed) as error:
             report.add(name, "the check itself", f"{type(error).__name__}: {error}", "it runs", False)
 
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: options, measurements in turns, ratios within a turn, processes, JSON files and tables."""
+"""What the benchmarks share: options, measurements in turns, commands, JSON files and tables."""
 
 import argparse
 import json
@@ -15,43 +15,43 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 Side = Callable[[], Mapping[str, float]]
-"""One thing that is compared: runs once and returns what was measured, by name."""
+"""One side of a comparison: runs once and returns its measurements by name."""
 
 
 def options_of(description: str, *, repeats: int | None = None) -> argparse.ArgumentParser:
-    """A parser with the options that benchmarks share: --json, and --repeats where there is a default for it."""
+    """A parser with the shared options: --json, and --repeats if it has a default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     if repeats is not None:
-        parser.add_argument("--repeats", type=int, default=repeats, help="turns that count")
+        parser.add_argument("--repeats", type=int, default=repeats, help="turns to measure")
     return parser
 
 
 @dataclass(frozen=True)
 class Turns:
-    """One figure of every side, turn by turn: all sides of a turn met the same machine.
+    """One measurement of every side, turn by turn; the sides of a turn ran right after each other.
 
     Attributes:
-        values: by side; equally long.
+        values: by side, one per turn.
     """
 
     values: Mapping[str, Sequence[float]]
 
     def median(self, side: str) -> float:
-        """Over the turns."""
+        """Median of a side over the turns."""
         return statistics.median(self.values[side])
 
     def spread(self, side: str) -> str:
-        """Smallest and largest value."""
+        """Range of a side over the turns."""
         return f"{number(min(self.values[side]))}-{number(max(self.values[side]))}"
 
     def ratio(self, side: str, base: str) -> float:
-        """Median of the ratios within a turn."""
+        """Median over the turns of the ratio of two sides."""
         pairs = zip(self.values[side], self.values[base], strict=True)
         return statistics.median(value / reference for value, reference in pairs)
 
     def added(self, side: str, base: str) -> tuple[float, float, float]:
-        """Quartiles of the differences within a turn."""
+        """Quartiles over the turns of the difference between two sides."""
         pairs = zip(self.values[side], self.values[base], strict=True)
         low, middle, high = statistics.quantiles((value - reference for value, reference in pairs), n=4)
         return low, middle, high
@@ -60,8 +60,8 @@ class Turns:
         """Median, spread and ratios of every side.
 
         Args:
-            unit: of the figure, the title of its column.
-            bases: the side that each column of ratios refers to, by the column's title.
+            unit: of the measurement, used as the title of its column.
+            bases: the side that each column of ratios refers to, by title of the column.
         """
         rows = [["", unit, "range", *bases]]
         for side in self.values:
@@ -71,23 +71,23 @@ class Turns:
 
 
 def number(value: float) -> str:
-    """Four digits, or all that are left of the decimal point."""
+    """Format with four significant digits, or as a whole number from 1000."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def measure_in_turns(
     sides: Mapping[str, Side], repeats: int, *, warm_up: int = 1, shuffle: bool = False
 ) -> dict[str, Turns]:
-    """Run all sides one after the other, several times over, so that a change of the machine's speed meets all of them.
+    """Run all sides in turns, so that a change in the speed of the machine affects all of them.
 
     Args:
         sides: by name.
-        repeats: turns that count.
-        warm_up: turns before them, which fill caches and do not count.
-        shuffle: draw the order of the sides in every turn, for short measurements that disturb each other.
+        repeats: turns to measure.
+        warm_up: turns before them, which fill caches and are not measured.
+        shuffle: draw the order of the sides in every turn, for short measurements that affect each other.
 
     Returns:
-        The turns of each figure that the sides return.
+        The turns of each measurement, by name.
     """
     order, draw = list(sides), random.Random(0)
     measured: dict[str, list[Mapping[str, float]]] = {side: [] for side in sides}
@@ -95,38 +95,63 @@ def measure_in_turns(
         if shuffle:
             draw.shuffle(order)
         for side in order:
-            figures = sides[side]()
+            measurements = sides[side]()
             if turn >= warm_up:
-                measured[side].append(figures)
+                measured[side].append(measurements)
     names = next(iter(measured.values()))[0]
     return {name: Turns({side: [run[name] for run in runs] for side, runs in measured.items()}) for name in names}
 
 
 def write_json(options: argparse.Namespace, results: object) -> None:
-    """Write options and results to the file of --json, where it was given."""
+    """Write options and results to the file of --json, if given."""
     if options.json is not None:
-        given = {name: str(value) for name, value in vars(options).items()}
-        options.json.write_text(json.dumps({"options": given, "results": results}, indent=1))
+        settings = {name: str(value) for name, value in vars(options).items()}
+        options.json.write_text(json.dumps({"options": settings, "results": results}, indent=1))
 
 
 def read_results(path: Path) -> Any:
-    """The results in a file of `write_json`; None where there is no whole one."""
+    """The results in a file of `write_json`; None if it is missing or incomplete."""
     try:
         return json.loads(path.read_text())["results"]
     except (OSError, ValueError):
         return None
 
 
-def run_alone(words: Sequence[str | Path], seconds: float, **environment: str) -> tuple[int | None, str]:
-    """Run a command in a process group of its own, which ends with it.
+class CommandFailed(SystemExit):
+    """A command failed; the message holds the command and the end of its output."""
+
+
+def run_checked(words: Sequence[object], cwd: Path = ROOT, **environment: str) -> str:
+    """Run a command that must succeed.
 
     Args:
-        words: of the command, run in the repository's root.
-        seconds: until it is killed.
-        environment: on top of this process's.
+        words: of the command.
+        cwd: folder to run it in.
+        environment: variables to add.
 
     Returns:
-        Its exit code, None where it was killed, and what it wrote.
+        Its standard output.
+
+    Raises:
+        CommandFailed: it failed.
+    """
+    command = [str(word) for word in words]
+    done = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True)
+    if done.returncode:
+        raise CommandFailed(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def run_alone(words: Sequence[object], seconds: float, **environment: str) -> tuple[int | None, str]:
+    """Run a command in its own process group, of which nothing survives.
+
+    Args:
+        words: of the command, which runs in the root of the repository.
+        seconds: time limit, after which it is killed.
+        environment: variables to add.
+
+    Returns:
+        Its exit code, None if it was killed, and its output.
     """
     process = subprocess.Popen(
         [*map(str, words)],
@@ -154,7 +179,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows, the first of which is the header, as a Markdown table with aligned columns."""
+    """A Markdown table with aligned columns; the first row is the header."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))} |" for row in rows]
     return "\n".join([lines[0], f"|{'|'.join('-' * (width + 2) for width in widths)}|", *lines[1:]])

@@ -1,21 +1,19 @@
-"""The full matrix of parity and resume: every strategy, number of processes, optimizer and precision, in real runs.
+"""Compare every strategy, number of processes, optimizer and precision with one process of DDP, in real runs.
 
     python benchmarks/parity.py [--processes 1 2 3] [--strategies ddp zero0 ...] [--optimizers nadam adamw sgd]
                                 [--precisions fp32 bf16] [--resume]
 
 Each run trains a small network without batch statistics for two epochs of five steps, with accumulation and clipping,
 and is compared with one process of DDP in the same precision: the largest relative difference of a loss and the
-largest absolute one of a weight. With `--resume` each strategy's run on two processes is stopped after step 8 and goes
-on under every strategy and number of processes. The tolerances: float32 sums in another order (1e-6 of a loss, 1e-5 of
-a weight); bf16 rounds each factor to 4e-3, and kernels round differently for other batch shapes (1e-4, 1e-2). Exits
-with 1 if one is exceeded or a run fails.
+largest absolute one of a weight. With `--resume` the run of each strategy on two processes is stopped after step 8
+and resumed under every strategy and number of processes. The tolerances allow for float32 sums in another order (1e-6
+of a loss, 1e-5 of a weight), and for bf16, which rounds each factor to 4e-3 and depends on batch shapes (1e-4, 1e-2).
+Exits with 1 if one is exceeded or a run fails.
 """
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -23,7 +21,7 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
-from harness import ROOT
+from harness import CommandFailed, run_checked
 from safetensors.torch import load_file
 from synthetic import STRATEGIES, pack_simulated, setting_of
 
@@ -36,32 +34,21 @@ RECIPE = [
 ]
 
 
-class Failed(Exception):
-    """A run did not end well."""
-
-
 def run(processes: int, *words: str | Path) -> None:
-    """A command of train/ on some processes, each with one thread.
-
-    Raises:
-        Failed: with what it said.
-    """
-    command = ["bash", "launch/local.sh", "-n", str(processes), *map(str, words)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise Failed(f"{' '.join(command)}\n{done.stderr}")
+    """Run a command of train/ on some processes with one thread each; it must succeed."""
+    run_checked(["bash", "launch/local.sh", "-n", processes, *words], OMP_NUM_THREADS="1")
 
 
 def train(data: Path, out: Path, processes: int, strategy: str, optimizer: str, precision: str) -> Path:
-    """A run, unless it is there."""
+    """Train, unless the run exists; returns its folder."""
     if not out.exists():
         options = ["--optimizer.name", optimizer, "--precision", precision, "--strategy", setting_of(strategy)]
         run(processes, "train/finetune.py", "--data", data, "--out", out, *RECIPE, *options)
     return out
 
 
-def go_on(data: Path, before: Path, out: Path, processes: int, strategy: str) -> Path:
-    """A copy of a run, stopped after step 8 of 10, that goes on."""
+def resume(data: Path, before: Path, out: Path, processes: int, strategy: str) -> Path:
+    """Resume a copy of a run that was stopped after step 8 of 10; returns its folder."""
     shutil.copytree(before, out, symlinks=True)
     for checkpoint in (out / "checkpoints").glob("step_*"):
         if int(checkpoint.name.removeprefix("step_")) > 8:
@@ -84,7 +71,7 @@ Comparison = tuple[str, str, Callable[[], Path], Callable[[], Path]]
 
 
 def matrix(data: Path, folder: Path, options: argparse.Namespace) -> Iterator[Comparison]:
-    """What each comparison is called, its precision, and what makes the run and the one it is compared with."""
+    """The label and precision of each comparison, and the functions that make the run and its reference."""
 
     def trained(precision: str, optimizer: str, strategy: str, processes: int) -> Path:
         out = folder / f"{precision}_{optimizer}_{strategy}_{processes}"
@@ -100,17 +87,17 @@ def matrix(data: Path, folder: Path, options: argparse.Namespace) -> Iterator[Co
 
             def resumed(before: str = before, after: str = after, processes: int = processes) -> Path:
                 out = folder / f"{before}_then_{after}_{processes}"
-                return go_on(data, trained("fp32", "nadam", before, 2), out, processes, after)
+                return resume(data, trained("fp32", "nadam", before, 2), out, processes, after)
 
             label = f"resume {before} on 2 -> {after} on {processes}"
             yield label, "fp32", resumed, partial(trained, "fp32", "nadam", "ddp", 1)
 
 
 def compare(label: str, precision: str, one: Callable[[], Path], reference: Callable[[], Path]) -> bool:
-    """Make the two runs and print how they differ; whether that is within the tolerance."""
+    """Make both runs and print their differences; returns whether these are within the tolerance."""
     try:
         loss, weight = differences(one(), reference())
-    except Failed as failed:
+    except CommandFailed as failed:
         print(f"{label:<45} FAILED: {failed}", flush=True)
         return False
     fine = loss <= TOLERANCE[precision][0] and weight <= TOLERANCE[precision][1]

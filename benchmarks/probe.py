@@ -10,9 +10,7 @@ the predictions are from those of the full singular value decomposition (where t
 
 import argparse
 import json
-import os
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,7 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from harness import measure_in_turns, options_of, write_json
+from harness import measure_in_turns, options_of, run_checked, write_json
 
 
 def make_problem(folder: Path, stimuli: int, features: int, sites: int) -> None:
@@ -115,11 +113,8 @@ def run_side(side: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     words += [__file__, "--one", side, "--folder", str(folder), "--components", str(options.components)]
     words += ["--stimuli", str(options.stimuli), "--held-out", str(options.held_out)]
-    one_thread = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **one_thread})
-    if done.returncode:
-        sys.exit(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    output = run_checked(words, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    return json.loads(output.splitlines()[-1])
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:

@@ -8,11 +8,11 @@ Every system is trained and scored by the real commands, one run per seed; what 
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from harness import CommandFailed, run_checked
+
 LITE = ["train/recipes/quickstart.yaml", "--epochs", "10"]
 SYSTEMS = {
     "cnn2": ["train/recipes/cnn2.yaml", "--epochs", "30"],
@@ -38,9 +38,10 @@ def run(data: Path, out: Path, name: str, seed: int, size: int) -> dict | None:
         resume = ["--resume"] if (folder / "recipe.yaml").exists() else []
         options = ["--data", data, "--out", folder, "--images.size", size, "--seed", seed, *resume]
         for command in (["train/finetune.py", *SYSTEMS[name], *options], ["train/evaluate.py", folder]):
-            done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
-            if done.returncode:
-                print(f"{name}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+            try:
+                run_checked([sys.executable, *command])
+            except CommandFailed as failed:
+                print(f"{name}: {str(failed).strip().splitlines()[-1]}", file=sys.stderr)
                 return None
     return json.loads(scores.read_text())["regression"]
 

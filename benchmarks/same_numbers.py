@@ -10,12 +10,11 @@ with one and two processes, under DDP and ZeRO-2, evaluates, searches and report
 import argparse
 import csv
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+from harness import run_checked
 
 PACK = ["simulated", "--sites", "12", "--repetitions", "6", "--image-size", "48"]
 SMALL = [
@@ -72,11 +71,14 @@ def commands(out: Path) -> list[tuple[str, list[str]]]:
         finetune("poisson", "--loss.responses", "poisson"),
     ]
     runs += [finetune("correlation", "--loss.responses", "correlation")]
-    several = ("several", ["train/finetune.py", "--data", data, other, "--out", str(out / "several"), *SMALL])
+    two_recordings = (
+        "several",
+        ["train/finetune.py", "--data", data, other, "--out", str(out / "several"), *SMALL],
+    )
     processes = {"ddp": two, "zero2": two, "probe_two": two, "several": two}
     listed = [
         *runs,
-        several,
+        two_recordings,
         *(evaluate(name) for name, _ in runs),
         evaluate("several"),
         probe("pixels", "--layers", "pixels"),
@@ -92,16 +94,14 @@ def commands(out: Path) -> list[tuple[str, list[str]]]:
 def run_all(checkout: Path, out: Path) -> None:
     """Run everything in a checkout, into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
+    environment = {"PYTHON": sys.executable, "PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
 
     def call(name: str, words: list[str]) -> None:
         mark = out / f".{''.join(letter if letter.isalnum() else '_' for letter in name)}.done"
         if mark.exists():
             return
         print(f"{checkout.name}: {name}", flush=True)
-        done = subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{' '.join(words)}\n{done.stdout}\n{done.stderr}")
+        run_checked(words, checkout, **environment)
         mark.touch()
 
     for name, stimuli in (("data", "240"), ("other", "180")):

@@ -2,7 +2,6 @@
 
 import csv
 import resource
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import simplejpeg
 import torch
-from harness import ROOT
+from harness import ROOT, run_checked
 from PIL import Image
 
 from train.data.batches import Batch
@@ -36,7 +35,7 @@ def pack_simulated(out: Path, side: int, stimuli: int = 240) -> Path:
     """
     simulated = ["--stimuli", stimuli, "--sites", 12, "--repetitions", 6, "--image-size", side]
     words = [sys.executable, "data_prep/pack.py", "simulated", "--out", out, *simulated]
-    subprocess.run([*map(str, words)], cwd=ROOT, check=True, capture_output=True)
+    run_checked(words)
     return out
 
 
@@ -60,7 +59,7 @@ def pack_jpegs(out: Path, images: int, stimuli: int, side: int = 256) -> Path:
     np.save(source / "rates.npy", draw.gamma(2, 5, (stimuli, 12)).astype(np.float32))
     words = [sys.executable, "data_prep/pack.py", "folder", source, "--out", out, "--val-fraction", 0.05]
     words += ["--test-fraction", 0.05, "--stimuli-per-shard", 2048]
-    subprocess.run([*map(str, words)], cwd=ROOT, check=True, capture_output=True)
+    run_checked(words)
     return out
 
 

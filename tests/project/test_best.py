@@ -1,6 +1,6 @@
 """benchmarks/best.py makes the tables of docs/results/best.md and resumes where it stopped."""
 
-import importlib.util
+import importlib
 import json
 import sys
 
@@ -12,10 +12,8 @@ from make_sources import make_folder
 @pytest.fixture
 def best(monkeypatch):
     """benchmarks/best.py as a module that runs its commands in this process."""
-    spec = importlib.util.spec_from_file_location("best", ROOT / "benchmarks" / "best.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "best", module)
-    spec.loader.exec_module(module)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module("best")
     ran = []
 
     def command(words):

@@ -4,8 +4,8 @@ import shutil
 
 import numpy as np
 import pytest
-from helpers import run_command, run_here, succeed_here
-from launching import SMALL, launch, metrics, predictions, succeed
+from helpers import assert_refused, run_here, succeed_here
+from launching import SMALL, metrics, predictions, succeed
 from make_sources import make_folder, make_it_h5
 from sklearn.metrics import explained_variance_score, mean_squared_error, r2_score
 
@@ -21,7 +21,11 @@ def evaluated(trained, tmp_path_factory):
     for processes in (1, 2, 3):
         runs[processes] = tmp_path_factory.mktemp("evaluated") / "run"
         shutil.copytree(trained, runs[processes], symlinks=True)
-        succeed(processes, "train/evaluate.py", runs[processes], "--split", "val")
+        command = ["train/evaluate.py", runs[processes], "--split", "val"]
+        if processes == 1:
+            succeed_here(*command)
+        else:
+            succeed(processes, *command)
     return runs
 
 
@@ -74,12 +78,11 @@ def test_metrics_state_their_provenance(evaluated):
 def test_the_course_file_is_packed_trained_and_predicted(tmp_path):
     """IT_data.h5 has no test responses, so that only predictions are written for that split."""
     make_it_h5(tmp_path / "IT_data.h5", n_train=60, n_val=20, n_test=11, size=32, sites=7)
-    packed = run_command(["data_prep/pack.py", "it-h5", tmp_path / "IT_data.h5", "--out", tmp_path / "shards"])
-    assert packed.returncode == 0, packed.stderr
+    succeed_here("data_prep/pack.py", "it-h5", tmp_path / "IT_data.h5", "--out", tmp_path / "shards")
     run = tmp_path / "run"
-    succeed(2, "train/finetune.py", "--data", tmp_path / "shards", "--out", run, *SMALL)
-    for split, processes in (("val", 3), ("test", 2)):
-        succeed(processes, "train/evaluate.py", run, "--split", split)
+    succeed_here("train/finetune.py", "--data", tmp_path / "shards", "--out", run, *SMALL)
+    succeed_here("train/evaluate.py", run, "--split", "val")
+    succeed(2, "train/evaluate.py", run, "--split", "test")
     assert metrics(run)["stimuli"] == 20
     unknown = predictions(run, "test")
     assert unknown["prediction"].shape == (11, 7)
@@ -90,8 +93,9 @@ def test_the_course_file_is_packed_trained_and_predicted(tmp_path):
 
 def test_hybrid_scores_responses_and_classes(recording, tmp_path):
     run = tmp_path / "run"
-    succeed(2, "train/finetune.py", "--data", recording, "--out", run, *SMALL, "--task.kind", "hybrid", "--epochs", "1")
-    succeed(2, "train/evaluate.py", run)
+    hybrid = ["--task.kind", "hybrid", "--epochs", "1"]
+    succeed_here("train/finetune.py", "--data", recording, "--out", run, *SMALL, *hybrid)
+    succeed_here("train/evaluate.py", run)
     scores = metrics(run)
     assert set(scores["classification"]) == {"top1", "top5", "balanced_accuracy", "per_class"}
     assert 0 <= scores["classification"]["top1"] <= scores["classification"]["top5"] <= 1
@@ -100,19 +104,14 @@ def test_hybrid_scores_responses_and_classes(recording, tmp_path):
 
 def test_evaluating_on_other_sites_is_refused(trained, tmp_path):
     make_it_h5(tmp_path / "IT_data.h5", n_train=20, n_val=10, n_test=5, size=32, sites=12)
-    packed = run_command(["data_prep/pack.py", "it-h5", tmp_path / "IT_data.h5", "--out", tmp_path / "shards"])
-    assert packed.returncode == 0, packed.stderr
-    done = launch(1, "train/evaluate.py", trained, "--data", tmp_path / "shards")
-    assert done.returncode == 2
-    assert "site list" in done.stderr
-    assert "Traceback" not in done.stderr
+    succeed_here("data_prep/pack.py", "it-h5", tmp_path / "IT_data.h5", "--out", tmp_path / "shards")
+    assert_refused(run_here("train/evaluate.py", trained, "--data", tmp_path / "shards"), "site list")
 
 
 def test_classes_missing_from_train_raise_a_warning(tmp_path):
     make_folder(tmp_path / "src", n=60, n_objects=6)
     words = ["--split", "grouped", "--split-by", "object", "--split-fractions", "0.3", "0.1"]
-    packed = run_here("data_prep/pack.py", "folder", tmp_path / "src", "--out", tmp_path / "shards", *words)
-    assert packed.returncode == 0, packed.stderr
+    succeed_here("data_prep/pack.py", "folder", tmp_path / "src", "--out", tmp_path / "shards", *words)
     run = tmp_path / "run"
     task = ["--task.kind", "classification", "--epochs", "1"]
     succeed_here("train/finetune.py", "--data", tmp_path / "shards", "--out", run, *SMALL, *task)

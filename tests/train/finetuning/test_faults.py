@@ -7,7 +7,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers import finish, slow
+from helpers import assert_refused, finish, run_here, slow
 from launching import (
     SMALL,
     STOP_WHILE_SCORING,
@@ -75,10 +75,10 @@ def test_a_preempted_job_saves_and_resumes_when_restarted(recording, undisturbed
     assert_same(run, undisturbed)
 
 
-def test_another_job_does_not_resume_the_run(recording, undisturbed):
-    done = launch(2, "train/finetune.py", "--data", recording, "--out", undisturbed, *OPTIONS, SPIKETUNE_JOB="other")
-    assert done.returncode == 2
-    assert "already holds a run" in done.stderr
+def test_another_job_does_not_resume_the_run(recording, undisturbed, monkeypatch):
+    monkeypatch.setenv("SPIKETUNE_JOB", "other")
+    done = run_here("train/finetune.py", "--data", recording, "--out", undisturbed, *OPTIONS)
+    assert_refused(done, "already holds a run")
 
 
 @pytest.mark.parametrize("fault", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=slow)])

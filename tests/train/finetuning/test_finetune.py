@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import run_command
+from helpers import assert_refused, run_here, succeed_here
 from launching import SMALL, kill_after_an_epoch, largest_difference, launch, losses, metrics, succeed, weights
 
 from data_prep.shards.folder import ShardFolder
@@ -73,10 +73,9 @@ def test_training_lowers_the_loss(trained):
     assert second < first - 0.01
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_more_processes_train_the_same_network(recording, trained, tmp_path, processes):
+def test_three_processes_train_the_same_network(recording, trained, tmp_path):
     out = tmp_path / "run"
-    succeed(processes, "train/finetune.py", "--data", recording, "--out", out, *SMALL)
+    succeed(3, "train/finetune.py", "--data", recording, "--out", out, *SMALL)
     assert losses(out) == pytest.approx(losses(trained), rel=1e-4)
     assert largest_difference(weights(out), weights(trained)) < 1e-3  # Adam divides small sums by their own size
 
@@ -113,14 +112,12 @@ def test_resuming_on_other_data_or_settings_is_refused(trained, recording, tmp_p
     run, other = tmp_path / "run", tmp_path / "other"
     shutil.copytree(trained, run, symlinks=True)
     options = ["--stimuli", "240", "--sites", "12", "--repetitions", "6", "--image-size", "48", "--seed", "1"]
-    assert run_command(["data_prep/pack.py", "simulated", "--out", other, *options]).returncode == 0
+    succeed_here("data_prep/pack.py", "simulated", "--out", other, *options)
     for words, expected in (
         (["--data", other], "trained on other shards"),
         (["--data", recording, "--epochs", "3"], "epochs: 2 -> 3"),
     ):
-        done = launch(1, "train/finetune.py", "--out", run, "--resume", *words)
-        assert done.returncode == 2
-        assert expected in done.stderr
+        assert_refused(run_here("train/finetune.py", "--out", run, "--resume", *words), expected)
 
 
 def test_a_damaged_image_is_named_whichever_process_reads_it(recording, tmp_path):
@@ -151,7 +148,7 @@ def test_networks_with_a_hidden_head_or_a_fixed_size_accept_any_image(recording,
 
 def test_head_only_training_leaves_the_backbone_unchanged(recording, tmp_path):
     options = [*SMALL, "--backbone.name", "test_resnet", "--backbone.trainable", "head", "--epochs", "1"]
-    succeed(2, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", *options)
+    succeed_here("train/finetune.py", "--data", recording, "--out", tmp_path / "run", *options)
     recipe = load_recipe(tmp_path / "run" / "recipe.yaml", Recipe)
     torch.manual_seed(recipe.seed)
     fresh = Network(recipe, ShardFolder(recording).manifest, 32).state_dict()
@@ -165,7 +162,7 @@ def test_the_saved_network_is_the_scored_one(recording, tmp_path):
     run = tmp_path / "run"
     options = [*SMALL, "--backbone.name", "test_resnet", "--epochs", "1", "--early-stopping.split", "val"]
     succeed(2, "train/finetune.py", "--data", recording, "--out", run, *options)
-    succeed(1, "train/evaluate.py", run)
+    succeed_here("train/evaluate.py", run)
     scores = metrics(run)
     assert scores["selected_on"] == ["val"]
     assert scores["regression"]["r2"]["mean"] == pytest.approx(
@@ -175,7 +172,7 @@ def test_the_saved_network_is_the_scored_one(recording, tmp_path):
 
 def test_bfloat16_trains_to_about_the_same_loss(recording, trained, tmp_path):
     out = tmp_path / "run"
-    succeed(2, "train/finetune.py", "--data", recording, "--out", out, *SMALL, "--precision", "bf16")
+    succeed_here("train/finetune.py", "--data", recording, "--out", out, *SMALL, "--precision", "bf16")
     assert losses(out) == pytest.approx(losses(trained), rel=0.02)
     assert losses(out) != losses(trained)
 
@@ -188,14 +185,12 @@ def test_a_diverged_run_ends_with_one_sentence(recording, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_early_stopping_stops_all_processes(recording, tmp_path, processes):
+def test_early_stopping_stops_all_processes(recording, tmp_path):
     """All stop in the same epoch, although their losses differ; otherwise one would wait for the others forever."""
     out = tmp_path / "run"
     options = [*SMALL, "--epochs", "30", "--early-stopping.patience", "2", "--optimizer.lr", "1e-9"]
-    done = launch(processes, "train/finetune.py", "--data", recording, "--out", out, *options)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("stopped early") == 1
+    output = succeed(3, "train/finetune.py", "--data", recording, "--out", out, *options)
+    assert output.count("stopped early") == 1
     progress = load_progress(out / "checkpoints" / "last")
     assert len(losses(out)) == progress.epoch == progress.best_epoch + 2 < 30
     assert progress.improved[-3:] == [True, False, False]
