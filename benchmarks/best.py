@@ -1,4 +1,4 @@
-"""How well responses to new images are predicted: the tables of docs/results/best.md, in one command.
+"""Make the tables of docs/results/best.md: how well each system predicts responses to new images.
 
     python benchmarks/best.py RECORDING [RECORDING ...] --out OUT [--folds 5] [--subsets 100 200 400]
 
@@ -44,14 +44,14 @@ TUNE = [*FAST, "--optimizer.lr", "1e-4", "--optimizer.backbone-lr-factor", "1", 
 
 @dataclass(frozen=True)
 class Step:
-    """A run of a command in a folder.
+    """One command and the folder that it fills.
 
     Attributes:
         name: of the folder.
         words: the command.
-        needs: the steps it joins or learns from.
+        needs: the steps whose folders it uses.
         elsewhere: whether it is trained on the other recordings.
-        takes: the option that is given the first of its needs, and which file in that.
+        takes: the option that receives the first of `needs`, and the file in that folder.
     """
 
     name: str
@@ -62,32 +62,32 @@ class Step:
 
     @property
     def is_ensemble(self) -> bool:
-        """Whether it joins its needs, and is scored by that."""
+        """Whether it combines its needs into an ensemble."""
         return self.words[0] == "train/evaluate.py"
 
     @property
     def trains(self) -> bool:
-        """Whether a network is trained for it, which depends on the seed."""
+        """Whether it depends on a trained network, and so on the seed."""
         return self.words[0] == "train/finetune.py" or any(need.trains for need in self.needs)
 
     @property
     def needs_others(self) -> bool:
-        """Whether there must be other recordings."""
+        """Whether it needs other recordings."""
         return self.elsewhere or any(need.needs_others for need in self.needs)
 
 
 def step(name: str, words: Sequence[Any], *needs: Step, **options: Any) -> Step:
-    """A step from words of any kind."""
+    """Make a step; the words are converted to strings."""
     return Step(name, tuple(map(str, words)), needs, **options)
 
 
 def fields(network: int, size: int) -> Step:
-    """A probe through windows."""
+    """A probe of a frozen network through windows."""
     return step(f"fields_{network}_{size}", [*FIELDS, "--backbone.name", f"{LITE}{network}", "--images.size", size])
 
 
 def fold(number: int, recipe: Sequence[str] = FINE_TUNED, name: str = "fine_tuned", *words: str) -> Step:
-    """A fine-tuned network whose epoch one fold of train selects."""
+    """A fine-tuned network whose best epoch is selected on one fold of train."""
     return step(f"{name}_{number}", [*recipe, "--early-stopping.fold", number, *words])
 
 
@@ -97,7 +97,7 @@ def stacked(name: str, *needs: Step, combine: str = "stack") -> Step:
 
 
 def systems() -> dict[str, Step]:
-    """What is compared, in the order of the table."""
+    """The systems to compare, in the order of the table."""
     probe = ["train/probe.py", "--images.size"]
     head = ["--backbone.trainable", "head", "--optimizer.backbone-lr-factor", "1"]
     folds, many = [fold(k) for k in FOLDS], [fields(*member) for member in MEMBERS]
@@ -143,7 +143,7 @@ def command(words: Sequence[Any]) -> None:
 
 
 def pack(recording: str, folder: Path, division: str, folds: int) -> Path:
-    """The shards of a division: `given`, or `fold_K`."""
+    """Pack the shards of a division, `given` or `fold_K`, unless they exist; returns their folder."""
     shards = folder / division / "shards"
     if shards.exists():
         return shards
@@ -157,18 +157,18 @@ def pack(recording: str, folder: Path, division: str, folds: int) -> Path:
 
 
 def done(wanted: Step, folder: Path) -> bool:
-    """Whether a step has been scored, or trained where it is not scored itself."""
+    """Whether a step has been scored (or trained, if it is not scored)."""
     return (folder / ("seconds.json" if wanted.elsewhere else "eval/val/metrics.json")).exists()
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Where the runs of a division lie, and what sets them apart.
+    """The data, subset and seed of a set of runs.
 
     Attributes:
-        shards: of the division; runs lie beside them.
+        shards: of the division; the runs are stored beside them.
         others: shards of the other recordings.
-        subset: training stimuli, all where None.
+        subset: number of training stimuli, None for all.
         seed: of training, and of the subset.
     """
 
@@ -178,7 +178,7 @@ class Cell:
     seed: int
 
     def folder(self, wanted: Step) -> Path:
-        """Of a step; what no seed changes is shared by all."""
+        """Folder of a step; steps that do not depend on the seed share one."""
         of_subset = self.subset is not None and not wanted.elsewhere
         parts = ["runs", *([str(self.subset)] * of_subset)]
         if self.seed and (of_subset or wanted.trains):
@@ -187,13 +187,13 @@ class Cell:
         return division / "_".join(parts) / wanted.name
 
     def words(self, wanted: Step) -> list[str | Path]:
-        """For what trains or probes."""
+        """Options for training and probing."""
         subset = [] if self.subset is None or wanted.elsewhere else ["--subset", str(self.subset)]
         return ["--data", *(self.others if wanted.elsewhere else [self.shards]), *subset, "--seed", str(self.seed)]
 
 
 def run(wanted: Step, cell: Cell) -> Path:
-    """Do a step and what it needs, unless that is done; returns its folder."""
+    """Run a step and the steps it needs, unless they are done; returns its folder."""
     needed = [run(need, cell) for need in wanted.needs]
     folder = cell.folder(wanted)
     if done(wanted, folder):
@@ -214,13 +214,13 @@ def run(wanted: Step, cell: Cell) -> Path:
 
 
 def seconds(folder: Path) -> float:
-    """Wall time that a step took by itself, over all its starts."""
+    """Wall time of a step alone, over all its starts."""
     path = folder / "seconds.json"
     return json.loads(path.read_text()) if path.exists() else 0.0
 
 
 def cost(wanted: Step, cell: Cell) -> float:
-    """Wall time of a step and of all it needs."""
+    """Wall time of a step and of all steps it needs."""
     names: dict[str, float] = {}
 
     def add(part: Step) -> None:
@@ -236,7 +236,7 @@ def cost(wanted: Step, cell: Cell) -> float:
 
 
 def scores(folders: Sequence[Path]) -> dict[str, Any]:
-    """R2, EV and r, means over sites, with the interval of R2 over stimuli; of folds, over the stimuli of all."""
+    """Means of R2, EV and r over sites, and the interval of R2 over stimuli; folds are pooled."""
     parts = []
     for folder in folders:
         with np.load(folder / "eval" / "val" / "predictions.npz", allow_pickle=False) as arrays:
@@ -278,7 +278,7 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
 
 
 def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
-    """Write what is known so far."""
+    """Write the results so far."""
     for name, text in (("results.json", json.dumps(results, indent=1)), ("table.md", tables(results))):
         temporary = out / f".{name}.tmp"
         temporary.write_text(text)
@@ -286,7 +286,7 @@ def write(out: Path, results: Sequence[dict[str, Any]]) -> None:
 
 
 def measured(recording: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The results of one recording, one after the other."""
+    """The results of one recording, as they come."""
     known, name = systems(), Path(recording).name
     others = tuple(
         pack(other, options.out / Path(other).name, GIVEN, 0) for other in options.recordings if other != recording

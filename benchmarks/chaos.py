@@ -1,4 +1,4 @@
-"""Runs whose processes are killed, stopped and told to stop at random moments: each must end as if undisturbed.
+"""Kill and stop processes of runs at random moments: each run must end as if undisturbed.
 
     python benchmarks/chaos.py [--runs 50] [--processes 2] [--seed 0] [--epochs 12] [--timeout 10] [--json FILE]
 
@@ -31,7 +31,7 @@ from synthetic import pack_simulated
 
 FAULTS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 STOPPED = 75
-STARTS = 12  # of one job, before it counts as lost
+STARTS = 12  # maximum per job
 NETWORK = [
     *("--backbone.name", "test_convnext", "--backbone.weights", "random", "--precision", "fp32"),
     *("--batch.global-size", "16", "--images.size", "32", "--checkpoint.every-steps", "7"),
@@ -40,11 +40,11 @@ NETWORK = [
 
 
 class Job:
-    """One job: its commands, started again until they are done.
+    """A job: commands that are restarted until they succeed.
 
     Attributes:
         run: its folder.
-        struck: the faults that hit a process, as text.
+        struck: descriptions of the faults that hit a process.
     """
 
     def __init__(self, folder: Path, name: str, data: Path, options: argparse.Namespace):
@@ -57,7 +57,7 @@ class Job:
         self._log = folder / f"{name}.txt"
 
     def finish(self, faults: list[tuple[float, signal.Signals]], draw: random.Random) -> str | None:
-        """Run to the end while faults (seconds after the start, signal) strike; returns what went wrong, or None."""
+        """Run to the end while faults (seconds after the start, signal) strike; returns the failure, or None."""
         began, faults, starts = time.monotonic(), sorted(faults), 0
         for command in self._commands:
             while True:
@@ -93,14 +93,14 @@ class Job:
             and process.info["status"] != psutil.STATUS_STOPPED
         ]
         if fault == signal.SIGSTOP and len(running) < 2:
-            return False  # nobody would be left to notice
+            return False  # no process would be left to notice
         with suppress(psutil.Error, IndexError):
             draw.choice(running).send_signal(fault)
             return True
         return False
 
     def result(self) -> tuple:
-        """What must be the same: losses, weights, scores."""
+        """Losses, weights and scores, which must be the same in every job."""
         history = [json.loads(line)["loss"] for line in (self.run / "history.jsonl").read_text().splitlines()]
         tensors = load_file(self.run / "checkpoints" / "last" / "network.safetensors")
         metrics = json.loads((self.run / "eval" / "val" / "metrics.json").read_text())
@@ -108,15 +108,13 @@ class Job:
 
 
 def main() -> int:
-    """Parse, run undisturbed, run disturbed, count."""
+    """Compare disturbed runs with an undisturbed one."""
     parser = options_of(__doc__)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument(
-        "--timeout", type=float, default=10, help="seconds after which a process that hangs is given up"
-    )
+    parser.add_argument("--timeout", type=float, default=10, help="seconds until a process that hangs is given up")
     options = parser.parse_args()
     draw, outcomes, struck = random.Random(options.seed), [], Counter()
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""How much of the speed of training is left when the loader feeds it, cold and warm, against tensors that are there.
+"""Training speed when fed by the loader, cold and warm, relative to a batch that stays in memory.
 
     python benchmarks/feed.py [--network resnet18] [--side 96] [--batch 32] [--steps 10] [--repeats 9] [--json FILE]
 
@@ -33,13 +33,13 @@ STIMULI = 640
 
 
 def endless(loader: TrainLoader) -> Iterator[list[Batch]]:
-    """What a loader reads, epoch after epoch."""
+    """The batches of a loader, epoch after epoch."""
     for epoch in count():
         yield from loader.epoch(epoch)
 
 
 def loader_of(recipe: Recipe, data: Path, cache: str) -> TrainLoader:
-    """The run's loader over again, with decoded images kept or not."""
+    """A new loader for a run, with decoded images cached or not."""
     settings = recipe.loader.model_copy(update={"cache": cache})
     recordings, recipe = Recordings([ShardFolder(data)]), recipe.model_copy(update={"loader": settings})
     fit, _ = training_stimuli(recordings, recordings.divide(recipe), recipe)
@@ -83,9 +83,9 @@ def main() -> None:
     """Pack, measure, print."""
     parser = options_of(__doc__, repeats=9)
     parser.add_argument("--network", default="resnet18")
-    parser.add_argument("--side", type=int, default=96, help="px; the packed images have as many")
+    parser.add_argument("--side", type=int, default=96, help="size of the images in pixels")
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=10, help="of a side in its turn")
+    parser.add_argument("--steps", type=int, default=10, help="optimizer steps per turn")
     options = parser.parse_args()
     torch.set_num_threads(1)
     settings = {"optimizer": {"name": "adamw"}, "loader": {"workers": 0}}

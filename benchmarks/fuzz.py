@@ -1,4 +1,4 @@
-"""Fuzzing the readers of what strangers send: manifest, index, tar, npy, images, recipe, checkpoint, weights.
+"""Fuzz the readers of untrusted files: manifest, index, tar, npy, images, recipe, checkpoint, weights.
 
     python benchmarks/fuzz.py [--seconds 60] [--engine hypothesis|atheris] [--target NAME ...] [--keep DIR]
 
@@ -64,7 +64,7 @@ RELATIVES = 20  # of each of them
 
 @dataclass(frozen=True)
 class Target:
-    """A reader and whole inputs of it.
+    """A reader and valid inputs for it.
 
     Attributes:
         read: reads an input; it may raise BadInput.
@@ -76,7 +76,7 @@ class Target:
 
 
 class Canary:
-    """Unpickled, it makes a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -253,11 +253,11 @@ def _all_images(path: Path) -> None:
 
 
 class TookTooLong(Exception):
-    """An input was not read in time."""
+    """An input took too long to read."""
 
 
 class Judge:
-    """Reads inputs and keeps those that end otherwise than they may.
+    """Reads inputs and stores those that break the rules.
 
     Args:
         name, target: what reads them.
@@ -315,7 +315,7 @@ _BYTES = st.binary(max_size=8) | st.sampled_from(
 
 @st.composite
 def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
-    """A whole input with some of its bytes, or of its values, changed."""
+    """A valid input with some bytes, or JSON values, changed."""
     data = draw(st.sampled_from(seeds))
     with suppress(ValueError):
         if draw(st.booleans()):
@@ -328,7 +328,7 @@ def damaged(draw: st.DrawFn, seeds: list[bytes]) -> bytes:
 
 
 def relative(data: bytes) -> bytes:
-    """An input like another, but for a few bytes; quicker than hypothesis makes one."""
+    """A copy of an input with a few bytes changed; faster than hypothesis."""
     changed = bytearray(data)
     for _ in range(random.randint(1, 6)):
         offset = random.randrange(len(changed) + 1)
@@ -424,17 +424,17 @@ def fuzz_here(judge: Judge, seconds: int, folder: Path) -> None:
 
 
 def limit_memory() -> None:
-    """Let what takes absurdly much memory fail."""
+    """Limit memory, so that absurd allocations fail."""
     used = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_DATA, (used + GIB_AN_INPUT * 2**30, resource.RLIM_INFINITY))
 
 
 def main() -> int:
-    """Fuzz, and print what was tried."""
+    """Fuzz, and print the number of inputs per target."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=60.0, help="budget, divided among the targets")
     parser.add_argument("--engine", choices=("hypothesis", "atheris"), default="hypothesis")
-    parser.add_argument("--target", nargs="*", default=[], help="some of the readers only")
+    parser.add_argument("--target", nargs="*", default=[], help="readers to fuzz; default: all")
     parser.add_argument("--keep", type=Path, default=ROOT / "fuzz", help="folder for inputs that break the rules")
     parser.add_argument("--atheris-target", help=argparse.SUPPRESS)
     options = parser.parse_args()

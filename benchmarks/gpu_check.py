@@ -1,4 +1,4 @@
-"""Check on one GPU what cannot be checked without one, in under 8 minutes and without a network.
+"""Run the checks that need a GPU, in under 8 minutes and offline.
 
     bash benchmarks/gpu_check.sh [OUT]
 
@@ -69,7 +69,7 @@ class Line:
 
 
 class Report:
-    """The lines so far, on the terminal and in files, which are written anew with each line.
+    """The lines so far, printed and written to files with each new line.
 
     Args:
         out: folder of the files.
@@ -84,18 +84,18 @@ class Report:
         out.mkdir(parents=True, exist_ok=True)
 
     def left(self, most: float) -> float:
-        """Seconds that something may take, at most so many."""
+        """Seconds left for a part, at most `most`."""
         return min(most, LIMITS[self.on_gpu] - (time.monotonic() - self._started))
 
     def add(self, part: str, check: str, measured: str, required: str, passed: bool | None) -> None:
-        """A check's outcome; None where it was skipped."""
+        """Add the outcome of a check; `passed` is None if it was skipped."""
         result = {True: "PASS", False: "FAIL", None: "SKIP"}[passed]
         self.lines.append(Line(part, check, measured, required, result))
         print(f"{result}  {part}: {check}: {measured} (required: {required})", flush=True)
         self._write()
 
     def log(self, name: str, output: str) -> None:
-        """Keep what a command that failed wrote."""
+        """Write the output of a command that failed."""
         (self.out / f"{name.replace(' ', '_')}.log").write_text(output)
 
     @property
@@ -117,7 +117,7 @@ class Report:
 
 
 def last_words(code: int | None, output: str) -> str:
-    """How a command ended, in a line."""
+    """How a command ended: its exit code and last line."""
     words = output.strip().splitlines()[-1:] or [""]
     return f"{'out of time' if code is None else f'exit code {code}'}: {words[0][:120]}"
 
@@ -132,12 +132,12 @@ class Small:
 
     @property
     def name(self) -> str:
-        """What it is called, in tables and files."""
+        """Name in tables and files."""
         return f"{self.strategy} {self.precision} {'GPU' if self.on_gpu else 'CPU'}"
 
 
 def small_runs(on_gpu: bool) -> list[Small]:
-    """What is trained: the references on the CPU first."""
+    """The runs to train, references on the CPU first."""
     precisions = ("fp32", "bf16") if on_gpu else ("fp32",)
     runs = [Small("ddp", precision, False) for precision in precisions]
     runs += [Small(strategy, precision, on_gpu) for precision in precisions for strategy in STRATEGIES]
@@ -145,7 +145,7 @@ def small_runs(on_gpu: bool) -> list[Small]:
 
 
 def train_small(run: Small, data: Path, threads: int, report: Report, deadline: float) -> list[float] | str:
-    """Train and return the losses of the epochs, or how it ended."""
+    """Train; returns the loss of each epoch, or how the run ended if it failed."""
     out = data.parent / run.name.replace(" ", "_")
     words = [sys.executable, "train/finetune.py", "--data", data, "--out", out, *SMALL]
     words += ["--precision", run.precision, "--strategy", setting_of(run.strategy)]
@@ -171,7 +171,7 @@ def check_strategies(report: Report, data: Path) -> None:
 
 
 def reference_of(run: Small) -> Small:
-    """The run on the CPU that a run is compared with; no CPU trains in fp16."""
+    """The run on the CPU to compare a run with; for fp16, which CPUs lack, it is float32."""
     return Small("ddp", "fp32" if run.precision == "fp16" else run.precision, False)
 
 
@@ -184,7 +184,7 @@ def add_losses(report: Report, run: Small, losses: list[float] | str, reference:
     most = TOLERANCE[run.on_gpu, run.precision]
     required = f"losses within {most:.0e} of {reference_of(run).name}"
     if isinstance(reference, str):
-        report.add("strategies", run.name, "there is nothing to compare with", required, False)
+        report.add("strategies", run.name, "no reference to compare with", required, False)
         return
     difference = max(abs(a / b - 1) for a, b in zip(losses, reference, strict=True))
     report.add("strategies", run.name, f"{difference:.1e}", required, difference <= most)
@@ -210,7 +210,7 @@ def check_host(report: Report, data: Path) -> None:
 def time_network(
     report: Report, data: Path, case: tuple[str, int, int], compiled: bool = False
 ) -> dict[str, float] | None:
-    """Measure a network in a process of its own; None where it failed, which is reported."""
+    """Measure a network in its own process; returns None if it failed, which is reported."""
     network, side, batch = case
     name = f"{network}{' compiled' * compiled}"
     result = data.parent / f"{name}.json"
@@ -226,7 +226,7 @@ def time_network(
 
 
 def check_network(report: Report, data: Path, case: tuple[str, int, int]) -> dict[str, float] | None:
-    """Speed and memory of a network; returns what was measured."""
+    """Check the speed and memory of a network; returns the measurements."""
     timed = time_network(report, data, case)
     if timed is None:
         return None
@@ -243,7 +243,7 @@ def check_network(report: Report, data: Path, case: tuple[str, int, int]) -> dic
 
 
 def check_memory(report: Report, name: str, timed: dict[str, float]) -> None:
-    """Measured peak against the estimate; a CPU's counts what is no tensor."""
+    """Compare the measured peak with the estimate; on a CPU the peak includes more than tensors."""
     part, (least, most) = timed["peak"] / timed["estimate"], MEMORY
     measured = f"{timed['peak'] / GIB:.2f} GiB ({timed['peak_trying'] / GIB:.2f} while kernels are tried)"
     measured += f", estimated {timed['estimate'] / GIB:.2f}: {part:.2f}"
@@ -261,7 +261,7 @@ def check_compiled(report: Report, data: Path, case: tuple[str, int, int], eager
 
 
 def check_speed(report: Report, simulated: Path) -> None:
-    """All networks, one after the other: they are timed."""
+    """Check all networks, one after the other."""
     data, cases = simulated, ON_CPU
     if report.on_gpu:
         data, cases = pack_jpegs(simulated.with_name("jpegs"), images=256, stimuli=20480), ON_GPU
@@ -272,7 +272,7 @@ def check_speed(report: Report, simulated: Path) -> None:
 
 
 def check(report: Report, folder: Path) -> None:
-    """Every part; one that breaks does not stop the others."""
+    """Run every part, even if another fails."""
     data = pack_simulated(folder / "data", 64)
     parts = {
         "strategies": lambda: check_strategies(report, data),
@@ -287,7 +287,7 @@ def check(report: Report, folder: Path) -> None:
 
 
 def main() -> None:
-    """Check everything and say where it is written."""
+    """Check everything and print where the results are."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", nargs="?", type=Path, default=ROOT / "runs" / "gpu_check")
     report = Report(parser.parse_args().out.resolve(), uses_gpu())

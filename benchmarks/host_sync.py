@@ -1,8 +1,8 @@
-"""Whether a training step makes the host wait for the GPU: torch refuses every such call while some steps are taken.
+"""Check that no training step makes the host wait for the GPU: torch raises an error for every such call.
 
     python benchmarks/host_sync.py --data DIR [--json FILE]
 
-DIR holds a recording with classes. Without a GPU the steps are taken all the same, but nothing can be found.
+DIR holds a recording with classes. Without a GPU the steps run, but no fault can be detected.
 """
 
 import tempfile
@@ -39,7 +39,7 @@ STEPS = 3
 
 @contextmanager
 def no_waiting(device: torch.device) -> Iterator[None]:
-    """Turn what makes the host wait for a GPU into errors."""
+    """Turn calls that wait for a GPU into errors."""
     if device.type != "cuda":
         yield
         return
@@ -52,7 +52,7 @@ def no_waiting(device: torch.device) -> Iterator[None]:
 
 
 def fault_of(sections: dict, data: Path, out: Path) -> str | None:
-    """What made the host wait in the steps of a recipe; None where nothing did."""
+    """The call that made the host wait in the steps of a recipe, or None."""
     with training(recipe_of(NETWORK, SIDE, BATCH, loader={"workers": 0}, **sections), data, out) as run:
         micros = next(run.loader.epoch(0))  # on the host: the copy to the device is part of a step
         for _ in range(STEPS):
@@ -69,7 +69,7 @@ def fault_of(sections: dict, data: Path, out: Path) -> str | None:
 
 
 def main() -> None:
-    """Try every recipe and print what was found."""
+    """Try every recipe and print the faults."""
     parser = options_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="shard folder")
     options = parser.parse_args()

@@ -1,4 +1,4 @@
-"""Images per second on one core: our loader cold and warm, its limits, and what others reach on the same images.
+"""Images per second on one core: our loader cold and warm, its limits, and other libraries on the same images.
 
     python benchmarks/loader.py [--stimuli 3200] [--size 256] [--batch 64] [--repeats 5] [--json FILE] [--figure PNG]
 
@@ -74,7 +74,7 @@ class Ours:
 
 
 def ours_and_limits(folder: Path, shards: ShardFolder, size: int, batch: int) -> dict[str, Read]:
-    """Our loader, and what no loader can beat: each reads all images once and returns how many it has read."""
+    """Our loader and the two limits; each reads all images once and returns their number."""
     split = shards.split("train")
     encoded = [bytes(split.image(position)[0]) for position in range(len(split))]
     decoded = np.ones((len(split), size, size, 3), np.uint8)
@@ -113,7 +113,7 @@ def timed(read: Read) -> Side:
 
 
 def versions() -> str:
-    """Of what is compared."""
+    """Versions of the compared libraries."""
     installed = []
     for package in ("torch", "webdataset", "torchvision", "simplejpeg", "mosaicml-streaming", "litdata", "ffcv"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -1,4 +1,4 @@
-"""What each rank really holds of weights, gradients and optimizer state under each strategy, beside the theory.
+"""Memory of weights, gradients and optimizer state per rank under each strategy, measured against theory.
 
     python benchmarks/memory.py [--processes 1 2 4] [--strategies ddp zero0 ...] [--network resnet18] [--json FILE]
 
@@ -47,7 +47,7 @@ BEFORE, WITHIN = "before the step", "within the step"
 
 
 def theory(strategy: str, ranks: int) -> dict[str, float]:
-    """Bytes a parameter that a rank should hold before the step."""
+    """Bytes per parameter that a rank should hold before the step."""
     stage, part = int(strategy.removeprefix("zero")) if strategy != "ddp" else 0, 4 / ranks
     return {
         "weights": part if stage == 3 else 4,
@@ -74,7 +74,7 @@ def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 
 
 def alive() -> list[torch.Tensor]:
-    """Every tensor that Python knows of."""
+    """Every tensor that Python's garbage collector tracks."""
     return [held for held in gc.get_objects() if issubclass(type(held), torch.Tensor)]
 
 
@@ -167,7 +167,7 @@ def run_strategy(strategy: str, processes: int, data: Path, options: argparse.Na
 
 
 def is_allowed(measured: dict) -> bool:
-    """Whether a run holds no more than it may."""
+    """Whether a run holds no more than is allowed."""
     return measured["held"][BEFORE] <= measured["allowed"]
 
 
@@ -183,7 +183,7 @@ def row(measured: dict) -> list[str]:
 
 
 def rising(measured: list[dict]) -> list[str]:
-    """The strategies that divide by N and do not hold less on more processes."""
+    """The strategies that should divide by N but do not hold less on more processes."""
     divides = [run for run in measured if run["strategy"] in ("zero1", "zero2", "zero3")]
     return [
         after["strategy"]

@@ -1,4 +1,4 @@
-"""Time of an optimizer step of our loop against that of a bare PyTorch loop, side by side in one process.
+"""Time of an optimizer step of our loop against a bare PyTorch loop, side by side in one process.
 
     python benchmarks/overhead.py [--large] [--variants plain ddp zero0 ...] [--rounds 120] [--steps 2] [--json FILE]
 
@@ -58,7 +58,7 @@ Step = Callable[[], object]
 
 
 def recipe_for(variant: str, large: bool) -> Recipe:
-    """What is trained in a variant."""
+    """The recipe of a variant."""
     network, side, batch = LARGE if large else SMALL
     strategy = setting_of("ddp" if variant in ("plain", "heartbeat") else variant)
     return recipe_of(network, side, batch, strategy=strategy, optimizer={"name": "adamw"}, loader={"workers": 0})
@@ -78,7 +78,7 @@ def under_ddp(run: Training) -> Training:
 
 
 def bare(run: Training, batch: Batch, *, fused: bool = True) -> Step:
-    """A loop with nothing but PyTorch around our network and loss."""
+    """A plain PyTorch loop around our network and loss."""
     network = Network(run.recipe, manifest_of(run), run.loader.stimuli.size).to(memory_format=torch.channels_last)
     groups = parameter_groups(network.train(), run.recipe)
     optimizer = build_optimizer(run.recipe.optimizer, groups, run.runtime.device) if fused else unfused(groups)
@@ -93,7 +93,7 @@ def bare(run: Training, batch: Batch, *, fused: bool = True) -> Step:
 
 
 def unfused(groups: list[dict]) -> torch.optim.Optimizer:
-    """AdamW as torch builds it when nothing is asked for."""
+    """torch's default AdamW."""
     return torch.optim.AdamW(groups, lr=1e-3)
 
 
@@ -103,7 +103,7 @@ def manifest_of(run: Training):
 
 
 def lean(run: Training, batch: Batch) -> Step:
-    """The shortest loop there is."""
+    """The shortest possible loop."""
     net = timm.create_model(run.recipe.backbone.name, num_classes=batch.rates.shape[1])
     net = net.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
@@ -163,7 +163,7 @@ def measure_variant(options: argparse.Namespace) -> dict[str, dict[str, Sequence
 
 
 def with_and_without_heartbeat(run: Training, batch: Batch) -> dict[str, Step]:
-    """Our step as one of several processes; all of them take the same turns."""
+    """Our step with and without the heartbeat, as one of several processes that take the same turns."""
     step = ours(run, batch)
 
     def beating() -> None:
@@ -180,7 +180,7 @@ def compared(turns: Turns, one: str, other: str) -> dict[str, float]:
 
 
 def summary(turns: Turns, pairs: dict[str, tuple[str, str]]) -> dict[str, dict[str, float]]:
-    """Medians, and what is compared with what."""
+    """Medians and comparisons of all loops."""
     return {
         "milliseconds": {name: turns.median(name) for name in turns.values},
         **{name: compared(turns, one, other) for name, (one, other) in pairs.items()},
@@ -188,7 +188,7 @@ def summary(turns: Turns, pairs: dict[str, tuple[str, str]]) -> dict[str, dict[s
 
 
 def run_variant(variant: str, data: Path, options: argparse.Namespace) -> dict[str, dict]:
-    """Measure a variant in a process of its own; its summary by each clock."""
+    """Measure a variant in its own process; returns its summary by each clock."""
     result = data.parent / f"{variant}.json"
     start = ["bash", "launch/local.sh", "-n", 2] if variant == "heartbeat" else [sys.executable]
     words = [*start, __file__, "--one", variant, "--data", data, "--json", result]
@@ -215,7 +215,7 @@ def shown(pair: dict[str, float]) -> str:
 
 
 def verdict(plain: dict[str, dict[str, float]]) -> str:
-    """Whether the aims are reached."""
+    """State whether the aims are reached."""
     added, ratio = plain["ours - bare"]["added"], plain["ours - unfused"]["ratio"]
     reached = {True: "reached", False: "MISSED"}
     return (

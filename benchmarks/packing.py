@@ -43,7 +43,7 @@ def npy(array: np.ndarray) -> bytes:
 
 
 def by_webdataset(source: Path, out: Path) -> None:
-    """The same members, by the library's writer."""
+    """Write the same members with the library's own writer."""
     out.mkdir()
     rates = np.load(source / "rates.npy")
     files = sorted((source / "images").rglob("*.jpg"))
@@ -54,7 +54,7 @@ def by_webdataset(source: Path, out: Path) -> None:
 
 
 def in_this_process(recording: Recording, out: Path) -> None:
-    """What a worker of ours does, for all shards."""
+    """Do the work of one of our workers, for all shards."""
     out.mkdir()
     packing.set_work(recording, multiprocessing.Value("q", 0))
     for job in packing.shard_jobs(recording.splits, PER_SHARD):
@@ -75,7 +75,7 @@ def side_of(write: Callable[[Path], None], stimuli: int, out: Path) -> Side:
 
 
 def writers(source: Path, workers: list[int]) -> dict[str, Callable[[Path], None]]:
-    """Everything that writes the same shards, by name."""
+    """The sides of the comparison, by name."""
     recording = Folder(source=source, name="images").open()
     sides: dict[str, Callable[[Path], None]] = {
         RIVAL: lambda out: by_webdataset(source, out),
@@ -87,7 +87,7 @@ def writers(source: Path, workers: list[int]) -> dict[str, Callable[[Path], None
 
 
 def main() -> None:
-    """Make the images, measure, print."""
+    """Make the images, measure, and print."""
     parser = options_of(__doc__, repeats=5)
     parser.add_argument("--stimuli", type=int, default=3200)
     parser.add_argument("--size", type=int, default=256)

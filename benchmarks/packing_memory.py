@@ -1,4 +1,4 @@
-"""Peak memory of packing large sources: what the command and each of its workers hold at most, beside their size.
+"""Peak memory of packing large sources, per process.
 
     python benchmarks/packing_memory.py [--gigabytes 2] [--formats brainio nwb mbs-h5] [--workers 2] [--json FILE]
 

@@ -1,4 +1,4 @@
-"""Principal components and regression, ours against the scikit-learn recipe, side by side on the same features.
+"""Principal components and regression: ours against scikit-learn, on the same features.
 
     python benchmarks/probe.py [--stimuli 2592] [--held-out 288] [--features 50176] [--sites 168] [--components 1000]
                                [--repeats 3] [--processes 1 2] [--exact] [--json FILE]
@@ -103,7 +103,7 @@ def scikit_learn(folder: Path, counts: tuple[int, int], components: int, solver:
 
 
 def peak_memory() -> float:
-    """GiB that this process has held at most."""
+    """Peak resident memory of this process, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -133,7 +133,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
 
 
 def sides_of(options: argparse.Namespace) -> list[str]:
-    """Ours on each number of processes, and the rival."""
+    """Ours on each number of processes, and scikit-learn."""
     return [*(f"ours_{processes}" for processes in options.processes), "scikit-learn"]
 
 

@@ -31,7 +31,7 @@ SYSTEMS = {
 
 
 def run(data: Path, out: Path, name: str, seed: int, size: int) -> dict | None:
-    """Train and score one system, unless that is done; its response metrics, or None where it cannot be trained."""
+    """Train and score one system, unless that is done; returns its response metrics, or None if training failed."""
     folder = out / f"{name.replace(', ', '_').replace(' ', '_')}_{seed}"
     scores = folder / "eval" / "val" / "metrics.json"
     if not scores.exists():

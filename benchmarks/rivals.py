@@ -148,7 +148,7 @@ LIBRARIES = {
 
 
 def rivals(images: Path, tars: list[Path], folder: Path, batch: int) -> tuple[dict[str, Read], dict[str, str]]:
-    """What is there to compare with, and what is not, with the reason.
+    """The installed libraries to compare with, and the missing ones with the reason.
 
     Args:
         images: folder of classes with JPEGs.

@@ -1,4 +1,4 @@
-"""Show that a change which should not alter numbers does not: the same runs in two checkouts, compared to the last bit.
+"""Compare the numbers of the same runs in two checkouts, bit for bit.
 
     python benchmarks/same_numbers.py BEFORE AFTER --out DIR
 
@@ -52,7 +52,7 @@ OF_ONE_RUN = {"seconds", "trained_on", "provenance", "checksum", "command", "com
 
 
 def commands(out: Path) -> list[tuple[str, list[str]]]:
-    """What is run, in this order: the name of what each makes, and its command line after `launch/local.sh`."""
+    """The runs in order: the name of the output, and the command line after `launch/local.sh`."""
     data, other = str(out / "data"), str(out / "other")
 
     def finetune(name: str, *words: str) -> tuple[str, list[str]]:
@@ -118,7 +118,7 @@ def run_all(checkout: Path, out: Path) -> None:
 
 
 def numbers_in(path: Path) -> object:
-    """A file as plain data, without what belongs to one run alone."""
+    """The content of a file as plain data, without what is specific to one run."""
     if path.suffix == ".json":
         return without(json.loads(path.read_text()))
     if path.suffix == ".jsonl":
@@ -130,14 +130,14 @@ def numbers_in(path: Path) -> object:
 
 
 def without(value: object) -> object:
-    """Nested data without the keys that speak of one run's time and place."""
+    """Nested data without the keys for time and place of a run."""
     if isinstance(value, dict):
         return {key: without(part) for key, part in value.items() if not OF_ONE_RUN & {key, key.rsplit("_")[-1]}}
     return [without(part) for part in value] if isinstance(value, list) else value
 
 
 def differences(before: object, after: object, path: str = "") -> list[str]:
-    """Where two nested values differ, each in a line. NaN equals NaN."""
+    """A line for each difference between two nested values. NaN equals NaN."""
     if isinstance(before, dict) and isinstance(after, dict):
         missing = [f"{path}.{key}: only in one" for key in sorted(before.keys() ^ after.keys())]
         both = [key for key in before if key in after]

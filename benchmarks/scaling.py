@@ -62,7 +62,7 @@ def recipe_for(strategy: str, processes: int) -> Recipe:
 
 
 def work(options: argparse.Namespace) -> None:
-    """What one process does: steps at each bandwidth; the leading one writes down how long they took."""
+    """Take steps at each bandwidth as one process; the main process writes their times."""
     machine = Machine(**json.loads(options.machine)) if options.machine else None
     recipe, timings = recipe_for(options.strategies[0], options.processes[0]), {}
     with training(recipe, options.data, options.data.with_name(options.one)) as run:
@@ -92,7 +92,7 @@ def one_step(run, batch: list, machine: Machine | None) -> dict[str, float]:
 
 
 def measured(strategy: str, processes: int, data: Path, options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """What `work` found on so many machines, by Mbit/s."""
+    """The results of `work` on `processes` machines, by Mbit/s."""
     name = f"{strategy}_{processes}"
     result = data.with_name(f"{name}.json")
     words = [sys.executable, __file__, "--one", name, "--data", data, "--json", result, "--steps", options.steps]
@@ -117,7 +117,7 @@ def measured(strategy: str, processes: int, data: Path, options: argparse.Namesp
 
 
 def compared(found: dict, cost: StepCost) -> list[dict]:
-    """Each measurement under a limit, with what the model makes of the one without."""
+    """Each measurement under a limit, with the prediction from the one without."""
     rows = []
     for strategy, by_processes in found.items():
         for processes, by_limit in by_processes.items():
@@ -131,7 +131,7 @@ def compared(found: dict, cost: StepCost) -> list[dict]:
 
 
 def error_of(rows: list[dict]) -> str:
-    """How far the model is off where there was a limit."""
+    """Relative error of the model under a limit."""
     limited = [row for row in rows if row["megabits"]]
     errors = sorted(row["predicted"] / row["step"] - 1 for row in limited)
     middle, worst = statistics.median(map(abs, errors)), max(errors, key=abs)
@@ -142,7 +142,7 @@ def error_of(rows: list[dict]) -> str:
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs and what joins them.
+    """GPUs and the links between them.
 
     Attributes:
         name: for tables.
@@ -162,7 +162,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Workload:
-    """What one GPU computes.
+    """The work of one GPU.
 
     Attributes:
         network: timm's name.
@@ -221,7 +221,7 @@ def travel(strategy: Strategy, cost: StepCost, gpus: int, cluster: Cluster) -> T
 def step_seconds(
     strategy: Strategy, cost: StepCost, gpus: int, cluster: Cluster, computing: float
 ) -> tuple[float, float]:
-    """A step's time if all that can be is hidden behind computing, and if nothing is."""
+    """Time of a step with communication hidden behind computing as far as possible, and not at all."""
     goes = travel(strategy, cost, gpus, cluster)
     last = goes.backward * min(BUCKET / cost.trainable, 1)
     hidden = max(FORWARD * computing, goes.forward) + max((1 - FORWARD) * computing + last, goes.backward) + goes.after

@@ -1,4 +1,4 @@
-"""What of a simulated recording can be explained, and which of its components predictions have (docs/results/best.md).
+"""Explainable variance of a simulated recording, and the components that predictions capture (docs/results/best.md).
 
     python benchmarks/simulated_parts.py SHARDS RUN [RUN ...]
 

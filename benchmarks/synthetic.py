@@ -1,4 +1,4 @@
-"""What several benchmarks are measured on: a recording packed on the spot, or on paper, and a training run over it."""
+"""Recordings and training runs that the benchmarks are measured on."""
 
 import csv
 import resource
@@ -80,12 +80,12 @@ def write_images(folder: Path, stimuli: int, size: int) -> None:
 
 
 def setting_of(strategy: str) -> str:
-    """What a recipe calls a strategy."""
+    """The setting of a strategy in a recipe."""
     return strategy if strategy == "ddp" else str(ROOT / "ds_configs" / f"{strategy}.json")
 
 
 def recipe_of(network: str, side: int, stimuli: int, **sections) -> Recipe:
-    """A recipe with random weights and so many epochs that no benchmark comes to the end of its schedule.
+    """A recipe with random weights and more epochs than any benchmark runs.
 
     Args:
         network: timm's name.
@@ -135,7 +135,7 @@ def first_step(run: "Training") -> list[Batch]:
 
 
 def synthetic_batch(size: int, side: int, sites: int, device: torch.device) -> Batch:
-    """Random images and responses, no run needed."""
+    """A batch of random images and responses."""
     draw = np.random.default_rng(0)
     images = torch.from_numpy(draw.integers(0, 256, (size, 3, side, side), np.uint8))
     return Batch(
@@ -158,6 +158,6 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def finish(device: torch.device) -> None:
-    """Wait until a GPU has done what it was told."""
+    """Wait until the GPU has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,4 +1,4 @@
-"""Images a second and peak memory of training a network, on a batch that stays on the device and fed by the loader.
+"""Images per second and peak memory of training, on a batch that stays on the device and fed by the loader.
 
     python benchmarks/throughput.py --data DIR --network resnet50 [--side 224] [--batch 128] [--compile] [--seconds 6]
                                     [--json FILE]
@@ -35,7 +35,7 @@ TIMED = 3  # steps from which is told how many there are in some seconds
 
 
 def fitting_batch(cost: StepCost, batch: int) -> int:
-    """A batch, halved until the estimate fits into this process's GPU, where there is one."""
+    """The batch size, halved until the estimate fits into the GPU, if there is one."""
     if uses_gpu():
         room = usable_memory(torch.cuda.get_device_properties(0).total_memory)
         while batch > 1 and estimated(cost, batch) > room:
@@ -44,7 +44,7 @@ def fitting_batch(cost: StepCost, batch: int) -> int:
 
 
 def estimated(cost: StepCost, batch: int) -> float:
-    """Bytes that the plan expects of one process."""
+    """Bytes per process according to the plan."""
     return estimate_memory(read_strategy("ddp"), cost, 1, batch, 1).total
 
 
@@ -60,7 +60,7 @@ def seconds_for(run: Training, steps: Iterable[list[Batch]]) -> tuple[float, int
 
 
 def rate(run: Training, batches: Iterator[list[Batch]], seconds: float) -> float:
-    """Images a second over about so many seconds."""
+    """Images per second, measured over about `seconds`."""
     seconds_for(run, islice(batches, WARM_UP))
     step_seconds = seconds_for(run, islice(batches, TIMED))[0] / TIMED
     took, images = seconds_for(run, islice(batches, max(math.ceil(seconds / step_seconds), TIMED)))
@@ -68,13 +68,13 @@ def rate(run: Training, batches: Iterator[list[Batch]], seconds: float) -> float
 
 
 def epochs(run: Training) -> Iterator[list[Batch]]:
-    """What the loader reads, without end."""
+    """The batches of the loader, epoch after epoch."""
     for epoch in count():
         yield from run.loader.epoch(epoch)
 
 
 def loader_rate(run: Training, seconds: float) -> float:
-    """Images a second that the loader reads."""
+    """Images per second of the loader alone."""
     batches = epochs(run)
     next(batches)
     started, images = time.perf_counter(), 0
@@ -119,7 +119,7 @@ def main() -> None:
     parser = options_of(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="shard folder")
     parser.add_argument("--network", required=True)
-    parser.add_argument("--side", type=int, default=224, help="px")
+    parser.add_argument("--side", type=int, default=224, help="size of the images in pixels")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--seconds", type=float, default=6.0)
