@@ -4,6 +4,7 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -158,12 +159,10 @@ class RemoteFiles:
         wait: bool = True,
         evict_last: Callable[[], Collection[str]] = frozenset,
     ) -> bool:
-        def download(descriptor: int) -> None:
-            self._download(content, file, descriptor, cancelled)
-
+        download = partial(self._download, content, file, cancelled)
         return self.cache.fetch(content, self.url / file, download, wait, evict_last)
 
-    def _download(self, content: KnownContent, file: str, descriptor: int, cancelled: Callable[[], bool]) -> None:
+    def _download(self, content: KnownContent, file: str, cancelled: Callable[[], bool], descriptor: int) -> None:
         """Write a file to a descriptor, which may hold its beginning.
 
         Raises:
