@@ -57,7 +57,7 @@ class CeilingEstimate:
 
 
 def estimate_ceiling(blocks: Iterable[np.ndarray]) -> CeilingEstimate | None:
-    """Estimate the noise ceiling of every site; None where no stimulus has two repetitions.
+    """Estimate the noise ceiling of every site; None if no stimulus has two repetitions.
 
     Args:
         blocks: the trials, a block of sites at a time: float (stimuli, repetitions, sites), NaN = missing. A site's
@@ -98,7 +98,7 @@ def _estimate_block(trials: np.ndarray) -> CeilingEstimate:
 
 
 def percentile_interval(values: np.ndarray) -> list[float] | None:
-    """The central 95 % of bootstrap values; None where none is finite."""
+    """The central 95 % of bootstrap values; None if none is finite."""
     values = values[np.isfinite(values)]
     return [float(bound) for bound in np.percentile(values, (2.5, 97.5))] if values.size else None
 

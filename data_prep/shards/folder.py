@@ -150,7 +150,7 @@ class ShardSplit:
         return digest.hexdigest()
 
     def member(self, position: int, kind: str) -> bytes | None:
-        """A member's bytes, one of MEMBERS; None where the stimulus lacks it."""
+        """A member's bytes, one of MEMBERS; None if the stimulus lacks it."""
         if kind == "json" and self._response_table is not None:
             return self._response_table.description(position)
         view = self._view(position, kind)
@@ -199,11 +199,11 @@ class ShardSplit:
         raise BadInput(f"{self.location(position)} has no image ({' or '.join(IMAGE_MEMBERS)})")
 
     def meta(self, position: int) -> dict[str, Any]:
-        """The stimulus's JSON member; empty where it has none."""
+        """The stimulus's JSON member; empty if it has none."""
         return read_json(self.member(position, "json"), self.location(position))
 
     def label(self, position: int) -> str | None:
-        """The name of the stimulus's class; None where it has none."""
+        """The name of the stimulus's class; None if it has none."""
         return read_label(self.member(position, "cls"), self.meta(position), self.location(position))
 
     def array(self, position: int, kind: str) -> np.ndarray | None:
@@ -262,7 +262,7 @@ class ShardSplit:
 
     @property
     def trials_bytes(self) -> int:
-        """Size of all single trials; 0 where there are none."""
+        """Size of all single trials; 0 if there are none."""
         return int(self._index.size[:, MEMBERS.index("trials.npy")].sum())
 
     def trials(self, sites: slice = slice(None)) -> np.ndarray | None:

@@ -66,7 +66,7 @@ class StimulusNotes:
             raise BadInput(f"{stimulus_id}: {name} contain an infinite value; use NaN for missing responses")
 
     def rates(self) -> np.ndarray | None:
-        """float32 (stimuli, sites), or None where no stimulus of the shard has responses."""
+        """float32 (stimuli, sites), or None if no stimulus of the shard has responses."""
         recorded = [rates for rates in self._rates if rates is not None]
         if not recorded:
             return None

@@ -88,7 +88,7 @@ class RemoteFiles:
         self.cache.check_room(largest, self.url / largest.file)
 
     def table(self, file: str, manifest: Manifest) -> BinaryIO:
-        """One of the folder's tables, for reading; verified where the manifest lists its hash.
+        """One of the folder's tables, for reading; verified if the manifest lists its hash.
 
         Raises:
             BadInput, RunFailed: it cannot be fetched.

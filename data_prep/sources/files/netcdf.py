@@ -50,7 +50,7 @@ class Variable(ABC):
         """Number of rows along an axis to read at once."""
 
     def values(self) -> list[Any]:
-        """The values of a variable with one axis as plain numbers or text, None where unknown."""
+        """The values of a variable with one axis as plain numbers or text, None if unknown."""
         if not self.numeric:
             return [text or None for text in self.texts()]
         numbers = np.asarray(self._data[:])

@@ -53,14 +53,14 @@ def find_column(table: h5py.Group, names: Sequence[str], flag: str) -> str:
 
 
 def read_values(column: h5py.Dataset) -> list[Any]:
-    """A column as plain numbers or text, None where unknown."""
+    """A column as plain numbers or text, None if unknown."""
     if hdf5.is_text(column):
         return [text or None for text in hdf5.read_texts(column)]
     return [value if np.isfinite(value) else None for value in column[()].tolist()]
 
 
 def read_names(column: h5py.Dataset) -> list[str]:
-    """A column as text: whole floats without a decimal point, empty where there is no number."""
+    """A column as text: whole floats without a decimal point, empty if there is no number."""
     if column.dtype.kind == "f":
         return ["" if np.isnan(value) else f"{value:g}" for value in column[()].tolist()]
     return hdf5.read_texts(column)
