@@ -1,7 +1,7 @@
 """Random changes of training images, on the device, for a whole batch at once.
 
-The random numbers come with the batch (`train.data.order.augmentation_draws`): they depend on seed, epoch and step, and
-not on how many ranks share the batch.
+The random numbers come with the batch (`train.data.order.augmentation_draws`): they depend on seed, epoch and step, but
+not on the number of ranks.
 """
 
 import torch
@@ -15,7 +15,7 @@ KINDS = 6  # random numbers per stimulus: shift right, shift down, zoom, brightn
 def augment(images: torch.Tensor, draws: torch.Tensor, settings: Augment) -> torch.Tensor:
     """Shift, zoom, mirror, and change brightness and contrast.
 
-    What a shift or a smaller image uncovers repeats the image's edge. Without zoom, shifts are by whole pixels, so
+    Areas that a shift or a smaller image uncovers repeat the image's edge. Without zoom, shifts are by whole pixels, so
     that nothing is interpolated.
 
     Args:
@@ -55,7 +55,7 @@ def _moved(
     shift = torch.stack([right, down], dim=1) * settings.shift * size
     if not settings.zoom:
         shift = shift.round()
-    # Rows of the map from places in the new image to places in the old one, in half sides.
+    # Rows of the affine map from positions in the new image to positions in the old one, in half sides.
     x = torch.stack([mirror / scale, torch.zeros_like(scale), -shift[:, 0] * 2 / size], dim=1)
     y = torch.stack([torch.zeros_like(scale), 1 / scale, -shift[:, 1] * 2 / size], dim=1)
     grid = F.affine_grid(torch.stack([x, y], dim=1), list(pixels.shape), align_corners=False)

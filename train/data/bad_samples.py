@@ -1,7 +1,7 @@
-"""`loader.on_bad_sample: skip`: all stimuli are checked before the first step, and those that are bad are left out.
+"""`loader.on_bad_sample: skip`: all stimuli are checked before the first step, and bad ones are left out.
 
-They are checked beforehand so that the order of the others, the sizes of batches and the count of an evaluation follow
-from the stimuli that can be read, on any number of processes, since each finds the same ones.
+Checking first lets the order of the others, the batch sizes and the count of an evaluation follow from the readable
+stimuli, which every process finds alike.
 """
 
 import os
@@ -27,10 +27,10 @@ class BadSamples:
     """The stimuli that cannot be read, and what is wrong with them.
 
     Attributes:
-        setting: of the recipe.
+        setting: the recipe's `loader`.
         name_recordings: call splits `recording/split`, where there are several recordings.
-        left_out: by split, {stimulus: what is wrong with it}; empty unless bad stimuli are skipped.
-        checked: by split, the number of stimuli.
+        left_out: by split, {stimulus: reason}; empty unless bad stimuli are skipped.
+        checked: by split, the number of stimuli checked.
     """
 
     setting: Loader
@@ -44,12 +44,12 @@ class BadSamples:
         return self.setting.on_bad_sample == "skip"
 
     def usable_positions(self, split: ShardSplit, size: int | None, *, responses: bool, classes: bool) -> np.ndarray:
-        """The positions in a split that can be used, ascending; all of them where a bad one stops the run.
+        """The positions in a split that can be used, ascending; all of them unless bad stimuli are skipped.
 
         Args:
             split: to check.
             size: side in pixels that images are decoded to; None where they are not needed.
-            responses, classes: what else of a stimulus is needed.
+            responses, classes: whether these are needed too.
 
         Raises:
             BadInput: no stimulus is left.
@@ -61,9 +61,9 @@ class BadSamples:
             return _fault(split, position, size, responses, classes)
 
         name = f"{split.manifest.name}/{split.name}" if self.name_recordings else split.name
-        silent, threads = rank() != 0, max((os.cpu_count() or 1) // ranks_on_machine(), 1)
+        threads = max((os.cpu_count() or 1) // ranks_on_machine(), 1)
         with (
-            Progress(len(split), f"checking {name}", silent=silent) as progress,
+            Progress(len(split), f"checking {name}", silent=rank() != 0) as progress,
             ThreadPoolExecutor(threads) as pool,
         ):
             faults = []

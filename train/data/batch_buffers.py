@@ -1,4 +1,4 @@
-"""Memory for batches of images, which is used again as soon as nothing refers to the batch any more."""
+"""Memory for batches of images, reused as soon as nothing refers to the previous batch."""
 
 import math
 import weakref
@@ -12,10 +12,10 @@ KEPT = 4  # buffers: of the batch in use, the next one, and those of an evaluati
 
 
 class BatchBuffers:
-    """Fresh memory costs a page fault for every 4 KiB, which takes longer than copying an image there."""
+    """Reuses memory: fresh memory costs a page fault per 4 KiB, which takes longer than copying an image into it."""
 
     def __init__(self):
-        self._buffers: list[tuple[np.ndarray, weakref.ref]] = []  # each with the view that was handed out last
+        self._buffers: list[tuple[np.ndarray, weakref.ref]] = []  # each with the view handed out last
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_buffers": []}
@@ -23,7 +23,7 @@ class BatchBuffers:
     def allocate(self, shape: tuple[int, ...]) -> torch.Tensor:
         """A uint8 tensor with undefined content, which shares no memory with another tensor that is still alive.
 
-        In a worker of a DataLoader it lies in shared memory, where torch would otherwise have to copy it.
+        In a worker of a DataLoader it is in shared memory; otherwise torch would have to copy it there.
         """
         if get_worker_info() is not None:
             storage = torch.UntypedStorage._new_shared(math.prod(shape))  # as torch's own collate function does
@@ -32,7 +32,7 @@ class BatchBuffers:
         buffer = next(unused, None)
         if buffer is None:
             buffer = np.empty(shape, np.uint8)
-        view = buffer.view()  # lives as long as the tensor that is made of it, and all views of that
+        view = buffer.view()  # lives as long as the tensor made from it and all views of that
         others = [entry for entry in self._buffers if entry[0] is not buffer]
         self._buffers = [*others[1 - KEPT :], (buffer, weakref.ref(view))]
         return torch.from_numpy(view)

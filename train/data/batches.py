@@ -1,7 +1,7 @@
-"""A micro-batch as the loader delivers it, and the request for one that a worker is given."""
+"""A micro-batch as the loader delivers it, and a worker's request for one."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +11,7 @@ from train.data.order import MicroBatch
 
 
 class SiteGroup(NamedTuple):
-    """Neighbouring sites whose errors are averaged, and how many responses to a global batch they have."""
+    """Neighbouring sites whose errors are averaged, and the number of their recorded responses to a global batch."""
 
     sites: int
     observed: int
@@ -30,7 +30,7 @@ class Batch:
         draws: float32 (b, kinds), random numbers in [-1, 1) for `augment.py`; None where nothing is augmented.
         global_stimuli: number of stimuli in the whole global batch that this micro-batch is a part of.
         global_observed: number of responses (stimulus x site) recorded in that global batch.
-        groups: the sites of each recording where each has a mean of its own; see `means`.
+        groups: the sites of each recording if each has its own mean; see `means`.
     """
 
     images: torch.Tensor
@@ -53,10 +53,7 @@ class Batch:
         return self.groups or (SiteGroup(self.rates.shape[1], self.global_observed),)
 
     def _map_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        changed: dict[str, Any] = {}
-        for field in fields(self):
-            if isinstance(value := getattr(self, field.name), torch.Tensor):
-                changed[field.name] = change(value)
+        changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
         return replace(self, **changed)
 
     def pin_memory(self) -> "Batch":
@@ -70,7 +67,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class BatchRequest:
-    """A micro-batch to read, and the facts about its global batch that go with it.
+    """A micro-batch to read, with facts about its global batch.
 
     Attributes:
         micro_batch: the stimuli.

@@ -1,9 +1,9 @@
 """The stimuli of several recordings as one set; the recipe's `mix` says how a step mixes them.
 
 A network for several recordings has one readout, whose outputs are the sites of one recording after the other. Each
-stimulus has the responses of its own recording's sites, and NaN for the others, which the loss ignores. So nothing in
-training knows of recordings: a rank whose share of a step shows none of one recording has a gradient of 0 for that
-one's part of the readout, and takes part in every reduction.
+stimulus has the responses of its own recording's sites, and NaN for the others, which the loss ignores. So training
+itself knows nothing of recordings: a rank whose share of a step holds no stimulus of a recording has a gradient of 0
+for that part of the readout, and still takes part in every reduction.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ Mix = Literal["proportional", "equal"]
 
 
 class _Selected(NamedTuple):
-    """Of some stimuli, those that belong to one recording."""
+    """The requested stimuli that belong to one recording."""
 
     recording: RecordingStimuli
-    rows: np.ndarray  # among the stimuli
+    rows: np.ndarray  # among those requested
     positions: np.ndarray  # within the recording
 
 
@@ -42,7 +42,7 @@ class CombinedStimuli(StimulusSet):
         self.stimulus_ids = [f"{recording.name}/{name}" for recording in recordings for name in recording.stimulus_ids]
         labels = [recording.labels for recording in recordings if recording.labels is not None]
         self.labels = np.concatenate(labels) if labels else None
-        self._first = np.cumsum([0, *map(len, recordings)])  # position of each one's first stimulus
+        self._first = np.cumsum([0, *map(len, recordings)])  # position of each recording's first stimulus
         self._buffers = BatchBuffers()
 
     @property
@@ -88,10 +88,10 @@ class CombinedStimuli(StimulusSet):
         return (SiteGroup(sum(map(_sites, self._recordings)), sum(observed.values())),)
 
     def layout(self, block_shards: int | None) -> Layout:
-        """See `StimulusSet.layout`. Recordings that take turns have an equal part of the shards each."""
+        """See `StimulusSet.layout`. Recordings that take turns get equal parts of the shards."""
         if self._mix == "equal":
-            of_each = None if block_shards is None else max(block_shards // len(self._recordings), 1)
-            blocks = tuple(recording.layout(of_each) for recording in self._recordings)
+            share = None if block_shards is None else max(block_shards // len(self._recordings), 1)
+            blocks = tuple(recording.layout(share) for recording in self._recordings)
             return Turns(tuple(map(len, self._recordings)), blocks)
         if block_shards is None:
             return None
@@ -99,7 +99,7 @@ class CombinedStimuli(StimulusSet):
         return Blocks(tuple(sizes), block_shards)
 
     def shuffle_responses(self, seed: int) -> None:
-        """See `StimulusSet.shuffle_responses`; each recording's among its own stimuli."""
+        """See `StimulusSet.shuffle_responses`; within each recording."""
         for recording in self._recordings:
             recording.shuffle_responses(seed)
 

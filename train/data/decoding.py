@@ -9,13 +9,13 @@ from data_prep.common.image_decoding import MAX_PIXELS, check_scans, raw_pixels,
 from data_prep.shards.folder import ShardSplit
 from train.run.predictor import fit
 
-# What pixels depend on besides the encoded bytes; raise the number when a change here changes pixels.
+# Pixels depend on this besides the encoded bytes; raise the number when a change here changes pixels.
 VERSION = f"1, simplejpeg {simplejpeg.__version__}, Pillow {PIL.__version__}"
 _DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")  # colours of a JPEG that libjpeg-turbo turns into RGB as Pillow does
 
 
 def decode_into(pixels: np.ndarray, data: bytes | memoryview, encoding: str) -> None:
-    """Decode an image into an array; a JPEG that has the right size already is decoded in place.
+    """Decode an image into an array; a JPEG of that size is decoded in place.
 
     Args:
         pixels: uint8 (size, size, 3), contiguous, for instance a row of a batch. Undefined after an error.

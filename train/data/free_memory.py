@@ -1,4 +1,4 @@
-"""How much memory this process can still use, on its machine and within its control groups."""
+"""The memory that this process can still use, on its machine and within its control groups."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +36,7 @@ def _left_by_groups(mount: Path, membership: Path) -> Iterator[int]:
 
 
 def _left(root: Path, path: str, limit: str, usage: str, reclaimable: str) -> Iterator[int]:
-    """What each group above the process leaves; the page cache of files counts as used and is given back at need."""
+    """The bytes that each group above the process leaves; files' page cache counts as used but is freed on demand."""
     group = root / path.lstrip("/")
     for folder in (group, *group.parents):
         if not folder.is_relative_to(root):

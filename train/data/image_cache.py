@@ -1,12 +1,12 @@
-"""Decoded images, cached once per machine and shared by all processes there that read the same ones.
+"""Decoded images, cached once per machine and shared by all its processes that read the same ones.
 
 A cache is a file without a name, in memory or on disk. The kernel frees it when the last process that has it open ends,
-however it ends, so there is nothing to clean up after a kill. A process that starts later opens it through
+in whatever way, so nothing has to be cleaned up after a kill. A process that starts later opens it through
 /proc/PID/fd/FD of one that has it open; one small file, guarded by a lock, lists these processes (`_Holders`).
 
 Whichever process decodes an image first writes it. Two processes may write the same one: they write the same bytes.
 
-    0            key (64 bytes), number of images there is room for (int64), whether the disk is full (uint8)
+    0            key (64 bytes), number of images it has room for (int64), whether the disk is full (uint8)
     4096         uint8 (images,), 1 once an image is present
     4096 * more  uint8 (images, size, size, 3)
 """
@@ -42,7 +42,7 @@ _KEY_BYTES, _FULL_OFFSET = 64, 72
 
 
 def pixel_key(split: ShardSplit, size: int, subset: np.ndarray | None = None) -> str:
-    """64 hexadecimal digits that identify everything that the pixels of a split, or of a subset of it, depend on."""
+    """64 hexadecimal digits that identify everything on which the pixels of a split, or a subset of it, depend."""
     purpose = f"images of {size} px, decoder {VERSION}"
     if subset is not None:
         purpose += f", of {hashlib.sha256(np.ascontiguousarray(subset, np.int64).data).hexdigest()}"
@@ -50,9 +50,9 @@ def pixel_key(split: ShardSplit, size: int, subset: np.ndarray | None = None) ->
 
 
 class ImageCache:
-    """The decoded images of a split, or of as many of its first stimuli as there is room for.
+    """The decoded images of a split, or of as many of its first stimuli as fit.
 
-    It can be passed to a process that is being started, which then shares it.
+    It can be passed to a process that is being started, to share it.
 
     Args:
         descriptor: of an open file as described above; it is closed with this object.
@@ -129,7 +129,7 @@ class ImageCache:
                 return
             os.pwrite(self._descriptor, b"\1", _FULL_OFFSET)
             _warn(
-                f"{int(self._present.sum()):,} decoded images of {self.size} px are cached and no more ({reason}); "
+                f"{int(self._present.sum()):,} decoded images of {self.size} px are cached, and no more ({reason}); "
                 "the others are decoded each time"
             )
 
@@ -219,7 +219,7 @@ def _warn(message: str) -> None:
 
 
 class _Holders:
-    """The list of the processes that have caches open: lines "KEY PID FD". Its file is locked while this object exists.
+    """The list of the processes that have caches open, as lines "KEY PID FD"; its file stays locked meanwhile.
 
     Args:
         path: of the file.
@@ -234,7 +234,7 @@ class _Holders:
         self._lines = [(key.decode(), int(pid), int(descriptor)) for key, pid, descriptor in lines]
 
     def open(self, key: str) -> int | None:
-        """A descriptor of our own for the cache of these images; None where no process has it open."""
+        """A new descriptor of the cache of these images; None where no process has it open."""
         for name, pid, descriptor in self._lines:
             if name == key and (ours := _open_of(key, pid, descriptor)) is not None:
                 return ours
@@ -298,7 +298,7 @@ def _list_path() -> Path:
 
 
 def _locked(path: Path) -> int | None:
-    """Open and lock a file of this user; None where the file is another user's, and nothing can be shared."""
+    """Open and lock a file of this user; None where it belongs to another user, and nothing can be shared."""
     while True:
         try:
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -315,7 +315,7 @@ def _locked(path: Path) -> int | None:
 
 
 def _release(descriptor: int, listed_as: int | None) -> None:
-    if listed_as == os.getpid():  # a fork of the process has the object too, but not its place in the list
+    if listed_as == os.getpid():  # a fork of the process has the object too, but is not in the list
         with suppress(OSError), _holders() as holders:
             holders.remove(listed_as, descriptor)
     os.close(descriptor)

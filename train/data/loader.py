@@ -40,7 +40,7 @@ class TrainLoader:
         rank, ranks: which share of each global batch is this process's.
         workers: decoding processes.
         pin: page-lock the batches.
-        draws: random numbers per stimulus, for augmentation.
+        draws: number of random numbers per stimulus, for augmentation.
         block_shards: shards that are mixed at a time; by default all stimuli are shuffled.
 
     Attributes:
@@ -123,7 +123,7 @@ def evaluation_loader(
 
 
 class _BatchLoader(DataLoader):
-    """Raises the workers' complaints about the input as they are; torch would wrap them in the worker's traceback.
+    """Raises the workers' errors about the input unchanged; torch would wrap them in the worker's traceback.
 
     Raises:
         RunFailed: a worker was killed.
@@ -139,19 +139,19 @@ class _BatchLoader(DataLoader):
                     advance()
                     yield batch
             except (RuntimeError, OSError, EOFError) as error:
-                if self.num_workers == 0 or not _says_that_a_worker_died(error):
+                if self.num_workers == 0 or not _shows_dead_worker(error):
                     raise
                 raise _worker_killed() from None
 
     def _prefetching(self) -> AbstractContextManager[Callable[[], None]]:
-        """See `StimulusSet.prefetching`; a stream does not know what it is going to read."""
+        """See `StimulusSet.prefetching`; a stream does not know what it will read."""
         if isinstance(self.dataset, StimulusSet):
             return self.dataset.prefetching(self.sampler)
         return nullcontext(lambda: None)
 
 
-def _says_that_a_worker_died(error: Exception) -> bool:
-    """Whether torch says so, or fetching a batch's memory from a worker failed as it does when the worker is gone."""
+def _shows_dead_worker(error: Exception) -> bool:
+    """Whether torch reports a dead worker, or fetching a batch's memory failed as it does after one has died."""
     message = str(error)
     if message.startswith("Caught "):  # by a worker that is alive
         return False
@@ -166,7 +166,7 @@ def _worker_killed() -> RunFailed:
 
 
 class _Schedule:
-    """The workers' next requests; replaced before each epoch, so that the workers can live on."""
+    """The workers' next requests, replaced before each epoch so that the workers can persist."""
 
     def __init__(self):
         self.requests: list[BatchRequest] = []
@@ -181,8 +181,8 @@ class _Schedule:
 def data_loader(
     source: Dataset, schedule: "Sequence[BatchRequest] | _Schedule | None", workers: int, pin: bool
 ) -> "DataLoader[Batch]":
-    """Batches that workers read from `source`: what `schedule` requests, or what the source decides where None."""
-    # Workers are forked from a server that has imported torch, or each would take seconds to start.
+    """Batches that workers read from `source`: those that `schedule` requests, or where None the source's choice."""
+    # Workers are forked from a server that has imported torch; otherwise each would take seconds to start.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["train.data.stimuli"])
     return _BatchLoader(
         source,
@@ -193,14 +193,16 @@ def data_loader(
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers else None,  # forking a process that has threads is unsafe
         prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),  # or starting workers would draw from the one that dropout draws from
+        generator=torch.Generator(),  # otherwise starting workers would draw from the generator of dropout
         worker_init_fn=serve_parent if workers else None,
     )
 
 
 def workers_per_rank(setting: int | None, ranks_on_machine: int, cores: int) -> int:
-    """Decoding processes per rank: the setting, or the cores each rank has beyond its first, at most 8."""
-    return min(max(cores // ranks_on_machine - 1, 0), MAX_WORKERS) if setting is None else setting
+    """Decoding processes per rank: the setting, or by default the cores of a rank beyond its first, at most 8."""
+    if setting is not None:
+        return setting
+    return min(max(cores // ranks_on_machine - 1, 0), MAX_WORKERS)
 
 
 def rank_positions(stimuli: int, rank: int, ranks: int) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Which stimuli make a step, and which of them go to which rank: pure functions of a few integers.
 
 Nothing here depends on the number of workers, ranks or nodes, except the functions that divide a given global batch
-among ranks. So a run can go on with another number of processes without repeating or skipping a stimulus.
+among ranks. So a run can resume with another number of processes without repeating or skipping a stimulus.
 """
 
 from collections.abc import Hashable, Sequence
@@ -12,19 +12,21 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 
+_BLOCK_STREAM, _SUBSET_STREAM = 1, 2  # name streams of random numbers
+
 
 def steps_per_epoch(stimuli: int, global_batch: int) -> int:
     """Optimizer steps of one epoch.
 
-    Stimuli that do not fill a last batch are left out (other ones in each epoch, as the order changes), since a small
-    last batch would give its stimuli more weight. With fewer stimuli than one batch, the one step takes them all.
+    Stimuli that do not fill the last batch are left out (different ones in each epoch, as the order changes), since a
+    small last batch would give its stimuli more weight. Stimuli that do not even fill one batch make a single step.
     """
     return max(stimuli // global_batch, 1)
 
 
 def stream_seed(*numbers: int) -> int:
     """A seed for one of many independent streams of random numbers, named by these numbers."""
-    # With their count, as SeedSequence treats (3, 1) and (3, 1, 0) alike.
+    # The count comes first, as SeedSequence treats (3, 1) and (3, 1, 0) alike.
     return int(np.random.SeedSequence([len(numbers), *numbers]).generate_state(1, np.uint64)[0] >> 1)
 
 
@@ -33,7 +35,7 @@ class Blocks:
     """The layout for an order that mixes the stimuli of a few shards at a time.
 
     At no point of an epoch are more than `shards_mixed` shards begun and not finished, so that each is read in one
-    stretch and is not needed again before the next epoch.
+    stretch and not needed again before the next epoch.
 
     Attributes:
         sizes: stimuli in each shard, in the order in which they are stored.
@@ -46,7 +48,7 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Turns:
-    """The layout for an order in which recordings take turns, one stimulus each, until the smallest has no more.
+    """The layout for an order in which recordings take turns, one stimulus each, until the smallest runs out.
 
     Any stretch of that order holds equally many stimuli of each recording, to within one.
 
@@ -73,8 +75,8 @@ def epoch_order(seed: int, epoch: int, stimuli: int, layout: Layout = None) -> n
 
     Args:
         seed, epoch: name the order.
-        stimuli: how many there are.
-        layout: how they lie in shards or recordings, where that matters; a permutation of all of them without.
+        stimuli: their number.
+        layout: how they are stored in shards or recordings, where that matters; None gives a full permutation.
     """
     if isinstance(layout, Turns):
         order = _in_turns(seed, epoch, layout)
@@ -95,9 +97,6 @@ def _in_turns(seed: int, epoch: int, turns: Turns) -> np.ndarray:
     return np.stack(orders, axis=1).ravel()
 
 
-_BLOCK_STREAM, _SUBSET_STREAM = 1, 2  # name streams of random numbers
-
-
 def _mixed(blocks: Blocks, random: np.random.Generator) -> np.ndarray:
     """Shards in a random order 0, 1, 2 ..., stimuli at random times at most shards_mixed/2 from their shard's middle.
 
@@ -113,7 +112,7 @@ def nested_subset(stimuli: int, size: int, seed: int) -> np.ndarray:
     """Positions of `size` of the training stimuli, ascending, int64; a smaller subset lies within a larger one.
 
     Raises:
-        BadInput: there are fewer.
+        BadInput: train has fewer.
     """
     if size > stimuli:
         raise BadInput(f"subset: {size} stimuli cannot be drawn from the {stimuli} of train; lower it or leave it out")

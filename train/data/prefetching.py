@@ -1,4 +1,4 @@
-"""Fetch remote shards in the background before they are needed, as far ahead as the cache has room."""
+"""Fetches remote shards in the background before they are needed, as far ahead as the cache has room."""
 
 import threading
 import time
@@ -20,11 +20,11 @@ RETRY_SECONDS = 0.1
 class ShardPrefetcher:
     """Follows a reader through its requests and fetches the shards that it needs next.
 
-    The shards of the requests in view, which begin at the reader's, never have more bytes than the cache may keep. A
+    The shards of the requests in view, which start at the reader's position, never exceed the cache's budget. A
     shard that cannot be fetched is left to the reader, which raises the error when it needs the shard.
 
     Args:
-        splits: read by the requests; at least one is remote, and all remote ones share one cache.
+        splits: that the requests read; at least one is remote, and all remote ones share one cache.
         needs: for each request, in order, the remote shards that it reads, int, counted through those of all splits.
     """
 

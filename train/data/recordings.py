@@ -26,7 +26,7 @@ Images = set[tuple[str, int]]  # identified by the stimulus's id and the size of
 
 @dataclass
 class FitAndSelection:
-    """The stimuli of a recording that are fitted, and those that select.
+    """The stimuli of a recording that are fitted, and those that select the epoch.
 
     Attributes:
         train: the split that is trained on.
@@ -69,7 +69,7 @@ class Recordings:
                 )
             if not is_folder_name(name):
                 raise BadInput(
-                    f"data: {folder.folder} is called {name!r}, but its scores go into a folder of that name; give it "
+                    f"data: {folder.folder} is called {name!r}, but its scores need a folder of that name; give it "
                     "another name (`name` in manifest.json)"
                 )
 
@@ -98,7 +98,7 @@ class Recordings:
         return [slice(end - sites, end) for end, sites in zip(ends, self.sites.values(), strict=True)]
 
     def check(self, recipe: Recipe) -> None:
-        """Refuse settings that have no meaning for these recordings.
+        """Refuse settings that make no sense for these recordings.
 
         Raises:
             BadInput: naming the setting.
@@ -122,7 +122,7 @@ class Recordings:
         if recipe.task.predicts_classes:
             self._check_alike("classes", f"task.kind {recipe.task.kind} has one readout to them")
         if recipe.task.predicts_responses and recipe.loss.responses == "poisson":
-            self._check_alike("rates.units", "loss.responses poisson is in these; take mse")
+            self._check_alike("rates.units", "loss.responses poisson depends on them; use mse")
 
     def _check_alike(self, field: str, why: str) -> None:
         values = [attrgetter(field)(manifest) for manifest in self.manifests]
@@ -147,7 +147,7 @@ class Recordings:
             screening: finds the stimuli that cannot be read; by default a new one.
 
         Raises:
-            BadInput: nothing is left of one, or it has fewer stimuli than the subset, or fewer groups than folds.
+            BadInput: nothing is left of a recording, or it has fewer stimuli than `subset` or groups than folds.
         """
         screening = screening or BadSamples(recipe.loader, name_recordings=len(self) > 1)
         trains = [self._train_stimuli(folder, recipe, screening) for folder in self.folders]
@@ -268,7 +268,7 @@ def _inner_splits(recordings: Sequence[StimulusGroups], settings: EarlyStopping,
 def combined_manifest(manifests: Sequence[Manifest]) -> Manifest:
     """The manifest of several recordings as one: their sites one after the other, each with its own scale.
 
-    Site ids stay as they are, so some may come twice. A single manifest is returned unchanged.
+    Site ids are kept, so an id may appear twice. A single manifest is returned unchanged.
     """
     if len(manifests) == 1:
         return manifests[0]
@@ -280,7 +280,7 @@ def combined_manifest(manifests: Sequence[Manifest]) -> Manifest:
         name=" + ".join(manifest.name for manifest in manifests),
         simulated=any(manifest.simulated for manifest in manifests),
         provenance={},
-        splits={name: _combined_split(of_each) for name, of_each in splits.items()},
+        splits={name: _combined_split(same_split) for name, same_split in splits.items()},
         sites=[site for manifest in manifests for site in manifest.sites],
         classes=_common([manifest.classes for manifest in manifests]),
         image=max((manifest.image for manifest in manifests), key=attrgetter("side")),

@@ -1,4 +1,4 @@
-"""Stimuli by position, those of one recording above all: responses and labels in memory, images decoded on demand."""
+"""Stimuli by position, and those of one recording: responses and labels in memory, images decoded on demand."""
 
 import hashlib
 from abc import ABC, abstractmethod
@@ -94,11 +94,11 @@ class StimulusSet(Dataset, ABC):
 
     @abstractmethod
     def layout(self, block_shards: int | None) -> Layout:
-        """How the stimuli lie, for an order that mixes `block_shards` shards at a time, or all stimuli where None."""
+        """How the stimuli are stored, for an order that mixes `block_shards` shards at a time (None: all stimuli)."""
 
     @abstractmethod
     def shuffle_responses(self, seed: int) -> None:
-        """Give each stimulus all the responses to another one, so that nothing but chance is left to predict."""
+        """Give each stimulus all the responses to another one, so that predictions can only be at chance."""
 
     @abstractmethod
     def shards_to_fetch(self, positions: np.ndarray) -> np.ndarray:
@@ -179,7 +179,7 @@ class RecordingStimuli(StimulusSet):
         return self.split.manifest.name
 
     def fingerprint(self) -> str:
-        """A hash of the stimuli's ids and responses: it tells whether two scores rest on the same data."""
+        """A hash of the stimuli's ids and responses, which shows whether two scores rest on the same data."""
         return fingerprint(self.stimulus_ids, self.rates)
 
     def noise_of_rates(self) -> np.ndarray | None:
@@ -196,7 +196,7 @@ class RecordingStimuli(StimulusSet):
     def trial_statistics(self) -> TrialStatistics | None:
         """The statistics of single trials that ceilings need; None where some stimuli have no trials."""
         trials = [self.split.array(int(position), "trials.npy") for position in self.subset]
-        present = [of_stimulus for of_stimulus in trials if of_stimulus is not None]
+        present = [repetitions for repetitions in trials if repetitions is not None]
         return TrialStatistics.from_trials(present) if len(present) == len(trials) else None
 
     def rates_of(self, positions: np.ndarray) -> torch.Tensor | None:
@@ -214,7 +214,7 @@ class RecordingStimuli(StimulusSet):
         images = self._buffers.allocate((len(positions), self.size, self.size, 3))
         pixels, cache_positions = images.numpy(), self._cache_positions[positions]
         missing = range(len(positions)) if self._cache is None else self._cache.read(cache_positions, pixels)
-        decoded: dict[int, int] = {}  # positions, and their rows
+        decoded: dict[int, int] = {}  # row of each position
         for row in missing:
             position = int(positions[row])
             if position in decoded:  # padding repeats a stimulus
@@ -232,7 +232,7 @@ class RecordingStimuli(StimulusSet):
         return [self.split.label(int(position)) or stimulus_id for position, stimulus_id in positions_and_ids]
 
     def blocks(self, shards_mixed: int) -> Blocks:
-        """How the stimuli lie in shards, for an order that mixes `shards_mixed` of them at a time."""
+        """How the stimuli are stored in shards, for an order that mixes `shards_mixed` of them at a time."""
         shards = self.split.shards_of(self.subset)
         if (np.diff(shards) < 0).any():
             raise ValueError("stimuli that are read shard by shard must be in the order in which they are stored")

@@ -16,6 +16,7 @@ import os
 import random
 import tarfile
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ SHUFFLED = 1000  # encoded images that a worker holds, to take the next one from
 
 
 class StreamLoader(TrainLoader):
-    """The training batches of one rank, as a stream that goes on from epoch to epoch; arguments as of `TrainLoader`."""
+    """The training batches of one rank, as a stream that continues over epochs; arguments as for `TrainLoader`."""
 
     def _open(self, workers: int, pin: bool) -> None:
         self._workers, self._pin = workers, pin
@@ -64,7 +65,7 @@ class _Stream(IterableDataset):
         self.buffers = BatchBuffers()
         split = self.stimuli.split
         self.sizes = {str(split.folder / shard.file): shard.bytes for shard in split.shards}
-        self.dealt = micro_batches(np.arange(self.global_size), self.rank, self.ranks, self.accumulation_steps)
+        self.micro_batches = micro_batches(np.arange(self.global_size), self.rank, self.ranks, self.accumulation_steps)
         observed = self.stimuli.observed
         self.observed = 0 if observed is None else round(self.global_size * float(observed.mean()))
 
@@ -73,15 +74,15 @@ class _Stream(IterableDataset):
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         samples = self._samples(self.rank * workers + worker, self.ranks * workers)
         for number in itertools.count(worker, workers):
-            step, piece = divmod(number, self.accumulation_steps)
+            step, index = divmod(number, self.accumulation_steps)
             try:
-                yield self._batch(samples, self.first_step + step, self.dealt[piece])
+                yield self._batch(samples, self.first_step + step, self.micro_batches[index])
             except BadInput as error:
                 yield error
                 return
 
     def _samples(self, consumer: int, consumers: int) -> Iterator[dict[str, Any]]:
-        """Encoded images of stimuli to fit, in the order in which this one of all ranks' workers takes them."""
+        """Encoded images of stimuli to fit, in the order in which one of the workers of all ranks takes them."""
         seed = stream_seed(self.seed, self.first_step)
         tars = webdataset.ResampledShards(
             list(self.sizes),
@@ -103,13 +104,13 @@ class _Stream(IterableDataset):
     def _images(self, tars: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         """The members of the tars that are images; responses and labels are in memory already.
 
-        Files are opened as such: webdataset's own `gopen` would run a shell for some names.
+        Files are opened directly: webdataset's own `gopen` would run a shell for some names.
         """
         for tar in tars:
             try:
                 with open(tar["url"], "rb") as stream:
                     self._check_same(tar["url"], stream.fileno())
-                    # A stream would unpack what is compressed, however large it becomes.
+                    # A stream would unpack a compressed file, however large it becomes; this refuses one.
                     tarfile.TarInfo.frombuf(os.pread(stream.fileno(), BLOCK, 0), "utf-8", "surrogateescape")
                     yield from _images_of(tar_file_expander([tar | {"stream": stream}]), tar["url"])
             except (OSError, tarfile.TarError, RecursionError) as error:
@@ -129,19 +130,18 @@ class _Stream(IterableDataset):
         for sample in samples:
             key = sample["__key__"]
             if key not in known:
-                raise BadInput(f"{sample['__url__']}: {key}: was added after the run began; start it again")
+                raise BadInput(f"{sample['__url__']}: {key}: was added after the run began; restart it")
             if key in position_of:
                 yield sample | {"position": position_of[key]}
 
-    def _batch(self, samples: Iterator[dict[str, Any]], step: int, dealt: MicroBatch) -> Batch:
-        taken = list(itertools.islice(samples, len(dealt.batch_indices)))
+    def _batch(self, samples: Iterator[dict[str, Any]], step: int, template: MicroBatch) -> Batch:
+        drawn = list(itertools.islice(samples, len(template.batch_indices)))
         size = self.stimuli.size
-        images = self.buffers.allocate((len(taken), size, size, 3))
-        for sample, pixels in zip(taken, images.numpy(), strict=True):
+        images = self.buffers.allocate((len(drawn), size, size, 3))
+        for sample, pixels in zip(drawn, images.numpy(), strict=True):
             self._decode(sample, pixels)
-        positions = np.array([sample["position"] for sample in taken])
-        micro_batch = MicroBatch(positions, dealt.weight, dealt.batch_indices)
-        draws = self._draws_of(step, dealt)
+        micro_batch = replace(template, positions=np.array([sample["position"] for sample in drawn]))
+        draws = self._draws_of(step, template.batch_indices)
         return self.stimuli.batch(images, BatchRequest(micro_batch, self.global_size, self.observed, draws=draws))
 
     def _decode(self, sample: dict[str, Any], pixels: np.ndarray) -> None:
@@ -153,11 +153,11 @@ class _Stream(IterableDataset):
             where = f"{sample['__url__']}: {sample['__key__']}.{encoding}"
             raise BadInput(f"{where} cannot be decoded ({error})") from None
 
-    def _draws_of(self, step: int, dealt: MicroBatch) -> np.ndarray | None:
+    def _draws_of(self, step: int, batch_indices: np.ndarray) -> np.ndarray | None:
         if not self.draws:
             return None
         epoch, step = divmod(step, self.steps)
-        return augmentation_draws(self.seed, epoch, step, self.global_size, self.draws)[dealt.batch_indices]
+        return augmentation_draws(self.seed, epoch, step, self.global_size, self.draws)[batch_indices]
 
 
 def _images_of(members: Iterable[dict[str, Any]], tar: str) -> Iterator[dict[str, Any]]:

@@ -25,8 +25,8 @@ class Backbone(nn.Module):
     Args:
         source: the network's name, its weights, and where it is cut.
         image_size: side in pixels of the images.
-        pools: whether pooled features are going to be read (`pool`); what only they need is dropped otherwise.
-        maps: whether maps are going to be read (`map`).
+        pools: whether pooled features will be read (`pool`); otherwise modules that only they need are dropped.
+        maps: whether maps will be read (`map`).
 
     Attributes:
         net: the network.
@@ -38,7 +38,7 @@ class Backbone(nn.Module):
         weights_from: where the weights come from, for the log.
 
     Raises:
-        BadInput: names, weights or sizes that do not fit the network.
+        BadInput: the name, weights, cut or size do not fit the network.
     """
 
     net: TimmNetwork
@@ -87,7 +87,7 @@ class Backbone(nn.Module):
                 self.join = JoinedMap(self._maps(self._layers, example))
             with torch.no_grad():
                 output = self(example)
-        except (RuntimeError, AssertionError, ValueError) as error:  # what networks raise at sizes they cannot take
+        except (RuntimeError, AssertionError, ValueError) as error:  # raised by networks at sizes they cannot take
             raise BadInput(
                 f"images.size: {self.name} cannot take images of {image_size} px ({' '.join(str(error).split())})"
             ) from None
@@ -104,7 +104,7 @@ class Backbone(nn.Module):
         return truncate(self.net, self.cut, example, keep_head)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (b, 3, size, size), uint8 or float in 0..255 -> what the network ends in, for `pool` and `map`."""
+        """Images (b, 3, size, size), uint8 or float in 0..255 -> the network's last output, for `pool` and `map`."""
         if self._layers is not None and self.join is not None:
             return self.join(self._maps(self._layers, images))
         return self._forward_pass(self._normalised(images))
@@ -144,12 +144,12 @@ class Backbone(nn.Module):
         grid = getattr(getattr(self.net, "patch_embed", None), "grid_size", None)
         prefix: int = getattr(self.net, "num_prefix_tokens", 0)
         tokens = output.shape[1]
-        # A network may add its class token and registers later than where it is cut.
+        # A network may add its class token and registers only after its cut.
         has_prefix = tokens == math.prod(grid) + prefix if grid is not None else not _is_square(tokens)
         return output[:, prefix:] if has_prefix else output
 
     def freeze(self) -> None:
-        """Keep everything as it is: no gradients, and BatchNorm and dropout in evaluation mode."""
+        """Train nothing: no gradients, and BatchNorm and dropout in evaluation mode."""
         self.requires_grad_(False)
         self._trains = False
         self.eval()
@@ -210,7 +210,7 @@ class Backbone(nn.Module):
                 module.momentum = 1 - (1 - module.momentum) ** (1 / calls)
 
     def _batch_norm_calls(self, image_size: int) -> Counter[str]:
-        """How often each BatchNorm runs in a forward and a backward pass, tried on a copy without data."""
+        """The number of runs of each BatchNorm in a forward and a backward pass, counted on a copy without data."""
         calls: Counter[str] = Counter()
         trial = copy.deepcopy(self.net).to("meta").train()
         for name, module in trial.named_modules():

@@ -1,8 +1,7 @@
 """Several layers of a network read together, as one map: `backbone.cut: blocks.3+blocks.4`.
 
-What the recorded area resembles need not be a single layer. The maps of all layers are averaged to one grid and their
-channels concatenated, those of each layer times a number that lets all layers vary alike
-(`train/finetuning/setup/layer_balance.py`).
+A recorded area need not resemble a single layer. The maps of all layers are averaged to one grid and their channels
+concatenated; each layer is scaled so that all vary alike (`train/finetuning/setup/layer_balance.py`).
 """
 
 from collections.abc import Sequence
@@ -30,7 +29,7 @@ class LayerOutputs:
     Args:
         net: a timm network in evaluation mode; what comes after the last module is dropped.
         modules: their names, in any order.
-        example: images (b, 3, h, w) of the size that is going to be used.
+        example: images (b, 3, h, w) of the size that will be used.
 
     Attributes:
         modules: in the order in which they end.

@@ -37,7 +37,7 @@ def choose_layers(backbone: Backbone, patterns: list[str], image_size: int) -> l
         image_size: side in pixels of the images.
 
     Raises:
-        BadInput: a pattern that matches no module (names the nearest ones), or none whose output the forward pass
+        BadInput: a pattern matches no module (names the nearest ones), or none whose output the forward pass
             gives.
     """
     selection = _LayerSelection(backbone, image_size)

@@ -1,9 +1,9 @@
 """Losses of a micro-batch, and the meaning of the outputs in the recording's units.
 
-Every loss here is a contribution: what a micro-batch adds to the mean over the whole global batch. It is normalised by
-counts that every rank knows, so the sum over ranks and micro-batches is the loss of the global batch, and so is the
-gradient. NaN responses contribute nothing, and neither does padding (weight 0). Where `Batch.means` has several groups
-of sites, a loss of the responses is the mean over these groups of each one's.
+Every loss here is a contribution: the amount that a micro-batch adds to the mean over its global batch. Contributions
+are normalised by counts that every rank knows, so their sum over ranks and micro-batches is the loss of the global
+batch, and the sum of their gradients its gradient. NaN responses contribute nothing, and neither does padding (weight
+0). Where `Batch.means` has several groups of sites, the loss of the responses is the mean over the groups' losses.
 """
 
 from abc import ABC, abstractmethod
@@ -72,7 +72,7 @@ class ResponseLoss(nn.Module, ABC):
 
     @abstractmethod
     def contribution(self, outputs: torch.Tensor, batch: Batch, sum_over_ranks: SumOverRanks) -> torch.Tensor:
-        """What a micro-batch adds to the loss of its global batch, a scalar.
+        """The scalar that a micro-batch adds to the loss of its global batch.
 
         Args:
             outputs: (b, sites).

@@ -1,4 +1,4 @@
-"""The study's simple CNNs of two and three layers, registered with timm as `cnn2` and `cnn3`."""
+"""Simple CNNs of two and three layers, registered with timm as `cnn2` and `cnn3`."""
 
 from itertools import pairwise
 

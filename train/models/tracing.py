@@ -17,7 +17,7 @@ from data_prep.common.errors import BadInput
 from train.models.timm_networks import TimmNetwork
 
 ForwardPass = Callable[[torch.Tensor], torch.Tensor]
-"""Normalised images (b, 3, h, w) -> what the network ends in."""
+"""Normalised images (b, 3, h, w) -> the network's last output."""
 
 
 @contextmanager
@@ -32,8 +32,8 @@ def record_outputs(
         transform: applied to an output as soon as its module has ended.
 
     Yields:
-        The outputs by name, in the order in which the modules end. The last output where a module runs several times;
-        nothing where it never runs, or returns no tensor.
+        The outputs by name, in the order in which the modules end: the last one if a module runs several times, none
+        if it never runs or returns no tensor.
     """
     outputs: dict[str, torch.Tensor] = {}
 

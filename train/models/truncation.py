@@ -1,4 +1,4 @@
-"""Ends a network early: what comes after a module is dropped."""
+"""Ends a network early: modules after the cut are dropped."""
 
 import difflib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from train.models.tracing import ForwardPass, ForwardUntil, record_started
 
 
 def truncate(net: TimmNetwork, cut: str | None, example: torch.Tensor, keep_head: bool) -> ForwardPass:
-    """Drop what a network does not need to get from images to the output of module `cut`.
+    """Drop the modules that a network does not need to get from images to the output of module `cut`.
 
     Modules that start only after `cut` has ended pass their input on instead (and their weights are gone), so that the
     network's own `forward_features` ends in the output of `cut`. Where it does not, as within a residual block, whose
@@ -23,7 +23,7 @@ def truncate(net: TimmNetwork, cut: str | None, example: torch.Tensor, keep_head
     Args:
         net: a timm network in evaluation mode; changed in place.
         cut: name of a module; None for the end of `forward_features`.
-        example: images (b, 3, h, w) of the size that is going to be used.
+        example: images (b, 3, h, w) of the size that will be used.
         keep_head: whether `forward_head` is needed as well.
 
     Returns:
@@ -62,7 +62,7 @@ def check_module(net: nn.Module, name: str) -> None:
 
 @contextmanager
 def _perturbed_weights(net: nn.Module) -> Iterator[None]:
-    """Other weights while the block runs, without the zeros and ones of fresh networks.
+    """Perturb the weights while the block runs, so that none are the zeros and ones of fresh networks.
 
     Residual branches that begin at zero would let a sum look like one of its terms.
     """
@@ -84,7 +84,7 @@ def _perturbed_weights(net: nn.Module) -> Iterator[None]:
 
 
 class _PassOn(nn.Module):
-    """Returns its first input, whatever else a network hands to its blocks."""
+    """Returns its first input and ignores the others."""
 
     def forward(self, x: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         """x."""
@@ -98,7 +98,7 @@ def is_dropped(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Reach:
-    """What a forward pass to the end of a module reaches.
+    """The modules that a forward pass to the end of a module reaches.
 
     Attributes:
         needed: modules that start before the module ends, or whose weights are used until then.
@@ -132,7 +132,7 @@ def _reach(net: TimmNetwork, cut: str | None, example: torch.Tensor) -> _Reach:
 
 @dataclass(frozen=True)
 class _Dropped:
-    """A module that was replaced, with its parent and its name there."""
+    """A module that was replaced, with its parent and its name in it."""
 
     parent: nn.Module
     name: str
@@ -160,6 +160,6 @@ def _drop(parent: nn.Module, reach: _Reach) -> list[_Dropped]:
 def _ends_in(forward_pass: ForwardPass, example: torch.Tensor, expected: torch.Tensor) -> bool:
     try:
         output = forward_pass(example)
-    except Exception:  # networks that miss a module raise many kinds
+    except Exception:  # networks that lack a module raise many kinds
         return False
     return isinstance(output, torch.Tensor) and output.shape == expected.shape and torch.equal(output, expected)

@@ -15,7 +15,7 @@ from train.run.checkpoint import load_tensors, resolve_checkpoint
 CONTAINERS = ("state_dict", "model", "model_state_dict")  # keys under which trainers store a state dict
 PREFIXES = ("module.", "model.")  # that wrappers put before its names
 OUR_PREFIX = "backbone.net."  # in the checkpoints of train/finetune.py
-COUNTER = "num_batches_tracked"  # of BatchNorm, which older files lack and nothing here reads
+COUNTER = "num_batches_tracked"  # of BatchNorm; older files lack it, and nothing here reads it
 NAMES_SHOWN = 3
 
 
@@ -49,10 +49,10 @@ def load_into(net: nn.Module, tensors: Mapping[str, torch.Tensor], source: str) 
     Args:
         net: the network, without a classifier.
         tensors: from `read_weights`.
-        source: where they are from, for messages.
+        source: of the tensors, for messages.
 
     Returns:
-        What was loaded and what was ignored, for the log.
+        A description of what was loaded and ignored, for the log.
 
     Raises:
         BadInput: tensors of the network are missing or have another shape.

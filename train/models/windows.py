@@ -1,8 +1,8 @@
 """Gaussian windows over a layer's map, among which each site finds its receptive field.
 
-A site of the visual cortex sees a part of the image. Ridge that may read from everywhere alike spends its few stimuli
-on finding out where. With features scaled by the root of a Gaussian window g, reading far from the window's centre is
-penalised; the inner products are then sum_p g_p K_p, with K_p those of the features at position p.
+A site of the visual cortex sees a part of the image. Ridge over the whole map spends its few stimuli on finding that
+part. With features scaled by the root of a Gaussian window g, reading far from the window's centre is penalised; the
+inner products are then sum_p g_p K_p, with K_p those of the features at position p.
 """
 
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ WHOLE_MAP = Window()
 
 
 def gaussian_windows() -> list[Window]:
-    """A grid of centres in each width: where a readout may start (`readout.start: field`)."""
+    """A grid of centres for each width: where a readout may start (`readout.start: field`)."""
     return [Window(x, y, width) for width in WIDTHS for y in CENTRES for x in CENTRES]
 
 

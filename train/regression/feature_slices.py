@@ -1,11 +1,11 @@
-"""Exchange of features between ranks: each rank gets all stimuli of a slice of the features.
+"""Exchanges features between ranks: each rank gets a slice of the features of all stimuli.
 
 Each rank has computed all features of its share of the stimuli. A product of two stimuli's features needs both rows in
 one place, so the ranks exchange slices of the features.
 
 Traffic: with n stimuli, p features and R ranks, n p (1 - 1/R) numbers of 4 bytes over all ranks, each feature at most
-once. No exchange of features can do with less: the 1/R that a rank keeps is all that it can use where it is. (Sending
-whole stimuli round, so that each rank gets all rows, costs R times as much.)
+once. No exchange of features needs less: a rank can keep only 1/R of its own. (Sending whole stimuli around, so that
+each rank gets all rows, costs R times as much.)
 
 Memory: the features are read from disk in blocks of columns, whose size follows from a bound on memory.
 """
@@ -23,7 +23,7 @@ from train.distributed.runtime import Runtime
 from train.regression.feature_store import FLOAT32_BYTES, FeatureStore
 from train.regression.precision import ProductPrecision
 
-COPIES_OF_BLOCK = 4  # in memory at one time: read, packed or sorted, received, and what the allocator keeps
+COPIES_OF_BLOCK = 4  # in memory at a time: read, packed or sorted, received, and held by the allocator
 
 
 def exchange_features(features: torch.Tensor, runtime: Runtime, rows: Sequence[int], unit: int = 1) -> torch.Tensor:
@@ -62,7 +62,7 @@ class StoredActivations:
         stores: of this rank, one per split.
         counts: stimuli of each split, over all ranks.
         runtime: this process.
-        memory: bound in GiB on what this process reads at one time.
+        memory: maximum GiB that this process reads at a time.
         precision: of products of the features.
     """
 
@@ -106,7 +106,7 @@ class StoredActivations:
 
         Yields:
             float32 (stimuli, features of the slice), split after split, centred on the mean of all stimuli. That mean
-            is rounded, but who uses the products centres them again.
+            is rounded, but users of the products centre them again.
         """
         runtime, width = self.runtime, self.stores[0].width(layer)
         rows = [sum(len(positions) for positions in shares) for shares in self._shares]

@@ -1,4 +1,4 @@
-"""What a linear regression needs of the features: a centred Gram matrix, or the features where those are few.
+"""The features as a linear regression needs them: a centred Gram matrix, or the features themselves if they are few.
 
 With centred features X (n x p) and K = X X' = U S^2 U', the principal component scores of the stimuli are U S, and
 whatever is linear in the features is a weighting of the stimuli to fit: prediction = K_new,fit a + mean. `a` are the
@@ -76,7 +76,7 @@ class GramMatrix:
 
 @dataclass(frozen=True)
 class FeatureMatrix:
-    """Features where there are fewer of them than stimuli, float64: replaces a `GramMatrix` without n x n numbers.
+    """Features where they are fewer than the stimuli, float64: replaces a `GramMatrix` without n x n numbers.
 
     Attributes:
         fit: (n, features), centred on their mean.
@@ -116,7 +116,7 @@ Predictors = GramMatrix | FeatureMatrix
 
 
 def centred_gram(products: np.ndarray, fit: np.ndarray, held_out: np.ndarray, rounding: float = 0.0) -> GramMatrix:
-    """The Gram matrix of some stimuli, centred on those to fit.
+    """The Gram matrix of a subset of the stimuli, centred on those to fit.
 
     Args:
         products: float64 (N, N), inner products of all stimuli's features, centred on any point or none.

@@ -1,4 +1,4 @@
-"""Inner products of the features of all stimuli, over all ranks, with more features than fit anywhere.
+"""Inner products of the features of all stimuli, over all ranks, with more features than fit into any memory.
 
 With n stimuli and p features, n << p, everything that regression on the features or on their principal components needs
 is the n x n matrix of inner products (`train/regression/gram.py`). Each rank multiplies all stimuli of its slice of the

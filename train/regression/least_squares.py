@@ -29,7 +29,7 @@ def partial_least_squares(predictors: Predictors, rates: np.ndarray, components:
     Args:
         predictors: of the stimuli to fit and those held out, as a Gram matrix.
         rates: float64 (n, sites), without NaN.
-        components: number of latent dimensions; as many as there are where None.
+        components: maximum number of latent dimensions; no limit where None.
     """
     if not isinstance(predictors, GramMatrix):
         raise TypeError("partial least squares needs a Gram matrix")

@@ -18,7 +18,7 @@ from train.models.windows import Window
 from train.regression.feature_slices import StoredActivations
 from train.regression.precision import COLUMNS_PER_PRODUCT, product
 
-# Bytes of one number of a matrix: a sum, and with it a term of it.
+# Bytes per element of a matrix: a float64 sum, with a float32 term for products at a position.
 WINDOW_BYTES = 8
 POSITION_BYTES = 12
 
@@ -31,8 +31,8 @@ def windowed_inner_products(
 ) -> Iterator[torch.Tensor]:
     """Inner products of the features of one or more modules together, centred on the mean of all stimuli.
 
-    The features of several modules are each brought to the same mean square, through each window; otherwise the module
-    with the largest numbers would count alone.
+    The features of several modules are each scaled to the same mean square, through each window; otherwise the module
+    with the largest activations would dominate.
 
     Args:
         windows: over the map.
@@ -47,7 +47,7 @@ def windowed_inner_products(
         module: _position_weights(windows, module, map_sizes[module], activations, normalised=len(modules) > 1)
         for module in modules
     }
-    mixed = {module: positions.shape[1] <= len(windows) for module, positions in weights.items()}
+    mixed = {module: module_weights.shape[1] <= len(windows) for module, module_weights in weights.items()}
     stimuli, device = activations.stimuli, activations.runtime.device
     positions = max((weights[module].shape[1] for module in modules if mixed[module]), default=0)
     row_bytes = stimuli * (WINDOW_BYTES * len(windows) + POSITION_BYTES * positions)

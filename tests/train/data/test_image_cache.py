@@ -221,7 +221,7 @@ def test_a_full_disk_ends_keeping_and_not_the_run(shards, monkeypatch, capfd):
     evaluated(stimuli)
     message = capfd.readouterr().err
     assert message.count("loader.cache:") == 1
-    assert "12 decoded images of 32 px are cached and no more (No space left on device)" in message
+    assert "12 decoded images of 32 px are cached, and no more (No space left on device)" in message
 
 
 def test_no_free_memory_is_reported_and_survived(shards, monkeypatch, capfd):
