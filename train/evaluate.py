@@ -27,15 +27,18 @@ def main() -> None:
     from train.evaluation.ensemble_evaluation import combine_members, prepare_ensembles
     from train.evaluation.run_evaluation import prepare, run_job
 
-    jobs, ensembles = (
-        prepare_ensembles(options) if is_ensemble else (prepare(options, options.runs[0], options.split), [])
-    )
+    if is_ensemble:
+        jobs, ensembles = prepare_ensembles(options)
+    else:
+        jobs, ensembles = prepare(options, options.runs[0], options.split), []
     recipe = jobs[0].recipe if jobs else Recipe()
-    faults = recipe.faults
-    joined = start_runtime(
-        None, "fp32", recipe.deterministic, start_timeout=faults.start_timeout, timeout=faults.timeout
-    )
-    with joined as runtime:
+    with start_runtime(
+        None,
+        "fp32",
+        recipe.deterministic,
+        start_timeout=recipe.faults.start_timeout,
+        timeout=recipe.faults.timeout,
+    ) as runtime:
         for job in jobs:
             run_job(job, runtime)
         if options.out is not None and runtime.is_main:

@@ -51,14 +51,16 @@ def main() -> None:
 
     run = prepare(recipe, options.data, options.out, options.resume)
     recipe = run.recipe
-    joined = start_runtime(
-        run.deepspeed,
-        recipe.precision,
-        recipe.deterministic,
-        start_timeout=recipe.faults.start_timeout,
-        timeout=recipe.faults.timeout,
-    )
-    with joined as runtime, closing(run.folder):
+    with (
+        start_runtime(
+            run.deepspeed,
+            recipe.precision,
+            recipe.deterministic,
+            start_timeout=recipe.faults.start_timeout,
+            timeout=recipe.faults.timeout,
+        ) as runtime,
+        closing(run.folder),
+    ):
         if run.resume:
             runtime.run_on_main(run.folder.lock)
         start = starting_point(run, runtime)

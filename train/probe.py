@@ -51,8 +51,10 @@ def main() -> None:
     from train.run.monitor import Monitor
 
     job = prepare(recipe, options.data, options.out, options.split, options.resume)
-    joined = start_runtime(None, "fp32", start_timeout=recipe.timeout, timeout=recipe.timeout)
-    with joined as runtime, closing(job.folder):
+    with (
+        start_runtime(None, "fp32", start_timeout=recipe.timeout, timeout=recipe.timeout) as runtime,
+        closing(job.folder),
+    ):
         facts = {"processes": runtime.describe(), "split": job.split, "parameters": {"all": job.extractor.parameters}}
         runtime.run_on_main(job.folder.lock if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
         with closing(Monitor(job.folder, runtime.is_main)) as monitor, job.folder.logging_failures(runtime.rank):
