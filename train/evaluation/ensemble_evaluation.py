@@ -26,7 +26,7 @@ from train.evaluation.metrics_report import regression_block, report_head
 from train.evaluation.moments import SiteMoments
 from train.evaluation.options import Evaluate
 from train.evaluation.predictions_file import Predictions, predictions_of
-from train.evaluation.run_evaluation import Job, prepare, print_warnings, summary
+from train.evaluation.run_evaluation import EvaluationJob, prepare, print_warnings, summary
 from train.run.folder import LEFT_OUT, RunFolder, is_probe, open_run
 from train.run.recipe import Loader, Recipe
 
@@ -100,7 +100,7 @@ def _record(ensembles: Sequence[Ensemble]) -> EnsembleRecord:
 # ----------------------------------------------------------------------------------------------------- preparation
 
 
-def prepare_ensembles(options: Evaluate) -> tuple[list[Job], list[Ensemble]]:
+def prepare_ensembles(options: Evaluate) -> tuple[list[EvaluationJob], list[Ensemble]]:
     """Open the members of an ensemble, and check that they can be combined.
 
     The ensemble predicts the recordings of --data, by default those of the first run; every member must predict them.
@@ -158,7 +158,7 @@ def _checked_out(options: Evaluate) -> Path:
     return options.out
 
 
-def _jobs(options: Evaluate, run: Path, recipe: Recipe) -> list[Job]:
+def _jobs(options: Evaluate, run: Path, recipe: Recipe) -> list[EvaluationJob]:
     """The evaluations that a fine-tuned run needs: of the split, and of the left-out stimuli if these are used."""
     if not recipe.task.predicts_responses:
         raise BadInput(f"{run} does not predict responses, which is what an ensemble combines")

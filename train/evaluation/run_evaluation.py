@@ -36,7 +36,7 @@ SUMMARISED = ("r2", "explained_variance", "mse", "pearson_r", "ceiled_explained_
 
 
 @dataclass(frozen=True)
-class Job:
+class EvaluationJob:
     """An evaluation on one recording, checked as far as possible before the process group starts.
 
     Attributes:
@@ -72,7 +72,7 @@ class Job:
 # ----------------------------------------------------------------------------------------------------- preparation
 
 
-def prepare(options: Evaluate, run: Path, split: str) -> list[Job]:
+def prepare(options: Evaluate, run: Path, split: str) -> list[EvaluationJob]:
     """Open run and data and check that they fit together.
 
     Args:
@@ -110,7 +110,7 @@ def prepare(options: Evaluate, run: Path, split: str) -> list[Job]:
         )
         check_enough_stimuli(stimuli, world_size(), split)
         jobs.append(
-            Job(
+            EvaluationJob(
                 options=options,
                 split=split,
                 folder=folder,
@@ -183,7 +183,7 @@ def _left_out(
 # --------------------------------------------------------------------------------------------------------- scoring
 
 
-def run_job(job: Job, runtime: Runtime) -> None:
+def run_job(job: EvaluationJob, runtime: Runtime) -> None:
     """Score a run on a recording; on the leading rank, write the results and print a summary."""
     scores = evaluate(job, runtime)
     if not runtime.is_main:
@@ -196,7 +196,7 @@ def run_job(job: Job, runtime: Runtime) -> None:
     print_warnings(job.bad_samples)
 
 
-def evaluate(job: Job, runtime: Runtime) -> RecordingScores:
+def evaluate(job: EvaluationJob, runtime: Runtime) -> RecordingScores:
     """Load the network and score the split over all ranks.
 
     Raises:
@@ -226,7 +226,7 @@ def evaluate(job: Job, runtime: Runtime) -> RecordingScores:
     )
 
 
-def _unseen_classes(job: Job) -> int:
+def _unseen_classes(job: EvaluationJob) -> int:
     """The number of scored classes without a training stimulus, which the network cannot predict."""
     if job.stimuli.labels is None:
         return 0
@@ -235,7 +235,7 @@ def _unseen_classes(job: Job) -> int:
     return len(np.setdiff1d(job.stimuli.labels, train.labels(usable)))
 
 
-def _warn_of_unseen_classes(job: Job, metrics: Mapping[str, Any]) -> None:
+def _warn_of_unseen_classes(job: EvaluationJob, metrics: Mapping[str, Any]) -> None:
     scores = metrics.get("classification", {})
     if "classes_not_in_train" in scores:
         print(
@@ -249,7 +249,7 @@ def _warn_of_unseen_classes(job: Job, metrics: Mapping[str, Any]) -> None:
 # --------------------------------------------------------------------------------------------------------- results
 
 
-def write_results(job: Job, scores: RecordingScores, ranks: int) -> tuple[Path, dict[str, Any]]:
+def write_results(job: EvaluationJob, scores: RecordingScores, ranks: int) -> tuple[Path, dict[str, Any]]:
     """Write predictions.npz and, if there are responses or labels to compare with, metrics.json.
 
     Returns:
@@ -267,7 +267,7 @@ def write_results(job: Job, scores: RecordingScores, ranks: int) -> tuple[Path, 
     return folder, metrics
 
 
-def _prediction_arrays(job: Job, scores: RecordingScores) -> dict[str, np.ndarray]:
+def _prediction_arrays(job: EvaluationJob, scores: RecordingScores) -> dict[str, np.ndarray]:
     """Predicted responses and classes, and the recorded responses and true classes where they are known."""
     arrays = {"stimulus_id": np.array(job.stimuli.stimulus_ids)}
     if scores.rates is not None:
@@ -281,7 +281,7 @@ def _prediction_arrays(job: Job, scores: RecordingScores) -> dict[str, np.ndarra
     return arrays
 
 
-def _run_facts(job: Job) -> dict[str, Any]:
+def _run_facts(job: EvaluationJob) -> dict[str, Any]:
     """The entries of metrics.json that describe the run."""
     facts: dict[str, Any] = {
         "checkpoint": job.options.checkpoint,
@@ -298,7 +298,7 @@ def _run_facts(job: Job) -> dict[str, Any]:
     return facts
 
 
-def _chart(job: Job, scores: RecordingScores) -> None:
+def _chart(job: EvaluationJob, scores: RecordingScores) -> None:
     """Add scores and figures to the run's TensorBoard, at the step of the checkpoint."""
     board = TensorBoard(job.folder.tensorboard, lambda message: print(message, file=sys.stderr, flush=True))
     name = job.split if job.recording is None else f"{job.split}/{job.recording}"

@@ -35,7 +35,7 @@ class EarlyStopping:
         progress = self._progress
         value = scores.means()[progress.selection_metric]
         if math.isnan(value):
-            raise RunFailed(self._why_no_value(scores))
+            raise RunFailed(self._why_undefined(scores))
         sign = -1 if progress.selection_metric in LOWER_IS_BETTER else 1
         if progress.best is not None and sign * value <= sign * progress.best:
             return False
@@ -43,7 +43,7 @@ class EarlyStopping:
         progress.best_epoch, progress.best_step = progress.epoch, progress.step
         return True
 
-    def _why_no_value(self, scores: Scores) -> str:
+    def _why_undefined(self, scores: Scores) -> str:
         if scores.moments is not None and not scores.moments.is_finite():
             return f"{DIVERGED}its predictions are not finite; lower optimizer.lr or set optimizer.clip_norm"
         metric, split = self._progress.selection_metric, self._progress.selection_split

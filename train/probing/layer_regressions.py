@@ -4,6 +4,7 @@ A layer may consist of several modules whose features are read together, and may
 its map (`train/models/windows.py`); each window has inner products and a regression of its own, and these are stacked.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -44,8 +45,8 @@ class Similarity:
         rsa, cka: see `train/evaluation/similarity.py`; NaN where there is no such site.
     """
 
-    rsa: float = float("nan")
-    cka: float = float("nan")
+    rsa: float = math.nan
+    cka: float = math.nan
 
 
 @dataclass

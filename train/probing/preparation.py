@@ -33,7 +33,7 @@ from train.run.recipe import ProbeRecipe
 
 
 @dataclass(frozen=True)
-class Job:
+class ProbeJob:
     """A probe that is checked as far as possible before the process group starts.
 
     Attributes:
@@ -108,7 +108,7 @@ class Job:
         return np.concatenate(noise)[self.scored]
 
 
-def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume: bool) -> Job:
+def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume: bool) -> ProbeJob:
     """Open data and network and check that everything fits together.
 
     Args:
@@ -136,7 +136,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
         check_enough_stimuli(stimuli, world_size(), name)
     workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
     extractor, layers = _build_extractor(recipe, size)
-    return Job(
+    return ProbeJob(
         recipe=recipe,
         data=data,
         split=split,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from train.distributed.runtime import Runtime
 from train.probing.layer_regressions import LayerRegressions
-from train.probing.preparation import Job
+from train.probing.preparation import ProbeJob
 from train.probing.product_store import ProductStore
 from train.probing.results import layer_table, score_layers, write_results
 from train.run.monitor import Monitor
@@ -20,7 +20,7 @@ def scratch_folder(scratch: Path | None, out: Path) -> Path:
     return scratch / f"{out.name}-{hashlib.sha256(str(out).encode()).hexdigest()[:8]}"
 
 
-def run(job: Job, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
+def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     """Run a probe on all ranks; the leading one writes the results."""
     started = time.monotonic()
     job.extractor.to(runtime.device)

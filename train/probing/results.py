@@ -15,7 +15,7 @@ from train.evaluation.metrics_report import SHUFFLED_CONTROL, regression_block, 
 from train.evaluation.moments import SiteMoments
 from train.evaluation.predictions_file import Predictions
 from train.probing.layer_regressions import LayerResult
-from train.probing.preparation import Job
+from train.probing.preparation import ProbeJob
 from train.run.folder import LEFT_OUT
 from train.run.monitor import Monitor
 
@@ -39,7 +39,7 @@ class ProbeScores:
     left_out: np.ndarray | None
 
 
-def score_layers(job: Job, results: Mapping[str, LayerResult], ranks: int) -> ProbeScores:
+def score_layers(job: ProbeJob, results: Mapping[str, LayerResult], ranks: int) -> ProbeScores:
     """Score every layer, and choose one by the inner folds."""
     chosen_by_fold = [_best_layer(results, fold) for fold in range(len(job.partitions))]
     chosen = max(results, key=chosen_by_fold.count)
@@ -71,18 +71,18 @@ def _best_layer(results: Mapping[str, LayerResult], fold: int) -> str:
     return max(results, key=lambda layer: np.nan_to_num(results[layer].inner_r2[fold], nan=-np.inf))
 
 
-def _selected_on(job: Job) -> str:
+def _selected_on(job: ProbeJob) -> str:
     inner = "leave-one-out" if job.recipe.readout == "ridge" else f"{job.recipe.inner_folds} folds"
     return f"the other folds, {inner}" if job.split == "cv" else f"train, {inner}"
 
 
-def _regression_block(job: Job, prediction: np.ndarray) -> dict[str, Any]:
+def _regression_block(job: ProbeJob, prediction: np.ndarray) -> dict[str, Any]:
     rates = job.rates[job.scored]
     moments = SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(rates))
     return regression_block(moments, prediction, rates, job.manifest, job.noise)
 
 
-def _layer_block(job: Job, result: LayerResult) -> dict[str, Any]:
+def _layer_block(job: ProbeJob, result: LayerResult) -> dict[str, Any]:
     block = {
         "features": result.features,
         "regression": _regression_block(job, result.prediction[job.scored]),
@@ -126,7 +126,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def write_results(job: Job, scores: ProbeScores, monitor: Monitor) -> None:
+def write_results(job: ProbeJob, scores: ProbeScores, monitor: Monitor) -> None:
     """Write metrics.json, predictions.npz, the table and the figure of explained variance by layer.
 
     Ridge on train also predicts its own training stimuli, each from the others; these predictions are written as those
@@ -144,6 +144,6 @@ def write_results(job: Job, scores: ProbeScores, monitor: Monitor) -> None:
     write_json(folder / "metrics.json", scores.metrics)  # last: its presence means that everything is written
 
 
-def _write_predictions(job: Job, folder: Path, positions: np.ndarray, prediction: np.ndarray) -> None:
+def _write_predictions(job: ProbeJob, folder: Path, positions: np.ndarray, prediction: np.ndarray) -> None:
     stimulus_ids = [job.stimulus_ids[position] for position in positions]
     Predictions(stimulus_ids, job.manifest.site_ids, prediction, job.rates[positions]).write(folder)

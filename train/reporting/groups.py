@@ -224,9 +224,10 @@ def groups_of(runs: Sequence[ReportedRun]) -> list[Group]:
 
 
 def _are_comparable(a: ScoredRun, b: ScoredRun) -> bool:
-    facts = [
-        (scored.metrics.recording, scored.metrics.split, scored.metrics.stimuli, scored.regression.sites)
-        for scored in (a, b)
-    ]
     fingerprints = {scored.metrics.fingerprint for scored in (a, b)} - {None}  # earlier versions wrote none
-    return facts[0] == facts[1] and len(fingerprints) < 2
+    return len(fingerprints) < 2 and _scored_on(a) == _scored_on(b)
+
+
+def _scored_on(scored: ScoredRun) -> tuple[str, str, int, int]:
+    metrics = scored.metrics
+    return metrics.recording, metrics.split, metrics.stimuli, scored.regression.sites

@@ -183,12 +183,8 @@ def _check_selection(base: Recipe) -> None:
         )
 
 
-def with_settings(base: Recipe, settings: Mapping[str, Any]) -> Recipe:
-    """A recipe with some settings, named with dots, replaced.
-
-    Raises:
-        ValidationError: a value is bad.
-    """
+def _with_settings(base: Recipe, settings: Mapping[str, Any], section: str) -> Recipe:
+    """A recipe with some settings, named with dots, replaced; an error names their section of SWEEP.yaml."""
     content = copy.deepcopy(base.model_dump())
     for key, value in settings.items():
         *sections, name = key.split(".")
@@ -198,7 +194,10 @@ def with_settings(base: Recipe, settings: Mapping[str, Any]) -> Recipe:
                 target[section] = {}
             target = target[section]
         target[name] = value
-    return Recipe.model_validate(content)
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise BadInput(f"{section}: {describe_error(error, Recipe)}") from None
 
 
 def setting_of(recipe: Recipe, key: str) -> Any:
@@ -206,17 +205,9 @@ def setting_of(recipe: Recipe, key: str) -> Any:
     return functools.reduce(getattr, key.split("."), recipe)
 
 
-def _with_settings_of(base: Recipe, settings: Mapping[str, Any], section: str) -> Recipe:
-    """A recipe with some settings replaced; an error names the section of SWEEP.yaml that has the bad value."""
-    try:
-        return with_settings(base, settings)
-    except ValidationError as error:
-        raise BadInput(f"{section}: {describe_error(error, Recipe)}") from None
-
-
 def _check(base: Recipe, settings: Mapping[str, Any], section: str) -> Recipe:
     """A recipe with some settings replaced, whose settings do not contradict each other."""
-    recipe = _with_settings_of(base, settings, section)
+    recipe = _with_settings(base, settings, section)
     try:
         recipe.check()
     except BadInput as error:
@@ -247,7 +238,7 @@ def _plan_space(sweep: SweepSettings, base: Recipe) -> Plan:
         if not values:
             raise BadInput(f"space: {key} has no values to choose from")
     choices = {
-        key: [setting_of(_with_settings_of(base, {key: value}, "space"), key) for value in values]
+        key: [setting_of(_with_settings(base, {key: value}, "space"), key) for value in values]
         for key, values in ends.items()
     }
     corners = itertools.islice(_combinations(ends), CORNERS_CHECKED)

@@ -185,12 +185,11 @@ def write_timm(trained: TrainedNetwork, out: Path) -> tuple[list[Path], str]:
             f"timm.create_model({name!r}, num_classes=0).load_state_dict(load_file({str(weights)!r}), strict=False)"
         )
     model_args = {"img_size": trained.image_size} if hasattr(backbone.net, "set_input_size") else {}
-    classifier = _timm_classifier(trained, model_args)
-    net: nn.Module = backbone.net
+    classifier, output = _timm_classifier(trained, model_args), trained.timm_output
     outputs, comment = 0, "without a classifier"
-    if classifier is not None:
-        net, outputs = classifier.net, classifier.outputs
-        comment = f"its {outputs} outputs are the {trained.timm_output}"
+    if classifier is not None and output is not None:
+        outputs = _linear_layer(trained.network, output).out_features
+        comment = f"its {outputs} outputs are the {output}"
     config = {
         "architecture": trained.timm_name,
         "num_classes": outputs,
@@ -198,7 +197,7 @@ def write_timm(trained: TrainedNetwork, out: Path) -> tuple[list[Path], str]:
         "pretrained_cfg": _pretrained_cfg(backbone.net, trained.image_size, outputs),
         "site_ids": trained.progress.site_ids,
     }
-    write_bytes(weights, save(_contiguous_tensors(net)))
+    write_bytes(weights, save(_contiguous_tensors(backbone.net if classifier is None else classifier)))
     write_bytes(out / "config.json", json.dumps(config, indent=1).encode())
     loading = f"timm.create_model('local-dir:{out.resolve()}', pretrained=True)  # {comment}"
     return [weights, out / "config.json"], loading
@@ -224,20 +223,7 @@ def _pretrained_cfg(net: nn.Module, side: int, outputs: int) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class _TimmClassifier:
-    """A network of timm's whose classifier is our readout.
-
-    Attributes:
-        net: the network.
-        outputs: of the classifier.
-    """
-
-    net: nn.Module
-    outputs: int
-
-
-def _timm_classifier(trained: TrainedNetwork, model_args: Mapping[str, Any]) -> _TimmClassifier | None:
+def _timm_classifier(trained: TrainedNetwork, model_args: Mapping[str, Any]) -> nn.Module | None:
     """timm's network with our linear readout, to the sites in the recording's units or to classes, as its classifier.
 
     None if the readout is not linear, if the units are not a linear function of its outputs, or if timm's classifier
@@ -265,7 +251,7 @@ def _timm_classifier(trained: TrainedNetwork, model_args: Mapping[str, Any]) -> 
         images = trained.examples()
         outputs = net((images.float() - network.backbone.mean) / network.backbone.std)
         same = _are_close({name: outputs}, {name: NetworkInUnits(network)(images)[name]})
-    return _TimmClassifier(net, readout.out_features) if same else None
+    return net if same else None
 
 
 def _linear_layer(network: Network, output: str) -> nn.Linear:

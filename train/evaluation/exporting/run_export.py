@@ -13,7 +13,7 @@ from train.evaluation.predictions_file import PREDICTIONS_FILE, read_predictions
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder, check_writable, open_run
 
-PREDICTION_FORMATS = {"netcdf": (".nc", netcdf_bytes), "mat": (".mat", mat_bytes)}
+PREDICTION_SUFFIXES = {"netcdf": ".nc", "mat": ".mat"}
 NETWORK_FILES = {
     "timm": ("model.safetensors", "config.json"),
     "predictor": ("network.pt2", "predictor.json", "predictor.py"),
@@ -29,13 +29,12 @@ def export(options: Export) -> None:
     _check_recording(options)
     _check_files(options)
     # Both are loaded before anything is written.
-    assembly = _load_assembly(options) if set(options.format) & PREDICTION_FORMATS.keys() else None
+    assembly = _load_assembly(options) if set(options.format) & PREDICTION_SUFFIXES.keys() else None
     network = _load_network(options) if set(options.format) & NETWORK_FILES.keys() else None
     for name in options.format:
-        if assembly is not None and name in PREDICTION_FORMATS:
+        if assembly is not None and name in PREDICTION_SUFFIXES:
             path = _prediction_file(options, name)
-            _, to_bytes = PREDICTION_FORMATS[name]
-            write_bytes(path, to_bytes(assembly))
+            write_bytes(path, netcdf_bytes(assembly) if name == "netcdf" else mat_bytes(assembly))
             _print_files(name, [path])
         elif network is not None and name == "timm":
             paths, loading = write_timm(network, options.out)
@@ -51,8 +50,7 @@ def _print_files(name: str, paths: list[Path]) -> None:
 
 def _prediction_file(options: Export, name: str) -> Path:
     split = RunFolder(options.run).evaluation(options.split, options.checkpoint).name
-    suffix, _ = PREDICTION_FORMATS[name]
-    return options.out / f"predictions_{split}{suffix}"
+    return options.out / f"predictions_{split}{PREDICTION_SUFFIXES[name]}"
 
 
 def _check_recording(options: Export) -> None:
@@ -76,7 +74,7 @@ def _check_files(options: Export) -> None:
     """
     check_writable(options.out)
     for name in options.format:
-        if name in PREDICTION_FORMATS:
+        if name in PREDICTION_SUFFIXES:
             paths = [_prediction_file(options, name)]
         else:
             paths = [options.out / file for file in NETWORK_FILES[name]]

@@ -1,8 +1,7 @@
 """Starts the readouts at the ridge solution on the features of the backbone before training, in closed form.
 
 Each rank computes the features of its share of the stimuli and gets all stimuli of a slice of the features
-(`train/regression/feature_slices.py`); weights are computed slice by slice. A site's penalty is chosen by exact
-leave-one-out.
+(`train/regression/sliced_ridge.py`). A site's penalty is chosen by exact leave-one-out.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,24 +20,9 @@ from train.models.readouts import MaskedReadout
 from train.models.windows import Window, gaussian_windows
 from train.regression.activations import activations_of_share
 from train.regression.feature_slices import exchange_features
-from train.regression.gram import FeatureMatrix, centred_gram
-from train.regression.precision import COLUMNS_PER_PRODUCT, ROUNDING, symmetric_product
-from train.regression.ridge import RidgeFit, ridge
+from train.regression.sliced_ridge import LinearMap, as_linear_map, fit_ridge, linear_outputs
 
 SHARPNESS = np.logspace(-1, 2, 61)  # of the logits, from ridge predictions of the classes
-
-
-@dataclass(frozen=True)
-class LinearMap:
-    """From features to outputs: `weight`, float32 (outputs, features), and `bias`, float32 (outputs,)."""
-
-    weight: torch.Tensor
-    bias: torch.Tensor
-
-    @classmethod
-    def stacked(cls, maps: "Sequence[LinearMap]") -> "LinearMap":
-        """The outputs of one map after the other."""
-        return cls(torch.cat([part.weight for part in maps]), torch.cat([part.bias for part in maps]))
 
 
 @dataclass(frozen=True)
@@ -121,65 +105,6 @@ def _site_features(network: Network, features: torch.Tensor, windows: Sequence[W
     return readout.windowed_start_features(features, windows)
 
 
-def _fit(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> RidgeFit:
-    """The ridge of all ranks' slices of the features, the same on every rank; it predicts only left-out stimuli."""
-    width = int(runtime.sum(torch.tensor(features.shape[1], device=features.device)))
-    fit: RidgeFit | None = None
-    if width < len(features):
-        whole = runtime.gather_rows(features.T.contiguous()).T
-        if runtime.is_main:
-            fit = ridge(FeatureMatrix.centred(whole, whole[:0]), targets)
-    else:
-        products = _inner_products(features, runtime)
-        if products is not None:
-            everyone = np.arange(len(features))
-            gram = centred_gram(products.cpu().numpy(), everyone, everyone[:0], ROUNDING["float32"])
-            fit = ridge(gram, targets)
-    return runtime.gather_objects(fit)[0]
-
-
-def _inner_products(features: torch.Tensor, runtime: Runtime) -> torch.Tensor | None:
-    """Of the stimuli's features, float64 (stimuli, stimuli), on the main rank; None on the others."""
-    total = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
-    for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
-        columns = features[:, start : start + COLUMNS_PER_PRODUCT]
-        total += symmetric_product(columns - columns.mean(0, dtype=torch.float64).float(), "float32")
-    return runtime.reduce_to(total, 0)
-
-
-def _linear_map(features: torch.Tensor, fit: RidgeFit, runtime: Runtime) -> LinearMap:
-    """A ridge as a map of all features, from its dual weights of the stimuli.
-
-    An output that lacks responses to some stimuli has a dual weight of 0 there, and its features are centred on the
-    others. One that has no responses predicts 0.
-    """
-    device = features.device
-    dual = torch.from_numpy(fit.dual).to(device)
-    mean_over_recorded = (dual != 0).double()
-    mean_over_recorded /= mean_over_recorded.sum(0).clamp(min=1)
-    weights, shift = [], torch.zeros(dual.shape[1], dtype=torch.float64, device=device)
-    for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
-        columns = features[:, start : start + COLUMNS_PER_PRODUCT].double()
-        weights.append((columns - columns.mean(0)).T @ dual)
-        shift += ((mean_over_recorded.T @ columns) * weights[-1].T).sum(1)
-    slice_weight = torch.cat(weights).float() if weights else torch.zeros(0, dual.shape[1], device=device)
-    weight = torch.from_numpy(runtime.gather_rows(slice_weight)).to(device).T
-    bias = torch.from_numpy(np.nan_to_num(fit.mean)).to(device) - runtime.sum(shift)
-    return LinearMap(weight, bias.float())
-
-
-def _outputs(features: torch.Tensor, linear_map: LinearMap, runtime: Runtime) -> torch.Tensor:
-    """The outputs of a map for all stimuli, float32 (stimuli, outputs), from each rank's slice of the features."""
-    weight = linear_map.weight
-    first = runtime.rank * weight.shape[1] // runtime.ranks
-    slice_weight = weight[:, first : first + features.shape[1]].double()
-    total = torch.zeros(len(features), len(weight), dtype=torch.float64, device=features.device)
-    for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
-        columns = slice(start, start + COLUMNS_PER_PRODUCT)
-        total += features[:, columns].double() @ slice_weight[:, columns].T
-    return (runtime.sum(total) + linear_map.bias).float()
-
-
 def _recordings(
     network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime
 ) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
@@ -199,11 +124,11 @@ def _start_sites(network: Network, features: torch.Tensor, stimuli: StimulusSet,
     """Start the readout to the sites at a ridge per recording; returns the mean leave-one-out score."""
     maps, scores = [], []
     for recording_features, targets in _recordings(network, features, stimuli, runtime):
-        fit = _fit(recording_features, targets, runtime)
-        maps.append(_linear_map(recording_features, fit, runtime))
+        fit = fit_ridge(recording_features, targets, runtime)
+        maps.append(as_linear_map(recording_features, fit, runtime))
         scores.append(mean_score(fit.inner_r2))
     start = LinearMap.stacked(maps)
-    network.site_readout.start_from(start.weight, start.bias, _outputs(features, start, runtime))
+    network.site_readout.start_from(start.weight, start.bias, linear_outputs(features, start, runtime))
     return float(np.mean(scores))
 
 
@@ -247,10 +172,10 @@ def _best_windows(
     for window in range(windows):
         start, stop = (max(edge * channels - first, 0) for edge in (window, window + 1))
         windowed_features = features[:, start:stop]
-        fit = _fit(windowed_features, targets, runtime)
+        fit = fit_ridge(windowed_features, targets, runtime)
         better = np.nan_to_num(fit.inner_r2, nan=-np.inf) > best_r2
         best_r2[better], best_window[better] = fit.inner_r2[better], window
-        linear_map = _linear_map(windowed_features, fit, runtime)
+        linear_map = as_linear_map(windowed_features, fit, runtime)
         chosen = torch.from_numpy(better).to(runtime.device)
         weight[chosen], bias[chosen] = linear_map.weight[chosen], linear_map.bias[chosen]
     score = mean_score(np.where(np.isfinite(best_r2), best_r2, np.nan))
@@ -261,9 +186,9 @@ def _start_classes(network: Network, features: torch.Tensor, stimuli: StimulusSe
     """Start the readout to the classes at a ridge; returns the leave-one-out accuracy."""
     readout, labels = network.class_readout, stimuli.labels
     assert labels is not None
-    fit = _fit(features, np.eye(readout.out_features, dtype=np.float32)[labels], runtime)
+    fit = fit_ridge(features, np.eye(readout.out_features, dtype=np.float32)[labels], runtime)
     sharpness = min(SHARPNESS, key=lambda factor: _mean_cross_entropy(factor * fit.left_out, labels))
-    start = _linear_map(features, fit, runtime)
+    start = as_linear_map(features, fit, runtime)
     with torch.no_grad():
         readout.weight.copy_(start.weight * sharpness)
         readout.bias.copy_(start.bias * sharpness)
