@@ -187,12 +187,12 @@ def _with_settings(base: Recipe, settings: Mapping[str, Any], section: str) -> R
     """A recipe with some settings, named with dots, replaced; an error names their section of SWEEP.yaml."""
     content = copy.deepcopy(base.model_dump())
     for key, value in settings.items():
-        *sections, name = key.split(".")
+        *parents, name = key.split(".")
         target = content
-        for section in sections:
-            if target[section] is None:  # an optional section that the base leaves out
-                target[section] = {}
-            target = target[section]
+        for parent in parents:
+            if target[parent] is None:  # an optional section that the base leaves out
+                target[parent] = {}
+            target = target[parent]
         target[name] = value
     try:
         return Recipe.model_validate(content)
