@@ -304,7 +304,9 @@ def measured(recording: str, options: argparse.Namespace) -> Iterator[dict[str, 
             spent += sum(cost(known[system], part) for part in parts) / len(options.seeds)
         label = division[0] if len(division) == 1 else f"{len(division)}-fold"
         facts = {"recording": name, "division": label, "subset": subset, "system": system, "seconds": spent}
-        yield facts | by_seed[0] | {"seeds": options.seeds, "r2_by_seed": [found["r2"] for found in by_seed]}
+        yield (
+            facts | by_seed[0] | {"seeds": options.seeds, "r2_by_seed": [seed_scores["r2"] for seed_scores in by_seed]}
+        )
 
 
 def main() -> None:

@@ -142,7 +142,7 @@ def measure(options: argparse.Namespace) -> None:
         everyones = run.runtime.gather_objects(moments)
     if run.runtime.is_main:
         most = {
-            moment: {kind: max(own[moment][kind] for own in everyones) / sum(sizes) for kind in (*KINDS, "other")}
+            moment: {kind: max(held[moment][kind] for held in everyones) / sum(sizes) for kind in (*KINDS, "other")}
             for moment in moments
         }
         each = {"kept whole": 4 * sum(whole) / sum(sizes), "largest": 4 * max(sizes) / sum(sizes)}

@@ -167,6 +167,6 @@ def rivals(images: Path, tars: list[Path], folder: Path, batch: int) -> tuple[di
         if importlib.util.find_spec(module) is None:
             missing[name] = "not installed"
             continue
-        for variant, how in variants.items():
-            measured[f"{name} ({variant})"] = prepare(files, folder / module, batch, how)
+        for variant, settings in variants.items():
+            measured[f"{name} ({variant})"] = prepare(files, folder / module, batch, settings)
     return measured, missing

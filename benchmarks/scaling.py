@@ -116,10 +116,10 @@ def measured(strategy: str, processes: int, data: Path, options: argparse.Namesp
 # -------------------------------------------------------------------------------------------------- what the model says
 
 
-def compared(found: dict, cost: StepCost) -> list[dict]:
+def compared(results: dict, cost: StepCost) -> list[dict]:
     """Each measurement under a limit, with the prediction from the one without."""
     rows = []
-    for strategy, by_processes in found.items():
+    for strategy, by_processes in results.items():
         for processes, by_limit in by_processes.items():
             free = by_limit["0"]
             for megabits, step in by_limit.items():

@@ -110,8 +110,8 @@ def measured(options: argparse.Namespace) -> dict[str, float]:
     batch = fitting_batch(cost, options.batch)
     recipe = recipe_of(options.network, options.side, batch, **settings)
     with tempfile.TemporaryDirectory() as folder:
-        found = run_once(recipe, options, Path(folder) / "run")
-    return {"batch": batch, "estimate": estimated(cost, batch)} | found
+        measurements = run_once(recipe, options, Path(folder) / "run")
+    return {"batch": batch, "estimate": estimated(cost, batch)} | measurements
 
 
 def main() -> None:

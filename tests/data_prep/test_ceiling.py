@@ -198,11 +198,11 @@ def test_blocks_of_sites_have_the_ceilings_that_all_sites_have_at_once():
     trials[::3, -1] = np.nan
     trials[:, 1:, 2] = np.nan
     blocks = (trials[:, :, first : first + 3] for first in range(0, 7, 3))
-    whole, cut = estimate_ceiling([trials]), estimate_ceiling(blocks)
+    at_once, in_blocks = estimate_ceiling([trials]), estimate_ceiling(blocks)
     for name in ("repetitions", "reliability", "split_half", "ncsnr", "noise_ceiling", "explainable_share"):
-        np.testing.assert_allclose(getattr(cut, name), getattr(whole, name), rtol=1e-9, err_msg=name)
-    np.testing.assert_allclose(cut.mean_ci95, whole.mean_ci95, rtol=1e-9)
-    assert [interval is None for interval in cut.ci95] == [k == 2 for k in range(7)]
+        np.testing.assert_allclose(getattr(in_blocks, name), getattr(at_once, name), rtol=1e-9, err_msg=name)
+    np.testing.assert_allclose(in_blocks.mean_ci95, at_once.mean_ci95, rtol=1e-9)
+    assert [interval is None for interval in in_blocks.ci95] == [k == 2 for k in range(7)]
 
 
 def test_noise_free_and_pure_noise_components():

@@ -68,9 +68,9 @@ def test_z_scores_are_those_of_each_session():
 def test_sessions_may_be_added_block_by_block():
     rng = np.random.default_rng(0)
     responses, session = rng.normal(1000, 2, (40, 3)), rng.integers(0, 2, 40)
-    whole, blocks = SessionScale(2, 3), SessionScale(2, 3)
-    whole.add(responses, session)
+    at_once, blocks = SessionScale(2, 3), SessionScale(2, 3)
+    at_once.add(responses, session)
     for start in range(0, 40, 7):
         blocks.add(responses[start : start + 7], session[start : start + 7])
-    np.testing.assert_allclose(blocks.mean, whole.mean, rtol=1e-12)
-    np.testing.assert_allclose(blocks.std, whole.std, rtol=1e-10)
+    np.testing.assert_allclose(blocks.mean, at_once.mean, rtol=1e-12)
+    np.testing.assert_allclose(blocks.std, at_once.std, rtol=1e-10)

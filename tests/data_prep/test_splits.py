@@ -73,11 +73,11 @@ def test_the_folds_cover_every_stimulus_once(source, split_by):
 def test_the_shards_hold_the_new_splits(source, tmp_path):
     recording = divided(source, split="grouped", split_by="object", split_fractions=(0.3, 0.2))
     folder = pack(recording, tmp_path / "out", stimuli_per_shard=7, workers=1)
-    whole = {stimulus.id: stimulus for stimulus in source.open().read(range(N))}
+    original = {stimulus.id: stimulus for stimulus in source.open().read(range(N))}
     for split in map(folder.split, folder.manifest.splits):
         for k, name in enumerate(split.stimulus_ids):
-            np.testing.assert_array_equal(split.array(k, "rates.npy"), whole[name].rates)
-            assert bytes(split.image(k)[0]) == whole[name].image
+            np.testing.assert_array_equal(split.array(k, "rates.npy"), original[name].rates)
+            assert bytes(split.image(k)[0]) == original[name].image
     manifest = folder.manifest
     rule = {"method": "grouped", "split_by": "object", "split_fractions": [0.3, 0.2], "split_seed": 0}
     assert ShardFolder(folder.folder).manifest.provenance["split"] == rule

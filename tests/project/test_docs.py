@@ -263,15 +263,15 @@ def texts(node: ast.AST) -> str | None:
 
 def messages() -> list[tuple[str, str]]:
     """Failures, warnings and notes in the code: file, text."""
-    found = []
+    quoted = []
     for path in [*ROOT.glob("train/**/*.py"), *ROOT.glob("data_prep/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.Call) or not node.args or (text := texts(node.args[0])) is None:
                 continue
             name = getattr(node.func, "id", getattr(node.func, "attr", ""))
             if name == "RunFailed" or (text.startswith(("warning:", "note:")) and len(text) > 15):
-                found.append((path.name, text))
-    return found
+                quoted.append((path.name, text))
+    return quoted
 
 
 def test_every_failure_and_warning_is_in_troubleshooting():

@@ -84,7 +84,7 @@ def make_it_h5(
     images, label = make_images(sum(n.values()), size, n_objects, seed)
     rates = mean_rates(images, sites, seed)
     rates = (rates + noise * np.random.default_rng([seed, 3]).normal(size=rates.shape)).astype(np.float32)
-    made, start = {}, 0
+    contents, start = {}, 0
     with h5py.File(path, "w") as file:
         for split, count in n.items():
             rows = slice(start, start + count)
@@ -95,9 +95,9 @@ def make_it_h5(
             file[f"object_{split}"] = np.array([name.encode("latin-1") for name in objects])
             if split != "test":
                 file[f"spikes_{split}"] = rates[rows]
-            made[split] = RecordingContent(images[rows], objects, rates[rows], None, ids, [split] * count)
+            contents[split] = RecordingContent(images[rows], objects, rates[rows], None, ids, [split] * count)
             start += count
-    return made
+    return contents
 
 
 def encode(image: np.ndarray, encoding: str) -> bytes:

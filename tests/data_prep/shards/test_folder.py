@@ -434,12 +434,12 @@ def test_a_damaged_stimulus_is_named_when_it_is_shown(copied, member):
 @pytest.mark.parametrize("cut", ["anywhere", "at a member's border", "empty"])
 def test_a_truncated_tar_is_refused_at_once(copied, cut):
     tar = copied / "train-000001.tar"
-    place = {
+    size = {
         "anywhere": 3333,
         "at a member's border": int(index_shard(tar).offset[-1, MEMBERS.index("trials.npy")]) - 512,
         "empty": 0,
     }[cut]
-    os.truncate(tar, place)
+    os.truncate(tar, size)
     if cut == "at a member's border":
         with pytest.raises(BadInput, match="without an end mark"):
             index_shard(tar)

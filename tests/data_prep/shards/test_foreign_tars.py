@@ -128,8 +128,8 @@ def test_members_that_describe_the_tar_are_passed_over_as_webdataset_does(tmp_pa
 def test_names_tell_the_split(tmp_path, names, splits):
     for number, name in enumerate(names):
         write_samples(tmp_path / name, [number])
-    found = ShardFolder(tmp_path).manifest.splits
-    assert {name: len(split.shards) for name, split in found.items()} == splits
+    recorded_splits = ShardFolder(tmp_path).manifest.splits
+    assert {name: len(split.shards) for name, split in recorded_splits.items()} == splits
 
 
 @pytest.mark.parametrize(
@@ -276,8 +276,8 @@ def changed(**kinds: bytes | None):
 
     def damage(folder: Path) -> None:
         samples = {f"s{row:02d}": sample(row) for row in range(8, 14)}
-        there = samples["s10"] | {name.replace("_", "."): data for name, data in kinds.items()}
-        samples["s10"] = {kind: data for kind, data in there.items() if data is not None}
+        members = samples["s10"] | {name.replace("_", "."): data for name, data in kinds.items()}
+        samples["s10"] = {kind: data for kind, data in members.items() if data is not None}
         write_tar(folder / "train-1.tar", members_of(samples))
 
     return damage

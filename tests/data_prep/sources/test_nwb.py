@@ -43,8 +43,8 @@ def test_several_windows_give_a_site_each(session):
     assert len(recording.sites) == 2 * 3
     assert recording.response_window_ms is None
     stimuli = read_by_id(recording)
-    whole = np.stack([stimuli[name].trials.reshape(3, 3, 2).mean(axis=2) for name in written.ids])
-    np.testing.assert_allclose(whole, written.trials[:, :, ::2] * 10, rtol=1e-5)
+    expected_mean = np.stack([stimuli[name].trials.reshape(3, 3, 2).mean(axis=2) for name in written.ids])
+    np.testing.assert_allclose(expected_mean, written.trials[:, :, ::2] * 10, rtol=1e-5)
 
 
 def test_tables_and_columns_are_found_or_named(tmp_path):

@@ -136,8 +136,8 @@ def test_draws_are_even_and_other_ones_in_every_step():
 def test_the_ranks_together_have_the_draws_of_the_global_batch(seed, size, ranks, per_device):
     everyones = augmentation_draws(seed, 3, 7, size, KINDS)
     batch = np.random.default_rng(seed).permutation(100)[:size]
-    pieces = accumulation(size, ranks, per_device)
-    dealt = [micro for rank in range(ranks) for micro in micro_batches(batch, rank, ranks, pieces)]
+    steps_per_rank = accumulation(size, ranks, per_device)
+    dealt = [micro for rank in range(ranks) for micro in micro_batches(batch, rank, ranks, steps_per_rank)]
     places = np.concatenate([micro.batch_indices[micro.weight > 0] for micro in dealt])
     assert np.array_equal(
         np.concatenate([everyones[micro.batch_indices[micro.weight > 0]] for micro in dealt]), everyones

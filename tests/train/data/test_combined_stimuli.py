@@ -44,7 +44,7 @@ def two(tmp_path_factory):
 
 
 def parts_of(places, **options) -> list[RecordingStimuli]:
-    recordings = Recordings([ShardFolder(place) for place in places])
+    recordings = Recordings([ShardFolder(shard_folder) for shard_folder in places])
     return [
         RecordingStimuli(folder.split("train"), SIZE, columns=columns, classes=True, **options)
         for folder, columns in zip(recordings.folders, recordings.columns, strict=True)
@@ -180,8 +180,8 @@ def test_a_run_can_go_on_with_another_number_of_ranks(two):
     both = CombinedStimuli(parts_of(two), "equal")
     before = [batch for rank in range(3) for step in list(loader_of(both, rank, 3).epoch(0))[:4] for batch in step]
     after = [batch for rank in range(2) for step in loader_of(both, rank, 2).epoch(0, 4) for batch in step]
-    whole = [batch for step in loader_of(both).epoch(0) for batch in step]
-    assert sorted(counted(before) + counted(after)) == sorted(counted(whole))
+    undivided = [batch for step in loader_of(both).epoch(0) for batch in step]
+    assert sorted(counted(before) + counted(after)) == sorted(counted(undivided))
 
 
 def test_shuffled_responses_stay_within_their_recording(two):
@@ -206,9 +206,11 @@ def test_remote_recordings_are_fetched_ahead_into_one_cache(two, tmp_path):
         ]
         near = parts_of(two)
         for parts in (far, [near[0], far[1]]):
-            found, expected = (CombinedStimuli(each, "proportional") for each in (parts, near))
+            remote, expected = (CombinedStimuli(parts_list, "proportional") for parts_list in (parts, near))
             for epoch in range(2):
-                batches, others = (loader_of(each, block_shards=3).epoch(epoch) for each in (found, expected))
+                batches, others = (
+                    loader_of(parts_list, block_shards=3).epoch(epoch) for parts_list in (remote, expected)
+                )
                 for step, local in zip(batches, others, strict=True):
                     for batch, known in zip(step, local, strict=True):
                         assert torch.equal(batch.images, known.images)
@@ -338,8 +340,8 @@ def test_recordings_with_the_same_splits_lose_no_stimulus(sharing, split):
 def test_an_id_with_another_image_is_another_stimulus(sharing):
     a, _, c, _ = sharing
     fit, selection, notes = divided([a, c])
-    for place, ours, inner in zip((a, c), fit, selection, strict=True):
-        (alone,), (alone_inner,), _ = divided([place])
+    for folder, ours, inner in zip((a, c), fit, selection, strict=True):
+        (alone,), (alone_inner,), _ = divided([folder])
         assert (ours, inner) == (alone, alone_inner)
     assert notes == []
 
@@ -400,7 +402,7 @@ def test_settings_without_meaning_for_several_recordings_are_refused(two, tmp_pa
     other = changed(two[1], tmp_path / "other", **fields)
     with pytest.raises(BadInput, match=words):
         Recordings([ShardFolder(two[0]), ShardFolder(other)]).check(recipe_of(**settings))
-    Recordings([ShardFolder(place) for place in two]).check(recipe_of(mix="equal"))
+    Recordings([ShardFolder(folder) for folder in two]).check(recipe_of(mix="equal"))
 
 
 def test_the_command_line_refuses_in_a_sentence(two, tmp_path):

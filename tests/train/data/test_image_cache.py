@@ -365,9 +365,9 @@ class Rank:
     def wait_until_ready(self) -> None:
         assert self.process.stdout.readline() == "ready\n"
 
-    def end(self, how: int | None) -> None:
-        if how is not None:
-            self.process.send_signal(how)
+    def end(self, sent_signal: int | None) -> None:
+        if sent_signal is not None:
+            self.process.send_signal(sent_signal)
         self.process.communicate("\n", timeout=60)
 
 
@@ -391,8 +391,8 @@ def test_however_ranks_end_their_memory_is_freed_at_once(shards, tmp_path, end, 
     assert 30 * IMAGE <= size < 2 * 30 * IMAGE  # kept once, not twice
     assert len(holding) == 3
     assert len(held_by(shards)) == 2
-    for rank, how in zip(ranks, signals, strict=True):
-        rank.end(how)
+    for rank, sent_signal in zip(ranks, signals, strict=True):
+        rank.end(sent_signal)
     wait_for(lambda: memory_of_images(shards) == (0, set()))
     if signal.SIGKILL not in signals and signal.SIGTERM not in signals:
         assert not held_by(shards)

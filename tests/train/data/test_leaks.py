@@ -105,25 +105,25 @@ def segments_of(rank) -> list[str]:
 
 @pytest.mark.parametrize("end", ENDS)
 def test_nothing_of_a_rank_is_left(shards, ranks, end):
-    rank, (told, how, code) = ranks[end], ENDS[end]
+    rank, (instruction, sent_signal, code) = ranks[end], ENDS[end]
     pid = rank.process.pid
     workers = workers_of(rank)
     assert len(workers) == 2
     assert "/torch_" in Path(f"/proc/{pid}/maps").read_text()  # the batch it holds
-    rank.process.stdin.write(f"{told}\n")
+    rank.process.stdin.write(f"{instruction}\n")
     rank.process.stdin.flush()
-    if how is not None:
-        rank.process.send_signal(how)
+    if sent_signal is not None:
+        rank.process.send_signal(sent_signal)
     if "worker" in end:
         workers[0].kill()
-    _, said = rank.process.communicate(timeout=60)
+    _, errors = rank.process.communicate(timeout=60)
     assert rank.process.returncode == code
     wait_for(lambda: not any(helper.is_running() for helper in rank.helpers))
     assert segments_of(rank) == []
     assert pid not in memory_of_images(shards)[1]
     if "worker" in end:
-        assert said.startswith("error: a decoding process was killed")
-        assert len(said.splitlines()) == 1
+        assert errors.startswith("error: a decoding process was killed")
+        assert len(errors.splitlines()) == 1
 
 
 def test_when_all_have_ended_their_images_are_freed(shards, ranks):

@@ -332,12 +332,12 @@ class Raw(Recording):
 
 
 def test_raw_members_are_packed_read_and_shown(tmp_path):
-    made = make_images(6, size=32)[0]
-    shards = pack(Raw(made), tmp_path / "shards", stimuli_per_shard=4, workers=1)
+    raw_images = make_images(6, size=32)[0]
+    shards = pack(Raw(raw_images), tmp_path / "shards", stimuli_per_shard=4, workers=1)
     (batch,) = evaluation_loader(
         RecordingStimuli(shards.split("train"), 32), size=6, rank=0, ranks=1, workers=0, pin=False
     )
-    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), made)
+    assert np.array_equal(batch.images.permute(0, 2, 3, 1).numpy(), raw_images)
     assert contact_sheet(shards.split("train"), 3, 2, 48).size == (144, 124)
     assert all(fault is None for _, fault in shards.verify())
 

@@ -152,8 +152,8 @@ def test_a_run_resumed_on_other_ranks_repeats_and_skips_nothing(seed, epoch, run
     for step in range(steps_per_epoch(stimuli, size)):
         batch = global_batch(seed, epoch, step, size, stimuli, blocks)
         ranks = before if step < changed else after
-        pieces = accumulation(len(batch), ranks, workers)
-        dealt = [counted(micro_batches(batch, rank, ranks, pieces)) for rank in range(ranks)]
+        micro_batch_count = accumulation(len(batch), ranks, workers)
+        dealt = [counted(micro_batches(batch, rank, ranks, micro_batch_count)) for rank in range(ranks)]
         assert sum(map(len, dealt)) == size
         shown.append(np.concatenate(dealt))
     together = np.concatenate(shown)
@@ -177,11 +177,11 @@ def deals(draw):
 @given(deals())
 def test_the_ranks_together_take_the_global_batch_whatever_their_number(deal):
     batch, ranks, per_device = deal
-    pieces = accumulation(len(batch), ranks, per_device)
-    dealt = [micro_batches(batch, rank, ranks, pieces) for rank in range(ranks)]
+    micro_batch_count = accumulation(len(batch), ranks, per_device)
+    dealt = [micro_batches(batch, rank, ranks, micro_batch_count) for rank in range(ranks)]
     assert np.array_equal(np.concatenate([counted(micros) for micros in dealt]), batch)
     assert sum(micro.weight.sum() for micros in dealt for micro in micros) == len(batch)
-    assert {len(micros) for micros in dealt} == {pieces}
+    assert {len(micros) for micros in dealt} == {micro_batch_count}
     shares = [len(counted(micros)) for micros in dealt]
     assert max(shares) - min(shares) <= 1
 
@@ -189,9 +189,9 @@ def test_the_ranks_together_take_the_global_batch_whatever_their_number(deal):
 @given(deals())
 def test_no_micro_batch_is_empty_or_too_large_and_padding_weighs_nothing(deal):
     batch, ranks, per_device = deal
-    pieces = accumulation(len(batch), ranks, per_device)
+    micro_batch_count = accumulation(len(batch), ranks, per_device)
     for rank in range(ranks):
-        for micro in micro_batches(batch, rank, ranks, pieces):
+        for micro in micro_batches(batch, rank, ranks, micro_batch_count):
             assert 1 <= len(micro.positions) <= (per_device or len(batch))
             assert micro.positions.shape == micro.weight.shape
             assert set(micro.positions.tolist()) <= set(batch.tolist())

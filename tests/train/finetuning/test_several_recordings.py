@@ -132,9 +132,9 @@ def test_stimuli_in_proportion_train_what_the_joined_folder_trains(two, tmp_path
     best = load_progress(run / "checkpoints" / "best").epoch
     (epoch,) = [line for line in history(run) if line["epoch"] == best]
     for name, scores in epoch["recordings"].items():  # what selects is what is scored afterwards
-        found = results(run, name)[0]["regression"]
+        regression = results(run, name)[0]["regression"]
         for score, value in scores.items():
-            assert found[score]["mean"] == pytest.approx(value, rel=1e-5)
+            assert regression[score]["mean"] == pytest.approx(value, rel=1e-5)
 
 
 def test_a_ridge_start_is_that_of_each_recording_alone(two, tmp_path):
@@ -179,7 +179,7 @@ def test_a_correlation_is_calibrated_on_each_recordings_own_stimuli(two, tmp_pat
 
 def test_each_recording_is_scored_with_its_own_readout(scored, two):
     """On its own stimuli and in its own units."""
-    folders = [ShardFolder(place) for place in two]
+    folders = [ShardFolder(path) for path in two]
     network = Network(
         load_recipe(scored / "recipe.yaml", Recipe), combined_manifest([folder.manifest for folder in folders]), 32
     ).eval()
@@ -206,9 +206,9 @@ def test_scores_do_not_depend_on_processes_or_on_what_else_is_scored(scored, two
     shutil.rmtree(run / "eval")
     succeed(3, "train/evaluate.py", run)
     before, arrays = zip(*(results(run, name) for name in ("one", "two")), strict=True)
-    for name, metrics, found in zip(("one", "two"), before, arrays, strict=True):
+    for name, metrics, one_run_arrays in zip(("one", "two"), before, arrays, strict=True):
         expected, predicted = results(scored, name)
-        np.testing.assert_allclose(found["prediction"], predicted["prediction"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(one_run_arrays["prediction"], predicted["prediction"], rtol=1e-5, atol=1e-5)
         assert metrics["regression"]["r2"]["mean"] == pytest.approx(expected["regression"]["r2"]["mean"], rel=1e-6)
     shutil.rmtree(run / "eval")
     moved = tmp_path / "elsewhere"

@@ -88,8 +88,8 @@ def damaged(two: list[Path], folder: Path) -> tuple[list[Path], str]:
 
 def stimuli_of(places, **recipe) -> list[list[str]]:
     recordings, recipe = Recordings([ShardFolder(folder) for folder in places]), Recipe.model_validate(recipe)
-    found = training_stimuli(recordings, recordings.divide(recipe), recipe)
-    return [part.stimulus_ids for stimuli in found for part in stimuli.recordings]
+    by_part = training_stimuli(recordings, recordings.divide(recipe), recipe)
+    return [part.stimulus_ids for stimuli in by_part for part in stimuli.recordings]
 
 
 def test_unreadable_stimuli_of_one_recording_are_named_and_left_out(two, tmp_path):
@@ -255,7 +255,7 @@ def test_sites_are_weighed_among_those_of_their_recording(tmp_path):
     for name, noise in (("clear", 0.5), ("noisy", 3.0)):
         make_folder(tmp_path / name, n=60, splits=True, sites=3, trials=4, rates=None, noise=noise)
         places.append(pack(Folder(source=tmp_path / name, name=name).open(), tmp_path / f"{name}_shards", 60, 1).folder)
-    recordings, recipe = Recordings([ShardFolder(place) for place in places]), Recipe()
+    recordings, recipe = Recordings([ShardFolder(path) for path in places]), Recipe()
     weights = site_weights(training_stimuli(recordings, recordings.divide(recipe), recipe)[0])
     assert weights.shape == (6,)
     assert [weights[:3].mean(), weights[3:].mean()] == pytest.approx([1, 1])

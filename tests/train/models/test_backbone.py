@@ -353,7 +353,7 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_scale():
 )
 def test_checkpointed_gradients_are_the_gradients(name, cut, module):
     """After a step: the same loss and gradients, and BatchNorm's statistics have moved as far, though it ran twice."""
-    found = {}
+    gradients_of = {}
     for checkpointed in (False, True):
         network, calls = perturbed(backbone(name, cut)), []
         before = statistics(network)
@@ -368,9 +368,9 @@ def test_checkpointed_gradients_are_the_gradients(name, cut, module):
             loss.backward()
             losses.append(loss.item())
         gradients = {key: parameter.grad for key, parameter in network.named_parameters()}
-        found[checkpointed] = losses, gradients, statistics(network)
+        gradients_of[checkpointed] = losses, gradients, statistics(network)
         assert len(calls) == 2 * (1 + checkpointed)
-    for plain, recomputed in zip(found[False], found[True], strict=True):
+    for plain, recomputed in zip(gradients_of[False], gradients_of[True], strict=True):
         torch.testing.assert_close(recomputed, plain, rtol=1e-4, atol=1e-5)
 
 

@@ -280,10 +280,10 @@ def test_the_contributions_of_micro_batches_add_up(responses, weighting, rates, 
     settings = {"task": {"kind": "hybrid", "weighting": weighting}, "loss": {"responses": responses}}
     objective = Objective(Recipe.model_validate(settings), manifest)
     whole = batch_of(rates, torch.arange(STIMULI) % CLASSES)
-    found = hybrid_outputs(outputs)
-    expected = objective.losses(found, whole, single_rank)
+    predicted = hybrid_outputs(outputs)
+    expected = objective.losses(predicted, whole, single_rank)
     expected["loss"].backward()
-    gradients = {name: x.grad.clone() for name, x in found.items()}
+    gradients = {name: x.grad.clone() for name, x in predicted.items()}
     learned = [p.grad.clone() for p in objective.parameters()]
     objective.zero_grad()
     again, total = hybrid_outputs(outputs), dict.fromkeys(expected, 0.0)

@@ -33,7 +33,7 @@ def data(tmp_path_factory):
     written = make_folder(path / "src", n=300, splits=True, sites=len(PLACES), size=SIZE)
     rates = []
     for x, y in PLACES:
-        column, row = (round((place + 1) / 2 * SIZE) for place in (x, y))
+        column, row = (round((coordinate + 1) / 2 * SIZE) for coordinate in (x, y))
         patch = written.images[:, row - 3 : row + 3, column - 3 : column + 3].astype(np.float64)
         rates.append(patch[:, :, 3:].mean((1, 2, 3)) - patch[:, :, :3].mean((1, 2, 3)))
     rates = np.stack(rates, axis=1)

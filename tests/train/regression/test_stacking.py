@@ -26,15 +26,15 @@ def stacked(rates, predictions):
 
 def test_weights_are_those_of_non_negative_least_squares(members):
     rates, predictions = members
-    found = stacked(rates, predictions)
+    result = stacked(rates, predictions)
     for site in range(SITES):
         y = rates[:STIMULI, site]
         x = np.stack([p[:STIMULI, site] for p in predictions], axis=1) - y.mean()
         penalty = np.sqrt(PENALTY * np.square(y - y.mean()).sum()) * np.eye(len(predictions))
         expected, _ = nnls(np.vstack([x, penalty]), np.concatenate([y - y.mean(), np.zeros(len(predictions))]))
-        np.testing.assert_allclose(found.weights[:, site], expected, atol=1e-4)
-    assert (found.weights[0] > found.weights[1]).all()
-    assert (found.weights[3] == 0).all()
+        np.testing.assert_allclose(result.weights[:, site], expected, atol=1e-4)
+    assert (result.weights[0] > result.weights[1]).all()
+    assert (result.weights[3] == 0).all()
 
 
 def test_the_stack_is_better_than_its_best_member_and_says_how_good_it_is(members):
@@ -66,9 +66,9 @@ def test_missing_responses_and_predictions_are_left_out(members):
     holey[:STIMULI, 2] = np.nan
     predictions[1] = predictions[1].copy()
     predictions[1][5, 1] = np.nan
-    found = stacked(holey, predictions)
-    assert np.isfinite(found.prediction[:, :2]).all()
-    assert (found.weights[:, 2] == 0).all()
+    result = stacked(holey, predictions)
+    assert np.isfinite(result.prediction[:, :2]).all()
+    assert (result.weights[:, 2] == 0).all()
     keep = np.arange(STIMULI) != 3
     alone = stack([p[:STIMULI][keep] for p in predictions], rates[:STIMULI][keep], [p[STIMULI:] for p in predictions])
-    np.testing.assert_allclose(found.weights[:, 0], alone.weights[:, 0], atol=1e-9)
+    np.testing.assert_allclose(result.weights[:, 0], alone.weights[:, 0], atol=1e-9)

@@ -36,8 +36,8 @@ def tuned(path, stimuli, noise, seed=0, more=None, **settings):
 
 def joined(path, *members, stimuli=None, combine="mean"):
     """An ensemble of runs, as train/evaluate.py writes it."""
-    told = {} if stimuli is None else {"training_stimuli": stimuli}
-    make_run(path, TARGET, guess(TARGET, 0.3, stimuli or 1), history=[], **told)
+    training_facts = {} if stimuli is None else {"training_stimuli": stimuli}
+    make_run(path, TARGET, guess(TARGET, 0.3, stimuli or 1), history=[], **training_facts)
     for name in ("recipe.yaml", "env.json", "history.jsonl"):
         (path / name).unlink()
     facts = {"combine": combine, "members": [{"runs": [str(run)]} for run in members], "data": "data/mine"}
@@ -178,8 +178,8 @@ def test_only_ensembles_of_like_members_are_joined(tmp_path):
         joined(tmp_path / "gone_too", tmp_path / "nowhere", other[1], stimuli=200),
         joined(tmp_path / "itself", tmp_path / "itself", stimuli=400),
     ]
-    (found,) = curves(*pairs, *unlike)
-    assert members(found) == {100: ["both_100"], 200: ["both_200"]}
+    (joined_curve,) = curves(*pairs, *unlike)
+    assert members(joined_curve) == {100: ["both_100"], 200: ["both_200"]}
     again = [joined(tmp_path / f"again_{n}", pair, stimuli=n) for n, pair in zip(SIZES, pairs, strict=False)]
     assert [members(curve) for curve in curves(*again)] == [{100: ["again_100"], 200: ["again_200"]}]
 

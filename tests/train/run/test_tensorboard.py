@@ -74,13 +74,13 @@ def test_sites_stimuli_and_objects_are_drawn(hybrid, board):
     steps = [line["step"] for line in epochs(hybrid)]
     images = board("plugin/images/tags")[RUN]
     for split, at in (("inner", steps), ("val", [max(epochs(hybrid), key=lambda line: line["inner"]["r2"])["step"]])):
-        for what in (
+        for chart in (
             "best, median and worst site",
             "most over- and underestimated",
             "confusion matrix",
         ):
-            assert f"{split}/{what}" in images
-            answer = board("plugin/images/images", run=RUN, tag=f"{split}/{what}", sample=0)
+            assert f"{split}/{chart}" in images
+            answer = board("plugin/images/images", run=RUN, tag=f"{split}/{chart}", sample=0)
             assert [image["step"] for image in answer] == at
         answer = board("plugin/histograms/histograms", run=RUN, tag=f"{split}/r2_of_sites")
         assert [step for _, step, _ in answer] == at

@@ -73,8 +73,8 @@ def test_sessions_may_be_given_for_every_presentation(tmp_path):
     np.save(tmp_path / "sessions.npy", sessions)
     recording = Folder(source=tmp_path, z_score=True, sessions="sessions.npy").open()
     expected = z_scored_within(sessions, written.trials)
-    found = np.stack([stimulus.trials for stimulus in recording.read(range(20))])
-    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+    packed_trials = np.stack([stimulus.trials for stimulus in recording.read(range(20))])
+    np.testing.assert_allclose(packed_trials, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,10 @@ def test_xarray_reads_the_predictions_with_their_coordinates(exported, recording
 
 def test_matlab_files_hold_the_same(exported, recording):
     run, out = exported
-    found = scipy.io.loadmat(out / "predictions_val.mat", simplify_cells=True)
-    np.testing.assert_array_equal(found["prediction"], predictions(run)["prediction"])
-    assert found["stimuli"]["stimulus_id"].tolist() == ShardFolder(recording).split("val").stimulus_ids
-    assert found["facts"]["split"] == "val"
+    loaded = scipy.io.loadmat(out / "predictions_val.mat", simplify_cells=True)
+    np.testing.assert_array_equal(loaded["prediction"], predictions(run)["prediction"])
+    assert loaded["stimuli"]["stimulus_id"].tolist() == ShardFolder(recording).split("val").stimulus_ids
+    assert loaded["facts"]["split"] == "val"
 
 
 def test_the_predictor_predicts_the_same(exported, images):
