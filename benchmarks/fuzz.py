@@ -198,7 +198,9 @@ def targets(folder: Path) -> dict[str, Target]:
         "json": Target(lambda data: read_json(data, "x"), [b'{"object": "face", "x": [1, 2.5, null]}']),
         "image": Target(image, images),
         "zip": Target(in_file("images.zip", _all_images), [_zipped(images)]),
-        "recipe": Target(in_file("recipe.yaml", load_recipe), [recipes[0], b"a: &a [1]\nb: [*a, *a]", run]),
+        "recipe": Target(
+            in_file("recipe.yaml", lambda path: load_recipe(path, Recipe)), [recipes[0], b"a: &a [1]\nb: [*a, *a]", run]
+        ),
         "probe": Target(in_file("probe.yaml", lambda path: load_recipe(path, ProbeRecipe)), [recipes[1], run]),
         "sweep": Target(
             in_file("sweep.yaml", lambda path: load_recipe(path, SweepSettings)),

@@ -48,7 +48,7 @@ loader: {workers: 0}
 """
 NUMBERS = ("metrics.json", "history.jsonl", "predictions.npz", "table.csv", "manifest.json")
 # Keys, or ends of keys, that tell of one run's time and place.
-OF_ONE_RUN = {"seconds", "trained_on", "provenance", "checksum", "command", "commit", "files"}
+OF_ONE_RUN = {"seconds", "second", "trained_on", "provenance", "checksum", "command", "commit", "files"}
 
 
 def commands(out: Path) -> list[tuple[str, list[str]]]:
@@ -117,14 +117,21 @@ def run_all(checkout: Path, out: Path) -> None:
     call("report", [sys.executable, "train/report.py", *runs, "--out", str(out / "report")])
 
 
-def numbers_in(path: Path) -> object:
-    """The content of a file as plain data, without what is specific to one run."""
+def numbers_in(folder: Path, file: Path) -> object:
+    """The content of a file as plain data, without what is specific to one run and without the path of its folder."""
+    path = folder / file
+    if path.suffix == ".npz":
+        return arrays_in(path)
+    text = path.read_text().replace(str(folder), "")
     if path.suffix == ".json":
-        return without(json.loads(path.read_text()))
+        return without(json.loads(text))
     if path.suffix == ".jsonl":
-        return [without(json.loads(line)) for line in path.read_text().splitlines()]
-    if path.suffix == ".csv":
-        return without(list(csv.DictReader(path.open())))
+        return [without(json.loads(line)) for line in text.splitlines()]
+    return without(list(csv.DictReader(text.splitlines())))
+
+
+def arrays_in(path: Path) -> dict[str, list]:
+    """The arrays of an .npz file, as lists."""
     with np.load(path, allow_pickle=False) as arrays:
         return {name: arrays[name].tolist() for name in arrays.files}
 
@@ -158,14 +165,15 @@ def main() -> None:
     parser.add_argument("after", type=Path)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    for checkout, out in ((options.before, "before"), (options.after, "after")):
-        run_all(checkout.resolve(), options.out.resolve() / out)
-    before, after = options.out / "before", options.out / "after"
+    for checkout, name in ((options.before, "before"), (options.after, "after")):
+        run_all(checkout.resolve(), options.out.resolve() / name)
+    out = options.out.resolve()
+    before, after = out / "before", out / "after"
     files = sorted(path.relative_to(before) for name in NUMBERS for path in before.rglob(name))
     wrong = 0
     for file in files:
         different = (
-            differences(numbers_in(before / file), numbers_in(after / file)) if (after / file).exists() else ["missing"]
+            differences(numbers_in(before, file), numbers_in(after, file)) if (after / file).exists() else ["missing"]
         )
         wrong += bool(different)
         print(

@@ -374,7 +374,7 @@ def test_names_must_differ_and_be_those_of_folders(two, tmp_path, name):
     with pytest.raises(BadInput, match=rf"{two[0]} and {twin} are both called 'one'.*name"):
         Recordings([ShardFolder(two[0]), ShardFolder(twin)])
     odd = changed(two[1], tmp_path / "odd", name=name)
-    with pytest.raises(BadInput, match="its scores go into a folder of that name"):
+    with pytest.raises(BadInput, match="its scores need a folder of that name"):
         Recordings([ShardFolder(two[0]), ShardFolder(odd)])
     assert Recordings([ShardFolder(odd)]).manifest == load_manifest(odd)
 
@@ -384,7 +384,7 @@ def test_names_must_differ_and_be_those_of_folders(two, tmp_path, name):
     [
         ({"task": {"kind": "classification"}}, {"classes": ["x"]}, "differ in their classes.*task.kind classification"),
         ({"task": {"kind": "hybrid"}}, {"classes": ["x"]}, "differ in their classes.*task.kind hybrid"),
-        ({"loss": {"responses": "poisson"}}, {"rates": {"units": "spikes/s"}}, "differ in their rates.units.*take mse"),
+        ({"loss": {"responses": "poisson"}}, {"rates": {"units": "spikes/s"}}, "differ in their rates.units.*use mse"),
         (
             {"loss": {"responses": "correlation"}, "batch": {"global_size": 5}},
             {},

@@ -81,7 +81,8 @@ def test_every_strategy_trains_the_model_that_ddp_trains(by_strategy, strategy):
     assert_close(by_strategy(strategy), by_strategy("ddp"))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=slow)])
+@slow
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_sharding_the_weights_does_not_change_other_optimizers(recording, tmp_path, optimizer):
     options = ["--data", recording, *SMALL, "--optimizer.name", optimizer, "--optimizer.clip-norm", "0.5"]
     succeed(2, "train/finetune.py", "--out", tmp_path / "zero3", *options, "--strategy", "ds_configs/zero3.json")
@@ -91,7 +92,12 @@ def test_sharding_the_weights_does_not_change_other_optimizers(recording, tmp_pa
 
 @pytest.mark.parametrize(
     ("before", "processes", "after"),
-    [("zero3", 1, "ddp"), ("ddp", 3, "zero3"), ("zero2", 3, "zero2_offload"), ("zero0", 1, "zero1")],
+    [
+        ("zero3", 1, "ddp"),
+        ("ddp", 3, "zero3"),
+        ("zero2", 3, "zero2_offload"),
+        pytest.param("zero0", 1, "zero1", marks=slow),
+    ],
     ids=["ZeRO-3 to one process", "DDP to ZeRO-3 on 3", "ZeRO-2 to offloaded on 3", "ZeRO-0 to ZeRO-1 on 1"],
 )
 def test_a_run_resumes_mid_epoch_under_another_strategy_and_process_count(

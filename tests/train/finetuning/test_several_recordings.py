@@ -114,7 +114,7 @@ def test_the_mean_over_recordings_selects_and_is_recorded(run_on):
     progress = load_progress(run / "checkpoints" / "best")
     assert progress.best == max(epoch["inner"]["r2"] for epoch in history(run))
     assert progress.recordings == {"one": 5, "two": 7}
-    assert "mix equal: equally many stimuli of each in a step" in (run / "log.txt").read_text()
+    assert "mix equal: equally many stimuli of each recording in a step" in (run / "log.txt").read_text()
     env = json.loads((run / "env.json").read_text())
     assert [Path(folder).name for folder in env["data"]] == env["recordings"] == ["one", "two"]
 

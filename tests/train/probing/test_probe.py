@@ -173,10 +173,10 @@ def test_the_report_names_a_run_without_scores(trained, tmp_path):
     ("options", "expected"),
     [
         (["--layers", "stages.9"], "stages"),
-        (["--layers", "pixels", "all"], "pixels are no layer"),
+        (["--layers", "pixels", "all"], "pixels are not a layer"),
         (["--layers", "head.norm"], "no output of its own"),
         (["--split", "train"], "--split"),
-        (["--readout", "pls", "--components", "5"], "pls has `latent`"),
+        (["--readout", "pls", "--components", "5"], "only with readout ridge or ols"),
         (["--split", "cv", "--cross-validation.folds", "1000"], "cannot fill 1000 folds"),
         (["--split", "cv", "--cross-validation.by", "grouped", "--cross-validation.key", "objct"], "objct"),
         (["--resume"], "not a probe that can be resumed"),

@@ -87,7 +87,7 @@ def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
     assert all("started" in done.stdout for done in ended)
     out = tmp_path / "out"
     for run in started:
-        assert (out / "trials" / f"{run}.log").read_text().count("stimuli to fit") == 1
+        assert (out / "trials" / f"{run}.log").read_text().count("stimuli to train on") == 1
     table = rows(out)
     assert [row["state"] for row in table] == ["done", "done", "done", "failed"]
     scores = [float(row["r2 on inner"]) for row in table[:3]]
