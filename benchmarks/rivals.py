@@ -125,7 +125,7 @@ class Pillows:
 
 
 def of_ffcv(files: list[Path], folder: Path, batch: int, mode: str) -> Read:
-    """FFCV, which encodes images anew (`jpg`, at the same quality) or keeps their pixels (`raw`)."""
+    """FFCV, which re-encodes images (`jpg`, at the same quality) or keeps their pixels (`raw`)."""
     from ffcv.fields import RGBImageField
     from ffcv.fields.decoders import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
@@ -86,7 +86,7 @@ def _subcommands(model: type[BaseModel]) -> dict[str, type[BaseModel]]:
     return {name: kind for field in model.model_fields.values() for name, kind in subcommands(field).items()}
 
 
-def _unknown_subcommand(words: Sequence[str], choices: Mapping[str, Any]) -> str:
+def _unknown_subcommand(words: Sequence[str], choices: Collection[str]) -> str:
     names = ", ".join(choices)
     if not words or words[0].startswith("-"):
         return f"give one of {names} first; {_program()} --help describes them"
@@ -125,7 +125,7 @@ def _nearest(flag: str, known: Sequence[str]) -> list[str]:
     return same_ending or difflib.get_close_matches(flag, known, n=1)
 
 
-def _did_you_mean(names: Any) -> str:
+def _did_you_mean(names: Iterable[str]) -> str:
     text = " or ".join(names)
     return f"; did you mean {text}?" if text else ""
 

@@ -268,7 +268,7 @@ TARS: dict[str, Case] = {
     "missing": (_tar(lambda folder: (folder / FIRST).unlink()), (FIRST, "missing")),
     "cut": (_tar(lambda folder: os.truncate(folder / FIRST, 3333)), (FIRST, "3333 bytes")),
     "cut at a member's border": (_tar(_cut_at_border), (FIRST, "manifest.json lists")),
-    "cut and indexed anew": (_cut_and_indexed, (FIRST, "manifest.json lists")),
+    "cut and reindexed": (_cut_and_indexed, (FIRST, "manifest.json lists")),
     "empty": (_tar(lambda folder: os.truncate(folder / FIRST, 0)), (FIRST, "0 bytes")),
     "grown": (_tar(lambda folder: os.truncate(folder / FIRST, 10**6)), (FIRST, "1000000 bytes")),
     "a bit of an image flipped, shown": (_tar(_flip_in("png")), (FIRST, ".png", "checksum")),

@@ -156,7 +156,7 @@ def sealed(folder: Path) -> Path:
     return folder
 
 
-def indexed_anew(folder: Path) -> Path:
+def reindexed(folder: Path) -> Path:
     """Rebuild manifest and index for tars that were changed."""
     manifest = load_manifest(sealed(folder))
     index: dict[str, list[SplitIndex]] = {}
@@ -186,7 +186,7 @@ def rewritten(folder: Path, kind: str, data: bytes, tar: str = FIRST) -> Path:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             new.addfile(info, io.BytesIO(content))
-    return indexed_anew(folder)
+    return reindexed(folder)
 
 
 def place_in(folder: Path, kind: str, row: int = 0) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from subprocess import CompletedProcess
 import numpy as np
 import psutil
 import torch
-from helpers import ROOT, finish, run_command, start_group, wait_for
+from helpers import ROOT, finish, run_command, start_group, succeed_here, wait_for
 from safetensors.torch import load_file
 
 # A network without BatchNorm, in float32, so that the number of processes makes no difference.
@@ -63,6 +63,14 @@ def succeed(processes: int, *command, **environment: str) -> str:
     done = launch(processes, *command, **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+def succeed_on(processes: int, script: str, *args) -> None:
+    """`succeed`, within this process where one is enough."""
+    if processes == 1:
+        succeed_here(script, *args)
+    else:
+        succeed(processes, script, *args)
 
 
 DRIVER = """

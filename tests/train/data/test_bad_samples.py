@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import ROOT, assert_refused, run_here, succeed_here
-from hostile import FIRST, edit, flip, indexed_anew, place_in, rewritten
+from hostile import FIRST, edit, flip, place_in, reindexed, rewritten
 from launching import SMALL, metrics, predictions
 from make_sources import make_folder
 from make_tars import npy
@@ -146,7 +146,7 @@ def test_a_probe_says_so_as_well(damaged, tmp_path):
 def test_nothing_left_is_refused(copied):
     for tar in sorted(copied.glob("val-*.tar")):
         tar.write_bytes(tar.read_bytes().replace(b"\x89PNG", b"\x89PGN"))
-    split = ShardFolder(indexed_anew(copied)).split("val")
+    split = ShardFolder(reindexed(copied)).split("val")
     with pytest.raises(BadInput, match=r"no stimulus of val can be read: .*val-000000\.tar"):
         BadSamples(Loader(on_bad_sample="skip")).usable_positions(split, 32, responses=True, classes=False)
 

@@ -5,7 +5,7 @@ import shutil
 import numpy as np
 import pytest
 from helpers import assert_refused, run_here, succeed_here
-from launching import SMALL, metrics, predictions, succeed
+from launching import SMALL, metrics, predictions, succeed, succeed_on
 from make_sources import make_folder, make_it_h5
 from sklearn.metrics import explained_variance_score, mean_squared_error, r2_score
 
@@ -22,10 +22,7 @@ def evaluated(trained, tmp_path_factory):
         runs[processes] = tmp_path_factory.mktemp("evaluated") / "run"
         shutil.copytree(trained, runs[processes], symlinks=True)
         command = ["train/evaluate.py", runs[processes], "--split", "val"]
-        if processes == 1:
-            succeed_here(*command)
-        else:
-            succeed(processes, *command)
+        succeed_on(processes, *command)
     return runs
 
 

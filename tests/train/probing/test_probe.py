@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 from helpers import run_here, start_command, succeed_here
-from launching import SMALL, metrics, predictions, succeed
+from launching import SMALL, metrics, predictions, succeed, succeed_on
 from sklearn.cross_decomposition import PLSRegression
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, RidgeCV
@@ -27,10 +27,7 @@ def probed(recording, tmp_path_factory):
     for processes in (1, 2, 3):
         runs[processes] = tmp_path_factory.mktemp("probed") / f"run_{processes}"
         command = ["train/probe.py", "--data", recording, "--out", runs[processes], *LAYERS]
-        if processes == 1:
-            succeed_here(*command)
-        else:
-            succeed(processes, *command)
+        succeed_on(processes, *command)
     return runs
 
 
