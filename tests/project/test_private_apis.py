@@ -98,6 +98,10 @@ CHECKS: dict[str, Callable[[], bool]] = {
     "Optimizer.grad_scale": fused_optimizer_skips,
     "Optimizer.found_inf": fused_optimizer_skips,
     "torch.distributed.distributed_c10d._world": lambda: isinstance(distributed_c10d._world.pg_map, dict),
+    "torch.distributed.distributed_c10d._set_pg_timeout": lambda: (
+        hasattr(torch.distributed, "set_timeout")
+        or parameters(distributed_c10d._set_pg_timeout) == ["timeout", "group"]
+    ),
     "torch.distributed.distributed_c10d._get_default_store": lambda: (
         parameters(distributed_c10d._get_default_store) == []
     ),

@@ -82,7 +82,7 @@ class Runtime:
         self._beats += 1
         if self._beats == 2 and self.ranks > 1:
             for group in dist.distributed_c10d._world.pg_map:  # including DeepSpeed's and the heartbeat's
-                dist.set_timeout(self._step_timeout, group)
+                _set_timeout(self._step_timeout, group)
 
     def unresponsive_ranks(self) -> list[int]:
         """The ranks that do not report within three seconds that they have noticed a failure too.
@@ -233,6 +233,12 @@ def start_runtime(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:
+    # torch has made this function public after 2.11, and warns where the old name is used since.
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    set_timeout(timeout, group)
 
 
 def _explain_lost_connection(runtime: Runtime | None) -> str:
