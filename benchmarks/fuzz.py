@@ -37,7 +37,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from data_prep.common.errors import BadInput
-from data_prep.common.image_decoding import convert_to_png, image_size, raw_pixels
+from data_prep.common.image_decoding import convert_to_png, decode, image_size, raw_pixels
 from data_prep.shards.derived_manifest import read_tar
 from data_prep.shards.index import load_index
 from data_prep.shards.manifest import Manifest, parse_manifest
@@ -47,7 +47,6 @@ from data_prep.shards.response_table import load_response_table
 from data_prep.sources.files.image_files import ImageFiles
 from data_prep.sources.files.response_arrays import open_npy
 from data_prep.sources.folder import Folder
-from train.data.decoding import decode
 from train.evaluation.predictions_file import read_predictions
 from train.models.weights import read_weights
 from train.run.checkpoint import CHECKSUMS, checksum, load_progress, load_tensors, newest_intact

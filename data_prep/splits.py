@@ -76,6 +76,27 @@ def straddling(groups: Mapping[str, Sequence[Mapping[str, set[str]]]]) -> dict[s
     }
 
 
+def merged_groups(*labels: np.ndarray) -> np.ndarray:
+    """Groups of stimuli that have any label in common, directly or through others: for each, its first position.
+
+    Args:
+        labels: one or more arrays with a label per stimulus (stimuli,).
+
+    Returns:
+        For each stimulus, the position of the first one of its group, int64 (stimuli,).
+    """
+    first = np.arange(len(labels[0]))
+    numbered = [np.unique(of_stimuli, return_inverse=True)[1] for of_stimuli in labels]
+    while True:
+        before = first
+        for number in numbered:
+            lowest = np.full(len(first), len(first))
+            np.minimum.at(lowest, number, first)
+            first = lowest[number]
+        if np.array_equal(first, before):
+            return first
+
+
 def folds(groups: np.ndarray, count: int, seed: int, *, stratified: bool = False) -> list[np.ndarray]:
     """Divide stimuli into folds.
 

@@ -4,6 +4,7 @@ import io
 import warnings
 
 import numpy as np
+import PIL
 import simplejpeg
 from PIL import Image
 
@@ -17,6 +18,9 @@ PNG_LEVEL = 1  # zlib's fastest: three times as fast as Pillow's default for abo
 # Formats that Pillow may try; some of its other readers start external programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # 8 bits or fewer a channel, and PNG keeps them exactly
+
+DECODER = f"simplejpeg {simplejpeg.__version__}, Pillow {PIL.__version__}"  # pixels depend on these
+DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")  # colours of a JPEG that libjpeg-turbo turns into RGB as Pillow does
 
 _RAW_START = b"\x93NUMPY"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
@@ -64,6 +68,29 @@ def check_scans(data: bytes | memoryview, pixels: int) -> None:
     scans = bytes(data).count(_JPEG_SCAN)
     if scans > MAX_SCANS:
         raise ValueError(f"the image has {scans} scans, more than {MAX_SCANS}")
+
+
+def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
+    """Decode an image to RGB as torchvision would: greyscale is repeated, CMYK converted, transparency dropped.
+
+    Args:
+        data: the encoded image.
+        encoding: "jpg", "png" or "image.npy" (raw pixels).
+
+    Returns:
+        uint8 (height, width, 3).
+
+    Raises:
+        ValueError: an image that is damaged, absurdly large, or of more than 8 bits.
+    """
+    if encoding == "jpg":
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        if colours in DIRECT_COLOURS and height * width <= MAX_PIXELS:
+            check_scans(data, height * width)
+            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    if encoding == "image.npy":
+        return raw_pixels(data)
+    return np.asarray(rgb_image(data, encoding))
 
 
 def rgb_image(data: bytes | memoryview, encoding: str) -> Image.Image:

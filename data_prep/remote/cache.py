@@ -80,8 +80,12 @@ class _CachedFile:
 
 def default_root() -> Path:
     """The cache unless a folder is given: $XDG_CACHE_HOME/spiketune/shards, by default in ~/.cache."""
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(caches) / "spiketune" / "shards"
+    return user_cache() / "shards"
+
+
+def user_cache() -> Path:
+    """The folder for whatever can be made again: $XDG_CACHE_HOME/spiketune, by default in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spiketune"
 
 
 class ShardCache:

@@ -14,6 +14,7 @@ from data_prep.common.image_decoding import image_size, sniff_encoding
 from data_prep.common.progress import Progress
 from data_prep.common.safe_reading import LONGEST_NAME
 from data_prep.common.terminal import printable
+from data_prep.shards.image_hashes import HASH_BYTES, encoded_hashes, pixel_hash_of
 from data_prep.shards.index import SplitIndex, checksums
 from data_prep.shards.manifest import Image, Manifest, Rates, Shard, Split
 from data_prep.shards.members import (
@@ -43,12 +44,14 @@ class _Stimulus:
         image: width, height and mode.
         rates: float32 (sites,), or None without responses.
         label: its class, or None.
+        pixel_hash: uint8 (16,).
     """
 
     key: str
     image: tuple[int, int, str]
     rates: np.ndarray | None
     label: str | None
+    pixel_hash: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,16 @@ def read_tar(folder: Path, path: Path) -> _Tar:
         shard = Shard(file=file, stimuli=len(keys), bytes=len(content), sha256=sha256)
     except ValidationError:
         raise BadInput(f"{path}: rename it to letters, digits, _, - and dots only, so that it can be listed") from None
-    index = SplitIndex.of_tar(keys, extents, checksums(content, extents))
-    stimuli = []
-    for key, of_kind in zip(keys, extents.tolist(), strict=True):
+    stimuli, pixel_hash = [], np.empty((len(keys), HASH_BYTES), np.uint8)
+    for row, (key, of_kind) in enumerate(zip(keys, extents.tolist(), strict=True)):
         members = {
             kind: content[offset : offset + size]
             for kind, (offset, size) in zip(MEMBERS, of_kind, strict=True)
             if offset >= 0
         }
         stimuli.append(_read_stimulus(key, members, f"{path}: {key}"))
+        pixel_hash[row] = stimuli[row].pixel_hash
+    index = SplitIndex.of_tar(keys, extents, checksums(content, extents), encoded_hashes(content, extents), pixel_hash)
     return _Tar(shard, index, stimuli)
 
 
@@ -104,7 +108,7 @@ def _read_stimulus(key: str, members: dict[str, memoryview], location: str) -> _
     except ValueError as error:
         raise BadInput(f"{location}.{kind}: {error}") from None
     label = read_label(members.get("cls"), read_json(members.get("json"), location), location)
-    return _Stimulus(key, size, _read_rates(members, location), label)
+    return _Stimulus(key, size, _read_rates(members, location), label, pixel_hash_of(image, kind))
 
 
 def _read_rates(members: dict[str, memoryview], location: str) -> np.ndarray | None:

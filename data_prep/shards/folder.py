@@ -256,6 +256,16 @@ class ShardSplit:
         return ResponseTable.of(self.rates() if self.has_responses else None, descriptions)
 
     @property
+    def encoded_hash(self) -> np.ndarray | None:
+        """The hash of each encoded image, uint8 (stimuli, 16); None if the index has none (see image_identity.py)."""
+        return self._index.encoded_hash
+
+    @property
+    def pixel_hash(self) -> np.ndarray | None:
+        """The hash of each image's pixels, uint8 (stimuli, 16); None if the index has none (see image_identity.py)."""
+        return self._index.pixel_hash
+
+    @property
     def image_sizes(self) -> np.ndarray:
         """The bytes of each encoded image, int64 (stimuli,)."""
         return self._index.size[:, [MEMBERS.index(kind) for kind in IMAGE_MEMBERS]].max(axis=1)

@@ -25,12 +25,13 @@ from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput, CannotWrite
 from data_prep.common.safe_reading import read_npz
 from data_prep.recording import SPLITS
+from data_prep.remote.cache import user_cache
 from data_prep.shards.derived_manifest import Derived, derive
 from data_prep.shards.index import SplitIndex, index_of
 from data_prep.shards.manifest import Manifest, parse_manifest
 from data_prep.shards.members import MEMBERS
 
-VERSION = 2  # raise it when something else is derived from the same tars
+VERSION = 3  # raise it when something else is derived from the same tars
 
 _SPLIT_NAMES = {
     "train": "train",
@@ -122,8 +123,7 @@ def _state(folder: Path, tars: dict[str, list[Path]]) -> str:
 
 
 def _path_in_user_cache(folder: Path) -> Path:
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return caches / "spiketune" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.npz"
+    return user_cache() / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.npz"
 
 
 def _first_valid(candidates: list[Path], state: str) -> Derived | None:

@@ -6,6 +6,8 @@ members               (members,)     the extensions that may occur: MEMBERS in d
 <split>.offset        (stimuli, members)   byte offset of the member's data in the tar, -1 if absent
 <split>.size          (stimuli, members)   bytes
 <split>.crc32         (stimuli, members)   of these bytes, so that a flipped bit is noticed; optional
+<split>.encoded_hash  (stimuli, 16)   of the image's encoded bytes, see data_prep/shards/image_hashes.py; optional
+<split>.pixel_hash    (stimuli, 16)   of its pixels; optional
 """
 
 import mmap
@@ -21,6 +23,7 @@ from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import is_name, read_npz
 from data_prep.remote.url import FolderUrl
+from data_prep.shards.image_hashes import HASH_BYTES, encoded_hashes, pixel_hashes
 from data_prep.shards.manifest import Manifest, Split
 from data_prep.shards.members import MEMBERS, member_table
 from data_prep.shards.storage import LocalFiles, RemoteFiles
@@ -37,18 +40,29 @@ class SplitIndex:
     offset: np.ndarray
     size: np.ndarray
     crc32: np.ndarray | None
+    encoded_hash: np.ndarray | None = None
+    pixel_hash: np.ndarray | None = None
 
     @classmethod
-    def of_tar(cls, ids: list[str], extents: np.ndarray, checksums: np.ndarray) -> "SplitIndex":
+    def of_tar(
+        cls,
+        ids: list[str],
+        extents: np.ndarray,
+        checksums: np.ndarray,
+        encoded_hash: np.ndarray,
+        pixel_hash: np.ndarray | None = None,
+    ) -> "SplitIndex":
         """The index of one tar.
 
         Args:
             ids: of its stimuli.
             extents: offset and size of each member, int64 (stimuli, members, 2).
             checksums: CRC-32 of each member, uint32 (stimuli, members).
+            encoded_hash, pixel_hash: of each image, uint8 (stimuli, 16).
         """
         extents = extents.reshape(len(ids), len(MEMBERS), 2)
-        return cls(np.array(ids), np.zeros(len(ids), np.int32), extents[..., 0], extents[..., 1], checksums)
+        shard = np.zeros(len(ids), np.int32)
+        return cls(np.array(ids), shard, extents[..., 0], extents[..., 1], checksums, encoded_hash, pixel_hash)
 
     @classmethod
     def joined(cls, tars: "Sequence[SplitIndex]") -> "SplitIndex":
@@ -58,7 +72,9 @@ class SplitIndex:
             shard=np.repeat(np.arange(len(tars), dtype=np.int32), [len(tar.shard) for tar in tars]),
             offset=np.concatenate([tar.offset for tar in tars]),
             size=np.concatenate([tar.size for tar in tars]),
-            crc32=np.concatenate([tar.crc32 for tar in tars if tar.crc32 is not None]),
+            crc32=_joined([tar.crc32 for tar in tars]),
+            encoded_hash=_joined([tar.encoded_hash for tar in tars]),
+            pixel_hash=_joined([tar.pixel_hash for tar in tars]),
         )
 
     def describes(self, shard: int, tar: "SplitIndex") -> bool:
@@ -69,27 +85,45 @@ class SplitIndex:
             and np.array_equal(self.offset[rows], tar.offset)
             and np.array_equal(self.size[rows], tar.size)
         )
-        if self.crc32 is None or tar.crc32 is None:
-            return same
-        return same and np.array_equal(self.crc32[rows], tar.crc32)
+        for ours, of_tar in ((self.crc32, tar.crc32), (self.encoded_hash, tar.encoded_hash)):
+            if ours is not None and of_tar is not None:
+                same = same and np.array_equal(ours[rows], of_tar)
+        return same
 
     def arrays(self, split: str) -> dict[str, np.ndarray]:
         """Its arrays by their names in the file."""
-        return {f"{split}.{name}": getattr(self, name) for name in SplitIndex.__dataclass_fields__}
+        arrays = {f"{split}.{name}": getattr(self, name) for name in SplitIndex.__dataclass_fields__}
+        return {name: array for name, array in arrays.items() if array is not None}
 
 
-def index_shard(path: Path) -> SplitIndex:
+def _joined(of_tars: "Sequence[np.ndarray | None]") -> np.ndarray | None:
+    """The optional arrays of tars, one after the other; None if any lacks it."""
+    present = [array for array in of_tars if array is not None]
+    return np.concatenate(present) if len(present) == len(of_tars) else None
+
+
+def index_shard(path: Path, decode: bool = False) -> SplitIndex:
     """Index one tar: find every member, and read it for its checksum.
+
+    Args:
+        path: of the tar.
+        decode: decode the images for the hashes of their pixels, which are left out otherwise.
 
     Raises:
         BadInput: as `member_table`.
     """
     ids, extents = member_table(path)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return SplitIndex.of_tar(ids, extents, checksums(content, extents))
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as content,
+    ):
+        pixel_hash = pixel_hashes(content, extents) if decode else None
+        encoded_hash = encoded_hashes(content, extents)
+        return SplitIndex.of_tar(ids, extents, checksums(content, extents), encoded_hash, pixel_hash)
 
 
-def checksums(content: mmap.mmap | memoryview, extents: np.ndarray) -> np.ndarray:
+def checksums(content: memoryview, extents: np.ndarray) -> np.ndarray:
     """CRC-32 of each member of a tar, 0 for absent ones: uint32 (stimuli, members).
 
     Args:
@@ -163,6 +197,8 @@ def index_of(arrays: Mapping[str, np.ndarray], manifest: Manifest) -> dict[str, 
             offset=arrays[f"{name}.offset"],
             size=arrays[f"{name}.size"],
             crc32=arrays.get(f"{name}.crc32"),
+            encoded_hash=arrays.get(f"{name}.encoded_hash"),
+            pixel_hash=arrays.get(f"{name}.pixel_hash"),
         )
         _check(name, index, split, len(members))
         indexes[name] = _with_all_members(index)
@@ -182,6 +218,9 @@ def _check(name: str, index: SplitIndex, split: Split, members: int) -> None:
     _check_array(f"{name}: size", index.size, "iu", per_member)
     if index.crc32 is not None:
         _check_array(f"{name}: crc32", index.crc32, "u", per_member)
+    for kind, hashes in (("encoded_hash", index.encoded_hash), ("pixel_hash", index.pixel_hash)):
+        if hashes is not None and (hashes.dtype != np.uint8 or hashes.shape != (split.stimuli, HASH_BYTES)):
+            raise ValueError(f"{name}: {kind} is {hashes.dtype} {hashes.shape}, not {HASH_BYTES} bytes a stimulus")
     if index.shard.min() < 0 or index.shard.max() >= len(split.shards) or (np.diff(index.shard) < 0).any():
         raise ValueError(f"{name}: shard must ascend from 0 to {len(split.shards) - 1}")
     counts = np.bincount(index.shard, minlength=len(split.shards)).tolist()
@@ -218,4 +257,6 @@ def _with_all_members(index: SplitIndex) -> SplitIndex:
         np.pad(index.offset, missing_columns, constant_values=-1),
         np.pad(index.size, missing_columns),
         None if index.crc32 is None else np.pad(index.crc32, missing_columns),
+        index.encoded_hash,
+        index.pixel_hash,
     )

@@ -8,10 +8,11 @@ import numpy as np
 
 from data_prep.ceiling import estimate_ceiling
 from data_prep.common.errors import BadInput
-from data_prep.common.image_decoding import image_size
+from data_prep.common.image_decoding import decode, image_size
 from data_prep.common.progress import Progress
 from data_prep.recording import Recording, Stimulus
 from data_prep.shards.folder import ShardFolder, ShardSplit
+from data_prep.shards.image_hashes import pixel_hash
 from data_prep.shards.index import SplitIndex
 from data_prep.shards.manifest import Ceiling, Image, Manifest, Rates, Shard, Split
 from data_prep.splits import straddling
@@ -26,6 +27,7 @@ class StimulusNotes:
     Args:
         sites: number of sites of the recording.
         facts: the facts whose values are noted.
+        decode: decode every image, so that damage and copies are noticed.
 
     Attributes:
         groups: the values of each fact.
@@ -33,22 +35,23 @@ class StimulusNotes:
         rounding_error: the largest error from rounding an image to uint8, in grey levels; None if none was rounded.
     """
 
-    def __init__(self, sites: int, facts: Iterable[str]):
+    def __init__(self, sites: int, facts: Iterable[str], decode: bool):
         self.groups: dict[str, set[str]] = {fact: set() for fact in facts}
         self.image_sizes: set[tuple[int, int, str]] = set()
         self.rounding_error: float | None = None
-        self._sites = sites
+        self._sites, self._decode = sites, decode
+        self._pixel_hashes: list[np.ndarray] = []
         self._rates: list[np.ndarray | None] = []
 
     def add(self, stimulus: Stimulus) -> None:
         """Check a stimulus and note its facts.
 
         Raises:
-            BadInput: its arrays do not fit the recording's sites, or hold infinite values.
+            BadInput: its arrays do not fit the recording's sites or hold infinite values, or its image is damaged.
         """
         self._check(stimulus.id, "rates", stimulus.rates, dimensions=1)
         self._check(stimulus.id, "trials", stimulus.trials, dimensions=2)
-        self.image_sizes.add(image_size(stimulus.image))
+        self._add_image(stimulus)
         self._rates.append(stimulus.rates)
         for fact, values in self.groups.items():
             if fact in stimulus.meta:
@@ -56,6 +59,18 @@ class StimulusNotes:
         error = stimulus.meta.get("uint8_rounding_error")
         if error is not None:
             self.rounding_error = max(error, self.rounding_error or 0.0)
+
+    def _add_image(self, stimulus: Stimulus) -> None:
+        try:
+            self.image_sizes.add(image_size(stimulus.image))
+            if self._decode:
+                self._pixel_hashes.append(pixel_hash(decode(stimulus.image, stimulus.encoding)))
+        except ValueError as error:
+            raise BadInput(f"{stimulus.id}: the image cannot be decoded ({error})") from None
+
+    def pixel_hashes(self) -> np.ndarray | None:
+        """The hashes of the images, uint8 (stimuli, 16); None if they were not decoded."""
+        return np.stack(self._pixel_hashes) if self._decode else None
 
     def _check(self, stimulus_id: str, name: str, array: np.ndarray | None, dimensions: int) -> None:
         if array is None:

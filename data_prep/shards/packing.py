@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from data_prep.common.safe_reading import is_name
 from data_prep.common.worker_processes import serve_parent
 from data_prep.recording import SPLITS, Recording, Stimulus
 from data_prep.shards.folder import ShardFolder
+from data_prep.shards.image_rules import DEFAULT_RULES, ImageRules
 from data_prep.shards.new_folder import new_folder
 from data_prep.shards.packed_manifest import PackedShard, PackedShards, StimulusNotes, ceiling_of, manifest_of
 from data_prep.shards.reindexing import write_tables
@@ -27,7 +28,9 @@ from data_prep.splits import grouping_facts
 PRELOADED = ["data_prep.shards.packing", "webdataset"]  # slow to import: once for all processes
 
 
-def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) -> ShardFolder:
+def pack(
+    recording: Recording, out: Path, stimuli_per_shard: int, workers: int, rules: ImageRules = DEFAULT_RULES
+) -> ShardFolder:
     """Write `recording` as a shard folder and open it.
 
     Args:
@@ -35,6 +38,7 @@ def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) 
         out: the folder to create.
         stimuli_per_shard: stimuli in one tar.
         workers: number of packing processes.
+        rules: for its images.
 
     Raises:
         BadInput: `out` exists, the recording contradicts itself, or one of its stimuli cannot be read.
@@ -42,7 +46,7 @@ def pack(recording: Recording, out: Path, stimuli_per_shard: int, workers: int) 
     """
     _check_recording(recording)
     with new_folder(out) as folder:
-        packed = _write_shards(recording, folder, shard_jobs(recording.splits, stimuli_per_shard), workers)
+        packed = _write_shards(recording, folder, shard_jobs(recording.splits, stimuli_per_shard), workers, rules)
         manifest = manifest_of(recording, packed)
         try:
             write_tables(folder, manifest, packed.split_indexes(), ceiling_of)
@@ -115,13 +119,15 @@ def shard_jobs(splits: Sequence[str], stimuli_per_shard: int) -> list[ShardJob]:
     return jobs
 
 
-def _write_shards(recording: Recording, folder: Path, jobs: list[ShardJob], workers: int) -> PackedShards:
+def _write_shards(
+    recording: Recording, folder: Path, jobs: list[ShardJob], workers: int, rules: ImageRules
+) -> PackedShards:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     counter = context.Value("q", 0)
     with (
         Progress(len(recording.stimulus_ids), "packing") as progress,
-        ProcessPoolExecutor(min(workers, len(jobs)), context, _start_process, (recording, counter)) as pool,
+        ProcessPoolExecutor(min(workers, len(jobs)), context, _start_process, (recording, counter, rules)) as pool,
     ):
         with _ctrl_c_ignored():  # by the starting processes; one that is interrupted while starting prints a traceback
             futures = [pool.submit(write_one_shard, folder, job) for job in jobs]
@@ -159,17 +165,18 @@ def _watch(futures: list[Future[PackedShard]], counter: "Synchronized[int]", pro
 # The work of a packing process: set when it starts, so that the recording is sent once rather than with each shard.
 _recording: Recording
 _counter: "Synchronized[int]"
+_rules: ImageRules
 
 
-def _start_process(recording: Recording, counter: "Synchronized[int]") -> None:
-    set_work(recording, counter)
+def _start_process(recording: Recording, counter: "Synchronized[int]", rules: ImageRules) -> None:
+    set_work(recording, counter, rules)
     serve_parent()
 
 
-def set_work(recording: Recording, counter: "Synchronized[int]") -> None:
+def set_work(recording: Recording, counter: "Synchronized[int]", rules: ImageRules = DEFAULT_RULES) -> None:
     """Set the recording that `write_one_shard` packs in this process, and the counter of finished stimuli."""
-    global _recording, _counter
-    _recording, _counter = recording, counter
+    global _recording, _counter, _rules
+    _recording, _counter, _rules = recording, counter, rules
 
 
 def write_one_shard(folder: Path, job: ShardJob) -> PackedShard:
@@ -179,11 +186,12 @@ def write_one_shard(folder: Path, job: ShardJob) -> PackedShard:
         BadInput: a stimulus cannot be read.
         RunFailed: the disk is full.
     """
-    notes = StimulusNotes(len(_recording.sites), grouping_facts(_recording.group_by))
+    notes = StimulusNotes(len(_recording.sites), grouping_facts(_recording.group_by), _rules.decode)
     try:
         shard, index = write_shard(folder / job.file, _noted(_recording.read(job.positions), notes))
     except OSError as error:
         raise RunFailed(f"{error.filename or job.file}: {error.strerror}; nothing was packed") from None
+    index = replace(index, pixel_hash=notes.pixel_hashes())
     return PackedShard(shard, index, notes.rates(), notes.image_sizes, notes.rounding_error, notes.groups)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from data_prep.common.errors import BadInput, CannotWrite
+from data_prep.common.progress import Progress
 from data_prep.remote.url import FolderUrl, parse_location
 from data_prep.shards import index, response_table
 from data_prep.shards.folder import ShardFolder
@@ -58,10 +59,15 @@ def reindex(location: Path | str | FolderUrl) -> None:
     manifest = load_manifest(folder)
     LocalFiles(folder).check(manifest)
     split_indexes: dict[str, SplitIndex] = {}
-    for name, split in manifest.splits.items():
-        for shard in split.shards:
-            _check_sha256(folder / shard.file, shard)
-        split_indexes[name] = SplitIndex.joined([index_shard(folder / shard.file) for shard in split.shards])
+    tar_count = sum(len(split.shards) for split in manifest.splits.values())
+    with Progress(tar_count, f"indexing {folder}", "tars") as progress:
+        for name, split in manifest.splits.items():
+            tars = []
+            for shard in split.shards:
+                _check_sha256(folder / shard.file, shard)
+                tars.append(index_shard(folder / shard.file, decode=True))
+                progress.advance()
+            split_indexes[name] = SplitIndex.joined(tars)
     try:
         write_tables(folder, manifest, split_indexes)
     except CannotWrite as error:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from data_prep.recording import Stimulus
+from data_prep.shards.image_hashes import encoded_hash
 from data_prep.shards.index import SplitIndex, index_shard
 from data_prep.shards.manifest import Shard
 from data_prep.shards.members import ABSENT, BLOCK, MEMBERS
@@ -52,6 +53,7 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> tuple[Shard, SplitIn
     ids: list[str] = []
     extents: list[list[tuple[int, int]] | None] = []
     checksums: list[list[int]] = []
+    hashes: list[np.ndarray] = []
     try:
         with webdataset.TarWriter(file, encoder=False, mtime=0, user="spiketune", group="spiketune") as writer:
             for stimulus in stimuli:
@@ -60,12 +62,13 @@ def write_shard(path: Path, stimuli: Iterable[Stimulus]) -> tuple[Shard, SplitIn
                 ids.append(stimulus.id)
                 extents.append(_extents(members, start, writer.tarstream.offset))
                 checksums.append([zlib.crc32(members.get(kind, b"")) for kind in MEMBERS])  # of nothing: 0
+                hashes.append(encoded_hash(stimulus.image))
     finally:
         file.close()
     if None in extents:
         index = index_shard(path)
     else:
-        index = SplitIndex.of_tar(ids, np.array(extents, np.int64), np.array(checksums, np.uint32))
+        index = SplitIndex.of_tar(ids, np.array(extents, np.int64), np.array(checksums, np.uint32), np.stack(hashes))
     shard = Shard(file=path.name, stimuli=len(ids), bytes=path.stat().st_size, sha256=file.hash.hexdigest())
     return shard, index
 

@@ -11,6 +11,7 @@ from make_sources import make_folder, make_images
 from PIL import Image
 
 from data_prep.common.errors import BadInput
+from data_prep.common.image_decoding import decode
 from data_prep.recording import Recording, Stimulus
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.index import index_shard
@@ -20,7 +21,7 @@ from data_prep.shards.summary import contact_sheet
 from data_prep.sources.folder import Folder
 from train.data.batch_buffers import BatchBuffers
 from train.data.batches import Batch
-from train.data.decoding import decode, decode_into, fit
+from train.data.decoding import decode_into, fit
 from train.data.loader import TrainLoader, evaluation_loader, rank_positions, workers_per_rank
 from train.data.order import global_batch
 from train.data.stimuli import RecordingStimuli
