@@ -44,6 +44,18 @@ def finds_infinity() -> bool:
     return bool(infinity)
 
 
+def halves_a_scale() -> bool:
+    scale = torch.tensor(4.0)
+    torch._amp_update_scale_(scale, torch.zeros((), dtype=torch.int32), torch.ones(()), 2.0, 0.5, 2000)
+    return bool(scale == 2)
+
+
+def multiplies_a_list() -> bool:
+    numbers = torch.tensor([2, 3], dtype=torch.int32)
+    torch._foreach_mul_([numbers], torch.zeros((), dtype=torch.int32))
+    return not numbers.any()
+
+
 def fused_optimizer_skips() -> bool:
     weight = nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight], fused=True)
@@ -95,6 +107,8 @@ CHECKS: dict[str, Callable[[], bool]] = {
         torch.autograd.Variable._execution_engine.queue_callback
     ),
     "torch._amp_foreach_non_finite_check_and_unscale_": finds_infinity,
+    "torch._amp_update_scale_": halves_a_scale,
+    "torch._foreach_mul_": multiplies_a_list,
     "Optimizer.grad_scale": fused_optimizer_skips,
     "Optimizer.found_inf": fused_optimizer_skips,
     "torch.distributed.distributed_c10d._world": lambda: isinstance(distributed_c10d._world.pg_map, dict),

@@ -3,19 +3,34 @@
 `Engine` is one process and DDP, where every rank holds everything; `zero.py` is DeepSpeed, whose ZeRO partitions it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.autograd import Variable
 from torch.nn.parallel import DistributedDataParallel
 
+from train.distributed.loss_scale import LossScale
 from train.distributed.runtime import Runtime
 from train.distributed.step_timing import StepClock, Timestamp
 
 SHARED_STATE = ("step", "mu_product")  # in an optimizer's state: one number, not one per weight
 SCALER = "loss_scale"  # stands for a parameter in the names of the optimizer's tensors
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What became of a step; both are bool (), on the device, and the same on every rank.
+
+    Attributes:
+        left_out: the gradient was not finite, so the step was skipped.
+        may_be_scale: the loss was scaled for float16, which explains such a gradient where the loss itself is finite.
+    """
+
+    left_out: torch.Tensor
+    may_be_scale: torch.Tensor
 
 
 class Engine:
@@ -52,7 +67,8 @@ class Engine:
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self._scale_of_one = torch.ones((), device=runtime.device)
-        self._scaler = torch.amp.GradScaler(runtime.device.type, enabled=scales_loss)
+        self._not_scaled = torch.zeros((), dtype=torch.bool, device=runtime.device)
+        self._loss_scale = LossScale(runtime.device) if scales_loss else None
 
     def compile(self) -> None:
         """Let torch compile the network for training; scoring is not compiled, so that scores do not depend on it."""
@@ -73,7 +89,9 @@ class Engine:
 
         DDP averages over ranks, which is undone here, so that the result is the sum of the parts.
         """
-        scaled = self._scaler.scale(loss * self.runtime.ranks)
+        scaled = loss * self.runtime.ranks
+        if self._loss_scale is not None:
+            scaled = self._loss_scale.of(scaled)
         if not isinstance(self._wrapped, DistributedDataParallel):
             scaled.backward()
             return
@@ -85,32 +103,39 @@ class Engine:
         scaled.backward()
         self.clock.count("communication", computed[0])
 
-    def step(self) -> torch.Tensor:
+    def step(self) -> StepOutcome:
         """One optimizer step with the gradients of a whole global batch; clears them.
 
-        Returns:
-            Whether it was skipped because the gradient is not finite: bool (), the same on every rank, on the device.
+        It is skipped if the gradient is not finite.
         """
-        if self._scaler.is_enabled():
-            skipped = self._scaled_step()
-        else:
-            skipped = self._gradient_is_not_finite()
-            if self._clip_norm is not None:
-                nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-            self._step_unless(skipped)
+        non_finite, may_be_scale = self._check_gradient()
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        left_out = non_finite.bool()
+        self._step_unless(left_out, self.optimizer.step)
         self.optimizer.zero_grad(set_to_none=True)
-        return skipped
+        return StepOutcome(left_out, may_be_scale)
 
     def _gradients(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
-    def _gradient_is_not_finite(self) -> torch.Tensor:
-        non_finite = torch.zeros((), device=self.runtime.device)
-        # As in GradScaler: one pass over all gradients. On a CPU a norm of each takes thirty times as long.
-        torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), non_finite, self._scale_of_one)
-        return non_finite.bool()
+    def _check_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Undo the scale of the loss, and adapt it.
 
-    def _step_unless(self, skip: torch.Tensor) -> None:
+        Returns:
+            Whether the gradient is not finite, float32 (), and `StepOutcome.may_be_scale`.
+        """
+        scale, non_finite = self._loss_scale, torch.zeros((), device=self.runtime.device)
+        inverse = self._scale_of_one if scale is None else scale.inverse
+        # As in GradScaler: one pass over all gradients. On a CPU a norm of each takes thirty times as long.
+        torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), non_finite, inverse)
+        if scale is None:
+            return non_finite, self._not_scaled
+        may_be_scale = scale.may_overflow
+        scale.update(non_finite)
+        return non_finite, may_be_scale
+
+    def _step_unless(self, skip: torch.Tensor, step: Callable[[], object]) -> None:
         """Step or skip; on a GPU without making the host wait for `skip`.
 
         There a fused optimizer reads it on the device. Other optimizers step with a gradient of 0 instead, which moves
@@ -118,24 +143,14 @@ class Engine:
         """
         if skip.device.type == "cpu":
             if not skip:
-                self.optimizer.step()
+                step()
             return
         if all(group.get("fused") for group in self.optimizer.param_groups):
             # As GradScaler passes them to fused optimizers; the base class does not declare them.
             self.optimizer.grad_scale, self.optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
         else:
-            for gradient in self._gradients():
-                gradient.masked_fill_(skip, 0)
-        self.optimizer.step()
-
-    def _scaled_step(self) -> torch.Tensor:
-        """With a scaled loss an overflowing gradient is no fault: that is how the scale adapts."""
-        if self._clip_norm is not None:
-            self._scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        self._scaler.step(self.optimizer)
-        self._scaler.update()
-        return torch.zeros((), dtype=torch.bool, device=self.runtime.device)
+            clear_if(skip, self._gradients())
+        step()
 
     def set_learning_rate(self, factor: float) -> None:
         """Set every group's learning rate to `factor` times its peak."""
@@ -171,8 +186,8 @@ class Engine:
             for name, parameter in self.network.named_parameters()
             for key, value in state.get(parameter, {}).items()
         }
-        scale = {f"{SCALER}|{key}": torch.tensor(value) for key, value in self._scaler.state_dict().items()}
-        return tensors | scale
+        scale = {} if self._loss_scale is None else self._loss_scale.tensors()
+        return tensors | {f"{SCALER}|{key}": value for key, value in scale.items()}
 
     def load_optimizer(self, tensors: dict[str, torch.Tensor]) -> None:
         """Restore an optimizer's state from `optimizer_tensors`, which may come from another strategy."""
@@ -183,8 +198,17 @@ class Engine:
         for state in self.optimizer.state.values():
             if "mu_product" in state:  # NAdam reads it on the host in every step; torch has moved it to the device
                 state["mu_product"] = state["mu_product"].cpu()
-        if scale := parameter_state(tensors, SCALER):
-            self._scaler.load_state_dict({key: value.item() for key, value in scale.items()})
+        scale = parameter_state(tensors, SCALER)
+        if scale and self._loss_scale is not None:
+            self._loss_scale.load(scale)
+
+
+def clear_if(skip: torch.Tensor, gradients: Sequence[torch.Tensor]) -> None:
+    """Set float32 gradients to 0 where `skip`, bool (), is true: one kernel for all of them.
+
+    NaN times 0 is NaN, so what is multiplied are the bits: those of any number times 0 are those of 0.
+    """
+    torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], (~skip).int())
 
 
 def parameter_state(tensors: dict[str, torch.Tensor], parameter: str) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from train.distributed.engine import SHARED_STATE, Engine, parameter_state
+from train.distributed.engine import SHARED_STATE, Engine, StepOutcome, parameter_state
 from train.distributed.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -61,18 +61,19 @@ class ZeroEngine(Engine):
         if not self._deepspeed.is_gradient_accumulation_boundary():
             self._deepspeed.step()  # counts the micro-batch
 
-    def step(self) -> torch.Tensor:
+    def step(self) -> StepOutcome:
         """One optimizer step with the gradients of a whole global batch; clears them. See `Engine.step`."""
         if self._stage == 0:
-            skipped = self._gradient_is_not_finite()
-            if skipped:
+            non_finite, _ = self._check_gradient()
+            left_out, micro_steps = non_finite.bool(), self._deepspeed.micro_steps
+            self._step_unless(left_out, self._deepspeed.step)
+            if self._deepspeed.micro_steps == micro_steps:
                 self._deepspeed.zero_grad()
                 self._deepspeed.micro_steps += 1  # all that is left of the step
-            else:
-                self._deepspeed.step()
-            return skipped
-        self._deepspeed.step()  # DeepSpeed checks the gradient's norm itself
-        return torch.tensor(self._deepspeed.optimizer.overflow)
+        else:
+            self._deepspeed.step()  # DeepSpeed checks the gradient's norm itself
+            left_out = torch.tensor(self._deepspeed.optimizer.overflow)
+        return StepOutcome(left_out, self._not_scaled)
 
     def network_tensors(self) -> dict[str, torch.Tensor]:
         """The network's tensors by name; every rank must take part."""

@@ -163,7 +163,7 @@ class Training:
         set_rates(self.engine, self.recipe.schedule, self.progress.step, total_steps, drops)
         shares = [self._forward_and_backward(index, batch.to(device)) for index, batch in enumerate(micro_batches)]
         with self.engine.clock.part("optimizer"):
-            left_out = self.engine.step()
+            outcome = self.engine.step()
         self.engine.clock.finish_step()
         self.progress.step += 1
         if self.average is not None:
@@ -171,7 +171,7 @@ class Training:
         losses = shares[0]
         if len(shares) > 1:
             losses = {name: torch.stack([share[name] for share in shares]).sum() for name in losses}
-        self._non_finite.record(self.progress.step, micro_batches, losses["loss"], left_out)
+        self._non_finite.record(self.progress.step, micro_batches, losses["loss"], outcome)
         return losses
 
     def _forward_and_backward(self, index: int, batch: Batch) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ import torch
 from data_prep.common.errors import DIVERGED, RunFailed
 from train.data.batches import Batch
 from train.data.stimuli import StimulusSet
+from train.distributed.engine import StepOutcome
 from train.distributed.runtime import Runtime
 from train.models.batch_norm import batch_norm_statistics
 from train.models.network import Network
@@ -24,13 +25,13 @@ class Step:
         number: from 1.
         positions: int64, of the stimuli of each micro-batch of this rank.
         loss: float (), this rank's share, on the device.
-        left_out: bool (), whether the engine left the step out, on the device; the same on every rank.
+        outcome: of the step.
     """
 
     number: int
     positions: list[torch.Tensor]
     loss: torch.Tensor
-    left_out: torch.Tensor
+    outcome: StepOutcome
 
 
 class NonFiniteSteps:
@@ -39,11 +40,14 @@ class NonFiniteSteps:
     BatchNorm updates its running statistics before anybody knows whether a step is finite. So those of the last read
     without a bad step are kept, and restored when a step was left out and they are no longer finite.
 
+    A float16 gradient that overflows while the loss is finite is no bad step but how the scale of the loss adapts; it
+    is left out without a warning and does not count towards the limit. Once the scale is down to 1, it does.
+
     Args:
         network: whose statistics are kept.
         stimuli: that are trained on, for their ids.
         runtime: this process.
-        limit: steps in a row that may be left out before the run ends.
+        limit: bad steps in a row at which the run ends.
         warn: receives warnings.
     """
 
@@ -55,56 +59,70 @@ class NonFiniteSteps:
         self._bad_in_a_row = 0
         self._good_statistics = self._copy_of_statistics()
 
-    def record(self, number: int, micro_batches: Sequence[Batch], loss: torch.Tensor, left_out: torch.Tensor) -> None:
+    def record(self, number: int, micro_batches: Sequence[Batch], loss: torch.Tensor, outcome: StepOutcome) -> None:
         """Record a step until the next `read`.
 
         Args:
             number: of the step, from 1.
             micro_batches: of this rank, on the host.
             loss: float (), this rank's share.
-            left_out: bool (), whether the engine left the step out; the same on every rank.
+            outcome: of the step, on the device.
         """
         positions = [batch.positions[batch.weight > 0] for batch in micro_batches]  # copies: the buffers are reused
-        self._unread.append(Step(number, positions, loss, left_out))
+        self._unread.append(Step(number, positions, loss, outcome))
 
     def read(self) -> list[float | None]:
-        """Read the recorded steps and warn of those that were left out; every rank must take part.
+        """Read the recorded steps and warn of the bad ones; every rank must take part.
 
         Returns:
-            This rank's share of the loss of each step; None for a step that was left out.
+            This rank's share of the loss of each step; None for a bad one.
 
         Raises:
-            RunFailed: too many steps in a row were left out.
+            RunFailed: too many steps in a row were bad.
         """
         if not self._unread:
             return []
         steps, self._unread = self._unread, []
         losses = torch.stack([step.loss for step in steps]).tolist()
-        left_out = torch.stack([step.left_out for step in steps]).tolist()
+        left_out = torch.stack([step.outcome.left_out for step in steps]).tolist()
+        bad = [False] * len(steps)
         if any(left_out):
-            self._report(steps, losses, left_out)
+            bad = self._report(steps, losses, left_out)
+        if any(bad):
             self._restore_statistics()
         else:
             self._good_statistics = self._copy_of_statistics()
-        for is_bad in left_out:
-            self._bad_in_a_row = self._bad_in_a_row + 1 if is_bad else 0
+        for is_bad, is_left_out in zip(bad, left_out, strict=True):
+            if is_bad:
+                self._bad_in_a_row += 1
+            elif not is_left_out:
+                self._bad_in_a_row = 0
             if self._bad_in_a_row >= self._limit:
                 raise RunFailed(
                     f"{DIVERGED}{self._bad_in_a_row} steps in a row had a loss or a gradient that is not finite; lower "
                     "optimizer.lr or set optimizer.clip_norm (earlier checkpoints are kept)"
                 )
-        return [None if is_bad else loss for loss, is_bad in zip(losses, left_out, strict=True)]
+        return [None if is_bad else loss for loss, is_bad in zip(losses, bad, strict=True)]
 
-    def _report(self, steps: list[Step], losses: list[float], left_out: list[bool]) -> None:
-        """Warn of each step that was left out, with the stimuli of the ranks whose loss was not finite."""
+    def _report(self, steps: list[Step], losses: list[float], left_out: list[bool]) -> list[bool]:
+        """Warn of each bad step, with the stimuli of the ranks whose loss was not finite.
+
+        Returns:
+            Whether each step is bad; the same on every rank.
+        """
         suspects = [
             None if math.isfinite(loss) else self._ids(step.positions) for step, loss in zip(steps, losses, strict=True)
         ]
         suspects_of_ranks = self._runtime.gather_objects(suspects)
+        may_be_scale = torch.stack([step.outcome.may_be_scale for step in steps]).tolist()
+        bad = []
         for index, step in enumerate(steps):
-            if left_out[index]:
-                cause = _cause([suspects[index] for suspects in suspects_of_ranks])
-                self._warn(f"warning: step {step.number} is left out: {cause}")
+            suspects_of_step = [suspects[index] for suspects in suspects_of_ranks]
+            loss_is_finite = all(suspects is None for suspects in suspects_of_step)
+            bad.append(left_out[index] and not (may_be_scale[index] and loss_is_finite))
+            if bad[-1]:
+                self._warn(f"warning: step {step.number} is left out: {_cause(suspects_of_step)}")
+        return bad
 
     def _ids(self, positions: list[torch.Tensor]) -> list[str]:
         return [self._stimuli.stimulus_ids[position] for position in torch.cat(positions).tolist()]

@@ -4,13 +4,16 @@ import json
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 from helpers import assert_refused, finish, run_here, slow
 from launching import (
     SMALL,
     STOP_WHILE_SCORING,
+    checkpoint_tensors,
     largest_difference,
     launch,
     losses,
@@ -21,9 +24,14 @@ from launching import (
     weights,
 )
 
-from data_prep.common.errors import STOPPED
+from data_prep.common.errors import STOPPED, RunFailed
+from train.distributed import loss_scale
+from train.distributed.engine import StepOutcome
 from train.finetuning.bottlenecks import Bottlenecks
 from train.finetuning.epoch_log import TrainedEpoch
+from train.finetuning.non_finite_steps import NonFiniteSteps
+from train.finetuning.setup import preparation
+from train.models.losses import SquaredError
 from train.run.checkpoint import load_progress
 
 EPOCHS = 12
@@ -174,6 +182,61 @@ def test_too_many_non_finite_steps_in_a_row_end_the_run(recording, tmp_path):
     assert "steps in a row had a loss or a gradient that is not finite" in done.stderr
     assert "Traceback" not in done.stderr
     assert load_progress(run / "checkpoints" / "last").epoch == 1
+
+
+@pytest.fixture
+def fp16_on_a_cpu(monkeypatch):
+    """Let a run scale its loss for float16 without a GPU."""
+    monkeypatch.setattr(preparation, "check_hardware", lambda *_: None)
+
+
+def test_a_diverged_fp16_run_ends_though_its_scale_keeps_adapting(recording, tmp_path, monkeypatch, fp16_on_a_cpu):
+    """NaN losses from the second epoch on: the run ends as in other precisions, and names the stimuli."""
+    contribution, calls = SquaredError.contribution, iter(range(1, 1000))
+
+    def diverging(self, *args):
+        value = contribution(self, *args)
+        return value * float("nan") if self.training and next(calls) > 5 else value
+
+    monkeypatch.setattr(SquaredError, "contribution", diverging)
+    run = tmp_path / "run"
+    options = [*SMALL, "--precision", "fp16", "--faults.bad-steps", "4"]
+    done = run_here("train/finetune.py", "--data", recording, "--out", run, *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "4 steps in a row had a loss or a gradient that is not finite" in done.stderr
+    assert "step 6 is left out: the loss was not finite on rank 0, which saw" in done.stdout
+    assert load_progress(run / "checkpoints" / "last").epoch == 1
+
+
+def test_an_overflow_of_the_loss_scale_is_no_fault(recording, tmp_path, monkeypatch, fp16_on_a_cpu):
+    """A scale that is far too large at the start is halved until gradients fit; nobody is warned."""
+    monkeypatch.setattr(loss_scale, "INITIAL", 2.0**30)
+    run = tmp_path / "run"
+    options = [*SMALL, "--precision", "fp16", "--faults.bad-steps", "1", "--epochs", "6"]
+    done = run_here("train/finetune.py", "--data", recording, "--out", run, *options)
+    assert done.returncode == 0, done.stderr
+    assert "warning" not in done.stdout
+    scale = checkpoint_tensors(run)["optimizer: loss_scale|scale"]
+    assert 1 < scale < 2.0**30
+    assert losses(run)[-1] < losses(run)[0]
+
+
+def test_a_gradient_that_no_scale_makes_finite_ends_the_run():
+    """The loss is finite, and the scale has come down to 1."""
+    warnings: list[str] = []
+    network, stimuli = SimpleNamespace(named_modules=list), SimpleNamespace(stimulus_ids=["a", "b"])
+    steps = NonFiniteSteps(network, stimuli, SimpleNamespace(gather_objects=lambda value: [value]), 3, warnings.append)
+    batch = SimpleNamespace(positions=torch.tensor([0, 1]), weight=torch.ones(2))
+    for number, scale_may_be_why in enumerate([True, True, False, False], start=1):
+        outcome = StepOutcome(torch.tensor(True), torch.tensor(scale_may_be_why))
+        steps.record(number, [batch], torch.tensor(0.5), outcome)
+    assert steps.read() == [0.5, 0.5, None, None]
+    assert [text.split(" is ")[0] for text in warnings] == ["warning: step 3", "warning: step 4"]
+    steps.record(5, [batch], torch.tensor(0.5), StepOutcome(torch.tensor(True), torch.tensor(True)))
+    assert steps.read() == [0.5]
+    steps.record(6, [batch], torch.tensor(0.5), StepOutcome(torch.tensor(True), torch.tensor(False)))
+    with pytest.raises(RunFailed, match="3 steps in a row"):
+        steps.read()
 
 
 def test_running_statistics_survive_a_non_finite_step(recording, tmp_path):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep.shards.manifest import Manifest
-from train.distributed.engine import Engine
+from train.distributed.engine import Engine, clear_if
+from train.distributed.loss_scale import LossScale
 from train.finetuning.optimizer import build_optimizer, set_momentum
 from train.finetuning.schedule import momentum, plateaus, rate_factor
 from train.models.network import Network, parameter_groups
@@ -220,13 +221,13 @@ def test_a_scaled_loss_takes_the_same_steps_and_finds_its_scale_again(tmp_path):
             engine.step()
     for key, x in plain.network.named_parameters():
         torch.testing.assert_close(scaled.network.get_parameter(key), x)
-    before = scaled._scaler.get_scale()
+    before = scaled._loss_scale.tensors()["scale"]
     scaled.backward(scaled.forward(images)["rates"].sum() * torch.inf)
-    scaled.step()
-    assert scaled._scaler.get_scale() == before / 2
+    assert scaled.step().left_out
+    assert scaled._loss_scale.tensors()["scale"] == before / 2
     torch.testing.assert_close(scaled.network.heads["rates"].sites.bias, plain.network.heads["rates"].sites.bias)
     resumed.load_optimizer(scaled.optimizer_tensors())
-    assert resumed._scaler.get_scale() == before / 2
+    assert resumed._loss_scale.tensors() == scaled._loss_scale.tensors()
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -260,3 +261,33 @@ def test_the_gradient_is_clipped_to_its_norm_as_a_whole():
     assert norms[1] == pytest.approx(0.5, rel=1e-3)
     for plain, clipped in zip(*moved, strict=True):
         np.testing.assert_allclose(clipped, plain * (0.5 / norms[0]), atol=2e-5)
+
+
+# ---- what a GPU does instead of reading a flag ---------------------------------------------------------------------
+
+
+def test_the_loss_scale_adapts_as_gradscaler_does():
+    """2,000 good steps double it, an overflow halves it, also at a scale other than the first."""
+    ours, theirs = LossScale(CPU), torch.amp.GradScaler("cpu")
+    loss = theirs.scale(torch.ones(()))
+    assert torch.equal(ours.of(torch.ones(())), loss)
+    for overflowed in [*[0.0] * 1999, 1.0, *[0.0] * 2001, 1.0, 1.0]:
+        found = torch.tensor(overflowed)
+        ours.update(found)
+        theirs._per_optimizer_states[0]["found_inf_per_device"] = {CPU: found}
+        theirs.update()
+        assert torch.equal(ours.of(torch.ones(())), theirs.scale(torch.ones(())))
+    assert torch.equal(ours.inverse, 1 / theirs.scale(torch.ones(())))
+
+
+def test_gradients_are_cleared_with_what_is_not_finite_in_them():
+    gradients = [
+        torch.tensor([1.5, torch.nan, -torch.inf]),
+        torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+    ]
+    before = [gradient.clone() for gradient in gradients]
+    clear_if(torch.tensor(False), gradients)
+    for gradient, kept in zip(gradients, before, strict=True):
+        assert torch.equal(gradient.nan_to_num(7), kept.nan_to_num(7))
+    clear_if(torch.tensor(True), gradients)
+    assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
