@@ -15,6 +15,7 @@ from pydantic import Field
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
 from data_prep.common.worker_processes import usable_cores
+from data_prep.shards.image_rules import ImageRules
 from data_prep.sources.brainio import Brainio
 from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
@@ -31,7 +32,7 @@ EXAMPLES = (
 )
 
 
-class Pack(SplitOptions):
+class Pack(SplitOptions, ImageRules):
     """Pack a recording into a folder of WebDataset shards."""
 
     source: (
@@ -63,7 +64,8 @@ def main() -> None:
     from data_prep.shards.packing import pack
     from data_prep.shards.summary import summary
 
-    folder = pack(options.open_recording(options.source), options.out, options.stimuli_per_shard, options.workers)
+    recording = options.open_recording(options.source)
+    folder = pack(recording, options.out, options.stimuli_per_shard, options.workers, options.image_rules())
     print(summary(folder))
 
 

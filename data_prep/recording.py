@@ -3,10 +3,11 @@
 A source knows its file format but not the shards; the packer knows `Recording` but no file formats.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -36,6 +37,20 @@ class Stimulus:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
+class Deal(Protocol):
+    """How stimuli were dealt to splits at random, so that they can be dealt again once copies among them are known."""
+
+    def __call__(self, copies: np.ndarray) -> list[str]:
+        """The split of every stimulus, dealt so that copies of an image stay together.
+
+        Args:
+            copies: for each stimulus, the position of the first one with the same image, int64 (stimuli,).
+
+        Raises:
+            BadInput: that leaves no training stimuli.
+        """
+
+
 @dataclass(kw_only=True, eq=False)
 class Recording(ABC):
     """Images, sites and responses of one recording, read lazily.
@@ -56,6 +71,7 @@ class Recording(ABC):
         truth: facts known only for a simulation, e.g. `{"reliability": [...]}` per site.
         meta: per stimulus, the part of `Stimulus.meta` that is known before the stimulus is read; None if nothing is.
         split_has_responses: per split, whether its stimuli have responses; None if all do.
+        deal: how the splits were dealt; None if the source gives them.
     """
 
     name: str
@@ -71,6 +87,7 @@ class Recording(ABC):
     truth: dict[str, Any] | None = None
     meta: list[dict[str, Any]] | None = None
     split_has_responses: dict[str, bool] | None = None
+    deal: Deal | None = None
 
     @abstractmethod
     def read(self, indices: Sequence[int]) -> Iterator[Stimulus]:
@@ -83,6 +100,18 @@ class Recording(ABC):
     def has_responses(self, index: int) -> bool:
         """Whether the split of a stimulus has responses."""
         return self.split_has_responses is None or self.split_has_responses.get(self.splits[index], True)
+
+    def dealt_again(self, splits: list[str]) -> Self:
+        """The recording with other splits, which its `deal` made."""
+        other = copy.copy(self)
+        other.splits = splits
+        with_responses = {split for position, split in enumerate(splits) if self.has_responses(position)}
+        other.split_has_responses = {split: split in with_responses for split in SPLITS}
+        rule = self.provenance.get("split")
+        other.provenance = self.provenance | {
+            "split": rule | {"copies": "together"} if isinstance(rule, dict) else rule
+        }
+        return other
 
 
 def trial_average(trials: np.ndarray) -> np.ndarray:

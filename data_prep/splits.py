@@ -2,16 +2,19 @@
 
 from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.errors import BadInput
-from data_prep.recording import SPLITS, Recording, Stimulus
+from data_prep.recording import SPLITS, Deal, Recording, Stimulus
 
 
-def assign_splits(n: int, fractions: Mapping[str, float], seed: int, groups: Sequence[str] | None = None) -> list[str]:
+def assign_splits(
+    n: int, fractions: Mapping[str, float], seed: int, groups: Sequence[str] | np.ndarray | None = None
+) -> list[str]:
     """Assign each of `n` stimuli to a split at random.
 
     The stimuli are permuted by `numpy.random.default_rng(seed).permutation`; the first floor(val * n) go to val, the
@@ -46,6 +49,118 @@ def assign_splits(n: int, fractions: Mapping[str, float], seed: int, groups: Seq
     if "train" not in splits:
         raise BadInput(f"split fractions {dict(fractions)} leave none of {n} stimuli ({len(sizes)} groups) to train on")
     return splits
+
+
+@dataclass(frozen=True)
+class RandomDeal:
+    """A deal by `assign_splits`, see `Deal`.
+
+    Attributes:
+        fractions: share of each split.
+        seed: of the permutation.
+        groups: a group name per stimulus, or None.
+    """
+
+    fractions: Mapping[str, float]
+    seed: int
+    groups: Sequence[str] | None = None
+
+    def __call__(self, copies: np.ndarray) -> list[str]:
+        """See `Deal`."""
+        return assign_splits(len(copies), self.fractions, self.seed, with_copies(self.groups, copies))
+
+
+@dataclass(frozen=True)
+class FoldDeal:
+    """A deal that holds out one of several folds as val, see `Deal`.
+
+    Attributes:
+        folds: their number.
+        fold: the one held out, counted from 1.
+        seed: of the division.
+        groups: a group name per stimulus, or None.
+        name: of the recording, for the message.
+    """
+
+    folds: int
+    fold: int
+    seed: int
+    groups: Sequence[str] | None
+    name: str
+
+    def __call__(self, copies: np.ndarray) -> list[str]:
+        """See `Deal`."""
+        groups = with_copies(self.groups, copies)
+        labels = np.arange(len(copies)) if groups is None else np.asarray(groups)
+        count = len(np.unique(labels))
+        if count < self.folds:
+            raise BadInput(f"--folds {self.folds}: {self.name} has only {count} groups or stimuli")
+        held_out = np.zeros(len(labels), bool)
+        held_out[folds(labels, self.folds, self.seed)[self.fold - 1]] = True
+        return np.where(held_out, "val", "train").tolist()
+
+
+@dataclass(frozen=True)
+class PartialDeal:
+    """A deal of some stimuli of a recording; the source gives the split of the others.
+
+    Attributes:
+        deal: of these stimuli.
+        positions: theirs, ascending.
+        splits: of all stimuli, before.
+    """
+
+    deal: Deal
+    positions: Sequence[int]
+    splits: Sequence[str]
+
+    def __call__(self, copies: np.ndarray) -> list[str]:
+        """See `Deal`."""
+        splits = list(self.splits)
+        dealt = self.deal(merged_groups(copies[list(self.positions)]))
+        for position, split in zip(self.positions, dealt, strict=True):
+            splits[position] = split
+        return splits
+
+
+@dataclass(frozen=True)
+class Dealt:
+    """Splits that a source gives or that were dealt at random.
+
+    Attributes:
+        splits: one per stimulus.
+        rule: how they were made, for the manifest.
+        deal: how to deal them again; None where the source gives them.
+    """
+
+    splits: list[str]
+    rule: Any
+    deal: Deal | None = None
+
+    def within(self, splits: Sequence[str], positions: Sequence[int]) -> "Dealt":
+        """The splits of a whole recording, of which these are the stimuli at `positions`.
+
+        Args:
+            splits: of all stimuli as the source gives them; those at `positions` are replaced.
+            positions: ascending.
+        """
+        whole = list(splits)
+        for position, split in zip(positions, self.splits, strict=True):
+            whole[position] = split
+        return Dealt(whole, self.rule, None if self.deal is None else PartialDeal(self.deal, positions, whole))
+
+
+def with_copies(groups: Sequence[str] | np.ndarray | None, copies: np.ndarray) -> Sequence[str] | np.ndarray | None:
+    """Groups of stimuli, merged where copies of an image are in several; as they are where none is.
+
+    Args:
+        groups: a label per stimulus; None if each is a group of its own.
+        copies: for each stimulus, the position of the first one with the same image.
+    """
+    if groups is None:
+        return None if np.array_equal(copies, np.arange(len(copies))) else copies
+    merged = merged_groups(np.asarray(groups), copies)
+    return groups if len(np.unique(merged)) == len(np.unique(groups)) else merged
 
 
 def grouping_facts(group_by: str | None) -> tuple[str, ...]:
@@ -186,9 +301,9 @@ class SplitOptions(BaseModel):
         if self.split_by is not None:
             facts = _facts(recording, self.split_by)
             groups = [facts[position] for position in positions]
-        splits = self._divide(len(positions), groups, recording.name)
-        rule = {"method": self.split} | {name: getattr(self, name) for name in _OPTIONS_OF[self.split]}
-        return DividedRecording(recording, positions, splits, self.split_by, rule)
+        return DividedRecording(
+            recording, positions, self._divide(len(positions), groups, recording.name), self.split_by
+        )
 
     def _check(self) -> None:
         for name in ("split_by", "split_fractions", "split_seed", "hold_out", "folds", "fold"):
@@ -202,16 +317,16 @@ class SplitOptions(BaseModel):
         if self.split == "k-fold" and self.fold > self.folds:
             raise BadInput(f"--fold {self.fold}: must be 1 to {self.folds}, the number of --folds")
 
-    def _divide(self, n: int, groups: list[str] | None, name: str) -> list[str]:
-        if self.split in ("random", "grouped"):
-            val, test = self.split_fractions
-            return assign_splits(n, {"train": 1 - val - test, "val": val, "test": test}, self.split_seed, groups)
+    def _divide(self, n: int, groups: list[str] | None, name: str) -> Dealt:
+        rule = {"method": self.split} | {name: getattr(self, name) for name in _OPTIONS_OF[self.split]}
         if self.split == "leave-out":
             assert groups is not None, "leave-out needs --split-by"
-            held_out = self._left_out(groups, name)
-        else:
-            held_out = self._in_fold(np.arange(n) if groups is None else np.array(groups), name)
-        return np.where(held_out, "val", "train").tolist()
+            return Dealt(np.where(self._left_out(groups, name), "val", "train").tolist(), rule)
+        deal: Deal = FoldDeal(self.folds, self.fold, self.split_seed, groups, name)
+        if self.split != "k-fold":
+            val, test = self.split_fractions
+            deal = RandomDeal({"train": 1 - val - test, "val": val, "test": test}, self.split_seed, groups)
+        return Dealt(deal(np.arange(n)), rule, deal)
 
     def _left_out(self, groups: list[str], name: str) -> np.ndarray:
         """Which stimuli belong to the groups of --hold-out: bool (stimuli,)."""
@@ -223,15 +338,6 @@ class SplitOptions(BaseModel):
             raise BadInput(f"--hold-out {' '.join(self.hold_out)} covers all of {name}; leave some to train on")
         return held_out
 
-    def _in_fold(self, labels: np.ndarray, name: str) -> np.ndarray:
-        """Which stimuli are in the fold --fold: bool (stimuli,)."""
-        groups = len(np.unique(labels))
-        if groups < self.folds:
-            raise BadInput(f"--folds {self.folds}: {name} has only {groups} groups or stimuli")
-        held_out = np.zeros(len(labels), bool)
-        held_out[folds(labels, self.folds, self.split_seed)[self.fold - 1]] = True
-        return held_out
-
 
 class DividedRecording(Recording):
     """A recording, or the part of it that has responses, with new splits.
@@ -239,14 +345,11 @@ class DividedRecording(Recording):
     Args:
         recording: as its source delivers it.
         positions: of the stimuli to keep, ascending.
-        splits: one per position.
+        dealt: the splits, one per position.
         group_by: the fact that keeps stimuli together.
-        rule: how the splits were made, for the manifest.
     """
 
-    def __init__(
-        self, recording: Recording, positions: list[int], splits: list[str], group_by: str | None, rule: dict[str, Any]
-    ):
+    def __init__(self, recording: Recording, positions: list[int], dealt: Dealt, group_by: str | None):
         super().__init__(
             name=recording.name,
             simulated=recording.simulated,
@@ -257,9 +360,10 @@ class DividedRecording(Recording):
             stimulus_ids=[recording.stimulus_ids[position] for position in positions],
             objects=None if recording.objects is None else [recording.objects[position] for position in positions],
             meta=None if recording.meta is None else [recording.meta[position] for position in positions],
-            splits=splits,
+            splits=dealt.splits,
+            deal=dealt.deal,
             group_by=group_by,
-            provenance=recording.provenance | {"split": rule},
+            provenance=recording.provenance | {"split": dealt.rule},
         )
         self._recording, self._positions = recording, positions
         left_out = len(recording.stimulus_ids) - len(positions)

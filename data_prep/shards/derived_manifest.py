@@ -14,6 +14,7 @@ from data_prep.common.image_decoding import image_size, sniff_encoding
 from data_prep.common.progress import Progress
 from data_prep.common.safe_reading import LONGEST_NAME
 from data_prep.common.terminal import printable
+from data_prep.shards.copies import copy_facts
 from data_prep.shards.image_hashes import HASH_BYTES, encoded_hashes, pixel_hash_of
 from data_prep.shards.index import SplitIndex, checksums
 from data_prep.shards.manifest import Image, Manifest, Rates, Shard, Split
@@ -147,7 +148,9 @@ def derive(folder: Path, tars: dict[str, list[Path]]) -> Derived:
         if responses is not None:
             rates[split] = responses
     index = {split: SplitIndex.joined([tar.index for tar in split_tars]) for split, split_tars in splits.items()}
-    return Derived(_manifest(folder, splits, rates), index)
+    manifest = _manifest(folder, splits, rates)
+    manifest.provenance["copies"] = copy_facts(index)
+    return Derived(manifest, index)
 
 
 def _check_keys(folder: Path, tars: list[_Tar]) -> None:

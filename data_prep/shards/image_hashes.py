@@ -7,6 +7,7 @@ import numpy as np
 
 from data_prep.common.image_decoding import decode
 from data_prep.shards.members import IMAGE_MEMBERS, MEMBERS
+from data_prep.splits import merged_groups
 
 HASH_BYTES = 16  # of SHA-256's 32: enough that no two images of any recording have the same by chance
 _IMAGE_COLUMNS = [MEMBERS.index(kind) for kind in IMAGE_MEMBERS]
@@ -24,7 +25,7 @@ def pixel_hash(pixels: np.ndarray) -> np.ndarray:
         pixels: uint8 (H, W, 3).
     """
     digest = hashlib.sha256(f"{pixels.shape}".encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return _first_bytes(digest)
 
 
@@ -62,6 +63,19 @@ def _images(content: memoryview, extents: np.ndarray) -> Iterator[tuple[memoryvi
         column = next((column for column, (offset, _) in enumerate(of_kind) if offset >= 0), 0)
         offset, size = of_kind[column]
         yield content[max(offset, 0) : max(offset, 0) + size], IMAGE_MEMBERS[column]
+
+
+def first_equal(*hashes: np.ndarray) -> np.ndarray:
+    """For each stimulus, the position of the first one that has a hash in common with it, directly or through others.
+
+    Args:
+        hashes: one or more arrays, uint8 (stimuli, 16).
+
+    Returns:
+        int64 (stimuli,).
+    """
+    numbers = [np.unique(of_kind.view(np.uint64), axis=0, return_inverse=True)[1].reshape(-1) for of_kind in hashes]
+    return merged_groups(*numbers)
 
 
 def _stacked(hashes: list[np.ndarray]) -> np.ndarray:

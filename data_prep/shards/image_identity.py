@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,15 +12,14 @@ import numpy as np
 
 from data_prep.common import locks
 from data_prep.common.atomic_writes import write_npz
-from data_prep.common.errors import CannotWrite
+from data_prep.common.errors import BadInput, CannotWrite
 from data_prep.common.image_decoding import DECODER
 from data_prep.common.progress import Progress
 from data_prep.common.safe_reading import read_npz
 from data_prep.common.worker_processes import usable_cores
 from data_prep.remote.cache import user_cache
 from data_prep.shards.folder import ShardFolder, ShardSplit
-from data_prep.shards.image_hashes import HASH_BYTES, encoded_hash, pixel_hash_of
-from data_prep.splits import merged_groups
+from data_prep.shards.image_hashes import HASH_BYTES, encoded_hash, first_equal, pixel_hash_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,20 @@ class ImageIdentities:
 
     encoded: np.ndarray
     pixels: np.ndarray
+
+    def at(self, positions: np.ndarray) -> "ImageIdentities":
+        """Those of the stimuli at these positions."""
+        return ImageIdentities(self.encoded[positions], self.pixels[positions])
+
+    def names(self) -> Iterator[tuple[bytes, bytes]]:
+        """Two names of each image; stimuli that have one of them in common show the same image."""
+        for encoded, pixels in zip(self.encoded, self.pixels, strict=True):
+            yield b"encoded " + encoded.tobytes(), b"pixels " + pixels.tobytes()
+
+    @classmethod
+    def joined(cls, parts: "Sequence[ImageIdentities]") -> "ImageIdentities":
+        """Those of several sets of stimuli, one after the other."""
+        return cls(np.concatenate([part.encoded for part in parts]), np.concatenate([part.pixels for part in parts]))
 
 
 _computed: WeakKeyDictionary[ShardFolder, dict[str, ImageIdentities]] = WeakKeyDictionary()
@@ -49,7 +63,7 @@ def image_identities(folder: ShardFolder, split: str, silent: bool = False) -> I
         silent: show no progress, as on all ranks but the first.
 
     Raises:
-        BadInput: the folder has no such split, or a shard is damaged.
+        BadInput: the folder has no such split, or a remote shard is damaged.
         RunFailed: a shard cannot be fetched.
     """
     opened = folder.split(split)
@@ -66,12 +80,7 @@ def first_copies(identities: ImageIdentities) -> np.ndarray:
 
     Images are the same if their bytes or their pixels are; int64 (stimuli,).
     """
-    return merged_groups(image_numbers(identities.encoded), image_numbers(identities.pixels))
-
-
-def image_numbers(hashes: np.ndarray) -> np.ndarray:
-    """A number for each different hash of those in uint8 (stimuli, 16): int64 (stimuli,)."""
-    return np.unique(hashes.view(np.uint64), axis=0, return_inverse=True)[1].reshape(-1)
+    return first_equal(identities.encoded, identities.pixels)
 
 
 # ------------------------------------------------------------------------- folders whose index does not hold the hashes
@@ -115,7 +124,12 @@ def compute_identities(split: ShardSplit, silent: bool = False) -> ImageIdentiti
     pixels = np.empty((len(split), HASH_BYTES), np.uint8)
 
     def hash_image(position: int) -> None:
-        data, encoding = split.image(position)
+        try:
+            data, encoding = split.image(position)
+        except BadInput:
+            if split.is_remote:
+                raise
+            data, encoding = split.location(position).encode(), "jpg"  # damaged: it equals no other
         encoded[position], pixels[position] = encoded_hash(data), pixel_hash_of(data, encoding)
 
     label = f"comparing the images of {split.manifest.name}, {split.name}"

@@ -198,6 +198,7 @@ class Manifest(_Strict):
             isinstance(counts, dict) and {"groups", "of"} <= counts.keys() for counts in straddling.values()
         ):
             raise ValueError("straddling must have groups and of for each fact")
+        _check_copies(value.get("copies"))
         return value
 
     @property
@@ -216,6 +217,25 @@ class Manifest(_Strict):
         content = self.model_dump(mode="json", exclude={"checksum"})
         content["checksum"] = _checksum(content)
         write_bytes(path, f"{json.dumps(content, indent=1, allow_nan=False)}\n".encode())
+
+
+def _check_copies(facts: Any) -> None:
+    """Check what data_prep/shards/copies.py wrote, as far as a summary shows it.
+
+    Raises:
+        ValueError: it is of another form.
+    """
+    if facts is None:
+        return
+    if not isinstance(facts, dict) or not {"stimuli", "images", "compared"} <= facts.keys():
+        raise ValueError("copies must have stimuli, images and compared")
+    counts = ("stimuli", "images", "in_several_splits", "in_train_and_held_out")
+    if not all(isinstance(facts.get(name, 0), int) for name in counts):
+        raise ValueError(f"copies: {', '.join(counts)} must be numbers of images or stimuli")
+    examples = facts.get("examples", [])
+    has_examples = isinstance(examples, list) and examples and all(isinstance(example, dict) for example in examples)
+    if "in_several_splits" in facts and not ("in_train_and_held_out" in facts and has_examples):
+        raise ValueError("copies in several splits need in_train_and_held_out and examples")
 
 
 def _checksum(content: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ from data_prep.common.errors import BadInput
 from data_prep.common.image_decoding import decode, image_size
 from data_prep.common.progress import Progress
 from data_prep.recording import Recording, Stimulus
+from data_prep.shards.copies import copy_facts
 from data_prep.shards.folder import ShardFolder, ShardSplit
 from data_prep.shards.image_hashes import pixel_hash
 from data_prep.shards.index import SplitIndex
@@ -166,6 +167,9 @@ def _provenance(recording: Recording, packed: PackedShards) -> dict[str, Any]:
     shared = straddling({split: [shard.groups for shard in shards] for split, shards in packed.of_split.items()})
     if shared:
         provenance["straddling"] = shared
+    copies = copy_facts(packed.split_indexes())
+    if copies is not None:
+        provenance["copies"] = copies
     if "val" not in packed.of_split:
         warnings.append(
             f"none of the {len(recording.stimulus_ids)} stimuli is in val, which evaluate and probe score by default"

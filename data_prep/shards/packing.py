@@ -12,18 +12,21 @@ from dataclasses import dataclass, replace
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
+import numpy as np
+
 from data_prep.common.errors import BadInput, CannotWrite, RunFailed
 from data_prep.common.progress import Progress
 from data_prep.common.safe_reading import is_name
 from data_prep.common.worker_processes import serve_parent
 from data_prep.recording import SPLITS, Recording, Stimulus
+from data_prep.shards.copies import first_copies_in
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.image_rules import DEFAULT_RULES, ImageRules
 from data_prep.shards.new_folder import new_folder
 from data_prep.shards.packed_manifest import PackedShard, PackedShards, StimulusNotes, ceiling_of, manifest_of
 from data_prep.shards.reindexing import write_tables
 from data_prep.shards.writer import write_shard
-from data_prep.splits import grouping_facts
+from data_prep.splits import grouping_facts, merged_groups
 
 PRELOADED = ["data_prep.shards.packing", "webdataset"]  # slow to import: once for all processes
 
@@ -46,7 +49,14 @@ def pack(
     """
     _check_recording(recording)
     with new_folder(out) as folder:
-        packed = _write_shards(recording, folder, shard_jobs(recording.splits, stimuli_per_shard), workers, rules)
+        jobs = shard_jobs(recording.splits, stimuli_per_shard)
+        packed = _write_shards(recording, folder, jobs, workers, rules)
+        dealt = recording if rules.copies == "as-dealt" else _with_copies_together(recording, jobs, packed)
+        if dealt is not recording:
+            for job in jobs:
+                (folder / job.file).unlink()
+            recording, jobs = dealt, shard_jobs(dealt.splits, stimuli_per_shard)
+            packed = _write_shards(recording, folder, jobs, workers, rules)
         manifest = manifest_of(recording, packed)
         try:
             write_tables(folder, manifest, packed.split_indexes(), ceiling_of)
@@ -117,6 +127,21 @@ def shard_jobs(splits: Sequence[str], stimuli_per_shard: int) -> list[ShardJob]:
         for number, start in enumerate(range(0, len(positions), stimuli_per_shard)):
             jobs.append(ShardJob(split, f"{split}-{number:06d}.tar", positions[start : start + stimuli_per_shard]))
     return jobs
+
+
+def _with_copies_together(recording: Recording, jobs: Sequence[ShardJob], packed: PackedShards) -> Recording:
+    """The recording, dealt again if its splits were dealt without knowing which stimuli show the same image.
+
+    Copies show when the images are read. Few recordings have any, so all others are packed in one go.
+    """
+    first = first_copies_in(packed.split_indexes())
+    if recording.deal is None or first is None:
+        return recording
+    positions = np.array([position for job in jobs for position in job.positions])
+    number = np.empty(len(positions), np.int64)
+    number[positions] = first
+    splits = recording.deal(merged_groups(number))
+    return recording if splits == recording.splits else recording.dealt_again(splits)
 
 
 def _write_shards(

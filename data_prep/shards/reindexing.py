@@ -8,6 +8,7 @@ from data_prep.common.errors import BadInput, CannotWrite
 from data_prep.common.progress import Progress
 from data_prep.remote.url import FolderUrl, parse_location
 from data_prep.shards import index, response_table
+from data_prep.shards.copies import copy_facts
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.foreign_tars import is_foreign, open_foreign
 from data_prep.shards.index import SplitIndex, index_shard, write_index
@@ -68,6 +69,9 @@ def reindex(location: Path | str | FolderUrl) -> None:
                 tars.append(index_shard(folder / shard.file, decode=True))
                 progress.advance()
             split_indexes[name] = SplitIndex.joined(tars)
+    copies = copy_facts(split_indexes)
+    if copies is not None:
+        manifest.provenance["copies"] = copies
     try:
         write_tables(folder, manifest, split_indexes)
     except CannotWrite as error:

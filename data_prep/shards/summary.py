@@ -13,6 +13,7 @@ from data_prep.common.errors import BadInput, CannotWrite
 from data_prep.common.image_decoding import rgb_image
 from data_prep.common.progress import Progress
 from data_prep.common.terminal import bold, histogram, printable
+from data_prep.shards.copies import copy_lines, copy_warnings
 from data_prep.shards.folder import ShardFolder, ShardSplit
 from data_prep.shards.manifest import Ceiling, Manifest, from_json_list
 
@@ -42,7 +43,11 @@ def summary(folder: ShardFolder) -> str:
         lines.append(f"  objects {len(manifest.classes)}: {', '.join(manifest.classes[:6])}{more}")
     if manifest.ceiling:
         lines += _ceiling_lines(manifest.ceiling)
-    lines += [f"  warning: {text}" for text in [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]]
+    copies = manifest.provenance.get("copies")
+    lines += copy_lines(copies) if copies else []
+    warnings = [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]
+    warnings += copy_warnings(copies) if copies else []
+    lines += [f"  warning: {text}" for text in warnings]
     title = f"{bold(printable(manifest.name))}{simulated}  in {printable(str(folder.folder))}"
     return "\n".join([title, *map(printable, lines)])  # a name from a file must not control the terminal
 

@@ -70,7 +70,7 @@ class Brainio(HeldOut):
         row_of = self._rows_of_stimuli(table, id_column, names)
         meta = _stimulus_facts(table, row_of, assembly.labels)
         images = ImageFiles(self.images)
-        splits, rule = self.assign(meta, self.source)
+        dealt = self.assign(meta, self.source)
         return BrainioRecording(
             name=self.name or self.source.stem,
             provenance={
@@ -79,14 +79,15 @@ class Brainio(HeldOut):
                 "stimuli": self.stimuli.name,
                 "presentations": sum(map(len, assembly.rows.values())),
                 "selected": {"region": self.region, "animal": self.animal, "time_bin": self.time_bin},
-                "split": rule,
+                "split": dealt.rule,
                 "not_shown": len(table) - len(names),
             },
             sites=assembly.sites,
             response_window_ms=assembly.window_ms,
             units=self.units,
             stimulus_ids=safe_ids(names),
-            splits=splits,
+            splits=dealt.splits,
+            deal=dealt.deal,
             objects=objects_of(meta),
             group_by=self.group_by,
             images=images,

@@ -3,7 +3,7 @@
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from data_prep.sources.files.named_images_recording import NamedImagesRecording
 from data_prep.sources.files.rasters_and_z_scores import count_rasters, to_z_scores
 from data_prep.sources.files.response_arrays import Responses, as_float32, open_npy, open_rates
 from data_prep.sources.files.tables import Table, parse_cells, read_table, row_facts, text_cells
+from data_prep.splits import Dealt
 
 RATES_FILES = ("rates.npy", "rates.csv", "rates.parquet")
 SITE_ID_COLUMNS = ("id", "site_id", "neuroid_id")
@@ -78,7 +79,7 @@ class Folder(HeldOut):
         ids = _stimulus_ids(table)
         images = _image_paths(table, self.source)
         objects = self._objects(table)
-        splits, split_rule = self._splits(table)
+        dealt = self._splits(table)
         responses = self._responses(table)
         sites = self._sites(responses.primary)
         recorded = responses.check_finite(ids, [site["id"] for site in sites])
@@ -90,8 +91,7 @@ class Folder(HeldOut):
             "responses": responses.file_names,
             "rates": "mean over repetitions" if responses.rates is None else "as given",
             **self._processing(),
-            "split": split_rule,
-            "warnings": _shared_images(images, splits),
+            "split": dealt.rule,
         }
         if converted:
             provenance["converted_to_png"] = f"{converted} of {len(ids)} images were neither JPEG nor PNG"
@@ -102,7 +102,8 @@ class Folder(HeldOut):
             response_window_ms=self.window_ms,
             units=self.units or self._default_units(),
             stimulus_ids=ids,
-            splits=splits,
+            splits=dealt.splits,
+            deal=dealt.deal,
             objects=objects,
             group_by=self.group_by,
             images=ImageFiles(self.source),
@@ -110,7 +111,7 @@ class Folder(HeldOut):
             meta=_meta(table, objects),
             files=responses,
             split_has_responses={
-                split: any(recorded[i] for i, other in enumerate(splits) if other == split) for split in SPLITS
+                split: any(recorded[i] for i, other in enumerate(dealt.splits) if other == split) for split in SPLITS
             },
         )
 
@@ -119,19 +120,19 @@ class Folder(HeldOut):
             return None
         return table.complete_column(self.object_column, "--object-column")
 
-    def _splits(self, table: Table) -> tuple[list[str], Any]:
-        """The split of every stimulus, and how it was made."""
+    def _splits(self, table: Table) -> Dealt:
+        """The split of every stimulus."""
         facts: list[dict[str, Any]] = [{} for _ in range(len(table))]
         if self.group_by is not None:
             facts = [{self.group_by: cell} for cell in table.complete_column(self.group_by, "--group-by")]
         if "split" not in table.columns:
-            splits, rule = self.assign(facts, table.path)
-            return splits, {"method": "random" if self.group_by is None else "grouped", **rule}
+            dealt = self.assign(facts, table.path)
+            return replace(dealt, rule={"method": "random" if self.group_by is None else "grouped", **dealt.rule})
         self.refuse_split_options(f"{table.path} has a column split", allowed=("group_by",))
         for i, split in enumerate(table.columns["split"]):
             if split not in SPLITS:
                 raise BadInput(f"{table.location(i)}: split must be one of {', '.join(SPLITS)}, not {split!r}")
-        return list(table.columns["split"]), "column split"
+        return Dealt(list(table.columns["split"]), "column split")
 
     def _responses(self, table: Table) -> "ResponseFiles":
         """The responses as they go into the recording."""
@@ -327,17 +328,6 @@ def _check_images(root: Path, images: list[str], table: Table) -> int:
             reason = getattr(error, "strerror", None) or error
             raise BadInput(f"{table.location(i)}: the image {path} cannot be read ({reason})") from error
     return converted
-
-
-def _shared_images(images: list[str], splits: list[str]) -> list[str]:
-    """A warning if an image file is used in more than one split, which makes held-out scores too good."""
-    splits_of: dict[str, set[str]] = {}
-    for image, split in zip(images, splits, strict=True):
-        splits_of.setdefault(os.path.normpath(image), set()).add(split)
-    shared = sorted(image for image, image_splits in splits_of.items() if len(image_splits) > 1)
-    if not shared:
-        return []
-    return [f"{len(shared)} image files are in more than one split, e.g. {shared[0]}"]
 
 
 def _meta(table: Table, objects: list[str] | None) -> list[dict[str, Any]]:

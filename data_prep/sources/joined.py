@@ -21,6 +21,7 @@ from data_prep.sources.files.held_out import HeldOut
 from data_prep.sources.files.ids import select_sites
 from data_prep.sources.files.named_images_recording import objects_of
 from data_prep.sources.files.presentations import pad_repetitions
+from data_prep.splits import Dealt
 
 if TYPE_CHECKING:
     from data_prep.shards.folder import ShardFolder, ShardSplit
@@ -61,9 +62,9 @@ class Joined(HeldOut):
         occurrences = _occurrences(folder_splits)
         sites, keep = self._sites(folders)
         meta = [_merged_meta(stimulus, by_folder) for stimulus, by_folder in occurrences.items()]
-        splits, rule = self._splits(occurrences, meta)
-        split_has_responses = dict.fromkeys(splits, False)
-        for split, by_folder in zip(splits, occurrences.values(), strict=True):
+        dealt = self._splits(occurrences, meta)
+        split_has_responses = dict.fromkeys(dealt.splits, False)
+        for split, by_folder in zip(dealt.splits, occurrences.values(), strict=True):
             split_has_responses[split] |= any(occurrence.split.has_responses for occurrence in by_folder.values())
         manifests = [folder.manifest for folder in folders]
         packed_group_by = _common_value([manifest.group_by for manifest in manifests])
@@ -71,7 +72,7 @@ class Joined(HeldOut):
             name=self.name or "+".join(manifest.name for manifest in manifests),
             provenance={
                 "source": "joined",
-                "split": rule,
+                "split": dealt.rule,
                 "selected": {"region": self.region},
                 "recordings": [
                     {
@@ -89,7 +90,8 @@ class Joined(HeldOut):
             response_window_ms=_common_value([manifest.response_window_ms for manifest in manifests]),
             units=_common_value([manifest.rates.units for manifest in manifests]) or "differ between the recordings",
             stimulus_ids=list(occurrences),
-            splits=splits,
+            splits=dealt.splits,
+            deal=dealt.deal,
             objects=objects_of(meta),
             group_by=self.group_by if self.new_split else packed_group_by,
             occurrences=list(occurrences.values()),
@@ -118,10 +120,8 @@ class Joined(HeldOut):
             sites += [site | {"id": f"{prefix}{site['id']}"} | facts for site in folder.manifest.sites]
         return sites, select_sites(sites, "region", self.region, "--region", "joined")
 
-    def _splits(
-        self, occurrences: Mapping[str, Mapping[int, Occurrence]], meta: list[dict[str, Any]]
-    ) -> tuple[list[str], Any]:
-        """The split of every stimulus, and how it was made."""
+    def _splits(self, occurrences: Mapping[str, Mapping[int, Occurrence]], meta: list[dict[str, Any]]) -> Dealt:
+        """The split of every stimulus."""
         if self.new_split:
             return self.assign(meta, self.source[0])
         self.refuse_split_options("the splits stay as packed without --new-split")
@@ -137,7 +137,7 @@ class Joined(HeldOut):
                     "split, or make a new one with --new-split"
                 )
             splits.append(packed_splits.pop())
-        return splits, "as packed"
+        return Dealt(splits, "as packed")
 
 
 @dataclass(frozen=True, slots=True)

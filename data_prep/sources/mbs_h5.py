@@ -34,6 +34,7 @@ from data_prep.sources.files.presentations import (
     rows_by_stimulus,
     rows_in_memory,
 )
+from data_prep.splits import Dealt
 
 if TYPE_CHECKING:
     import h5py
@@ -84,19 +85,20 @@ class MbsH5(HeldOutVal):
             recorded = {split for split in file_splits if any(hdf5.contains(file, area.path(split)) for area in areas)}
         names, ids = list(split_of), safe_ids(list(split_of))
         meta = [source_id(name, safe_id) for name, safe_id in zip(names, ids, strict=True)]
-        splits, rule = self._splits(list(split_of.values()), file_splits, meta)
+        dealt = self._splits(list(split_of.values()), file_splits, meta)
         return MbsH5Recording(
             name=self.name or self.source.stem,
             provenance={
                 "source": "mbs-h5",
                 "path": str(self.source.resolve()),
                 "selected": {"subject": self.subject, "region": self.region},
-                "split": rule,
+                "split": dealt.rule,
             },
             sites=sites,
             units=self.units,
             stimulus_ids=ids,
-            splits=splits,
+            splits=dealt.splits,
+            deal=dealt.deal,
             group_by=self.group_by,
             images=images,
             image_names=image_names,
@@ -107,7 +109,7 @@ class MbsH5(HeldOutVal):
             origin=list(split_of.items()),
             recorded=recorded,
             split_has_responses={
-                split: file_split in recorded for split, file_split in zip(splits, split_of.values(), strict=True)
+                split: file_split in recorded for split, file_split in zip(dealt.splits, split_of.values(), strict=True)
             },
         )
 
@@ -138,20 +140,14 @@ class MbsH5(HeldOutVal):
                     )
         return split_of
 
-    def _splits(
-        self, in_file: list[str], file_splits: Sequence[str], meta: list[dict[str, Any]]
-    ) -> tuple[list[str], Any]:
-        """The split of every stimulus, and how it was made; val is taken from train if the file has none."""
+    def _splits(self, in_file: list[str], file_splits: Sequence[str], meta: list[dict[str, Any]]) -> Dealt:
+        """The split of every stimulus; val is taken from train if the file has none."""
         if "val" in file_splits:
             self.refuse_split_options(f"{self.source} has a split val")
         training = [i for i, split in enumerate(in_file) if split == "train"]
         if "val" in file_splits or not training:
-            return in_file, "as in the file"
-        assigned, rule = self.assign([meta[i] for i in training], self.source)
-        splits = list(in_file)
-        for i, split in zip(training, assigned, strict=True):
-            splits[i] = split
-        return splits, rule
+            return Dealt(in_file, "as in the file")
+        return self.assign([meta[i] for i in training], self.source).within(in_file, training)
 
     def _find_images(self, file: h5py.File, split_of: Mapping[str, str]) -> tuple[ImageStore, list[str]]:
         """Where the images are stored, and the name of each stimulus's image there."""

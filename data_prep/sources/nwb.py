@@ -88,7 +88,7 @@ class Nwb(HeldOut):
         meta = [
             _as_meta(known) | source_id(name, safe_id) for known, name, safe_id in zip(facts, rows, ids, strict=True)
         ]
-        splits, rule = self.assign(meta, self.source)
+        dealt = self.assign(meta, self.source)
         return NwbRecording(
             name=self.name or self.source.stem,
             provenance={
@@ -98,13 +98,14 @@ class Nwb(HeldOut):
                 "columns": {"onset": presentations.onset_column, "stimulus": presentations.stimulus_column},
                 "windows_ms": self.window_ms,
                 "selected": {"region": self.region},
-                "split": rule,
+                "split": dealt.rule,
             },
             sites=_sites(units, self.window_ms),
             response_window_ms=self.window_ms[0] if len(self.window_ms) == 1 else None,
             units="spikes/s",
             stimulus_ids=ids,
-            splits=splits,
+            splits=dealt.splits,
+            deal=dealt.deal,
             objects=objects_of(meta),
             group_by=self.group_by,
             images=images,

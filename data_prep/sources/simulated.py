@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 
 from data_prep.common.errors import BadInput
 from data_prep.recording import Recording, Stimulus, trial_average
-from data_prep.splits import assign_splits
+from data_prep.splits import RandomDeal
 
 JPEG_QUALITY = 90
 
@@ -55,6 +55,7 @@ class Simulated(BaseModel, extra="forbid", use_attribute_docstrings=True):
                 "stimuli; their sum must be below 1"
             )
         held_out = {"val": self.val_fraction, "test": self.test_fraction}
+        deal = RandomDeal({"train": 1 - sum(held_out.values())} | held_out, self.seed)
         objects = [OBJECTS[index % len(OBJECTS)] for index in range(self.stimuli)]
         population = model.make_population(self.seed, self.sites)
         mean_rates = model.mean_rates(population, model.stimulus_drives(population, self.seed, self.stimuli))
@@ -70,7 +71,8 @@ class Simulated(BaseModel, extra="forbid", use_attribute_docstrings=True):
             response_window_ms=model.WINDOW_MS,
             units="spikes/s (simulated)",
             stimulus_ids=[f"simulated_{index:06d}" for index in range(self.stimuli)],
-            splits=assign_splits(self.stimuli, {"train": 1 - sum(held_out.values())} | held_out, self.seed),
+            splits=deal(np.arange(self.stimuli)),
+            deal=deal,
             objects=objects,
             truth={
                 "reliability": model.true_reliability(mean_rates, self.repetitions).tolist(),

@@ -80,7 +80,8 @@ class Tvsd(HeldOutVal):
         sites = [_site(monkey, channel, qualities) for channel in channels.tolist()]
         names = paths["train"] + paths["test"]
         meta = [{"object": Path(name).parent.name or Path(name).stem, "things_path": name} for name in names]
-        train_splits, rule = self.assign(meta[:train_stimuli], self.source)
+        in_file = ["train"] * train_stimuli + ["test"] * test_stimuli
+        dealt = self.assign(meta[:train_stimuli], self.source).within(in_file, range(train_stimuli))
         images = ImageFiles(self.images)
         regions = {site["region"] for site in sites}
         return TvsdRecording(
@@ -90,13 +91,14 @@ class Tvsd(HeldOutVal):
                 "path": str(self.source.resolve()),
                 "monkey": monkey,
                 "selected": {"region": self.region, "min_reliability": self.min_reliability},
-                "split": {"test": "as in the dataset", **rule},
+                "split": {"test": "as in the dataset", **dealt.rule},
             },
             sites=sites,
             response_window_ms=WINDOWS_MS[regions.pop()] if len(regions) == 1 else None,
             units="normalised multi-unit activity",
             stimulus_ids=safe_ids([Path(name).stem for name in names]),
-            splits=train_splits + ["test"] * test_stimuli,
+            splits=dealt.splits,
+            deal=dealt.deal,
             objects=[facts["object"] for facts in meta],
             group_by=self.group_by,
             images=images,

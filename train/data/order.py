@@ -197,7 +197,7 @@ class StimulusGroups:
 
     Attributes:
         labels: of each stimulus's group (any comparable dtype); unique labels give a plain random split.
-        keys: per stimulus, the same for its group in other recordings.
+        keys: per stimulus, what other recordings call it or its group; the stimuli of a group may have several.
     """
 
     labels: np.ndarray
@@ -229,6 +229,7 @@ def inner_splits(recordings: Sequence[StimulusGroups], fraction: float, seed: in
     for groups in recordings:
         inner = np.array([is_inner.get(key, False) for key in groups.keys], bool)
         free = np.array([key not in is_inner for key in groups.keys], bool)
+        inner, free = _any_of_group(groups.labels, inner), ~_any_of_group(groups.labels, ~free)
         wanted = fraction * len(inner) - inner.sum()
         if not inner.any() and not free.any():  # earlier recordings fit all of its stimuli
             free[:] = True
@@ -238,6 +239,12 @@ def inner_splits(recordings: Sequence[StimulusGroups], fraction: float, seed: in
         is_inner |= dict(zip(groups.keys, inner.tolist(), strict=True))
         divided.append(InnerSplit(np.flatnonzero(~inner), np.flatnonzero(inner)))
     return divided
+
+
+def _any_of_group(labels: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The stimuli with any of their group among the `chosen`; both bool (stimuli,)."""
+    group_of = np.unique(labels, return_inverse=True)[1]
+    return np.bincount(group_of, weights=chosen)[group_of] > 0
 
 
 def _draw_groups(labels: np.ndarray, wanted: float, seed: int, spare: int) -> np.ndarray:

@@ -13,15 +13,17 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder, ShardSplit
+from data_prep.shards.image_identity import ImageIdentities, first_copies, image_identities
 from data_prep.shards.manifest import Manifest, Rates, Split
-from data_prep.splits import folds
+from data_prep.splits import folds, with_copies
 from train.data.bad_samples import BadSamples
 from train.data.order import InnerSplit, StimulusGroups, inner_splits, nested_subset
+from train.distributed.launch_environment import rank
 from train.run.folder import is_folder_name
 from train.run.recipe import LEAST_CORRELATED, EarlyStopping, Recipe
 
 FOLD_SEED = 0  # of early_stopping.folds: runs with different seeds leave out the same stimuli
-Images = set[tuple[str, int]]  # identified by the stimulus's id and the size of the file in bytes
+Images = set[bytes]  # by both names of each, see ImageIdentities
 
 
 @dataclass
@@ -168,7 +170,7 @@ class Recordings:
 
     def _train_stimuli(self, folder: ShardFolder, recipe: Recipe, screening: BadSamples) -> "_TrainStimuli":
         split = folder.split("train")
-        return _TrainStimuli(split, subset_positions(split, recipe), self._readable(split, recipe, screening))
+        return _TrainStimuli(folder, split, subset_positions(split, recipe), self._readable(split, recipe, screening))
 
     def _readable(self, split: ShardSplit, recipe: Recipe, screening: BadSamples) -> np.ndarray:
         return screening.usable_positions(
@@ -180,15 +182,20 @@ class Recordings:
 
     def _hold_out(self, divisions: list[FitAndSelection]) -> None:
         """Leave out of each recording's train split the stimuli that other recordings hold out."""
+        if len(self) == 1:
+            return
         reported = [self._reported(folder) for folder in self.folders]
-        selecting = [_images(division.selection_split, division.selection) for division in divisions]
+        selecting = [
+            _images(folder, division.selection_split.name, division.selection)
+            for folder, division in zip(self.folders, divisions, strict=True)
+        ]
         for number, division in enumerate(divisions):
             before = len(division.fit) + len(division.selection)
             held_out = set().union(*(images for k, images in enumerate(reported) if k != number))
             if division.selection_split is division.train:
-                division.selection = _without(division.train, division.selection, held_out)
+                division.selection = _without(self.folders[number], division.selection, held_out)
             held_out = held_out.union(*(images for k, images in enumerate(selecting) if k != number))
-            division.fit = _without(division.train, division.fit, held_out)
+            division.fit = _without(self.folders[number], division.fit, held_out)
             division.left_out = before - len(division.fit) - len(division.selection)
             if division.left_out and not (len(division.fit) and len(division.selection)):
                 raise BadInput(
@@ -197,21 +204,25 @@ class Recordings:
                 )
 
     def _reported(self, folder: ShardFolder) -> Images:
-        names = [name for name in folder.manifest.splits if name != "train"] if len(self) > 1 else []
-        return set().union(*(_images(folder.split(name)) for name in names))
+        names = [name for name in folder.manifest.splits if name != "train"]
+        return set().union(*(_images(folder, name) for name in names))
 
 
-def _images(split: ShardSplit, positions: np.ndarray | None = None) -> Images:
-    images = list(zip(split.stimulus_ids, split.image_sizes.tolist(), strict=True))
-    return set(images if positions is None else [images[position] for position in positions])
+def _identities(folder: ShardFolder, split: str) -> ImageIdentities:
+    return image_identities(folder, split, silent=rank() != 0)
 
 
-def _without(split: ShardSplit, positions: np.ndarray, held_out: Images) -> np.ndarray:
-    """The positions whose images are not held out."""
+def _images(folder: ShardFolder, split: str, positions: np.ndarray | None = None) -> Images:
+    identities = _identities(folder, split)
+    return set().union(*(identities if positions is None else identities.at(positions)).names())
+
+
+def _without(folder: ShardFolder, positions: np.ndarray, held_out: Images) -> np.ndarray:
+    """The positions in train whose images are not held out."""
     if not held_out:
         return positions
-    sizes = split.image_sizes
-    return positions[np.array([(split.stimulus_ids[k], int(sizes[k])) not in held_out for k in positions], bool)]
+    names = _identities(folder, "train").at(positions).names()
+    return positions[np.array([held_out.isdisjoint(of_image) for of_image in names], bool)]
 
 
 def subset_positions(train: ShardSplit, recipe: Recipe) -> np.ndarray:
@@ -228,27 +239,31 @@ class _TrainStimuli:
     """The stimuli of a train split.
 
     Attributes:
+        folder: of the shards.
         split: theirs.
         used: positions of those that the recipe uses.
         readable: positions of those that can be read.
     """
 
+    folder: ShardFolder
     split: ShardSplit
     used: np.ndarray
     readable: np.ndarray
 
 
 def _groups(train: _TrainStimuli) -> StimulusGroups:
-    """The groups of the stimuli that are used; one that cannot be read is a group of its own."""
-    split = train.split
+    """The groups of the stimuli that are used, copies of an image together; one that cannot be read has its own."""
+    split, identities = train.split, _identities(train.folder, "train")
     labels = list(split.stimulus_ids)
-    keys: list[Hashable] = list(zip(split.stimulus_ids, split.image_sizes.tolist(), strict=True))
+    keys: list[Hashable] = [pixels.tobytes() for pixels in identities.pixels]
     group_by = split.manifest.group_by
     if group_by is not None:
         for position in np.intersect1d(train.used, train.readable).tolist():
             labels[position] = str(split.meta(position).get(group_by))
             keys[position] = (group_by, labels[position])
-    return StimulusGroups(np.array(labels)[train.used], [keys[position] for position in train.used])
+    copies = first_copies(identities.at(train.used))
+    groups = with_copies(np.array(labels)[train.used], copies)
+    return StimulusGroups(np.asarray(groups), [keys[position] for position in train.used])
 
 
 def _inner_splits(recordings: Sequence[StimulusGroups], settings: EarlyStopping, seed: int) -> list[InnerSplit]:

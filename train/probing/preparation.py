@@ -12,14 +12,15 @@ import torch
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
+from data_prep.shards.image_identity import ImageIdentities, first_copies, image_identities
 from data_prep.shards.manifest import Manifest
-from data_prep.splits import folds
+from data_prep.splits import folds, with_copies
 from train.data.bad_samples import BadSamples
 from train.data.image_cache import ImageCaches
 from train.data.loader import workers_per_rank
 from train.data.order import nested_subset
 from train.data.stimuli import RecordingStimuli
-from train.distributed.launch_environment import ranks_on_machine, world_size
+from train.distributed.launch_environment import rank, ranks_on_machine, world_size
 from train.evaluation.scoring import check_enough_stimuli
 from train.models.backbone import Backbone
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
@@ -198,14 +199,21 @@ def _partition(
     """Fit on train and score the split, or with cv, score each fold with a fit on the others."""
     facts = [stimuli.split.meta(position) for stimuli in splits.values() for position in stimuli.subset.tolist()]
     positions = np.arange(len(facts))
+    copies = first_copies(
+        ImageIdentities.joined(
+            [image_identities(shards, name, silent=rank() != 0).at(stimuli.subset) for name, stimuli in splits.items()]
+        )
+    )
     if split == "cv":
         settings = recipe.cross_validation
-        held_out_sets = _outer_folds(facts, recipe)
+        held_out_sets = held_out_folds(facts, copies, recipe)
         key = settings.key if settings.by == "grouped" else None
     else:
         held_out_sets = [positions[len(splits["train"]) :]]
         key = shards.manifest.group_by
-    groups = positions if key is None else np.array([str(stimulus.get(key)) for stimulus in facts])
+    labels = None if key is None else np.array([str(stimulus.get(key)) for stimulus in facts])
+    with_their_copies = with_copies(labels, copies)
+    groups = positions if with_their_copies is None else np.asarray(with_their_copies)
     partitions = []
     for held_out in held_out_sets:
         fit = np.setdiff1d(positions, held_out)
@@ -213,13 +221,19 @@ def _partition(
     return partitions
 
 
-def _outer_folds(facts: list[dict[str, Any]], recipe: ProbeRecipe) -> list[np.ndarray]:
+def held_out_folds(facts: list[dict[str, Any]], copies: np.ndarray, recipe: ProbeRecipe) -> list[np.ndarray]:
+    """The stimuli of each fold; copies of an image are in one."""
     settings = recipe.cross_validation
-    labels = np.arange(len(facts))
+    labels = copies
     if settings.by != "random":
         if any(settings.key not in stimulus for stimulus in facts):
             raise BadInput(f"cross_validation.key: not every stimulus has a {settings.key!r}; use by: random")
         labels = np.array([str(stimulus[settings.key]) for stimulus in facts])
-    if settings.by != "stratified" and len(np.unique(labels)) < settings.folds:
+    if settings.by == "stratified":
+        images = np.flatnonzero(copies == np.arange(len(copies)))
+        of_images = folds(labels[images], settings.folds, recipe.seed, stratified=True)
+        return [np.flatnonzero(np.isin(copies, images[fold])) for fold in of_images]
+    labels = np.asarray(with_copies(labels, copies))
+    if len(np.unique(labels)) < settings.folds:
         raise BadInput(f"cross_validation.folds: {len(np.unique(labels))} groups cannot fill {settings.folds} folds")
-    return folds(labels, settings.folds, recipe.seed, stratified=settings.by == "stratified")
+    return folds(labels, settings.folds, recipe.seed)

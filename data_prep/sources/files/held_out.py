@@ -4,10 +4,11 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, Field
 
 from data_prep.common.errors import BadInput
-from data_prep.splits import assign_splits
+from data_prep.splits import Dealt, RandomDeal
 
 
 class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
@@ -23,15 +24,12 @@ class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
     def _held_out(self) -> dict[str, float]:
         return {"val": self.val_fraction}
 
-    def assign(self, meta: Sequence[dict[str, Any]], path: Path) -> tuple[list[str], dict[str, Any]]:
+    def assign(self, meta: Sequence[dict[str, Any]], path: Path) -> Dealt:
         """Assign stimuli to splits at random.
 
         Args:
             meta: facts about each stimulus, `group_by` among them.
             path: of the source, for the message.
-
-        Returns:
-            A split for each stimulus, and the rule for the provenance.
 
         Raises:
             BadInput: a stimulus lacks the fact to group by, or none is left to train on.
@@ -45,8 +43,9 @@ class HeldOutVal(BaseModel, extra="forbid", use_attribute_docstrings=True):
                 )
             groups = [str(facts[self.group_by]) for facts in meta]
         held_out = self._held_out()
-        splits = assign_splits(len(meta), {"train": 1.0 - sum(held_out.values())} | held_out, self.seed, groups)
-        return splits, {"seed": self.seed, "group_by": self.group_by, **held_out}
+        deal = RandomDeal({"train": 1.0 - sum(held_out.values())} | held_out, self.seed, groups)
+        rule = {"seed": self.seed, "group_by": self.group_by, **held_out}
+        return Dealt(deal(np.arange(len(meta))), rule, deal)
 
     def refuse_split_options(self, reason: str, allowed: Collection[str] = ()) -> None:
         """Refuse these options, except those `allowed`, because they would be ignored; `reason` starts the sentence."""

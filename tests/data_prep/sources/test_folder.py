@@ -182,13 +182,6 @@ def test_columns_of_numbers_are_numbers_and_names_stay_names(tmp_path):
     assert first.meta["object"] == "n1"
 
 
-def test_one_image_in_two_splits_is_warned_about(tmp_path):
-    make_folder(tmp_path, splits=True)
-    edit_stimuli(tmp_path, image={3: "images/stim0000.png"})
-    (warning,) = Folder(source=tmp_path).open().provenance["warnings"]
-    assert "more than one split" in warning
-
-
 def test_the_command_line(tmp_path):
     make_folder(tmp_path)
     source = tyro.cli(Folder, args=[str(tmp_path), "--window-ms", "70", "170", "--units", "spikes/s"])
