@@ -26,7 +26,7 @@ from harness import ROOT, run_checked
 
 sys.path.insert(0, str(ROOT))
 
-from data_prep.ceiling import percentile_interval
+from data_prep.confidence_interval import confidence_interval
 from train.evaluation.confidence_intervals import bootstrap_means
 from train.evaluation.metrics import mean_score
 from train.regression.methods import r2_per_site
@@ -243,8 +243,9 @@ def scores(folders: Sequence[Path]) -> dict[str, Any]:
             parts.append((arrays["prediction"], arrays["target"]))
     prediction, target = (np.concatenate(rows) for rows in zip(*parts, strict=True))
     metrics = json.loads((folders[0] / "eval" / "val" / "metrics.json").read_text())
-    resampled = bootstrap_means(prediction, target)
-    scored = {"r2": mean_score(r2_per_site(prediction, target)), "ci95": percentile_interval(resampled["r2"])}
+    r2 = mean_score(r2_per_site(prediction, target))
+    interval = confidence_interval(r2, bootstrap_means(prediction, target)["r2"], len(target))
+    scored = {"r2": r2, "ci95": interval}
     scored |= {"stimuli": len(target), "training_stimuli": metrics.get("training_stimuli")}
     if len(folders) == 1:
         regression = metrics["regression"]

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.confidence_interval import confidence_interval
+
 CONSTANT = 1e-24  # a variance below this fraction of the squared mean is float64 rounding of a constant
 MIN_STIMULI = 4  # with at least two repetitions; the unbiased estimate needs more than three
 RESAMPLES, BOOTSTRAP_SEED = 1000, 0
@@ -44,16 +46,21 @@ class CeilingEstimate:
     explainable_share: np.ndarray
 
     @property
-    def ci95(self) -> list[list[float] | None]:
+    def ci95(self) -> list[tuple[float, float] | None]:
         """95 % confidence interval of each site's reliability."""
-        return [percentile_interval(values) for values in self.resampled.T]
+        stimuli = len(self.repetitions)
+        sites = zip(self.reliability, self.resampled.T, strict=True)
+        return [confidence_interval(reliability, values, stimuli) for reliability, values in sites]
 
     @property
-    def mean_ci95(self) -> list[float] | None:
+    def mean_ci95(self) -> tuple[float, float] | None:
         """95 % confidence interval of the mean reliability over sites."""
+        if np.isnan(self.reliability).all():
+            return None
         known = ~np.isnan(self.resampled)
         with np.errstate(invalid="ignore"):
-            return percentile_interval(np.where(known, self.resampled, 0).sum(axis=1) / known.sum(axis=1))
+            means = np.where(known, self.resampled, 0).sum(axis=1) / known.sum(axis=1)
+        return confidence_interval(float(np.nanmean(self.reliability)), means, len(self.repetitions))
 
 
 def estimate_ceiling(blocks: Iterable[np.ndarray]) -> CeilingEstimate | None:
@@ -95,12 +102,6 @@ def _estimate_block(trials: np.ndarray) -> CeilingEstimate:
         noise_ceiling=components.noise_ceiling,
         explainable_share=components.explainable_share,
     )
-
-
-def percentile_interval(values: np.ndarray) -> list[float] | None:
-    """The central 95 % of bootstrap values; None if none is finite."""
-    values = values[np.isfinite(values)]
-    return [float(bound) for bound in np.percentile(values, (2.5, 97.5))] if values.size else None
 
 
 # ------------------------------------------------------------------------------------------- variance components

@@ -23,7 +23,18 @@ TRAIN = (
     "planning",
     "reporting",
 )
-DATA_PREP = ("common", "remote", "recording", "spikes", "ceiling", "splits", "shards", "sources.files", "sources")
+DATA_PREP = (
+    "common",
+    "remote",
+    "recording",
+    "spikes",
+    "confidence_interval",
+    "ceiling",
+    "splits",
+    "shards",
+    "sources.files",
+    "sources",
+)
 COMMANDS = {"data_prep": ("pack", "show", "fetch"), "train": tuple(path.stem for path in ROOT.glob("train/[!_]*.py"))}
 LONGEST_COMMAND = 80  # lines
 # Who may know a library; everybody else asks them.

@@ -1,19 +1,16 @@
 """Compares models that predict the same stimuli, by a paired bootstrap.
 
 All models are resampled with the same stimuli (Efron and Tibshirani 1993, chapter 16 on paired data; Koehn 2004 for
-scores of systems), so what is hard or easy for all of them cancels in their difference. The interval is the percentile
-interval with the expanded tails of Hesterberg (2015, "What teachers should know about the bootstrap", section 4.3),
-which correct for resamples spreading less than samples do when stimuli are few.
+scores of systems), so what is hard or easy for all of them cancels in their difference.
 """
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm, t
 
+from data_prep.confidence_interval import confidence_interval
 from train.evaluation.confidence_intervals import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, bootstrap_means
 from train.evaluation.metrics import LOWER_IS_BETTER
 
@@ -75,19 +72,10 @@ def leads(
     values = [None if means is None else means.get(metric) for means in resampled]
     models_ahead = []
     for better, worse in itertools.pairwise(ranked):
+        difference = signed[better] - signed[worse]
         values_of_better, values_of_worse = values[better], values[worse]
         interval = None
         if values_of_better is not None and values_of_worse is not None:
-            interval = paired_interval(sign * (values_of_better - values_of_worse), stimuli)
-        models_ahead.append(Lead(better, worse, signed[better] - signed[worse], interval))
+            interval = confidence_interval(difference, sign * (values_of_better - values_of_worse), stimuli)
+        models_ahead.append(Lead(better, worse, difference, interval))
     return models_ahead
-
-
-def paired_interval(differences: np.ndarray, stimuli: int) -> tuple[float, float] | None:
-    """The 95 % interval of a difference from its values on resamples of `stimuli` stimuli; None if it has none."""
-    differences = differences[np.isfinite(differences)]
-    if stimuli < 2 or not len(differences):
-        return None
-    tail = float(norm.cdf(math.sqrt(stimuli / (stimuli - 1)) * t.ppf(0.025, stimuli - 1)))
-    low, high = np.quantile(differences, [tail, 1 - tail])
-    return float(low), float(high)

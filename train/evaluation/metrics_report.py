@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.ceiling import percentile_interval
 from data_prep.common.errors import DIVERGED, RunFailed
+from data_prep.confidence_interval import confidence_interval
 from data_prep.shards.manifest import Manifest, from_json_list, to_json_list
 from train.data.stimuli import RecordingStimuli, fingerprint
 from train.evaluation.classification import classification_report
@@ -106,7 +106,7 @@ def regression_report(
     if len(response) > 1:
         resampled = bootstrap_means(prediction, response, reliability=reliability, noise=noise)
     report: dict[str, Any] = {
-        name: _summary(per_site, percentile_interval(resampled[name])) for name, per_site in scores.items()
+        name: _summary(per_site, resampled[name], len(response)) for name, per_site in scores.items()
     }
     undefined = np.isnan(scores["r2"])
     if undefined.any():
@@ -120,8 +120,9 @@ def regression_report(
     return report
 
 
-def _summary(per_site: np.ndarray, ci95: list[float] | None) -> dict[str, Any]:
-    return _averages(per_site) | {"ci95": ci95, "per_site": to_json_list(per_site)}
+def _summary(per_site: np.ndarray, resampled: np.ndarray, stimuli: int) -> dict[str, Any]:
+    interval = confidence_interval(mean_score(per_site), resampled, stimuli)
+    return _averages(per_site) | {"ci95": interval and list(interval), "per_site": to_json_list(per_site)}
 
 
 def _averages(per_site: np.ndarray) -> dict[str, Any]:

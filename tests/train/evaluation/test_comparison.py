@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from site_scores import scores
 
-from train.evaluation.comparison import ScoredPredictions, leads, paired_interval
+from train.evaluation.comparison import Lead, ScoredPredictions, leads
 
 SITES, TRIALS = 8, 400
 MIX = np.random.default_rng(7).normal(size=(3, SITES)) / 2
@@ -25,14 +26,22 @@ def true_difference(share: float) -> dict[str, float]:
     return {"r2": float(np.mean(gain / (signal + 1))), "mse": float(np.mean(gain))}
 
 
+def leads_of(target: np.ndarray, one: np.ndarray, other: np.ndarray, resamples: int = 1000) -> dict[str, Lead]:
+    """The better model's lead, by R2 and by MSE."""
+    resampled = [ScoredPredictions(prediction, target).resampled(resamples) for prediction in (one, other)]
+    by_model = [scores(prediction, target) for prediction in (one, other)]
+    found = {}
+    for metric in ("r2", "mse"):
+        (found[metric],) = leads(metric, [model[metric].mean() for model in by_model], resampled, len(target))
+    return found
+
+
 @pytest.mark.parametrize(("stimuli", "share"), [(40, 0.5), (120, 0.7)])
 def test_the_interval_covers_the_true_difference_as_often_as_it_says(stimuli, share):
     rng, truth, held = np.random.default_rng(stimuli), true_difference(share), {"r2": 0, "mse": 0}
     for _ in range(TRIALS):
-        target, better, worse = recording(rng, stimuli, share)
-        a, b = (ScoredPredictions(prediction, target).resampled(300) for prediction in (better, worse))
-        for metric, sign in (("r2", 1), ("mse", -1)):
-            low, high = paired_interval(sign * (a[metric] - b[metric]), stimuli)
+        for metric, lead in leads_of(*recording(rng, stimuli, share), resamples=300).items():
+            low, high = lead.interval if lead.better == 0 else (-lead.interval[1], -lead.interval[0])
             held[metric] += low <= truth[metric] <= high
     error = 3 * np.sqrt(0.95 * 0.05 / TRIALS)  # of a share counted in so many trials, three of its standard deviations
     for metric, count in held.items():
@@ -45,7 +54,9 @@ def test_pairing_finds_what_two_intervals_side_by_side_do_not():
     worse = better + 0.2 * np.random.default_rng(1).normal(size=better.shape)
     a, b = (ScoredPredictions(prediction, target).resampled() for prediction in (better, worse))
     assert np.quantile(a["r2"], 0.025) < np.quantile(b["r2"], 0.975)
-    assert paired_interval(a["r2"] - b["r2"], 100)[0] > 0
+    lead = leads_of(target, better, worse)["r2"]
+    assert lead.better == 0
+    assert lead.is_certain
 
 
 def test_leads_go_from_the_best_on_whichever_way_a_metric_points():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from site_scores import make_predictions, report, scores
 
-from data_prep.ceiling import percentile_interval
+from data_prep.confidence_interval import confidence_interval
 from train.evaluation.confidence_intervals import bootstrap_means
 
 
@@ -46,7 +46,7 @@ def test_the_width_is_that_of_the_known_standard_error():
     p = r * y + np.sqrt(1 - r**2) * other
     resampled = bootstrap_means(p[:, None], y[:, None])
     for name, error in (("mse", np.std((y - p) ** 2) / np.sqrt(n)), ("pearson_r", (1 - r**2) / np.sqrt(n))):
-        low, high = percentile_interval(resampled[name])
+        low, high = confidence_interval(float(np.mean(resampled[name])), resampled[name], n)
         assert high - low == pytest.approx(2 * 1.96 * error, rel=0.15), name
 
 
@@ -62,3 +62,27 @@ def test_sites_that_share_their_noise_do_not_narrow_the_interval():
 def test_intervals_are_the_same_every_time():
     prediction, target = make_predictions()
     assert report(prediction, target) == report(prediction, target)
+
+
+@pytest.mark.parametrize(("stimuli", "sites", "explained"), [(100, 60, 0.05), (200, 1, 0.4)])
+def test_an_interval_holds_the_score_over_endless_stimuli_as_often_as_it_says(stimuli, sites, explained):
+    """R2 over many sites is the hard case: on n stimuli it lies (1 - R2) / n below that over endless ones."""
+    trials, rng = 300, np.random.default_rng(stimuli)
+    mixed = rng.normal(size=(3, sites))
+    mixed *= np.sqrt(explained / (1 - explained) / (mixed**2).sum(0))  # the signal's variance, for noise of variance 1
+    held = 0
+    for _ in range(trials):
+        signal = rng.normal(size=(stimuli, 3)) @ mixed
+        response = signal + rng.normal(size=signal.shape)
+        estimate = scores(signal, response)["r2"].mean()
+        interval = confidence_interval(estimate, bootstrap_means(signal, response, 300)["r2"], stimuli)
+        held += interval[0] <= explained <= interval[1]
+    error = 3 * np.sqrt(0.95 * 0.05 / trials)  # of a share counted in so many trials, three standard deviations
+    assert abs(held / trials - 0.95) < error
+
+
+def test_what_has_no_spread_has_an_interval_of_no_width_and_one_stimulus_has_none():
+    assert confidence_interval(0.5, np.full(100, 0.5), 30) == (0.5, 0.5)
+    assert confidence_interval(0.5, np.full(100, 0.5), 1) is None
+    assert confidence_interval(float("nan"), np.full(100, 0.5), 30) is None
+    assert confidence_interval(0.5, np.full(100, np.nan), 30) is None
