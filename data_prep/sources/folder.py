@@ -13,15 +13,17 @@ import tyro
 from data_prep.common.errors import BadInput
 from data_prep.recording import SPLITS, Recording, trial_average
 from data_prep.sources.files.held_out import HeldOut
-from data_prep.sources.files.image_files import ImageFiles
+from data_prep.sources.files.image_files import ImageFiles, is_inside, spelling
 from data_prep.sources.files.named_images_recording import NamedImagesRecording
 from data_prep.sources.files.rasters_and_z_scores import count_rasters, to_z_scores
-from data_prep.sources.files.response_arrays import Responses, as_float32, open_npy, open_rates
+from data_prep.sources.files.response_arrays import Responses, as_float32, open_npy
+from data_prep.sources.files.row_matching import StimulusNames
+from data_prep.sources.files.site_columns import SiteNames, SiteTable, open_rates, read_site_table
 from data_prep.sources.files.tables import Table, parse_cells, read_table, row_facts, text_cells
+from data_prep.sources.files.trial_axes import TrialAxes, check_agreement, in_order
 from data_prep.splits import Dealt
 
 RATES_FILES = ("rates.npy", "rates.csv", "rates.parquet")
-SITE_ID_COLUMNS = ("id", "site_id", "neuroid_id")
 
 _STIMULUS_ID = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -37,6 +39,8 @@ class Folder(HeldOut):
     """Responses (stimuli x sites), .npy, .csv or .parquet. Default: SOURCE/rates.*, else the mean of the trials."""
     trials: Path | None = None
     """Single trials (stimuli x repetitions x sites), .npy, NaN-padded. Default: SOURCE/trials.npy if it exists."""
+    trial_axes: TrialAxes | None = None
+    """Order of the second and third axis of trials or rasters, where the numbers do not tell it."""
     rasters: Path | None = None
     """Spikes per millisecond (stimuli x repetitions x sites x ms), .npy, -1 = missing; counted in --window-ms in place
     of trials. Default: SOURCE/rasters.npy if it exists."""
@@ -50,7 +54,11 @@ class Folder(HeldOut):
     """Sessions to z-score within: a column of the stimulus table, or a .npy file of integers (stimuli x repetitions).
     Default: a single session."""
     sites: Path | None = None
-    """Table of sites, one row each, with a column id. Default: SOURCE/sites.csv if it exists."""
+    """Table of sites, one row each, with a column id. Default: SOURCE/sites.csv if it exists. It decides which columns
+    of rates.csv or rates.parquet are sites."""
+    site_columns: tuple[str, ...] = ()
+    """Columns of rates.csv or rates.parquet that are sites: names, or patterns like 'unit*'. Default: those that
+    sites.csv lists, else all that do not name stimuli; what may be no site is asked about."""
     object_column: str = "object"
     """Column of the stimulus table that names the object shown (the class label)."""
     group_by: str | None = None
@@ -77,12 +85,14 @@ class Folder(HeldOut):
             raise BadInput(f"{self.source / 'stimuli.csv'}: no such file; name the table of stimuli with --stimuli")
         table = read_table(stimuli_path)
         ids = _stimulus_ids(table)
-        images = _image_paths(table, self.source)
+        images = _image_paths(table, ImageFiles(self.source))
         objects = self._objects(table)
         dealt = self._splits(table)
-        responses = self._responses(table)
-        sites = self._sites(responses.primary)
+        site_table = self._site_table()
+        responses = self._responses(table, StimulusNames(stimuli_path.name, ids, images), site_table)
+        sites = self._sites(responses.primary, site_table)
         recorded = responses.check_finite(ids, [site["id"] for site in sites])
+        responses.check_agreement(ids, [site["id"] for site in sites])
         converted = _check_images(self.source, images, table)
         provenance = {
             "source": "folder",
@@ -90,8 +100,10 @@ class Folder(HeldOut):
             "stimuli": stimuli_path.name,
             "responses": responses.file_names,
             "rates": "mean over repetitions" if responses.rates is None else "as given",
+            "rows": responses.primary.rows,
             **self._processing(),
             "split": dealt.rule,
+            "warnings": list(responses.primary.warnings),
         }
         if converted:
             provenance["converted_to_png"] = f"{converted} of {len(ids)} images were neither JPEG nor PNG"
@@ -134,9 +146,15 @@ class Folder(HeldOut):
                 raise BadInput(f"{table.location(i)}: split must be one of {', '.join(SPLITS)}, not {split!r}")
         return Dealt(list(table.columns["split"]), "column split")
 
-    def _responses(self, table: Table) -> "ResponseFiles":
+    def _responses(self, table: Table, stimuli: StimulusNames, site_table: SiteTable | None) -> "ResponseFiles":
         """The responses as they go into the recording."""
-        files = self._response_files(table.columns["stimulus_id"])
+        site_names = SiteNames(
+            self.site_columns,
+            None if site_table is None else site_table.ids,
+            "sites.csv" if site_table is None else str(site_table.path),
+            table.columns,
+        )
+        files = self._response_files(stimuli, site_names)
         if not self.z_score:
             if self.sessions is not None:
                 raise BadInput("--sessions would be ignored without --z-score")
@@ -150,8 +168,9 @@ class Folder(HeldOut):
         z_scores = to_z_scores(files.primary, sessions, table)
         return ResponseFiles(None, z_scores) if rates is None else ResponseFiles(z_scores, None)
 
-    def _response_files(self, ids: list[str]) -> "ResponseFiles":
+    def _response_files(self, stimuli: StimulusNames, site_names: SiteNames) -> "ResponseFiles":
         """The responses before z-scoring."""
+        count = len(stimuli.ids)
         rates_path = self._find(self.rates, RATES_FILES, "--rates")
         trials_path = self._find(self.trials, ("trials.npy",), "--trials")
         rasters_path = self._find_rasters()
@@ -161,19 +180,27 @@ class Folder(HeldOut):
                 "or name a file with --rates, --trials or --rasters"
             )
         rates = trials = None
+        known_sites = None if site_names.listed is None else len(site_names.listed)
+        if rates_path is not None:
+            rates = open_rates(rates_path, stimuli, site_names)
+            rates.check_shape(count, ("stimuli", "sites"))
+            known_sites = rates.shape[-1]
         if rasters_path is not None:
             if other := rates_path or trials_path:
                 raise BadInput(f"{rasters_path} and {other} would give different responses; remove one of them")
-            trials = count_rasters(rasters_path, len(ids), self.raster_start_ms, self.window_ms, self.baseline_ms)
+            trials = count_rasters(rasters_path, count, self.raster_start_ms, self.window_ms, self.baseline_ms)
         elif self.baseline_ms is not None or self.raster_start_ms:
             flag = "--baseline-ms" if self.baseline_ms is not None else "--raster-start-ms"
             raise BadInput(f"{flag} is for rasters, but there are none (--rasters)")
         if trials_path is not None:
             trials = open_npy(trials_path)
-            trials.check_shape(len(ids), ("stimuli", "repetitions", "sites"))
-        if rates_path is not None:
-            rates = open_rates(rates_path, ids)
-            rates.check_shape(len(ids), ("stimuli", "sites"))
+            trials.check_shape(count, ("stimuli", "repetitions", "sites"))
+        if trials is not None:
+            trials = in_order(trials, self.trial_axes, known_sites)
+        elif self.trial_axes is not None:
+            raise BadInput("--trial-axes is for trials or rasters, but there are none")
+        if self.site_columns and (rates is None or rates.site_ids is None):
+            raise BadInput("--site-columns is for the columns of rates.csv or rates.parquet; leave it out")
         if rates is not None and trials is not None and rates.shape[-1] != trials.shape[-1]:
             raise BadInput(
                 f"{rates.path} has {rates.shape[-1]} sites but {trials.path} has {trials.shape[-1]}; "
@@ -197,25 +224,28 @@ class Folder(HeldOut):
             return "as recorded"
         return "spikes/s" if self.baseline_ms is None else "spikes/s above baseline"
 
-    def _sites(self, responses: Responses) -> list[dict[str, Any]]:
-        """One dict per site in the order of the responses."""
-        n = responses.shape[-1]
+    def _site_table(self) -> SiteTable | None:
+        """The table of sites, if there is one."""
         path = self._find(self.sites, ("sites.csv",), "--sites")
         if path is None:
+            return None
+        return read_site_table(path)
+
+    def _sites(self, responses: Responses, table: SiteTable | None) -> list[dict[str, Any]]:
+        """One dict per site in the order of the responses."""
+        n = responses.shape[-1]
+        if table is None:
             return [{"id": site_id} for site_id in responses.site_ids or [f"site_{i:03d}" for i in range(n)]]
-        table = read_table(path)
-        id_column = next((name for name in SITE_ID_COLUMNS if name in table.columns), "id")
-        ids = table.complete_column(id_column)
-        table.check_unique(id_column)
-        if len(ids) != n:
-            raise BadInput(f"{path} describes {len(ids)} sites, but {responses.path} holds {n}")
-        facts = {name: parse_cells(cells) for name, cells in table.columns.items() if name not in (id_column, "id")}
-        sites = {site_id: {"id": site_id} | row_facts(facts, row) for row, site_id in enumerate(ids)}
+        if responses.site_ids is None and len(table.ids) != n:
+            raise BadInput(f"{table.path} describes {len(table.ids)} sites, but {responses.path} holds {n}")
         if responses.site_ids is None:
-            return list(sites.values())
-        if unmatched := set(responses.site_ids) ^ set(ids):
-            raise BadInput(f"{path} and the header of {responses.path} name different sites, e.g. {min(unmatched)!r}")
-        return [sites[site_id] for site_id in responses.site_ids]
+            return table.sites
+        site_of = dict(zip(table.ids, table.sites, strict=True))
+        if unknown := [site_id for site_id in responses.site_ids if site_id not in site_of]:
+            raise BadInput(
+                f"{table.path} and {responses.path} name different sites: {unknown[0]!r} is not in {table.path}"
+            )
+        return [site_of[site_id] for site_id in responses.site_ids]
 
     def _find_rasters(self) -> Path | None:
         return self._find(self.rasters, ("rasters.npy",), "--rasters")
@@ -251,6 +281,11 @@ class ResponseFiles:
     def file_names(self) -> list[str]:
         """Names of the files."""
         return [responses.path.name for responses in (self.rates, self.trials) if responses is not None]
+
+    def check_agreement(self, stimulus_ids: list[str], site_ids: list[str]) -> None:
+        """Refuse rates that are not the means of the trials; see `trial_axes.check_agreement`."""
+        if self.rates is not None and self.trials is not None:
+            check_agreement(self.rates, self.trials, stimulus_ids, site_ids)
 
     def check_finite(self, stimulus_ids: list[str], site_ids: list[str]) -> np.ndarray:
         """Refuse infinite responses, and responses that are all NaN; returns as `Responses.check_finite`."""
@@ -303,13 +338,15 @@ def _stimulus_ids(table: Table) -> list[str]:
     return list(table.columns["stimulus_id"])
 
 
-def _image_paths(table: Table, root: Path) -> list[str]:
-    images = table.complete_column("image")
-    for i, image in enumerate(images):
+def _image_paths(table: Table, files: ImageFiles) -> list[str]:
+    """The image of every stimulus below the folder; another spelling is found if it is the only one."""
+    paths = []
+    for i, image in enumerate(table.complete_column("image")):
         # Only the text is checked: a symbolic link that the user put into the folder may point anywhere.
-        if os.path.isabs(image) or os.path.normpath(image).split(os.sep)[0] == "..":
-            raise BadInput(f"{table.location(i)}: image {image!r} must be a path inside {root}, relative to it")
-    return images
+        if not is_inside(image) or not is_inside(os.path.normpath(spelling(image))):
+            raise BadInput(f"{table.location(i)}: image {image!r} must be a path inside {files.path}, relative to it")
+        paths.append(files.find_path(image) or image)
+    return paths
 
 
 def _check_images(root: Path, images: list[str], table: Table) -> int:

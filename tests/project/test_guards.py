@@ -25,7 +25,7 @@ FORBIDDEN = {
     **dict.fromkeys(("torch.jit.load", "torch.hub.load", "torch.package.PackageImporter", "torch.save"), ()),
     **dict.fromkeys(("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.safe_load_all"), ()),
     **dict.fromkeys(("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"), ()),
-    **dict.fromkeys(("np.fromfile", "numpy.fromfile", "np.memmap", "xarray.open_dataset", "xr.open_dataset"), ()),
+    **dict.fromkeys(("np.fromfile", "numpy.fromfile", "xarray.open_dataset", "xr.open_dataset"), ()),
     **dict.fromkeys(("webdataset.WebDataset", "webdataset.gopen", "wds.WebDataset", "shutil.unpack_archive"), ()),
     "torch.export.load": ("train/run/predictor.py",),  # a program by its nature, which its first lines say
     "yaml.safe_load": ("train/distributed/launch_environment.py",),  # the configuration of the user's own launcher
@@ -47,9 +47,10 @@ FORBIDDEN = {
         "train/run/predictor.py",
         "train/run/tensorboard.py",
     ),  # the last: its figure
-    "np.load": ("data_prep/sources/files/response_arrays.py", "train/probing/product_store.py"),
+    "np.load": (),
+    "np.memmap": ("data_prep/common/safe_reading.py",),
     "load_file": ("train/run/checkpoint.py", "train/models/weights.py"),
-    "pq.ParquetFile": ("data_prep/sources/files/response_arrays.py",),
+    "pq.ParquetFile": ("data_prep/sources/files/response_tables.py",),
     "pq.read_table": (),
 }
 METHODS = ("extractall", "extract", "extractfile", "decode_pickle")  # of archives, whatever they are called

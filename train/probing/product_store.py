@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from data_prep.common.safe_reading import map_npy
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
 from train.models.features import ImageFeatures
@@ -119,7 +120,7 @@ class ProductStore:
 
     def load(self, layer_window: LayerWindow) -> np.ndarray:
         """A matrix, float64 (stimuli, stimuli), on the rank that owns it."""
-        return np.load(self._path(layer_window), allow_pickle=False).astype(np.float64)
+        return map_npy(self._path(layer_window)).astype(np.float64)
 
     def width(self, layer: str) -> int:
         """Number of features of a layer, over all its modules."""

@@ -2,6 +2,7 @@
 
 import os
 import stat
+import unicodedata
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,21 @@ class EncodedImage:
     note: dict[str, str] = field(default_factory=dict)
 
 
+def spelling(path: str) -> str:
+    """What all spellings of a path have in common.
+
+    They may differ in Windows' separators, in the case of the ending, and in whether letters with accents are composed.
+    """
+    path = unicodedata.normalize("NFC", path.replace("\\", "/")).removeprefix("./")
+    ending = PurePosixPath(path).suffix
+    return path.removesuffix(ending) + ending.lower() if ending else path
+
+
+def is_inside(path: str) -> bool:
+    """Whether a path stays below the folder that it starts from."""
+    return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts
+
+
 @dataclass
 class ImageFiles:
     """The image files in a folder and its sub-folders, or in a zip archive.
@@ -55,23 +71,28 @@ class ImageFiles:
     def find(self, names: Sequence[str]) -> str | None:
         """The image of the first name that matches one.
 
-        A name is a path below the folder, else a file name in any sub-folder, else a file name without its ending. A
-        file name that occurs in several sub-folders is ambiguous and matches none.
+        A name is a path below the folder, also in another `spelling`, else a file name in any sub-folder, else a file
+        name without its ending. What several images match is ambiguous and matches none.
 
         Returns:
             The image's path below the folder, or None.
         """
-        for name in (name.replace("\\", "/").strip() for name in names):
+        for name in (name.strip() for name in names):
             if not name:
                 continue
-            inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-            if inside and self._has(name):
-                return name
-            file = PurePosixPath(name).name
-            path = self._paths_by_name.get(file) or self._paths_by_name.get(f"{file}.*")
+            path = self.find_path(name)
+            if path is None:
+                file = PurePosixPath(spelling(name)).name
+                path = self._paths_by_name.get(file) or self._paths_by_name.get(f"{file}.*")
             if path is not None:
                 return path
         return None
+
+    def find_path(self, name: str) -> str | None:
+        """The image at a path below the folder: exactly there, or the only one whose path is spelled like it."""
+        if is_inside(name) and self._has(name):
+            return name
+        return self._paths_by_spelling.get(spelling(name)) if is_inside(spelling(name)) else None
 
     def find_all(self, wanted: Mapping[str, Sequence[str]]) -> list[str]:
         """The image of every stimulus.
@@ -116,11 +137,19 @@ class ImageFiles:
         """{file name, or name without ending + ".*": path}; None for an ambiguous name."""
         paths: dict[str, str | None] = {}
         for path in sorted(self._members if self._is_archive else self._walk()):
-            file = PurePosixPath(path)
+            file = PurePosixPath(spelling(path))
             if file.name.startswith(".") or "__MACOSX" in file.parts:
                 continue
             for key in {file.name, f"{file.stem}.*"}:
                 paths[key] = None if key in paths else path
+        return paths
+
+    @cached_property
+    def _paths_by_spelling(self) -> dict[str, str | None]:
+        """{spelling: path}; None for an ambiguous one."""
+        paths: dict[str, str | None] = {}
+        for path in self._members if self._is_archive else self._walk():
+            paths[spelling(path)] = None if spelling(path) in paths else path
         return paths
 
     def _walk(self) -> Iterator[str]:

@@ -1,15 +1,14 @@
-"""Arrays of rates or trials in .npy, .csv or .parquet files, memory-mapped if possible."""
+"""Arrays of rates or trials, memory-mapped if they are in .npy files."""
 
-from collections import Counter
+import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
+from data_prep.common import safe_reading
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import check_claim
-from data_prep.sources.files.tables import MISSING, check_column_names, csv_rows, is_number
 
 _BLOCK_BYTES = 32 * 2**20  # responses are checked in blocks of this size
 
@@ -30,12 +29,16 @@ class Responses:
         shape: (stimuli, sites) or (stimuli, repetitions, sites).
         array: the responses in memory, or an array that computes them; None if they are read from a .npy file.
         site_ids: if the file names its sites.
+        rows: how the rows of the file were matched to stimuli, for the manifest.
+        warnings: about the matching.
     """
 
     path: Path
     shape: tuple[int, ...]
     array: ResponseArray | None = field(default=None, repr=False)
     site_ids: list[str] | None = None
+    rows: str = "in the order of the stimuli"
+    warnings: tuple[str, ...] = ()
 
     def load(self) -> ResponseArray:
         """The responses, memory-mapped if they are in a .npy file."""
@@ -73,12 +76,12 @@ class Responses:
 
 def map_npy(path: Path) -> np.ndarray:
     """A .npy file of plain numbers as a memory map; raises BadInput for anything else."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:  # numpy raises errors of many kinds for damaged files
-        raise BadInput(f"{path}: not a readable .npy file of plain numbers ({error})") from error
-    if not isinstance(array, np.ndarray):
+    if zipfile.is_zipfile(path):
         raise BadInput(f"{path}: this is an .npz archive; save the one array with np.save")
+    try:
+        array = safe_reading.map_npy(path)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path}: not a readable .npy file of plain numbers ({error})") from error
     if array.dtype.kind not in "fiu":
         raise BadInput(f"{path}: the numbers are of type {array.dtype}; save float32")
     return array
@@ -93,99 +96,3 @@ def as_float32(numbers: np.ndarray) -> np.ndarray:
     """A float32 copy; numbers too large for float32 become inf, which is refused later."""
     with np.errstate(over="ignore"):
         return np.array(numbers, dtype=np.float32)
-
-
-# ---- rates in tables -----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _RateTable:
-    """Rates float32 (rows, sites), the stimulus of each row if there is a column stimulus_id, and the sites."""
-
-    rates: np.ndarray
-    stimulus_ids: list[str] | None
-    site_ids: list[str]
-
-
-def open_rates(path: Path, stimulus_ids: list[str]) -> Responses:
-    """Rates from a file; rows that name their stimulus are sorted into the order of `stimulus_ids`."""
-    if path.suffix == ".npy":
-        return open_npy(path)
-    if path.suffix == ".csv":
-        table = _read_rates_csv(path)
-    elif path.suffix == ".parquet":
-        table = _read_rates_parquet(path)
-    else:
-        raise BadInput(f"{path}: rates must be a .npy, .csv or .parquet file")
-    rates = table.rates
-    if table.stimulus_ids is not None:
-        rates = rates[_row_of_each_stimulus(path, table.stimulus_ids, stimulus_ids)]
-    return Responses(path, rates.shape, rates, table.site_ids)
-
-
-def _row_of_each_stimulus(path: Path, row_ids: list[str], stimulus_ids: list[str]) -> list[int]:
-    row_of = {name: row for row, name in enumerate(row_ids)}
-    if len(row_of) != len(row_ids):
-        raise BadInput(f"{path}: stimulus_id {Counter(row_ids).most_common(1)[0][0]!r} is in two rows")
-    if missing := [name for name in stimulus_ids if name not in row_of]:
-        raise BadInput(f"{path}: {len(missing)} of {len(stimulus_ids)} stimuli have no row, e.g. {missing[0]!r}")
-    if unknown := set(row_ids) - set(stimulus_ids):
-        raise BadInput(f"{path}: {len(unknown)} rows are for unknown stimuli, e.g. {min(unknown)!r}")
-    return [row_of[name] for name in stimulus_ids]
-
-
-def _read_rates_csv(path: Path) -> _RateTable:
-    rows = csv_rows(path)
-    _, names = next(rows, (0, []))
-    check_column_names(path, names)
-    if all(is_number(name) for name in names):
-        raise BadInput(f"{path}: line 1 holds numbers only; it must be a header with the names of the sites")
-    id_column = names.index("stimulus_id") if "stimulus_id" in names else None
-    site_columns = [k for k in range(len(names)) if k != id_column]
-    rates, row_ids = [], []
-    for line, cells in rows:
-        if id_column is not None:
-            row_ids.append(cells[id_column])
-        try:
-            row = [float(cells[k] or "nan") for k in site_columns]
-        except ValueError:
-            row = [_parse_rate(cells[k], path, line, names[k]) for k in site_columns]
-        rates.append(as_float32(np.array(row)))
-    return _RateTable(
-        rates=np.stack(rates) if rates else np.empty((0, len(site_columns)), np.float32),
-        stimulus_ids=None if id_column is None else row_ids,
-        site_ids=[names[k] for k in site_columns],
-    )
-
-
-def _parse_rate(cell: str, path: Path, line: int, site_id: str) -> float:
-    if cell.lower() in MISSING:
-        return np.nan
-    try:
-        return float(cell)
-    except ValueError:
-        raise BadInput(f"{path}, line {line}, site {site_id!r}: {cell!r} is not a number") from None
-
-
-def _read_rates_parquet(path: Path) -> _RateTable:
-    import pyarrow as pa  # slow to import
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        check_claim(8 * file.metadata.num_rows * file.metadata.num_columns, path.stat().st_size)
-        table = file.read()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise BadInput(f"{path}: not a readable parquet file ({error})") from error
-    names = list(table.column_names)
-    check_column_names(path, names)
-    site_ids = [name for name in names if name != "stimulus_id"]
-    rates = np.empty((table.num_rows, len(site_ids)), np.float32)
-    for k, name in enumerate(site_ids):
-        kind = table.schema.field(name).type
-        if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)):
-            raise BadInput(f"{path}: the column {name!r} is {kind}, not numbers; only stimulus_id may be text")
-        rates[:, k] = as_float32(table.column(name).cast(pa.float64(), safe=False).to_numpy())  # null becomes NaN
-    has_stimulus_ids = len(site_ids) < len(names)
-    row_ids = [str(name) for name in table.column("stimulus_id").to_pylist()] if has_stimulus_ids else None
-    return _RateTable(rates, row_ids, site_ids)

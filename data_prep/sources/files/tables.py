@@ -1,6 +1,5 @@
 """CSV tables with a header, read as text and checked."""
 
-import csv
 import math
 import re
 from collections import Counter
@@ -10,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import BadInput
+from data_prep.common.safe_reading import csv_lines
 
 MISSING = ("", "nan", "na", "null", "none")  # cells that mean "not recorded", in lower case
 
-_INTEGER = re.compile(r"[-+]?(0|[1-9]\d{0,17})")  # with a leading zero it is a name, such as "007"
-_NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?")
+_INTEGER = re.compile(r"[-+]?(0|[1-9]\d{0,17})", re.ASCII)  # with a leading zero it is a name, such as "007"
+_NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
+_OTHER_SEPARATORS = {";": "a semicolon", "\t": "a tab"}
 
 
 @dataclass(frozen=True)
@@ -69,22 +70,39 @@ def read_table(path: Path) -> Table:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """Yield (line, stripped cells) of every row that is not blank; all must have as many cells as the first."""
+    """Yield (line, stripped cells) of every row that is not blank; all must have as many cells as the first.
+
+    Raises:
+        BadInput: not a CSV file in UTF-8 whose cells are separated by commas, naming the line.
+    """
     width = None
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file, strict=True)
-            for row in reader:
-                if not row:
-                    continue
-                width = width or len(row)
-                if len(row) != width:
-                    raise BadInput(f"{path}, line {reader.line_num}: {len(row)} cells where the header has {width}")
-                yield reader.line_num, [cell.strip() for cell in row]
+        for line, row in csv_lines(path):
+            if width is None:
+                width = len(row)
+                _check_separator(path, row)
+            if len(row) != width:
+                trailing = "; it ends with a separator too many" if len(row) == width + 1 and not row[-1] else ""
+                raise BadInput(f"{path}, line {line}: {len(row)} cells where the header has {width}{trailing}")
+            yield line, [cell.strip() for cell in row]
     except UnicodeDecodeError as error:
         raise BadInput(f"{path}: not UTF-8 text ({error}); save it as CSV in UTF-8") from error
-    except (csv.Error, OSError) as error:
+    except (ValueError, OSError) as error:
         raise BadInput(f"{path}: not a readable CSV file ({error})") from error
+
+
+def _check_separator(path: Path, header: Sequence[str]) -> None:
+    """Refuse a header whose names are separated by something else than commas, or that ends with a comma."""
+    if len(header) == 1:
+        for separator, name in _OTHER_SEPARATORS.items():
+            if separator in header[0]:
+                raise BadInput(
+                    f"{path}: the cells are separated by {name}, as in {header[0][:60]!r}; save the table with commas"
+                )
+    if len(header) > 1 and not header[-1].strip() and header[0].strip():
+        raise BadInput(
+            f"{path}: column {len(header)} has no name: the header ends with a comma; remove it, or name the column"
+        )
 
 
 def check_column_names(path: Path, names: Sequence[str]) -> None:

@@ -106,14 +106,23 @@ def test_trials_are_averaged_and_kept(tmp_path):
     np.testing.assert_allclose(np.stack([s.rates for s in stimuli]), written.rates, rtol=1e-6)
 
 
-def test_rates_beside_trials_are_taken_as_given(tmp_path):
+def test_rates_beside_trials_must_be_their_means(tmp_path):
     written = make_folder(tmp_path, trials=4)
-    np.save(tmp_path / "rates.npy", written.rates - 5)
+    np.save(tmp_path / "rates.npy", written.rates.astype(np.float16))
     recording = Folder(source=tmp_path).open()
     stimuli = read_all(recording)
-    assert np.array_equal(np.stack([s.rates for s in stimuli]), written.rates - 5)
+    assert np.array_equal(np.stack([s.rates for s in stimuli]), written.rates.astype(np.float16))
     assert stimuli[0].trials.shape == (4, 10)
     assert recording.provenance["rates"] == "as given"
+
+    wrong = written.rates.copy()
+    wrong[7, 2] += 1
+    np.save(tmp_path / "rates.npy", wrong)
+    message = (
+        rf"disagree in 1 of 400 responses: .*'site_002' to stimulus 'stim0007' is {wrong[7, 2]:.3g}.* mean .*remove"
+    )
+    with pytest.raises(BadInput, match=message):
+        Folder(source=tmp_path).open()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, np.int32, np.uint8])
