@@ -34,7 +34,7 @@ from torch import nn
 
 from train.data.batches import Batch
 from train.distributed.engine import Engine
-from train.distributed.launch_environment import rank
+from train.distributed.launch_environment import this_process
 from train.finetuning.loop import Training
 from train.finetuning.optimizer import build_optimizer
 from train.models.network import Network, parameter_groups
@@ -236,7 +236,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.one:
         measured = measure_variant(options)
-        if rank() == 0:
+        if this_process().rank == 0:
             write_json(options, measured)
         return
     with tempfile.TemporaryDirectory() as folder:

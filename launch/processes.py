@@ -26,6 +26,12 @@ DESCRIPTION = {
     "machines": "Start a command on several machines: run the same line on each of them.",
 }
 BAD_INPUT, STOPPED = 2, 75  # exit codes of data_prep/common/errors.py, after which a restart would not help
+# What tells a process that it is one of several; left over from another job, it does not hold for one that is alone.
+RANK_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
+)
+TRUE = ("1", "true", "yes", "y", "on", "t")  # as accelerate reads it
 PORT = 29400
 SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # passed on to the processes
 GRACE_SECONDS = 600  # to save after a signal; clusters kill earlier than that
@@ -285,7 +291,7 @@ def main() -> int:
     launcher = sys.argv[1]
     parser = command_parser(launcher)
     options = parser.parse_args(sys.argv[2:])
-    gpus = 0 if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" else gpu_count()
+    gpus = 0 if os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE else gpu_count()
     processes = options.n if options.n is not None else max(gpus, 1)
     check(parser, options, processes, gpus)
     os.environ |= environment(processes, gpus)
@@ -297,6 +303,8 @@ def main() -> int:
     if options.max_restarts:
         os.environ.setdefault("SPIKETUNE_JOB", str(uuid.uuid4()))
     if processes == 1 and not options.max_restarts:
+        for name in RANK_VARIABLES:
+            os.environ.pop(name, None)
         os.execv(sys.executable, [sys.executable, *options.command])
     return launch(["--standalone", *per_machine], options.max_restarts, options.command)
 

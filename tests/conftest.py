@@ -11,6 +11,7 @@ from launching import SMALL, succeed
 from make_sources import make_folder
 from web_server import serve
 
+from data_prep.common.process_identity import own_identity
 from data_prep.remote.url import SIGNED
 from data_prep.shards import remote_files
 from data_prep.shards.packing import pack
@@ -19,6 +20,12 @@ from data_prep.sources.folder import Folder
 # A shell makes background jobs ignore Ctrl-C, which the commands that tests interrupt would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def fresh_identity():
+    """Each test reads its own environment, as a new process would."""
+    own_identity.cache_clear()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

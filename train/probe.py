@@ -55,11 +55,11 @@ def main() -> None:
         start_runtime(None, "fp32", start_timeout=recipe.timeout, timeout=recipe.timeout) as runtime,
         closing(job.folder),
     ):
-        facts = {"processes": runtime.describe(), "split": job.split, "parameters": {"all": job.extractor.parameters}}
+        facts = runtime.facts() | {"split": job.split, "parameters": {"all": job.extractor.parameters}}
         runtime.run_on_main(job.folder.lock if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
         with closing(Monitor(job.folder, runtime.is_main)) as monitor, job.folder.logging_failures(runtime.rank):
             run(job, scratch_folder(options.scratch, options.out), runtime, monitor)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, on_ranks=True)

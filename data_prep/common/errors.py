@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from data_prep.common.process_identity import speaks
 from data_prep.common.terminal import printable
 
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
@@ -48,13 +49,17 @@ class CannotWrite(RunFailed):
         super().__init__(f"{path} cannot be written ({self.reason})")
 
 
-def run_command(main: Callable[[], None]) -> None:
+def run_command(main: Callable[[], None], *, on_ranks: bool = False) -> None:
     """Run a command's `main` and report its expected errors in one sentence on standard error, without a traceback.
 
-    The exit code is 2 for bad input, 1 for a failure, 75 for interrupted work and 130 for Ctrl-C. Under a launcher,
-    every process notices most errors; the first process of each machine reports them.
+    The exit code is 2 for bad input, 1 for a failure, 75 for interrupted work and 130 for Ctrl-C.
+
+    Args:
+        main: parses the command line and works.
+        on_ranks: whether a launcher starts several processes of this command. All of them notice most errors; the
+            first process of each machine reports them.
     """
-    reports = os.environ.get("LOCAL_RANK", "0") == "0"
+    reports = not on_ranks or speaks()
     try:
         main()
     except (BadInput, RunFailed) as error:

@@ -12,7 +12,6 @@ If the folder cannot be written, that file is kept in the user's cache folder, o
 
 import hashlib
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ import numpy as np
 from data_prep.common import locks
 from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput, CannotWrite
+from data_prep.common.process_identity import speaks
 from data_prep.common.safe_reading import read_npz
 from data_prep.recording import SPLITS
 from data_prep.remote.cache import user_cache
@@ -174,5 +174,5 @@ def _save(derived: Derived, state: str, candidates: list[Path], folder: Path) ->
 
 
 def _note(message: str) -> None:
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+    if speaks():
         print(f"note: {message}", file=sys.stderr, flush=True)

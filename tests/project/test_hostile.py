@@ -8,7 +8,7 @@ import bad_runs
 import bad_shards
 import bad_sources
 import pytest
-from helpers import assert_refused, run_here, succeed_here
+from helpers import assert_refused, run_here, started_as, succeed_here
 from hostile import Case, Kit, edit, sealed
 from launching import SMALL
 from make_sources import make_folder
@@ -103,7 +103,8 @@ def test_shown_text_cannot_control_the_terminal(kit):
 
 
 def test_more_processes_than_stimuli_are_refused(kit, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "64")
+    for name, value in started_as(rank=0, ranks=64).items():
+        monkeypatch.setenv(name, value)
     done = run_here("train/finetune.py", "--data", kit.packed, "--out", kit.folder / "out", *SMALL)
     assert_refused(done, "64 processes cannot share")
 

@@ -14,6 +14,8 @@ from subprocess import CompletedProcess
 
 import pytest
 
+from data_prep.common.process_identity import own_identity
+
 ROOT = Path(__file__).resolve().parents[2]
 DATA = Path(os.environ.get("SPIKETUNE_DATA", ROOT.parent / "shared" / "data"))  # real recordings, where available
 slow = pytest.mark.skipif("SPIKETUNE_SLOW" not in os.environ, reason="slow; run launch/test.sh --slow")
@@ -47,6 +49,7 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> CompletedProcess:
 def run_here(script: str, *args) -> CompletedProcess:
     """Run a script as `__main__` in this process, which saves the seconds that a new Python takes to start."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    own_identity.cache_clear()  # a new process reads its environment anew
     before, sys.argv = sys.argv, [script, *map(str, args)]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -66,6 +69,18 @@ def succeed_here(script: str, *args) -> CompletedProcess:
     done = run_here(script, *args)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def started_as(rank: int, ranks: int) -> dict[str, str]:
+    """The environment variables that torchrun gives to one of several processes on a machine."""
+    return {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_RANK": str(rank),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "29500",
+    }
 
 
 def wait_for(condition: Callable[[], object], seconds: float = 60, process: subprocess.Popen | None = None) -> None:

@@ -79,7 +79,7 @@ import train.{module} as module
 {patch}
 from data_prep.common.errors import run_command
 from train.finetune import main
-run_command(main)
+run_command(main, on_ranks=True)
 """
 
 STOP_WHILE_SCORING = """

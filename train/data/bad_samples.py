@@ -16,7 +16,7 @@ from data_prep.common.errors import BadInput
 from data_prep.common.progress import Progress
 from data_prep.shards.folder import ShardSplit
 from train.data.decoding import decode_at
-from train.distributed.launch_environment import rank, ranks_on_machine
+from train.distributed.launch_environment import this_process
 from train.run.recipe import Loader
 
 SHOWN = 8  # stimuli that a warning names
@@ -61,9 +61,10 @@ class BadSamples:
             return _fault(split, position, size, responses, classes)
 
         name = f"{split.manifest.name}/{split.name}" if self.name_recordings else split.name
-        threads = max((os.cpu_count() or 1) // ranks_on_machine(), 1)
+        process = this_process()
+        threads = max((os.cpu_count() or 1) // process.ranks_on_machine, 1)
         with (
-            Progress(len(split), f"checking {name}", silent=rank() != 0) as progress,
+            Progress(len(split), f"checking {name}", silent=process.rank != 0) as progress,
             ThreadPoolExecutor(threads) as pool,
         ):
             faults = []

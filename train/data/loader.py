@@ -15,6 +15,7 @@ from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.worker_processes import serve_parent
 from train.data.batches import Batch, BatchRequest
 from train.data.order import (
+    MicroBatch,
     accumulation,
     augmentation_draws,
     evaluation_batches,
@@ -92,15 +93,31 @@ class TrainLoader:
         for _ in range(first_step, self.steps):
             yield [next(batches) for _ in range(self.accumulation_steps)]
 
+    def stimuli_of_epoch(self, epoch: int) -> np.ndarray:
+        """The positions of all ranks' stimuli of an epoch, in order, int64."""
+        return np.concatenate([self._global_batch(epoch, step) for step in range(self.steps)])
+
+    def own_stimuli(self, epoch: int) -> np.ndarray:
+        """The positions of this rank's stimuli of an epoch, in order, int64."""
+        parts = [
+            micro_batch.positions[micro_batch.weight > 0]
+            for step in range(self.steps)
+            for micro_batch in self._micro_batches(self._global_batch(epoch, step))
+        ]
+        return np.concatenate(parts)
+
+    def _global_batch(self, epoch: int, step: int) -> np.ndarray:
+        return global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli), self._layout)
+
+    def _micro_batches(self, batch: np.ndarray) -> list[MicroBatch]:
+        return micro_batches(batch, self.rank, self.ranks, self.accumulation_steps)
+
     def _requests(self, epoch: int, first_step: int) -> list[BatchRequest]:
         requests = []
         for step in range(first_step, self.steps):
-            batch = global_batch(self.seed, epoch, step, self.global_size, len(self.stimuli), self._layout)
+            batch = self._global_batch(epoch, step)
             draws = augmentation_draws(self.seed, epoch, step, len(batch), self.draws) if self.draws else None
-            requests += [
-                self.stimuli.request(micro_batch, batch, draws)
-                for micro_batch in micro_batches(batch, self.rank, self.ranks, self.accumulation_steps)
-            ]
+            requests += [self.stimuli.request(micro_batch, batch, draws) for micro_batch in self._micro_batches(batch)]
         return requests
 
 

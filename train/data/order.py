@@ -130,7 +130,13 @@ def augmentation_draws(seed: int, epoch: int, step: int, size: int, kinds: int) 
 
 
 def share(items: np.ndarray, rank: int, ranks: int) -> np.ndarray:
-    """The contiguous share of `items` that belongs to `rank`; shares differ by at most one in size."""
+    """The contiguous share of `items` that belongs to `rank`; shares differ by at most one in size.
+
+    Raises:
+        ValueError: there is no such rank, whose share would be empty.
+    """
+    if not 0 <= rank < ranks:
+        raise ValueError(f"rank {rank} of {ranks}")
     return items[rank * len(items) // ranks : (rank + 1) * len(items) // ranks]
 
 

@@ -11,7 +11,7 @@ from data_prep.common.errors import BadInput, RunFailed
 from data_prep.remote.downloader import Cancelled
 from data_prep.shards.folder import ShardSplit
 from data_prep.shards.remote_files import RemoteFiles
-from train.distributed.launch_environment import ranks_on_machine
+from train.distributed.launch_environment import this_process
 
 STREAMS = 4  # shards that a machine fetches at the same time; one stream rarely fills a network
 RETRY_SECONDS = 0.1
@@ -44,7 +44,7 @@ class ShardPrefetcher:
     def __enter__(self) -> "ShardPrefetcher":
         with self._changed:
             self._extend_view()
-        for _ in range(max(STREAMS // ranks_on_machine(), 1)):
+        for _ in range(max(STREAMS // this_process().ranks_on_machine, 1)):
             threading.Thread(target=self._fetch, daemon=True).start()
         return self
 

@@ -18,7 +18,7 @@ from data_prep.shards.manifest import Manifest, Rates, Split
 from data_prep.splits import folds, with_copies
 from train.data.bad_samples import BadSamples
 from train.data.order import InnerSplit, StimulusGroups, inner_splits, nested_subset
-from train.distributed.launch_environment import rank
+from train.distributed.launch_environment import this_process
 from train.run.folder import is_folder_name
 from train.run.recipe import LEAST_CORRELATED, EarlyStopping, Recipe
 
@@ -209,7 +209,7 @@ class Recordings:
 
 
 def _identities(folder: ShardFolder, split: str) -> ImageIdentities:
-    return image_identities(folder, split, silent=rank() != 0)
+    return image_identities(folder, split, silent=this_process().rank != 0)
 
 
 def _images(folder: ShardFolder, split: str, positions: np.ndarray | None = None) -> Images:

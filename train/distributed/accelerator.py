@@ -17,8 +17,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
 )
 
-from data_prep.common.errors import BadInput
-from train.distributed.launch_environment import cpu_requested, ranks_on_machine, uses_gpu, world_size
+from data_prep.common.errors import BadInput, RunFailed
+from data_prep.common.process_identity import ProcessIdentity
+from train.distributed.launch_environment import MPI_VARIABLES, gpu_index, this_process, uses_gpu
 from train.distributed.strategy import DeepSpeedConfig
 
 
@@ -33,12 +34,9 @@ def check_launcher(precision: str) -> None:
         raise BadInput(
             f"the launcher has --mixed_precision {launcher}, but the recipe has precision: {precision}; leave it at no"
         )
-    gpus = torch.cuda.device_count()
-    if 0 < gpus < ranks_on_machine() and not cpu_requested():
-        raise BadInput(
-            f"{ranks_on_machine()} processes were started on a machine with {gpus} GPUs; start one per GPU, "
-            "or set ACCELERATE_USE_CPU=true"
-        )
+    process = this_process()
+    if uses_gpu():
+        gpu_index(process, torch.cuda.device_count())
 
 
 def start_accelerator(deepspeed: DeepSpeedConfig | None, timeout: float) -> Accelerator:
@@ -49,39 +47,56 @@ def start_accelerator(deepspeed: DeepSpeedConfig | None, timeout: float) -> Acce
         timeout: seconds that the processes wait for each other.
 
     Raises:
-        RuntimeError: not all processes were joined, or they were joined under another strategy.
+        BadInput: the launcher's variables contradict each other.
+        RunFailed: other processes were joined than were started, or under another strategy.
     """
-    started = world_size()
-    cpu = not uses_gpu()
+    process, cpu = this_process(), not uses_gpu()
+    _prepare_environment(process, gpu=None if cpu else gpu_index(process, torch.cuda.device_count()))
     handlers: list[Any] = [
         # Buffers are averaged before evaluation and saving instead of sent along with every step.
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
-    if started > 1 or deepspeed is not None:
+    if process.world_size > 1 or deepspeed is not None:
         handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(seconds=timeout)))
     if deepspeed is None:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
         expected_types = [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]
-        if started == 1:
+        if process.world_size == 1:
             expected_types.append(DistributedType.NO)  # or one of the above, if a launcher started this single process
     else:
         accelerator = _deepspeed_accelerator(deepspeed, cpu, handlers)
         expected_types = [DistributedType.DEEPSPEED]
-    if accelerator.num_processes != started or accelerator.distributed_type not in expected_types:
-        raise RuntimeError(
-            f"{started} processes were started, but accelerate joined {accelerator.num_processes} "
-            f"as {accelerator.distributed_type}; start with launch/local.sh or torchrun"
+    started = f"rank {process.rank} of {process.world_size}"
+    joined = f"rank {accelerator.process_index} of {accelerator.num_processes}"
+    if started != joined or accelerator.distributed_type not in expected_types:
+        raise RunFailed(
+            f"this process was started as {started}, but accelerate joined it as {joined} "
+            f"({accelerator.distributed_type}); start with launch/local.sh or torchrun"
         )
     return accelerator
+
+
+def _prepare_environment(process: ProcessIdentity, gpu: int | None) -> None:
+    """Leave accelerate and DeepSpeed no other variables to read than those that describe this process.
+
+    Args:
+        process: this one; the variables of one of several are complete.
+        gpu: the number of its GPU among those that it sees. To both of them LOCAL_RANK is that number.
+    """
+    for name in MPI_VARIABLES:
+        os.environ.pop(name, None)
+    if gpu is not None and process.world_size > 1:
+        os.environ["LOCAL_RANK"] = str(gpu)
+    if process.world_size == 1 and ("MASTER_ADDR" not in os.environ or "MASTER_PORT" not in os.environ):
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of another run: no such store is there
 
 
 def _deepspeed_accelerator(config: DeepSpeedConfig, cpu: bool, handlers: list[Any]) -> Accelerator:
     # DeepSpeed looks for ninja on PATH, which lacks the virtual environment unless that is activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    if "MASTER_PORT" not in os.environ:  # a single process without a launcher
-        os.environ["MASTER_PORT"] = str(_free_port())
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():
+        os.environ.setdefault(name, value)  # a single process without a launcher
     if cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
     import deepspeed

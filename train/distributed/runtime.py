@@ -1,10 +1,9 @@
 """This process among the others of its run: `start_runtime(...)` joins them and yields a `Runtime`."""
 
 import os
-import socket
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -18,6 +17,7 @@ from torch import nn
 from data_prep.common.errors import BadInput, RunFailed
 from train.distributed.accelerator import check_launcher, start_accelerator
 from train.distributed.heartbeat import Heartbeat
+from train.distributed.roll_call import call_roll, check_agreement, check_members, own_entry
 from train.distributed.strategy import DeepSpeedConfig, strategy_name
 
 CONNECTION_ERRORS = ("closed by peer", "reset by peer", "imed out", "timeout", "Broken pipe")  # in gloo's messages
@@ -32,13 +32,16 @@ class Runtime:
         rank: of this process.
         ranks: number of processes.
         device: where this process computes.
-        hosts: the machine of each rank.
+        members: all ranks.
         heartbeat: what the ranks exchange with every step.
 
     Args:
         accelerator: joined.
         deepspeed: a complete configuration, or None.
         start_timeout, timeout: seconds, see `start_runtime`.
+
+    Raises:
+        BadInput: the processes cannot work together.
     """
 
     def __init__(
@@ -50,7 +53,10 @@ class Runtime:
         self.rank: int = accelerator.process_index
         self.ranks: int = accelerator.num_processes
         self.device: torch.device = accelerator.device
-        self.hosts: list[str] = self.gather_objects(socket.gethostname())
+        self.members = [own_entry(self.rank, self.ranks, self.device)]
+        if self.ranks > 1:
+            self.members = call_roll(self.members[0], dist.distributed_c10d._get_default_store())
+        check_members(self.members, share_gpus=not self.on_gpu or dist.get_backend() != "nccl")
         self.heartbeat = Heartbeat(self.ranks, timedelta(seconds=start_timeout))
         self._step_timeout, self._beats = timedelta(seconds=timeout), 0
 
@@ -60,9 +66,26 @@ class Runtime:
         return self.rank == 0
 
     @property
+    def hosts(self) -> list[str]:
+        """The machine of each rank."""
+        return [member.host for member in self.members]
+
+    @property
     def on_gpu(self) -> bool:
         """Whether this process computes on a GPU."""
         return self.device.type == "cuda"
+
+    def check_agreement(self, plan: Mapping[str, str]) -> None:
+        """Compare what this rank is about to do with the plans of the others; every rank must take part.
+
+        Raises:
+            BadInput: they differ; all ranks raise it.
+        """
+        check_agreement(self.gather_objects(dict(plan)), [str(member) for member in self.members])
+
+    def facts(self) -> dict[str, Any]:
+        """The entries of env.json about processes."""
+        return {"world_size": self.ranks, "processes": self.describe()}
 
     def describe(self) -> str:
         """Processes, device and strategy, for the log."""
@@ -210,8 +233,7 @@ def start_runtime(
 
     Raises:
         BadInput: the launcher's settings contradict the recipe or the machine.
-        RunFailed: another process has ended or does not answer.
-        RuntimeError: not all processes were joined.
+        RunFailed: another process has ended or does not answer, or other processes were joined than were started.
     """
     check_launcher(precision)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; matrix products have it off by default

@@ -18,7 +18,7 @@ from train.data.image_cache import ImageCaches
 from train.data.loader import workers_per_rank
 from train.data.recordings import Recordings, subset_positions
 from train.data.stimuli import RecordingStimuli
-from train.distributed.launch_environment import ranks_on_machine, world_size
+from train.distributed.launch_environment import this_process
 from train.distributed.runtime import Runtime
 from train.evaluation.figures.score_charts import chart_figures, chart_site_scores
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, metrics_report
@@ -86,6 +86,7 @@ def prepare(options: Evaluate, run: Path, split: str) -> list[EvaluationJob]:
     Raises:
         BadInput: they do not fit.
     """
+    process = this_process()
     folder, recipe = open_run(run)
     check_writable(folder.path)
     checkpoint = resolve_checkpoint(folder.checkpoints, options.checkpoint)
@@ -108,7 +109,7 @@ def prepare(options: Evaluate, run: Path, split: str) -> list[EvaluationJob]:
         stimuli = _stimuli(
             recipe, shards, split, progress.image_size, bad_samples, positions_left_out.get(name), caches
         )
-        check_enough_stimuli(stimuli, world_size(), split)
+        check_enough_stimuli(stimuli, process.world_size, split)
         jobs.append(
             EvaluationJob(
                 options=options,
@@ -202,6 +203,7 @@ def evaluate(job: EvaluationJob, runtime: Runtime) -> RecordingScores:
     Raises:
         BadInput: the run is still training, and ranks found different checkpoints.
     """
+    runtime.check_agreement({"the stimuli to score": job.stimuli.fingerprint()[:12], "the split": job.split})
     checkpoints = set(runtime.gather_objects(job.checkpoint.name))
     if len(checkpoints) > 1:
         raise BadInput(
@@ -220,7 +222,7 @@ def evaluate(job: EvaluationJob, runtime: Runtime) -> RecordingScores:
         job.stimuli,
         runtime,
         batch_size=job.options.batch_size or job.recipe.evaluation_batch_size,
-        workers=workers_per_rank(workers, ranks_on_machine(), os.cpu_count() or 1),
+        workers=workers_per_rank(workers, this_process().ranks_on_machine, os.cpu_count() or 1),
         keep_predictions=True,
         label=label,
     )

@@ -20,7 +20,7 @@ from train.data.image_cache import ImageCaches
 from train.data.loader import workers_per_rank
 from train.data.order import nested_subset
 from train.data.stimuli import RecordingStimuli
-from train.distributed.launch_environment import rank, ranks_on_machine, world_size
+from train.distributed.launch_environment import this_process
 from train.evaluation.scoring import check_enough_stimuli
 from train.models.backbone import Backbone
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
@@ -30,7 +30,7 @@ from train.models.timm_networks import check_network_name
 from train.probing.layer_regressions import Partition
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
-from train.run.recipe import ProbeRecipe
+from train.run.recipe import ProbeRecipe, flat_settings
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,11 @@ class ProbeJob:
         ]
         return "\n".join([*lines, *self.bad_samples.warnings()])
 
+    def plan(self) -> dict[str, str]:
+        """What a rank is about to do, which all must agree on."""
+        stimuli = {f"the stimuli of {name}": split.fingerprint()[:12] for name, split in self.splits.items()}
+        return {**flat_settings(self.recipe), "the layers": ", ".join(self.layers), **stimuli}
+
     @cached_property
     def scored(self) -> np.ndarray:
         """Positions of the stimuli that are scored, ascending."""
@@ -122,6 +127,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
     Raises:
         BadInput: it does not fit.
     """
+    process = this_process()
     check_network_name(recipe.backbone.name)
     folder = RunFolder(out)
     if resume:
@@ -134,8 +140,8 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
     splits = _open_splits(shards, split, recipe, size, bad_samples)
     partitions = _partition(shards, split, recipe, splits)
     for name, stimuli in splits.items():
-        check_enough_stimuli(stimuli, world_size(), name)
-    workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
+        check_enough_stimuli(stimuli, process.world_size, name)
+    workers = workers_per_rank(recipe.loader.workers, process.ranks_on_machine, os.cpu_count() or 1)
     extractor, layers = _build_extractor(recipe, size)
     return ProbeJob(
         recipe=recipe,
@@ -201,7 +207,10 @@ def _partition(
     positions = np.arange(len(facts))
     copies = first_copies(
         ImageIdentities.joined(
-            [image_identities(shards, name, silent=rank() != 0).at(stimuli.subset) for name, stimuli in splits.items()]
+            [
+                image_identities(shards, name, silent=this_process().rank != 0).at(stimuli.subset)
+                for name, stimuli in splits.items()
+            ]
         )
     )
     if split == "cv":

@@ -23,6 +23,7 @@ def scratch_folder(scratch: Path | None, out: Path) -> Path:
 def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> None:
     """Run a probe on all ranks; the leading one writes the results."""
     started = time.monotonic()
+    runtime.check_agreement(job.plan())
     job.extractor.to(runtime.device)
     monitor.log(job.describe())
     products = ProductStore(job.recipe, job.splits, job.extractor, scratch, runtime, job.workers, monitor)

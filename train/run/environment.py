@@ -25,7 +25,6 @@ def environment() -> dict[str, Any]:
         "host": platform.node(),
         "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         or [f"CPU, {os.cpu_count()} cores"],
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
         "job": os.environ.get("SPIKETUNE_JOB"),
     }
 

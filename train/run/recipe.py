@@ -2,8 +2,9 @@
 
 import difflib
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -242,6 +243,18 @@ def _did_you_mean(path: Path) -> str:
     recipes = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}
     near = difflib.get_close_matches(path.stem, recipes, n=1)
     return f"; did you mean {os.path.relpath(recipes[near[0]])}?" if near else ""
+
+
+def flat_settings(recipe: Recipe | ProbeRecipe) -> dict[str, str]:
+    """Every setting as `section.key` and text, without the data's place."""
+
+    def flat(prefix: str, values: Mapping[str, Any]) -> dict[str, str]:
+        settings: dict[str, str] = {}
+        for name, value in values.items():
+            settings |= flat(f"{prefix}{name}.", value) if isinstance(value, dict) else {f"{prefix}{name}": str(value)}
+        return settings
+
+    return flat("", recipe.model_dump(exclude={"data"}))
 
 
 def save_recipe(recipe: Recipe | ProbeRecipe, path: Path) -> None:

@@ -14,13 +14,14 @@ import yaml
 
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import DIVERGED, BadInput
-from train.distributed.launch_environment import uses_gpu
+from data_prep.common.process_identity import ADDRESS_VARIABLES, RANK_VARIABLES
+from train.distributed.launch_environment import announced_process, uses_gpu
 from train.sweeping.supervised_process import Heartbeat, run_supervised
 
 COMMANDS = Path(__file__).resolve().parents[1]
 # Variables that would make a trial believe that it belongs to the job of a launcher above the worker.
 LAUNCHER_PREFIXES = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MV2_", "ACCELERATE_", "TORCHELASTIC_")
-RANK_VARIABLES = ("RANK", "LOCAL_RANK", "GROUP_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LAUNCHER_VARIABLES = (*RANK_VARIABLES, "GROUP_RANK", *ADDRESS_VARIABLES)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Launcher:
     """
 
     def __init__(self, processes: int | None):
-        if os.environ.get("WORLD_SIZE", "1") != "1":
+        if announced_process().world_size != 1:
             raise BadInput("train/sweep.py starts the processes of each trial itself; start it with plain python")
         self.gpus = torch.cuda.device_count() if uses_gpu() else 0
         self.processes = processes or max(self.gpus, 1)
@@ -67,7 +68,7 @@ class Launcher:
         inherited = {
             name: value
             for name, value in os.environ.items()
-            if not name.startswith(LAUNCHER_PREFIXES) and name not in RANK_VARIABLES
+            if not name.startswith(LAUNCHER_PREFIXES) and name not in LAUNCHER_VARIABLES
         }
         threads = 1 if self.gpus else max(len(os.sched_getaffinity(0)) // self.processes, 1)
         environment = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"} | inherited

@@ -47,7 +47,7 @@ def main():
             pass
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, on_ranks=True)
 """
 
 ENDS = {

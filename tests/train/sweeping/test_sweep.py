@@ -14,12 +14,13 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers import ROOT, assert_refused, finish, run_here, start_command, wait_for
+from helpers import ROOT, assert_refused, finish, run_here, start_command, started_as, wait_for
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from data_prep.common import locks
 from data_prep.common.errors import BadInput
+from data_prep.common.process_identity import own_identity
 from data_prep.shards.manifest import load_manifest
 from train.run.folder import RunFolder
 from train.run.progress import Progress
@@ -474,7 +475,9 @@ def test_a_trial_sees_nothing_of_the_launcher_that_started_the_worker(monkeypatc
     environment = Launcher(1).environment()
     assert not {"SLURM_STEP_NUM_TASKS", "ACCELERATE_MIXED_PRECISION"} & environment.keys()
     assert environment["OMP_NUM_THREADS"] == "3"
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in started_as(rank=0, ranks=2).items():
+        monkeypatch.setenv(name, value)
+    own_identity.cache_clear()
     with pytest.raises(BadInput, match="plain python"):
         Launcher(1)
 

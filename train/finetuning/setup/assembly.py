@@ -11,6 +11,7 @@ from train.finetuning.ema import RunningAverage
 from train.finetuning.loop import Training
 from train.finetuning.optimizer import build_optimizer
 from train.finetuning.selection_scoring import SelectionScoring
+from train.finetuning.setup.agreement import check_agreement
 from train.finetuning.setup.introduction import NetworkSize, introduce
 from train.finetuning.setup.layer_balance import balance_layers
 from train.finetuning.setup.preparation import PreparedRun
@@ -22,8 +23,13 @@ from train.run.tensorboard import training_pages
 
 
 def build(run: PreparedRun, start: StartingPoint, runtime: Runtime) -> Training:
-    """Make network, optimizer and monitor, and claim the run's folder."""
+    """Make network, optimizer and monitor, and claim the run's folder.
+
+    Raises:
+        BadInput: the processes disagree on what they are about to do, or the checkpoint is of another network.
+    """
     recipe = run.recipe
+    check_agreement(run, start.progress, runtime)
     network = build_network(run, runtime, first_weights=start.is_fresh)
     size = NetworkSize.of(network)
     ridge_scores = start_in_closed_form(run, network, runtime) if start.is_fresh else {}
@@ -125,7 +131,7 @@ def build_engine(run: PreparedRun, network: Network, runtime: Runtime) -> Engine
 def run_facts(run: PreparedRun, size: NetworkSize, runtime: Runtime) -> dict[str, Any]:
     """The entries of env.json about processes, network and stimuli."""
     facts: dict[str, Any] = {
-        "processes": runtime.describe(),
+        **runtime.facts(),
         "parameters": {"all": size.all, "trained": size.trained},
     }
     if run.recording_names:

@@ -15,7 +15,7 @@ from train.data.loader import TrainLoader, workers_per_rank
 from train.data.recordings import FitAndSelection, Recordings
 from train.data.stimuli import RecordingStimuli, StimulusSet
 from train.data.streaming import StreamLoader
-from train.distributed.launch_environment import rank, ranks_on_machine, uses_gpu, world_size
+from train.distributed.launch_environment import this_process, uses_gpu
 from train.distributed.strategy import complete_deepspeed_config, resolve_strategy, zero_stage
 from train.evaluation.scoring import check_enough_stimuli
 from train.finetuning.setup.data_notes import notes_on_left_out, notes_on_remote_shards
@@ -89,6 +89,7 @@ def prepare(recipe: Recipe, locations: Sequence[Path | str], out: Path, resume: 
     Raises:
         BadInput: they do not fit together.
     """
+    process = this_process()
     check_network_name(recipe.backbone.name)
     folder = RunFolder(out)
     if resume:
@@ -97,7 +98,7 @@ def prepare(recipe: Recipe, locations: Sequence[Path | str], out: Path, resume: 
         folder.check_free()
     data = open_data(recipe, locations)
     targets = set_targets(recipe, data.recordings.manifest, data.fit, data.selection)
-    workers = workers_per_rank(recipe.loader.workers, ranks_on_machine(), os.cpu_count() or 1)
+    workers = workers_per_rank(recipe.loader.workers, process.ranks_on_machine, os.cpu_count() or 1)
     loader = build_loader(recipe, data.fit, workers)
     check_loss(recipe, data.fit, loader.accumulation_steps)
     deepspeed = deepspeed_config(recipe, loader)
@@ -118,7 +119,7 @@ def open_data(recipe: Recipe, locations: Sequence[Path | str]) -> TrainingData:
     divided = recordings.divide(recipe, bad_samples)
     fit, selection = training_stimuli(recordings, divided, recipe)
     for stimuli in selection.recordings:
-        check_enough_stimuli(stimuli, world_size(), recipe.early_stopping.split)
+        check_enough_stimuli(stimuli, this_process().world_size, recipe.early_stopping.split)
     notes = [
         *bad_samples.warnings(),
         *notes_on_remote_shards(folders, recipe.loader),
@@ -173,14 +174,15 @@ def build_loader(recipe: Recipe, fit: StimulusSet, workers: int) -> TrainLoader:
     Raises:
         BadInput: more ranks than stimuli in a global batch.
     """
+    process = this_process()
     loader_type = StreamLoader if recipe.loader.engine == "webdataset" else TrainLoader
     return loader_type(
         fit,
         seed=recipe.seed,
         global_size=recipe.batch.global_size,
         per_device=recipe.batch.per_device,
-        rank=rank(),
-        ranks=world_size(),
+        rank=process.rank,
+        ranks=process.world_size,
         workers=workers,
         pin=uses_gpu(),
         draws=KINDS if recipe.augment.is_on else 0,
