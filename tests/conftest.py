@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import succeed_here
-from launching import SMALL, succeed
+from launching import SMALL, succeed_on
 from make_sources import make_folder
 from web_server import serve
 
@@ -60,7 +60,7 @@ def holey(tmp_path_factory) -> Path:
 def trained(recording, tmp_path_factory) -> Path:
     """A network trained on `recording` for two epochs by one process."""
     out = tmp_path_factory.mktemp("runs") / "trained"
-    succeed(1, "train/finetune.py", "--data", recording, "--out", out, *SMALL)
+    succeed_here("train/finetune.py", "--data", recording, "--out", out, *SMALL)
     return out
 
 
@@ -81,11 +81,7 @@ def hybrid_run_on(recording, tmp_path_factory):
     def run(processes: int) -> Path:
         out = folder / f"on_{processes}"
         if not out.exists():
-            command = ["train/finetune.py", "--data", recording, "--out", out, *SMALL, *settings]
-            if processes == 1:
-                succeed_here(*command)
-            else:
-                succeed(processes, *command)
+            succeed_on(processes, "train/finetune.py", "--data", recording, "--out", out, *SMALL, *settings)
         return out
 
     return run

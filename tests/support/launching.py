@@ -12,7 +12,8 @@ from subprocess import CompletedProcess
 import numpy as np
 import psutil
 import torch
-from helpers import ROOT, finish, run_command, start_group, succeed_here, wait_for
+from forked_python import forked_python
+from helpers import ROOT, finish, start_group, succeed_here, wait_for
 from safetensors.torch import load_file
 
 # A network without BatchNorm, in float32, so that the number of processes makes no difference.
@@ -26,7 +27,10 @@ SMALL = [
 def start(processes: int, *command, **environment: str) -> subprocess.Popen:
     """Start `launch/local.sh -n PROCESSES COMMAND` (options of local.sh first) in its own process group."""
     words = ["bash", "launch/local.sh", "-n", processes, *command]
-    return start_group(words, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    python = forked_python()
+    # The launcher, and the processes that torchrun starts.
+    interpreters = {"PYTHON": python, "PYTHON_EXEC": python}
+    return start_group(words, env={**os.environ, "OMP_NUM_THREADS": "1", **interpreters, **environment})
 
 
 def launch(processes: int, *command, timeout: float = 300, **environment: str) -> CompletedProcess:
@@ -65,12 +69,9 @@ def succeed(processes: int, *command, **environment: str) -> str:
     return done.stdout
 
 
-def succeed_on(processes: int, script: str, *args) -> None:
+def succeed_on(processes: int, script: str, *args) -> str:
     """`succeed`, within this process where one is enough."""
-    if processes == 1:
-        succeed_here(script, *args)
-    else:
-        succeed(processes, script, *args)
+    return succeed_here(script, *args).stdout if processes == 1 else succeed(processes, script, *args)
 
 
 DRIVER = """
@@ -101,7 +102,7 @@ def run_patched(module: str, patch: str, *options, processes: int = 1) -> Comple
     if processes > 1:
         return launch(processes, script, *options, PYTHONPATH=str(ROOT))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return run_command([script, *options], env=environment)
+    return finish(start_group([forked_python(), script, *options], env=environment))
 
 
 def weights(run: Path, which: str = "last") -> dict[str, torch.Tensor]:

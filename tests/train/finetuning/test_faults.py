@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from helpers import assert_refused, finish, run_here, slow
+from helpers import assert_refused, finish, run_here, slow, succeed_here
 from launching import (
     SMALL,
     STOP_WHILE_SCORING,
@@ -122,7 +122,7 @@ def test_a_run_stopped_while_scoring_scores_again(recording, trained, tmp_path):
     done = run_patched("finetuning.selection_scoring", STOP_WHILE_SCORING, *options)
     assert done.returncode == STOPPED, done.stderr
     assert len(losses(tmp_path / "run")) == 1
-    succeed(1, "train/finetune.py", "--data", recording, "--out", tmp_path / "run", "--resume")
+    succeed_here("train/finetune.py", "--data", recording, "--out", tmp_path / "run", "--resume")
     assert losses(tmp_path / "run") == losses(trained)
     assert largest_difference(weights(tmp_path / "run"), weights(trained)) == 0
 

@@ -5,7 +5,17 @@ import shutil
 import pytest
 import torch
 from helpers import assert_refused, run_here, succeed_here
-from launching import SMALL, kill_after_an_epoch, largest_difference, launch, losses, metrics, succeed, weights
+from launching import (
+    SMALL,
+    kill_after_an_epoch,
+    largest_difference,
+    launch,
+    losses,
+    metrics,
+    succeed,
+    succeed_on,
+    weights,
+)
 
 from data_prep.shards.folder import ShardFolder
 from train.data.loader import TrainLoader
@@ -31,7 +41,8 @@ def one_step(recording, tmp_path_factory):
         out = folder / f"{processes}_{per_device}"
         micro_batch = ["--batch.per-device", per_device] if per_device else []
         if not out.exists():
-            succeed(processes, "train/finetune.py", "--data", recording, "--out", out, *SMALL, *ONE_STEP, *micro_batch)
+            options = ["--data", recording, "--out", out, *SMALL, *ONE_STEP, *micro_batch]
+            succeed_on(processes, "train/finetune.py", *options)
         return weights(out)
 
     return run
@@ -103,7 +114,7 @@ def test_a_run_without_a_checkpoint_starts_again(trained, recording, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run, symlinks=True)
     shutil.rmtree(run / "checkpoints")
-    output = succeed(1, "train/finetune.py", "--data", recording, "--out", run, "--resume")
+    output = succeed_here("train/finetune.py", "--data", recording, "--out", run, "--resume").stdout
     assert "starting from the beginning" in output
     assert losses(run) == losses(trained)
 
