@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 SPLITS = ("train", "val", "test")
+CONSTANT = 1e-15  # a variance below this part of the squared mean is what float32 rounding makes of a constant
 
 
 @dataclass(frozen=True)
@@ -128,3 +129,18 @@ def trial_average(trials: np.ndarray) -> np.ndarray:
     total = np.where(recorded, trials, 0.0).sum(axis=-2, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
         return (total / count).astype(np.float32)
+
+
+def varies(count: np.ndarray, squares: np.ndarray, mean: np.ndarray) -> np.ndarray:
+    """Which sites respond differently to different stimuli: no others can be predicted, or have an R2.
+
+    Args:
+        count: recorded responses, (sites,).
+        squares: sum of (response - mean)^2, likewise.
+        mean: of the responses, likewise; NaN where there are none.
+
+    Returns:
+        bool (sites,).
+    """
+    with np.errstate(invalid="ignore"):
+        return (count >= 2) & (squares > CONSTANT * count * mean**2)

@@ -15,6 +15,7 @@ from data_prep.ceiling import RANDOM_SPLITS, SPLIT_SEED, CeilingEstimate
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import LONGEST_NAME, is_name, parse_json, read_regular_file
+from data_prep.recording import varies
 
 FORMAT_VERSION: Final = 1
 MOST_STIMULI, MOST_BYTES = 10**9, 2**50  # of a split, of a shard; a manifest that claims more is damaged or malicious
@@ -106,6 +107,14 @@ class Rates(_Strict):
             mean = np.where(present, train, 0).sum(axis=0, dtype=np.float64) / count
             variance = np.square(np.where(present, train - mean, 0)).sum(axis=0) / count
         return cls(units=units, mean=to_json_list(mean), std=to_json_list(np.sqrt(variance)))
+
+    def fitted_sites(self) -> np.ndarray:
+        """Which sites a model can be fitted to, bool (sites,): those whose training responses vary.
+
+        The others have no score, whatever a model predicts for them.
+        """
+        mean, std = from_json_list(self.mean), from_json_list(self.std)
+        return varies(np.array(2), 2 * std**2, mean)
 
 
 Interval = Annotated[list[float], Field(min_length=2, max_length=2)]

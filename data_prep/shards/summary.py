@@ -17,6 +17,8 @@ from data_prep.shards.copies import copy_lines, copy_warnings
 from data_prep.shards.folder import ShardFolder, ShardSplit
 from data_prep.shards.manifest import Ceiling, Manifest, from_json_list
 
+MOST_NAMED = 6  # sites in a warning
+
 
 def summary(folder: ShardFolder) -> str:
     """A summary of a shard folder, as text for a terminal."""
@@ -25,7 +27,7 @@ def summary(folder: ShardFolder) -> str:
     lines = []
     for name, split in manifest.splits.items():
         megabytes = sum(shard.bytes for shard in split.shards) / 1e6
-        responses = "with responses" if split.responses else "without responses"
+        responses = _responses(folder, name)
         lines.append(
             f"  {name:<6} {split.stimuli:>6,} stimuli {responses}, {len(split.shards)} shards, {megabytes:,.1f} MB"
         )
@@ -45,11 +47,37 @@ def summary(folder: ShardFolder) -> str:
         lines += _ceiling_lines(manifest.ceiling)
     copies = manifest.provenance.get("copies")
     lines += copy_lines(copies) if copies else []
-    warnings = [*manifest.provenance.get("warnings", []), *_shared_groups(manifest)]
+    warnings = [*manifest.provenance.get("warnings", []), *_shared_groups(manifest), *_sites_without_score(manifest)]
     warnings += copy_warnings(copies) if copies else []
     lines += [f"  warning: {text}" for text in warnings]
     title = f"{bold(printable(manifest.name))}{simulated}  in {printable(str(folder.folder))}"
     return "\n".join([title, *map(printable, lines)])  # a name from a file must not control the terminal
+
+
+def _responses(folder: ShardFolder, name: str) -> str:
+    """Whether the stimuli of a split have responses, and how many have none to any site."""
+    split = folder.split(name)
+    if not split.has_responses:
+        return "without responses"
+    try:
+        silent = np.flatnonzero(np.isnan(split.rates()).all(axis=1)) if not split.is_remote else ()
+    except BadInput:  # damaged, which --verify reports in full
+        return "with responses"
+    if not len(silent):
+        return "with responses"
+    return f"with responses ({len(silent):,} without any, e.g. {split.stimulus_ids[silent[0]]})"
+
+
+def _sites_without_score(manifest: Manifest) -> Iterator[str]:
+    """A warning about sites that no model can be fitted to."""
+    without = np.flatnonzero(~manifest.rates.fitted_sites())
+    if len(without):
+        names = ", ".join(manifest.site_ids[site] for site in without[:MOST_NAMED])
+        more = ", ..." if len(without) > MOST_NAMED else ""
+        yield (
+            f"{len(without)} of {len(manifest.sites)} sites have no score, because their responses in train are "
+            f"constant or missing: {names}{more}"
+        )
 
 
 def _split_line(manifest: Manifest) -> str:

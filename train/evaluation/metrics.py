@@ -13,11 +13,11 @@ NaN responses are left out, site by site. A score without a value is NaN.
 import numpy as np
 import torch
 
+from data_prep.recording import varies
 from train.evaluation.moments import SiteMoments
 
 LOWER_IS_BETTER = ("mse",)
 LEAST_RELIABILITY = 0.1
-CONSTANT = 1e-15  # a variance below this part of the squared mean is what float32 rounding makes of a constant
 
 
 def site_scores(moments: SiteMoments) -> dict[str, np.ndarray]:
@@ -31,13 +31,13 @@ def site_scores(moments: SiteMoments) -> dict[str, np.ndarray]:
     prediction_squares, products = _on_host(moments.prediction_squares), _on_host(moments.products)
     with np.errstate(invalid="ignore", divide="ignore"):
         squared_error = residual_squares + count * residual_mean**2
-        varies = (count >= 2) & (response_squares > CONSTANT * count * _on_host(moments.response_mean) ** 2)
+        defined = varies(count, response_squares, _on_host(moments.response_mean))
         correlation = products / np.sqrt(response_squares * prediction_squares)
         return {
-            "r2": np.where(varies, 1 - squared_error / response_squares, np.nan),
-            "explained_variance": np.where(varies, 1 - residual_squares / response_squares, np.nan),
+            "r2": np.where(defined, 1 - squared_error / response_squares, np.nan),
+            "explained_variance": np.where(defined, 1 - residual_squares / response_squares, np.nan),
             "mse": np.where(count > 0, squared_error / count, np.nan),
-            "pearson_r": np.where(varies & (prediction_squares > 0), correlation, np.nan),
+            "pearson_r": np.where(defined & (prediction_squares > 0), correlation, np.nan),
         }
 
 

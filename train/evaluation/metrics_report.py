@@ -65,7 +65,7 @@ def regression_block(
     """
     ceiling = manifest.ceiling
     reliability = None if ceiling is None else from_json_list(ceiling.reliability)
-    trained = np.array([mean is not None for mean in manifest.rates.mean])
+    trained = manifest.rates.fitted_sites()
     block = regression_report(moments, prediction, response, manifest.site_ids, reliability, trained, noise)
     if ceiling is not None:
         block["ceiling"] |= ceiling.facts()
@@ -92,12 +92,14 @@ def regression_report(
         prediction, response: (stimuli, sites), for the intervals.
         site_ids: of the sites.
         reliability: of the trial average, float64 (sites,), or None.
-        trained: bool (sites,), the sites that a model can have predictions for; all by default.
+        trained: bool (sites,), the sites that a model can be fitted to; the others have no score. All by default.
         noise: noise variance of each response, float64 (stimuli, sites), or None.
 
     Raises:
         RunFailed: a prediction is NaN or infinite.
     """
+    if trained is not None:
+        moments, response = moments.only(trained), np.where(trained, response, np.nan)
     predicted = prediction if trained is None else prediction[:, trained]
     if not np.isfinite(predicted).all():
         raise RunFailed(f"{DIVERGED}the predictions contain NaN or infinity")

@@ -1,8 +1,9 @@
 """Counts, means and centred second moments per site: the sums from which all metrics of responses follow."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import reduce
 
+import numpy as np
 import torch
 
 from train.distributed.runtime import Runtime
@@ -95,6 +96,10 @@ class SiteMoments:
     def side_by_side(cls, recordings: list["SiteMoments"]) -> "SiteMoments":
         """The moments of the sites of several recordings, one recording after the other."""
         return cls._from_rows(torch.cat([torch.stack(moments._rows()) for moments in recordings], dim=1))
+
+    def only(self, sites: np.ndarray) -> "SiteMoments":
+        """The same moments, with a count of 0, and so no score, for all sites but these; bool (sites,)."""
+        return replace(self, count=torch.where(torch.from_numpy(sites).to(self.count.device), self.count, 0))
 
     def is_finite(self) -> bool:
         """Whether all moments are finite: no prediction was NaN or infinite."""

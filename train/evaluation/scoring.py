@@ -24,7 +24,8 @@ class RecordingScores:
     """A network's predictions of a recording's split, and their scores; the same on every rank.
 
     Attributes:
-        moments: of responses and predictions; None where the network predicts none or there are no responses.
+        moments: of responses and predictions; sites that could not be fitted (`Rates.fitted_sites`) count for nothing.
+            None where the network predicts none or there are no responses.
         counts: correct classifications; None where the network predicts no classes or there are no labels.
         rates: predictions in the recording's units, float32 (stimuli, sites), in the order of the split; None where
             the network predicts none or they were not kept.
@@ -146,6 +147,7 @@ class _RankScorer:
         rows = len(rank_positions(len(stimuli), runtime.rank, runtime.ranks)) if keep_predictions else 0
         device, sites = runtime.device, 0
         self._moments: SiteMoments | None = None
+        self._fitted = stimuli.split.manifest.rates.fitted_sites()
         if self._responses is not None:
             sites = self._responses.rate_mean[stimuli.columns].numel()
             if stimuli.rates is not None:
@@ -186,7 +188,7 @@ class _RankScorer:
         if total != expected:
             raise RuntimeError(f"the ranks evaluated {total} stimuli, but the split has {expected}")
         return RecordingScores(
-            moments=None if self._moments is None else self._moments.over_ranks(runtime),
+            moments=None if self._moments is None else self._moments.over_ranks(runtime).only(self._fitted),
             counts=None if self._counts is None else self._counts.over_ranks(runtime),
             rates=runtime.gather_rows(self._rates) if self._keep and self._responses is not None else None,
             classes=runtime.gather_rows(self._classes) if self._keep and self._classifies else None,

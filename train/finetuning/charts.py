@@ -138,7 +138,10 @@ class TrainingCharts:
             )
         scores = site_scores(moments.over_ranks(self._runtime))
         shown = ("pearson_r",) if responses.needs_calibration else tuple(scores)
-        means = [{name: mean_score(scores[name][part.columns]) for name in shown} for part in self._fit.recordings]
+        means = [
+            {name: mean_score(scores[name][part.columns][part.split.manifest.rates.fitted_sites()]) for name in shown}
+            for part in self._fit.recordings
+        ]
         return [{name: mean for name, mean in of_part.items() if np.isfinite(mean)} for of_part in means]
 
     def _class_scores(self, predictions: Sequence[TrainPredictions]) -> list[dict[str, float]]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 import numpy as np
 
+from data_prep.recording import varies
 from train.regression.fit import Fit, fit_site_groups
 from train.regression.gram import Predictors, centred_gram
 from train.regression.least_squares import least_squares, partial_least_squares
@@ -77,8 +78,10 @@ def r2_per_site(predicted: np.ndarray, rates: np.ndarray) -> np.ndarray:
     """
     recorded = ~np.isnan(rates)
     with np.errstate(invalid="ignore", divide="ignore"):
-        mean = np.where(recorded, rates, 0).sum(0) / recorded.sum(0)
+        count = recorded.sum(0)
+        mean = np.where(recorded, rates, 0).sum(0) / count
         deviation = np.where(recorded, rates - mean, 0)
         error = np.where(recorded, rates - predicted, 0)
         total = np.square(deviation).sum(0, dtype=np.float64)
-        return np.where(total > 0, 1 - np.square(error).sum(0, dtype=np.float64) / total, np.nan)
+        r2 = 1 - np.square(error).sum(0, dtype=np.float64) / total
+        return np.where(varies(count, total, mean), r2, np.nan)

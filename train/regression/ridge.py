@@ -5,6 +5,7 @@ from typing import Self
 
 import numpy as np
 
+from data_prep.recording import varies
 from train.regression.fit import Fit, fit_site_groups
 from train.regression.gram import Predictors
 
@@ -83,7 +84,7 @@ def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None
         best_press, penalty = np.where(better, press, best_press), np.where(better, candidate, penalty)
     dual = vectors @ (rotated / (eigenvalues + penalty * mean_eigenvalue))
     with np.errstate(invalid="ignore", divide="ignore"):
-        inner_r2 = np.where(variance > 0, 1 - best_press / variance, np.nan)
+        inner_r2 = np.where(varies(np.array(len(rates)), variance, mean), 1 - best_press / variance, np.nan)
     return RidgeFit(
         prediction=(predictors.predict(dual) + mean).astype(np.float32),
         dual=dual,

@@ -173,7 +173,10 @@ class Group:
         if unreliable := len(regression.unreliable_sites):
             notes.append(f"Ceiled scores leave out {unreliable} of the {self.sites} sites, which are too unreliable.")
         if constant := len(regression.sites_without_r2):
-            notes.append(f"R2 leaves out {constant} of the {self.sites} sites, whose responses are constant.")
+            notes.append(
+                f"R2 leaves out {constant} of the {self.sites} sites, whose responses are constant or unknown, here or "
+                "in train."
+            )
         unpaired = [scored.run.title for scored, paired in zip(self.runs, self.is_paired, strict=True) if not paired]
         if unpaired:
             notes.append(f"No predictions.npz for the same stimuli, so not compared in pairs: {', '.join(unpaired)}.")

@@ -246,7 +246,10 @@ class ReportedRun:
             if len(reliability) != regression.sites:
                 return None
         order = np.argsort(predictions.stimulus_ids)
-        return ScoredPredictions(rates[order], responses[order], reliability)
+        scored = np.isfinite(from_json_list(regression.mse.per_site))  # the others could not be fitted
+        if len(scored) != regression.sites:
+            return None
+        return ScoredPredictions(rates[order], np.where(scored, responses[order], np.nan), reliability)
 
     @cached_property
     def class_predictions(self) -> ClassPredictions | None:
