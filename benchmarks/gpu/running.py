@@ -1,0 +1,143 @@
+"""Runs entries one by one, each in a process of its own, within limits of time.
+
+An entry's process is forked from a server that has imported torch and the project, but has not touched the GPU: it
+starts at once, with settings, memory statistics and process group of its own, and a crash or a hang costs one entry.
+"""
+
+import importlib
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from gpu.entries import Entry, Part, Place
+from gpu.results import FAILED, OUT_OF_TIME, SKIPPED, Result, ResultsFile, Skipped
+
+PRELOADED = [
+    "gpu.training_speed",
+    "train.finetuning.setup.assembly",
+    "train.finetuning.setup.preparation",
+    "train.planning",
+]
+MADE_IN = {name: ("preparation", name) for name in ("recordings", "plans")}  # module and function of a part
+LEAST_SECONDS = 1.0  # with less left, an entry is not started
+SECONDS_TO_END = 10.0  # that a process may take to end once it has answered
+FORKED_TOO_LATE = "in forked subprocess"  # in torch's message if the server had touched the GPU after all
+Runner = Callable[[Part, Entry, Place, float], Result]
+"""Runs an entry of a part in a place for at most some seconds."""
+
+
+def load_part(name: str, place: Place) -> Part:
+    """A part by its name: gpu/NAME.py has a function `part`, unless `MADE_IN` knows better."""
+    module, function = MADE_IN.get(name, (name, "part"))
+    return getattr(importlib.import_module(f"gpu.{module}"), function)(place.form)
+
+
+def run_part(part: Part, place: Place, runner: Runner, results: ResultsFile, deadline: float) -> None:
+    """Run all entries of a part; those that `deadline` (of time.monotonic) leaves no time for are out of time."""
+
+    def run(entry: Entry) -> None:
+        left = deadline - time.monotonic()
+        if left < LEAST_SECONDS:
+            results.add(Result(part.name, entry.name, OUT_OF_TIME, "not started"))
+            return
+        results.add(runner(part, entry, place, min(left, entry.seconds)))
+
+    for stage in part.stages:
+        with ThreadPoolExecutor(part.together) as pool:
+            for _ in pool.map(run, stage):
+                pass
+
+
+def run_here(part: Part, entry: Entry, place: Place, seconds: float) -> Result:
+    """Run an entry in this process, however long it takes."""
+    started = time.monotonic()
+    try:
+        return Result.of(part.name, entry.name, entry.work(place), time.monotonic() - started)
+    except Skipped as reason:
+        return Result(part.name, entry.name, SKIPPED, str(reason), seconds=round(time.monotonic() - started, 2))
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        message = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        return Result(part.name, entry.name, FAILED, message, seconds=round(time.monotonic() - started, 2))
+
+
+class OwnProcess:
+    """A runner that starts a process for each entry.
+
+    Args:
+        logs: folder for the output of each entry.
+    """
+
+    def __init__(self, logs: Path):
+        self._logs = logs
+        logs.mkdir(parents=True, exist_ok=True)
+        # Counts GPUs without starting CUDA, after which a process must not be forked.
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
+        self._method = "forkserver"
+        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+
+    def __call__(self, part: Part, entry: Entry, place: Place, seconds: float) -> Result:
+        """Run an entry; it and all that it started are killed when its time is up."""
+        result = self._run(part, entry, place, seconds)
+        if self._method == "forkserver" and FORKED_TOO_LATE in result.message:
+            self._method = "spawn"  # seconds slower for each entry
+            result = self._run(part, entry, place, seconds)
+        return result
+
+    def _run(self, part: Part, entry: Entry, place: Place, seconds: float) -> Result:
+        name = "".join(letter if letter.isalnum() else "_" for letter in f"{part.name} {entry.name}")
+        answer, log = place.folder / f"{name}.answer", self._logs / f"{name}.log"
+        answer.unlink(missing_ok=True)
+        context = multiprocessing.get_context(self._method)
+        process = context.Process(target=answer_in_file, args=(part.name, entry.name, place, answer, log))
+        started = time.monotonic()
+        process.start()
+        deadline = started + seconds
+        while process.is_alive() and (left := deadline - time.monotonic()) > 0:
+            process.join(min(left, 0.1))
+            if answer.exists():
+                deadline = min(deadline, answer.stat().st_mtime - time.time() + time.monotonic() + SECONDS_TO_END)
+        took = round(time.monotonic() - started, 2)
+        still_runs = process.is_alive()
+        with suppress(ProcessLookupError, PermissionError):  # what it started belongs to its process group
+            os.killpg(process.pid, signal.SIGKILL)
+        process.kill()
+        process.join()
+        if answer.exists():
+            result = replace(Result(**json.loads(answer.read_text())), seconds=took)
+            return (
+                replace(result, outcome=FAILED, message="done, but its process does not end") if still_runs else result
+            )
+        if still_runs:
+            return Result(part.name, entry.name, OUT_OF_TIME, f"stopped after {seconds:.0f} s", seconds=took)
+        message = f"its process ended with exit code {process.exitcode}: {last_line(log)}"
+        return Result(part.name, entry.name, FAILED, message, seconds=took)
+
+
+def answer_in_file(part_name: str, entry_name: str, place: Place, answer: Path, log: Path) -> None:
+    """In an entry's process: run it and write its result to a file; all that it prints goes to its log."""
+    os.setsid()
+    with log.open("a") as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    part = load_part(part_name, place)
+    result = run_here(part, part.entry(entry_name), place, 0)
+    sys.stdout.flush()
+    partial = answer.with_suffix(".partial")
+    partial.write_text(json.dumps(asdict(result)))
+    partial.rename(answer)
+
+
+def last_line(log: Path) -> str:
+    """The last line that an entry printed."""
+    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
+    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
