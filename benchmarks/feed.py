@@ -14,37 +14,19 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import count, islice
+from itertools import islice
 from pathlib import Path
 
 import torch
 from harness import Side, Turns, measure_in_turns, options_of, write_json
 from synthetic import first_step, pack_jpegs, recipe_of, training
+from training_speed import endless, loader_of
 
-from data_prep.shards.folder import ShardFolder
 from train.data.batches import Batch
-from train.data.loader import TrainLoader
-from train.data.recordings import Recordings
 from train.finetuning.loop import Training
-from train.finetuning.setup.preparation import training_stimuli
 from train.run.recipe import Recipe
 
 STIMULI = 640
-
-
-def endless(loader: TrainLoader) -> Iterator[list[Batch]]:
-    """The batches of a loader, epoch after epoch."""
-    for epoch in count():
-        yield from loader.epoch(epoch)
-
-
-def loader_of(recipe: Recipe, data: Path, cache: str) -> TrainLoader:
-    """A new loader for a run, with decoded images cached or not."""
-    settings = recipe.loader.model_copy(update={"cache": cache})
-    recordings, recipe = Recordings([ShardFolder(data)]), recipe.model_copy(update={"loader": settings})
-    fit, _ = training_stimuli(recordings, recordings.divide(recipe), recipe)
-    size = recipe.batch.global_size
-    return TrainLoader(fit, seed=0, global_size=size, per_device=None, rank=0, ranks=1, workers=0, pin=False)
 
 
 def side_of(run: Training, batches: Iterator[list[Batch]], steps: int) -> Side:

@@ -7,8 +7,9 @@ make the host wait), `speed` (images a second fed and from one batch, use of the
 checkpoints), `probe` (products, decomposition, features on their way to the host), `resume` (bit for bit after SIGTERM
 and SIGKILL), `faults` (runs that must fail). docs/gpu.md says what each tells.
 
-Each result is appended to OUT/results.jsonl as soon as it is there; OUT/table.md is made of it at the end, or later
-by `--table`. What the limit left no time for is "out of time", which is not a failure. Exits with 1 if an entry failed.
+Each result is appended to OUT/results.jsonl as soon as it is there, and what an entry printed to OUT/log.txt;
+OUT/table.md is made at the end, or by `--table` of the results of a check that was killed. What the limit left no time
+for is "out of time", which is not a failure. Exits with 1 if an entry failed.
 Without a GPU (or with --device cpu) the same entries run on the CPU at a small size, in under 3 minutes.
 """
 
@@ -21,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu.entries import Place
+from gpu.entries import Part, Place
 from gpu.forms import form_of, usable_device
 from gpu.results import ResultsFile, read_results
-from gpu.running import OwnProcess, Runner, load_part, run_part
+from gpu.running import OwnProcess, Runner, make_part, run_part
 from gpu.table import page
 from harness import ROOT
 
@@ -32,6 +33,12 @@ from data_prep.common.worker_processes import usable_cores
 
 # Of the time that is left, in this order.
 SHARES = {"strategies": 4, "speed": 9, "probe": 2, "resume": 2, "faults": 1}
+
+
+def load_part(name: str, place: Place) -> Part:
+    """A part by its name."""
+    in_background = name in ("recordings", "plans")
+    return make_part(f"gpu.preparation:{name}" if in_background else f"gpu.{name}:part", place)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def main() -> None:
     results = ResultsFile(out / "results.jsonl")
     with tempfile.TemporaryDirectory() as folder:
         place = Place(form_of(device, usable_cores()), Path(folder))
-        Check(place, OwnProcess(out / "logs"), results, given.only).run(given.parts, given.seconds)
+        Check(place, OwnProcess(out / "log.txt"), results, given.only).run(given.parts, given.seconds)
     (out / "table.md").write_text(page(results.results))
     print(f"\n{page(results.results)}\nwritten to {out}")
     sys.exit(1 if results.failed else 0)

@@ -1,12 +1,24 @@
 #!/usr/bin/env bash
-# Check on one GPU what cannot be checked without one: every strategy, speed, memory. Set up as launch/test.sh does, then
-# under 8 minutes; without a GPU it says so and checks the rest on the CPU in under 4.
+# Check and measure on one GPU what cannot be known without one; docs/gpu.md says what it tells. It needs no network.
 #
-#     bash benchmarks/gpu_check.sh [OUT]
+#     bash benchmarks/gpu_check.sh [--kit DIR] [--parts P,P,...] [--only WORD,...] [--seconds 400] [--device cuda|cpu]
+#                                  [--out DIR]
 #
-#   OUT    folder for gpu_check.json, gpu_check.md and logs    (default runs/gpu_check)
-set -euo pipefail
-out=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../runs/gpu_check}")
-source "$(dirname "${BASH_SOURCE[0]}")/../launch/setup.sh"
+#   --kit DIR   first install what is missing from a folder of `launch/offline.sh make`
+#   PYTHON      the interpreter, which has torch; default: that of .venv if it exists, else python
+#   the others  see benchmarks/gpu_check.py
+source "$(dirname "${BASH_SOURCE[0]}")/../launch/interpreter.sh"
+root=$(cd "$here/.." && pwd)
 
-exec timeout --kill-after 10 475 "$python" benchmarks/gpu_check.py "$out"
+options=()
+while [ $# -gt 0 ]; do
+    case $1 in
+        --kit)
+            [ $# -gt 1 ] || { echo "error: --kit needs a folder" >&2; exit 2; }
+            PYTHON=$python bash "$here/offline.sh" install "$2"
+            shift 2 ;;
+        *) options+=("$1"); shift ;;
+    esac
+done
+export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1
+exec "$python" "$root/benchmarks/gpu_check.py" "${options[@]}"

@@ -75,11 +75,13 @@ class Part:
         name: on the command line.
         stages: entries of one stage may run at the same time, those of the next when all of them are done.
         together: how many of a stage run at the same time at most.
+        made_by: MODULE:FUNCTION that makes the part again in an entry's process; by default gpu.NAME:part.
     """
 
     name: str
     stages: list[list[Entry]]
     together: int = 1
+    made_by: str = ""
 
     @property
     def entries(self) -> list[Entry]:

@@ -21,13 +21,13 @@ CLASSES = 8
 def recordings(form: Form) -> Part:
     """The recordings."""
     entries = [Entry("small recording", 120, pack_small, needed=True), Entry("JPEGs", 180, pack_many, needed=True)]
-    return Part("recordings", [entries], together=2)
+    return Part("recordings", [entries], together=2, made_by="gpu.preparation:recordings")
 
 
 def plans(form: Form) -> Part:
     """The plans."""
     entries = [Entry(plan_name(case), 180, partial(plan, case), needed=True) for case in form.cases]
-    return Part("plans", [entries], together=form.together)
+    return Part("plans", [entries], together=form.together, made_by="gpu.preparation:plans")
 
 
 def pack_small(place: Place) -> Finding:

@@ -45,11 +45,14 @@ def run_of(place: Place, name: str) -> Path:
 
 
 def started(place: Place, name: str, *words: str) -> Started:
-    """The command, started."""
+    """A run with the options above, started."""
+    return command(place, name, *OPTIONS, "--epochs", place.form.epochs, *words)
+
+
+def command(place: Place, name: str, *words: object) -> Started:
+    """The command on a run folder, started."""
     out = run_of(place, name)
-    options = [*OPTIONS, "--epochs", place.form.epochs]
-    command = ["train/finetune.py", "--data", place.recording, "--out", out, *options, *words]
-    return start(command, out.with_suffix(".log"))
+    return start(["train/finetune.py", "--data", place.recording, "--out", out, *words], out.with_suffix(".log"))
 
 
 def tensors_of(run: Path) -> dict[str, torch.Tensor]:
@@ -74,9 +77,9 @@ def differences(place: Place, name: str) -> list[str]:
 
 def run_whole(place: Place) -> Finding:
     """The run that others are compared with."""
-    command = started(place, WHOLE)
-    command.must_succeed()
-    return Finding({"run s": command.seconds, "tensors": len(tensors_of(run_of(place, WHOLE)))}, "it trains")
+    run = started(place, WHOLE)
+    run.must_succeed()
+    return Finding({"run s": run.seconds, "tensors": len(tensors_of(run_of(place, WHOLE)))}, "it trains")
 
 
 def repeat_whole(place: Place) -> Finding:
@@ -87,32 +90,30 @@ def repeat_whole(place: Place) -> Finding:
 
 def pool_deterministically(place: Place) -> Finding:
     """Whether a ResNet trains deterministically: torch may lack a kernel for its max pooling; the run then says so."""
-    command = started(place, "pooled", "--backbone.name", "test_resnet", "--epochs", "1")
-    code = command.wait()
-    refused = code == FAILURE and "deterministic: " in command.said
-    faults = [] if code == 0 or refused else [f"exit code {code}: {command.last_words}"]
-    words = command.last_words if refused else "it trains"
-    return Finding({"found": words, "run s": command.seconds}, "it trains, or says why it cannot", faults)
+    run = started(place, "pooled", "--backbone.name", "test_resnet", "--epochs", "1")
+    code = run.wait()
+    refused = code == FAILURE and "deterministic: " in run.said
+    faults = [] if code == 0 or refused else [f"exit code {code}: {run.last_words}"]
+    words = run.last_words if refused else "it trains"
+    return Finding({"found": words, "run s": run.seconds}, "it trains, or says why it cannot", faults)
 
 
 def stop_and_resume(number: signal.Signals, place: Place) -> Finding:
     """Stop a run by a signal after its first checkpoint, resume it, and compare."""
     name = number.name
     last = run_of(place, name) / "checkpoints" / "last"
-    command = started(place, name)
-    was_running = signal_when(command, last.exists, number)
-    code = command.wait()
+    run = started(place, name)
+    was_running = signal_when(run, last.exists, number)
+    code = run.wait()
     if not was_running:
-        return Finding(
-            {}, "it is stopped", [f"it ended before the signal, with exit code {code}: {command.last_words}"]
-        )
+        return Finding({}, "it is stopped", [f"it ended before the signal, with exit code {code}: {run.last_words}"])
     faults = []
     expected = STOPPED if number == signal.SIGTERM else -number
     if code != expected:
-        faults.append(f"it ended with exit code {code}, not {expected}: {command.last_words}")
+        faults.append(f"it ended with exit code {code}, not {expected}: {run.last_words}")
     stopped_at = last.resolve().name
-    resumed = started(place, name, "--resume")
+    resumed = command(place, name, "--resume")
     resumed.must_succeed()
-    values = {"stopped at": stopped_at, "seconds to stop and before": command.seconds, "resumed s": resumed.seconds}
+    values = {"stopped at": stopped_at, "seconds to stop and before": run.seconds, "resumed s": resumed.seconds}
     required = f"exit code {expected}; every tensor equal to the whole run's, bit for bit"
     return Finding(values, required, faults + differences(place, name))

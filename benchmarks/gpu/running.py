@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -22,12 +23,11 @@ from gpu.entries import Entry, Part, Place
 from gpu.results import FAILED, OUT_OF_TIME, SKIPPED, Result, ResultsFile, Skipped
 
 PRELOADED = [
-    "gpu.training_speed",
+    "training_speed",
     "train.finetuning.setup.assembly",
     "train.finetuning.setup.preparation",
     "train.planning",
 ]
-MADE_IN = {name: ("preparation", name) for name in ("recordings", "plans")}  # module and function of a part
 LEAST_SECONDS = 1.0  # with less left, an entry is not started
 SECONDS_TO_END = 10.0  # that a process may take to end once it has answered
 FORKED_TOO_LATE = "in forked subprocess"  # in torch's message if the server had touched the GPU after all
@@ -35,10 +35,10 @@ Runner = Callable[[Part, Entry, Place, float], Result]
 """Runs an entry of a part in a place for at most some seconds."""
 
 
-def load_part(name: str, place: Place) -> Part:
-    """A part by its name: gpu/NAME.py has a function `part`, unless `MADE_IN` knows better."""
-    module, function = MADE_IN.get(name, (name, "part"))
-    return getattr(importlib.import_module(f"gpu.{module}"), function)(place.form)
+def make_part(made_by: str, place: Place) -> Part:
+    """Call the function MODULE:FUNCTION that makes a part."""
+    module, function = made_by.split(":")
+    return getattr(importlib.import_module(module), function)(place.form)
 
 
 def run_part(part: Part, place: Place, runner: Runner, results: ResultsFile, deadline: float) -> None:
@@ -74,12 +74,12 @@ class OwnProcess:
     """A runner that starts a process for each entry.
 
     Args:
-        logs: folder for the output of each entry.
+        log: file to which the output of each entry is appended.
     """
 
-    def __init__(self, logs: Path):
-        self._logs = logs
-        logs.mkdir(parents=True, exist_ok=True)
+    def __init__(self, log: Path):
+        self._log, self._lock = log, threading.Lock()
+        log.write_text("")
         # Counts GPUs without starting CUDA, after which a process must not be forked.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         self._method = "forkserver"
@@ -95,10 +95,13 @@ class OwnProcess:
 
     def _run(self, part: Part, entry: Entry, place: Place, seconds: float) -> Result:
         name = "".join(letter if letter.isalnum() else "_" for letter in f"{part.name} {entry.name}")
-        answer, log = place.folder / f"{name}.answer", self._logs / f"{name}.log"
+        answer, log = place.folder / f"{name}.answer", place.folder / f"{name}.log"
         answer.unlink(missing_ok=True)
+        log.write_text("")
         context = multiprocessing.get_context(self._method)
-        process = context.Process(target=answer_in_file, args=(part.name, entry.name, place, answer, log))
+        process = context.Process(
+            target=answer_in_file, args=(part.made_by or f"gpu.{part.name}:part", entry.name, place, answer, log)
+        )
         started = time.monotonic()
         process.start()
         deadline = started + seconds
@@ -112,6 +115,7 @@ class OwnProcess:
             os.killpg(process.pid, signal.SIGKILL)
         process.kill()
         process.join()
+        self._keep(f"{part.name}: {entry.name}", log)
         if answer.exists():
             result = replace(Result(**json.loads(answer.read_text())), seconds=took)
             return (
@@ -122,15 +126,23 @@ class OwnProcess:
         message = f"its process ended with exit code {process.exitcode}: {last_line(log)}"
         return Result(part.name, entry.name, FAILED, message, seconds=took)
 
+    def _keep(self, title: str, log: Path) -> None:
+        with self._lock, self._log.open("a") as file:
+            file.write(f"======== {title}\n{log.read_text(errors='replace')}\n")
 
-def answer_in_file(part_name: str, entry_name: str, place: Place, answer: Path, log: Path) -> None:
+
+def answer_in_file(made_by: str, entry_name: str, place: Place, answer: Path, log: Path) -> None:
     """In an entry's process: run it and write its result to a file; all that it prints goes to its log."""
     os.setsid()
     with log.open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    part = load_part(part_name, place)
+    part = make_part(made_by, place)
     result = run_here(part, part.entry(entry_name), place, 0)
+    used = os.times()
+    print(
+        f"CPU seconds: {used.user + used.system:.1f}, and {used.children_user + used.children_system:.1f} of children"
+    )
     sys.stdout.flush()
     partial = answer.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(result)))

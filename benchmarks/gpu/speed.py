@@ -14,6 +14,16 @@ from typing import Any
 
 import torch
 from synthetic import GIB, recipe_of, setting_of, training
+from training_speed import (
+    endless,
+    fed_rate,
+    fill_cache,
+    loader_of,
+    loader_rate,
+    resident_batch,
+    seconds_for,
+    synthetic_rate,
+)
 
 from data_prep.common.worker_processes import usable_cores
 from gpu.deepspeed_ops import deepspeed_for
@@ -25,16 +35,6 @@ from gpu.preparation import SITES, plan_name
 from gpu.results import Finding
 from gpu.step_plan import TERA, StepPlan, data_sheet_rate, total_memory
 from gpu.strategies import folder_of
-from gpu.training_speed import (
-    endless,
-    fed_rate,
-    fill_cache,
-    loader_of,
-    loader_rate,
-    resident_batch,
-    seconds_for,
-    synthetic_rate,
-)
 from train.data.loader import workers_per_rank
 from train.finetuning.checkpointing import CheckpointWriter
 from train.finetuning.loop import Training

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from synthetic import recipe_of, setting_of, training
+from training_speed import endless
 
 from gpu.deepspeed_ops import deepspeed_for
 from gpu.entries import Entry, Part, Place
@@ -20,7 +21,6 @@ from gpu.forms import Form
 from gpu.host_waits import waits_of
 from gpu.preparation import SIDE
 from gpu.results import Finding
-from gpu.training_speed import endless
 
 NETWORK, BATCH, STEPS, WATCHED = "test_convnext", 32, 12, 4
 # The largest relative difference of a step's loss. On one device strategies differ by float32 sums in another order; a
