@@ -118,7 +118,7 @@ def features_to_host(place: Place) -> Finding:
     """Whether the features of one batch leave the GPU while the next is computed: together against each alone."""
     on_gpu = place.form.on_gpu
     network, layers, side = LAYERS[on_gpu]
-    workers = workers_per_rank(None if on_gpu else 0, 1, usable_cores())
+    workers = workers_per_rank(None if on_gpu else 0, usable_cores())
     with start_runtime(None, "fp32") as runtime, torch.no_grad():
         extractor = LayerFeatures(Backbone(Source(name=network, weights="random"), side).eval(), layers, None)
         extractor.to(runtime.device)

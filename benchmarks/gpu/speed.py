@@ -228,7 +228,7 @@ def feed(variant: Variant, place: Place) -> Finding:
     """Images per second of a network: one batch, fed cold and warm; memory beside the plan."""
     case, form, plan = variant.case, place.form, planned(variant.case, place)
     batch = batch_of(case, plan, place)
-    workers = workers_per_rank(None if form.on_gpu else 0, 1, usable_cores())
+    workers = workers_per_rank(None if form.on_gpu else 0, usable_cores())
     with measured_run(variant, place, batch, loader={"workers": workers, "cache": "off"}, subset=case.stimuli) as run:
         one = train_on_one_batch(run, case, form.seconds)
         cold = fed_rate(run, run.loader, form.seconds)
@@ -278,7 +278,7 @@ def decode(place: Place) -> Finding:
 def save_and_score(variant: Variant, place: Place) -> Finding:
     """Seconds of a checkpoint and of scoring the stimuli that select the best epoch, in float32."""
     batch = batch_of(variant.case, planned(variant.case, place), place)
-    workers = workers_per_rank(None if place.form.on_gpu else 0, 1, usable_cores())
+    workers = workers_per_rank(None if place.form.on_gpu else 0, usable_cores())
     with measured_run(variant, place, batch, loader={"workers": workers}) as run:
         run.step([resident_batch(batch, variant.case.side, SITES, run.runtime.device)], 0)
         writer = CheckpointWriter(run.folder.checkpoints, 1, run.engine, run.network, run.average, run.runtime)

@@ -27,7 +27,7 @@ from train.data.order import (
 )
 from train.data.stimuli import StimulusSet
 
-MAX_WORKERS = 8
+MAX_WORKERS = 16  # more would rather take memory, for the batches that each reads ahead, than help
 
 
 class TrainLoader:
@@ -215,11 +215,9 @@ def data_loader(
     )
 
 
-def workers_per_rank(setting: int | None, ranks_on_machine: int, cores: int) -> int:
-    """Decoding processes per rank: the setting, or by default the cores of a rank beyond its first, at most 8."""
-    if setting is not None:
-        return setting
-    return min(max(cores // ranks_on_machine - 1, 0), MAX_WORKERS)
+def workers_per_rank(setting: int | None, cores: int) -> int:
+    """Decoding processes per rank: the setting, or by default all but one of a rank's cores, at most 16."""
+    return min(cores - 1, MAX_WORKERS) if setting is None else setting
 
 
 def rank_positions(stimuli: int, rank: int, ranks: int) -> np.ndarray:

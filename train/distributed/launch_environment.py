@@ -11,6 +11,7 @@ import psutil
 
 from data_prep.common.errors import BadInput
 from data_prep.common.process_identity import Contradiction, ProcessIdentity, own_identity
+from data_prep.common.worker_processes import usable_cores
 
 # What tells of several processes where RANK and WORLD_SIZE do not, and who sets it.
 PROCESS_COUNTS = {
@@ -149,15 +150,31 @@ def gpu_index(identity: ProcessIdentity, gpus: int, environment: Mapping[str, st
 
 def _bound_by_slurm(identity: ProcessIdentity, environment: Mapping[str, str]) -> bool:
     """Whether Slurm started each process as a task and gave each task one GPU, which it sees as the only one."""
+    is_task = _is_slurm_task(identity, environment)
+    per_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # "1" or "a100:1"
+    bound = {"single:1", "per_task:1"} & set(environment.get("SLURM_GPU_BIND", "").split(","))
+    return is_task and (per_task == "1" or environment.get("SLURM_NTASKS_PER_GPU") == "1" or bool(bound))
+
+
+def _is_slurm_task(identity: ProcessIdentity, environment: Mapping[str, str]) -> bool:
     task = {
         "SLURM_PROCID": identity.rank,
         "SLURM_LOCALID": identity.local_rank,
         "SLURM_STEP_NUM_TASKS": identity.world_size,
     }
-    is_task = all(environment.get(name) == str(number) for name, number in task.items())
-    per_task = environment.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # "1" or "a100:1"
-    bound = {"single:1", "per_task:1"} & set(environment.get("SLURM_GPU_BIND", "").split(","))
-    return is_task and (per_task == "1" or environment.get("SLURM_NTASKS_PER_GPU") == "1" or bool(bound))
+    return all(environment.get(name) == str(number) for name, number in task.items())
+
+
+def cores_of_rank(identity: ProcessIdentity, environment: Mapping[str, str] = os.environ) -> int:
+    """The cores of this process's share, at least one.
+
+    The processes of a machine share the cores that this one may use, unless Slurm gave each its own.
+    """
+    cores = usable_cores()
+    per_task = environment.get("SLURM_CPUS_PER_TASK", "")
+    if per_task.isdigit() and _is_slurm_task(identity, environment):
+        return max(min(cores, int(per_task)), 1)
+    return max(cores // identity.ranks_on_machine, 1)
 
 
 def _bound_by_user(identity: ProcessIdentity, environment: Mapping[str, str]) -> bool:

@@ -1,6 +1,5 @@
 """Evaluates a fine-tuned run on a split: opens run and data, predicts, scores, writes the results."""
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from train.data.image_cache import ImageCaches
 from train.data.loader import workers_per_rank
 from train.data.recordings import Recordings, subset_positions
 from train.data.stimuli import RecordingStimuli
-from train.distributed.launch_environment import this_process
+from train.distributed.launch_environment import cores_of_rank, this_process
 from train.distributed.runtime import Runtime
 from train.evaluation.figures.score_charts import chart_figures, chart_site_scores
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, metrics_report
@@ -222,7 +221,7 @@ def evaluate(job: EvaluationJob, runtime: Runtime) -> RecordingScores:
         job.stimuli,
         runtime,
         batch_size=job.options.batch_size or job.recipe.evaluation_batch_size,
-        workers=workers_per_rank(workers, this_process().ranks_on_machine, os.cpu_count() or 1),
+        workers=workers_per_rank(workers, cores_of_rank(this_process())),
         keep_predictions=True,
         label=label,
     )

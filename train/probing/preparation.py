@@ -1,6 +1,5 @@
 """Opens what a probe needs and checks it, before the process group starts."""
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ from train.data.image_cache import ImageCaches
 from train.data.loader import workers_per_rank
 from train.data.order import nested_subset
 from train.data.stimuli import RecordingStimuli
-from train.distributed.launch_environment import this_process
+from train.distributed.launch_environment import cores_of_rank, this_process
 from train.evaluation.scoring import check_enough_stimuli
 from train.models.backbone import Backbone
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
@@ -141,7 +140,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
     partitions = _partition(shards, split, recipe, splits)
     for name, stimuli in splits.items():
         check_enough_stimuli(stimuli, process.world_size, name)
-    workers = workers_per_rank(recipe.loader.workers, process.ranks_on_machine, os.cpu_count() or 1)
+    workers = workers_per_rank(recipe.loader.workers, cores_of_rank(process))
     extractor, layers = _build_extractor(recipe, size)
     return ProbeJob(
         recipe=recipe,

@@ -232,7 +232,7 @@ class Loader(Settings):
     """`indexed` reads any stimulus from its tar; `webdataset` trains on whole tars, streamed and drawn with
     replacement, and guarantees less (see docs/loading.md). Scores always use `indexed`."""
     workers: Annotated[int | None, FREE_ON_RESUME] = Field(None, ge=0, le=256)
-    """Decoding processes per rank; by default one less than a rank's cores, at most 8."""
+    """Decoding processes per rank; by default one less than a rank's cores, at most 16."""
     cache: Annotated[Literal["off", "ram", "disk", "auto"], FREE_ON_RESUME] = "auto"
     """Where decoded images are kept for the next epoch, once per machine: nowhere, in memory, or in an unnamed file in
     TMPDIR. auto is ram, unless images are read only once."""

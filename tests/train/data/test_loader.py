@@ -239,12 +239,11 @@ def test_a_damaged_image_is_named_in_one_sentence(recording, tmp_path, workers):
 
 
 def test_cores_are_shared_out_as_workers():
-    assert workers_per_rank(None, ranks_on_machine=1, cores=4) == 3
-    assert workers_per_rank(None, ranks_on_machine=4, cores=4) == 0
-    assert workers_per_rank(None, ranks_on_machine=8, cores=2) == 0
-    assert workers_per_rank(None, ranks_on_machine=1, cores=256) == 8
-    assert workers_per_rank(20, ranks_on_machine=8, cores=2) == 20
-    assert workers_per_rank(0, ranks_on_machine=1, cores=64) == 0
+    assert workers_per_rank(None, cores=4) == 3
+    assert workers_per_rank(None, cores=1) == 0
+    assert workers_per_rank(None, cores=256) == 16
+    assert workers_per_rank(20, cores=2) == 20
+    assert workers_per_rank(0, cores=64) == 0
 
 
 # ---- decoding ------------------------------------------------------------------------------------------------------

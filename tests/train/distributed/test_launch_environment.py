@@ -8,7 +8,7 @@ from helpers import run_here, started_as
 from data_prep.common.errors import BadInput
 from data_prep.common.process_identity import ProcessIdentity, identify
 from train.distributed import accelerator, launch_environment
-from train.distributed.launch_environment import MPI_VARIABLES, cpu_requested, gpu_index, this_process
+from train.distributed.launch_environment import MPI_VARIABLES, cores_of_rank, cpu_requested, gpu_index, this_process
 
 CPU_CONFIG = "distributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\nuse_cpu: true\n"
 
@@ -147,3 +147,15 @@ def test_the_cpu_is_asked_for_as_accelerate_understands_it(monkeypatch, value):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "maybe")
     with pytest.raises(BadInput, match="ACCELERATE_USE_CPU=maybe, but must be true or false"):
         cpu_requested()
+
+
+def test_a_rank_has_its_share_of_the_cores_or_those_that_slurm_gave_it(monkeypatch):
+    monkeypatch.setattr(launch_environment, "usable_cores", lambda: 32)
+    third = ProcessIdentity(rank=2, world_size=4, local_rank=2, ranks_on_machine=4)
+    assert cores_of_rank(third, {}) == 8
+    assert cores_of_rank(third, {"SLURM_CPUS_PER_TASK": "32"}) == 8  # one task, whose launcher started four processes
+    task = {"SLURM_PROCID": "2", "SLURM_LOCALID": "2", "SLURM_STEP_NUM_TASKS": "4"}
+    assert cores_of_rank(third, task | {"SLURM_CPUS_PER_TASK": "12"}) == 12
+    assert cores_of_rank(third, task) == 8
+    monkeypatch.setattr(launch_environment, "usable_cores", lambda: 2)
+    assert cores_of_rank(third, {}) == 1

@@ -1,6 +1,5 @@
 """Opens the data of a run and checks it with the recipe as far as possible before the process group starts."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from train.data.loader import TrainLoader, workers_per_rank
 from train.data.recordings import FitAndSelection, Recordings
 from train.data.stimuli import RecordingStimuli, StimulusSet
 from train.data.streaming import StreamLoader
-from train.distributed.launch_environment import this_process, uses_gpu
+from train.distributed.launch_environment import cores_of_rank, this_process, uses_gpu
 from train.distributed.strategy import complete_deepspeed_config, resolve_strategy, zero_stage
 from train.evaluation.scoring import check_enough_stimuli
 from train.finetuning.setup.data_notes import notes_on_left_out, notes_on_remote_shards
@@ -98,7 +97,7 @@ def prepare(recipe: Recipe, locations: Sequence[Path | str], out: Path, resume: 
         folder.check_free()
     data = open_data(recipe, locations)
     targets = set_targets(recipe, data.recordings.manifest, data.fit, data.selection)
-    workers = workers_per_rank(recipe.loader.workers, process.ranks_on_machine, os.cpu_count() or 1)
+    workers = workers_per_rank(recipe.loader.workers, cores_of_rank(process))
     loader = build_loader(recipe, data.fit, workers)
     check_loss(recipe, data.fit, loader.accumulation_steps)
     deepspeed = deepspeed_config(recipe, loader)
