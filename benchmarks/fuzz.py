@@ -39,6 +39,7 @@ from safetensors.torch import save
 from data_prep.common.errors import BadInput
 from data_prep.common.image_decoding import convert_to_png, decode, image_size, raw_pixels
 from data_prep.shards.derived_manifest import read_tar
+from data_prep.shards.image_identity import ImageIdentities
 from data_prep.shards.index import load_index
 from data_prep.shards.manifest import Manifest, parse_manifest
 from data_prep.shards.members import read_array, read_json
@@ -47,6 +48,7 @@ from data_prep.shards.response_table import load_response_table
 from data_prep.sources.files.image_files import ImageFiles
 from data_prep.sources.files.response_arrays import open_npy
 from data_prep.sources.folder import Folder
+from train.data.seen import FITTED, SeenImages, SeenRecord, record_of
 from train.evaluation.predictions_file import read_predictions
 from train.models.weights import read_weights
 from train.run.checkpoint import CHECKSUMS, checksum, load_progress, load_tensors, newest_intact
@@ -139,6 +141,8 @@ def targets(folder: Path) -> dict[str, Target]:
     manifest = parse_manifest(manifest_bytes, "manifest.json")
     images = [(folder / "recording" / "images" / name).read_bytes() for name in ("s0.jpg", "s1.png")]
     tensors = {"heads.weight": torch.zeros(3, 4), "net.bias": torch.ones(2)}
+    hashes = np.zeros((1, 16), np.uint8)
+    fitted = SeenImages(FITTED, "made_up", "", ImageIdentities(hashes, hashes), ["s0"])
     progress = Progress(
         recording="0" * 64,
         selection_metric="r2",
@@ -223,6 +227,10 @@ def targets(folder: Path) -> dict[str, Target]:
         "predictions": Target(
             in_file("predictions.npz", read_predictions),
             [_npz(stimulus_id=np.array(["a"]), site_id=np.array(["b"]), prediction=np.zeros((1, 1))), _npz(a=objects)],
+        ),
+        "seen": Target(
+            in_file("seen.npz", lambda path: record_of(path.parent)),
+            [SeenRecord((fitted,), ("weights",)).content(), _npz(a=objects)],
         ),
     }
 

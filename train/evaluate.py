@@ -25,7 +25,8 @@ def main() -> None:
 
     from train.distributed.runtime import start_runtime
     from train.evaluation.ensemble_evaluation import combine_members, prepare_ensembles
-    from train.evaluation.run_evaluation import prepare, run_job
+    from train.evaluation.evaluation_job import prepare
+    from train.evaluation.run_evaluation import run_job
 
     if is_ensemble:
         jobs, ensembles = prepare_ensembles(options)

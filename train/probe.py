@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from data_prep.common.errors import run_command
 from data_prep.common.option_fields import OFTEN_CHANGED, FolderLocation
+from train.evaluation.options import SeenPolicy
 from train.run.folder import open_probe
 from train.run.recipe import ProbeRecipe
 from train.run.recipe_command import parse_resumable
@@ -30,6 +31,9 @@ class Probe(ProbeRecipe):
     """Run folder to create."""
     split: Annotated[Literal["val", "test", "cv"], OFTEN_CHANGED] = "val"
     """Stimuli to score: a split, by a regression on train; or all (cv), each fold by a regression on the others."""
+    seen: SeenPolicy = "refuse"
+    """If stimuli to score were fitted, by their network or by the probe itself, going by their images: refuse to score,
+    drop them, or keep them. What is done is marked in metrics.json and tables."""
     scratch: Path | None = None
     """Folder for activations while the probe runs; a subfolder of the run folder by default."""
     resume: bool = False
@@ -50,13 +54,14 @@ def main() -> None:
     from train.probing.probe_run import run, scratch_folder
     from train.run.monitor import Monitor
 
-    job = prepare(recipe, options.data, options.out, options.split, options.resume)
+    job = prepare(recipe, options.data, options.out, options.split, options.seen, options.resume)
     with (
         start_runtime(None, "fp32", start_timeout=recipe.timeout, timeout=recipe.timeout) as runtime,
         closing(job.folder),
     ):
         facts = runtime.facts() | {"split": job.split, "parameters": {"all": job.extractor.parameters}}
         runtime.run_on_main(job.folder.lock if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
+        runtime.run_on_main(lambda: job.record.write(job.folder.path))
         with closing(Monitor(job.folder, runtime.is_main)) as monitor, job.folder.logging_failures(runtime.rank):
             run(job, scratch_folder(options.scratch, options.out), runtime, monitor)
 

@@ -14,6 +14,7 @@ from train.evaluation.moments import SiteMoments
 from train.run.recipe import ProbeRecipe, Recipe, save_recipe
 
 STIMULI, SITES = 80, 12
+UNSEEN = {"fitted": 0, "taught": 0, "selected": 0, "dropped": 0}  # `seen` of a clean score
 
 
 def responses(seed: int = 0, stimuli: int = STIMULI) -> np.ndarray:
@@ -69,6 +70,7 @@ def make_classifier(path: Path, shown: np.ndarray, named: np.ndarray, classes: l
     logits = torch.nn.functional.one_hot(torch.from_numpy(named), len(classes)).float()
     counts.add(logits, torch.from_numpy(shown), torch.ones(len(shown)))
     head = {"split": "val", "stimuli": len(shown), "recording": "made_up", "selected_on": ["inner"]}
+    head["seen"] = UNSEEN
     write_json(path / "eval/val/metrics.json", head | {"classification": classification_report(counts, classes)})
     ids = np.array([f"s{k}" for k in range(len(shown))])
     arrays = {"class_id": np.array(classes), "class": shown, "predicted_class": named}
@@ -79,7 +81,7 @@ def make_classifier(path: Path, shown: np.ndarray, named: np.ndarray, classes: l
 def _score(path: Path, target: np.ndarray, prediction: np.ndarray, more: dict[str, Any]) -> None:
     reliability, layers = more.pop("reliability", None), more.pop("layers", {})
     metrics = {"split": "val", "stimuli": len(target), "world_size": 1, "recording": "made_up", "fingerprint": "f"}
-    metrics |= {"selected_on": ["inner"], "regression": _block(target, prediction, reliability)}
+    metrics |= {"selected_on": ["inner"], "seen": UNSEEN, "regression": _block(target, prediction, reliability)}
     metrics |= (
         {"layers": {n: {"features": 10, "regression": _block(target, p, None)} for n, p in layers.items()}}
         if layers

@@ -13,12 +13,12 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder, ShardSplit
-from data_prep.shards.image_identity import ImageIdentities, first_copies, image_identities
+from data_prep.shards.image_identity import first_copies
 from data_prep.shards.manifest import Manifest, Rates, Split
 from data_prep.splits import folds, with_copies
 from train.data.bad_samples import BadSamples
 from train.data.order import InnerSplit, StimulusGroups, inner_splits, nested_subset
-from train.distributed.launch_environment import this_process
+from train.data.seen import images_of_split
 from train.run.folder import is_folder_name
 from train.run.recipe import LEAST_CORRELATED, EarlyStopping, Recipe
 
@@ -208,12 +208,8 @@ class Recordings:
         return set().union(*(_images(folder, name) for name in names))
 
 
-def _identities(folder: ShardFolder, split: str) -> ImageIdentities:
-    return image_identities(folder, split, silent=this_process().rank != 0)
-
-
 def _images(folder: ShardFolder, split: str, positions: np.ndarray | None = None) -> Images:
-    identities = _identities(folder, split)
+    identities = images_of_split(folder, split)
     return set().union(*(identities if positions is None else identities.at(positions)).names())
 
 
@@ -221,7 +217,7 @@ def _without(folder: ShardFolder, positions: np.ndarray, held_out: Images) -> np
     """The positions in train whose images are not held out."""
     if not held_out:
         return positions
-    names = _identities(folder, "train").at(positions).names()
+    names = images_of_split(folder, "train").at(positions).names()
     return positions[np.array([held_out.isdisjoint(of_image) for of_image in names], bool)]
 
 
@@ -253,7 +249,7 @@ class _TrainStimuli:
 
 def _groups(train: _TrainStimuli) -> StimulusGroups:
     """The groups of the stimuli that are used, copies of an image together; one that cannot be read has its own."""
-    split, identities = train.split, _identities(train.folder, "train")
+    split, identities = train.split, images_of_split(train.folder, "train")
     labels = list(split.stimulus_ids)
     keys: list[Hashable] = [pixels.tobytes() for pixels in identities.pixels]
     group_by = split.manifest.group_by

@@ -2,12 +2,12 @@
 
 OUT/ensemble.json                      the members, and how they are combined
 OUT/eval/<split>/...                   as in a run folder; and `left_out`, for use as a teacher or a member
+OUT/seen.npz                           what the members have seen (train/data/seen.py)
 
 With several recordings, the predictions of each recording are combined on their own.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,81 +21,25 @@ from data_prep.remote.url import public_location
 from data_prep.shards.folder import ShardFolder
 from train.data.bad_samples import BadSamples
 from train.data.recordings import Recordings
-from train.evaluation.ensembles import Ensemble, EnsemblePredictions, group_into_members
+from train.data.seen import FITTED, SeenImages, SeenRecord, images_of_split, inherited_record, record_of
+from train.data.stimuli import RecordingStimuli
+from train.evaluation.ensemble_record import (
+    ENSEMBLE_FILE,
+    EnsembleRecord,
+    is_fine_tuned,
+    read_record,
+    shard_folders_of,
+)
+from train.evaluation.ensembles import Ensemble, EnsemblePredictions, ScoredStimuli, group_into_members
+from train.evaluation.evaluation_job import PARTS, EvaluationJob, prepare
 from train.evaluation.metrics_report import regression_block, report_head
 from train.evaluation.moments import SiteMoments
 from train.evaluation.options import Evaluate
-from train.evaluation.predictions_file import Predictions, predictions_of
-from train.evaluation.run_evaluation import EvaluationJob, prepare, print_warnings, summary
-from train.run.folder import LEFT_OUT, RunFolder, is_probe, open_run
+from train.evaluation.predictions_file import METRICS_FILE, Predictions, predictions_of
+from train.evaluation.run_evaluation import print_warnings, summary
+from train.evaluation.seen_stimuli import SeenRule, selected_on
+from train.run.folder import LEFT_OUT, RunFolder, open_run
 from train.run.recipe import Loader, Recipe
-
-ENSEMBLE_FILE = "ensemble.json"
-
-
-def is_fine_tuned(run: Path) -> bool:
-    """Whether a folder is a run of train/finetune.py, which has to be scored, rather than a probe or an ensemble.
-
-    Raises:
-        BadInput: it is none of these.
-    """
-    if (run / ENSEMBLE_FILE).is_file():
-        return False
-    if not RunFolder(run).recipe.is_file():
-        raise BadInput(f"{run} is not the folder of a run, a probe or an ensemble")
-    return not is_probe(RunFolder(run))
-
-
-def shard_folders_of(run: Path) -> list[str]:
-    """The shard folders, or their URLs, of a run, a probe or an ensemble.
-
-    Raises:
-        BadInput: they are not on record.
-    """
-    return read_record(run).data if (run / ENSEMBLE_FILE).is_file() else RunFolder(run).data_folders()
-
-
-@dataclass(frozen=True)
-class EnsembleRecord:
-    """The content of ensemble.json, without the weights of the members.
-
-    Attributes:
-        combine: how the members are combined.
-        members: the run folders of each member.
-        data: the shard folder of each recording.
-    """
-
-    combine: str
-    members: list[list[str]]
-    data: list[str]
-
-    def is_same_ensemble(self, other: "EnsembleRecord") -> bool:
-        """Whether the same runs are combined in the same way on as many recordings, wherever their shards are."""
-        return (self.combine, self.members, len(self.data)) == (other.combine, other.members, len(other.data))
-
-
-def read_record(ensemble: Path) -> EnsembleRecord:
-    """Read the ensemble.json of a folder.
-
-    Raises:
-        BadInput: it is missing or damaged.
-    """
-    path = ensemble / ENSEMBLE_FILE
-    try:
-        content = parse_json(read_regular_file(path))
-        data = content["data"] if isinstance(content["data"], list) else [content["data"]]
-        members = [member["runs"] for member in content["members"]]
-        return EnsembleRecord(content["combine"], members, list(map(str, data)))
-    except (OSError, ValueError, KeyError, TypeError):
-        raise BadInput(f"{path} is damaged; make the ensemble again in another folder") from None
-
-
-def _record(ensembles: Sequence[Ensemble]) -> EnsembleRecord:
-    """The record of an ensemble of one or several recordings."""
-    members = [[str(run) for run in member.runs] for member in ensembles[0].members]
-    data = [public_location(ensemble.shards.folder) for ensemble in ensembles]
-    return EnsembleRecord(ensembles[0].combine, members, data)
-
 
 # ----------------------------------------------------------------------------------------------------- preparation
 
@@ -124,20 +68,61 @@ def prepare_ensembles(options: Evaluate) -> tuple[list[EvaluationJob], list[Ense
         on_bad_sample = "skip" if any(job.bad_samples.skips for job in jobs) else "stop"
     loader = Loader(on_bad_sample=on_bad_sample, shard_cache=options.shard_cache)
     folders = [ShardFolder(data, loader.fetch) for data in options.data or shard_folders_of(options.runs[0])]
-    ensembles = [
-        Ensemble(
-            group_into_members(options.runs, recipes, shards.manifest.name),
-            options.combine,
-            shards,
-            options.split,
-            BadSamples(loader),
-        )
-        for shards in Recordings(folders).folders
-    ]
+    record = _joined_record(options.runs)
+    ensembles = [_open_ensemble(options, recipes, record, shards, loader) for shards in Recordings(folders).folders]
     _check_free(out, ensembles)
     for ensemble in ensembles:
         _check_predictions(ensemble)
     return jobs, ensembles
+
+
+def _open_ensemble(
+    options: Evaluate, recipes: Sequence[Recipe | None], record: SeenRecord, shards: ShardFolder, loader: Loader
+) -> Ensemble:
+    members = group_into_members(options.runs, recipes, shards.manifest.name)
+    bad_samples = BadSamples(loader)
+    if options.combine == "stack":
+        record = record.adding(_stacked_on(record, shards))
+    scored = _scored_stimuli(options, record, shards, bad_samples)
+    return Ensemble(members, options.combine, shards, options.split, scored, bad_samples)
+
+
+def _joined_record(runs: Sequence[Path]) -> SeenRecord:
+    """What the members have seen."""
+    record = SeenRecord()
+    for run in runs:
+        record = record.inheriting(inherited_record(run), f"member {run}")
+    return record
+
+
+def _stacked_on(record: SeenRecord, shards: ShardFolder) -> SeenImages:
+    """The training stimuli that the weights are fitted on: at most those that chose a member's epoch.
+
+    The members were fitted on the others themselves.
+    """
+    train, stimulus_ids = (
+        images_of_split(shards, "train"),
+        shards.split("train").stimulus_ids,
+    )
+    images = SeenImages(FITTED, shards.manifest.name, "", train, stimulus_ids)
+    return images.at(record.overlap(train).selected)
+
+
+def _scored_stimuli(
+    options: Evaluate, record: SeenRecord, shards: ShardFolder, bad_samples: BadSamples
+) -> ScoredStimuli:
+    """The split's stimuli that can be read and may be scored.
+
+    Raises:
+        BadInput: members were fitted on some of them, which --seen refuses.
+    """
+    split, size = shards.split(options.split), shards.manifest.image.side
+    usable = bad_samples.usable_positions(split, size, responses=split.has_responses, classes=False)
+    images = images_of_split(shards, split.name).at(usable)
+    rule = SeenRule("the ensemble", options.split, options.seen, PARTS.get(options.split))
+    compared = rule.compare(record, images, [split.stimulus_ids[position] for position in usable.tolist()])
+    stimuli = RecordingStimuli(split, size, usable[compared.scored], split.has_responses)
+    return ScoredStimuli(stimuli, compared.seen)
 
 
 def _checked_out(options: Evaluate) -> Path:
@@ -163,7 +148,8 @@ def _jobs(options: Evaluate, run: Path, recipe: Recipe) -> list[EvaluationJob]:
     if not recipe.task.predicts_responses:
         raise BadInput(f"{run} does not predict responses, which is what an ensemble combines")
     jobs = prepare(options, run, options.split)
-    if options.combine == "stack" or recipe.early_stopping.split == "inner":
+    has_left_out = recipe.early_stopping.split == "inner" and record_of(run) is not None
+    if options.combine == "stack" or has_left_out:
         jobs += prepare(options, run, LEFT_OUT)
     return jobs
 
@@ -190,12 +176,19 @@ def _check_predictions(ensemble: Ensemble) -> None:
     """
     for run in ensemble.runs:
         if not is_fine_tuned(run):
-            ensemble.check_sites(run)
+            ensemble.check_predictions(run)
             if ensemble.combine == "stack":
                 predictions_of(run, LEFT_OUT, ensemble.recording)
 
 
 # --------------------------------------------------------------------------------------------------------- results
+
+
+def _record(ensembles: Sequence[Ensemble]) -> EnsembleRecord:
+    """The record of an ensemble of one or several recordings."""
+    members = [[str(run) for run in member.runs] for member in ensembles[0].members]
+    data = [public_location(ensemble.shards.folder) for ensemble in ensembles]
+    return EnsembleRecord(ensembles[0].combine, members, data)
 
 
 def combine_members(out: Path, ensembles: Sequence[Ensemble], ranks: int) -> None:
@@ -246,10 +239,19 @@ def write_ensembles(out: Path, ensembles: Sequence[Ensemble], ranks: int) -> lis
     # The weights for several recordings differ; they are in the metrics of each.
     weights = None if has_several_recordings else predictions[0].weights
     write_json(out / ENSEMBLE_FILE, _content(_record(ensembles), weights))
+    _seen_by(ensembles).write(out)
     return [
         _write(RunFolder(out), ensemble, predicted, ranks, ensemble.recording if has_several_recordings else None)
         for ensemble, predicted in zip(ensembles, predictions, strict=True)
     ]
+
+
+def _seen_by(ensembles: Sequence[Ensemble]) -> SeenRecord:
+    """What an ensemble of one or several recordings has seen."""
+    record = _joined_record(ensembles[0].runs)
+    if ensembles[0].combine == "stack":
+        record = record.adding(*(_stacked_on(record, ensemble.shards) for ensemble in ensembles))
+    return record
 
 
 def _write(
@@ -257,7 +259,7 @@ def _write(
 ) -> dict[str, Any]:
     stimuli, manifest = ensemble.stimuli, ensemble.manifest
     folder = out.evaluation(ensemble.split, recording=recording)
-    Predictions(stimuli.stimulus_ids, manifest.site_ids, predicted.rates, stimuli.rates).write(folder)
+    digest = Predictions(stimuli.stimulus_ids, manifest.site_ids, predicted.rates, stimuli.rates).write(folder)
     if predicted.left_out is not None:
         predicted.left_out.write(out.evaluation(LEFT_OUT, recording=recording))
     if stimuli.rates is None:
@@ -265,18 +267,21 @@ def _write(
     moments = SiteMoments.of(torch.from_numpy(predicted.rates), torch.from_numpy(stimuli.rates))
     noise = stimuli.noise_of_rates()
     metrics = report_head(stimuli.stimulus_ids, stimuli.rates, manifest, ensemble.split, ranks)
+    metrics["predictions"] = digest
     metrics["regression"] = regression_block(moments, predicted.rates, stimuli.rates, manifest, noise)
     metrics |= _facts_of_members(_read_metrics(run, ensemble.split, ensemble.recording) for run in ensemble.runs)
+    metrics["selected_on"] = selected_on(metrics["selected_on"], ensemble.split, ensemble.seen)
     if predicted.weights is not None:
         metrics["selected_on"].append("train, left out")
+    metrics["seen"] = ensemble.seen.content()
     metrics["ensemble"] = _content(_record([ensemble]), predicted.weights)
     metrics |= ensemble.bad_samples.facts()
-    write_json(folder / "metrics.json", metrics)
+    write_json(folder / METRICS_FILE, metrics)
     return metrics
 
 
 def _read_metrics(run: Path, split: str, recording: str) -> dict[str, Any]:
-    path = RunFolder(run).results_on(split, recording) / "metrics.json"
+    path = RunFolder(run).results_on(split, recording) / METRICS_FILE
     try:
         metrics = parse_json(read_regular_file(path))
         if not isinstance(metrics, dict) or not isinstance(metrics.get("selected_on"), list):

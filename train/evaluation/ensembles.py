@@ -15,6 +15,7 @@ from train.data.bad_samples import BadSamples
 from train.data.stimuli import RecordingStimuli
 from train.evaluation.options import Combine
 from train.evaluation.predictions_file import PREDICTIONS_FILE, Predictions, predictions_of
+from train.evaluation.seen_stimuli import Seen
 from train.regression.stacking import MIN_STIMULI, stack
 from train.run.folder import LEFT_OUT, RunFolder
 from train.run.recipe import Recipe
@@ -87,6 +88,19 @@ class EnsemblePredictions:
     weights: np.ndarray | None = None
 
 
+@dataclass(frozen=True)
+class ScoredStimuli:
+    """The stimuli that an ensemble predicts.
+
+    Attributes:
+        stimuli: of the split, with their responses if there are any.
+        seen: which of them its members have seen.
+    """
+
+    stimuli: RecordingStimuli
+    seen: Seen
+
+
 class Ensemble:
     """Members that are combined to predict a split of a recording.
 
@@ -96,14 +110,21 @@ class Ensemble:
             (`train/regression/stacking.py`).
         shards: of the recording.
         split: to predict.
+        scored: its stimuli that are predicted and scored.
         bad_samples: records which stimuli cannot be read.
     """
 
     def __init__(
-        self, members: Sequence[Member], combine: Combine, shards: ShardFolder, split: str, bad_samples: BadSamples
+        self,
+        members: Sequence[Member],
+        combine: Combine,
+        shards: ShardFolder,
+        split: str,
+        scored: ScoredStimuli,
+        bad_samples: BadSamples,
     ):
         self.members, self.combine, self.shards, self.split = list(members), combine, shards, split
-        self.bad_samples = bad_samples
+        self.stimuli, self.seen, self.bad_samples = scored.stimuli, scored.seen, bad_samples
 
     @property
     def manifest(self) -> Manifest:
@@ -120,21 +141,17 @@ class Ensemble:
         """Of all members."""
         return [run for member in self.members for run in member.runs]
 
-    @cached_property
-    def stimuli(self) -> RecordingStimuli:
-        """The split's stimuli that can be read, with their responses if there are any."""
-        split, size = self.shards.split(self.split), self.manifest.image.side
-        usable = self.bad_samples.usable_positions(split, size, responses=split.has_responses, classes=False)
-        return RecordingStimuli(split, size, usable, split.has_responses)
-
-    def check_sites(self, run: Path) -> None:
-        """Refuse a run without predictions of the split, or with predictions for other sites.
+    def check_predictions(self, run: Path) -> None:
+        """Refuse a run without predictions of the split, or with predictions for other sites or responses.
 
         Raises:
             BadInput: naming the file.
         """
-        if predictions_of(run, self.split, self.recording).site_ids != self.manifest.site_ids:
-            raise BadInput(f"{run} predicts other sites than those of {self.shards.folder}")
+        predictions, where = predictions_of(run, self.split, self.recording), str(self.shards.folder)
+        if predictions.site_ids != self.manifest.site_ids:
+            raise BadInput(f"{run} predicts other sites than those of {where}")
+        if self.stimuli.rates is not None:
+            predictions.check_responses(run, self.stimuli.stimulus_ids, self.stimuli.rates, where)
 
     def predict(self) -> EnsemblePredictions:
         """Combine the members' predictions; weights are learned first.
@@ -150,13 +167,13 @@ class Ensemble:
             stimulus_ids = self._left_out_by_all()
             if stimulus_ids:
                 left_out_rates = self._mean(self._member_left_out(stimulus_ids))
-                left_out = Predictions(stimulus_ids, self.manifest.site_ids, left_out_rates)
+                left_out = self._left_out_predictions(stimulus_ids, left_out_rates)
         return EnsemblePredictions(rates, left_out)
 
     def _member_predictions(self) -> list[np.ndarray]:
         """Each member's predictions for the split, (stimuli, sites)."""
         for run in self.runs:
-            self.check_sites(run)
+            self.check_predictions(run)
         stimulus_ids = self.stimuli.stimulus_ids
         predictions = [member.predict(self.split, stimulus_ids) for member in self.members]
         for member, rates in zip(self.members, predictions, strict=True):
@@ -180,9 +197,17 @@ class Ensemble:
                 f"only {len(stimulus_ids)} training stimuli were left out by all members, too few to learn weights "
                 "from; train folds (early_stopping.folds), or use --combine mean"
             )
-        stacked = stack(self._member_left_out(stimulus_ids), self._train_rates(stimulus_ids), predictions)
-        left_out = Predictions(stimulus_ids, self.manifest.site_ids, stacked.left_out)
+        rates = self._train_rates(stimulus_ids)
+        for run in self.runs:
+            left_out_of_run = predictions_of(run, LEFT_OUT, self.recording)
+            if left_out_of_run.responses is not None:  # ensembles of earlier versions kept none
+                left_out_of_run.check_responses(run, stimulus_ids, rates, str(self.shards.folder))
+        stacked = stack(self._member_left_out(stimulus_ids), rates, predictions)
+        left_out = self._left_out_predictions(stimulus_ids, stacked.left_out)
         return EnsemblePredictions(stacked.prediction, left_out, stacked.weights)
+
+    def _left_out_predictions(self, stimulus_ids: list[str], rates: np.ndarray) -> Predictions:
+        return Predictions(stimulus_ids, self.manifest.site_ids, rates, self._train_rates(stimulus_ids))
 
     def _left_out_by_all(self) -> list[str]:
         """The training stimuli that no member was fitted on, in the order of the split."""

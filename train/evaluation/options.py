@@ -10,6 +10,7 @@ from data_prep.common.option_fields import FolderLocation
 from train.run.recipe import MOST_RECORDINGS
 
 Combine = Literal["mean", "stack"]
+SeenPolicy = Literal["refuse", "drop", "keep"]
 
 
 class Evaluate(BaseModel):
@@ -39,6 +40,9 @@ class Evaluate(BaseModel):
     """Decoding processes per rank; by default the recipe's."""
     on_bad_sample: Literal["stop", "skip"] | None = None
     """If a stimulus cannot be read: stop, or leave it out and list it in metrics.json; by default the recipe's."""
+    seen: SeenPolicy = "refuse"
+    """If stimuli of val or test were fitted, going by their images: refuse to score, drop them, or keep them. What is
+    done is marked in metrics.json and tables."""
 
 
 class Export(BaseModel):

@@ -1,6 +1,7 @@
 """predictions.npz: the responses and classes that a run, a probe or an ensemble predicts for a split."""
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,11 +9,16 @@ import numpy as np
 
 from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import read_npz
+from data_prep.common.safe_reading import parse_json, read_npz, read_regular_file
 from train.run.folder import LEFT_OUT, RunFolder
 
 PREDICTIONS_FILE = "predictions.npz"
+METRICS_FILE = "metrics.json"
 SCORE_FIRST = "score the run on that split first (train/evaluate.py)"
+
+
+class ForeignPredictions(BadInput):
+    """Predictions that are not those whose scores lie beside them."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,40 @@ class Predictions:
 
     def rows(self, stimulus_ids: Sequence[str]) -> np.ndarray:
         """The predictions for these stimuli, in this order; NaN for stimuli without any."""
-        row_of = {stimulus: row for row, stimulus in enumerate(self.stimulus_ids)}
-        rows = np.array([row_of.get(stimulus, -1) for stimulus in stimulus_ids], np.int64)
+        rows = self._positions(stimulus_ids)
         return np.where(rows[:, None] >= 0, self.rates[rows], np.nan)
 
-    def write(self, folder: Path) -> None:
-        """Write FOLDER/predictions.npz.
+    def _positions(self, stimulus_ids: Sequence[str]) -> np.ndarray:
+        """The rows of these stimuli, -1 for those that it does not have; int64 (stimuli,)."""
+        row_of = {stimulus: row for row, stimulus in enumerate(self.stimulus_ids)}
+        return np.array([row_of.get(stimulus, -1) for stimulus in stimulus_ids], np.int64)
+
+    def check_responses(self, run: Path, stimulus_ids: Sequence[str], rates: np.ndarray, where: str) -> None:
+        """Refuse predictions that were made for other responses under the same ids: another window, another scale ...
+
+        Args:
+            run: that made them, for the message.
+            stimulus_ids: of a recording.
+            rates: its responses to these stimuli, float32 (stimuli, sites).
+            where: the recording is, for the message.
+
+        Raises:
+            BadInput: naming the first stimulus and site that differ.
+        """
+        if self.responses is None:
+            raise BadInput(f"{run}: its predictions are without responses, but {where} has some; score it again")
+        rows = self._positions(stimulus_ids)
+        theirs = self.responses[rows]
+        differs = (rows[:, None] >= 0) & ~((theirs == rates) | (np.isnan(theirs) & np.isnan(rates)))
+        for stimulus, site in np.argwhere(differs)[:1]:
+            raise BadInput(
+                f"{run} was scored on other responses than those of {where}: {theirs[stimulus, site]:.6g} instead of "
+                f"{rates[stimulus, site]:.6g} for stimulus {stimulus_ids[stimulus]} at site {self.site_ids[site]}; "
+                "score it on the same recording, with the same response window and scale"
+            )
+
+    def write(self, folder: Path) -> str:
+        """Write FOLDER/predictions.npz; returns the digest that metrics.json beside it keeps.
 
         Raises:
             CannotWrite: the disk is full, the folder read-only ...
@@ -49,7 +83,7 @@ class Predictions:
         }
         if self.responses is not None:
             arrays["target"] = self.responses
-        write_npz(folder / PREDICTIONS_FILE, arrays)
+        return write_predictions(folder, arrays)
 
 
 @dataclass(frozen=True)
@@ -120,10 +154,46 @@ def read_class_predictions(path: Path) -> ClassPredictions | None:
     return ClassPredictions(list(map(str, names.flat)), shown, predicted)
 
 
+def write_predictions(folder: Path, arrays: Mapping[str, np.ndarray]) -> str:
+    """Write FOLDER/predictions.npz; returns a digest, by which a metrics.json knows the predictions that it scores.
+
+    Raises:
+        CannotWrite: the disk is full, the folder read-only ...
+    """
+    write_npz(folder / PREDICTIONS_FILE, arrays)
+    return _digest(arrays)
+
+
+def _digest(arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
 def _read_arrays(path: Path, hint: str) -> dict[str, np.ndarray]:
     try:
-        return read_npz(path)
+        arrays = read_npz(path)
     except FileNotFoundError:
         raise BadInput(f"{path} is missing; {hint}") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} is damaged ({error}); score the run again") from None
+    _check_belongs(path, arrays)
+    return arrays
+
+
+def _check_belongs(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Refuse predictions that are not those whose scores lie beside them; earlier versions kept no digest.
+
+    Raises:
+        ForeignPredictions: they are not.
+    """
+    try:
+        metrics = parse_json(read_regular_file(path.with_name(METRICS_FILE)))
+    except (OSError, ValueError):
+        return  # there are no scores, or reading them reports what is wrong
+    expected = metrics.get("predictions") if isinstance(metrics, dict) else None
+    if expected is not None and expected != _digest(arrays):
+        raise ForeignPredictions(f"{path} does not belong to the {METRICS_FILE} beside it; score the run again")

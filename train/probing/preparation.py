@@ -11,22 +11,27 @@ import torch
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
-from data_prep.shards.image_identity import ImageIdentities, first_copies, image_identities
+from data_prep.shards.image_identity import ImageIdentities, first_copies
 from data_prep.shards.manifest import Manifest
 from data_prep.splits import folds, with_copies
 from train.data.bad_samples import BadSamples
 from train.data.image_cache import ImageCaches
 from train.data.loader import workers_per_rank
 from train.data.order import nested_subset
+from train.data.seen import SeenRecord
 from train.data.stimuli import RecordingStimuli
 from train.distributed.launch_environment import cores_of_rank, this_process
+from train.evaluation.options import SeenPolicy
 from train.evaluation.scoring import check_enough_stimuli
+from train.evaluation.seen_stimuli import UNSEEN, Seen, SeenRule
 from train.models.backbone import Backbone
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
+from train.models.inherited_record import record_of_weights
 from train.models.joined_layers import modules_of
 from train.models.layer_selection import choose_layers
 from train.models.timm_networks import check_network_name
 from train.probing.layer_regressions import Partition
+from train.probing.seen_check import PARTS, ProbeCheck, images_of
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
 from train.run.recipe import ProbeRecipe, flat_settings
@@ -44,7 +49,11 @@ class ProbeJob:
         manifest: of the shards.
         folder: to write to.
         splits: the stimuli by split; positions run through one split after the other.
+        images: of all stimuli.
         partitions: of the stimuli, into those to fit and those held out.
+        record: what the probe has seen once it is done.
+        seen: which of the stimuli that are scored were fitted.
+        network_fitted: which of all stimuli the network was fitted on, bool (stimuli,).
         extractor: from images to activations.
         layers: names, in order.
         workers: decoding processes per rank.
@@ -58,7 +67,11 @@ class ProbeJob:
     manifest: Manifest
     folder: RunFolder
     splits: dict[str, RecordingStimuli]
+    images: ImageIdentities
     partitions: list[Partition]
+    record: SeenRecord
+    seen: Seen
+    network_fitted: np.ndarray
     extractor: ImageFeatures
     layers: list[str]
     workers: int
@@ -79,6 +92,8 @@ class ProbeJob:
             self.extractor.describe(),
             f"{recipe.readout} on {amount} {dimensions}{windows}",
         ]
+        if self.seen.mark != UNSEEN:
+            lines.append(f"seen before, of the stimuli that are scored: {self.seen.mark}")
         return "\n".join([*lines, *self.bad_samples.warnings()])
 
     def plan(self) -> dict[str, str]:
@@ -94,7 +109,7 @@ class ProbeJob:
     @cached_property
     def stimulus_ids(self) -> list[str]:
         """Of all stimuli."""
-        return [name for stimuli in self.splits.values() for name in stimuli.stimulus_ids]
+        return _ids(self.splits)
 
     @cached_property
     def rates(self) -> np.ndarray:
@@ -113,7 +128,7 @@ class ProbeJob:
         return np.concatenate(noise)[self.scored]
 
 
-def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume: bool) -> ProbeJob:
+def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy: SeenPolicy, resume: bool) -> ProbeJob:
     """Open data and network and check that everything fits together.
 
     Args:
@@ -121,10 +136,11 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
         data: shard folder, or its URL.
         out: run folder.
         split: val, test or cv.
+        policy: what to do about stimuli that were fitted.
         resume: whether to resume an interrupted probe.
 
     Raises:
-        BadInput: it does not fit.
+        BadInput: it does not fit, or stimuli to score were fitted.
     """
     process = this_process()
     check_network_name(recipe.backbone.name)
@@ -137,7 +153,10 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
     size = recipe.images.size or _image_size_of_run(Path(recipe.backbone.weights)) or shards.manifest.image.side
     bad_samples = BadSamples(recipe.loader)
     splits = _open_splits(shards, split, recipe, size, bad_samples)
-    partitions = _partition(shards, split, recipe, splits)
+    images = images_of(shards, splits)
+    ancestry = SeenRecord() if recipe.layers == [PIXELS] else record_of_weights(recipe.backbone)
+    check = ProbeCheck(ancestry, images, _ids(splits), SeenRule(str(out), split, policy, PARTS.get(split)))
+    partitions, seen = check.compare(_partition(shards, split, recipe, splits, images))
     for name, stimuli in splits.items():
         check_enough_stimuli(stimuli, process.world_size, name)
     workers = workers_per_rank(recipe.loader.workers, cores_of_rank(process))
@@ -150,12 +169,20 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, resume
         manifest=shards.manifest,
         folder=folder,
         splits=splits,
+        images=images,
         partitions=partitions,
+        record=check.record(shards.manifest.name, partitions),
+        seen=seen,
+        network_fitted=ancestry.overlap(images).fitted,
         extractor=extractor,
         layers=layers,
         workers=workers,
         bad_samples=bad_samples,
     )
+
+
+def _ids(splits: Mapping[str, RecordingStimuli]) -> list[str]:
+    return [name for stimuli in splits.values() for name in stimuli.stimulus_ids]
 
 
 def _image_size_of_run(weights: Path) -> int | None:
@@ -199,19 +226,16 @@ def _open_splits(
 
 
 def _partition(
-    shards: ShardFolder, split: str, recipe: ProbeRecipe, splits: Mapping[str, RecordingStimuli]
+    shards: ShardFolder,
+    split: str,
+    recipe: ProbeRecipe,
+    splits: Mapping[str, RecordingStimuli],
+    images: ImageIdentities,
 ) -> list[Partition]:
     """Fit on train and score the split, or with cv, score each fold with a fit on the others."""
     facts = [stimuli.split.meta(position) for stimuli in splits.values() for position in stimuli.subset.tolist()]
     positions = np.arange(len(facts))
-    copies = first_copies(
-        ImageIdentities.joined(
-            [
-                image_identities(shards, name, silent=this_process().rank != 0).at(stimuli.subset)
-                for name, stimuli in splits.items()
-            ]
-        )
-    )
+    copies = first_copies(images)
     if split == "cv":
         settings = recipe.cross_validation
         held_out_sets = held_out_folds(facts, copies, recipe)

@@ -26,7 +26,7 @@ def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> Non
     runtime.check_agreement(job.plan())
     job.extractor.to(runtime.device)
     monitor.log(job.describe())
-    products = ProductStore(job.recipe, job.splits, job.extractor, scratch, runtime, job.workers, monitor)
+    products = ProductStore(job.recipe, job.splits, job.images, job.extractor, scratch, runtime, job.workers, monitor)
     results = LayerRegressions(job.recipe, job.layers, job.partitions, job.rates, products, runtime).run()
     if runtime.is_main:
         scores = score_layers(job, results, runtime.ranks)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from data_prep.common.safe_reading import map_npy
+from data_prep.shards.image_identity import ImageIdentities
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
 from train.models.features import ImageFeatures
@@ -67,6 +68,7 @@ class ProductStore:
     Args:
         recipe: of the probe.
         splits: the stimuli by split; rows and columns run through one split after the other.
+        images: of all stimuli.
         extractor: from images to activations.
         scratch: folder for activations and inner products.
         runtime: this process.
@@ -78,13 +80,14 @@ class ProductStore:
         self,
         recipe: ProbeRecipe,
         splits: Mapping[str, RecordingStimuli],
+        images: ImageIdentities,
         extractor: ImageFeatures,
         scratch: Path,
         runtime: Runtime,
         workers: int,
         monitor: Monitor,
     ):
-        self._recipe, self._splits, self._extractor = recipe, splits, extractor
+        self._recipe, self._splits, self._images, self._extractor = recipe, splits, images, extractor
         self._runtime, self._workers, self._monitor = runtime, workers, monitor
         self._scratch = scratch / f"{runtime.rank}_of_{runtime.ranks}"
 
@@ -155,6 +158,7 @@ class ProductStore:
             "products": self._recipe.products,
             "field": self._recipe.field,
             "splits": {name: [stimuli.size, stimuli.fingerprint()] for name, stimuli in self._splits.items()},
+            "images": hashlib.sha256(self._images.pixels.tobytes()).hexdigest(),
             "widths": self._widths,
         }
 

@@ -13,7 +13,8 @@ from data_prep.shards.manifest import to_json_list
 from train.evaluation.figures.layer_figure import layer_figure, layer_label
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, regression_block, report_head
 from train.evaluation.moments import SiteMoments
-from train.evaluation.predictions_file import Predictions
+from train.evaluation.predictions_file import METRICS_FILE, Predictions
+from train.evaluation.seen_stimuli import mark_of, seen_in, selected_on
 from train.probing.layer_regressions import LayerResult
 from train.probing.preparation import ProbeJob
 from train.run.folder import LEFT_OUT
@@ -52,7 +53,8 @@ def score_layers(job: ProbeJob, results: Mapping[str, LayerResult], ranks: int) 
         "regression": _regression_block(job, prediction[job.scored]),
         "layers": {layer: _layer_block(job, result) for layer, result in results.items()},
         "chosen": chosen,
-        "selected_on": [_selected_on(job)],
+        "selected_on": selected_on([_selected_on(job)], job.split, job.seen),
+        "seen": job.seen.content(),
     }
     metrics |= job.bad_samples.facts()
     left_out = None
@@ -116,9 +118,10 @@ def layer_table(metrics: Mapping[str, Any]) -> str:
             *map(_number, scores),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    lines += ["", f"seen before, of the stimuli that are scored: {mark_of(seen_in(metrics))}"]
     if ceiled:
         ceilings = {f"{title}: relative to {metrics['regression'][name]['ceiling']}" for title, name in ceiled.items()}
-        lines += ["", *sorted(ceilings)]
+        lines += sorted(ceilings)
     return "\n".join(lines)
 
 
@@ -130,20 +133,24 @@ def write_results(job: ProbeJob, scores: ProbeScores, monitor: Monitor) -> None:
     """Write metrics.json, predictions.npz, the table and the figure of explained variance by layer.
 
     Ridge on train also predicts its own training stimuli, each from the others; these predictions are written as those
-    of the split `left_out`.
+    of the split `left_out`, except for stimuli that the network itself was fitted on.
     """
     folder = job.folder.evaluation(job.split)
-    _write_predictions(job, folder, job.scored, scores.prediction)
+    digest = _write_predictions(job, folder, job.scored, scores.prediction)
     if scores.left_out is not None:
-        _write_predictions(job, job.folder.evaluation(LEFT_OUT), job.partitions[0].fit, scores.left_out)
+        fit = job.partitions[0].fit
+        left_out = ~job.network_fitted[fit]
+        if left_out.any():
+            _write_predictions(job, job.folder.evaluation(LEFT_OUT), fit[left_out], scores.left_out[left_out])
     figure = layer_figure(scores.metrics)
     write_bytes(folder / "layers.png", figure)
     if monitor.tensorboard is not None:
         monitor.tensorboard.figure("explained variance by layer", figure, step=0)
     write_bytes(folder / "table.md", (layer_table(scores.metrics) + "\n").encode())
-    write_json(folder / "metrics.json", scores.metrics)  # last: its presence means that everything is written
+    # Last: its presence means that everything is written.
+    write_json(folder / METRICS_FILE, scores.metrics | {"predictions": digest})
 
 
-def _write_predictions(job: ProbeJob, folder: Path, positions: np.ndarray, prediction: np.ndarray) -> None:
+def _write_predictions(job: ProbeJob, folder: Path, positions: np.ndarray, prediction: np.ndarray) -> str:
     stimulus_ids = [job.stimulus_ids[position] for position in positions]
-    Predictions(stimulus_ids, job.manifest.site_ids, prediction, job.rates[positions]).write(folder)
+    return Predictions(stimulus_ids, job.manifest.site_ids, prediction, job.rates[positions]).write(folder)

@@ -20,7 +20,7 @@ import numpy as np
 from data_prep.common.errors import BadInput
 from data_prep.common.option_fields import marked
 from data_prep.common.terminal import printable
-from train.evaluation.ensemble_evaluation import ENSEMBLE_FILE, read_record
+from train.evaluation.ensemble_record import ENSEMBLE_FILE, read_record
 from train.reporting.reported_run import ScoredRun, shortest_names
 from train.run.field_rules import FREE_ON_RESUME
 from train.run.folder import RunFolder, flattened

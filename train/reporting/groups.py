@@ -11,7 +11,7 @@ from train.evaluation.comparison import Lead, leads
 from train.reporting.data_efficiency import Curve, curves_of
 from train.reporting.number_formats import interval, number
 from train.reporting.reported_run import FAMILIES, ReportedRun, ScoredRun, scored_runs
-from train.reporting.run_files import Score
+from train.reporting.run_files import Metrics, Score
 
 RESAMPLES = 2000
 
@@ -180,7 +180,7 @@ class Group:
         unpaired = [scored.run.title for scored, paired in zip(self.runs, self.is_paired, strict=True) if not paired]
         if unpaired:
             notes.append(f"No predictions.npz for the same stimuli, so not compared in pairs: {', '.join(unpaired)}.")
-        return notes + self.warnings
+        return [*notes, *pretrained_notes(self._titled_metrics), *self.warnings]
 
     @property
     def warnings(self) -> list[str]:
@@ -188,9 +188,14 @@ class Group:
         warnings = []
         if any(self.split in scored.metrics.selected_on for scored in self.runs):
             warnings.append(f"A model selected on {self.split} is flattered by its score there.")
+        warnings += seen_warnings(self._titled_metrics)
         if self.simulated:
             warnings.append("The recording is SIMULATED: no brain took part.")
         return warnings
+
+    @property
+    def _titled_metrics(self) -> list[tuple[str, Metrics]]:
+        return [(scored.run.title, scored.metrics) for scored in self.runs]
 
     @property
     def verdict(self) -> str:
@@ -212,6 +217,47 @@ class Group:
         r2 = best.regression.r2
         score = f"{self.recording}: R2 {number(r2.mean)} {interval(r2.ci95)} with {best.run.title}."
         return f"{score} {self.verdict}".rstrip()
+
+
+def seen_notes(runs: Sequence[tuple[str, Metrics]]) -> list[str]:
+    """All notes on images that were seen before; of runs by title."""
+    return [*pretrained_notes(runs), *seen_warnings(runs)]
+
+
+def seen_warnings(runs: Sequence[tuple[str, Metrics]]) -> list[str]:
+    """What to beware of: scores on stimuli that were fitted, and scores of which nobody knows it."""
+    warnings = []
+    for title, metrics in runs:
+        seen = metrics.seen
+        if seen is not None and seen.leaks:
+            warnings.append(
+                f"{title} was fitted on {seen.leaks:,} of the {metrics.stimuli:,} stimuli that it is scored on "
+                f"(--seen keep; {', '.join(seen.stimuli)}{', ...' if seen.leaks > len(seen.stimuli) else ''}): its "
+                "score tells of memory."
+            )
+        if seen is not None and seen.dropped:
+            warnings.append(
+                f"{title} was fitted on {seen.dropped:,} stimuli of {metrics.split}, which are not scored "
+                "(--seen drop)."
+            )
+    unknown = [title for title, metrics in runs if metrics.seen is None or metrics.seen.unknown]
+    if unknown:
+        warnings.append(
+            "Not known whether stimuli were fitted before they were scored, because runs or weights have no record of "
+            f"it: {', '.join(unknown)}."
+        )
+    return warnings
+
+
+def pretrained_notes(runs: Sequence[tuple[str, Metrics]]) -> list[str]:
+    """What "seen" leaves out."""
+    names = dict.fromkeys(name for _, metrics in runs if metrics.seen for name in metrics.seen.pretrained)
+    if not names:
+        return []
+    return [
+        "Seen: images that were fitted to responses or classes here; those that published weights were trained on "
+        f"({', '.join(names)}) are not compared."
+    ]
 
 
 def groups_of(runs: Sequence[ReportedRun]) -> list[Group]:

@@ -12,6 +12,7 @@ from importlib.resources import files
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from train.evaluation.seen_stimuli import mark_of
 from train.reporting import published
 from train.reporting.number_formats import duration
 from train.reporting.report_contents import ReportContents
@@ -74,6 +75,7 @@ def run_facts(run: ReportedRun) -> dict[str, str]:
         "fingerprint of the data": metrics.fingerprint if metrics else None,
         "training stimuli": f"{stimuli:,}" if stimuli else None,
         "selected on": selected_on(metrics) if metrics else None,
+        "seen before": mark_of(metrics.seen) if metrics else None,
         "found by": run.found_by,
         "progress": run.progress if metrics is None else None,
         "commit": environment.git_commit,

@@ -5,9 +5,10 @@ from dataclasses import replace
 
 from train.evaluation.comparison import Lead
 from train.evaluation.metrics import LOWER_IS_BETTER
+from train.evaluation.seen_stimuli import Seen, mark_of
 from train.reporting import published
 from train.reporting.data_efficiency import Curve, Point, curve_notes
-from train.reporting.groups import METRICS, R2, Group, Metric
+from train.reporting.groups import METRICS, R2, Group, Metric, seen_notes
 from train.reporting.number_formats import duration, interval, number, parameter_count
 from train.reporting.reported_run import ReportedRun, ScoredClassifier, ScoredRun
 from train.reporting.run_files import Metrics, Score
@@ -38,6 +39,7 @@ FACTS_AFTER_SCORES = [
     Column("training", fields=("training_seconds",), formats=TABLES),
     Column("hardware", fields=("hardware",), formats=TABLES, is_text=True, style="wide"),
     Column("selected on", fields=("selected_on",), formats=EVERYWHERE, is_text=True),
+    Column("seen", fields=("seen", "seen_stimuli", "seen_dropped"), formats=EVERYWHERE, is_text=True),
     *_csv_columns("control", "git_commit", "data", "command"),
 ]
 CLASSIFIER_COLUMNS = [
@@ -48,6 +50,7 @@ CLASSIFIER_COLUMNS = [
     Column("top-5", "↑", fields=("top5",), formats=TABLES),
     Column("balanced accuracy", "↑", fields=("balanced_accuracy",), formats=EVERYWHERE),
     Column("selected on", fields=("selected_on",), formats=TABLES, is_text=True),
+    Column("seen", fields=("seen",), formats=EVERYWHERE, is_text=True),
 ]
 
 
@@ -154,6 +157,7 @@ def _facts(run: ReportedRun, metrics: Metrics, anchor: str) -> dict[str, Cell]:
         "training": Cell(duration(run.seconds), values=(run.seconds,)),
         "hardware": _text_cell(run.hardware),
         "selected on": _text_cell(selected_on(metrics)),
+        "seen": _seen_cell(metrics.seen),
     }
 
 
@@ -169,6 +173,12 @@ def size_cell(run: ReportedRun) -> Cell:
 def selected_on(metrics: Metrics) -> str:
     """The stimuli that selected a run's epoch, layer or penalty."""
     return ", ".join(metrics.selected_on) or "-"
+
+
+def _seen_cell(seen: Seen | None) -> Cell:
+    """The scored stimuli that were fitted before."""
+    counts = (None, None) if seen is None else (seen.leaks, seen.dropped)
+    return Cell(mark_of(seen), values=(mark_of(seen), *counts))
 
 
 def _text_cell(text: str) -> Cell:
@@ -232,7 +242,9 @@ def classifier_table(classifiers: Sequence[ScoredClassifier]) -> Table | None:
     """The runs that predict classes; None where there are none."""
     if not classifiers:
         return None
-    return Table("Object classification", CLASSIFIER_COLUMNS, [_classifier_row(scored) for scored in classifiers])
+    rows = [_classifier_row(scored) for scored in classifiers]
+    notes = seen_notes([(scored.run.title, scored.metrics) for scored in classifiers])
+    return Table("Object classification", CLASSIFIER_COLUMNS, rows, notes=notes)
 
 
 def _classifier_row(scored: ScoredClassifier) -> list[Cell]:
@@ -241,7 +253,7 @@ def _classifier_row(scored: ScoredClassifier) -> list[Cell]:
     accuracies = [
         Cell(number(accuracy), values=(accuracy,)) for accuracy in (scores.top1, scores.top5, scores.balanced_accuracy)
     ]
-    return [facts["model"], facts["recording"], facts["stimuli"], *accuracies, facts["selected on"]]
+    return [facts["model"], facts["recording"], facts["stimuli"], *accuracies, facts["selected on"], facts["seen"]]
 
 
 def csv_table(classifiers: Sequence[ScoredClassifier]) -> Table:

@@ -21,6 +21,7 @@ from train.evaluation.figures.layer_figure import layer_label
 from train.evaluation.predictions_file import (
     PREDICTIONS_FILE,
     ClassPredictions,
+    ForeignPredictions,
     read_class_predictions,
     read_predictions,
 )
@@ -229,12 +230,18 @@ class ReportedRun:
 
     @cached_property
     def predictions(self) -> ScoredPredictions | None:
-        """Its predicted responses, stimuli in alphabetical order; None where they cannot be read."""
+        """Its predicted responses, stimuli in alphabetical order; None where they cannot be read.
+
+        Raises:
+            BadInput: they are not those that metrics.json scores.
+        """
         regression = self.metrics.regression if self.metrics else None
         if regression is None:
             return None
         try:
             predictions = read_predictions(self._predictions_file)
+        except ForeignPredictions:
+            raise
         except BadInput:
             return None
         rates, responses = predictions.rates, predictions.responses
@@ -253,9 +260,15 @@ class ReportedRun:
 
     @cached_property
     def class_predictions(self) -> ClassPredictions | None:
-        """The classes that it predicted; None where it predicts none, or they cannot be read."""
+        """The classes that it predicted; None where it predicts none, or they cannot be read.
+
+        Raises:
+            BadInput: they are not those that metrics.json scores.
+        """
         try:
             return read_class_predictions(self._predictions_file)
+        except ForeignPredictions:
+            raise
         except BadInput:
             return None
 

@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.common.terminal import printable
+from train.evaluation.seen_stimuli import Seen
 from train.run.recipe import MOST_STIMULI
 from train.run.yaml_files import read_yaml
 
@@ -90,6 +91,7 @@ class Metrics(_FileContent):
     chosen: Text | None = None
     control: Text | None = None
     selected_on: list[Text] = []
+    seen: Seen | None = None
     trained_on: list[Text] = []
     training_stimuli: Annotated[int, Field(gt=0, le=MOST_STIMULI)] | None = None
     epoch: int | None = None

@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from data_prep.common import locks
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.shards.manifest import Manifest
+from train.evaluation.seen_stimuli import mark_of, seen_in
 from train.run.folder import RunFolder
 from train.sweeping.plan import Plan
 from train.sweeping.queue import Study, TrialStatus
@@ -110,6 +111,7 @@ def _reported_scores(folder: SweepFolder, standings: Standings) -> list[str]:
     if top1 is not None:
         scores.append(f"top1 {top1:.4f}")
     best = standings.best.run
+    scores[-1] = f"{scores[-1]} (seen before: {mark_of(seen_in(metrics))})"
     return ["", f"Reported on {REPORTED_SPLIT}, which selected nothing: trial {best}: {', '.join(scores)}"]
 
 

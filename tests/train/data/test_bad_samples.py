@@ -223,13 +223,13 @@ def test_a_killed_process_leaves_the_folder_free(tmp_path):
 
 def test_a_checkpoint_that_changes_meanwhile_is_not_mixed_with_the_next(run, packed, tmp_path, monkeypatch):
     """`best` is resolved once, so that progress and weights come from one checkpoint."""
-    from train.evaluation import run_evaluation
+    from train.evaluation import evaluation_job
     from train.evaluation.options import Evaluate
 
     copy = shutil.copytree(run, tmp_path / "run", symlinks=True)
     folder = copy / "checkpoints"
     (step,) = folder.glob("step_*")
-    load = run_evaluation.load_progress
+    load = evaluation_job.load_progress
 
     def overtaken(path: Path):
         tensors = load(path)
@@ -240,10 +240,10 @@ def test_a_checkpoint_that_changes_meanwhile_is_not_mixed_with_the_next(run, pac
         return tensors
 
     with monkeypatch.context() as patched:
-        patched.setattr(run_evaluation, "load_progress", overtaken)
-        (job,) = run_evaluation.prepare(Evaluate(runs=[copy], data=[str(packed)]), copy, "val")
-    assert job.checkpoint.name == step.name
-    assert job.progress.step != 900
+        patched.setattr(evaluation_job, "load_progress", overtaken)
+        (job,) = evaluation_job.prepare(Evaluate(runs=[copy], data=[str(packed)]), copy, "val")
+    assert job.run.checkpoint.name == step.name
+    assert job.run.progress.step != 900
 
 
 def test_a_report_over_a_run_in_progress(run, tmp_path):

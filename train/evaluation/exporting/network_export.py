@@ -15,6 +15,8 @@ from torch import nn
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
+from train.data.seen import FITTED, SEEN_FILE, SELECTED, TAUGHT, SeenRecord
+from train.models.inherited_record import metadata_of
 from train.models.network import Network
 from train.models.readouts import Linear
 from train.run import predictor
@@ -35,12 +37,14 @@ class TrainedNetwork:
         recipe: of the run.
         manifest: of the recording.
         progress: of the checkpoint; names sites and classes.
+        record: what the network has seen.
     """
 
     network: Network
     recipe: Recipe
     manifest: Manifest
     progress: Progress
+    record: SeenRecord
 
     @property
     def image_size(self) -> int:
@@ -68,7 +72,12 @@ class TrainedNetwork:
 
 
 def load_trained(
-    recipe: Recipe, checkpoint: Path, progress: Progress, manifest: Manifest, rows: slice = slice(None)
+    recipe: Recipe,
+    checkpoint: Path,
+    progress: Progress,
+    manifest: Manifest,
+    record: SeenRecord,
+    rows: slice = slice(None),
 ) -> TrainedNetwork:
     """Load the network of a run.
 
@@ -77,11 +86,12 @@ def load_trained(
         checkpoint: folder.
         progress: of the checkpoint; with several recordings, of the one to export (`Progress.for_recording`).
         manifest: of the recording.
+        record: what the run has seen.
         rows: of the readout, which belong to the recording (`Progress.rows_of`).
     """
     network = Network(recipe.for_evaluation(), manifest, progress.image_size)
     network.load_state_dict(load_matching_tensors(network, checkpoint, "network", rows))
-    return TrainedNetwork(network.eval(), recipe, manifest, progress)
+    return TrainedNetwork(network.eval(), recipe, manifest, progress, record)
 
 
 class NetworkInUnits(nn.Module):
@@ -110,11 +120,17 @@ def _are_close(outputs: Mapping[str, torch.Tensor], expected: Mapping[str, torch
     return True
 
 
+def record_facts(record: SeenRecord) -> dict[str, Any]:
+    """A record in a few numbers, for people; the images themselves are in seen.npz or the weights' metadata."""
+    facts: dict[str, Any] = {role: record.count(role) for role in (FITTED, TAUGHT, SELECTED)}
+    return facts | {"unknown": list(record.unknown), "pretrained": list(record.pretrained)}
+
+
 # ------------------------------------------------------------------------------------------------------- predictor
 
 
 def write_predictor(trained: TrainedNetwork, out: Path) -> list[Path]:
-    """Write `network.pt2`, `predictor.json` and `predictor.py` (`train/run/predictor.py`, which reads the others).
+    """Write `network.pt2`, `predictor.json`, `predictor.py` (`train/run/predictor.py`) and `seen.npz`.
 
     Returns:
         The files.
@@ -138,11 +154,13 @@ def write_predictor(trained: TrainedNetwork, out: Path) -> list[Path]:
         "recording": trained.manifest.name,
         "simulated": trained.manifest.simulated,
         "torch": torch.__version__,
+        "seen": record_facts(trained.record),
     }
     files = {
         out / "network.pt2": content.getvalue(),
         out / "predictor.json": json.dumps(facts, indent=1).encode(),
         out / "predictor.py": Path(predictor.__file__).read_bytes(),
+        out / SEEN_FILE: trained.record.content(),
     }
     for path, data in files.items():
         write_bytes(path, data)
@@ -179,7 +197,7 @@ def write_timm(trained: TrainedNetwork, out: Path) -> tuple[list[Path], str]:
         raise BadInput(f"--format timm: {name} is Spiketune's own network, not one of timm's; use --format predictor")
     weights = out / "model.safetensors"
     if backbone.cut is not None:
-        write_bytes(weights, save(_contiguous_tensors(backbone.net)))
+        write_bytes(weights, save(_contiguous_tensors(backbone.net), metadata_of(trained.record)))
         return [weights], (
             f"the network is cut at {backbone.cut}, so the file has only the tensors up to there: "
             f"timm.create_model({name!r}, num_classes=0).load_state_dict(load_file({str(weights)!r}), strict=False)"
@@ -196,8 +214,10 @@ def write_timm(trained: TrainedNetwork, out: Path) -> tuple[list[Path], str]:
         "model_args": model_args,
         "pretrained_cfg": _pretrained_cfg(backbone.net, trained.image_size, outputs),
         "site_ids": trained.progress.site_ids,
+        "seen": record_facts(trained.record),
     }
-    write_bytes(weights, save(_contiguous_tensors(backbone.net if classifier is None else classifier)))
+    net = backbone.net if classifier is None else classifier
+    write_bytes(weights, save(_contiguous_tensors(net), metadata_of(trained.record)))
     write_bytes(out / "config.json", json.dumps(config, indent=1).encode())
     loading = f"timm.create_model('local-dir:{out.resolve()}', pretrained=True)  # {comment}"
     return [weights, out / "config.json"], loading

@@ -6,6 +6,7 @@ from pathlib import Path
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
+from train.data.seen import SEEN_FILE, inherited_record
 from train.evaluation.exporting.network_export import TrainedNetwork, load_trained, write_predictor, write_timm
 from train.evaluation.exporting.prediction_export import Assembly, assemble, mat_bytes, netcdf_bytes
 from train.evaluation.options import Export
@@ -16,7 +17,7 @@ from train.run.folder import RunFolder, check_writable, open_run
 PREDICTION_SUFFIXES = {"netcdf": ".nc", "mat": ".mat"}
 NETWORK_FILES = {
     "timm": ("model.safetensors", "config.json"),
-    "predictor": ("network.pt2", "predictor.json", "predictor.py"),
+    "predictor": ("network.pt2", "predictor.json", "predictor.py", SEEN_FILE),
 }
 
 
@@ -114,7 +115,7 @@ def _load_network(options: Export) -> TrainedNetwork:
         progress = progress.for_recording(options.recording, "--recording")
     manifest = ShardFolder(data).manifest
     progress.check_fits(manifest, str(data))
-    return load_trained(recipe, checkpoint, progress, manifest, rows)
+    return load_trained(recipe, checkpoint, progress, manifest, inherited_record(folder.path), rows)
 
 
 def _data_of(options: Export, folder: RunFolder) -> str:

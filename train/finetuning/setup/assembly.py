@@ -17,6 +17,7 @@ from train.finetuning.setup.layer_balance import balance_layers
 from train.finetuning.setup.preparation import PreparedRun
 from train.finetuning.setup.resume import StartingPoint
 from train.finetuning.setup.ridge_start import start_from_ridge
+from train.finetuning.setup.seen_record import keep_record
 from train.models.network import Network, parameter_groups
 from train.run.monitor import Monitor
 from train.run.tensorboard import training_pages
@@ -42,11 +43,15 @@ def build(run: PreparedRun, start: StartingPoint, runtime: Runtime) -> Training:
     if not run.resume:
         facts = run_facts(run, size, runtime)
         runtime.run_on_main(lambda: run.folder.claim(recipe, run.locations, facts))
+    notes_on_seen: list[str] = []
+    runtime.run_on_main(lambda: notes_on_seen.extend(keep_record(run, start)))
     monitor = Monitor(run.folder, runtime.is_main)
     if monitor.tensorboard is not None:
         pages = training_pages(recipe.task.predicts_responses, recipe.task.predicts_classes, run.recording_names)
         monitor.tensorboard.arrange(pages)
     introduce(run, network, size, ridge_scores, runtime, monitor)
+    for note in notes_on_seen:
+        monitor.log(note)
     scoring = SelectionScoring(
         network=network,
         average=average,

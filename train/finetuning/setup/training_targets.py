@@ -49,6 +49,9 @@ def set_targets(recipe: Recipe, manifest: Manifest, fit: StimulusSet, selection:
     if recipe.task.shuffle_responses:
         for stimuli in (fit, selection):
             stimuli.shuffle_responses(recipe.seed)
+    elif recipe.distill.teacher is not None:
+        for recording in fit.recordings:
+            _check_teacher(recording, recipe.distill.teacher)
     notes = []
     if recipe.distill.teacher is not None:
         notes = [mix_in_teacher(stimuli, recipe.distill.teacher, recipe.distill) for stimuli in fit.recordings]
@@ -100,6 +103,18 @@ def _weights_of(fit: RecordingStimuli) -> np.ndarray:
         raise BadInput(f"loss.site_weights: {fit.split.folder} has too few repetitions for a reliability; use equal")
     weights = np.where(is_known, reliability, reliability[is_known].mean())
     return weights / weights.mean()
+
+
+def _check_teacher(fit: RecordingStimuli, teacher: str) -> None:
+    """Refuse a teacher that learned other responses to the same stimuli.
+
+    Raises:
+        BadInput: naming the first stimulus and site that differ.
+    """
+    predictions = predictions_of(Path(teacher), LEFT_OUT, fit.name)
+    same_sites = predictions.site_ids == fit.split.manifest.site_ids  # others are refused when they are mixed in
+    if same_sites and predictions.responses is not None:  # ensembles of earlier versions kept none
+        predictions.check_responses(Path(teacher), fit.stimulus_ids, _rates(fit), str(fit.split.folder))
 
 
 def mix_in_teacher(fit: RecordingStimuli, teacher: str, settings: Distill) -> str:
