@@ -1,6 +1,8 @@
 """Atomic writes: a file appears complete or not at all."""
 
 import contextlib
+import ctypes
+import errno
 import io
 import json
 import os
@@ -11,6 +13,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import CannotWrite
+
+_HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
+_UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)  # by the file system (NFS, for one) or the kernel
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -54,3 +59,20 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     content, named = io.BytesIO(), dict[str, Any](arrays)
     np.savez(content, **named)
     write_bytes(path, content.getvalue())
+
+
+def exchange(path: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders, atomically; False where the system cannot, and nothing has changed.
+
+    Raises:
+        OSError: one does not exist, the folder is read-only ...
+    """
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # Linux, glibc 2.28 or newer
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(path), _HERE, os.fsencode(other), _EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNSUPPORTED:
+        return False
+    raise OSError(number, os.strerror(number), str(path), None, str(other))

@@ -46,7 +46,7 @@ class TrainLoader:
 
     Attributes:
         accumulation_steps: micro-batches per global step.
-        largest_micro_batch: the most stimuli in one.
+        largest_micro_batch, smallest_micro_batch: the most and the fewest stimuli in one, over all ranks.
         steps: global steps per epoch.
 
     Raises:
@@ -79,6 +79,8 @@ class TrainLoader:
             )
         self.accumulation_steps = accumulation(self.global_size, ranks, per_device)
         self.largest_micro_batch = -(-self.global_size // (ranks * self.accumulation_steps))
+        # Where there are fewer stimuli than micro-batches, those without any repeat one.
+        self.smallest_micro_batch = max(self.global_size // ranks // self.accumulation_steps, 1)
         self.steps = steps_per_epoch(epoch_size, self.global_size)
         self._open(workers, pin)
 

@@ -9,8 +9,10 @@
     checkpoints/step_N/sha256.json              checksums of the files above
     checkpoints/{last,best} -> step_N
 
-A checkpoint is written under a temporary name and renamed when it is complete; the links `last` and `best` are
-replaced atomically. The checksums reveal later damage on disk: a run resumes from the newest intact checkpoint.
+A checkpoint is written under a temporary name and renamed when it is complete. One of the same step that is already there
+exchanges names with it, so there is a complete one at any moment; where the file system cannot exchange names, it is
+`.step_N.old` meanwhile, and a run that was killed then finds it when it resumes. The links `last` and `best` are replaced
+atomically. The checksums reveal later damage on disk: a run resumes from the newest intact checkpoint.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from data_prep.common.atomic_writes import exchange
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json, read_regular_file
 from train.run.progress import Progress
@@ -58,14 +61,39 @@ def save_checkpoint(folder: Path, tensors: TensorFiles, progress: Progress, keep
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         _write(temporary, tensors, progress)
-        shutil.rmtree(target, ignore_errors=True)
-        temporary.rename(target)
+        _put_in_place(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _link(folder / "last", target.name)
     if progress.best_step == progress.step:
         _link(folder / "best", target.name)
     _remove_old(folder, keep)
+
+
+def _put_in_place(new: Path, target: Path) -> None:
+    """Give a checkpoint its name; an earlier one of that name is removed, here or with the temporary name."""
+    if not target.exists():
+        new.rename(target)
+    elif not exchange(new, target):
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        new.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def restore_checkpoints(folder: Path) -> None:
+    """Give back their names to checkpoints that were being replaced when the run was killed.
+
+    Args:
+        folder: RUN/checkpoints.
+    """
+    for old in folder.glob(".step_*.old"):
+        target = folder / old.name.removeprefix(".").removesuffix(".old")
+        if target.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(target)
 
 
 def _write(folder: Path, tensors: TensorFiles, progress: Progress) -> None:

@@ -15,6 +15,7 @@ from train.finetuning.setup.agreement import check_agreement
 from train.finetuning.setup.introduction import NetworkSize, introduce
 from train.finetuning.setup.layer_balance import balance_layers
 from train.finetuning.setup.preparation import PreparedRun
+from train.finetuning.setup.recipe_checks import check_batch_norm
 from train.finetuning.setup.resume import StartingPoint
 from train.finetuning.setup.ridge_start import start_from_ridge
 from train.finetuning.setup.seen_record import keep_record
@@ -76,12 +77,17 @@ def build(run: PreparedRun, start: StartingPoint, runtime: Runtime) -> Training:
 
 
 def build_network(run: PreparedRun, runtime: Runtime, *, first_weights: bool) -> Network:
-    """The network of the recipe on this rank's device, with its first weights or with any, to be loaded."""
+    """The network of the recipe on this rank's device, with its first weights or with any, to be loaded.
+
+    Raises:
+        BadInput: its BatchNorm cannot normalise the smallest micro-batches.
+    """
     recipe = run.recipe
     network = Network(recipe if first_weights else recipe.for_checkpoint(), run.targets.manifest, run.data.fit.size)
     if recipe.backbone.batch_norm == "synced" and runtime.ranks > 1:
         network.backbone.sync_batch_norm()
     network.to(runtime.device)
+    check_batch_norm(network, run.data.fit.size, run.loader)
     if not runtime.deepspeed:  # channels-last weights break the flattened views of ZeRO
         network.to(memory_format=torch.channels_last)
     if run.targets.site_weights is not None:

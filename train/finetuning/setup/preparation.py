@@ -18,7 +18,7 @@ from train.distributed.launch_environment import cores_of_rank, this_process, us
 from train.distributed.strategy import complete_deepspeed_config, resolve_strategy, zero_stage
 from train.evaluation.scoring import check_enough_stimuli
 from train.finetuning.setup.data_notes import notes_on_left_out, notes_on_remote_shards
-from train.finetuning.setup.recipe_checks import check_engine, check_hardware, check_loss
+from train.finetuning.setup.recipe_checks import check_engine, check_hardware, check_loss, check_selection
 from train.finetuning.setup.training_targets import TrainingTargets, set_targets
 from train.models.timm_networks import check_network_name
 from train.run.folder import RunFolder
@@ -119,6 +119,7 @@ def open_data(recipe: Recipe, locations: Sequence[Path | str]) -> TrainingData:
     fit, selection = training_stimuli(recordings, divided, recipe)
     for stimuli in selection.recordings:
         check_enough_stimuli(stimuli, this_process().world_size, recipe.early_stopping.split)
+        check_selection(stimuli, recipe.selection_metric, recipe.early_stopping.split)
     notes = [
         *bad_samples.warnings(),
         *notes_on_remote_shards(folders, recipe.loader),

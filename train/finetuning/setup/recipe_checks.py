@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
+from train.data.loader import TrainLoader
 from train.data.stimuli import RecordingStimuli, StimulusSet
 from train.distributed.launch_environment import uses_gpu
+from train.models.batch_norm import single_value_norms
 from train.models.losses import RESPONSE_LOSSES
+from train.models.network import Network
 from train.run.recipe import Loader, Recipe
 
 
@@ -55,6 +59,58 @@ def _check_not_negative(stimuli: RecordingStimuli) -> None:
             f"{stimuli.split.manifest.site_ids[site]} of {stimuli.name} has {stimuli.rates[stimulus, site]:.4g} for "
             f"stimulus {stimuli.stimulus_ids[stimulus]}: these responses were z-scored or had a baseline subtracted; "
             "use mse, or pack the raw rates"
+        )
+
+
+def check_selection(stimuli: RecordingStimuli, metric: str, split: str) -> None:
+    """Refuse stimuli on which the metric that selects the epoch has no value, whatever the network predicts.
+
+    Args:
+        stimuli: of one recording that select.
+        metric: of the recipe.
+        split: theirs, for the message.
+
+    Raises:
+        BadInput: no site has two responses to them that differ, or no response at all for the mean squared error.
+    """
+    if stimuli.rates is None or metric == "top1":
+        return
+    recorded = ~np.isnan(stimuli.rates)
+    if metric == "mse":
+        defined = recorded
+    else:
+        highest = np.where(recorded, stimuli.rates, -np.inf).max(0)
+        lowest = np.where(recorded, stimuli.rates, np.inf).min(0)
+        defined = highest > lowest
+    if not defined.any():
+        raise BadInput(
+            f"early_stopping: {metric} has no value on {split} of {stimuli.name}: it holds {len(stimuli)} stimuli, and no "
+            "site has two responses to them that differ; raise early_stopping.inner_fraction, take another split, or "
+            "choose early_stopping.metric mse"
+        )
+
+
+def check_batch_norm(network: Network, image_size: int, loader: TrainLoader) -> None:
+    """Refuse micro-batches of one stimulus where BatchNorm gets a map of one position: there is nothing to average.
+
+    Args:
+        network: to be trained, on its device.
+        image_size: side in pixels.
+        loader: of the run; its smallest micro-batch is the same on every rank.
+
+    Raises:
+        BadInput: naming the layer.
+    """
+    if loader.smallest_micro_batch > 1 or not network.backbone.has_batch_norm:
+        return
+    device = next(network.parameters()).device
+    names = single_value_norms(network, torch.zeros(1, 3, image_size, image_size, device=device))
+    if names:
+        raise BadInput(
+            f"backbone.batch_norm: a global batch of {loader.global_size} over {loader.ranks} processes, in "
+            f"{loader.accumulation_steps} micro-batches each, leaves some of a single stimulus, whose map at {names[0]} is "
+            "1 x 1, so there is nothing to normalise by; raise batch.global_size, batch.per_device or images.size, start "
+            "fewer processes, or set backbone.batch_norm: frozen"
         )
 
 

@@ -16,6 +16,7 @@ from train.run.checkpoint import (
     load_tensors,
     newest_intact,
     remove_newer,
+    restore_checkpoints,
 )
 from train.run.monitor import Monitor
 from train.run.progress import Progress
@@ -91,6 +92,7 @@ def starting_point(run: PreparedRun, runtime: Runtime) -> StartingPoint:
     checkpoint: Path | None = None
     faults: list[str] = []
     if run.resume and runtime.is_main:
+        restore_checkpoints(run.folder.checkpoints)
         checkpoint, faults = newest_intact(run.folder.checkpoints)
     checkpoint, faults = runtime.gather_objects((checkpoint, faults))[0]
     if checkpoint is None:
