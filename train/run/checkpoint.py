@@ -9,10 +9,10 @@
     checkpoints/step_N/sha256.json              checksums of the files above
     checkpoints/{last,best} -> step_N
 
-A checkpoint is written under a temporary name and renamed when it is complete. One of the same step that is already there
-exchanges names with it, so there is a complete one at any moment; where the file system cannot exchange names, it is
-`.step_N.old` meanwhile, and a run that was killed then finds it when it resumes. The links `last` and `best` are replaced
-atomically. The checksums reveal later damage on disk: a run resumes from the newest intact checkpoint.
+A checkpoint is written under a temporary name and renamed when it is complete. One of the same step that is already
+there exchanges names with it, so there is a complete one at any moment; where the file system cannot exchange names, it
+is `.step_N.old` meanwhile, and a run that was killed then finds it when it resumes. The links `last` and `best` are
+replaced atomically. The checksums reveal later damage on disk: a run resumes from the newest intact checkpoint.
 """
 
 import contextlib

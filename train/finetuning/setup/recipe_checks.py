@@ -84,7 +84,7 @@ def check_selection(stimuli: RecordingStimuli, metric: str, split: str) -> None:
         defined = highest > lowest
     if not defined.any():
         raise BadInput(
-            f"early_stopping: {metric} has no value on {split} of {stimuli.name}: it holds {len(stimuli)} stimuli, and no "
+            f"early_stopping: {metric} has no value on the {len(stimuli)} stimuli of {split} of {stimuli.name}: no "
             "site has two responses to them that differ; raise early_stopping.inner_fraction, take another split, or "
             "choose early_stopping.metric mse"
         )
@@ -108,9 +108,9 @@ def check_batch_norm(network: Network, image_size: int, loader: TrainLoader) -> 
     if names:
         raise BadInput(
             f"backbone.batch_norm: a global batch of {loader.global_size} over {loader.ranks} processes, in "
-            f"{loader.accumulation_steps} micro-batches each, leaves some of a single stimulus, whose map at {names[0]} is "
-            "1 x 1, so there is nothing to normalise by; raise batch.global_size, batch.per_device or images.size, start "
-            "fewer processes, or set backbone.batch_norm: frozen"
+            f"{loader.accumulation_steps} micro-batches each, leaves some of a single stimulus, whose map at "
+            f"{names[0]} is 1 x 1, so there is nothing to normalise by; raise batch.global_size, batch.per_device or "
+            "images.size, start fewer processes, or set backbone.batch_norm: frozen"
         )
 
 
