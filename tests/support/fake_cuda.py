@@ -17,7 +17,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from train.distributed.heartbeat import Heartbeat
 from train.distributed.runtime import Runtime
@@ -51,7 +50,7 @@ class FakeGpu(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        given = list(_tensors([*args, *kwargs.values()]))
         devices = {tensor.device.type for tensor in given}
         if "cuda" in devices and not self.may_wait and _is_read(func, given):
             raise HostWaits(f"{func} on {sorted(devices)}")
@@ -69,6 +68,15 @@ class FakeGpu(TorchDispatchMode):
         non_blocking = kwargs.get("non_blocking", len(args) > 2 and args[2])
         if torch.device(target).type != source.type and not non_blocking and not self.may_wait:
             raise HostWaits(f"{func} from {source} to {target} blocks")
+
+
+def _tensors(values: list | tuple) -> Iterator[torch.Tensor]:
+    """The tensors among the arguments of an operation, also those in lists."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _is_read(func, given: list[torch.Tensor]) -> bool:
@@ -102,9 +110,10 @@ def fake_copy(module: nn.Module) -> nn.Module:
         return copy.deepcopy(module)
 
 
-def module_to(module: nn.Module, *args, **kwargs) -> nn.Module:
+def module_to(
+    module: nn.Module, device: torch.device | None = None, *, memory_format: torch.memory_format | None = None
+) -> nn.Module:
     """`Module.to`, which cannot replace the data of fake tensors, with new tensors instead."""
-    device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
     for part in module.modules():
         for tensors in (part._parameters, part._buffers):
             for name, tensor in tensors.items():
@@ -112,7 +121,7 @@ def module_to(module: nn.Module, *args, **kwargs) -> nn.Module:
                     continue
                 layout = {"memory_format": memory_format} if memory_format is not None and tensor.ndim == 4 else {}
                 with torch.no_grad():
-                    there = tensor.to(device=device, dtype=dtype, non_blocking=non_blocking, **layout)
+                    there = tensor.to(device=device, **layout)
                 is_parameter = isinstance(tensor, nn.Parameter)
                 tensors[name] = nn.Parameter(there, tensor.requires_grad) if is_parameter else there
     return module
@@ -122,7 +131,7 @@ class CudaRuntime(Runtime):
     """One process on the fake GPU."""
 
     def __init__(self):
-        self.rank, self.ranks, self.device, self.deepspeed, self.hosts = 0, 1, CUDA, False, ["here"]
+        self.rank, self.ranks, self.device, self.deepspeed, self.members = 0, 1, CUDA, False, []
         self.heartbeat = None
 
 
@@ -146,7 +155,7 @@ def cuda_runtime(monkeypatch) -> CudaRuntime:
     monkeypatch.setattr(nn.Module, "to", module_to)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(L2_cache_size=50 * 2**20))
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "default_generators", (torch.Generator(),))

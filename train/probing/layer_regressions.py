@@ -15,6 +15,7 @@ from train.evaluation.metrics import mean_score
 from train.evaluation.similarity import cka, rsa
 from train.models.windows import WHOLE_MAP, Window, probe_windows
 from train.probing.product_store import LayerWindow, ProductStore
+from train.regression.decomposition import eigh_on
 from train.regression.gram import centred_gram
 from train.regression.methods import Method, folded_r2, r2_per_site, regress
 from train.regression.precision import ROUNDING
@@ -97,6 +98,7 @@ class LayerRegressions:
     ):
         self._recipe, self._layers, self._partitions, self._rates = recipe, layers, partitions, rates
         self._products, self._runtime = products, runtime
+        self._decompose = eigh_on(runtime.device)
         self._held_out = np.concatenate([partition.held_out for partition in partitions])
 
     def run(self) -> dict[str, LayerResult]:
@@ -127,14 +129,17 @@ class LayerRegressions:
         )
         for partition in self._partitions:
             rates = self._rates[partition.fit]
-            fit = regress(centred_gram(products, partition.fit, partition.held_out, rounding), rates, method)
+            gram = centred_gram(products, partition.fit, partition.held_out, rounding, self._decompose)
+            fit = regress(gram, rates, method)
             result.prediction[partition.held_out] = fit.prediction
             if isinstance(fit, RidgeFit):
                 inner_r2 = fit.inner_r2
                 result.penalty.append(fit.penalty)
                 result.left_out.append(fit.left_out)
             else:
-                inner_r2 = folded_r2(products, partition.fit, rates, method, partition.inner_folds, rounding)
+                inner_r2 = folded_r2(
+                    products, partition.fit, rates, method, partition.inner_folds, rounding, self._decompose
+                )
             result.inner_r2.append(mean_score(inner_r2))
         return result
 

@@ -123,7 +123,7 @@ class ProductStore:
 
     def load(self, layer_window: LayerWindow) -> np.ndarray:
         """A matrix, float64 (stimuli, stimuli), on the rank that owns it."""
-        return map_npy(self._path(layer_window)).astype(np.float64)
+        return map_npy(self._path(layer_window)).astype(np.float64, copy=False)
 
     def width(self, layer: str) -> int:
         """Number of features of a layer, over all its modules."""
@@ -258,15 +258,18 @@ class ProductStore:
         The features of several modules are each brought to the same mean square, as in `windowed_inner_products`.
         """
         modules, owner = modules_of(layer_window.layer), owners[layer_window]
-        total = np.zeros((activations.stimuli, activations.stimuli)) if owner == self._runtime.rank else None
+        total: np.ndarray | None = None
         for module in modules:
             products = inner_products(activations, module, owner)
-            if products is None or total is None:
+            if products is None:
                 continue
             if len(modules) > 1:
                 mean_square = np.trace(products) / len(products)
-                products = products / (mean_square or 1.0)
-            total = total + products
+                products /= mean_square or 1.0
+            if total is None:
+                total = products
+            else:
+                total += products
         if total is not None:
             self._append(files, layer_window, total)
 

@@ -16,7 +16,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from train.data.order import share
 from train.distributed.runtime import Runtime
@@ -43,15 +42,8 @@ def exchange_features(features: torch.Tensor, runtime: Runtime, rows: Sequence[i
         return features
     bounds = [rank * (features.shape[1] // unit) // ranks * unit for rank in range(ranks + 1)]
     width = bounds[runtime.rank + 1] - bounds[runtime.rank]
-    sent = torch.cat([features[:, bounds[k] : bounds[k + 1]].flatten() for k in range(ranks)]).to(runtime.device)
-    received = torch.empty(sum(rows) * width, device=runtime.device)
-    dist.all_to_all_single(
-        received,
-        sent,
-        output_split_sizes=[count * width for count in rows],
-        input_split_sizes=[len(features) * (bounds[k + 1] - bounds[k]) for k in range(ranks)],
-    )
-    return received.view(sum(rows), width)
+    parts = [features[:, bounds[k] : bounds[k + 1]].flatten().to(runtime.device) for k in range(ranks)]
+    return runtime.all_to_all(parts, [count * width for count in rows]).view(sum(rows), width)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from functools import cached_property
 
 import numpy as np
 
+from train.regression.decomposition import Decomposition, eigh_on_cpu
+
 
 @dataclass(frozen=True)
 class Spectrum:
@@ -44,17 +46,19 @@ class GramMatrix:
         cross: (held out, n).
         rounding: of the products, relative to the largest eigenvalue. Components below it are rounding errors, and a
             leave-one-out estimate that used them would be wrong.
+        decompose: computes the eigenvectors of `fit`.
     """
 
     fit: np.ndarray
     cross: np.ndarray
     rounding: float = 0.0
+    decompose: Decomposition = eigh_on_cpu
 
     @cached_property
     def spectrum(self) -> Spectrum:
         """Of `fit`."""
-        values, vectors = np.linalg.eigh(self.fit)
-        return Spectrum.above_rounding(values[::-1], vectors[:, ::-1], self.rounding)
+        eigen = self.decompose(self.fit)
+        return Spectrum.above_rounding(eigen.values[::-1], eigen.vectors[:, ::-1], self.rounding)
 
     @property
     def trace(self) -> float:
@@ -71,7 +75,7 @@ class GramMatrix:
         square = np.zeros((len(stacked), len(stacked)))
         square[:, : len(recorded)] = stacked
         held_out = np.arange(len(recorded), len(stacked))
-        return centred_gram(square, np.flatnonzero(recorded), held_out, self.rounding)
+        return centred_gram(square, np.flatnonzero(recorded), held_out, self.rounding, self.decompose)
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,20 @@ class FeatureMatrix:
 Predictors = GramMatrix | FeatureMatrix
 
 
-def centred_gram(products: np.ndarray, fit: np.ndarray, held_out: np.ndarray, rounding: float = 0.0) -> GramMatrix:
+def centred_gram(
+    products: np.ndarray,
+    fit: np.ndarray,
+    held_out: np.ndarray,
+    rounding: float = 0.0,
+    decompose: Decomposition = eigh_on_cpu,
+) -> GramMatrix:
     """The Gram matrix of a subset of the stimuli, centred on those to fit.
 
     Args:
         products: float64 (N, N), inner products of all stimuli's features, centred on any point or none.
         fit, held_out: positions among the N.
         rounding: of the products, see `GramMatrix`.
+        decompose: computes eigenvectors.
     """
     among_fit, cross = products[np.ix_(fit, fit)], products[np.ix_(held_out, fit)]
     column_mean = among_fit.mean(axis=0)
@@ -130,4 +141,5 @@ def centred_gram(products: np.ndarray, fit: np.ndarray, held_out: np.ndarray, ro
         fit=among_fit - column_mean - column_mean[:, None] + overall_mean,
         cross=cross - cross.mean(axis=1, keepdims=True) - column_mean + overall_mean,
         rounding=rounding,
+        decompose=decompose,
     )

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 
 from data_prep.recording import varies
+from train.regression.decomposition import Decomposition, eigh_on_cpu
 from train.regression.fit import Fit, fit_site_groups
 from train.regression.gram import Predictors, centred_gram
 from train.regression.least_squares import least_squares, partial_least_squares
@@ -51,6 +52,7 @@ def folded_r2(
     method: Method,
     folds: Sequence[np.ndarray],
     rounding: float = 0.0,
+    decompose: Decomposition = eigh_on_cpu,
 ) -> np.ndarray:
     """R2 per site where each fold is predicted from the others, float64 (sites,).
 
@@ -61,12 +63,13 @@ def folded_r2(
         method: of regression.
         folds: positions among the n, each in exactly one fold.
         rounding: of the products, see `train.regression.gram.GramMatrix`.
+        decompose: computes eigenvectors.
     """
     predicted = np.full(rates.shape, np.nan)
     all_stimuli = np.arange(len(stimuli))
     for fold in folds:
         others = np.setdiff1d(all_stimuli, fold)
-        gram = centred_gram(products, stimuli[others], stimuli[fold], rounding)
+        gram = centred_gram(products, stimuli[others], stimuli[fold], rounding, decompose)
         predicted[fold] = regress(gram, rates[others], method).prediction
     return r2_per_site(predicted, rates)
 

@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from train.distributed.runtime import Runtime
+from train.regression.decomposition import eigh_on
 from train.regression.gram import FeatureMatrix, centred_gram
-from train.regression.precision import COLUMNS_PER_PRODUCT, ROUNDING, symmetric_product
+from train.regression.precision import COLUMNS_PER_PRODUCT, ROUNDING, SymmetricSum
 from train.regression.ridge import RidgeFit, ridge
 
 
@@ -43,18 +44,19 @@ def fit_ridge(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> 
         products = _inner_products(features, runtime)
         if products is not None:
             everyone = np.arange(len(features))
-            gram = centred_gram(products.cpu().numpy(), everyone, everyone[:0], ROUNDING["float32"])
+            decompose = eigh_on(runtime.device)
+            gram = centred_gram(products.cpu().numpy(), everyone, everyone[:0], ROUNDING["float32"], decompose)
             fit = ridge(gram, targets)
     return runtime.gather_objects(fit)[0]
 
 
 def _inner_products(features: torch.Tensor, runtime: Runtime) -> torch.Tensor | None:
     """Of the stimuli's features, float64 (stimuli, stimuli), on the main rank; None on the others."""
-    total = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
+    products = SymmetricSum(len(features), "float32", features.device)
     for start in range(0, features.shape[1], COLUMNS_PER_PRODUCT):
         columns = features[:, start : start + COLUMNS_PER_PRODUCT]
-        total += symmetric_product(columns - columns.mean(0, dtype=torch.float64).float(), "float32")
-    return runtime.reduce_to(total, 0)
+        products.add(columns - columns.mean(0, dtype=torch.float64).float())
+    return runtime.reduce_to(products.total(), 0)
 
 
 def as_linear_map(features: torch.Tensor, fit: RidgeFit, runtime: Runtime) -> LinearMap:

@@ -179,8 +179,8 @@ class ProbeRecipe(Settings):
     """Folds of the training stimuli that choose the layer for ols and pls; ridge uses leave-one-out."""
     cross_validation: CrossValidation = CrossValidation()
     products: Literal["float64", "float32", "tf32", "bf16"] = "float32"
-    """Precision of the inner products of features: relative rounding 1e-16, 1e-7, and with hardware support 1e-3, 4e-3.
-    """
+    """Precision of the inner products of features: their factors are rounded to 1e-16, 1e-7, and where the hardware
+    multiplies such numbers faster, to 1e-3 and 4e-3."""
     memory: Annotated[float, OFTEN_CHANGED, FREE_ON_RESUME] = Field(1.0, gt=0, le=1e6)
     """GiB of features that a process holds at a time; the rest waits on disk."""
     backbone: Source = Source()

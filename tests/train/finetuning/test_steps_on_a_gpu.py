@@ -139,7 +139,7 @@ def test_scoring_stays_on_the_gpu(training_of, cuda_runtime, name):  # noqa: F81
     training = training_of(RECIPES[name])
     network = training.network.eval()
     stimuli = SimpleNamespace(
-        columns=slice(0, SITES), rates=object(), labels=object(), size=SIDE, __len__=lambda: STIMULI
+        columns=slice(0, SITES), rates=object(), labels=object(), split=SimpleNamespace(manifest=MANIFEST)
     )
     with fake_gpu(may_wait=True):
         batch = empty_batch(training.recipe, MANIFEST, STIMULI)
@@ -158,8 +158,10 @@ def test_scoring_stays_on_the_gpu(training_of, cuda_runtime, name):  # noqa: F81
         if scorer._counts is not None:
             assert scorer._counts.over_ranks(cuda_runtime).top5.device == CUDA
         training._charts.keep_predictions(network(batch.images), batch)
-    if training.average is not None:
-        with fake_gpu(may_wait=True):
+    with fake_gpu(may_wait=True):
+        if scorer._moments is not None:
+            assert scorer._moments.only(MANIFEST.rates.fitted_sites()).count.device == CUDA
+        if training.average is not None:
             training.average.gather()
 
 

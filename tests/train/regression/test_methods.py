@@ -8,9 +8,10 @@ from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 
 from data_prep.splits import folds
+from train.planning.step_cost import LiveBytes
 from train.regression.gram import FeatureMatrix, GramMatrix, centred_gram
 from train.regression.methods import Method, folded_r2, regress
-from train.regression.precision import ROUNDING, symmetric_product
+from train.regression.precision import ROUNDING, ProductPrecision, SymmetricSum
 from train.regression.ridge import PENALTIES, ridge
 
 FIT, HELD_OUT, FEATURES, SITES = 90, 31, 400, 6
@@ -83,6 +84,34 @@ def test_left_out_predictions_are_those_of_fits_without_the_stimulus():
             assert fit.left_out[left, site] == pytest.approx(model.predict(features[[left]])[0], rel=1e-4)
 
 
+def sum_of_products(features: torch.Tensor, precision: ProductPrecision) -> torch.Tensor:
+    products = SymmetricSum(len(features), precision, features.device)
+    products.add(features)
+    return products.total()
+
+
+@pytest.mark.parametrize("stimuli", [7, 300, 2100])
+def test_products_add_up_to_a_symmetric_matrix(stimuli):
+    generator = torch.Generator().manual_seed(0)
+    blocks = [torch.randn(stimuli, 9, generator=generator) for _ in range(3)]
+    products = SymmetricSum(stimuli, "float64", torch.device("cpu"))
+    for block in blocks:
+        products.add(block)
+    features = torch.cat(blocks, dim=1).double()
+    torch.testing.assert_close(products.total(), features @ features.T, rtol=1e-12, atol=1e-12)
+
+
+def test_products_take_no_second_matrix():
+    """What is allocated while a block is added is a fraction of the sum."""
+    features = torch.zeros(2048, 16)
+    for precision in ("float64", "float32"):
+        products = SymmetricSum(len(features), precision, features.device)
+        with LiveBytes([features, products.total()]) as counted:
+            products.add(features)
+            products.total()
+        assert 0 < counted.peak < 0.3 * products.total().nbytes
+
+
 def test_rounding_errors_of_float32_products_are_not_components():
     """Fewer features than stimuli: components beyond their number are rounding errors, whatever they predict."""
     generator = np.random.default_rng(0)
@@ -93,7 +122,7 @@ def test_rounding_errors_of_float32_products_are_not_components():
     exact, rounded = (
         ridge(
             centred_gram(
-                symmetric_product(centred_features, precision).numpy(), all_stimuli, all_stimuli, ROUNDING[precision]
+                sum_of_products(centred_features, precision).numpy(), all_stimuli, all_stimuli, ROUNDING[precision]
             ),
             rates,
         )
