@@ -42,7 +42,8 @@ HANG_SECONDS = 300  # without CPU time, after other processes have succeeded: no
 def gpu_count() -> int:
     """Number of GPUs that this run may use, without importing torch in the launcher."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
+        devices = [device for device in visible.split(",") if device.strip() not in ("", "-1")]
+        return min(len(devices), 1) if visible.startswith("MIG-") else len(devices)  # CUDA shows a process one slice
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -272,7 +273,8 @@ def check(parser: argparse.ArgumentParser, options: argparse.Namespace, processe
         parser.error("name a command, e.g. train/finetune.py")
     if not os.path.isfile(options.command[0]):
         parser.error(f"{options.command[0]} does not exist; name a command such as train/finetune.py")
-    if processes < 1 or (gpus and processes > gpus):
+    shared = os.environ.get("SPIKETUNE_SHARE_GPUS", "").lower() in TRUE
+    if processes < 1 or (gpus and processes > gpus and not shared):
         limit = f" and at most {gpus}, one per GPU" if gpus else ""
         parser.error(f"-n {processes}: give at least 1{limit}")
     if options.max_restarts < 0:

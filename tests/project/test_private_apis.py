@@ -119,6 +119,9 @@ CHECKS: dict[str, Callable[[], bool]] = {
     "torch.distributed.distributed_c10d._get_default_store": lambda: (
         parameters(distributed_c10d._get_default_store) == []
     ),
+    "torch.distributed.distributed_c10d._abort_process_group": lambda: (
+        parameters(distributed_c10d._abort_process_group) == ["group"]
+    ),
     "torch.UntypedStorage._new_shared": shared_storage,
     "torch.cuda.default_generators": lambda: isinstance(torch.cuda.default_generators, tuple),
     "torch._subclasses.fake_tensor.FakeTensorMode": counts_a_tensor,

@@ -19,7 +19,7 @@ from accelerate.utils import (
 
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.process_identity import ProcessIdentity
-from train.distributed.launch_environment import MPI_VARIABLES, gpu_index, this_process, uses_gpu
+from train.distributed.launch_environment import MPI_VARIABLES, gpu_index, shares_gpus, this_process, uses_gpu
 from train.distributed.strategy import DeepSpeedConfig
 
 
@@ -57,7 +57,8 @@ def start_accelerator(deepspeed: DeepSpeedConfig | None, timeout: float) -> Acce
         DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
     ]
     if process.world_size > 1 or deepspeed is not None:
-        handlers.append(InitProcessGroupKwargs(backend="gloo" if cpu else "nccl", timeout=timedelta(seconds=timeout)))
+        backend = "gloo" if cpu or shares_gpus() else "nccl"
+        handlers.append(InitProcessGroupKwargs(backend=backend, timeout=timedelta(seconds=timeout)))
     if deepspeed is None:
         accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=handlers)
         expected_types = [DistributedType.MULTI_CPU, DistributedType.MULTI_GPU]

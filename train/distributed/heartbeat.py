@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from data_prep.common.errors import Stopped
+from train.distributed.lost_ranks import LostRankWatch
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 SMOOTHING = 0.9  # of the running averages, per step
@@ -28,6 +29,7 @@ class Heartbeat:
     Attributes:
         work_seconds: time that each rank works in a step, without waiting for the others; a running average, float64
             (ranks,).
+        watch: told of every exchange; None for nobody.
 
     Args:
         ranks: number of processes.
@@ -36,6 +38,7 @@ class Heartbeat:
 
     def __init__(self, ranks: int, timeout: timedelta):
         self.work_seconds = torch.zeros(ranks, dtype=torch.float64)
+        self.watch: LostRankWatch | None = None
         self._signal = 0  # the number of the signal that this rank has received
         self._group = _gloo_group(timeout) if ranks > 1 else None
         self._received = torch.zeros(ranks, 2, dtype=torch.float64)  # of each rank: its signal, its seconds of work
@@ -62,6 +65,8 @@ class Heartbeat:
         if self._group is not None:
             self._sent[0], self._sent[1] = self._signal, -1.0 if work_seconds is None else work_seconds
             self._exchange = dist.all_gather(list(self._received), self._sent, group=self._group, async_op=True)
+            if self.watch is not None and self._exchange is not None:
+                self.watch.follow(self._exchange)
 
     def _update_averages(self, seconds: torch.Tensor) -> None:
         if seconds.min() >= 0:

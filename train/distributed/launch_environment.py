@@ -120,9 +120,22 @@ def cpu_requested() -> bool:
     Raises:
         BadInput: it is neither true nor false.
     """
-    value = os.environ.get("ACCELERATE_USE_CPU", "false")
+    return _is_true("ACCELERATE_USE_CPU", os.environ)
+
+
+def shares_gpus(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether SPIKETUNE_SHARE_GPUS lets several processes compute on one GPU; they talk over gloo, as nccl refuses it.
+
+    Raises:
+        BadInput: it is neither true nor false.
+    """
+    return _is_true("SPIKETUNE_SHARE_GPUS", environment)
+
+
+def _is_true(variable: str, environment: Mapping[str, str]) -> bool:
+    value = environment.get(variable, "false")
     if value.lower() not in (*TRUE, *FALSE):
-        raise BadInput(f"ACCELERATE_USE_CPU={value[:40]}, but must be true or false")
+        raise BadInput(f"{variable}={value[:40]}, but must be true or false")
     return value.lower() in TRUE
 
 
@@ -139,12 +152,14 @@ def gpu_index(identity: ProcessIdentity, gpus: int, environment: Mapping[str, st
     """
     if identity.ranks_on_machine <= gpus:
         return identity.local_rank
+    if shares_gpus(environment):
+        return identity.local_rank % gpus
     if gpus == 1 and (_bound_by_slurm(identity, environment) or _bound_by_user(identity, environment)):
         return 0
     raise BadInput(
         f"{identity.ranks_on_machine} processes were started on this machine, but this one sees {gpus} of its GPUs; "
         "start one process per GPU, or show each process its own (srun --gpus-per-task=1, or "
-        "CUDA_VISIBLE_DEVICES=$LOCAL_RANK), or set ACCELERATE_USE_CPU=true"
+        "CUDA_VISIBLE_DEVICES=$LOCAL_RANK), or set ACCELERATE_USE_CPU=true (or SPIKETUNE_SHARE_GPUS=true, for tests)"
     )
 
 
@@ -178,4 +193,6 @@ def cores_of_rank(identity: ProcessIdentity, environment: Mapping[str, str] = os
 
 
 def _bound_by_user(identity: ProcessIdentity, environment: Mapping[str, str]) -> bool:
-    return environment.get("CUDA_VISIBLE_DEVICES") == str(identity.local_rank)
+    """Whether CUDA_VISIBLE_DEVICES is this process's number, or one identifier; `check_members` compares those."""
+    visible = environment.get("CUDA_VISIBLE_DEVICES", "")
+    return visible == str(identity.local_rank) or (visible.startswith(("GPU-", "MIG-")) and "," not in visible)

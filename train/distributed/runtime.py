@@ -3,7 +3,7 @@
 import os
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -17,11 +17,15 @@ from torch import nn
 from data_prep.common.errors import BadInput, RunFailed
 from train.distributed.accelerator import check_launcher, start_accelerator
 from train.distributed.heartbeat import Heartbeat
+from train.distributed.launch_environment import shares_gpus
+from train.distributed.lost_ranks import LostRankWatch, leaving_group
 from train.distributed.roll_call import call_roll, check_agreement, check_members, own_entry
 from train.distributed.strategy import DeepSpeedConfig, strategy_name
 
-CONNECTION_ERRORS = ("closed by peer", "reset by peer", "imed out", "timeout", "Broken pipe")  # in gloo's messages
+# In the messages of gloo, and of nccl.
+CONNECTION_ERRORS = ("closed by peer", "reset by peer", "imed out", "timeout", "Broken pipe", "ncclRemoteError")
 ROLL_CALL_SECONDS = 3.0
+NAMING_SECONDS = 60.0  # by which nccl waits longer than the heartbeat, which names a lost rank; nccl kills the process
 
 
 class Runtime:
@@ -56,7 +60,7 @@ class Runtime:
         self.members = [own_entry(self.rank, self.ranks, self.device)]
         if self.ranks > 1:
             self.members = call_roll(self.members[0], dist.distributed_c10d._get_default_store())
-        check_members(self.members, share_gpus=not self.on_gpu or dist.get_backend() != "nccl")
+        check_members(self.members, share_gpus=shares_gpus())
         self.heartbeat = Heartbeat(self.ranks, timedelta(seconds=start_timeout))
         self._step_timeout, self._beats = timedelta(seconds=timeout), 0
 
@@ -105,7 +109,8 @@ class Runtime:
         self._beats += 1
         if self._beats == 2 and self.ranks > 1:
             for group in dist.distributed_c10d._world.pg_map:  # including DeepSpeed's and the heartbeat's
-                _set_timeout(self._step_timeout, group)
+                named_first = timedelta(seconds=NAMING_SECONDS if dist.get_backend(group) == "nccl" else 0)
+                _set_timeout(self._step_timeout + named_first, group)
 
     def unresponsive_ranks(self) -> list[int]:
         """The ranks that do not report within three seconds that they have noticed a failure too.
@@ -122,15 +127,40 @@ class Runtime:
             time.sleep(0.1)
         return missing
 
-    # --- collectives: the same calls with one process and with many
+    # --- collectives: the same calls with one process and with many, and the only place that makes them
+
+    def _own(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor for a collective operation.
+
+        Raises:
+            RuntimeError: it is not on this process's device; nccl would refuse a host's, gloo a GPU's not always.
+        """
+        if tensor.device.type != self.device.type:
+            raise RuntimeError(
+                f"a tensor on {tensor.device} cannot be exchanged: the processes compute on {self.device}"
+            )
+        return tensor.contiguous()
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensors of all ranks, which have the same shape, stacked along a new first dimension."""
+        tensor = self._own(tensor)
         if self.ranks == 1:
             return tensor[None]
         tensors = [torch.empty_like(tensor) for _ in range(self.ranks)]
-        dist.all_gather(tensors, tensor.contiguous())
+        dist.all_gather(tensors, tensor)
         return torch.stack(tensors)
+
+    def all_to_all(self, parts: Sequence[torch.Tensor], sizes: Sequence[int]) -> torch.Tensor:
+        """Send each rank a part, flat; returns the parts that the ranks sent to this one, end to end.
+
+        Args:
+            parts: for each rank (any number,), of one type.
+            sizes: numbers of elements that each rank sends to this one.
+        """
+        sent = self._own(torch.cat(list(parts)))
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, list(sizes), [len(part) for part in parts])
+        return received
 
     def gather_rows(self, rows: torch.Tensor) -> np.ndarray:
         """The rows of all ranks, in the order of the ranks; their numbers may differ."""
@@ -152,6 +182,7 @@ class Runtime:
 
     def reduce_to(self, tensor: torch.Tensor, rank: int) -> torch.Tensor | None:
         """The sum over ranks, on one rank; None on the others."""
+        tensor = self._own(tensor)
         if self.ranks > 1:
             dist.reduce(tensor, dst=rank)
         return tensor if self.rank == rank else None
@@ -241,20 +272,33 @@ def start_runtime(
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     runtime = None
+    with leaving_group():
+        try:
+            accelerator = start_accelerator(deepspeed, start_timeout)
+            runtime = Runtime(accelerator, deepspeed, start_timeout, timeout)
+            with runtime.heartbeat.stop_on_signals(), _watched(runtime):
+                yield runtime
+        except RuntimeError as error:
+            if "deterministic implementation" in str(error):
+                sentence = " ".join(str(error).split(".")[0].split())
+                raise RunFailed(f"deterministic: {sentence}; set it to false") from None
+            if any(sign in str(error) for sign in CONNECTION_ERRORS):
+                raise RunFailed(_explain_lost_connection(runtime)) from None
+            raise
+
+
+@contextmanager
+def _watched(runtime: Runtime) -> Iterator[None]:
+    """End this process if ranks are lost while it waits for its GPU, which then never answers."""
+    if not runtime.on_gpu or runtime.ranks == 1:
+        yield
+        return
+    watch = LostRankWatch(lambda: _explain_lost_connection(runtime))
+    runtime.heartbeat.watch = watch
     try:
-        accelerator = start_accelerator(deepspeed, start_timeout)
-        runtime = Runtime(accelerator, deepspeed, start_timeout, timeout)
-        with runtime.heartbeat.stop_on_signals():
-            yield runtime
-    except RuntimeError as error:
-        if "deterministic implementation" in str(error):
-            raise RunFailed(f"deterministic: {' '.join(str(error).split('.')[0].split())}; set it to false") from None
-        if any(sign in str(error) for sign in CONNECTION_ERRORS):
-            raise RunFailed(_explain_lost_connection(runtime)) from None
-        raise
+        yield
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        watch.end()
 
 
 def _set_timeout(timeout: timedelta, group: dist.ProcessGroup) -> None:

@@ -89,6 +89,8 @@ TASK = {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_NUM_TASKS": "16"
         TASK | {"SLURM_GPU_BIND": "single:1"},
         TASK | {"SLURM_GPU_BIND": "verbose,per_task:1"},
         {"CUDA_VISIBLE_DEVICES": "3"},
+        {"CUDA_VISIBLE_DEVICES": "GPU-8932f937-d72c-4106-c12f-20bd9faed9f6"},
+        {"CUDA_VISIBLE_DEVICES": "MIG-8932f937-d72c-4106-c12f-20bd9faed9f6"},
     ],
     ids=str,
 )
@@ -115,6 +117,12 @@ def test_a_process_that_is_bound_to_one_gpu_uses_it(binding):
 def test_processes_that_may_share_a_gpu_are_refused(binding):
     with pytest.raises(BadInput, match="this one sees 1 of its GPUs; start one process per GPU, or show each"):
         gpu_index(EIGHT, 1, binding)
+
+
+def test_processes_share_gpus_where_they_are_allowed_to():
+    assert [gpu_index(EIGHT, gpus, {"SPIKETUNE_SHARE_GPUS": "true"}) for gpus in (1, 2, 3, 8)] == [0, 1, 0, 3]
+    with pytest.raises(BadInput, match="SPIKETUNE_SHARE_GPUS=maybe, but must be true or false"):
+        gpu_index(EIGHT, 1, {"SPIKETUNE_SHARE_GPUS": "maybe"})
 
 
 def test_accelerate_and_deepspeed_see_one_process_and_its_gpu(monkeypatch):

@@ -1,0 +1,78 @@
+"""Ends a process whose peers are lost while operations with them hang on its GPU.
+
+An operation of nccl that waits for a lost rank never ends, and whoever waits for the GPU waits with it: the host in its
+next read or launch, and `destroy_process_group`, which first lets all operations finish. Nccl's own time-out kills the
+process without naming a rank.
+"""
+
+import faulthandler
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+
+import torch.distributed as dist
+
+from data_prep.common.errors import FAILURE, Stopped
+from data_prep.common.terminal import printable
+
+NOTICE_SECONDS = 30.0  # that the main thread has to notice a lost rank itself
+END_SECONDS = 60  # that a failed process has to end, before it is ended
+
+
+class LostRankWatch:
+    """A thread that waits for the heartbeat's exchanges and, if one fails, ends the process if nobody else does.
+
+    Args:
+        explain: a sentence about the ranks that are lost.
+        notice_seconds: that the main thread has to notice the failure.
+    """
+
+    def __init__(self, explain: Callable[[], str], notice_seconds: float = NOTICE_SECONDS):
+        self._explain, self._notice_seconds = explain, notice_seconds
+        self._exchanges: queue.SimpleQueue[dist.Work | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def follow(self, exchange: dist.Work) -> None:
+        """Wait for an exchange too, after those before it."""
+        self._exchanges.put(exchange)
+
+    def end(self) -> None:
+        """The main thread has noticed, or there is nothing more to watch."""
+        self._ended.set()
+        self._exchanges.put(None)
+
+    def _run(self) -> None:
+        while (exchange := self._exchanges.get()) is not None:
+            try:
+                exchange.wait()
+            except RuntimeError:
+                if not self._ended.wait(self._notice_seconds):
+                    print(f"error: {printable(self._explain())}", file=sys.stderr, flush=True)
+                    os._exit(FAILURE)  # the main thread cannot be woken
+                return
+
+
+@contextmanager
+def leaving_group() -> Iterator[None]:
+    """Leave the process group at the end of the block.
+
+    In an orderly end, also of stopped work, operations under way are finished first. After another exception those of
+    nccl are aborted, and the process is ended after a minute, whatever still hangs: its message is printed by then.
+    """
+    try:
+        yield
+    except Stopped:
+        raise
+    except BaseException:
+        if dist.is_initialized() and dist.get_backend() == "nccl":
+            faulthandler.dump_traceback_later(END_SECONDS, exit=True)
+            with suppress(RuntimeError, ValueError):
+                dist.distributed_c10d._abort_process_group()
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
