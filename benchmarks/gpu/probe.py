@@ -23,8 +23,9 @@ from train.distributed.runtime import Runtime, start_runtime
 from train.models.backbone import Backbone
 from train.models.features import LayerFeatures
 from train.regression.activations import activation_batches
+from train.regression.decomposition import eigh_on
 from train.regression.gram import GramMatrix
-from train.regression.precision import COLUMNS_PER_PRODUCT, ROUNDING, ProductPrecision, symmetric_product
+from train.regression.precision import COLUMNS_PER_PRODUCT, ROUNDING, ProductPrecision, SymmetricSum
 from train.run.recipe import ProbeRecipe
 from train.run.settings import Source
 
@@ -58,10 +59,10 @@ def made_up_features(stimuli: int, features: int, device: torch.device) -> torch
 
 def gram_of(features: torch.Tensor, precision: ProductPrecision) -> torch.Tensor:
     """Inner products of features, float64 (stimuli, stimuli), block after block as a probe computes them."""
-    total = torch.zeros(len(features), len(features), dtype=torch.float64, device=features.device)
+    products = SymmetricSum(len(features), precision, features.device)
     for columns in features.split(COLUMNS_PER_PRODUCT, dim=1):
-        total += symmetric_product(columns, precision)
-    return total
+        products.add(columns)
+    return products.total()
 
 
 def products(place: Place) -> Finding:
@@ -93,7 +94,7 @@ def decomposition(place: Place) -> Finding:
     expected = np.linalg.eigvalsh(on_host)
     values_only = time.perf_counter() - started
     started = time.perf_counter()
-    spectrum = GramMatrix(fit=on_host, cross=on_host[:1]).spectrum
+    spectrum = GramMatrix(fit=on_host, cross=on_host[:1], decompose=eigh_on(device)).spectrum
     as_probed = time.perf_counter() - started
     started = time.perf_counter()
     np.linalg.eigh(on_host)
