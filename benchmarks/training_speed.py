@@ -34,11 +34,16 @@ def seconds_for(run: Training, steps: Iterable[list[Batch]]) -> tuple[float, int
 
 
 def images_per_second(run: Training, batches: Iterator[list[Batch]], seconds: float) -> float:
-    """Train for about `seconds`, after a warm-up."""
+    """Train for about `seconds`, after a warm-up, all ranks the same number of steps; the slowest rank's images."""
     seconds_for(run, islice(batches, WARM_UP))
-    step_seconds = seconds_for(run, islice(batches, TIMED))[0] / TIMED
+    step_seconds = max(of_all_ranks(run, seconds_for(run, islice(batches, TIMED))[0] / TIMED))
     took, images = seconds_for(run, islice(batches, max(math.ceil(seconds / step_seconds), TIMED)))
-    return images / took
+    return min(of_all_ranks(run, images / took))
+
+
+def of_all_ranks(run: Training, value: float) -> list[float]:
+    """The values of all ranks."""
+    return run.runtime.all_gather(torch.tensor(value, dtype=torch.float64, device=run.runtime.device)).tolist()
 
 
 def resident_batch(size: int, side: int, sites: int, device: torch.device) -> Batch:

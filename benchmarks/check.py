@@ -1,0 +1,155 @@
+"""Check this machine, or several together, before a long run; launch/check.sh starts it on every process.
+
+Each process runs one stage after the other, each as a process of its own that joins its peers anew: a stage that
+crashes or hangs costs only itself. The first one prints a line for each thing checked, and what to do where it fails.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from shutil import rmtree
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from checking.verdicts import FAILED, Verdict, listing, read_verdicts  # noqa: E402
+
+from data_prep.common.process_identity import (  # noqa: E402
+    ADDRESS_VARIABLES,
+    RANK_VARIABLES,
+    Contradiction,
+    ProcessIdentity,
+    own_identity,
+)
+
+if TYPE_CHECKING:
+    from checking.stages import Stage
+
+PACKED = "packed"  # this file says that the recordings are complete
+PACKING_SECONDS = 180
+
+
+def folder_of(identity: ProcessIdentity) -> Path:
+    """The folder that the processes of this machine share."""
+    name = os.environ.get("MASTER_PORT", "") if identity.world_size > 1 else str(os.getpid())
+    return Path(tempfile.gettempdir()) / f"spiketune_check_{os.getuid()}_{name}"
+
+
+def run_stage(name: str, seconds: float, folder: Path, environment: Mapping[str, str]) -> Verdict | None:
+    """Run a stage as a process of its own; returns what is wrong if it does not end well."""
+    log = folder / f"{name}.log"
+    words = [sys.executable, __file__, "--stage", name, "--folder", str(folder)]
+    with log.open("a") as output:
+        try:
+            code = subprocess.run(words, env=environment, stdout=output, stderr=output, timeout=seconds).returncode
+        except subprocess.TimeoutExpired:
+            return Verdict(name, FAILED, f"no end after {seconds:.0f} s", f"the last line was: {last_line(log)}")
+    if code == 0:
+        return None
+    return Verdict(name, FAILED, f"ended with exit code {code}", last_line(log))
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that is not empty, preferably one that begins with "error:"."""
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
+    return ((errors or lines or ["nothing was printed"])[-1])[:400]
+
+
+def without_peers() -> dict[str, str]:
+    """The environment of a process that runs alone."""
+    apart = (*RANK_VARIABLES, *ADDRESS_VARIABLES)
+    return {name: value for name, value in os.environ.items() if name not in apart and "TORCHELASTIC" not in name}
+
+
+def with_peers(stage: int) -> dict[str, str]:
+    """The environment of a stage: its processes meet at a port of their own."""
+    environment = dict(os.environ)
+    if "MASTER_PORT" in environment:
+        environment["MASTER_PORT"] = str((int(environment["MASTER_PORT"]) + 1 + stage - 1024) % (65536 - 1024) + 1024)
+    return environment
+
+
+def prepare(identity: ProcessIdentity, folder: Path, stages: "Iterable[Stage]") -> list[Verdict]:
+    """Make the recordings, once on each machine, and on the first what the others are compared with."""
+    faults = []
+    if identity.local_rank == 0:
+        rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        for stage in stages:
+            if identity.rank == 0 or stage.name == "recordings":
+                faults.append(run_stage(stage.name, stage.seconds, folder, without_peers()))
+        (folder / PACKED).touch()
+    deadline = time.monotonic() + PACKING_SECONDS
+    while not (folder / PACKED).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return [fault for fault in faults if fault is not None]
+
+
+def check(identity: ProcessIdentity, folder: Path) -> list[Verdict]:
+    """Run all stages; the first process prints each verdict as soon as it is there, and returns all of them."""
+    from checking.stages import PREPARATIONS, STAGES, gradients_against_network
+
+    verdicts = prepare(identity, folder, PREPARATIONS)
+    report(identity, verdicts)
+    for number, stage in enumerate(STAGES):
+        known = len(read_verdicts(folder))
+        fault = run_stage(stage.name, stage.seconds, folder, with_peers(number))
+        if identity.rank == 0:
+            found = read_verdicts(folder)[known:] + ([] if fault is None else [fault])
+            report(identity, found)
+            verdicts += found
+    gradients = gradients_against_network(verdicts)
+    report(identity, gradients)
+    return verdicts + gradients
+
+
+def report(identity: ProcessIdentity, verdicts: Sequence[Verdict]) -> None:
+    """Print them, if this is the first process."""
+    if identity.rank == 0 and verdicts:
+        print(listing(verdicts), flush=True)
+
+
+def main() -> int:
+    """Check, and exit with 1 if something failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    parser.add_argument("--stage", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.stage:
+        from checking.stages import run_stage as work
+
+        work(options.stage, options.folder)
+        return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the stage as well
+    try:
+        identity = own_identity()
+    except Contradiction as contradiction:
+        print(f"error: {contradiction}", file=sys.stderr)
+        return 2
+    folder = folder_of(identity)
+    try:
+        verdicts = check(identity, folder)
+    finally:
+        if identity.local_rank == 0:
+            rmtree(folder, ignore_errors=True)
+    if identity.rank > 0:
+        return 0
+    failed = [verdict.subject for verdict in verdicts if verdict.outcome == FAILED]
+    print(f"\nfailed: {'; '.join(failed)}" if failed else "\nthis setup is ready")
+    if options.json:
+        options.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""The stages of check.py, and what they find."""
