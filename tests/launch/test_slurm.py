@@ -59,3 +59,11 @@ def test_evaluations_and_probes_run(slurm, recording, undisturbed, tmp_path):
     assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", (tmp_path / "probing").read_text()
     assert (undisturbed / "eval" / "val" / "metrics.json").exists()
     assert (tmp_path / "probe" / "eval" / "val" / "metrics.json").exists()
+
+
+def test_the_check_of_two_nodes_passes(slurm, tmp_path):
+    log = tmp_path / "check"
+    job = slurm.submit("--nodes=2", f"--output={log}", "launch/slurm/check.sbatch", **SETTINGS)
+    assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
+    assert "2 processes on" in log.read_text()
+    assert "this setup is ready" in log.read_text()
