@@ -33,7 +33,6 @@ RANK_VARIABLES = (
 )
 TRUE = ("1", "true", "yes", "y", "on", "t")  # as accelerate reads it
 PORT = 29400
-SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"  # passed on to the processes
 GRACE_SECONDS = 600  # to save after a signal; clusters kill earlier than that
 GRACE_AFTER_DEATH_SECONDS = 5  # when another process has died; then there is nothing to save
 HANG_SECONDS = 300  # without CPU time, after other processes have succeeded: no time-out would end it then
@@ -152,11 +151,14 @@ def agent_class(exit_codes: list[int]) -> type:
     hang_detector = HangDetector()
 
     class Agent(LocalElasticAgent):
+        grace_seconds = 0  # that processes have to end when they are told to; torchrun gives 30 always
+
         def _start_workers(self, worker_group):
             started = super()._start_workers(worker_group)
-            # When one has failed, torchrun gives the others 30 seconds, and a hanging one uses them up.
+            # Where one has failed, torchrun closes the context itself, and a hanging process uses up its time.
+            self.grace_seconds = GRACE_AFTER_DEATH_SECONDS
             close = self._pcontext.close
-            self._pcontext.close = lambda death_sig=None, timeout=GRACE_AFTER_DEATH_SECONDS: close(death_sig, timeout)
+            self._pcontext.close = lambda death_sig=None, timeout=None: close(death_sig, self.grace_seconds)
             return started
 
         def _monitor_workers(self, worker_group):
@@ -182,10 +184,14 @@ def agent_class(exit_codes: list[int]) -> type:
         def _stop_workers(self, worker_group):
             # Healthy processes are stopped when a machine comes back; they save first.
             healthy = worker_group.state == WorkerState.HEALTHY
-            self._shutdown(timeout=GRACE_SECONDS if healthy else GRACE_AFTER_DEATH_SECONDS)
+            self._end_processes(signal.SIGTERM, GRACE_SECONDS if healthy else GRACE_AFTER_DEATH_SECONDS)
 
-        def _shutdown(self, death_sig=signal.SIGTERM, timeout=30):
-            super()._shutdown(death_sig, timeout)
+        def _shutdown(self, death_sig=signal.SIGTERM, timeout=None):  # after a signal; torch 2.11 gives no time-out
+            self._end_processes(death_sig, GRACE_SECONDS)
+
+        def _end_processes(self, death_sig, grace_seconds):
+            self.grace_seconds = grace_seconds
+            super()._shutdown(death_sig)
             for process in getattr(self._pcontext, "subprocess_handlers", {}).values():
                 exit_codes.append(process.proc.returncode)
 
@@ -205,9 +211,13 @@ def launch(torchrun_options: list[str], max_restarts: int, command: list[str]) -
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it reports each failure once more
     exit_codes: list[int] = []  # of processes that were shut down after a signal
     launcher_api.LocalElasticAgent = agent_class(exit_codes)
-    options = [*torchrun_options, "--max-restarts", str(max_restarts), "--signals-to-handle", SIGNALS]
+
+    def stop(signal_number, _frame):
+        raise SignalException("", signal.Signals(signal_number))
+
+    signal.signal(signal.SIGUSR1, stop)  # Slurm's warning; torchrun passes on the others that ask a job to end
     try:
-        run(parse_args([*options, "--shutdown-timeout", str(GRACE_SECONDS), *command]))
+        run(parse_args([*torchrun_options, "--max-restarts", str(max_restarts), *command]))
     except ChildFailedError as error:
         return _exit_code(error)
     except SignalException as error:

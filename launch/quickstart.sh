@@ -7,6 +7,7 @@
 #   N       processes                       (default: one per GPU, or one per core up to 2)
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+set_up
 
 data=${DATA:-data/simulated}
 runs=${RUNS:-runs/quickstart}
@@ -45,4 +46,4 @@ step "compare"
 "$python" train/report.py "$runs/pixels" "$runs/frozen" "$runs/finetuned" --out "$runs"
 echo
 echo "read the report:  $runs/report.html"
-echo "see the curves:   ${venv#"$root"/}/bin/tensorboard --logdir $runs   (start with the tab Custom Scalars)"
+echo "see the curves:   $python -m tensorboard.main --logdir $runs   (start with the tab Custom Scalars)"

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
 # Set up, check style and types, run all tests. Further arguments go to pytest: launch/test.sh -k metrics
 #
+#   --oldest    run them with the lowest versions that pyproject.toml admits, in .venv-oldest, without checks of style
 #   --slow      run the tests that take minutes too
 #   --slurm     run only those on a real Slurm, installed first where it is missing (Debian's packages, as root)
 #   --browser   run only those in headless Chromium, installed likewise
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+if [ "${1:-}" = --oldest ]; then set_up_oldest; else set_up test style; fi
 
 # COMMAND PACKAGE...: install the packages unless the command exists.
 install_unless() {
@@ -27,9 +29,13 @@ case "${1:-}" in
     ;;
 esac
 
-"$python" -m ruff check .
-"$python" -m ruff format --check .
-"$python" -m mypy
+if [ "${1:-}" = --oldest ]; then
+    shift
+else
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    "$python" -m mypy
+fi
 # Most of the time goes into starting processes that compute little: as many files at a time as there are cores, up to
 # four, with one thread each.
 workers=$(($(nproc) < 4 ? $(nproc) : 4))

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from data_prep.common.command_help import help_page, usage
 from data_prep.common.errors import BadInput
-from data_prep.common.option_fields import Option, options_of, subcommands
+from data_prep.common.option_fields import Option, declared_default, options_of, subcommands
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 SUBCOMMAND_SETTINGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
@@ -135,10 +135,7 @@ def _help_hint() -> str:
 
 
 def _parse_with_tyro(model: type[Parsed], words: Sequence[str], defaults: Mapping[str, Any], usage_line: str) -> Parsed:
-    model_defaults = {
-        name: tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
-        for name, field in model.model_fields.items()
-    }
+    model_defaults = {name: declared_default(field) for name, field in model.model_fields.items()}
     default = model.model_construct(None, **(model_defaults | dict(defaults)))
     tyro_output = io.StringIO()
     config = (tyro.conf.FlagCreatePairsOff, *(SUBCOMMAND_SETTINGS if _subcommands(model) else ()))

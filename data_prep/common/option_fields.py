@@ -130,7 +130,13 @@ def _default(name: str, field: FieldInfo, defaults: Mapping[str, Any]) -> Any:
     first, _, rest = name.partition(".")
     if first in defaults:
         return value_at(defaults[first], rest) if rest else defaults[first]
-    return tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True)
+    return declared_default(field)
+
+
+def declared_default(field: FieldInfo) -> Any:
+    """The default of a field as its model declares it; `tyro.MISSING` where the field must be given."""
+    # pydantic 2.10 asks for the values of the other fields, which none of our default factories use.
+    return tyro.MISSING if field.is_required() else field.get_default(call_default_factory=True, validated_data={})
 
 
 def value_at(settings: BaseModel, name: str) -> Any:

@@ -141,7 +141,10 @@ CHECKS: dict[str, Callable[[], bool]] = {
         parameters(LocalElasticAgent._stop_workers) == ["self", "worker_group"]
         and mentions(LocalElasticAgent._stop_workers, "self._shutdown")
     ),
-    "LocalElasticAgent._shutdown": lambda: parameters(LocalElasticAgent._shutdown) == ["self", "death_sig", "timeout"],
+    "LocalElasticAgent._shutdown": lambda: (
+        parameters(LocalElasticAgent._shutdown)[:2] == ["self", "death_sig"]
+        and mentions(LocalElasticAgent._shutdown, r"self._pcontext.close\(death_sig")
+    ),
     "LocalElasticAgent._pcontext": lambda: (
         mentions(LocalElasticAgent, "self._pcontext") and mentions(SubprocessContext, "self.subprocess_handlers")
     ),
