@@ -205,6 +205,15 @@ def collect_weights(recipes: list[str], folder: Path) -> dict[str, list[str]]:
     return json.loads(_run_on_weights("collect", recipes, folder, offline=False))
 
 
+def check_weights(networks: list[str], folder: Path) -> None:
+    """Check that networks find their weights in a folder of a kit.
+
+    Raises:
+        KitError: one does not.
+    """
+    _run_on_weights("check", networks, folder, offline=True)
+
+
 def _run_on_weights(task: str, words: list[str], folder: Path, offline: bool) -> str:
     environment = os.environ | weights_environment(folder) | {"PYTHONPATH": python_path(None)}
     if not offline:
@@ -251,7 +260,7 @@ def install(options: argparse.Namespace) -> None:
     print(f"{len(wheels)} packages installed into {target or sys.prefix}; {len(kit.wheels) - len(wheels)} not needed")
     if kit.networks:
         weights = (options.folder / WEIGHTS).resolve()
-        _run_on_weights("check", kit.networks, weights, offline=True)
+        check_weights(kit.networks, weights)
         print(f"weights found: {', '.join(kit.networks)}")
     tell_environment(options.folder, kit, target)
 

@@ -14,6 +14,7 @@ import tomllib
 from pathlib import Path
 
 import numpy as np
+import offline
 import pytest
 import torch
 import yaml
@@ -124,6 +125,8 @@ def check(words: list[str]) -> None:
     elif first == "launch/check.sh":
         text = "".join((ROOT / "launch" / name).read_text() for name in ("check.sh", "processes.py"))
         assert all(word in text for word in words if word.startswith("-"))
+    elif first == "launch/offline.sh":
+        offline.command_parser().parse_args(words)
     elif first.startswith("launch/"):
         script = next(k for k, word in enumerate(words) if word.endswith(".py"))
         text = (ROOT / first).read_text() + (ROOT / "launch/processes.py").read_text()

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from launching import weights as checkpoint_weights
-from networks import SIZE, backbone, images, refusal
+from networks import SIZE, backbone, images, refusal, skip_unless_timm_has
 from safetensors.torch import save_file
 from timm.models import register_model
 from torch import nn
@@ -104,6 +104,7 @@ CUTS = {
 
 
 def whole_network(name: str) -> nn.Module:
+    skip_unless_timm_has(name)
     torch.manual_seed(0)
     net = timm.create_model(name, num_classes=0)
     if hasattr(net, "set_input_size"):
