@@ -112,6 +112,26 @@ def test_products_take_no_second_matrix():
         assert 0 < counted.peak < 0.3 * products.total().nbytes
 
 
+@pytest.mark.parametrize(("precision", "bits_dropped"), [("tf32", 13), ("bf16", 16)])
+def test_hardware_that_rounds_factors_makes_no_larger_error_than_regressions_expect(precision, bits_dropped):
+    """Rounded by hand, to the nearest number with fewer bits; the fewer features, the larger the error."""
+    generator = torch.Generator().manual_seed(0)
+    rank, stimuli, count = 200, 400, 2000
+    strengths = torch.arange(1, rank + 1) ** -0.5  # variances fall off as in a layer of a network
+    features = (torch.randn(stimuli, rank, generator=generator) * strengths) @ torch.randn(
+        rank, count, generator=generator
+    )
+    features += 0.3 * torch.randn(stimuli, count, generator=generator)
+    features -= features.mean(0)
+    half, kept = 1 << (bits_dropped - 1), -1 << bits_dropped
+    rounded = ((features.view(torch.int32) + half) & kept).view(torch.float32)
+    exact = sum_of_products(features, "float64")
+    error = torch.linalg.matrix_norm(sum_of_products(rounded, "float64") - exact, 2) / torch.linalg.matrix_norm(
+        exact, 2
+    )
+    assert 0.1 * ROUNDING[precision] < error < ROUNDING[precision]
+
+
 def test_rounding_errors_of_float32_products_are_not_components():
     """Fewer features than stimuli: components beyond their number are rounding errors, whatever they predict."""
     generator = np.random.default_rng(0)
