@@ -26,6 +26,7 @@ from train.data.order import (
     stimuli_of_epoch,
 )
 from train.data.stimuli import StimulusSet
+from train.data.worker_limits import PREFETCHED
 
 MAX_WORKERS = 16  # more would rather take memory, for the batches that each reads ahead, than help
 
@@ -211,7 +212,7 @@ def data_loader(
         pin_memory=pin,
         persistent_workers=workers > 0,
         multiprocessing_context="forkserver" if workers else None,  # forking a process that has threads is unsafe
-        prefetch_factor=4 if workers else None,
+        prefetch_factor=PREFETCHED if workers else None,
         generator=torch.Generator(),  # otherwise starting workers would draw from the generator of dropout
         worker_init_fn=serve_parent if workers else None,
     )

@@ -12,6 +12,7 @@ from data_prep.common.errors import BadInput
 from train.data.bad_samples import BadSamples
 from train.data.loader import workers_per_rank
 from train.data.recordings import subset_positions
+from train.data.worker_limits import workers_within_limits
 from train.distributed.launch_environment import cores_of_rank, this_process
 from train.distributed.runtime import Runtime
 from train.evaluation.evaluation_job import EvaluationJob
@@ -60,6 +61,8 @@ def evaluate(job: EvaluationJob, runtime: Runtime) -> RecordingScores:
     rows = slice(None) if job.recording is None else run.progress.rows_of(job.recording, str(job.shards.folder))
     network.load_state_dict(load_matching_tensors(network, run.checkpoint, "network", rows))
     workers = job.recipe.loader.workers if job.options.workers is None else job.options.workers
+    batch_size = job.options.batch_size or job.recipe.evaluation_batch_size
+    wanted = workers_per_rank(workers, cores_of_rank(this_process()))
     label = f"evaluating {job.split}"
     if job.recording is not None:
         label = f"{label} of {job.recording}"
@@ -67,8 +70,8 @@ def evaluate(job: EvaluationJob, runtime: Runtime) -> RecordingScores:
         network.to(runtime.device),
         job.stimuli,
         runtime,
-        batch_size=job.options.batch_size or job.recipe.evaluation_batch_size,
-        workers=workers_per_rank(workers, cores_of_rank(this_process())),
+        batch_size=batch_size,
+        workers=workers_within_limits(wanted, batch_size, job.stimuli.size),
         keep_predictions=True,
         label=label,
     )

@@ -20,6 +20,7 @@ from train.data.loader import workers_per_rank
 from train.data.order import nested_subset
 from train.data.seen import SeenRecord
 from train.data.stimuli import RecordingStimuli
+from train.data.worker_limits import workers_within_limits
 from train.distributed.launch_environment import cores_of_rank, this_process
 from train.evaluation.options import SeenPolicy
 from train.evaluation.scoring import check_enough_stimuli
@@ -159,7 +160,8 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
     partitions, seen = check.compare(_partition(shards, split, recipe, splits, images))
     for name, stimuli in splits.items():
         check_enough_stimuli(stimuli, process.world_size, name)
-    workers = workers_per_rank(recipe.loader.workers, cores_of_rank(process))
+    wanted = workers_per_rank(recipe.loader.workers, cores_of_rank(process))
+    workers = workers_within_limits(wanted, recipe.batch_size, size)
     extractor, layers = _build_extractor(recipe, size)
     return ProbeJob(
         recipe=recipe,

@@ -14,6 +14,7 @@ from train.data.loader import TrainLoader, workers_per_rank
 from train.data.recordings import FitAndSelection, Recordings
 from train.data.stimuli import RecordingStimuli, StimulusSet
 from train.data.streaming import StreamLoader
+from train.data.worker_limits import workers_within_limits
 from train.distributed.launch_environment import cores_of_rank, this_process, uses_gpu
 from train.distributed.strategy import complete_deepspeed_config, resolve_strategy, zero_stage
 from train.evaluation.scoring import check_enough_stimuli
@@ -97,7 +98,11 @@ def prepare(recipe: Recipe, locations: Sequence[Path | str], out: Path, resume: 
         folder.check_free()
     data = open_data(recipe, locations)
     targets = set_targets(recipe, data.recordings.manifest, data.fit, data.selection)
-    workers = workers_per_rank(recipe.loader.workers, cores_of_rank(process))
+    largest_batch = max(
+        recipe.batch.per_device or -(-recipe.batch.global_size // process.world_size), recipe.evaluation_batch_size
+    )
+    wanted = workers_per_rank(recipe.loader.workers, cores_of_rank(process))
+    workers = workers_within_limits(wanted, largest_batch, data.fit.size)
     loader = build_loader(recipe, data.fit, workers)
     check_loss(recipe, data.fit, loader.accumulation_steps)
     deepspeed = deepspeed_config(recipe, loader)
