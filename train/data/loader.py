@@ -159,6 +159,8 @@ class _BatchLoader(DataLoader):
                     advance()
                     yield batch
             except (RuntimeError, OSError, EOFError) as error:
+                if (exhausted := _exhausted(error)) is not None:
+                    raise exhausted from None
                 if self.num_workers == 0 or not _shows_dead_worker(error):
                     raise
                 raise _worker_killed() from None
@@ -177,6 +179,21 @@ def _shows_dead_worker(error: Exception) -> bool:
         return False
     lost = isinstance(error, ConnectionError | EOFError | FileNotFoundError) or "ancdata" in message
     return lost or message.startswith("DataLoader worker (pid")
+
+
+def _exhausted(error: Exception) -> RunFailed | None:
+    """The failure to report where the system has no room for the batches any more; None for another error."""
+    message = str(error)
+    if "unable to allocate shared memory" in message:
+        failure = RunFailed(
+            "no room for a batch in /dev/shm: lower loader.workers, or give it more (docker --shm-size)"
+        )
+    elif "Too many open files" in message:
+        failure = RunFailed("too many open files for the decoding processes: raise `ulimit -n` or lower loader.workers")
+    else:
+        return None
+    failure.on_one_rank = True
+    return failure
 
 
 def _worker_killed() -> RunFailed:

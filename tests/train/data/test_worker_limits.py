@@ -4,8 +4,11 @@ import resource
 
 import pytest
 from helpers import started_as
+from torch.utils.data import DataLoader, TensorDataset
 
+from data_prep.common.errors import RunFailed
 from train.data import worker_limits
+from train.data.loader import data_loader
 from train.data.worker_limits import free_shared_memory, raise_open_files, workers_within_limits
 
 MIB = 2**20
@@ -79,6 +82,26 @@ def test_without_decoding_processes_nothing_is_said(system, capsys):
     system(shared=0, soft=64, hard=64)
     assert workers_within_limits(0, stimuli=64, size=224) == 0
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "Caught RuntimeError in DataLoader worker process 1.\\nunable to allocate shared memory(shm) for f",
+            "--shm-size",
+        ),
+        ("Too many open files. Communication with the workers is no longer possible.", "ulimit -n"),
+    ],
+)
+def test_what_runs_out_later_is_named(monkeypatch, message, expected):
+    def fail(_loader):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(DataLoader, "__iter__", fail)
+    with pytest.raises(RunFailed, match=expected) as failure:
+        list(data_loader(TensorDataset(), [], 0, False))
+    assert failure.value.on_one_rank
 
 
 def test_this_machine_answers():
