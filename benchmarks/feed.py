@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from harness import Side, Turns, measure_in_turns, options_of, write_json
 from synthetic import first_step, pack_jpegs, recipe_of, training
-from training_speed import endless, loader_of
+from training_speed import endless, fill_cache, loader_of
 
 from train.data.batches import Batch
 from train.finetuning.loop import Training
@@ -49,8 +49,7 @@ def measure(recipe: Recipe, data: Path, out: Path, steps: int, repeats: int) -> 
         stack.enter_context(run.runtime.cudnn_autotuning(recipe.deterministic))
         fixed = first_step(run)
         warm = loader_of(recipe, data, "ram")
-        for _ in warm.epoch(0):  # every image that an epoch shows is decoded; what it leaves out, the next shows
-            pass
+        fill_cache(warm)
         sides = {
             "synthetic": iter(lambda: fixed, None),
             "cold": endless(loader_of(recipe, data, "off")),

@@ -14,6 +14,7 @@ Without a GPU (or with --device cpu) the same entries run on the CPU at a small 
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -32,7 +33,7 @@ from harness import ROOT
 from data_prep.common.worker_processes import usable_cores
 
 # Of the time that is left, in this order.
-SHARES = {"strategies": 4, "speed": 9, "probe": 2, "resume": 2, "faults": 1}
+SHARES = {"strategies": 4, "speed": 8, "probe": 3, "resume": 2, "faults": 1}
 
 
 def load_part(name: str, place: Place) -> Part:
@@ -117,4 +118,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        os._exit(130)  # at once: the entries that run end with this process

@@ -19,6 +19,7 @@ from train.finetuning.setup.preparation import training_stimuli
 from train.run.recipe import Recipe
 
 WARM_UP = 5  # steps, in which cuDNN and the allocator settle
+READ_AHEAD = 4  # batches of each worker, see `train.data.loader.data_loader`
 TIMED = 3  # steps that tell how many there are in some seconds
 
 
@@ -92,21 +93,21 @@ def loader_of(recipe: Recipe, data: Path, cache: str, *, workers: int = 0, pin: 
     return TrainLoader(fit, seed=0, global_size=size, per_device=None, rank=0, ranks=1, workers=workers, pin=pin)
 
 
-def loader_rate(batches: Iterator[list[Batch]], seconds: float) -> float:
-    """Images per second of a loader alone, with nobody who uses its batches, from its second batch on."""
-    next(batches)
+def loader_rate(loader: TrainLoader, seconds: float, workers: int) -> float:
+    """Images per second of a loader alone, with nobody who uses its batches.
+
+    Batches that its workers have read ahead by the time the first one arrives do not count.
+    """
+    batches = endless(loader)
+    for _ in islice(batches, 1 + READ_AHEAD * workers):
+        pass
     started, images = time.perf_counter(), 0
     while (took := time.perf_counter() - started) < seconds:
         images += sum(len(micro.images) for micro in next(batches))
     return images / took
 
 
-def fill_cache(loader: TrainLoader) -> float:
-    """Read an epoch, after which its images are cached; returns images per second.
-
-    The images that an epoch leaves out are read in the next.
-    """
-    started, images = time.perf_counter(), 0
-    for micros in loader.epoch(0):
-        images += sum(len(micro.images) for micro in micros)
-    return images / (time.perf_counter() - started)
+def fill_cache(loader: TrainLoader) -> None:
+    """Read an epoch, after which its images are cached; those that it leaves out are read in the next."""
+    for _ in loader.epoch(0):
+        pass

@@ -30,7 +30,8 @@ PACKAGES = (
     "nvidia-nccl-cu13",
 )
 REPEATS = 7
-COPIED = {True: 2 * GIB, False: 2**25}  # bytes of a copy, on a GPU and without
+WARM_UP_SECONDS = 0.3
+COPIED = {True: GIB, False: 2**25}  # bytes of a copy, on a GPU and without
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.float32, "fp32": torch.float32}
 RATES = "rates"  # what `rates` leaves: measured floating-point operations a second, by precision
 
@@ -87,9 +88,13 @@ def context_bytes() -> int:
 
 
 def median_seconds(work: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """The median duration of some work on a device, measured by CUDA's events on a GPU; the first run is left out."""
-    work()
-    finish(device)
+    """The median duration of some work on a device, after a warm-up; on a GPU measured by CUDA's events."""
+    warm_from = time.perf_counter()
+    while True:  # an idle GPU takes a moment to raise its clock
+        work()
+        finish(device)
+        if device.type != "cuda" or time.perf_counter() - warm_from > WARM_UP_SECONDS:
+            break
     took = []
     for _ in range(repeats):
         if device.type == "cuda":

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import numpy as np
 import torch
 from synthetic import finish
 
-from data_prep.common.worker_processes import usable_cores
 from data_prep.shards.folder import ShardFolder
 from gpu.commands import start
 from gpu.device import median_seconds
@@ -17,9 +17,8 @@ from gpu.entries import Entry, Part, Place
 from gpu.forms import Form
 from gpu.results import Finding
 from train.data.image_cache import ImageCaches
-from train.data.loader import workers_per_rank
 from train.data.stimuli import RecordingStimuli
-from train.distributed.runtime import Runtime, start_runtime
+from train.distributed.runtime import start_runtime
 from train.models.backbone import Backbone
 from train.models.features import LayerFeatures
 from train.regression.activations import activation_batches
@@ -33,6 +32,7 @@ RANK = 200  # of the part of the features that varies most
 EXACT = 1e-12  # relative error of sums of products in float64
 LAYERS = {True: ("resnet50", ["layer2", "layer3"], 224), False: ("test_resnet", ["layer2"], 64)}
 BATCH = {True: 128, False: 16}  # stimuli in a forward pass, on a GPU and without
+READ = {True: 2048, False: 64}  # stimuli
 SCORES = 5e-3  # difference of a score between a GPU and a CPU
 
 
@@ -65,16 +65,21 @@ def gram_of(features: torch.Tensor, precision: ProductPrecision) -> torch.Tensor
     return products.total()
 
 
+def spectral_norm(symmetric: torch.Tensor) -> float:
+    """The largest absolute eigenvalue of a symmetric matrix."""
+    return float(torch.linalg.eigvalsh(symmetric).abs().max())
+
+
 def products(place: Place) -> Finding:
     """Speed and error of the products in every precision; the error is that which the regressions count on."""
     form, device = place.form, torch.device(place.form.device)
     features = made_up_features(form.probed, form.features, device)
     exact = gram_of(features, "float64")
-    largest = float(torch.linalg.matrix_norm(exact, 2))
+    largest = spectral_norm(exact)
     values, faults = {"stimuli": form.probed, "features": form.features}, []
     for precision, most in ROUNDING.items():
         seconds = median_seconds(lambda precision=precision: gram_of(features, precision), device, repeats=3)
-        error = float(torch.linalg.matrix_norm(gram_of(features, precision) - exact, 2)) / largest
+        error = spectral_norm(gram_of(features, precision) - exact) / largest
         values[f"{precision} s"] = seconds
         values[f"{precision} TFLOP/s"] = form.probed * (form.probed + 1) * form.features / seconds / 1e12
         values[f"{precision} error"] = error
@@ -90,16 +95,13 @@ def decomposition(place: Place) -> Finding:
     device = torch.device(place.form.device)
     gram = gram_of(made_up_features(place.form.probed, place.form.features // 4, device), "float64")
     on_host = gram.cpu().numpy()
-    started = time.perf_counter()
-    expected = np.linalg.eigvalsh(on_host)
-    values_only = time.perf_counter() - started
+    by_torch = median_seconds(lambda: torch.linalg.eigh(gram), device, repeats=2)
     started = time.perf_counter()
     spectrum = GramMatrix(fit=on_host, cross=on_host[:1], decompose=eigh_on(device)).spectrum
     as_probed = time.perf_counter() - started
     started = time.perf_counter()
-    np.linalg.eigh(on_host)
+    expected = np.linalg.eigh(on_host).eigenvalues
     by_numpy = time.perf_counter() - started
-    by_torch = median_seconds(lambda: torch.linalg.eigh(gram), device, repeats=2)
     found = torch.linalg.eigh(gram)
     restored = (found.eigenvectors * found.eigenvalues) @ found.eigenvectors.T
     errors = {
@@ -108,47 +110,53 @@ def decomposition(place: Place) -> Finding:
         "eigenvalues of a probe": np.abs(spectrum.values - expected[::-1][: len(spectrum.values)]).max() / expected[-1],
     }
     values = {"stimuli": place.form.probed, "as a probe does it s": as_probed, "numpy s": by_numpy}
-    values |= {"torch on the device s": by_torch, "eigenvalues only, numpy s": values_only}
-    values |= {"CPU threads": torch.get_num_threads()}
+    values |= {"torch on the device s": by_torch, "CPU threads": torch.get_num_threads()}
     values |= {f"error of {name}": float(error) for name, error in errors.items()}
     faults = [f"{name}: relative error {error:.1e}" for name, error in errors.items() if not error < 1e-10]
     return Finding(values, "relative errors below 1e-10", faults)
 
 
 def features_to_host(place: Place) -> Finding:
-    """Whether the features of one batch leave the GPU while the next is computed: together against each alone."""
+    """Whether the features of one batch leave the GPU while the next is loaded and computed: each alone, and together.
+
+    The hidden part is 1 if all but the slowest is hidden behind it, and 0 if each waits for the others.
+    """
     on_gpu = place.form.on_gpu
     network, layers, side = LAYERS[on_gpu]
-    workers = workers_per_rank(None if on_gpu else 0, usable_cores())
+    size = BATCH[on_gpu]
     with start_runtime(None, "fp32") as runtime, torch.no_grad():
         extractor = LayerFeatures(Backbone(Source(name=network, weights="random"), side).eval(), layers, None)
         extractor.to(runtime.device)
         split = ShardFolder(place.jpegs).split("train")
-        stimuli = RecordingStimuli(split, side, caches=ImageCaches(ProbeRecipe().loader))
-        every = partial(every_feature, extractor, stimuli, runtime, BATCH[on_gpu], workers)
-        every()  # decodes and caches the images, and lets cuDNN and the allocator settle
-        together = min(every() for _ in range(2))
-        batches = -(-len(stimuli) // BATCH[on_gpu])
-        images = torch.randint(0, 256, (BATCH[on_gpu], 3, side, side), dtype=torch.uint8, device=runtime.device)
-        features = extractor(images)
+        few = np.arange(min(len(split), READ[on_gpu]))
+        # Decoded images are kept, and no workers are started, whose start would be most of the time.
+        stimuli = RecordingStimuli(split, side, few, caches=ImageCaches(ProbeRecipe().loader))
+        every = partial(activation_batches, stimuli=stimuli, runtime=runtime, batch_size=size, workers=0, label="")
+        drain(every(extractor), runtime.device)  # decodes the images, and lets cuDNN and the allocator settle
+        together = min(drain(every(extractor), runtime.device) for _ in range(2))
+        loading = drain(every(nothing), runtime.device)
+        images = torch.randint(0, 256, (size, 3, side, side), dtype=torch.uint8, device=runtime.device)
+        features, batches = extractor(images), -(-len(stimuli) // size)
         forward = batches * median_seconds(lambda: extractor(images), runtime.device, repeats=5)
         copies = batches * median_seconds(lambda: [rows.cpu() for rows in features.values()], runtime.device, repeats=5)
-        megabytes = sum(rows.nbytes for rows in features.values()) / BATCH[on_gpu] / 1e6
-    values = {"images/s": len(stimuli) / together, "MB an image": megabytes, "together s": together}
-    values |= {"forward alone s": forward, "copies alone s": copies}
-    if on_gpu:
-        values["hidden part"] = (forward + copies - together) / min(forward, copies)
-    return Finding(values)
+    alone = {"loading": loading, "forward": forward, "copies": copies}
+    hidden = (sum(alone.values()) - together) / (sum(alone.values()) - max(alone.values()))
+    values = {"images/s": len(stimuli) / together, "together s": together, "hidden part": hidden}
+    values |= {f"{name} alone s": seconds for name, seconds in alone.items()}
+    return Finding(values | {"MB an image": sum(rows.nbytes for rows in features.values()) / size / 1e6})
 
 
-def every_feature(
-    extractor: LayerFeatures, stimuli: RecordingStimuli, runtime: Runtime, batch_size: int, workers: int
-) -> float:
-    """Compute the features of all stimuli and drop them; the seconds that it took."""
+def nothing(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """No features."""
+    return {}
+
+
+def drain(batches: Iterable[object], device: torch.device) -> float:
+    """Read all batches and drop them; the seconds that it took."""
     started = time.perf_counter()
-    for _ in activation_batches(extractor, stimuli, runtime, batch_size=batch_size, workers=workers, label="features"):
+    for _ in batches:
         pass
-    finish(runtime.device)
+    finish(device)
     return time.perf_counter() - started
 
 

@@ -7,6 +7,7 @@ starts at once, with settings, memory statistics and process group of its own, a
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
@@ -22,12 +23,8 @@ from pathlib import Path
 from gpu.entries import Entry, Part, Place
 from gpu.results import FAILED, OUT_OF_TIME, SKIPPED, Result, ResultsFile, Skipped
 
-PRELOADED = [
-    "training_speed",
-    "train.finetuning.setup.assembly",
-    "train.finetuning.setup.preparation",
-    "train.planning",
-]
+# What entries and the commands that they start import; none of it may touch a GPU.
+PRELOADED = ["gpu.speed", "gpu.probe", "gpu.resume", "gpu.faults", "train.probing.layer_regressions"]
 LEAST_SECONDS = 1.0  # with less left, an entry is not started
 SECONDS_TO_END = 10.0  # that a process may take to end once it has answered
 FORKED_TOO_LATE = "in forked subprocess"  # in torch's message if the server had touched the GPU after all
@@ -133,7 +130,8 @@ class OwnProcess:
 
 def answer_in_file(made_by: str, entry_name: str, place: Place, answer: Path, log: Path) -> None:
     """In an entry's process: run it and write its result to a file; all that it prints goes to its log."""
-    os.setsid()
+    os.setpgid(0, 0)
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with log.open("a") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
@@ -147,6 +145,14 @@ def answer_in_file(made_by: str, entry_name: str, place: Place, answer: Path, lo
     partial = answer.with_suffix(".partial")
     partial.write_text(json.dumps(asdict(result)))
     partial.rename(answer)
+
+
+def end_with_parent() -> None:
+    """End this entry and all that it started when the check itself is gone, which can no longer stop them."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "an entry is started by multiprocessing"
+    multiprocessing.connection.wait([parent.sentinel])
+    os.killpg(0, signal.SIGKILL)
 
 
 def last_line(log: Path) -> str:
