@@ -9,11 +9,13 @@ from functools import partial
 
 import pytest
 import torch
+from fake_cuda import CUDA, fake_gpu
 from helpers import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_check
-from gpu import gpu_memory, host_waits, step_plan, strategies
+import training_speed
+from gpu import device, gpu_memory, host_waits, step_plan, strategies
 from gpu.deepspeed_ops import deepspeed_for
 from gpu.entries import Entry, Part, Place
 from gpu.forms import form_of
@@ -215,7 +217,7 @@ def test_waits_are_counted_and_named(monkeypatch):
     assert places.startswith("tests/project/test_gpu_check.py:")
     assert places.endswith(" x1")
     assert modes == ["warn", "default"]
-    assert host_waits.waits_of(3, step, torch.device("cpu")) == (0, "")
+    assert host_waits.waits_of(3, lambda: None, torch.device("cpu")) == (0, "")
 
 
 def test_peaks_of_a_gpu_are_those_of_torch_and_of_the_whole_device(monkeypatch):
@@ -232,6 +234,48 @@ def test_peaks_of_a_gpu_are_those_of_torch_and_of_the_whole_device(monkeypatch):
     gpu_memory.start_peak(torch.device("cuda"))
     assert gpu_memory.peak_of(torch.device("cuda")) == gpu_memory.Peak(5, 8, 10)
     assert gpu_memory.peak_of(torch.device("cpu")).reserved is None
+
+
+class Event:
+    """Stands for an event of CUDA."""
+
+    def __init__(self, enable_timing: bool):
+        self.enable_timing = enable_timing
+
+    def record(self) -> None:
+        """Everything is over at once."""
+
+    def synchronize(self) -> None:
+        """As `record`."""
+
+    def elapsed_time(self, other: "Event") -> float:
+        """In milliseconds, if both were made to measure it."""
+        assert self.enable_timing
+        assert other.enable_timing
+        return 2.0
+
+
+def test_rates_of_a_gpu_are_measured_by_its_events(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(device, "WARM_UP_SECONDS", 0.0)
+    with fake_gpu(may_wait=True):
+        copies = device.copy_rates(CUDA, 8000)
+        rates = {precision: device.product_rate(100, precision, CUDA) for precision in ("bf16", "tf32", "float64")}
+    assert copies["device to device GB/s"] == pytest.approx(2 * 8000 / 0.002 / 1e9)
+    assert copies["pinned host to device GB/s"] == pytest.approx(2000 / 0.002 / 1e9)
+    assert len(copies) == 5
+    assert set(rates.values()) == {2 * 100**3 / 0.002}
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_a_batch_that_stays_on_the_gpu_leaves_on_the_host_what_the_loop_reads_there(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    with fake_gpu(may_wait=True):
+        batch = training_speed.resident_batch(4, 32, 12, CUDA)
+    assert {batch.images.device, batch.rates.device} == {CUDA}
+    assert {batch.positions.device.type, batch.weight.device.type} == {"cpu"}
 
 
 def test_operations_of_a_step_are_those_of_the_literature():
