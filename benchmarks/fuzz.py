@@ -25,6 +25,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +38,16 @@ from PIL import Image
 from safetensors.torch import save
 
 from data_prep.common.errors import BadInput
-from data_prep.common.image_decoding import convert_to_png, decode, image_size, raw_pixels
+from data_prep.common.image_decoding import decode, image_size, raw_pixels
 from data_prep.shards.derived_manifest import read_tar
 from data_prep.shards.image_identity import ImageIdentities
+from data_prep.shards.image_rules import DEFAULT_RULES
 from data_prep.shards.index import load_index
 from data_prep.shards.manifest import Manifest, parse_manifest
 from data_prep.shards.members import read_array, read_json
 from data_prep.shards.packing import pack
 from data_prep.shards.response_table import load_response_table
+from data_prep.shards.shown_images import as_shown
 from data_prep.sources.files.image_files import ImageFiles
 from data_prep.sources.files.response_arrays import open_npy
 from data_prep.sources.folder import Folder
@@ -170,7 +173,8 @@ def targets(folder: Path) -> dict[str, Target]:
         newest_intact(scratch)
 
     def image(data: bytes) -> None:
-        for read in (image_size, convert_to_png, lambda data: decode(data, "jpg"), lambda data: decode(data, "png")):
+        readers = [partial(decode, encoding="jpg"), partial(decode, encoding="png")]
+        for read in (image_size, partial(as_shown, encoding="other", rules=DEFAULT_RULES), *readers):
             with suppress(ValueError):
                 read(data)
 

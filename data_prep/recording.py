@@ -13,6 +13,7 @@ import numpy as np
 
 SPLITS = ("train", "val", "test")
 CONSTANT = 1e-15  # a variance below this part of the squared mean is what float32 rounding makes of a constant
+OTHER_FORMAT = "other"  # an encoded image that is neither JPEG nor PNG; it becomes PNG when it is packed
 
 
 @dataclass(frozen=True)
@@ -22,11 +23,12 @@ class Stimulus:
     Attributes:
         id: unique in the recording; letters, digits, `_` and `-` only (it becomes a file name inside a tar).
         image: the encoded image; the source's own bytes wherever it has an encoded file.
-        encoding: "jpg", "png", or "image.npy" for raw pixels, uint8 (H, W, 3).
+        encoding: "jpg", "png", OTHER_FORMAT, or "image.npy" for raw pixels, uint8 (H, W, 3).
         rates: float32 (sites,), trial-averaged responses; NaN = not recorded; None if the split has no responses.
         trials: float32 (repetitions, sites), single-trial responses padded with NaN; None without single trials.
         truth: float32 (sites,), the noise-free mean rates; known for simulated recordings only.
         meta: JSON-able facts about the stimulus; `object` and `category` if known.
+        location: where the image lies, for messages; None if the stimulus's id says enough.
     """
 
     id: str
@@ -36,6 +38,7 @@ class Stimulus:
     trials: np.ndarray | None = None
     truth: np.ndarray | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    location: str | None = None
 
 
 class Deal(Protocol):

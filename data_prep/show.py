@@ -1,6 +1,6 @@
 """Print a summary of a shard folder, verify it, and draw a contact sheet of its images.
 
-python data_prep/show.py DIR [--index] [--verify] [--contact-sheet PNG]
+python data_prep/show.py DIR [--index] [--verify] [--near-copies] [--contact-sheet PNG]
 python data_prep/show.py URL [--verify] [--contact-sheet PNG] [--shard-cache DIR]
 """
 
@@ -32,6 +32,9 @@ class Show(BaseModel):
     verify: bool = False
     """Rehash every shard and compare it with the manifest and the index. Remote shards that are not in the cache are
     fetched."""
+    near_copies: bool = False
+    """Look for images that look alike without being the same, such as another file of one photograph, and tell which of
+    them are in train and held out."""
     contact_sheet: Path | None = None
     """File for the contact sheet; by default contact_sheet.png in the folder, or in the working folder for a URL."""
     shard_cache: Path | None = None
@@ -45,6 +48,7 @@ def main() -> None:
     options = parse(Show, examples=EXAMPLES)
     from data_prep.remote.cache import FetchSettings
     from data_prep.shards.folder import ShardFolder
+    from data_prep.shards.near_copies import near_copies
     from data_prep.shards.reindexing import reindex
     from data_prep.shards.summary import print_verification, summary, write_contact_sheet
 
@@ -54,6 +58,8 @@ def main() -> None:
     print(summary(shards))
     if options.verify:
         print_verification(shards)
+    if options.near_copies:
+        print(near_copies(shards))
     default = Path() if shards.is_remote else Path(options.folder)
     write_contact_sheet(shards, options.contact_sheet or default / "contact_sheet.png")
 

@@ -17,14 +17,17 @@ PNG_LEVEL = 1  # zlib's fastest: three times as fast as Pillow's default for abo
 
 # Formats that Pillow may try; some of its other readers start external programs (EPS: Ghostscript).
 FORMATS = ("JPEG", "PNG", "BMP", "TIFF", "WEBP", "GIF", "PPM")
-PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")  # 8 bits or fewer a channel, and PNG keeps them exactly
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK")  # of 8 bits or fewer a channel, with a plain way to RGB
+DEEP = "it has more than 8 bits a channel, and a network is shown 8: save it as an 8-bit RGB or grey image"
 
 DECODER = f"simplejpeg {simplejpeg.__version__}, Pillow {PIL.__version__}"  # pixels depend on these
 DIRECT_COLOURS = ("YCbCr", "RGB", "Gray")  # colours of a JPEG that libjpeg-turbo turns into RGB as Pillow does
+_INK_COLOURS = ("CMYK", "YCCK")
 
 _RAW_START = b"\x93NUMPY"
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _JPEG_MODES = {"YCbCr": "RGB", "RGB": "RGB", "Gray": "L"}  # by libjpeg-turbo's name of the colour space
+_PNG_DEPTH = 24  # the byte of a PNG with its bits per channel
 _PNG_END = b"IEND\xaeB`\x82"
 _FORMATS_OF = {"jpg": ("JPEG",), "png": ("PNG",)}  # allowed for a member with that extension
 
@@ -48,8 +51,8 @@ def image_size(data: bytes) -> tuple[int, int, str]:
         height, width = raw_pixels(data).shape[:2]
         return width, height, "RGB"
     width, height, mode = _jpeg_size(data) or _other_size(data)
-    if mode[0] in "IF":
-        raise ValueError(f"pixels of mode {mode} have more than 8 bits; save it as an 8-bit RGB or grey image")
+    if mode[0] in "IF" or (sniff_encoding(data) == "png" and data[_PNG_DEPTH] > 8):
+        raise ValueError(DEEP)
     if not _is_whole(data):
         raise ValueError("the image is cut short (its end marker is missing)")
     if sniff_encoding(data) == "jpg":
@@ -88,6 +91,8 @@ def decode(data: bytes | memoryview, encoding: str) -> np.ndarray:
         if colours in DIRECT_COLOURS and height * width <= MAX_PIXELS:
             check_scans(data, height * width)
             return simplejpeg.decode_jpeg(data, colorspace="RGB")
+        if colours in _INK_COLOURS:
+            simplejpeg.decode_jpeg(data, colorspace="CMYK")  # Pillow would not notice damage
     if encoding == "image.npy":
         return raw_pixels(data)
     return np.asarray(rgb_image(data, encoding))
@@ -107,7 +112,7 @@ def rgb_image(data: bytes | memoryview, encoding: str) -> Image.Image:
         return Image.fromarray(raw_pixels(data))
     data = bytes(data)
     image_size(data)
-    with _open(data, _FORMATS_OF[encoding]) as image:
+    with open_image(data, _FORMATS_OF[encoding]) as image:
         try:
             return image.convert("RGB")
         except Exception as error:  # Pillow raises errors of any kind for damaged images
@@ -127,7 +132,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int, str] | None:
 
 
 def _other_size(data: bytes) -> tuple[int, int, str]:
-    with _open(data) as image:
+    with open_image(data) as image:
         width, height = image.size
         return width, height, image.mode
 
@@ -157,49 +162,15 @@ def encode_png(array: np.ndarray) -> bytes:
     """
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise ValueError(f"an image must be uint8 (H, W, 3), not {array.dtype} {array.shape}")
-    return _to_png(Image.fromarray(np.ascontiguousarray(array)))
+    return to_png(Image.fromarray(np.ascontiguousarray(array)))
 
 
-def convert_to_png(data: bytes) -> tuple[bytes, str]:
-    """Re-encode an image (its first frame) as lossless PNG.
-
-    Returns:
-        The PNG and the name of the original format in lower case ("bmp").
+def open_image(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
+    """Open an image with Pillow, without decoding it.
 
     Raises:
-        ValueError: unreadable, too large, or with pixels that an 8-bit PNG does not keep exactly.
+        ValueError: not in one of these formats, or more than `MAX_PIXELS`.
     """
-    with _open(data) as image:
-        if image.mode not in PNG_MODES:
-            raise ValueError(
-                f"{image.format} pixels of mode {image.mode} do not convert losslessly; save it as an 8-bit RGB PNG"
-            )
-        try:
-            image.load()
-        except Exception as error:  # Pillow raises errors of any kind for damaged images
-            raise ValueError(f"the image cannot be decoded ({error})") from error
-        assert image.format is not None, "it was read from a file"
-        return _to_png(image), image.format.lower()
-
-
-def packable(data: bytes) -> tuple[bytes, str, dict[str, str]]:
-    """An image as it goes into a shard: JPEG and PNG as they are, anything else as lossless PNG.
-
-    Returns:
-        The bytes, their encoding, and a note for the stimulus's facts if the image was converted.
-
-    Raises:
-        ValueError: as `image_size` and `convert_to_png`.
-    """
-    encoding = sniff_encoding(data)
-    image_size(data)
-    if encoding is not None:
-        return data, encoding, {}
-    png, original = convert_to_png(data)
-    return png, "png", {"converted_from": original}
-
-
-def _open(data: bytes, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below against our own limit
@@ -222,7 +193,9 @@ def _is_whole(data: bytes) -> bool:
     return encoding is None or data.rfind(_PNG_END) >= 0
 
 
-def _to_png(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG", compress_level=PNG_LEVEL)
+def to_png(image: Image.Image) -> bytes:
+    """Encode an image, of a mode that PNG has, as lossless PNG without anything beside its pixels."""
+    file, bare = io.BytesIO(), image.copy()
+    bare.info = {}
+    bare.save(file, format="PNG", compress_level=PNG_LEVEL)
     return file.getvalue()

@@ -27,6 +27,7 @@ from data_prep.shards.members import (
     read_json,
     read_label,
 )
+from data_prep.shards.shown_images import may_look_otherwise
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class _Stimulus:
         rates: float32 (sites,), or None without responses.
         label: its class, or None.
         pixel_hash: uint8 (16,).
+        looks_otherwise: whether packing might have changed what is seen of it, see `may_look_otherwise`.
     """
 
     key: str
@@ -53,6 +55,7 @@ class _Stimulus:
     rates: np.ndarray | None
     label: str | None
     pixel_hash: np.ndarray
+    looks_otherwise: bool
 
 
 @dataclass(frozen=True)
@@ -108,8 +111,9 @@ def _read_stimulus(key: str, members: dict[str, memoryview], location: str) -> _
             raise ValueError("the format of the image is not that of its name")
     except ValueError as error:
         raise BadInput(f"{location}.{kind}: {error}") from None
+    seen = kind != "image.npy" and may_look_otherwise(image, kind, size[2])
     label = read_label(members.get("cls"), read_json(members.get("json"), location), location)
-    return _Stimulus(key, size, _read_rates(members, location), label, pixel_hash_of(image, kind))
+    return _Stimulus(key, size, _read_rates(members, location), label, pixel_hash_of(image, kind), seen)
 
 
 def _read_rates(members: dict[str, memoryview], location: str) -> np.ndarray | None:
@@ -238,6 +242,12 @@ def _warnings(splits: _Splits, images: set[tuple[int, int, str]]) -> list[str]:
                 "was numbered separately, but held-out scores are too good if they are the same stimuli"
             )
         earlier |= keys
+    otherwise = sum(stimulus.looks_otherwise for tars in splits.values() for tar in tars for stimulus in tar.stimuli)
+    if otherwise:
+        warnings.append(
+            f"{otherwise} images have an EXIF orientation, transparent parts, several frames or CMYK colours, and are "
+            "read as stored: not turned, with what transparency hides; save them as they were shown"
+        )
     if len(images) > 1:
         warnings.append("the images differ in size or mode; set images.size to the size that the network is to see")
     return warnings

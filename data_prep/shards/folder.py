@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import BadInput
+from data_prep.common.image_decoding import decode
 from data_prep.remote.cache import FetchSettings
 from data_prep.remote.url import FolderUrl, parse_location
 from data_prep.shards import response_table
@@ -79,7 +80,7 @@ class ShardFolder:
         )
 
     def verify(self) -> Iterator[tuple[Shard, str | None]]:
-        """Rehash and index every tar; yield each shard with its fault, or None."""
+        """Rehash and index every tar and decode its images; yield each shard with its fault, or None."""
         for name, split in self.manifest.splits.items():
             for number, shard in enumerate(split.shards):
                 yield shard, self._fault(name, number, shard)
@@ -91,9 +92,22 @@ class ShardFolder:
                     if hashlib.file_digest(file, "sha256").hexdigest() != shard.sha256:
                         raise WrongBytes
                 tar_index = index_shard(path)
+            if not self._index[split].describes(number, tar_index):
+                return "index.npz does not describe it"
+            return self._damaged_image(split, number)
         except WrongBytes:
             return "its bytes are not those that were packed (its sha256 differs)"
-        return None if self._index[split].describes(number, tar_index) else "index.npz does not describe it"
+
+    def _damaged_image(self, split: str, number: int) -> str | None:
+        """The first image of a shard that cannot be decoded, and why."""
+        opened = self.split(split)
+        for position in np.flatnonzero(opened.shards_of(np.arange(len(opened))) == number).tolist():
+            data, encoding = opened.image(position)
+            try:
+                decode(data, encoding)
+            except ValueError as error:
+                return f"the image of {opened.stimulus_ids[position]} cannot be decoded ({error})"
+        return None
 
 
 class ShardSplit:

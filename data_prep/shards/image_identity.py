@@ -129,7 +129,7 @@ def compute_identities(split: ShardSplit, silent: bool = False) -> ImageIdentiti
         except BadInput:
             if split.is_remote:
                 raise
-            data, encoding = split.location(position).encode(), "jpg"  # damaged: it equals no other
+            data, encoding = memoryview(split.location(position).encode()), "jpg"  # damaged: it equals no other
         encoded[position], pixels[position] = encoded_hash(data), pixel_hash_of(data, encoding)
 
     label = f"comparing the images of {split.manifest.name}, {split.name}"

@@ -208,6 +208,9 @@ class Manifest(_Strict):
         ):
             raise ValueError("straddling must have groups and of for each fact")
         _check_copies(value.get("copies"))
+        images = value.get("images") or {}
+        if not isinstance(images, dict) or not all(isinstance(fact, bool | int | str) for fact in images.values()):
+            raise ValueError("images must hold plain facts")
         return value
 
     @property

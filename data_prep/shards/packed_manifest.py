@@ -1,21 +1,23 @@
 """The manifest of a packed recording, from notes taken while its shards were written."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from data_prep.ceiling import estimate_ceiling
 from data_prep.common.errors import BadInput
-from data_prep.common.image_decoding import decode, image_size
 from data_prep.common.progress import Progress
 from data_prep.recording import Recording, Stimulus
 from data_prep.shards.copies import copy_facts
 from data_prep.shards.folder import ShardFolder, ShardSplit
 from data_prep.shards.image_hashes import pixel_hash
+from data_prep.shards.image_rules import ImageRules
 from data_prep.shards.index import SplitIndex
 from data_prep.shards.manifest import Ceiling, Image, Manifest, Rates, Shard, Split
+from data_prep.shards.shown_images import as_shown
 from data_prep.splits import straddling
 
 CEILING_BYTES = 64 * 2**20  # of trials to estimate ceilings from at once, which takes about four times the memory
@@ -28,31 +30,33 @@ class StimulusNotes:
     Args:
         sites: number of sites of the recording.
         facts: the facts whose values are noted.
-        decode: decode every image, so that damage and copies are noticed.
+        rules: for the images.
 
     Attributes:
         groups: the values of each fact.
         image_sizes: widths, heights and modes of the images.
+        image_notes: how many images each of `data_prep.shards.shown_images.NOTES` is about.
         rounding_error: the largest error from rounding an image to uint8, in grey levels; None if none was rounded.
     """
 
-    def __init__(self, sites: int, facts: Iterable[str], decode: bool):
+    def __init__(self, sites: int, facts: Iterable[str], rules: ImageRules):
         self.groups: dict[str, set[str]] = {fact: set() for fact in facts}
         self.image_sizes: set[tuple[int, int, str]] = set()
         self.rounding_error: float | None = None
-        self._sites, self._decode = sites, decode
+        self.image_notes: Counter[str] = Counter()
+        self._sites, self._rules = sites, rules
         self._pixel_hashes: list[np.ndarray] = []
         self._rates: list[np.ndarray | None] = []
 
-    def add(self, stimulus: Stimulus) -> None:
-        """Check a stimulus and note its facts.
+    def add(self, stimulus: Stimulus) -> Stimulus:
+        """Check a stimulus and note its facts; returns it as it goes into the shard.
 
         Raises:
             BadInput: its arrays do not fit the recording's sites or hold infinite values, or its image is damaged.
         """
         self._check(stimulus.id, "rates", stimulus.rates, dimensions=1)
         self._check(stimulus.id, "trials", stimulus.trials, dimensions=2)
-        self._add_image(stimulus)
+        shown = self._shown(stimulus)
         self._rates.append(stimulus.rates)
         for fact, values in self.groups.items():
             if fact in stimulus.meta:
@@ -60,18 +64,23 @@ class StimulusNotes:
         error = stimulus.meta.get("uint8_rounding_error")
         if error is not None:
             self.rounding_error = max(error, self.rounding_error or 0.0)
+        return shown
 
-    def _add_image(self, stimulus: Stimulus) -> None:
+    def _shown(self, stimulus: Stimulus) -> Stimulus:
         try:
-            self.image_sizes.add(image_size(stimulus.image))
-            if self._decode:
-                self._pixel_hashes.append(pixel_hash(decode(stimulus.image, stimulus.encoding)))
+            image = as_shown(stimulus.image, stimulus.encoding, self._rules)
         except ValueError as error:
-            raise BadInput(f"{stimulus.id}: the image cannot be decoded ({error})") from None
+            raise BadInput(f"{stimulus.location or stimulus.id}: the image cannot be read ({error})") from None
+        self.image_sizes.add((image.width, image.height, image.mode))
+        self.image_notes.update(image.notes)
+        if image.pixels is not None:
+            self._pixel_hashes.append(pixel_hash(image.pixels))
+        converted = {} if image.converted_from is None else {"converted_from": image.converted_from}
+        return replace(stimulus, image=image.data, encoding=image.encoding, meta=stimulus.meta | converted)
 
     def pixel_hashes(self) -> np.ndarray | None:
         """The hashes of the images, uint8 (stimuli, 16); None if they were not decoded."""
-        return np.stack(self._pixel_hashes) if self._decode else None
+        return np.stack(self._pixel_hashes) if self._rules.decode else None
 
     def _check(self, stimulus_id: str, name: str, array: np.ndarray | None, dimensions: int) -> None:
         if array is None:
@@ -93,12 +102,13 @@ class StimulusNotes:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A packed shard; `image_sizes`, `rounding_error` and `groups` are described in `StimulusNotes`."""
+    """A packed shard; the last four are described in `StimulusNotes`."""
 
     shard: Shard
     index: SplitIndex
     rates: np.ndarray | None
     image_sizes: set[tuple[int, int, str]]
+    image_notes: Counter[str]
     rounding_error: float | None
     groups: dict[str, set[str]]
 
@@ -120,7 +130,7 @@ class PackedShards:
         }
 
 
-def manifest_of(recording: Recording, packed: PackedShards) -> Manifest:
+def manifest_of(recording: Recording, packed: PackedShards, rules: ImageRules) -> Manifest:
     """The manifest of a packed recording, without its ceiling.
 
     Raises:
@@ -129,7 +139,7 @@ def manifest_of(recording: Recording, packed: PackedShards) -> Manifest:
     return Manifest(
         name=recording.name,
         simulated=recording.simulated,
-        provenance=_provenance(recording, packed),
+        provenance=_provenance(recording, packed, rules),
         splits={split: _split(shards) for split, shards in packed.of_split.items()},
         sites=recording.sites,
         classes=sorted(set(recording.objects)) if recording.objects else None,
@@ -160,13 +170,17 @@ def _rates(recording: Recording, packed: PackedShards) -> Rates:
     return Rates.of(train, recording.units)
 
 
-def _provenance(recording: Recording, packed: PackedShards) -> dict[str, Any]:
+def _provenance(recording: Recording, packed: PackedShards, rules: ImageRules) -> dict[str, Any]:
     """The recording's provenance, with the facts and warnings from packing."""
     provenance = {"split": {"method": "source"}} | recording.provenance
     warnings = list(provenance.get("warnings", []))
     shared = straddling({split: [shard.groups for shard in shards] for split, shards in packed.of_split.items()})
     if shared:
         provenance["straddling"] = shared
+    provenance["images"] = {
+        **rules.model_dump(exclude={"copies"}),
+        **sum((shard.image_notes for shard in packed.all()), Counter()),
+    }
     copies = copy_facts(packed.split_indexes())
     if copies is not None:
         provenance["copies"] = copies

@@ -57,7 +57,7 @@ def pack(
                 (folder / job.file).unlink()
             recording, jobs = dealt, shard_jobs(dealt.splits, stimuli_per_shard)
             packed = _write_shards(recording, folder, jobs, workers, rules)
-        manifest = manifest_of(recording, packed)
+        manifest = manifest_of(recording, packed, rules)
         try:
             write_tables(folder, manifest, packed.split_indexes(), ceiling_of)
         except CannotWrite as error:
@@ -211,19 +211,27 @@ def write_one_shard(folder: Path, job: ShardJob) -> PackedShard:
         BadInput: a stimulus cannot be read.
         RunFailed: the disk is full.
     """
-    notes = StimulusNotes(len(_recording.sites), grouping_facts(_recording.group_by), _rules.decode)
+    notes = StimulusNotes(len(_recording.sites), grouping_facts(_recording.group_by), _rules)
     try:
         shard, index = write_shard(folder / job.file, _noted(_recording.read(job.positions), notes))
     except OSError as error:
         raise RunFailed(f"{error.filename or job.file}: {error.strerror}; nothing was packed") from None
     index = replace(index, pixel_hash=notes.pixel_hashes())
-    return PackedShard(shard, index, notes.rates(), notes.image_sizes, notes.rounding_error, notes.groups)
+    return PackedShard(
+        shard=shard,
+        index=index,
+        rates=notes.rates(),
+        image_sizes=notes.image_sizes,
+        image_notes=notes.image_notes,
+        rounding_error=notes.rounding_error,
+        groups=notes.groups,
+    )
 
 
 def _noted(stimuli: Iterator[Stimulus], notes: StimulusNotes) -> Iterator[Stimulus]:
-    """Yield the stimuli after noting and counting them."""
+    """Yield the stimuli as they go into the shard, after noting and counting them."""
     for stimulus in stimuli:
-        notes.add(stimulus)
+        shown = notes.add(stimulus)
         with _counter.get_lock():
             _counter.value += 1
-        yield stimulus
+        yield shown

@@ -4,6 +4,7 @@ import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -16,6 +17,7 @@ from data_prep.common.terminal import bold, histogram, printable
 from data_prep.shards.copies import copy_lines, copy_warnings
 from data_prep.shards.folder import ShardFolder, ShardSplit
 from data_prep.shards.manifest import Ceiling, Manifest, from_json_list
+from data_prep.shards.shown_images import COMPOSITED, FROM_CMYK, NOT_TURNED, TURNED
 
 MOST_NAMED = 6  # sites in a warning
 
@@ -35,6 +37,7 @@ def summary(folder: ShardFolder) -> str:
     image = manifest.image
     largest = "up to " if image.mixed else ""
     lines.append(f"  images {largest}{image.width} x {image.height} px {image.mode}")
+    lines += _image_lines(manifest.provenance.get("images") or {})
     regions = sorted({str(site["region"]) for site in manifest.sites if "region" in site})
     location = f" in {', '.join(regions)}" if regions else ""
     lines.append(f"  sites  {len(manifest.sites)}{location}")
@@ -78,6 +81,22 @@ def _sites_without_score(manifest: Manifest) -> Iterator[str]:
             f"{len(without)} of {len(manifest.sites)} sites have no score, because their responses in train are "
             f"constant or missing: {names}{more}"
         )
+
+
+def _image_lines(facts: dict[str, Any]) -> Iterator[str]:
+    """What was done with images when they were packed."""
+    background = facts.get("background")
+    meaning = {
+        TURNED: "turned as their EXIF orientation says (--exif ignore leaves them as they are stored)",
+        NOT_TURNED: "left as they are stored, although their EXIF orientation says otherwise (--exif apply turns them)",
+        COMPOSITED: f"with transparent parts, put on {background} (--background chooses another colour)",
+        FROM_CMYK: "turned from CMYK into RGB without a colour profile",
+    }
+    for note, text in meaning.items():
+        if facts.get(note):
+            yield f"    {facts[note]:,} of them {text}"
+    if facts.get("decode") is False:
+        yield "    not decoded: damaged images, and copies in other files, were not noticed"
 
 
 def _split_line(manifest: Manifest) -> str:

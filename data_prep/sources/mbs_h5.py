@@ -287,7 +287,7 @@ def _load_image(file: h5py.File, name: str) -> EncodedImage:
     from data_prep.common.image_decoding import encode_png  # slow to import
 
     path, _, row = name.rpartition("#")
-    return EncodedImage(encode_png(hdf5.dataset(file, path)[int(row)]), "png")
+    return EncodedImage(encode_png(hdf5.dataset(file, path)[int(row)]), "png", f"{file.filename}: {path}, row {row}")
 
 
 def _image_rows(file: h5py.File, split_of: Mapping[str, str], named: str | None) -> list[str]:

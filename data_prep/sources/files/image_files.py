@@ -13,6 +13,7 @@ from typing import Any
 
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import is_name, read_regular_file
+from data_prep.recording import OTHER_FORMAT
 
 MAX_FILE_BYTES = 256 * 2**20  # an archive member that claims more is damaged or made to exhaust memory
 
@@ -23,13 +24,13 @@ class EncodedImage:
 
     Attributes:
         data: the encoded image.
-        encoding: "jpg" or "png".
-        note: for the stimulus's facts, if the image was converted.
+        encoding: "jpg", "png", or OTHER_FORMAT.
+        location: where it lies, for messages.
     """
 
     data: bytes
     encoding: str
-    note: dict[str, str] = field(default_factory=dict)
+    location: str
 
 
 def spelling(path: str) -> str:
@@ -162,7 +163,8 @@ class ImageFiles:
         """Open for reading: a function from a path that `find` returned to the image.
 
         Raises:
-            BadInput: raised by that function for an image that is missing, unreadable or absurdly large.
+            BadInput: raised by that function for a file that is missing, too large or cannot be read. Whether it is an
+                image shows when it is packed.
         """
         if not self._is_archive:
             yield lambda name: self._load(name, lambda: read_regular_file(self.path / name, MAX_FILE_BYTES))
@@ -171,13 +173,13 @@ class ImageFiles:
             yield lambda name: self._load(name, lambda: _extract(archive, name))
 
     def _load(self, name: str, read: Callable[[], bytes]) -> EncodedImage:
-        from data_prep.common.image_decoding import packable  # slow to import
+        from data_prep.common.image_decoding import sniff_encoding  # slow to import
 
         try:
-            data, encoding, note = packable(read())
+            data = read()
         except Exception as error:  # zipfile raises errors of any kind for damaged archives
             raise BadInput(f"{self.path / name}: the image cannot be read ({error})") from error
-        return EncodedImage(data, encoding, note)
+        return EncodedImage(data, sniff_encoding(data) or OTHER_FORMAT, str(self.path / name))
 
 
 def _check_member(path: Path, info: zipfile.ZipInfo) -> None:

@@ -50,7 +50,8 @@ class NamedImagesRecording(Recording):
                     encoding=image.encoding,
                     rates=rates,
                     trials=trials,
-                    meta=self.known_meta(i) | image.note,
+                    meta=self.known_meta(i),
+                    location=image.location,
                 )
 
 

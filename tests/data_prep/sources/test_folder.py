@@ -14,6 +14,7 @@ from PIL import Image
 from recordings import pixels, read_all
 
 from data_prep.common.errors import BadInput
+from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from data_prep.splits import assign_splits
 
@@ -151,10 +152,14 @@ def test_other_image_formats_become_lossless_png(tmp_path, encoding):
     written = make_folder(tmp_path, n=12, encoding=encoding)
     recording = Folder(source=tmp_path).open()
     assert "12 of 12" in recording.provenance["converted_to_png"]
-    for stimulus, image in zip(read_all(recording), written.images, strict=True):
-        assert stimulus.encoding == "png"
-        assert stimulus.meta["converted_from"] == encoding
-        assert np.array_equal(pixels(stimulus.image), image)
+    folder = pack(recording, tmp_path / "shards", 50, 1)
+    image_of = dict(zip(written.ids, written.images, strict=True))
+    for split in map(folder.split, folder.manifest.splits):
+        for position, stimulus in enumerate(split.stimulus_ids):
+            data, stored = split.image(position)
+            assert stored == "png"
+            assert split.meta(position)["converted_from"] == encoding
+            assert np.array_equal(pixels(bytes(data)), image_of[stimulus])
 
 
 def test_the_bytes_count_not_the_ending(tmp_path):
@@ -319,9 +324,10 @@ def sixteen_bit(image):
         (sixteen_bit, "more than 8 bits"),
     ],
 )
-def test_bad_images_are_refused_when_they_are_read(tmp_path, spoil, message):
+def test_bad_images_are_refused_when_they_are_packed(tmp_path, spoil, message):
     written = make_folder(tmp_path, n=12)
-    (tmp_path / "images" / "stim0003.png").write_bytes(spoil(written.images[3]))
-    recording = Folder(source=tmp_path).open()
-    with pytest.raises(BadInput, match=f"stim0003.*{message}"):
-        read_all(recording)
+    path = tmp_path / "images" / "stim0003.png"
+    path.write_bytes(spoil(written.images[3]))
+    with pytest.raises(BadInput, match=f"{path}: the image cannot be read .*{message}"):
+        pack(Folder(source=tmp_path).open(), tmp_path / "shards", 50, 1)
+    assert not (tmp_path / "shards").exists()
