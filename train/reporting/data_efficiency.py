@@ -174,8 +174,14 @@ def _names(systems: Sequence[Sequence[ScoredRun]]) -> list[str]:
                 continue
             for index, detail in zip(indices, details, strict=True):
                 names[index] = ", ".join(part for part in (name, detail) if part)
-    controls = [runs[0].metrics.control for runs in systems]
-    return [f"{name} (CONTROL: {control})" if control else name for name, control in zip(names, controls, strict=True)]
+    return [f"{name}{_caution(runs)}" for name, runs in zip(names, systems, strict=True)]
+
+
+def _caution(runs: Sequence[ScoredRun]) -> str:
+    """What makes a system's scores none of prediction: it is a control, or was fitted on what it is scored on."""
+    control = runs[0].metrics.control
+    seen = any(scored.metrics.seen is not None and scored.metrics.seen.leaks for scored in runs)
+    return (f" (CONTROL: {control})" if control else "") + (" (SEEN)" if seen else "")
 
 
 def _common_words(folders: Sequence[str]) -> str:

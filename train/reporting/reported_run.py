@@ -85,12 +85,14 @@ class ReportedRun:
 
     @property
     def title(self) -> str:
-        """The name, with the layer that a probe chose, and with what makes it a control."""
+        """The name, with the layer that a probe chose, and with what makes its score none of prediction."""
         if self.metrics is None:
             return self.name
         layer = f" ({layer_label(self.metrics.chosen)})" if self.metrics.chosen and len(self.metrics.layers) > 1 else ""
         control = f" (CONTROL: {self.metrics.control})" if self.metrics.control else ""
-        return f"{self.name}{layer}{control}"
+        seen = self.metrics.seen
+        kept = f" (SEEN: {seen.leaks:,} of {self.metrics.stimuli:,})" if seen and seen.leaks else ""
+        return f"{self.name}{layer}{control}{kept}"
 
     @property
     def is_probe(self) -> bool:

@@ -1,6 +1,7 @@
 """The folder of a run: its layout, who may write to it, and whether the run can be resumed.
 
 RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
+RUN/seen.npz                                           the images that were seen, see train/data/seen.py
 RUN/checkpoints/{last,best} -> step_N/                 see train/run/checkpoint.py
 RUN/eval/<split>/{metrics.json,predictions.npz}        with several recordings: <split>/<recording>/
 RUN/eval/left_out/predictions.npz                      of training stimuli that the model was not fitted on

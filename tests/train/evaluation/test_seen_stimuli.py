@@ -209,6 +209,7 @@ def test_a_recording_packed_with_another_seed_is_refused_dropped_or_kept(scored,
     page = (scored.parent / "report" / "report.html").read_text()
     for text in (done.stdout, (scored.parent / "report" / "table.md").read_text(), page):
         assert f"{count} KEPT" in text
+        assert f"run (SEEN: {count} of 12)" in text
         assert f"was fitted on {count} of the 12 stimuli" in text
     with (scored.parent / "report" / "table.csv").open(newline="") as file:
         (line,) = csv.DictReader(file)
