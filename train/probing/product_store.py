@@ -165,7 +165,8 @@ class ProductStore:
     def _clear_if_settings_changed(self) -> None:
         path, text = self._scratch / "settings.json", json.dumps(self._settings(), sort_keys=True)
         if not path.is_file() or path.read_text() != text:
-            self.clear()
+            # The folder above stays: another rank may be about to make its own folder in it.
+            shutil.rmtree(self._scratch, ignore_errors=True)
             self._scratch.mkdir(parents=True)
             path.write_text(text)
 
