@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from data_prep.common.command_help import help_page, usage
 from data_prep.common.errors import BadInput
 from data_prep.common.option_fields import Option, declared_default, options_of, subcommands
+from data_prep.common.validation_messages import in_plain_words
 
 Parsed = TypeVar("Parsed", bound=BaseModel)
 SUBCOMMAND_SETTINGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
@@ -55,6 +56,7 @@ def parse(
         BadInput: an unknown option (with the nearest name), a missing one, or a value out of its bounds.
     """
     words = sys.argv[1:] if words is None else list(words)
+    _check_encoding(words)
     program = _program()
     choices = _subcommands(model)
     defaults = defaults or {}
@@ -74,6 +76,23 @@ def parse(
         raise BadInput(_unknown_subcommand(words, choices))
     _check_flags(words, options, usage_line)
     return _parse_with_tyro(model, words, defaults, usage_line)
+
+
+def _check_encoding(words: Sequence[str]) -> None:
+    """Refuse paths that are not UTF-8: they could be neither printed nor written into a manifest or a run folder.
+
+    Raises:
+        BadInput: a word of the command line, or the working folder, is not.
+    """
+    for word in words:
+        if not _is_utf8(word):
+            raise BadInput(f"{word!r} is not UTF-8 text; rename the file or folder")
+    if not _is_utf8(os.getcwd()):
+        raise BadInput(f"the path of the working folder, {os.getcwd()!r}, is not UTF-8 text; rename it")
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)  # bytes that Python could not decode
 
 
 def _program() -> str:
@@ -159,7 +178,7 @@ def _sentence(box: str, usage_line: str) -> str:
     if match := _OUT_OF_BOUNDS.search(text):
         section, name, fault, value = match.groups()
         where = f"{section}.{name}" if section[0].islower() else name
-        return f"{where}: {fault} (not {value})"
+        return f"{where}: {in_plain_words(fault)} (not {value})"
     if match := _NO_CHOICE.search(text):
         value, flag, choices = match.group(1), match.group(2), re.findall(r"'(.*?)'", match.group(3))
         near = difflib.get_close_matches(value.strip("'"), choices, n=1)

@@ -15,6 +15,7 @@ from data_prep.ceiling import RANDOM_SPLITS, SPLIT_SEED, CeilingEstimate
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import LONGEST_NAME, is_name, parse_json, read_regular_file
+from data_prep.common.validation_messages import first_fault
 from data_prep.recording import varies
 
 FORMAT_VERSION: Final = 1
@@ -290,9 +291,7 @@ def parse_manifest(content: bytes, path: Path | str) -> Manifest:
         fields = parse_json(content)
         manifest = Manifest.model_validate_json(content)
     except ValidationError as error:
-        fault = error.errors()[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the file"
-        raise BadInput(f"{path}: {where}: {fault['msg']}; pack the recording again") from None
+        raise BadInput(f"{path}: {first_fault(error)}; pack the recording again") from None
     except ValueError as error:
         raise BadInput(f"{path} is not readable as JSON ({error}); pack the recording again") from None
     _check_names(manifest, path)

@@ -26,6 +26,7 @@ FORBIDDEN = {
     **dict.fromkeys(("yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load", "yaml.safe_load_all"), ()),
     **dict.fromkeys(("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"), ()),
     **dict.fromkeys(("np.fromfile", "numpy.fromfile", "xarray.open_dataset", "xr.open_dataset"), ()),
+    **dict.fromkeys(("pandas.read_csv", "pd.read_csv", "pandas.read_parquet", "pd.read_parquet"), ()),
     **dict.fromkeys(("webdataset.WebDataset", "webdataset.gopen", "wds.WebDataset", "shutil.unpack_archive"), ()),
     "torch.export.load": ("train/run/predictor.py",),  # a program by its nature, which its first lines say
     "yaml.safe_load": ("train/distributed/launch_environment.py",),  # the configuration of the user's own launcher
@@ -47,6 +48,31 @@ FORBIDDEN = {
         "train/run/predictor.py",
         "train/run/tensorboard.py",
     ),  # the last: its figure
+    # One reader for each format, which knows its bounds.
+    "json.load": (),
+    "json.loads": (
+        "data_prep/common/safe_reading.py",
+        "train/run/predictor.py",  # a file of its own, beside the program that it belongs to
+        "train/distributed/roll_call.py",  # what the ranks of one run tell each other
+        "train/sweeping/sweep_folder.py",  # what it has just written
+    ),
+    "csv.reader": ("data_prep/common/safe_reading.py",),
+    "csv.DictReader": (),
+    "read_text": (
+        "data_prep/remote/downloader.py",  # the tag of a download, in the cache
+        "train/data/free_memory.py",  # the kernel's
+        "train/probing/product_store.py",  # scratch space of this run
+        "train/reporting/page.py",  # shipped with the package
+        "train/run/predictor.py",
+        "train/sweep.py",  # the table that it has just written
+        "train/sweeping/queue.py",  # heartbeats of this sweep's own workers
+        "train/sweeping/supervised_process.py",
+        "train/distributed/launch_environment.py",  # the configuration of the user's own launcher
+    ),
+    "read_bytes": ("train/evaluation/exporting/network_export.py",),  # a file of this package
+    "model_validate_json": ("data_prep/shards/manifest.py", "train/run/checkpoint.py"),  # after parse_json
+    "np.loadtxt": (),
+    "np.genfromtxt": (),
     "np.load": (),
     "np.memmap": ("data_prep/common/safe_reading.py",),
     "load_file": ("train/run/checkpoint.py", "train/models/weights.py"),
@@ -125,6 +151,18 @@ def test_no_code_of_ours_executes_data_or_opens_files_unguarded():
         "xarray.open_dataset(path)",
         "Image.open(path)",
         "tarfile.open(path)",
+        "np.load(path, allow_pickle=False)",
+        "np.memmap(path)",
+        "np.genfromtxt(path)",
+        "json.loads(path.read_text())",
+        "json.loads(text)",
+        "json.load(file)",
+        "csv.reader(file)",
+        "path.read_text()",
+        "path.read_bytes()",
+        "pd.read_csv(path)",
+        "pq.ParquetFile(path)",
+        "pq.read_table(path)",
     ],
 )
 def test_the_check_finds_unsafe_code(line):
@@ -132,7 +170,7 @@ def test_the_check_finds_unsafe_code(line):
 
 
 def test_the_check_accepts_safe_code():
-    assert faults_of("re.compile('a')\nnetwork.eval()\npath.open()\njson.loads('1')", "train/elsewhere.py") == []
+    assert faults_of("re.compile('a')\nnetwork.eval()\npath.open()\nparse_json('1')", "train/elsewhere.py") == []
 
 
 # ---- settings ------------------------------------------------------------------------------------------------------

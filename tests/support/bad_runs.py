@@ -65,6 +65,9 @@ RECIPES: dict[str, Case] = {
     "a day that is none": (_recipe("seed: 2020-13-45"), ("recipe.yaml", "month")),
     "a time that is none": (_recipe("seed: !!timestamp x"), ("recipe.yaml",)),
     "no number": (_recipe("seed: !!int x"), ("recipe.yaml",)),
+    "6,000 hexadecimal digits": (_recipe(f"seed: 0x{'f' * 6000}"), ("recipe.yaml", "line 1", "6,002 characters")),
+    "5,000 digits": (_recipe(f"seed: {'9' * 5000}"), ("recipe.yaml", "line 1", "5,000 characters")),
+    "90 digits": (_recipe(f"seed: {'9' * 90}"), ("recipe.yaml", "integer of 299 bits")),
     "one key twice": (_recipe("epochs: 3\nseed: 1\nepochs: 5\n"), ("recipe.yaml", "line 3: epochs is repeated")),
     "two megabytes": (_recipe("# " + "x" * 2**21), ("recipe.yaml", "2,097,154 bytes")),
     "no text": (_recipe(b"\xff\xfe\x00"), ("recipe.yaml", "YAML")),
@@ -283,6 +286,10 @@ RUNS: dict[str, Case] = {
     ),
     "a recipe of nothing": (_run(lambda run, _: (run / "recipe.yaml").write_text("- a")), ("recipe.yaml",)),
     "env.json nested": (_run(lambda run, _: (run / "env.json").write_text("[" * 100_000)), ("env.json",)),
+    "env.json of 400 digits": (
+        _run(lambda run, _: (run / "env.json").write_text(f'{{"data": {"9" * 400}}}')),
+        ("env.json", "--data"),
+    ),
     "env.json a list": (_run(lambda run, _: (run / "env.json").write_text("[]")), ("env.json", "--data")),
     "env.json of data that runs": (
         _run(lambda run, kit: edit(run / "env.json", lambda env: env.update(data=f"pipe:touch {kit.canary}"))),
@@ -298,6 +305,10 @@ RUNS: dict[str, Case] = {
     "a pipe in a run": (_run(lambda run, _: os.mkfifo(run / "pipe")), ("pipe is a link or a device",)),
     "progress that is no JSON": (_run(_in_best("progress.json", lambda path, _: path.write_text("{"))), ("progress",)),
     "progress of NaN": (_run(_progress(best=float("nan"))), ("progress.json", "best")),
+    "progress of 400 digits": (
+        _run(_in_best("progress.json", lambda path, _: path.write_text(f'{{"step": {"9" * 400}}}'))),
+        ("progress.json", "400 digits"),
+    ),
     "progress before the start": (_run(_progress(epoch=-3)), ("progress.json", "epoch")),
     "images of a million pixels": (_run(_progress(image_size=10**6)), ("progress.json", "image_size")),
     "sites in another order": (
@@ -351,6 +362,10 @@ RUNS: dict[str, Case] = {
     "a readout of other sites": (
         _run(_tensors(lambda x: x.update({"heads.rates.sites.weight": torch.zeros(2, 2)}))),
         ("another network",),
+    ),
+    "history of 400 digits": (
+        _run(lambda run, _: (run / "history.jsonl").write_text(f'{{"epoch": {"9" * 400}}}\n'), command=FINETUNE),
+        ("history.jsonl", "has no epoch"),
     ),
     "history that is none": (
         _run(lambda run, _: (run / "history.jsonl").write_text("{}\n"), command=FINETUNE),

@@ -60,6 +60,11 @@ def _archived_rates(source: Path, _: Kit) -> None:
         np.savez(file, np.zeros((10, 3)))
 
 
+def _piped_rates(source: Path, _: Kit) -> None:
+    (source / "rates.npy").unlink()
+    os.mkfifo(source / "rates.csv")
+
+
 def _piped_image(source: Path, _: Kit) -> None:
     (source / "images" / "stim0003.png").unlink()
     os.mkfifo(source / "images" / "stim0003.png")
@@ -87,6 +92,8 @@ FOLDERS: dict[str, Case] = {
     "rates that claim a terabyte": (_rates(claiming("(10, 100000000000)")), ("rates.npy",)),
     "rates that claim beyond all numbers": (_rates(claiming(f"(10, {10**40})")), ("rates.npy",)),
     "rates whose header is code": (_rates(claiming("__import__('os')")), ("rates.npy",)),
+    "rates whose length is true": (_rates(claiming("(True,)", data=bytes(4))), ("rates.npy", "claims the shape")),
+    "rates that are a pipe": (_folder(_piped_rates), ("no responses",)),
     "rates whose header is nested": (_rates(claiming("(" * 5000)), ("rates.npy",)),
     "rates cut short": (_rates(npy(np.zeros((10, 3)))[:-9]), ("rates.npy",)),
     "rates that are infinite": (_rates(npy(np.full((10, 3), np.inf))), ("rates.npy", "infinite")),

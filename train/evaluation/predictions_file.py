@@ -38,13 +38,16 @@ class Predictions:
 
     def rows(self, stimulus_ids: Sequence[str]) -> np.ndarray:
         """The predictions for these stimuli, in this order; NaN for stimuli without any."""
-        rows = self._positions(stimulus_ids)
-        return np.where(rows[:, None] >= 0, self.rates[rows], np.nan)
+        return self._rows_of(self.rates, stimulus_ids)
 
-    def _positions(self, stimulus_ids: Sequence[str]) -> np.ndarray:
-        """The rows of these stimuli, -1 for those that it does not have; int64 (stimuli,)."""
+    def _rows_of(self, values: np.ndarray, stimulus_ids: Sequence[str]) -> np.ndarray:
+        """The rows of `values` for these stimuli; NaN for stimuli without any."""
         row_of = {stimulus: row for row, stimulus in enumerate(self.stimulus_ids)}
-        return np.array([row_of.get(stimulus, -1) for stimulus in stimulus_ids], np.int64)
+        found = np.full((len(stimulus_ids), values.shape[1]), np.nan, values.dtype)
+        for position, stimulus in enumerate(stimulus_ids):
+            if stimulus in row_of:
+                found[position] = values[row_of[stimulus]]
+        return found
 
     def check_responses(self, run: Path, stimulus_ids: Sequence[str], rates: np.ndarray, where: str) -> None:
         """Refuse predictions that were made for other responses under the same ids: another window, another scale ...
@@ -60,9 +63,8 @@ class Predictions:
         """
         if self.responses is None:
             raise BadInput(f"{run}: its predictions are without responses, but {where} has some; score it again")
-        rows = self._positions(stimulus_ids)
-        theirs = self.responses[rows]
-        differs = (rows[:, None] >= 0) & ~((theirs == rates) | (np.isnan(theirs) & np.isnan(rates)))
+        theirs, known = self._rows_of(self.responses, stimulus_ids), np.isin(stimulus_ids, self.stimulus_ids)
+        differs = known[:, None] & ~((theirs == rates) | (np.isnan(theirs) & np.isnan(rates)))
         for stimulus, site in np.argwhere(differs)[:1]:
             raise BadInput(
                 f"{run} was scored on other responses than those of {where}: {theirs[stimulus, site]:.6g} instead of "

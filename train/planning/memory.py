@@ -18,12 +18,12 @@ DeepSpeed reduces whole buckets for all (`use_multi_rank_bucket_allreduce`), as 
 keeps optimizer state, the copy of the weights and gradients (`zero3_offload`: the weights too) on the host.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_prep.common.errors import BadInput
+from data_prep.common.safe_reading import parse_json, read_regular_file
 from train.planning.step_cost import StepCost
 
 GIB = 2**30
@@ -64,7 +64,7 @@ def read_strategy(name: str) -> Strategy:
         return Strategy(name)
     path = CONFIGS / f"{name}.json"
     try:
-        zero = json.loads(path.read_text(encoding="utf-8"))["zero_optimization"]
+        zero = parse_json(read_regular_file(path))["zero_optimization"]
         stage = int(zero["stage"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not readable as a DeepSpeed configuration ({error})") from None

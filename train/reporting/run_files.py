@@ -3,21 +3,24 @@
 Run folders are untrusted input: a file of another form is refused by name, and its texts are only ever displayed.
 """
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import parse_json, read_regular_file
+from data_prep.common.safe_reading import parse_json, parse_json_lines, read_regular_file
 from data_prep.common.terminal import printable
+from data_prep.common.validation_messages import first_fault
 from train.evaluation.seen_stimuli import Seen
 from train.run.recipe import MOST_STIMULI
 from train.run.yaml_files import read_yaml
 
 Model = TypeVar("Model", bound=BaseModel)
 Text = Annotated[str, AfterValidator(printable)]
+LARGEST_SCORE = 1e100  # the R2 of a diverged network is far smaller; the square of this is still finite
+Number = Annotated[float, Field(ge=-LARGEST_SCORE, le=LARGEST_SCORE)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
 class _FileContent(BaseModel):
@@ -27,10 +30,10 @@ class _FileContent(BaseModel):
 class Score(_FileContent):
     """A metric over the sites."""
 
-    mean: float | None
-    median: float | None = None
-    ci95: tuple[float, float] | None = None
-    per_site: list[float | None]
+    mean: Number | None
+    median: Number | None = None
+    ci95: tuple[Number, Number] | None = None
+    per_site: list[Number | None]
     ceiling: Text | None = None
     method: Text | None = None
 
@@ -63,25 +66,25 @@ class Regression(_FileContent):
 class Classification(_FileContent):
     """The scores of predicted classes."""
 
-    top1: float
-    top5: float | None = None
-    balanced_accuracy: float | None = None
-    per_class: dict[Text, float] = {}
+    top1: Number
+    top5: Number | None = None
+    balanced_accuracy: Number | None = None
+    per_class: dict[Text, Number] = {}
 
 
 class LayerScores(_FileContent):
     """One layer of a probe."""
 
-    features: int | None = None
+    features: Count | None = None
     regression: Regression
-    inner_r2: float | None = None
+    inner_r2: Number | None = None
 
 
 class Metrics(_FileContent):
     """The part of metrics.json that a report shows."""
 
     split: Text
-    stimuli: int
+    stimuli: Annotated[int, Field(gt=0, le=MOST_STIMULI)]
     recording: Text
     fingerprint: Text | None = None
     simulated: bool = False
@@ -94,7 +97,7 @@ class Metrics(_FileContent):
     seen: Seen | None = None
     trained_on: list[Text] = []
     training_stimuli: Annotated[int, Field(gt=0, le=MOST_STIMULI)] | None = None
-    epoch: int | None = None
+    epoch: Count | None = None
 
 
 class Environment(_FileContent):
@@ -105,9 +108,9 @@ class Environment(_FileContent):
     versions: dict[Text, Text] = {}
     git_commit: Text | None = None
     devices: list[Text] = []
-    world_size: int = 1
+    world_size: Annotated[int, Field(gt=0, le=10**6)] = 1
     data: Text | None = None
-    parameters: dict[Text, int] = {}
+    parameters: dict[Text, Count] = {}
 
     @field_validator("data", mode="before")
     @classmethod
@@ -142,9 +145,8 @@ def _read(path: Path, model: type[Model]) -> Model:
     try:
         return model.model_validate(parse_json(read_regular_file(path)))
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "content"
-        raise BadInput(f"{path}: {field}: {first['msg']}; it is damaged or was not written by train/") from None
+        fault = first_fault(error, "content")
+        raise BadInput(f"{path}: {fault}; it is damaged or was not written by train/") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} is damaged ({error}); run the command that wrote it again") from None
 
@@ -165,17 +167,26 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a history.jsonl; a run that is training may be writing the last one."""
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
+    """The complete lines of a history.jsonl; a run that is training may be writing the last one.
+
+    Raises:
+        BadInput: it is damaged, or not a plain file.
+    """
+    if not path.exists():
         return []
-    history = []
-    for line in lines:
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(content, dict):
-            history.append(content)
-    return history
+    try:
+        lines = [content for _, content in parse_json_lines(read_regular_file(path))]
+        for content in lines:
+            _check_numbers(content)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{path} is damaged ({error}); remove the line, or report without this run") from None
+    return [content for content in lines if isinstance(content, dict)]
+
+
+def _check_numbers(content: Any) -> None:
+    """Refuse numbers that cannot be drawn."""
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list) else ()
+    for value in values:
+        _check_numbers(value)
+    if isinstance(content, int | float) and abs(content) > LARGEST_SCORE:
+        raise ValueError(f"{content:.3g} is no score, epoch or duration")

@@ -1,11 +1,10 @@
 """The results of a search, as train/sweep.py has written them: its trials, and the best one."""
 
-import csv
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep.common.errors import BadInput
+from data_prep.common.safe_reading import csv_lines, read_regular_file
 from data_prep.common.terminal import printable
 from train.sweeping.sweep_folder import SweepFolder
 
@@ -49,8 +48,8 @@ def read_sweep(path: Path) -> SweepResults:
     if not folder.csv.is_file():
         return SweepResults(name, ["trial"], [], "No trial has ended yet.", None, None)
     try:
-        table = list(csv.reader(io.StringIO(folder.csv.read_text(encoding="utf-8"))))
-    except (OSError, ValueError, csv.Error) as error:
+        table = [row for _, row in csv_lines(folder.csv)]
+    except (OSError, ValueError) as error:
         raise BadInput(f"{folder.csv} is damaged ({error}); run the sweep's command again to rewrite it") from None
     header, *lines = [[printable(cell) for cell in line] for line in table] or [[]]
     if not {"trial", "state", "run"} <= set(header) or any(len(line) != len(header) for line in lines):
@@ -60,7 +59,7 @@ def read_sweep(path: Path) -> SweepResults:
     ended = sum(line[state] in ("done", "failed") for line in lines)
     shown = [index for index in range(len(header)) if index != run]
     more = f" The first {MOST_ROWS} are shown." if len(lines) > MOST_ROWS else ""
-    figure = folder.heatmap.read_bytes() if folder.heatmap.is_file() else b""
+    figure = read_regular_file(folder.heatmap) if folder.heatmap.is_file() else b""
     best = folder.trials / Path(done[0][trial]).name if done else None
     return SweepResults(
         name,

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from data_prep.common.atomic_writes import exchange
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json, read_regular_file
+from data_prep.common.validation_messages import first_fault
 from train.run.progress import Progress
 
 CHECKSUMS = "sha256.json"
@@ -233,14 +234,15 @@ def load_progress(checkpoint: Path) -> Progress:
     """
     path = checkpoint / "progress.json"
     try:
-        return Progress.model_validate_json(read_regular_file(path))
+        content = read_regular_file(path)
+        parse_json(content)  # refuses what pydantic lets pass, such as numbers of 400 digits
+        return Progress.model_validate_json(content)
     except OSError:
         raise BadInput(
             f"{checkpoint} is not a checkpoint (no progress.json); has the run completed an epoch?"
         ) from None
     except ValidationError as error:
-        first = error.errors()[0]
-        raise BadInput(f"{path} is damaged ({'.'.join(map(str, first['loc']))}: {first['msg']})") from None
+        raise BadInput(f"{path} is damaged ({first_fault(error)})") from None
     except ValueError as error:
         raise BadInput(f"{path} is damaged ({error})") from None
 

@@ -9,7 +9,6 @@ RUN/failures/rank_N.txt                                tracebacks of unexpected 
 """
 
 import contextlib
-import json
 import os
 import time
 import traceback
@@ -168,10 +167,17 @@ class RunFolder:
             raise
 
     def epochs(self) -> list[str]:
-        """The complete lines of history.jsonl; a crash can leave half a line at its end."""
+        """The complete lines of history.jsonl; a crash can leave half a line at its end.
+
+        Raises:
+            BadInput: it cannot be read.
+        """
         if not self.history.exists():
             return []
-        text = self.history.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = read_regular_file(self.history).decode("utf-8", errors="replace")
+        except (OSError, ValueError) as error:
+            raise BadInput(f"{self.history} cannot be read ({error})") from None
         return [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
     def data_folders(self) -> list[str]:
@@ -198,8 +204,8 @@ def epoch_of(line: str, path: Path) -> int:
         BadInput: the line is damaged.
     """
     try:
-        return int(json.loads(line)["epoch"])
-    except (ValueError, KeyError, TypeError, RecursionError):
+        return int(parse_json(line)["epoch"])
+    except (ValueError, KeyError, TypeError):
         raise BadInput(f"{path}: the line {line[:60].strip()!r} has no epoch; remove it") from None
 
 

@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.common import locks
 from data_prep.common.atomic_writes import write_bytes
+from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.shards.manifest import Manifest
 from train.evaluation.seen_stimuli import mark_of, seen_in
 from train.run.folder import RunFolder
@@ -100,7 +101,7 @@ def _reported_scores(folder: SweepFolder, standings: Standings) -> list[str]:
     path = RunFolder(folder.run(standings.best.run)).evaluation(REPORTED_SPLIT) / "metrics.json"
     if not path.is_file():
         return []
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = parse_json(read_regular_file(path))
     scores = []
     for name, key in METRICS.items():
         block = metrics.get("regression", {}).get(key)
@@ -127,7 +128,7 @@ def _csv_table(folder: SweepFolder, standings: Standings) -> str:
 def _best_recipe(folder: SweepFolder, standings: Standings, best: TrialStatus) -> str:
     value = f"{standings.plan.metric} {best.value:.4g} on inner after epoch {best.facts['best_epoch']}"
     so_far = "" if standings.settled else ", of the trials so far"
-    recipe = folder.trial_recipe(best.run).read_text(encoding="utf-8")
+    recipe = read_regular_file(folder.trial_recipe(best.run)).decode()
     return f"# The best trial of {folder.path.name}{so_far}: {best.run}, {value}.\n{recipe}"
 
 

@@ -1,6 +1,5 @@
 """A worker of a search: claims trials, trains them, and scores the best."""
 
-import json
 import shutil
 import signal
 import sys
@@ -11,6 +10,7 @@ from types import FrameType
 from typing import Any
 
 from data_prep.common.errors import BadInput, RunFailed
+from data_prep.common.safe_reading import parse_json_lines, read_regular_file
 from data_prep.remote.url import move_secrets_to_environment
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.storage import open_files
@@ -204,7 +204,7 @@ class Worker:
 
 def read_result(run: RunFolder) -> tuple[float, dict[str, float]]:
     """The best value of a run's selection metric, and best_epoch, epochs and seconds (of training and scoring)."""
-    epochs = [json.loads(line) for line in run.history.read_text(encoding="utf-8").splitlines()]
+    epochs = [content for _, content in parse_json_lines(read_regular_file(run.history))]
     seconds = sum(epoch["train_seconds"] + epoch["score_seconds"] for epoch in epochs)
     progress = load_progress(resolve_checkpoint(run.checkpoints, "best"))
     assert progress.best is not None  # a run that is done has scored an epoch

@@ -555,7 +555,7 @@ BAD_COMMAND_LINES = {
     "unknown option": (["--trails", "t.npy"], "did you mean", "--trials"),
     "unknown option of the command": (["--worker", "3"], "--workers"),
     "a word too many": (["and more"], "and more"),
-    "below its bound": (["--workers", "0"], "workers", "greater than or equal to 1"),
+    "below its bound": (["--workers", "0"], "workers", "at least 1"),
     "no number": (["--stimuli-per-shard", "many"], "--stimuli-per-shard", "many"),
     "no fraction": (["--val-fraction", "a lot"], "--val-fraction", "a lot"),
     "one number of two": (["--window-ms", "70"], "--window-ms"),
