@@ -63,10 +63,10 @@ def _responses(folder: ShardFolder, name: str) -> str:
     if not split.has_responses:
         return "without responses"
     try:
-        silent = np.flatnonzero(np.isnan(split.rates()).all(axis=1)) if not split.is_remote else ()
+        silent = [] if split.is_remote else np.flatnonzero(np.isnan(split.rates()).all(axis=1)).tolist()
     except BadInput:  # damaged, which --verify reports in full
         return "with responses"
-    if not len(silent):
+    if not silent:
         return "with responses"
     return f"with responses ({len(silent):,} without any, e.g. {split.stimulus_ids[silent[0]]})"
 

@@ -235,8 +235,8 @@ def load_progress(checkpoint: Path) -> Progress:
     path = checkpoint / "progress.json"
     try:
         content = read_regular_file(path)
+        progress = Progress.model_validate_json(content)
         parse_json(content)  # refuses what pydantic lets pass, such as numbers of 400 digits
-        return Progress.model_validate_json(content)
     except OSError:
         raise BadInput(
             f"{checkpoint} is not a checkpoint (no progress.json); has the run completed an epoch?"
@@ -245,6 +245,7 @@ def load_progress(checkpoint: Path) -> Progress:
         raise BadInput(f"{path} is damaged ({first_fault(error)})") from None
     except ValueError as error:
         raise BadInput(f"{path} is damaged ({error})") from None
+    return progress
 
 
 def load_tensors(checkpoint: Path, name: str) -> dict[str, torch.Tensor]:

@@ -227,9 +227,9 @@ def _pandas_index(file: "pq.ParquetFile") -> _PandasIndex:
     ranges = [entry for entry in entries if isinstance(entry, dict) and entry.get("kind") == "range"]
     numbers = None
     if len(ranges) == 1:
-        start, stop, step = (ranges[0].get(key) for key in ("start", "stop", "step"))
-        if all(type(number) is int and abs(number) < _LARGEST_INDEX for number in (start, stop, step)) and step:
-            numbers = range(start, stop, step)
+        ends = [number for key in ("start", "stop", "step") if type(number := ranges[0].get(key)) is int]
+        if len(ends) == 3 and all(abs(number) < _LARGEST_INDEX for number in ends) and ends[2]:
+            numbers = range(*ends)
     return _PandasIndex(frozenset(entry for entry in entries if isinstance(entry, str)), numbers)
 
 
