@@ -2,7 +2,7 @@
 # Set up, check style and types, run all tests. Further arguments go to pytest: launch/test.sh -k metrics
 #
 #   --oldest    run them with the lowest versions that pyproject.toml admits, in .venv-oldest, without checks of style
-#   --slow      run the tests that take minutes too
+#   --slow      run the tests that take minutes too, and start every process from a fresh interpreter
 #   --slurm     run only those on a real Slurm, installed first where it is missing (Debian's packages, as root)
 #   --browser   run only those in headless Chromium, installed likewise
 set -euo pipefail
@@ -29,14 +29,21 @@ case "${1:-}" in
     ;;
 esac
 
+types=
 if [ "${1:-}" = --oldest ]; then
     shift
 else
     "$python" -m ruff check .
     "$python" -m ruff format --check .
-    "$python" -m mypy
+    # Types are checked while the tests run, which wait for one another now and then.
+    "$python" -m mypy &
+    types=$!
 fi
-# Most of the time goes into starting processes that compute little: as many files at a time as there are cores, up to
-# four, with one thread each.
+# Most tests start processes that compute little: as many files at a time as there are cores, up to four, with one thread
+# each.
 workers=$(($(nproc) < 4 ? $(nproc) : 4))
-OMP_NUM_THREADS=1 exec "$python" -m pytest --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations 25 "$@"
+failed=
+OMP_NUM_THREADS=1 "$python" -m pytest \
+    --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations 25 "$@" || failed=tests
+[ -z "$types" ] || wait "$types" || failed="$failed types"
+[ -z "$failed" ] || fail "$failed"
