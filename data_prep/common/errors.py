@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from data_prep.common.terminal import printable
 BAD_INPUT, FAILURE, INTERRUPTED = 2, 1, 130
 DIVERGED = "the training diverged: "  # starts the message of a failure that a retry would not fix
 STOPPED = 75  # EX_TEMPFAIL of sysexits.h: running the same command again continues the work
+SECONDS_FOR_REPORT = 10  # by which the first process of a machine may lag behind the others
 
 
 class BadInput(Exception):
@@ -65,6 +67,9 @@ def run_command(main: Callable[[], None], *, on_ranks: bool = False) -> None:
     except (BadInput, RunFailed) as error:
         if reports or error.on_one_rank:
             print(f"error: {printable(str(error))}", file=sys.stderr, flush=True)
+        else:
+            # Launchers stop all processes as soon as one has ended, also the one that reports.
+            time.sleep(SECONDS_FOR_REPORT)
         sys.exit(BAD_INPUT if isinstance(error, BadInput) else FAILURE)
     except Stopped as stop:
         if reports:

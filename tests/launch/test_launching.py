@@ -83,6 +83,27 @@ def test_bad_input_under_the_launcher_is_reported_once(trained, recording):
     assert "Traceback" not in done.stderr
 
 
+# The process that reports is the last to notice.
+LAGS = """
+import os, time
+from data_prep.common.errors import BadInput, run_command
+
+def main():
+    time.sleep(2 * (os.environ["RANK"] == "0"))
+    raise BadInput("no such thing")
+
+run_command(main, on_ranks=True)
+"""
+
+
+def test_the_report_is_not_lost_when_the_process_that_reports_lags(tmp_path):
+    script = tmp_path / "lags.py"
+    script.write_text(LAGS)
+    done = launch(2, script, PYTHONPATH=str(ROOT))
+    assert done.returncode == 2
+    assert done.stderr == "error: no such thing\n"
+
+
 def test_more_processes_than_stimuli_in_a_batch_are_refused(recording, tmp_path):
     options = ["--data", recording, "--out", tmp_path / "run", *SMALL, "--batch.global-size", "2"]
     done = launch(3, "train/finetune.py", *options)
