@@ -178,8 +178,7 @@ def _flatten(loaded: _Loaded, rules: ImageRules) -> None:
         loaded.image = image.convert("RGB")
     elif image.has_transparency_data:
         rgba = image.convert("RGBA")
-        lowest, _ = rgba.getchannel("A").getextrema()
-        if lowest < 255:
+        if np.asarray(rgba.getchannel("A")).min() < 255:
             loaded.notes.append(COMPOSITED)
             ground = Image.new("RGBA", rgba.size, (*rules.background_rgb, 255))
             rgba = Image.alpha_composite(ground, rgba)
