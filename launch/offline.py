@@ -20,7 +20,6 @@ from requirements import ROOT, Requirement, canonicalize_name, installed_version
 COMES_WITH_TORCH = (
     *("torch", "torchvision", "timm", "accelerate", "transformers", "numpy", "scipy", "h5py", "pyarrow", "pillow"),
     *("matplotlib", "tensorboard", "safetensors", "fsspec", "pyyaml", "tqdm", "jinja2", "psutil", "ninja", "packaging"),
-    "setuptools",
 )
 SOURCE_ONLY = "deepspeed"  # it has no wheels; one without its operations, which are compiled on use, serves any Python
 OLDEST_GLIBC, NEWEST_GLIBC = 5, 28  # minor versions 2.x of the C library that a wheel may be built for
