@@ -36,3 +36,22 @@ def test_a_locked_archive_is_refused(tmp_path):
     (tmp_path / "p.zip").write_bytes(data)
     with ImageFiles(tmp_path / "p.zip").reading() as load, pytest.raises(BadInput, match=r"one\.png.*password"):
         load("one.png")
+
+
+@pytest.mark.parametrize("as_archive", [False, True])
+def test_only_spellings_of_the_same_path_are_found_and_only_if_unique(tmp_path, as_archive):
+    names = ("a/café.JPG", "a/b.png", "a/B.png", "two/x.PNG", "two/x.png")
+    folder = tmp_path / "images"
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+    if as_archive:
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+            for name in names:
+                archive.writestr(name, b"")
+    files = ImageFiles(tmp_path / "images.zip" if as_archive else folder)
+    for spelled in ("a/café.jpg", "a\\café.JPG", "./a/café.Jpg", "a/cafe\u0301.jpg"):
+        assert files.find_path(spelled) == "a/café.JPG"
+    assert [files.find_path(name) for name in names] == list(names)
+    for other in ("A/café.jpg", "a/cafe.jpg", "a/café.jpeg", "café.jpg", "two/x.Png", "..\\images\\a\\b.png"):
+        assert files.find_path(other) is None
