@@ -196,7 +196,8 @@ class Brainio(HeldOut):
         if unknown := [name for name in names if name not in row_of]:
             raise BadInput(
                 f"{table.path}: {len(unknown)} of the {len(names)} stimuli of {self.source} have no row, e.g. "
-                f"{unknown[0]!r}; it must be the stimulus set of this assembly"
+                f"{unknown[0]!r}, where its ids are like {next(iter(row_of), '')!r}; it must be the stimulus set of "
+                "this assembly"
             )
         return {name: row_of[name] for name in names}
 
