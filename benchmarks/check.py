@@ -38,9 +38,10 @@ PACKING_SECONDS = 180
 
 
 def folder_of(identity: ProcessIdentity) -> Path:
-    """The folder that the processes of this machine share."""
-    name = os.environ.get("MASTER_PORT", "") if identity.world_size > 1 else str(os.getpid())
-    return Path(tempfile.gettempdir()) / f"spiketune_check_{os.getuid()}_{name}"
+    """The folder that the processes of this machine share, and no others, even if machines share a file system."""
+    job = os.environ.get("MASTER_PORT", "") if identity.world_size > 1 else str(os.getpid())
+    first_rank = identity.rank - identity.local_rank
+    return Path(tempfile.gettempdir()) / f"spiketune_check_{os.getuid()}_{job}_{first_rank}"
 
 
 def run_stage(name: str, seconds: float, folder: Path, environment: Mapping[str, str]) -> Verdict | None:

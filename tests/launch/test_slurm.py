@@ -64,6 +64,6 @@ def test_evaluations_and_probes_run(slurm, recording, undisturbed, tmp_path):
 def test_the_check_of_two_nodes_passes(slurm, tmp_path):
     log = tmp_path / "check"
     job = slurm.submit("--nodes=2", f"--output={log}", "launch/slurm/check.sbatch", **SETTINGS)
-    assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", log.read_text()
+    assert slurm.wait_for(job, "COMPLETED", "FAILED", seconds=600) == "COMPLETED", log.read_text()
     assert "2 processes on" in log.read_text()
     assert "this setup is ready" in log.read_text()
