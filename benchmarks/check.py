@@ -66,9 +66,14 @@ def last_line(log: Path) -> str:
 
 
 def without_peers() -> dict[str, str]:
-    """The environment of a process that runs alone."""
-    apart = (*RANK_VARIABLES, *ADDRESS_VARIABLES)
-    return {name: value for name, value in os.environ.items() if name not in apart and "TORCHELASTIC" not in name}
+    """The environment of a process that runs alone: without a trace of the launcher that started this one."""
+    variables, launchers = (
+        (*RANK_VARIABLES, *ADDRESS_VARIABLES),
+        ("TORCHELASTIC", "SLURM_", "OMPI_", "MV2_", "PMI", "MPI_"),
+    )
+    return {
+        name: value for name, value in os.environ.items() if name not in variables and not name.startswith(launchers)
+    }
 
 
 def with_peers(stage: int) -> dict[str, str]:

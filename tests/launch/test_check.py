@@ -12,7 +12,8 @@ import check
 from checking import stages
 from checking.verdicts import FAILED, OK, SKIPPED, SLOW, Verdict, listing, read_verdicts
 
-from data_prep.common.process_identity import ProcessIdentity
+from data_prep.common.process_identity import ADDRESS_VARIABLES, RANK_VARIABLES, ProcessIdentity
+from train.distributed.launch_environment import MPI_VARIABLES, PROCESS_COUNTS
 
 CPU = {"host": "a", "versions": {"torch": "2.15.0", "timm": "1.0"}, "cores": 8}
 GPU = CPU | {"device": "H100", "id": "GPU-1", "GiB": 80.0}
@@ -85,6 +86,13 @@ def test_each_stage_meets_at_a_port_of_its_own(monkeypatch):
         ports = {int(check.with_peers(stage)["MASTER_PORT"]) for stage in range(len(stages.STAGES))} | {int(first)}
         assert len(ports) == len(stages.STAGES) + 1
         assert all(1024 <= port < 65536 for port in ports)
+
+
+def test_the_process_that_runs_alone_knows_of_no_launcher(monkeypatch):
+    traces = {*RANK_VARIABLES, *ADDRESS_VARIABLES, *PROCESS_COUNTS, *MPI_VARIABLES, "TORCHELASTIC_RUN_ID"}
+    for name in traces:
+        monkeypatch.setenv(name, "2")
+    assert not traces & check.without_peers().keys()
 
 
 @slow
