@@ -104,7 +104,8 @@ def small_recording(folder: Path) -> Path:
         lines.append(f"s{row},{name},{'ab'[row % 2]},{('train', 'train', 'val')[row % 3]}")
     (folder / "stimuli.csv").write_text("\n".join(lines))
     np.save(folder / "trials.npy", draw.normal(size=(12, 2, 3)).astype(np.float32))
-    return pack(Folder(source=folder).open(), folder / "shards", stimuli_per_shard=4, workers=1).folder
+    source = Folder(source=folder, trial_axes="repetitions-sites")
+    return pack(source.open(), folder / "shards", stimuli_per_shard=4, workers=1).folder
 
 
 class _Table:

@@ -12,7 +12,7 @@ import fuzz
 
 READERS = (
     *("manifest", "index", "targets", "tar", "npy", "json", "image", "zip", "recipe", "probe", "sweep", "progress"),
-    *("sums", "checkpoint", "weights", "predictions"),
+    *("sums", "checkpoint", "weights", "predictions", "seen"),
 )
 
 
