@@ -31,6 +31,7 @@ esac
 
 types=
 if [ "${1:-}" = --oldest ]; then
+    export SPIKETUNE_OLDEST=1
     shift
 else
     "$python" -m ruff check .
