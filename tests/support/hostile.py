@@ -169,7 +169,7 @@ def reindexed(folder: Path) -> Path:
                 bytes=path.stat().st_size,
                 sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
             )
-            index.setdefault(name, []).append(index_shard(path))
+            index.setdefault(name, []).append(index_shard(path, decode=True))
     write_index(folder, {name: SplitIndex.joined(tars) for name, tars in index.items()})
     manifest.save(folder / "manifest.json")
     return folder
