@@ -157,7 +157,7 @@ def _parse_with_tyro(model: type[Parsed], words: Sequence[str], defaults: Mappin
     model_defaults = {name: declared_default(field) for name, field in model.model_fields.items()}
     default = model.model_construct(None, **(model_defaults | dict(defaults)))
     tyro_output = io.StringIO()
-    config = (tyro.conf.FlagCreatePairsOff, *(SUBCOMMAND_SETTINGS if _subcommands(model) else ()))
+    config = SUBCOMMAND_SETTINGS if _subcommands(model) else ()
     try:
         with contextlib.redirect_stderr(tyro_output):
             return tyro.cli(model, args=words, default=default, config=config)

@@ -70,13 +70,18 @@ class Option:
 
     @property
     def flags(self) -> list[str]:
-        """Its flags; settings of a section are spelled as in a recipe."""
+        """Its flags; settings of a section are spelled as in a recipe.
+
+        A switch has a flag for either state. The one that changes the default comes first; the other repeats what a
+        recipe, or a run that is resumed, already says.
+        """
         name = self.name if "." in self.name else self.name.replace("_", "-")
-        if self.default is True:
-            section, dot, last = name.rpartition(".")
-            name = f"{section}{dot}no-{last}"
         aliases = [alias for mark in self.field.metadata for alias in getattr(mark, "aliases", None) or ()]
-        return [f"--{name}", *aliases]
+        if not isinstance(self.default, bool):
+            return [f"--{name}", *aliases]
+        section, dot, last = name.rpartition(".")
+        states = [f"--{name}", f"--{section}{dot}no-{last}"]
+        return [*(reversed(states) if self.default else states), *aliases]
 
     @property
     def usage(self) -> str:

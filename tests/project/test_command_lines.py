@@ -6,6 +6,8 @@ import sys
 import pytest
 from helpers import ROOT, assert_refused, run_here
 
+from train.finetune import parse_command_line
+
 COMMANDS = [f"data_prep/{name}.py" for name in ("pack", "show", "fetch")]
 COMMANDS += [f"train/{name}.py" for name in ("finetune", "evaluate", "probe", "sweep", "report", "plan", "export")]
 SLOW = ("torch", "timm", "accelerate", "deepspeed", "webdataset", "h5py", "pyarrow", "scipy", "matplotlib", "optuna")
@@ -69,6 +71,17 @@ def test_a_bad_command_line_imports_nothing_slow(words):
 )
 def test_a_mistake_is_named_with_what_is_right(command, words):
     assert_refused(run_here(*command), *words)
+
+
+def test_a_switch_that_a_run_has_on_may_be_named_again_when_it_resumes(tmp_path, monkeypatch):
+    """The command of a run and --resume: its own recipe gives the defaults then."""
+    words = ["--data", "d", "--out", str(tmp_path / "run"), "--deterministic", "--augment.no-flip"]
+    _, recipe = parse_command_line(words)
+    assert recipe.deterministic
+    monkeypatch.setattr("train.finetune.open_run", lambda run: (None, recipe))
+    options, resumed = parse_command_line([*words, "--resume"])
+    assert options.resume
+    assert resumed == recipe
 
 
 def test_help_begins_with_what_people_need():
