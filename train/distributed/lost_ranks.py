@@ -26,12 +26,13 @@ class LostRankWatch:
     """A thread that waits for the heartbeat's exchanges and, if one fails, ends the process if nobody else does.
 
     Args:
+        report: tells the other ranks that this one runs, so that it does not count as lost.
         explain: a sentence about the ranks that are lost.
         notice_seconds: that the main thread has to notice the failure.
     """
 
-    def __init__(self, explain: Callable[[], str], notice_seconds: float = NOTICE_SECONDS):
-        self._explain, self._notice_seconds = explain, notice_seconds
+    def __init__(self, report: Callable[[], None], explain: Callable[[], str], notice_seconds: float = NOTICE_SECONDS):
+        self._report, self._explain, self._notice_seconds = report, explain, notice_seconds
         self._exchanges: queue.SimpleQueue[dist.Work | None] = queue.SimpleQueue()
         self._ended = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
@@ -50,6 +51,8 @@ class LostRankWatch:
             try:
                 exchange.wait()
             except RuntimeError:
+                with suppress(RuntimeError):  # the machine that collects the reports may be the one that is lost
+                    self._report()
                 if not self._ended.wait(self._notice_seconds):
                     print(f"error: {printable(self._explain())}", file=sys.stderr, flush=True)
                     os._exit(FAILURE)  # the main thread cannot be woken
@@ -61,18 +64,22 @@ def leaving_group() -> Iterator[None]:
     """Leave the process group at the end of the block.
 
     In an orderly end, also of stopped work, operations under way are finished first. After another exception those of
-    nccl are aborted, and the process is ended after a minute, whatever still hangs: its message is printed by then.
+    nccl are aborted, and the group is left as it is where that fails. Whatever hangs then, the process is ended after a
+    minute; its message is printed by then.
     """
     try:
         yield
-    except Stopped:
+    except BaseException as error:
+        if isinstance(error, Stopped) or not dist.is_initialized() or dist.get_backend() != "nccl":
+            _leave_group()
+            raise
+        faulthandler.dump_traceback_later(END_SECONDS, exit=True)
+        with suppress(RuntimeError, ValueError):
+            dist.distributed_c10d._abort_process_group()
         raise
-    except BaseException:
-        if dist.is_initialized() and dist.get_backend() == "nccl":
-            faulthandler.dump_traceback_later(END_SECONDS, exit=True)
-            with suppress(RuntimeError, ValueError):
-                dist.distributed_c10d._abort_process_group()
-        raise
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    _leave_group()
+
+
+def _leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

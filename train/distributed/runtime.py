@@ -112,15 +112,24 @@ class Runtime:
                 named_first = timedelta(seconds=NAMING_SECONDS if dist.get_backend(group) == "nccl" else 0)
                 _set_timeout(self._step_timeout + named_first, group)
 
+    def report_to_others(self) -> None:
+        """Tell the other ranks that this one runs and has noticed a failure.
+
+        Raises:
+            RuntimeError: the machine that collects the reports cannot be reached.
+        """
+        store = dist.distributed_c10d._get_default_store()
+        store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
+        store.set(f"roll call/{self.rank}", "here")
+
     def unresponsive_ranks(self) -> list[int]:
         """The ranks that do not report within three seconds that they have noticed a failure too.
 
         Raises:
             RuntimeError: the machine that collects the reports cannot be reached either.
         """
+        self.report_to_others()
         store = dist.distributed_c10d._get_default_store()
-        store.set_timeout(timedelta(seconds=ROLL_CALL_SECONDS))
-        store.set(f"roll call/{self.rank}", "here")
         deadline, missing = time.monotonic() + ROLL_CALL_SECONDS, list(range(self.ranks))
         while missing and time.monotonic() < deadline:
             missing = [rank for rank in missing if not store.check([f"roll call/{rank}"])]
@@ -293,7 +302,7 @@ def _watched(runtime: Runtime) -> Iterator[None]:
     if not runtime.on_gpu or runtime.ranks == 1:
         yield
         return
-    watch = LostRankWatch(lambda: _explain_lost_connection(runtime))
+    watch = LostRankWatch(runtime.report_to_others, lambda: _explain_lost_connection(runtime))
     runtime.heartbeat.watch = watch
     try:
         yield

@@ -22,7 +22,8 @@ def blocked_rank(rank: int, folder) -> None:
     sys.stderr = (folder / f"{rank}.txt").open("w")
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
     heartbeat = Heartbeat(2, timedelta(seconds=60))
-    heartbeat.watch = LostRankWatch(lambda: "rank 1 on here has ended or hangs", notice_seconds=0.2)
+    watch = LostRankWatch(lambda: None, lambda: "rank 1 on here has ended or hangs", notice_seconds=0.2)
+    heartbeat.watch = watch
     heartbeat.beat()
     heartbeat.beat()
     heartbeat._exchange.wait()
@@ -56,15 +57,17 @@ def broken() -> SimpleNamespace:
 
 @pytest.mark.parametrize("noticed", [True, False])
 def test_a_process_that_notices_is_left_alone(monkeypatch, noticed):
-    exits = []
+    """Either way it tells the others at once that it runs: they do not wait, and would call it lost."""
+    exits, reports = [], []
     monkeypatch.setattr(lost_ranks.os, "_exit", exits.append)
-    watch = LostRankWatch(lambda: "rank 1 is lost", notice_seconds=0.3)
+    watch = LostRankWatch(lambda: reports.append("here"), lambda: "rank 1 is lost", notice_seconds=0.3)
     watch.follow(SimpleNamespace(wait=lambda: None))
     watch.follow(broken())
     if noticed:
         watch.end()
     time.sleep(1)
     assert exits == ([] if noticed else [FAILURE])
+    assert reports == ["here"]
 
 
 @pytest.mark.parametrize(
