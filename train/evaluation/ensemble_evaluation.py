@@ -21,7 +21,7 @@ from data_prep.remote.url import public_location
 from data_prep.shards.folder import ShardFolder
 from train.data.bad_samples import BadSamples
 from train.data.recordings import Recordings
-from train.data.seen import FITTED, SeenImages, SeenRecord, images_of_split, inherited_record, record_of
+from train.data.seen import FITTED, SeenImages, SeenRecord, images_of_split, inherited_record
 from train.data.stimuli import RecordingStimuli
 from train.evaluation.ensemble_record import (
     ENSEMBLE_FILE,
@@ -37,7 +37,7 @@ from train.evaluation.moments import SiteMoments
 from train.evaluation.options import Evaluate
 from train.evaluation.predictions_file import METRICS_FILE, Predictions, predictions_of
 from train.evaluation.run_evaluation import print_warnings, summary
-from train.evaluation.seen_stimuli import SeenRule, selected_on
+from train.evaluation.seen_stimuli import NothingLeftOut, SeenRule, selected_on
 from train.run.folder import LEFT_OUT, RunFolder, open_run
 from train.run.recipe import Loader, Recipe
 
@@ -100,11 +100,8 @@ def _stacked_on(record: SeenRecord, shards: ShardFolder) -> SeenImages:
 
     The members were fitted on the others themselves.
     """
-    train, stimulus_ids = (
-        images_of_split(shards, "train"),
-        shards.split("train").stimulus_ids,
-    )
-    images = SeenImages(FITTED, shards.manifest.name, "", train, stimulus_ids)
+    train = images_of_split(shards, "train")
+    images = SeenImages(FITTED, shards.manifest.name, "", train, shards.split("train").stimulus_ids)
     return images.at(record.overlap(train).selected)
 
 
@@ -144,14 +141,19 @@ def _checked_out(options: Evaluate) -> Path:
 
 
 def _jobs(options: Evaluate, run: Path, recipe: Recipe) -> list[EvaluationJob]:
-    """The evaluations that a fine-tuned run needs: of the split, and of the left-out stimuli if these are used."""
+    """The evaluations that a fine-tuned run needs: of the split, and of its left-out stimuli.
+
+    Only stacked weights need those; a mean without them cannot be a teacher or be stacked itself.
+    """
     if not recipe.task.predicts_responses:
         raise BadInput(f"{run} does not predict responses, which is what an ensemble combines")
     jobs = prepare(options, run, options.split)
-    has_left_out = recipe.early_stopping.split == "inner" and record_of(run) is not None
-    if options.combine == "stack" or has_left_out:
-        jobs += prepare(options, run, LEFT_OUT)
-    return jobs
+    try:
+        return jobs + prepare(options, run, LEFT_OUT)
+    except NothingLeftOut:
+        if options.combine == "stack":
+            raise
+        return jobs
 
 
 def _check_free(out: Path, ensembles: Sequence[Ensemble]) -> None:

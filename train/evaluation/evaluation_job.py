@@ -17,7 +17,7 @@ from train.data.stimuli import RecordingStimuli
 from train.distributed.launch_environment import this_process
 from train.evaluation.options import Evaluate
 from train.evaluation.scoring import check_enough_stimuli
-from train.evaluation.seen_stimuli import Part, Seen, SeenRule, left_out_of
+from train.evaluation.seen_stimuli import NothingLeftOut, Part, Seen, SeenRule, left_out_of
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import LEFT_OUT, RunFolder, check_writable, open_run
 from train.run.progress import Progress
@@ -59,10 +59,10 @@ class OpenedRun:
         """Refuse a run that has no inner split.
 
         Raises:
-            BadInput: its epoch was chosen on val.
+            NothingLeftOut: its epoch was chosen on val.
         """
         if self.recipe.early_stopping.split != "inner":
-            raise BadInput(
+            raise NothingLeftOut(
                 f"{self.folder.path} was fitted on all of train (early_stopping.split: val): no stimuli are left out"
             )
 
@@ -120,6 +120,7 @@ def prepare(options: Evaluate, path: Path, split: str) -> list[EvaluationJob]:
 
     Raises:
         BadInput: they do not fit, or stimuli were fitted that --seen does not allow.
+        NothingLeftOut: `left_out` is to be scored, and there are no such stimuli.
     """
     run = _open_run(options, path)
     if split == LEFT_OUT:

@@ -100,6 +100,10 @@ def selected_on(splits: Iterable[str], split: str, seen: Seen) -> list[str]:
     return list(dict.fromkeys([*splits, *scored]))
 
 
+class NothingLeftOut(BadInput):
+    """A run that has no training stimuli of which it is known that it was not fitted on them."""
+
+
 @dataclass(frozen=True)
 class Comparison:
     """Scored stimuli compared with a record.
@@ -197,10 +201,10 @@ def left_out_of(record: SeenRecord | None, run: str, recording: str | None, trai
         Positions, ascending.
 
     Raises:
-        BadInput: the run has no record, or none of these stimuli are there.
+        NothingLeftOut: the run has no record, or none of these stimuli are there.
     """
     if record is None:
-        raise BadInput(
+        raise NothingLeftOut(
             f"{run} has no record of what it was fitted on (an earlier version trained it), so what it left out is "
             "not known; train it again"
         )
@@ -208,5 +212,7 @@ def left_out_of(record: SeenRecord | None, run: str, recording: str | None, trai
     fitted = joined([part.images for part in record.of_role(FITTED)])
     positions = np.flatnonzero(is_among(train, joined([part.images for part in own])) & ~is_among(train, fitted))
     if not len(positions):
-        raise BadInput(f"{run} left out none of these training stimuli: it, or its weights, were fitted on all of them")
+        raise NothingLeftOut(
+            f"{run} left out none of these training stimuli: it, or its weights, were fitted on all of them"
+        )
     return positions
