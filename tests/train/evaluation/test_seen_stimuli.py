@@ -17,11 +17,11 @@ from data_prep.shards.folder import ShardFolder
 from data_prep.shards.image_identity import ImageIdentities, image_identities
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
-from train.data.seen import FITTED, SELECTED, TAUGHT, SeenRecord, is_among, record_of
+from train.data.seen import FITTED, SELECTED, TAUGHT, SeenImages, SeenRecord, is_among, record_of
 from train.evaluation.seen_stimuli import SeenRule
 from train.finetuning.setup.preparation import prepare
 from train.finetuning.setup.resume import StartingPoint
-from train.finetuning.setup.seen_record import keep_record
+from train.finetuning.setup.seen_record import notes_on_seen, record_of_run
 from train.models.inherited_record import record_of_weights
 from train.probing.layer_regressions import Partition
 from train.probing.seen_check import ProbeCheck
@@ -112,12 +112,11 @@ def prepared(data: list[Path], out: Path, **settings):
         {"images": {"size": 32}, "backbone": {"name": "test_convnext", "weights": "random"}} | settings
     )
     run = prepare(recipe, data, out, False)
-    out.mkdir()
     progress = Progress(
         recording="", selection_metric="r2", selection_split="inner", site_ids=[], classes=None, image_size=32
     )
-    notes = keep_record(run, StartingPoint(None, progress, []))
-    return run, record_of(out), notes
+    record = record_of_run(run, StartingPoint(None, progress, []))
+    return run, record, notes_on_seen(run, record)
 
 
 def test_the_record_of_a_subset_has_the_subset(first, tmp_path):
@@ -328,6 +327,17 @@ def test_predictions_of_other_scores_are_refused(run, probe, tmp_path):
     assert_refused(run_here("train/report.py", copy, "--out", tmp_path / "report"), *words)
     assert_refused(run_here("train/evaluate.py", copy, "--out", tmp_path / "out"), *words)
     assert not (tmp_path / "report").exists()
+
+
+def test_runs_that_left_nothing_out_have_a_mean_but_no_stack(scored, probe, first, record, tmp_path):
+    """Their weights were fitted on all of train, which only learning weights would need."""
+    images, ids = image_identities(ShardFolder(first), "train"), ShardFolder(first).split("train").stimulus_ids
+    ancestor = SeenRecord((SeenImages(FITTED, "mine", "weights elsewhere", images, ids),))
+    record.inheriting(ancestor, "weights elsewhere").write(scored)
+    succeed_here("train/evaluate.py", scored, probe, "--out", tmp_path / "mean")
+    assert not (tmp_path / "mean" / "eval" / "left_out").exists()
+    done = run_here("train/evaluate.py", scored, probe, "--combine", "stack", "--out", tmp_path / "stack")
+    assert_refused(done, "left out none of these training stimuli")
 
 
 def test_an_ensemble_has_seen_what_its_members_have(run, probe, first, second, record, tmp_path):

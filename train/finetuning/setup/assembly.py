@@ -18,7 +18,7 @@ from train.finetuning.setup.preparation import PreparedRun
 from train.finetuning.setup.recipe_checks import check_batch_norm
 from train.finetuning.setup.resume import StartingPoint
 from train.finetuning.setup.ridge_start import start_from_ridge
-from train.finetuning.setup.seen_record import keep_record
+from train.finetuning.setup.seen_record import notes_on_seen, record_of_run
 from train.models.network import Network, parameter_groups
 from train.run.monitor import Monitor
 from train.run.tensorboard import training_pages
@@ -41,17 +41,14 @@ def build(run: PreparedRun, start: StartingPoint, runtime: Runtime) -> Training:
     start.load_optimizer(engine)
     if average is not None:
         average.follow(engine)
-    if not run.resume:
-        facts = run_facts(run, size, runtime)
-        runtime.run_on_main(lambda: run.folder.claim(recipe, run.locations, facts))
-    notes_on_seen: list[str] = []
-    runtime.run_on_main(lambda: notes_on_seen.extend(keep_record(run, start)))
+    facts, seen = run_facts(run, size, runtime), list[str]()
+    runtime.run_on_main(lambda: seen.extend(begin_folder(run, start, facts)))
     monitor = Monitor(run.folder, runtime.is_main)
     if monitor.tensorboard is not None:
         pages = training_pages(recipe.task.predicts_responses, recipe.task.predicts_classes, run.recording_names)
         monitor.tensorboard.arrange(pages)
     introduce(run, network, size, ridge_scores, runtime, monitor)
-    for note in notes_on_seen:
+    for note in seen:
         monitor.log(note)
     scoring = SelectionScoring(
         network=network,
@@ -74,6 +71,22 @@ def build(run: PreparedRun, start: StartingPoint, runtime: Runtime) -> Training:
         monitor=monitor,
         progress=start.progress,
     )
+
+
+def begin_folder(run: PreparedRun, start: StartingPoint, facts: dict[str, Any]) -> list[str]:
+    """Claim the folder of a run that begins, and write what the run fits and selects on; for one process only.
+
+    Returns:
+        Notes on images that were seen before, for the log.
+
+    Raises:
+        BadInput: a record of seen images does not allow it; then nothing is written.
+    """
+    record = record_of_run(run, start)
+    if not run.resume:
+        run.folder.claim(run.recipe, run.locations, facts)
+    record.write(run.folder.path)
+    return notes_on_seen(run, record)
 
 
 def build_network(run: PreparedRun, runtime: Runtime, *, first_weights: bool) -> Network:

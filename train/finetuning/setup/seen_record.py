@@ -30,14 +30,12 @@ from train.run.recipe import Recipe
 NAMED = 3  # stimuli that a message names
 
 
-def keep_record(run: PreparedRun, start: StartingPoint) -> list[str]:
-    """Write the record of a run that begins, or check and extend that of one that resumes; for one process only.
-
-    Returns:
-        Notes on seen images, for the log.
+def record_of_run(run: PreparedRun, start: StartingPoint) -> SeenRecord:
+    """The record of a run that begins, or that of one that resumes, checked and extended; for one process only.
 
     Raises:
-        BadInput: the run that resumes was fitted on images that select now, or the other way round.
+        BadInput: the run that resumes was fitted on images that select now, or the other way round; or the record of
+            the weights or of the teacher is damaged.
     """
     now = _own_record(run)
     before = None if start.is_fresh else record_of(run.folder.path)
@@ -49,8 +47,7 @@ def keep_record(run: PreparedRun, start: StartingPoint) -> list[str]:
         if not start.is_fresh:
             earlier = f"{run.folder.path} up to step {start.progress.step} (it had no record)"
             record = replace(record, unknown=(*record.unknown, earlier))
-    record.write(run.folder.path)
-    return _notes(run, record)
+    return record
 
 
 def _own_record(run: PreparedRun) -> SeenRecord:
@@ -97,8 +94,8 @@ def _own(record: SeenRecord, role: str) -> ImageIdentities:
 # ------------------------------------------------------------------------------------------------------------- notes
 
 
-def _notes(run: PreparedRun, record: SeenRecord) -> list[str]:
-    """Held-out and selecting stimuli that were fitted: their scores will be refused, or flatter."""
+def notes_on_seen(run: PreparedRun, record: SeenRecord) -> list[str]:
+    """Held-out and selecting stimuli that were fitted: their scores will be refused, or flatter. For the log."""
     notes = []
     for where, images in _not_fitted(run):
         seen = record.overlap(images).leaks
