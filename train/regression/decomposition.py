@@ -31,8 +31,17 @@ def eigh_on(device: torch.device) -> Decomposition:
     return eigh_on_cpu if device.type == "cpu" else GpuDecomposition(device)
 
 
+def _concerns_the_matrix(error: RuntimeError) -> bool:
+    """Whether the GPU failed at this matrix; other errors, such as those of earlier kernels, are not ours to catch.
+
+    cuSOLVER takes memory of its own, and reports in words of its own that there is none, or that a matrix is too large.
+    """
+    known = isinstance(error, torch.OutOfMemoryError | torch.linalg.LinAlgError)
+    return known or "cusolver" in str(error).lower()
+
+
 class GpuDecomposition:
-    """Decomposes on a GPU, in float64; matrices as large as one that it had no room for, on the CPU.
+    """Decomposes on a GPU, in float64; matrices as large as one that it could not decompose, on the CPU.
 
     Eigenvalues agree with the CPU's to rounding. So do eigenvectors, up to their sign, and a rotation of those that
     share an eigenvalue; neither changes a regression.
@@ -50,7 +59,9 @@ class GpuDecomposition:
             try:
                 values, vectors = torch.linalg.eigh(torch.from_numpy(matrix).to(self._device))
                 return Eigen(values.cpu().numpy(), vectors.cpu().numpy())
-            except (torch.OutOfMemoryError, torch.linalg.LinAlgError) as error:
+            except RuntimeError as error:
+                if not _concerns_the_matrix(error):
+                    raise
                 self._largest = len(matrix)
                 reason = "has no room for" if isinstance(error, torch.OutOfMemoryError) else "cannot decompose"
                 print(

@@ -158,14 +158,14 @@ def test_a_ridge_does_not_depend_on_where_its_matrix_is_decomposed(problem):
     assert np.array_equal(on_gpu.penalty, on_cpu.penalty)
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.linalg.LinAlgError])
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, torch.linalg.LinAlgError, RuntimeError])
 def test_a_matrix_that_the_gpu_cannot_take_is_decomposed_on_the_cpu(problem, monkeypatch, capsys, error):
     """The same numbers; said once, and not tried again."""
     tries = []
 
     def fail(matrix):
         tries.append(len(matrix))
-        raise error("CUDA out of memory")
+        raise error("cusolver error: CUSOLVER_STATUS_INTERNAL_ERROR, when calling `cusolverDnCreate(handle)`")
 
     monkeypatch.setattr(decomposition.torch.linalg, "eigh", fail)
     gpu = GpuDecomposition(torch.device("cpu"))
@@ -173,6 +173,15 @@ def test_a_matrix_that_the_gpu_cannot_take_is_decomposed_on_the_cpu(problem, mon
     assert capsys.readouterr().err.count("are decomposed on the CPU") == len(tries)
     fitted(problem, gpu)
     assert capsys.readouterr().err == ""
+
+
+def test_errors_of_other_operations_on_the_gpu_are_not_hidden(problem, monkeypatch):
+    def fail(matrix):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(decomposition.torch.linalg, "eigh", fail)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        fitted(problem, GpuDecomposition(torch.device("cpu")))
 
 
 def test_a_process_on_a_gpu_decomposes_there():
