@@ -40,6 +40,8 @@ LEAST_CORRELATED = 3  # stimuli in a batch for a correlation over it
 LEAST_SUBSET = 20  # training stimuli, part of which are held back
 MOST_STIMULI = 10**9
 MOST_RECORDINGS = 1000  # of one run
+# Settings of the loader that no other process depends on, and that a machine's disks, cores and network decide.
+OF_A_MACHINE = {"workers", "shard_cache", "shard_cache_gib", "fetch_timeout"}
 
 
 class Recipe(Settings):
@@ -246,7 +248,7 @@ def _did_you_mean(path: Path) -> str:
 
 
 def flat_settings(recipe: Recipe | ProbeRecipe) -> dict[str, str]:
-    """Every setting as `section.key` and text, without the data's place."""
+    """Settings as `section.key` and text, without those that may differ between machines that train together."""
 
     def flat(prefix: str, values: Mapping[str, Any]) -> dict[str, str]:
         settings: dict[str, str] = {}
@@ -254,7 +256,7 @@ def flat_settings(recipe: Recipe | ProbeRecipe) -> dict[str, str]:
             settings |= flat(f"{prefix}{name}.", value) if isinstance(value, dict) else {f"{prefix}{name}": str(value)}
         return settings
 
-    return flat("", recipe.model_dump(exclude={"data"}))
+    return flat("", recipe.model_dump(exclude={"data": True, "loader": OF_A_MACHINE}))
 
 
 def save_recipe(recipe: Recipe | ProbeRecipe, path: Path) -> None:
