@@ -111,9 +111,9 @@ def _reported_scores(folder: SweepFolder, standings: Standings) -> list[str]:
     top1 = metrics.get("classification", {}).get("top1")
     if top1 is not None:
         scores.append(f"top1 {top1:.4f}")
-    best = standings.best.run
-    scores[-1] = f"{scores[-1]} (seen before: {mark_of(seen_in(metrics))})"
-    return ["", f"Reported on {REPORTED_SPLIT}, which selected nothing: trial {best}: {', '.join(scores)}"]
+    shown = ", ".join(scores) or "no score has a value"
+    seen = f"(seen before: {mark_of(seen_in(metrics))})"
+    return ["", f"Reported on {REPORTED_SPLIT}, which selected nothing: trial {standings.best.run}: {shown} {seen}"]
 
 
 def _csv_table(folder: SweepFolder, standings: Standings) -> str:
