@@ -42,7 +42,8 @@ else
 fi
 # Most tests start processes that compute little: as many files at a time as there are cores, up to four, with one thread
 # each.
-workers=$(($(nproc) < 4 ? $(nproc) : 4))
+cores=$(env -u OMP_NUM_THREADS nproc)  # which would count threads instead
+workers=$((cores < 4 ? cores : 4))
 failed=
 OMP_NUM_THREADS=1 "$python" -m pytest \
     --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations 25 "$@" || failed=tests
