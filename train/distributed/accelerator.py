@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 from datetime import timedelta
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ from accelerate.utils import (
     DistributedType,
     InitProcessGroupKwargs,
 )
+from packaging.version import Version
 
 from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.process_identity import ProcessIdentity
 from train.distributed.launch_environment import MPI_VARIABLES, gpu_index, shares_gpus, this_process, uses_gpu
 from train.distributed.strategy import DeepSpeedConfig
+
+OLDEST_DEEPSPEED = "0.19.8"  # 0.18.0 and 0.19.0 were seen to give other losses than DDP under ZeRO-2
 
 
 def check_launcher(precision: str) -> None:
@@ -93,7 +97,25 @@ def _prepare_environment(process: ProcessIdentity, gpu: int | None) -> None:
         os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # of another run: no such store is there
 
 
+def check_deepspeed() -> None:
+    """Refuse a DeepSpeed that trains another model than DDP does.
+
+    Raises:
+        BadInput: it is too old, or there is none.
+    """
+    try:
+        installed = version("deepspeed")
+    except PackageNotFoundError:
+        raise BadInput(f"this strategy needs DeepSpeed {OLDEST_DEEPSPEED} or newer, which is not installed") from None
+    if Version(installed) < Version(OLDEST_DEEPSPEED):
+        raise BadInput(
+            f"DeepSpeed {installed} is installed, and versions before {OLDEST_DEEPSPEED} may train a wrong model under "
+            "ZeRO-2 without a word; update it, or use no --strategy"
+        )
+
+
 def _deepspeed_accelerator(config: DeepSpeedConfig, cpu: bool, handlers: list[Any]) -> Accelerator:
+    check_deepspeed()
     # DeepSpeed looks for ninja on PATH, which lacks the virtual environment unless that is activated.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}.items():

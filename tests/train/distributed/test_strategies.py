@@ -13,6 +13,7 @@ from launching import SMALL, assert_identical, checkpoint_tensors, losses, succe
 from safetensors.torch import load_file
 
 from data_prep.common.errors import BadInput
+from train.distributed import accelerator
 from train.finetuning.setup.recipe_checks import check_hardware
 from train.run.checkpoint import load_progress
 from train.run.recipe import Recipe
@@ -260,3 +261,18 @@ def test_synced_batch_norm_over_processes_needs_gpus():
     check_hardware(recipe, None, 1)
     with pytest.raises(BadInput, match="synced works only on GPUs"):
         check_hardware(recipe, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("installed", "message"),
+    [("0.18.9", "DeepSpeed 0.18.9 is installed, and versions before"), (None, "which is not installed")],
+)
+def test_a_deepspeed_that_may_train_a_wrong_model_is_refused(monkeypatch, installed, message):
+    def version(name: str) -> str:
+        if installed is None:
+            raise accelerator.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(accelerator, "version", version)
+    with pytest.raises(BadInput, match=message):
+        accelerator.check_deepspeed()
