@@ -275,6 +275,10 @@ def _parquet_column(path: Path, name: str, chunks: "pa.ChunkedArray") -> Column:
             texts += ["" if k is None else words[k] for k in chunk.indices.to_pylist()]
         return Column(None, texts, fault=fault)
     numbers = chunks.cast(pa.float64(), safe=False).to_numpy()  # null becomes NaN
-    known = numbers[~np.isnan(numbers)]
-    may_name = len(np.unique(known)) == len(known) and bool((known == np.floor(known)).all())
+    if pa.types.is_integer(chunks.type):
+        known = chunks.drop_null()
+        may_name = len(known.unique()) == len(known)  # by the integers: float64 would make large ones equal
+    else:
+        known = numbers[~np.isnan(numbers)]
+        may_name = len(np.unique(known)) == len(known) and bool((known == np.floor(known)).all())
     return Column(numbers, ["" if value is None else str(value) for value in chunks.to_pylist()] if may_name else None)

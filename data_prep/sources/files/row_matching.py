@@ -20,6 +20,9 @@ ID_COLUMN = "stimulus_id"
 ALIKE = 0.5  # a column resembles the names of the stimuli if this share of either is the same but for the spelling
 
 _STIMULUS_WORDS = re.compile(r"stim|image|img|pic|photo|file|(?<!un)name|(?<![a-z])id(?![a-z])", re.IGNORECASE)
+_NAME_OF_NAMES = re.compile(  # whole names of columns that name stimuli and nothing else
+    r"(stim|stimulus|image|img|picture|pic|photo|file)?[\s_.-]*(id|name|nr|no|number|key|path|file)?", re.IGNORECASE
+)
 _IMAGE_ENDING = re.compile(r"\.(jpe?g|png|tiff?|bmp|gif|webp|ppm)$")
 _WHOLE_FLOAT = re.compile(r"(\d+)\.0+", re.ASCII)
 _LEADING_ZEROS = re.compile(r"(?<!\d)0+(?=\d)", re.ASCII)
@@ -70,8 +73,8 @@ def match_rows(table: ResponseTable, stimuli: StimulusNames) -> RowOrder:
     """Find the row of every stimulus.
 
     Raises:
-        BadInput: a column resembles the names of the stimuli but is not the same, two columns disagree, or an index
-            says that the rows were reordered.
+        BadInput: a column resembles the names of the stimuli but is not the same, two columns disagree, an index says
+            that the rows were reordered, or a column such as `image_id` holds other names.
     """
     texts_of = {name: column.texts for name, column in table.columns.items() if column.texts is not None}
     if ID_COLUMN in table.columns:
@@ -166,13 +169,30 @@ def _is_default_index(column: Column, stimuli: StimulusNames) -> bool:
 
 
 def _by_position(table: ResponseTable, stimuli: StimulusNames) -> RowOrder:
-    for name in _indexes(table):
-        _check_index(table, stimuli, name)
+    for name, column in table.columns.items():
+        if column.is_index:
+            _check_index(table, stimuli, name)
+        elif _NAME_OF_NAMES.fullmatch(name) and _may_name_rows(column, stimuli):
+            example = f" ({column.texts[0][:60]!r} where those are like {stimuli.ids[0]!r})" if column.texts else ""
+            raise BadInput(
+                f"{table.path}: {_call(name)} seems to name the stimuli, but holds neither the ids nor the images of "
+                f"{stimuli.path}{example}; write these, or add a column {ID_COLUMN} with the stimulus of each row"
+            )
     warning = (
         f"{table.path.name} does not name its stimuli, so its rows were taken in the order of {stimuli.path}; if that "
         f"may be wrong, add a column {ID_COLUMN} and pack again"
     )
     return RowOrder(list(range(table.rows)), None, _indexes(table), (warning,))
+
+
+def _may_name_rows(column: Column, stimuli: StimulusNames) -> bool:
+    """Whether a column holds a name for each row, or ids of which some are in two rows, or what cannot be read."""
+    if column.numbers is None:
+        return column.texts is None or len(set(column.texts)) == len(column.texts)
+    if column.texts is not None:
+        return not _counts(np.sort(column.numbers))
+    texts = {f"{number:.0f}" for number in column.numbers[np.isfinite(column.numbers)]}
+    return len(texts & set(stimuli.ids)) >= ALIKE * len(stimuli.ids)
 
 
 def _check_index(table: ResponseTable, stimuli: StimulusNames, name: str) -> None:

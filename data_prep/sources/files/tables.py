@@ -15,7 +15,7 @@ MISSING = ("", "nan", "na", "null", "none")  # cells that mean "not recorded", i
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9]\d{0,17})", re.ASCII)  # with a leading zero it is a name, such as "007"
 _NUMBER = re.compile(r"[-+]?((0|[1-9]\d*)(\.\d*)?|\.\d+)([eE][-+]?\d+)?", re.ASCII)
-_OTHER_SEPARATORS = {";": "a semicolon", "\t": "a tab"}
+_OTHER_SEPARATORS = {";": "a semicolon", "\t": "a tab", "|": "a bar"}
 
 
 @dataclass(frozen=True)

@@ -163,6 +163,37 @@ def test_what_may_be_no_site_is_asked_about(tmp_path, kind, decoy):
     assert "left out" in warning
 
 
+OTHER_NAMES = {
+    "other words": ("image_id", [f"other{k}" for k in range(N)]),
+    "other words in CamelCase": ("ImageName", [f"other{k}" for k in range(N)]),
+    "other numbers": ("stimulus", np.random.default_rng(0).permutation(N) + 1000),
+    "an id in two rows": ("image_id", [*range(N - 1), 0]),
+}
+
+
+@pytest.mark.parametrize("names", sorted(OTHER_NAMES))
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+@pytest.mark.parametrize("said", [{}, {"wanted": ("unit_*",)}, {"listed": SITES}])
+def test_a_column_that_names_other_stimuli_is_refused_and_not_skipped(tmp_path, kind, names, said):
+    name, values = OTHER_NAMES[names]
+    path = save(frame_of(rates_of(), **{name: values}), tmp_path, kind, index=False)
+    with pytest.raises(BadInput, match=rf"'{name}' seems to name the stimuli, but holds neither .* column stimulus_id"):
+        read(path, IDS["numbers"], **said)
+
+
+def test_ids_in_a_type_that_is_not_read_are_not_skipped(tmp_path):
+    path = save(frame_of(rates_of(), image_id=[name.encode() for name in IDS["words"]]), tmp_path, "parquet")
+    with pytest.raises(BadInput, match="'image_id' seems to name the stimuli"):
+        read(path, IDS["words"], wanted=("unit_*",))
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_ids_are_told_apart_by_all_their_digits(tmp_path, kind):
+    ids = [str(2**60 + k) for k in range(N)]
+    path = save(frame_of(rates_of()[::-1], image_id=[int(name) for name in ids[::-1]]), tmp_path, kind, index=False)
+    assert np.array_equal(read(path, ids).load(), rates_of())
+
+
 def test_a_site_that_never_fired_is_a_site(tmp_path):
     rates = rates_of()
     rates[:, 1] = 0
@@ -195,6 +226,7 @@ BAD_CSV = {
     "digits of another script": ("image_id,unit_a\na,1.5\nb,٢\n", "line 3, site 'unit_a': '٢' is not a number"),
     "a decimal comma": ('image_id,unit_a\na,"1,5"\nb,2.5\n', "'1,5' is not a number; write decimals with a point"),
     "semicolons": ("image_id;unit_a\na;1.5\nb;2.5\n", "separated by a semicolon"),
+    "bars": ("image_id|unit_a\na|1.5\nb|2.5\n", "separated by a bar"),
     "tabs": ("image_id\tunit_a\na\t1.5\nb\t2.5\n", "separated by a tab"),
     "a comma too many in the header": ("image_id,unit_a,\na,1.5,\nb,2.5,\n", "the header ends with a comma"),
     "a comma too many in a row": ("image_id,unit_a\na,1.5\nb,2.5,\n", "line 3: 3 cells .*a separator too many"),
