@@ -50,7 +50,7 @@ class CeilingEstimate:
         """95 % confidence interval of each site's reliability."""
         stimuli = len(self.repetitions)
         sites = zip(self.reliability, self.resampled.T, strict=True)
-        return [confidence_interval(reliability, values, stimuli) for reliability, values in sites]
+        return [_interval(float(reliability), values, stimuli) for reliability, values in sites]
 
     @property
     def mean_ci95(self) -> tuple[float, float] | None:
@@ -60,7 +60,20 @@ class CeilingEstimate:
         known = ~np.isnan(self.resampled)
         with np.errstate(invalid="ignore"):
             means = np.where(known, self.resampled, 0).sum(axis=1) / known.sum(axis=1)
-        return confidence_interval(float(np.nanmean(self.reliability)), means, len(self.repetitions))
+        return _interval(float(np.nanmean(self.reliability)), means, len(self.repetitions))
+
+
+def _interval(reliability: float, resampled: np.ndarray, stimuli: int) -> tuple[float, float] | None:
+    """The confidence interval of a reliability, which is 1 at most.
+
+    Of about ten stimuli or fewer, a resample can hold two or three only. Their averages may hardly vary, and the
+    reliability on them is anything: where that has moved the interval off the estimate, it says nothing and is None.
+    """
+    interval = confidence_interval(reliability, resampled, stimuli)
+    if interval is None or not interval[0] <= reliability <= interval[1]:
+        return None
+    low, high = interval
+    return low, min(high, 1.0)
 
 
 def estimate_ceiling(blocks: Iterable[np.ndarray]) -> CeilingEstimate | None:

@@ -37,8 +37,9 @@ def open_regular_file(path: Path, largest: int = LARGEST_TEXT) -> BinaryIO:
         ValueError: a pipe, a device or a folder, or more than `largest` bytes.
         OSError: it cannot be read.
     """
-    opened = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb", closefd=True)
-    try:  # O_NONBLOCK: does not wait for the writer of a pipe
+    # O_NONBLOCK does not wait for the writer of a pipe.
+    opened = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")
+    try:
         status = os.fstat(opened.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("it is not a regular file")

@@ -5,6 +5,7 @@ orientation, one with transparent parts, CMYK. All other JPEGs and PNGs keep the
 """
 
 import re
+import warnings
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -148,7 +149,9 @@ def _check_kind(image: Image.Image, data: bytes) -> None:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8: 1 for upright, and where there is none or it cannot be read."""
     try:
-        return image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow prints one for damaged data, without the file's name
+            return image.getexif().get(ExifTags.Base.Orientation, _UPRIGHT)
     except Exception:  # Pillow raises errors of any kind for damaged data
         return _UPRIGHT
 

@@ -219,6 +219,15 @@ def test_the_interval_holds_the_truth_as_often_as_it_says():
     assert 0.88 < np.mean(held) < 0.99
 
 
+@pytest.mark.parametrize("stimuli", [4, 6, 8, 12, 30])
+def test_an_interval_of_few_stimuli_holds_its_estimate_and_ends_at_1(stimuli):
+    ceiling = estimate_ceiling([simulate(40, 4, stimuli, 200, seed=1)])
+    for reliability, interval in zip(ceiling.reliability, ceiling.ci95, strict=True):
+        assert interval is None or interval[0] <= reliability <= interval[1] <= 1
+    if stimuli >= 12:
+        assert None not in ceiling.ci95
+
+
 def test_the_noise_of_an_average_seen_once_is_that_of_the_others():
     trials = simulate(4, 2, stimuli=50, sites=3)
     trials[0, 1:] = np.nan

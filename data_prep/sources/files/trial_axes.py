@@ -19,7 +19,7 @@ MOST_COMPARED = 12  # slices along an axis that are correlated
 CERTAIN = 0.999  # quantile beyond which a ratio of variances decides
 LEAST_RATIO = 3.0
 LEAST_RATIO_TO_ERROR = 30.0  # of a single axis: repetitions differ too, as responses adapt
-TOLERANCE = 2e-3  # of a site's spread and of the value: rates may be stored as float16
+TOLERANCE = 2e-3  # of a site's largest mean: rates may be stored as float16
 
 
 class _SwappedAxes:
