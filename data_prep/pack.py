@@ -24,7 +24,7 @@ from data_prep.sources.mbs_h5 import MbsH5
 from data_prep.sources.nwb import Nwb
 from data_prep.sources.simulated import Simulated
 from data_prep.sources.tvsd import Tvsd
-from data_prep.splits import SplitOptions
+from data_prep.split_options import SplitOptions
 
 EXAMPLES = (
     "folder my_recording --out data/mine",

@@ -72,9 +72,9 @@ def copy_warnings(facts: Mapping[str, Any]) -> Iterator[str]:
         return
     train = facts["in_train_and_held_out"]
     example = ", ".join(f"{stimulus} in {split}" for stimulus, split in list(facts["examples"][0].items())[:SHOWN])
-    consequence = "scores on what is held out are too good" if train else "scores on test are of images that selected"
+    consequence = "scores on what is held out are too good" if train else "images that are scored may also select"
     yield (
         f"{separated:,} images are in more than one split under different ids, {train:,} of them both in train and "
-        f"held out (such as {example}): {consequence}; pack with --split random or another that deals anew, "
-        "which keeps copies together"
+        f"held out (such as {example}): {consequence}; divide the stimuli anew with copies together "
+        "(pack.py --split random or grouped, without --copies as-dealt)"
     )

@@ -12,7 +12,8 @@ from data_prep.shards.summary import summary
 from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
 from data_prep.sources.simulated import Simulated
-from data_prep.splits import SplitOptions, folds, straddling
+from data_prep.split_options import SplitOptions
+from data_prep.splits import folds, straddling
 
 N = 60
 

@@ -31,6 +31,7 @@ DATA_PREP = (
     "confidence_interval",
     "ceiling",
     "splits",
+    "split_options",
     "shards",
     "sources.files",
     "sources",

@@ -21,7 +21,8 @@ from data_prep.shards.packing import pack
 from data_prep.shards.summary import summary
 from data_prep.sources.folder import Folder
 from data_prep.sources.joined import Joined
-from data_prep.splits import Dealt, FoldDeal, RandomDeal, SplitOptions, assign_splits, with_copies
+from data_prep.split_options import SplitOptions
+from data_prep.splits import Dealt, FoldDeal, RandomDeal, assign_splits, with_copies
 
 FRACTIONS = {"train": 0.6, "val": 0.2, "test": 0.2}
 N = 40
