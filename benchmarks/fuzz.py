@@ -49,8 +49,8 @@ from data_prep.shards.packing import pack
 from data_prep.shards.response_table import load_response_table
 from data_prep.shards.shown_images import as_shown
 from data_prep.sources.files.image_files import ImageFiles
-from data_prep.sources.files.response_arrays import open_npy
 from data_prep.sources.folder import Folder
+from data_prep.sources.responses.response_arrays import open_npy
 from train.data.seen import FITTED, SeenImages, SeenRecord, record_of
 from train.evaluation.predictions_file import read_predictions
 from train.models.weights import read_weights

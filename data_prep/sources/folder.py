@@ -15,12 +15,12 @@ from data_prep.recording import SPLITS, Recording, trial_average
 from data_prep.sources.files.held_out import HeldOut
 from data_prep.sources.files.image_files import ImageFiles, is_inside, spelling
 from data_prep.sources.files.named_images_recording import NamedImagesRecording
-from data_prep.sources.files.rasters_and_z_scores import count_rasters, to_z_scores
-from data_prep.sources.files.response_arrays import Responses, as_float32, open_npy
-from data_prep.sources.files.row_matching import StimulusNames
-from data_prep.sources.files.site_columns import SiteNames, SiteTable, open_rates, read_site_table
 from data_prep.sources.files.tables import Table, parse_cells, read_table, row_facts, text_cells
-from data_prep.sources.files.trial_axes import TrialAxes, check_agreement, in_order
+from data_prep.sources.responses.rasters_and_z_scores import count_rasters, to_z_scores
+from data_prep.sources.responses.response_arrays import Responses, as_float32, open_npy
+from data_prep.sources.responses.row_matching import StimulusNames
+from data_prep.sources.responses.site_columns import SiteNames, SiteTable, open_rates, read_site_table
+from data_prep.sources.responses.trial_axes import TrialAxes, check_agreement, in_order
 from data_prep.splits import Dealt
 
 RATES_FILES = ("rates.npy", "rates.csv", "rates.parquet")

@@ -76,7 +76,7 @@ FORBIDDEN = {
     "np.load": (),
     "np.memmap": ("data_prep/common/safe_reading.py",),
     "load_file": ("train/run/checkpoint.py", "train/models/weights.py"),
-    "pq.ParquetFile": ("data_prep/sources/files/response_tables.py",),
+    "pq.ParquetFile": ("data_prep/sources/responses/response_tables.py",),
     "pq.read_table": (),
 }
 # launch/ installs and starts the project: what it reads is the user's own.

@@ -34,6 +34,7 @@ DATA_PREP = (
     "split_options",
     "shards",
     "sources.files",
+    "sources.responses",
     "sources",
 )
 COMMANDS = {"data_prep": ("pack", "show", "fetch"), "train": tuple(path.stem for path in ROOT.glob("train/[!_]*.py"))}

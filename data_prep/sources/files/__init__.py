@@ -1,1 +1,1 @@
-"""Shared by the sources: tables, response arrays, trials, image files, HDF5, NetCDF."""
+"""Shared by the sources: tables, trials, image files, HDF5, NetCDF."""

@@ -14,7 +14,7 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.sources.files.image_files import spelling
-from data_prep.sources.files.response_tables import RANGE_INDEX, Column, ResponseTable
+from data_prep.sources.responses.response_tables import RANGE_INDEX, Column, ResponseTable
 
 ID_COLUMN = "stimulus_id"
 ALIKE = 0.5  # a column resembles the names of the stimuli if this share of either is the same but for the spelling

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from make_sources import write_csv
 
 from data_prep.common.errors import BadInput
-from data_prep.sources.files.row_matching import StimulusNames
-from data_prep.sources.files.site_columns import SiteNames, open_rates
+from data_prep.sources.responses.row_matching import StimulusNames
+from data_prep.sources.responses.site_columns import SiteNames, open_rates
 
 N, SITES = 12, ["unit_a", "unit_b", "unit_c"]
 

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import BadInput
-from data_prep.sources.files.response_arrays import Responses, open_npy
-from data_prep.sources.files.response_tables import Column, ResponseTable, read_response_table
-from data_prep.sources.files.row_matching import RowOrder, StimulusNames, match_rows
 from data_prep.sources.files.tables import parse_cells, read_table, row_facts
+from data_prep.sources.responses.response_arrays import Responses, open_npy
+from data_prep.sources.responses.response_tables import Column, ResponseTable, read_response_table
+from data_prep.sources.responses.row_matching import RowOrder, StimulusNames, match_rows
 
 SITE_ID_COLUMNS = ("id", "site_id", "neuroid_id")
 LEAST_ROWS = 5  # of fewer, the numbers tell nothing

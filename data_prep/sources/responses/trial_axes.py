@@ -10,7 +10,7 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.recording import trial_average
-from data_prep.sources.files.response_arrays import Responses
+from data_prep.sources.responses.response_arrays import Responses
 
 TrialAxes = Literal["repetitions-sites", "sites-repetitions"]
 

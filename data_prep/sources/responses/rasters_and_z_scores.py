@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from data_prep.common.errors import BadInput
-from data_prep.sources.files.response_arrays import Responses, map_npy, open_npy
 from data_prep.sources.files.tables import Table
+from data_prep.sources.responses.response_arrays import Responses, map_npy, open_npy
 from data_prep.spikes import SessionScale, per_second, raster_bins, raster_counts
 
 _BLOCK_STIMULI = 64

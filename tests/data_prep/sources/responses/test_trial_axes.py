@@ -9,8 +9,8 @@ from make_sources import make_folder, write_csv
 from recordings import read_all
 
 from data_prep.common.errors import BadInput
-from data_prep.sources.files.trial_axes import _order_by_numbers
 from data_prep.sources.folder import Folder
+from data_prep.sources.responses.trial_axes import _order_by_numbers
 
 
 @settings(max_examples=60, deadline=None)
