@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from checking.verdicts import FAILED, Verdict, listing, read_verdicts  # noqa: E402
+from harness import last_line  # noqa: E402
 
 from data_prep.common.process_identity import (  # noqa: E402
     ADDRESS_VARIABLES,
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 PACKED = "packed"  # this file says that the recordings are complete
 PACKING_SECONDS = 180
+LAUNCHERS = ("TORCHELASTIC", "SLURM_", "OMPI_", "MV2_", "PMI", "MPI_")  # what the variables that they set begin with
+FIRST_PORT, PORTS = 1024, 2**16 - 1024  # those that a user may open
 
 
 def folder_of(identity: ProcessIdentity) -> Path:
@@ -52,27 +55,24 @@ def run_stage(name: str, seconds: float, folder: Path, environment: Mapping[str,
         try:
             code = subprocess.run(words, env=environment, stdout=output, stderr=output, timeout=seconds).returncode
         except subprocess.TimeoutExpired:
-            return Verdict(name, FAILED, f"no end after {seconds:.0f} s", f"the last line was: {last_line(log)}")
+            return Verdict(name, FAILED, f"no end after {seconds:.0f} s", f"the last line was: {last_words(log)}")
     if code == 0:
         return None
-    return Verdict(name, FAILED, f"ended with exit code {code}", last_line(log))
+    return Verdict(name, FAILED, f"ended with exit code {code}", last_words(log))
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that is not empty, preferably one that begins with "error:"."""
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("error:")]
-    return ((errors or lines or ["nothing was printed"])[-1])[:400]
+def last_words(log: Path) -> str:
+    """The last error message in a log; without one, its last line."""
+    said = log.read_text(errors="replace")
+    errors = [line for line in said.splitlines() if line.startswith("error:")]
+    return last_line(errors[-1] if errors else said)[:400] or "nothing was printed"
 
 
 def without_peers() -> dict[str, str]:
     """The environment of a process that runs alone: without a trace of the launcher that started this one."""
-    variables, launchers = (
-        (*RANK_VARIABLES, *ADDRESS_VARIABLES),
-        ("TORCHELASTIC", "SLURM_", "OMPI_", "MV2_", "PMI", "MPI_"),
-    )
+    variables = (*RANK_VARIABLES, *ADDRESS_VARIABLES)
     return {
-        name: value for name, value in os.environ.items() if name not in variables and not name.startswith(launchers)
+        name: value for name, value in os.environ.items() if name not in variables and not name.startswith(LAUNCHERS)
     }
 
 
@@ -80,7 +80,8 @@ def with_peers(stage: int) -> dict[str, str]:
     """The environment of a stage: its processes meet at a port of their own."""
     environment = dict(os.environ)
     if "MASTER_PORT" in environment:
-        environment["MASTER_PORT"] = str((int(environment["MASTER_PORT"]) + 1 + stage - 1024) % (65536 - 1024) + 1024)
+        place = int(environment["MASTER_PORT"]) - FIRST_PORT + 1 + stage
+        environment["MASTER_PORT"] = str(FIRST_PORT + place % PORTS)
     return environment
 
 

@@ -12,13 +12,16 @@ import argparse
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.image_identity import image_identities
+from train.evaluation.metrics import mean_score
 from train.evaluation.predictions_file import read_predictions
+from train.regression.methods import r2_per_site
 
 DEALS = ("as-dealt", "together")
 ROOT = Path(__file__).parent.parent
@@ -29,7 +32,15 @@ def run(script: str, *words: str | Path) -> None:
     subprocess.run([sys.executable, ROOT / script, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
 
 
-def probed(options: argparse.Namespace, deal: str, seed: int) -> tuple[Path, Path]:
+@dataclass(frozen=True)
+class Probed:
+    """A shard folder, and the folder of a probe on it."""
+
+    shards: Path
+    probe: Path
+
+
+def probed(options: argparse.Namespace, deal: str, seed: int) -> Probed:
     """The shards and the probe of a seed, made if they do not exist."""
     shards, probe = options.out / f"{deal}-{seed}", options.out / f"run-{deal}-{seed}"
     if not shards.exists():
@@ -38,26 +49,23 @@ def probed(options: argparse.Namespace, deal: str, seed: int) -> tuple[Path, Pat
     if not (probe / "eval/val/metrics.json").exists():
         network = ("--layers", options.layer, "--backbone.name", options.backbone)
         run("train/probe.py", "--data", shards, "--out", probe, *network, "--seen", "keep")
-    return shards, probe
+    return Probed(shards, probe)
 
 
-def mean_r2(prediction: np.ndarray, target: np.ndarray) -> float:
-    """R2, averaged over sites; arrays (stimuli, sites)."""
-    errors, variance = np.square(target - prediction).sum(axis=0), np.square(target - target.mean(axis=0)).sum(axis=0)
-    return float(np.mean(1 - errors / variance))
-
-
-def scores(shards: Path, probe: Path) -> dict[str, float]:
-    """R2 on the held-out stimuli: on all, and on those whose image is shown twice and once."""
-    folder = ShardFolder(shards)
+def scores(probed: Probed) -> dict[str, float]:
+    """R2, averaged over sites, on the held-out stimuli: on all, and on those whose image is shown twice and once."""
+    folder = ShardFolder(probed.shards)
     names = {split: [row.tobytes() for row in image_identities(folder, split).pixels] for split in ("train", "val")}
     shown = Counter(names["train"] + names["val"])
     count = dict(zip(folder.split("val").stimulus_ids, (shown[name] for name in names["val"]), strict=True))
-    predictions = read_predictions(probe / "eval/val/predictions.npz")
+    predictions = read_predictions(probed.probe / "eval/val/predictions.npz")
     assert predictions.responses is not None, "val has responses"
     twice = np.array([count[stimulus] > 1 for stimulus in predictions.stimulus_ids])
-    parts = {"all": twice | True, "shown twice": twice, "shown once": ~twice}
-    return {name: mean_r2(predictions.rates[part], predictions.responses[part]) for name, part in parts.items()}
+    parts = {"all": np.full(len(twice), True), "shown twice": twice, "shown once": ~twice}
+    return {
+        name: mean_score(r2_per_site(predictions.rates[part], predictions.responses[part]))
+        for name, part in parts.items()
+    }
 
 
 def main() -> None:
@@ -71,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     print("| copies | all | shown twice | shown once |\n|---|---|---|---|")
     for deal in DEALS:
-        results = [scores(*probed(options, deal, seed)) for seed in options.seeds]
+        results = [scores(probed(options, deal, seed)) for seed in options.seeds]
         cells = []
         for part in results[0]:
             values = [result[part] for result in results]

@@ -1,6 +1,7 @@
 """What the benchmarks share: options, measurements in turns, commands, JSON files and tables."""
 
 import argparse
+import importlib.metadata
 import json
 import os
 import random
@@ -176,6 +177,19 @@ def run_alone(words: Sequence[object], seconds: float, **environment: str) -> tu
 def _kill_group(process: subprocess.Popen) -> None:
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def last_line(text: str) -> str:
+    """The last line that is not empty, without spaces at its ends; empty if there is none."""
+    return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
+
+
+def version_of(package: str) -> str:
+    """The installed version of a package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -14,12 +14,12 @@ from data_prep.shards.folder import ShardFolder
 from train.data.batches import Batch
 from train.data.loader import TrainLoader
 from train.data.recordings import Recordings
+from train.data.worker_limits import PREFETCHED
 from train.finetuning.loop import Training
 from train.finetuning.setup.preparation import training_stimuli
 from train.run.recipe import Recipe
 
 WARM_UP = 5  # steps, in which cuDNN and the allocator settle
-READ_AHEAD = 4  # batches of each worker, see `train.data.loader.data_loader`
 TIMED = 3  # steps that tell how many there are in some seconds
 
 
@@ -99,7 +99,7 @@ def loader_rate(loader: TrainLoader, seconds: float, workers: int) -> float:
     Batches that its workers have read ahead by the time the first one arrives do not count.
     """
     batches = endless(loader)
-    for _ in islice(batches, 1 + READ_AHEAD * workers):
+    for _ in islice(batches, 1 + PREFETCHED * workers):
         pass
     started, images = time.perf_counter(), 0
     while (took := time.perf_counter() - started) < seconds:

@@ -3,7 +3,6 @@
 All ranks return the same verdicts; the first one reports them.
 """
 
-import importlib.metadata
 import json
 import math
 import platform
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from gpu.deepspeed_ops import deepspeed_for
 from gpu.gpu_memory import peak_of, start_peak
 from gpu.results import Skipped
-from harness import number
+from harness import number, version_of
 from synthetic import GIB, finish, pack_jpegs, pack_simulated, recipe_of, setting_of, training
 from training_speed import endless, images_per_second
 
@@ -35,12 +34,8 @@ from train.distributed.launch_environment import cores_of_rank, uses_gpu
 from train.distributed.runtime import Runtime, start_runtime
 from train.finetuning.loop import Training
 
-SMALL_NETWORK, SMALL_SIDE, SMALL_BATCH, STEPS = (
-    "test_convnext",
-    64,
-    32,
-    8,
-)  # without batch statistics, which ranks share
+SMALL_NETWORK = "test_convnext"  # without batch statistics, which each rank has of its own share
+SMALL_SIDE, SMALL_BATCH, STEPS = 64, 32, 8
 TOLERANCE = {True: 1e-3, False: 1e-5}  # relative, of a loss in float32 on a GPU and on a CPU, summed in another order
 PACKAGES = ("torch", "torchvision", "timm", "accelerate", "deepspeed", "numpy", "webdataset")
 MESSAGES = {True: 2**28, False: 2**24}  # bytes of the large exchange, on GPUs and on CPUs
@@ -109,14 +104,6 @@ def facts_of(runtime: Runtime) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(runtime.device)
         facts |= {"device": properties.name, "id": str(properties.uuid), "GiB": properties.total_memory / GIB}
     return facts
-
-
-def version_of(package: str) -> str:
-    """The installed version, or that there is none."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "missing"
 
 
 def same_versions(processes: Sequence[dict[str, Any]]) -> Verdict:

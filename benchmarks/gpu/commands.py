@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkProcess
 from pathlib import Path
 
-from harness import ROOT
+from harness import ROOT, last_line
 
 
 @dataclass
@@ -61,7 +61,7 @@ class Started:
     @property
     def last_words(self) -> str:
         """Its last line."""
-        return next((line.strip()[:300] for line in reversed(self.said.splitlines()) if line.strip()), "")
+        return last_line(self.said)[:300]
 
 
 def start(words: Sequence[object], log: Path, **environment: str) -> Started:

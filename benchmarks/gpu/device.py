@@ -1,6 +1,5 @@
 """Part `device`: what the machine is, and the rates that everything else is measured against."""
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
+from harness import version_of
 from synthetic import GIB, finish
 
 from data_prep.common.worker_processes import usable_cores
@@ -70,14 +70,6 @@ def facts(place: Place) -> Finding:
 def device_name(form: Form) -> str:
     """Of the GPU, or that there is none."""
     return torch.cuda.get_device_name(0) if form.on_gpu else f"CPU ({platform.machine()})"
-
-
-def version_of(package: str) -> str:
-    """The installed version."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def context_bytes() -> int:

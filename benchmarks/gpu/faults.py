@@ -9,17 +9,10 @@ from gpu.entries import Entry, Part, Place
 from gpu.forms import Form
 from gpu.results import Finding
 
-NETWORK = ["--backbone.name", "test_resnet", "--backbone.weights", "random", "--batch.global-size", "16"]
-NETWORK += ["--loader.workers", "0", "--epochs", "20"]
-DIVERGES = [
-    "--optimizer.name",
-    "sgd",
-    "--optimizer.lr",
-    "1000",
-    "--schedule.kind",
-    "constant",
-    "--schedule.warmup",
-    "0",
+OPTIONS = [
+    *("--backbone.name", "test_resnet", "--backbone.weights", "random", "--batch.global-size", "16"),
+    *("--loader.workers", "0", "--epochs", "20"),
+    *("--optimizer.name", "sgd", "--optimizer.lr", "1000", "--schedule.kind", "constant", "--schedule.warmup", "0"),
 ]
 
 
@@ -32,17 +25,7 @@ def part(form: Form) -> Part:
 def diverge(precision: str, place: Place) -> Finding:
     """A learning rate that no network survives: the run must say that it diverged, with every precision."""
     out: Path = place.folder / f"diverges_{precision}"
-    words = [
-        "train/finetune.py",
-        "--data",
-        place.recording,
-        "--out",
-        out,
-        *NETWORK,
-        *DIVERGES,
-        "--precision",
-        precision,
-    ]
+    words = ["train/finetune.py", "--data", place.recording, "--out", out, *OPTIONS, "--precision", precision]
     command = start(words, out.with_suffix(".log"))
     code, faults = command.wait(), []
     if code != FAILURE or DIVERGED not in command.said:

@@ -20,6 +20,8 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from harness import last_line
+
 from gpu.entries import Entry, Part, Place
 from gpu.results import FAILED, OUT_OF_TIME, SKIPPED, Result, ResultsFile, Skipped
 
@@ -120,7 +122,8 @@ class OwnProcess:
             )
         if still_runs:
             return Result(part.name, entry.name, OUT_OF_TIME, f"stopped after {seconds:.0f} s", seconds=took)
-        message = f"its process ended with exit code {process.exitcode}: {last_line(log)}"
+        last_words = last_line(log.read_text(errors="replace"))[:300] or "no output"
+        message = f"its process ended with exit code {process.exitcode}: {last_words}"
         return Result(part.name, entry.name, FAILED, message, seconds=took)
 
     def _keep(self, title: str, log: Path) -> None:
@@ -153,9 +156,3 @@ def end_with_parent() -> None:
     assert parent is not None, "an entry is started by multiprocessing"
     multiprocessing.connection.wait([parent.sentinel])
     os.killpg(0, signal.SIGKILL)
-
-
-def last_line(log: Path) -> str:
-    """The last line that an entry printed."""
-    lines = log.read_text(errors="replace").split("\n") if log.exists() else []
-    return next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")

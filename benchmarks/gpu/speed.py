@@ -6,7 +6,7 @@ with another optimizer and compiled, all on one batch that stays on the device.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -198,17 +198,14 @@ def use_of_device(variant: Variant, plan: StepPlan, rate: float, place: Place) -
 
 def memory_values(plan: StepPlan, strategy: str, batch: int, one: OneBatch) -> dict[str, float]:
     """Peaks of memory beside the plan, in GiB."""
-    peak, values = (
-        one.peak,
-        {
-            "allocated GiB": one.peak.allocated / GIB,
-            "planned GiB": plan.bytes(strategy, batch) / GIB,
-            "while kernels are tried GiB": one.trying.allocated / GIB,
-        },
-    )
-    if peak.reserved is not None and peak.device is not None:
-        values["reserved GiB"] = peak.reserved / GIB
-        values["device GiB"] = peak.device / GIB
+    values = {
+        "allocated GiB": one.peak.allocated / GIB,
+        "planned GiB": plan.bytes(strategy, batch) / GIB,
+        "while kernels are tried GiB": one.trying.allocated / GIB,
+    }
+    if one.peak.reserved is not None and one.peak.device is not None:
+        values["reserved GiB"] = one.peak.reserved / GIB
+        values["device GiB"] = one.peak.device / GIB
         values["planned device GiB"] = (plan.bytes(strategy, batch) + CUDA_CONTEXT) / GIB
     return values
 
@@ -294,7 +291,7 @@ def save_and_score(variant: Variant, place: Place) -> Finding:
     return Finding(values | {"first evaluation s": first, "evaluation s": again, "evaluated images/s": stimuli / again})
 
 
-def timed(work: Any) -> float:
+def timed(work: Callable[[], object]) -> float:
     """Seconds that some work takes."""
     started = time.perf_counter()
     work()
