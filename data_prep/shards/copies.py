@@ -74,7 +74,7 @@ def copy_warnings(facts: Mapping[str, Any]) -> Iterator[str]:
     example = ", ".join(f"{stimulus} in {split}" for stimulus, split in list(facts["examples"][0].items())[:SHOWN])
     consequence = "scores on what is held out are too good" if train else "images that are scored may also select"
     yield (
-        f"{separated:,} images are in more than one split under different ids, {train:,} of them both in train and "
-        f"held out (such as {example}): {consequence}; divide the stimuli anew with copies together "
+        f"images in more than one split under different ids: {separated:,}, of these both in train and held out: "
+        f"{train:,} (such as {example}); {consequence}; divide the stimuli anew with copies together "
         "(pack.py --split random or grouped, without --copies as-dealt)"
     )

@@ -68,9 +68,10 @@ class ShownImage:
 
 @dataclass
 class _Loaded:
-    """A decoded image on its way to what was shown."""
+    """A decoded image on its way to what was shown; `original` is the name of its format in lower case."""
 
     image: Image.Image
+    original: str
     notes: list[str] = field(default_factory=list)
 
 
@@ -90,14 +91,14 @@ def as_shown(data: bytes, encoding: str, rules: ImageRules) -> ShownImage:
     if kind is not None and not may_look_otherwise(data, kind, mode):
         pixels = decode(data, kind) if rules.decode else None
         return ShownImage(data, kind, width, height, mode, pixels)
-    loaded, original = _load(data, rules)
+    loaded = _load(data, rules)
     notes = tuple(loaded.notes)
     if kind is not None and notes in ((), (NOT_TURNED,)):
         return ShownImage(data, kind, width, height, mode, decode(data, kind) if rules.decode else None, notes)
     png = to_png(loaded.image)
     width, height = loaded.image.size
     pixels = decode(png, "png") if rules.decode else None
-    return ShownImage(png, "png", width, height, loaded.image.mode, pixels, notes, original)
+    return ShownImage(png, "png", width, height, loaded.image.mode, pixels, notes, loaded.original)
 
 
 def may_look_otherwise(data: bytes, kind: str, mode: str) -> bool:
@@ -113,13 +114,13 @@ def may_look_otherwise(data: bytes, kind: str, mode: str) -> bool:
     return kind == "png" and (data[25] in _ALPHA_COLOURS or any(chunk in data for chunk in _CHUNKS_OF_PNG))
 
 
-def _load(data: bytes, rules: ImageRules) -> tuple[_Loaded, str]:
-    """An image turned and composited, and the name of its format in lower case."""
+def _load(data: bytes, rules: ImageRules) -> _Loaded:
+    """An image, turned and composited."""
     with open_image(data) as image:
         original = (image.format or "").lower().replace("mpo", "jpeg")
         try:
             _check_kind(image, data)
-            loaded = _Loaded(image)
+            loaded = _Loaded(image, original)
             if sniff_encoding(data) == "jpg":
                 decode(data, "jpg")  # Pillow overlooks damage
             _turn(loaded, data, rules)
@@ -128,7 +129,7 @@ def _load(data: bytes, rules: ImageRules) -> tuple[_Loaded, str]:
             raise
         except Exception as error:  # Pillow raises errors of any kind for damaged images
             raise ValueError(f"the image cannot be decoded ({error})") from error
-        return loaded, original
+        return loaded
 
 
 def _check_kind(image: Image.Image, data: bytes) -> None:

@@ -103,20 +103,19 @@ def choose_sites(table: ResponseTable, order: RowOrder, known: SiteNames) -> Sit
             neither --site-columns nor a table of sites says so.
     """
     columns = {name: column for name, column in table.columns.items() if name not in order.names}
-    warnings: tuple[str, ...] = ()
     if known.wanted:
-        names = _wanted_columns(table, columns, known.wanted)
+        sites = SiteColumns(_wanted_columns(table, columns, known.wanted))
     elif known.listed is not None:
-        names, warnings = _listed_columns(table, columns, known.listed, known.listed_in)
+        sites = _listed_columns(table, columns, known.listed, known.listed_in)
     else:
-        names = list(columns)
+        sites = SiteColumns(list(columns))
         _refuse_doubtful(table, columns, known.facts)
-    if not names:
+    if not sites.names:
         raise BadInput(f"{table.path}: no column is left that could be a site; it holds {', '.join(table.columns)}")
-    for name in names:
+    for name in sites.names:
         if columns[name].numbers is None:
             raise BadInput(columns[name].fault)
-    return SiteColumns(names, warnings)
+    return sites
 
 
 def _wanted_columns(table: ResponseTable, columns: Collection[str], wanted: Sequence[str]) -> list[str]:
@@ -133,17 +132,18 @@ def _wanted_columns(table: ResponseTable, columns: Collection[str], wanted: Sequ
 
 def _listed_columns(
     table: ResponseTable, columns: Collection[str], listed: Sequence[str], listed_in: str
-) -> tuple[list[str], tuple[str, ...]]:
+) -> SiteColumns:
+    others = [name for name in columns if name not in set(listed)]
     if missing := [name for name in listed if name not in columns]:
-        others = [name for name in columns if name not in set(listed)]
         difference = f", which has {others[0]!r} instead" if others else ""
         raise BadInput(
             f"{listed_in} and the header of {table.path} name different sites: {missing[0]!r} is not in the "
             f"table{difference}"
         )
-    others = [name for name in columns if name not in set(listed)]
-    warning = f"{_listing(others)} of {table.path.name} were left out: {listed_in} does not list them"
-    return [name for name in columns if name in set(listed)], (warning,) if others else ()
+    names = [name for name in columns if name in set(listed)]
+    if not others:
+        return SiteColumns(names)
+    return SiteColumns(names, (f"{table.path.name}: left out {_listing(others)}, which {listed_in} does not list",))
 
 
 def _refuse_doubtful(table: ResponseTable, columns: dict[str, Column], facts: Collection[str]) -> None:
@@ -193,4 +193,4 @@ def _is_bookkeeping(name: str) -> bool:
 
 def _listing(names: Sequence[str]) -> str:
     more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
-    return f"the columns {', '.join(map(repr, names[:_MOST_NAMED]))}{more}"
+    return f"the column{'s' if len(names) > 1 else ''} {', '.join(map(repr, names[:_MOST_NAMED]))}{more}"

@@ -169,7 +169,10 @@ def test_a_split_column_that_separates_copies_is_kept_marked_and_warned_of(tmp_p
     assert {"s001": "train", "s030": "val"} in facts["examples"]
     assert {"s003": "train", "s032": "val", "s033": "test"} in facts["examples"]
     shown = succeed_here("data_prep/show.py", tmp_path / "out").stdout
-    assert "warning: 3 images are in more than one split under different ids, 3 of them both in train and" in shown
+    assert (
+        "warning: images in more than one split under different ids: 3, of these both in train and held out: 3 (such as"
+        in shown
+    )
 
 
 def test_images_that_were_not_decoded_are_compared_by_their_bytes(source, tmp_path):
@@ -184,7 +187,7 @@ def test_foreign_tars_that_hold_the_same_image_under_other_keys_are_warned_of(tm
         samples = {f"{split}{k}": {"png": encode(images[k], "png"), "rates.npy": npy(np.ones(2))} for k in numbers}
         write_tar(tmp_path / "tars" / f"{split}.tar", members_of(samples))
     text = succeed_here("data_prep/show.py", tmp_path / "tars").stdout
-    assert "1 images are in more than one split under different ids, 1 of them both in train and held out" in text
+    assert "images in more than one split under different ids: 1, of these both in train and held out: 1" in text
     assert "train1 in train, val1 in val" in text
 
 
