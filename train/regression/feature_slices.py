@@ -29,17 +29,17 @@ def exchange_features(features: torch.Tensor, runtime: Runtime, rows: Sequence[i
     """Give this rank's stimuli to the other ranks, and get its slice of the features of all stimuli.
 
     Args:
-        features: float32 (stimuli of this rank, features).
+        features: float32 (stimuli of this rank, features), on any device.
         runtime: this process.
         rows: number of stimuli of each rank.
         unit: features that stay together; their number is a multiple of it.
 
     Returns:
-        float32 (all stimuli, about features / ranks), the stimuli rank after rank.
+        float32 (all stimuli, about features / ranks), the stimuli rank after rank; where the process computes.
     """
     ranks = runtime.ranks
     if ranks == 1:
-        return features
+        return features.to(runtime.device)
     bounds = [rank * (features.shape[1] // unit) // ranks * unit for rank in range(ranks + 1)]
     width = bounds[runtime.rank + 1] - bounds[runtime.rank]
     parts = [features[:, bounds[k] : bounds[k + 1]].flatten().to(runtime.device) for k in range(ranks)]

@@ -11,12 +11,14 @@ from networks import backbone
 
 from train.models.features import LayerFeatures, PixelFeatures
 from train.models.windows import gaussian_windows
-from train.regression import decomposition
+from train.regression import decomposition, sliced_ridge
 from train.regression.decomposition import GpuDecomposition, eigh_on
+from train.regression.feature_slices import exchange_features
 from train.regression.gram import centred_gram
 from train.regression.host_copies import copied_to_host
 from train.regression.precision import SymmetricSum
-from train.regression.ridge import ridge
+from train.regression.ridge import RidgeFit, ridge
+from train.regression.sliced_ridge import as_linear_map, linear_outputs
 from train.regression.windowed_inner_products import windowed_inner_products
 
 PRECISIONS = ["float64", "float32", "tf32", "bf16"]
@@ -63,6 +65,19 @@ def test_bf16_products_round_their_factors_and_not_their_sum(monkeypatch, cuda_r
     with fake_gpu():
         SymmetricSum(10, "bf16", CUDA).add(torch.zeros(10, 4, device=CUDA))
     assert factors == [torch.bfloat16] * 2
+
+
+def test_a_ridge_on_one_gpu_is_computed_there(cuda_runtime, monkeypatch):  # noqa: F811
+    """The features arrive on the host, and one process exchanges them with nobody."""
+    monkeypatch.setattr(cuda_runtime, "gather_rows", lambda rows: np.zeros(rows.shape, np.float32))
+    fit = RidgeFit.empty(0, 30, 4)
+    with fake_gpu(may_wait=True):
+        features = exchange_features(torch.zeros(30, 50), cuda_runtime, [30])
+        width = cuda_runtime.sum(torch.tensor(features.shape[1], device=features.device))
+        products = sliced_ridge._inner_products(features, cuda_runtime)
+        start = as_linear_map(features, fit, cuda_runtime)
+        outputs = linear_outputs(features, start, cuda_runtime)
+    assert {tensor.device for tensor in (width, products, start.weight, start.bias, outputs)} == {CUDA}
 
 
 # ---- activations ---------------------------------------------------------------------------------------------------
