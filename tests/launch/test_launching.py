@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, run_here
+from helpers import ROOT, run_here, slow
 from launching import SMALL, launch, losses
 
 BIN = Path(sys.executable).parent
@@ -18,7 +18,7 @@ def run(*command, **environment) -> subprocess.CompletedProcess:
     return subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("way", ["flag", "file"])
+@pytest.mark.parametrize("way", [pytest.param("flag", marks=slow), "file"])
 def test_accelerate_on_cpu_that_starts_one_process_of_two_is_noticed(recording, tmp_path, way):
     config = tmp_path / "cpu.yaml"
     config.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\nuse_cpu: true\n")
@@ -37,7 +37,7 @@ def test_srun_without_a_launcher_is_noticed(recording, tmp_path):
     assert "srun was asked for 4 processes" in done.stderr
 
 
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=slow)])
 def test_launchers_that_work_train_together(recording, trained, tmp_path, launcher):
     free_port = ["--main_process_port", "0"]
     ways = {

@@ -42,6 +42,7 @@ def test_two_machines_train_as_one(recording, on_one_machine, tmp_path, processe
     assert largest_difference(weights(run), weights(on_one_machine)) < 1e-3
 
 
+@slow
 def test_a_slow_link_shows_as_communication(recording, on_one_machine, tmp_path):
     """The link is so slow that the gradients of a step take a quarter of a second."""
     run = tmp_path / "run"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ROOT, run_here, succeed_here
+from helpers import ROOT, run_here, slow, succeed_here
 from launching import losses, metrics, predictions, weights
 from make_sources import make_folder
 
@@ -17,7 +17,12 @@ from train.models.network import Network
 from train.run.recipe import Recipe, load_recipe
 
 SITES, HELD_OUT, SIZE = 5, 8, 64
-RECIPES = [path for path in sorted(ROOT.glob("train/recipes/*.yaml")) if "probe" not in path.stem]
+# They take long, and differ from another recipe in the size of network or images only.
+LARGER = ("densenet201", "efficientnet_b6_528", "resnet152")
+RECIPES = [
+    pytest.param(path, id=path.stem, marks=[slow] if path.stem in LARGER else [])
+    for path in sorted(ROOT.glob("train/recipes/*.yaml"))
+]
 TINY = {
     "images.size": SIZE,
     "backbone.weights": "random",
@@ -57,7 +62,7 @@ def narrow_vgg(monkeypatch):
     monkeypatch.setattr(timm, "create_model", narrower)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", RECIPES)
 def test_a_recipe_trains_and_is_scored(tiny, tmp_path, narrow_vgg, path):
     run = trained(tmp_path / "run", tiny, path)
     scored = run_here("train/evaluate.py", run)

@@ -85,7 +85,9 @@ def training_of(cuda_runtime, monkeypatch):  # noqa: F811
             recipe=recipe,
             targets=SimpleNamespace(manifest=MANIFEST, site_weights=None),
             data=SimpleNamespace(fit=fit),
-            loader=SimpleNamespace(accumulation_steps=steps, steps=10, global_size=STIMULI),
+            loader=SimpleNamespace(
+                accumulation_steps=steps, steps=10, global_size=STIMULI, smallest_micro_batch=STIMULI // steps
+            ),
         )
         with fake_gpu(may_wait=True):
             assembly.build_network(run, cuda_runtime, first_weights=True)

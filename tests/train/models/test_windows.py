@@ -1,5 +1,7 @@
 """Windows find the part of the image that a site responds to, also over several layers."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -105,6 +107,14 @@ def test_each_window_is_a_ridge_on_features_weighed_by_it(data, tmp_path, layers
     else:
         succeed(processes, "train/probe.py", "--data", data, "--out", run, "--loader.workers", 0, *words)
     assert list(metrics(run)["layers"]) == ["pixels" if layers == "pixels" else "stages.0+stages.1"]
+    stacked = ridge_on_weighed_features(data, layers)
+    np.testing.assert_allclose(predictions(run)["prediction"], stacked.prediction, atol=1e-4)
+    np.testing.assert_allclose(predictions(run, "left_out")["prediction"], stacked.left_out, atol=1e-4)
+
+
+@cache
+def ridge_on_weighed_features(data, layers):
+    """Of all windows together, each on features that are weighed by it and kept."""
     fits = []
     for window in probe_windows():
         products = 0
@@ -114,9 +124,7 @@ def test_each_window_is_a_ridge_on_features_weighed_by_it(data, tmp_path, layers
             products = products + seen @ seen.T / np.square(seen).sum()
         gram, rates = gram_and_rates(products, data, ROUNDING["float64"])
         fits.append(ridge(gram, rates, 1000))
-    stacked = stack([fit.left_out for fit in fits], rates, [fit.prediction for fit in fits])
-    np.testing.assert_allclose(predictions(run)["prediction"], stacked.prediction, atol=1e-4)
-    np.testing.assert_allclose(predictions(run, "left_out")["prediction"], stacked.left_out, atol=1e-4)
+    return stack([fit.left_out for fit in fits], rates, [fit.prediction for fit in fits])
 
 
 def centred_features(data, layers=""):
