@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 
 from data_prep.common.errors import BadInput
@@ -73,8 +74,6 @@ def test_bad_environments_are_refused(tmp_path):
 
 
 def test_predictions_of_no_stimuli_predict_nothing():
-    import numpy as np
-
     none = Predictions([], ["a", "b"], np.empty((0, 2), np.float32))
     assert np.isnan(none.rows(["x", "y"])).all()
     one = Predictions(["y"], ["a", "b"], np.array([[1, 2]], np.float32))

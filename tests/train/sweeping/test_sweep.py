@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -25,6 +26,7 @@ from data_prep.shards.manifest import load_manifest
 from train.run.folder import RunFolder
 from train.run.progress import Progress
 from train.run.recipe import Recipe, load_recipe
+from train.sweeping import publishing
 from train.sweeping.plan import load_plan, setting_of
 from train.sweeping.queue import TrialStatus, open_study
 from train.sweeping.search_figures import SettingAxis, best_points, draw_search
@@ -223,6 +225,17 @@ def test_a_sampled_search_runs_as_many_points_as_were_asked_for(worker, tmp_path
     assert load_recipe(tmp_path / "out" / "best.yaml", Recipe).optimizer.lr == float(table[0]["optimizer.lr"])
     assert "trial " + table[0]["trial"] + ": R2 0.2500" in (tmp_path / "out" / "table.md").read_text()
     assert draw_search(standings).startswith(b"\x89PNG")
+
+
+def test_a_best_trial_whose_scores_have_no_value_is_published(tmp_path):
+    """No site varies on the reported split."""
+    path = tmp_path / "eval" / "val" / "metrics.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"regression": {"r2": {"mean": None}}, "seen": {"dropped": 3}}))
+    folder = SimpleNamespace(run=lambda name: tmp_path)
+    standings = SimpleNamespace(settled=True, best=SimpleNamespace(run="0001"))
+    (_, line) = publishing._reported_scores(folder, standings)
+    assert line.endswith("trial 0001: no score has a value (seen before: 3 dropped)")
 
 
 def test_a_sampled_search_is_the_same_with_the_same_seed(worker, tmp_path):
@@ -486,6 +499,7 @@ ORPHAN = "import subprocess, time; subprocess.Popen(['sleep', '1000'], start_new
 WORKER = f"""
 import os, sys
 from pathlib import Path
+from types import SimpleNamespace
 from train.sweeping.supervised_process import Heartbeat, hold_lock, run_supervised
 heartbeat = Heartbeat(Path(sys.argv[1]), "mine", 0.1)
 with hold_lock(heartbeat.path, int) as lock:
