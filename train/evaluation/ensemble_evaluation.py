@@ -68,23 +68,36 @@ def prepare_ensembles(options: Evaluate) -> tuple[list[EvaluationJob], list[Ense
         on_bad_sample = "skip" if any(job.bad_samples.skips for job in jobs) else "stop"
     loader = Loader(on_bad_sample=on_bad_sample, shard_cache=options.shard_cache)
     folders = [ShardFolder(data, loader.fetch) for data in options.data or shard_folders_of(options.runs[0])]
-    record = _joined_record(options.runs)
-    ensembles = [_open_ensemble(options, recipes, record, shards, loader) for shards in Recordings(folders).folders]
+    ensembles = [
+        _open_ensemble(options, recipes, shards, loader, has_left_out=_all_left_out(options.runs, recipes, jobs))
+        for shards in Recordings(folders).folders
+    ]
     _check_free(out, ensembles)
     for ensemble in ensembles:
         _check_predictions(ensemble)
     return jobs, ensembles
 
 
+def _all_left_out(runs: Sequence[Path], recipes: Sequence[Recipe | None], jobs: Sequence[EvaluationJob]) -> bool:
+    """Whether every fine-tuned run is about to predict what it left out; older predictions may be of fitted stimuli."""
+    predicting = {job.run.folder.path for job in jobs if job.split == LEFT_OUT}
+    return all(run in predicting for run, recipe in zip(runs, recipes, strict=True) if recipe is not None)
+
+
 def _open_ensemble(
-    options: Evaluate, recipes: Sequence[Recipe | None], record: SeenRecord, shards: ShardFolder, loader: Loader
+    options: Evaluate,
+    recipes: Sequence[Recipe | None],
+    shards: ShardFolder,
+    loader: Loader,
+    *,
+    has_left_out: bool,
 ) -> Ensemble:
     members = group_into_members(options.runs, recipes, shards.manifest.name)
-    bad_samples = BadSamples(loader)
+    record, bad_samples = _joined_record(options.runs), BadSamples(loader)
     if options.combine == "stack":
         record = record.adding(_stacked_on(record, shards))
     scored = _scored_stimuli(options, record, shards, bad_samples)
-    return Ensemble(members, options.combine, shards, options.split, scored, bad_samples)
+    return Ensemble(members, options.combine, shards, options.split, scored, bad_samples, has_left_out=has_left_out)
 
 
 def _joined_record(runs: Sequence[Path]) -> SeenRecord:

@@ -112,6 +112,7 @@ class Ensemble:
         split: to predict.
         scored: its stimuli that are predicted and scored.
         bad_samples: records which stimuli cannot be read.
+        has_left_out: whether the fine-tuned members predict what they left out; probes and ensembles have files of it.
     """
 
     def __init__(
@@ -122,7 +123,10 @@ class Ensemble:
         split: str,
         scored: ScoredStimuli,
         bad_samples: BadSamples,
+        *,
+        has_left_out: bool,
     ):
+        self._has_left_out = has_left_out
         self.members, self.combine, self.shards, self.split = list(members), combine, shards, split
         self.stimuli, self.seen, self.bad_samples = scored.stimuli, scored.seen, bad_samples
 
@@ -163,7 +167,7 @@ class Ensemble:
         if self.combine == "stack":
             return self._stacked(predictions)
         rates, left_out = self._mean(predictions), None
-        if all(member.has_left_out for member in self.members):
+        if self._has_left_out and all(member.has_left_out for member in self.members):
             stimulus_ids = self._left_out_by_all()
             if stimulus_ids:
                 left_out_rates = self._mean(self._member_left_out(stimulus_ids))

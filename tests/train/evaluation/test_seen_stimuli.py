@@ -330,7 +330,8 @@ def test_predictions_of_other_scores_are_refused(run, probe, tmp_path):
 
 
 def test_runs_that_left_nothing_out_have_a_mean_but_no_stack(scored, probe, first, record, tmp_path):
-    """Their weights were fitted on all of train, which only learning weights would need."""
+    """Their weights were fitted on all of train; what an earlier version took for left out is not used."""
+    succeed_here("train/evaluate.py", scored, "--split", "left_out")
     images, ids = image_identities(ShardFolder(first), "train"), ShardFolder(first).split("train").stimulus_ids
     ancestor = SeenRecord((SeenImages(FITTED, "mine", "weights elsewhere", images, ids),))
     record.inheriting(ancestor, "weights elsewhere").write(scored)
