@@ -4,10 +4,10 @@
 
 The images are JPEGs of smooth noise, quality 90, about 20 kB each, in a folder of files with a table and responses.
 `ShardWriter` reads each file, and writes its bytes, the bytes of its responses and of its JSON: the members that ours
-writes. Ours also checks every image, hashes the tars, and writes index and manifest. `ours, one process` is the part
-that runs in each worker, without starting any: the aim is 0.9 of ShardWriter. The others are the whole command except
-for starting Python and its imports, so they need cores of their own. All take turns; medians over the repeats, ratios
-within a turn.
+writes. Ours also decodes every image, unless `--no-decode` is given, hashes images and tars, and writes index and
+manifest. `ours, one process` is the part that runs in each worker, without starting any. Those with workers are the
+whole command except for starting Python and its imports, so they need cores of their own. All take turns; medians over
+the repeats, ratios within a turn.
 """
 
 import io
@@ -28,6 +28,7 @@ from synthetic import write_images
 from data_prep.common.worker_processes import usable_cores
 from data_prep.recording import Recording
 from data_prep.shards import packing
+from data_prep.shards.image_rules import DEFAULT_RULES, ImageRules
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 
@@ -53,10 +54,10 @@ def by_webdataset(source: Path, out: Path) -> None:
             writer.write({"__key__": file.stem} | members)
 
 
-def in_this_process(recording: Recording, out: Path) -> None:
+def in_this_process(recording: Recording, out: Path, rules: ImageRules = DEFAULT_RULES) -> None:
     """Do the work of one of our workers, for all shards."""
     out.mkdir()
-    packing.set_work(recording, multiprocessing.Value("q", 0))
+    packing.set_work(recording, multiprocessing.Value("q", 0), rules)
     for job in packing.shard_jobs(recording.splits, PER_SHARD):
         packing.write_one_shard(out, job)
 
@@ -80,6 +81,7 @@ def writers(source: Path, workers: list[int]) -> dict[str, Callable[[Path], None
     sides: dict[str, Callable[[Path], None]] = {
         RIVAL: lambda out: by_webdataset(source, out),
         "ours, one process": lambda out: in_this_process(recording, out),
+        "ours, one process, --no-decode": lambda out: in_this_process(recording, out, ImageRules(decode=False)),
     }
     for count in workers:
         sides[f"ours, workers: {count}"] = lambda out, n=count: pack(recording, out, PER_SHARD, n)
