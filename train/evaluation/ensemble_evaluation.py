@@ -38,6 +38,7 @@ from train.evaluation.options import Evaluate
 from train.evaluation.predictions_file import METRICS_FILE, Predictions, predictions_of
 from train.evaluation.run_evaluation import print_warnings, summary
 from train.evaluation.seen_stimuli import NothingLeftOut, SeenRule, selected_on
+from train.evaluation.training_facts import OTHER_SCALE
 from train.run.folder import LEFT_OUT, RunFolder, open_run
 from train.run.recipe import Loader, Recipe
 
@@ -313,6 +314,8 @@ def _facts_of_members(metrics_of_runs: Iterable[dict[str, Any]]) -> dict[str, An
     controls = {run["control"] for run in runs if "control" in run}
     if controls:
         facts["control"] = " and ".join(sorted(controls))
+    if any(run.get(OTHER_SCALE) for run in runs):
+        facts[OTHER_SCALE] = True
     sizes = {run.get("training_stimuli") for run in runs}
     if len(sizes) == 1 and None not in sizes:
         facts["training_stimuli"] = sizes.pop()

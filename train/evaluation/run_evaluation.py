@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput
 from train.data.bad_samples import BadSamples
 from train.data.loader import workers_per_rank
-from train.data.recordings import subset_positions
 from train.data.worker_limits import workers_within_limits
 from train.distributed.launch_environment import cores_of_rank, this_process
 from train.distributed.runtime import Runtime
@@ -21,6 +21,7 @@ from train.evaluation.metrics_report import SHUFFLED_CONTROL, metrics_report
 from train.evaluation.predictions_file import write_predictions
 from train.evaluation.scoring import RecordingScores, score
 from train.evaluation.seen_stimuli import UNSEEN, mark_of, seen_in, selected_on
+from train.evaluation.training_facts import OTHER_SCALE, ResponseScale, other_scale, training_stimuli
 from train.models.network import Network
 from train.run.checkpoint import load_matching_tensors
 from train.run.tensorboard import TensorBoard
@@ -31,19 +32,33 @@ SUMMARISED = ("r2", "explained_variance", "mse", "pearson_r", "ceiled_explained_
 # --------------------------------------------------------------------------------------------------------- scoring
 
 
+@dataclass(frozen=True)
+class Evaluated:
+    """The scores of a run on a recording.
+
+    Attributes:
+        scores: of its predictions.
+        other_scale: how the recording's responses differ in scale from those it was trained on; "" if they do not.
+    """
+
+    scores: RecordingScores
+    other_scale: str
+
+
 def run_job(job: EvaluationJob, runtime: Runtime) -> None:
     """Score a run on a recording; on the leading rank, write the results and print a summary."""
-    scores = evaluate(job, runtime)
+    evaluated = evaluate(job, runtime)
     if not runtime.is_main:
         return
-    folder, metrics = write_results(job, scores, runtime.ranks)
-    _chart(job, scores)
+    folder, metrics = write_results(job, evaluated, runtime.ranks)
+    _chart(job, evaluated.scores)
     print(f"{job.title}: {len(job.stimuli):,} stimuli  {summary(metrics)}\nwritten to {folder}", flush=True)
     _warn_of_unseen_classes(job, metrics)
+    _warn_of_other_recording(job, evaluated)
     print_warnings(job.bad_samples)
 
 
-def evaluate(job: EvaluationJob, runtime: Runtime) -> RecordingScores:
+def evaluate(job: EvaluationJob, runtime: Runtime) -> Evaluated:
     """Load the network and score the split over all ranks.
 
     Raises:
@@ -60,13 +75,14 @@ def evaluate(job: EvaluationJob, runtime: Runtime) -> RecordingScores:
     network = Network(job.recipe.for_evaluation(), job.manifest, job.stimuli.size)
     rows = slice(None) if job.recording is None else run.progress.rows_of(job.recording, str(job.shards.folder))
     network.load_state_dict(load_matching_tensors(network, run.checkpoint, "network", rows))
+    scale = _other_scale(network, job)
     workers = job.recipe.loader.workers if job.options.workers is None else job.options.workers
     batch_size = job.options.batch_size or job.recipe.evaluation_batch_size
     wanted = workers_per_rank(workers, cores_of_rank(this_process()))
     label = f"evaluating {job.split}"
     if job.recording is not None:
         label = f"{label} of {job.recording}"
-    return score(
+    scores = score(
         network.to(runtime.device),
         job.stimuli,
         runtime,
@@ -75,6 +91,39 @@ def evaluate(job: EvaluationJob, runtime: Runtime) -> RecordingScores:
         keep_predictions=True,
         label=label,
     )
+    return Evaluated(scores, scale)
+
+
+def _other_scale(network: Network, job: EvaluationJob) -> str:
+    """How the responses differ in scale from those that the network was trained on; "" if they do not."""
+    responses = network.objective.responses
+    if responses is None or job.stimuli.rates is None:
+        return ""
+    trained = ResponseScale(responses.rate_mean.numpy(), responses.rate_std.numpy())
+    return other_scale(trained, ResponseScale.of(job.manifest))
+
+
+def _is_other_recording(job: EvaluationJob) -> bool:
+    """Whether a run on one recording is scored on another one, whose sites have the same names."""
+    trained_on = job.run.progress.recordings  # empty in runs of earlier versions
+    return bool(trained_on) and job.manifest.name not in trained_on
+
+
+def _warn_of_other_recording(job: EvaluationJob, evaluated: Evaluated) -> None:
+    run, where = job.run.folder.path, job.shards.folder
+    if _is_other_recording(job):
+        names = " and ".join(job.run.progress.recordings)
+        print(
+            f"warning: {run} was trained on the recording {names} and is scored on {job.manifest.name}, whose sites "
+            "have the same names; if they are other neurons, the scores mean nothing",
+            file=sys.stderr,
+        )
+    if evaluated.other_scale:
+        print(
+            f"warning: the responses of {where} are on another scale than those that {run} was trained on: "
+            f"{evaluated.other_scale}; if the response window or the units differ, R2 and MSE mean nothing",
+            file=sys.stderr,
+        )
 
 
 def _unseen_classes(job: EvaluationJob) -> int:
@@ -100,18 +149,21 @@ def _warn_of_unseen_classes(job: EvaluationJob, metrics: Mapping[str, Any]) -> N
 # --------------------------------------------------------------------------------------------------------- results
 
 
-def write_results(job: EvaluationJob, scores: RecordingScores, ranks: int) -> tuple[Path, dict[str, Any]]:
+def write_results(job: EvaluationJob, evaluated: Evaluated, ranks: int) -> tuple[Path, dict[str, Any]]:
     """Write predictions.npz and, if there are responses or labels to compare with, metrics.json.
 
     Returns:
         The folder, and the metrics; none without responses and labels.
     """
+    scores = evaluated.scores
     folder = job.run.folder.evaluation(job.split, job.options.checkpoint, job.recording)
     digest = write_predictions(folder, _prediction_arrays(job, scores))
     metrics: dict[str, Any] = {}
     if scores.moments is not None or scores.counts is not None:
         metrics = metrics_report(scores, job.stimuli, job.manifest, job.split, ranks) | _run_facts(job)
         metrics["predictions"] = digest
+        if evaluated.other_scale:
+            metrics[OTHER_SCALE] = True
         unseen = _unseen_classes(job)
         if unseen:
             metrics["classification"]["classes_not_in_train"] = unseen
@@ -143,10 +195,12 @@ def _run_facts(job: EvaluationJob) -> dict[str, Any]:
         "selected_on": selected_on([progress.selection_split], job.split, job.seen),
         "seen": job.seen.content(),
     }
-    if job.recording is not None:
+    if job.recording is not None or _is_other_recording(job):
         facts["trained_on"] = list(progress.recordings)
     facts |= job.bad_samples.facts()
-    facts["training_stimuli"] = len(subset_positions(job.shards.split("train"), job.recipe))
+    if job.run.record is not None:
+        selected_in_train = progress.selection_split == "inner"
+        facts["training_stimuli"] = training_stimuli(job.run.record, job.recording, selected_in_train)
     if job.recipe.task.shuffle_responses:
         facts["control"] = SHUFFLED_CONTROL
     return facts

@@ -92,7 +92,8 @@ class ReportedRun:
         control = f" (CONTROL: {self.metrics.control})" if self.metrics.control else ""
         seen = self.metrics.seen
         kept = f" (SEEN: {seen.leaks:,} of {self.metrics.stimuli:,})" if seen and seen.leaks else ""
-        return f"{self.name}{layer}{control}{kept}"
+        scale = " (OTHER SCALE)" if self.metrics.other_scale else ""
+        return f"{self.name}{layer}{control}{kept}{scale}"
 
     @property
     def is_probe(self) -> bool:

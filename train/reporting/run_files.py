@@ -96,6 +96,7 @@ class Metrics(_FileContent):
     selected_on: list[Text] = []
     seen: Seen | None = None
     trained_on: list[Text] = []
+    other_scale: bool = False
     training_stimuli: Annotated[int, Field(gt=0, le=MOST_STIMULI)] | None = None
     epoch: Count | None = None
 

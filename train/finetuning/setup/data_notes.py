@@ -13,7 +13,7 @@ def notes_on_left_out(recordings: Recordings, divided: Sequence[FitAndSelection]
     """Training stimuli of each recording that are left out because another recording holds them out."""
     return [
         f"note: {part.left_out:,} of the {len(part.train):,} train stimuli of {name} are left out, because another "
-        "recording holds them out (the same id and size of file)"
+        "recording holds them out (the same image, whatever its id)"
         for name, part in zip(recordings.names, divided, strict=True)
         if part.left_out
     ]
