@@ -6,7 +6,7 @@ its map (`train/models/windows.py`); each window has inner products and a regres
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -31,11 +31,13 @@ class Partition:
     Attributes:
         fit, held_out: positions among all stimuli.
         inner_folds: of the stimuli to fit, positions among these; they choose the layer.
+        copies: of the stimuli to fit, equal for those that show the same image; None if all differ.
     """
 
     fit: np.ndarray
     held_out: np.ndarray
     inner_folds: list[np.ndarray]
+    copies: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ class LayerRegressions:
         for partition in self._partitions:
             rates = self._rates[partition.fit]
             gram = centred_gram(products, partition.fit, partition.held_out, rounding, self._decompose)
-            fit = regress(gram, rates, method)
+            fit = regress(replace(gram, copies=partition.copies), rates, method)
             result.prediction[partition.held_out] = fit.prediction
             if isinstance(fit, RidgeFit):
                 inner_r2 = fit.inner_r2

@@ -251,7 +251,9 @@ def _partition(
     partitions = []
     for held_out in held_out_sets:
         fit = np.setdiff1d(positions, held_out)
-        partitions.append(Partition(fit, held_out, folds(groups[fit], recipe.inner_folds, recipe.seed)))
+        inner_folds = folds(groups[fit], recipe.inner_folds, recipe.seed)
+        has_copies = len(np.unique(copies[fit])) < len(fit)
+        partitions.append(Partition(fit, held_out, inner_folds, copies[fit] if has_copies else None))
     return partitions
 
 

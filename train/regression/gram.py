@@ -5,7 +5,7 @@ whatever is linear in the features is a weighting of the stimuli to fit: predict
 dual weights.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -47,12 +47,15 @@ class GramMatrix:
         rounding: of the products, relative to the largest eigenvalue. Components below it are rounding errors, and a
             leave-one-out estimate that used them would be wrong.
         decompose: computes the eigenvectors of `fit`.
+        copies: (n,), equal for stimuli that show the same image, which a leave-one-out estimate leaves out together;
+            None if each counts by itself.
     """
 
     fit: np.ndarray
     cross: np.ndarray
     rounding: float = 0.0
     decompose: Decomposition = eigh_on_cpu
+    copies: np.ndarray | None = None
 
     @cached_property
     def spectrum(self) -> Spectrum:
@@ -75,7 +78,8 @@ class GramMatrix:
         square = np.zeros((len(stacked), len(stacked)))
         square[:, : len(recorded)] = stacked
         held_out = np.arange(len(recorded), len(stacked))
-        return centred_gram(square, np.flatnonzero(recorded), held_out, self.rounding, self.decompose)
+        gram = centred_gram(square, np.flatnonzero(recorded), held_out, self.rounding, self.decompose)
+        return gram if self.copies is None else replace(gram, copies=self.copies[recorded])
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,12 @@ class FeatureMatrix:
     Attributes:
         fit: (n, features), centred on their mean.
         cross: (held out, features), centred on the mean of those to fit.
+        copies: see `GramMatrix`.
     """
 
     fit: np.ndarray
     cross: np.ndarray
+    copies: np.ndarray | None = None
 
     @classmethod
     def centred(cls, fit: np.ndarray, held_out: np.ndarray) -> "FeatureMatrix":
@@ -113,7 +119,8 @@ class FeatureMatrix:
 
     def subset(self, recorded: np.ndarray) -> "FeatureMatrix":
         """Only the stimuli to fit that are `recorded`, (n,) bool, centred on their mean."""
-        return FeatureMatrix.centred(self.fit[recorded], self.cross)
+        features = FeatureMatrix.centred(self.fit[recorded], self.cross)
+        return features if self.copies is None else replace(features, copies=self.copies[recorded])
 
 
 Predictors = GramMatrix | FeatureMatrix

@@ -9,6 +9,7 @@ from data_prep.recording import varies
 from train.regression.fit import Fit, fit_site_groups
 from train.regression.gram import Predictors
 
+LEAST_FREEDOM = 1e-9  # of a stimulus that alone decides its prediction
 PENALTIES = np.logspace(-6, 6, 49)  # in units of the Gram matrix's mean eigenvalue
 
 
@@ -61,7 +62,7 @@ def ridge(predictors: Predictors, rates: np.ndarray, components: int | None = No
 
 def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None) -> RidgeFit:
     """The leave-one-out residual of stimulus i is e_i / (1 - H_ii), with H the hat matrix (PRESS, Allen 1974), so every
-    penalty of a wide grid costs one product.
+    penalty of a wide grid costs one product. Stimuli with the same image are left out together (`_left_out_errors`).
     """
     spectrum = predictors.spectrum.leading(components)
     eigenvalues, vectors = spectrum.values[:, None], spectrum.vectors
@@ -73,7 +74,7 @@ def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None
     def left_out_errors(penalties: np.ndarray) -> np.ndarray:
         shrinkage = eigenvalues / (eigenvalues + penalties * mean_eigenvalue)
         hat_diagonal = 1 / len(rates) + squared @ shrinkage
-        return (centred_rates - vectors @ (shrinkage * rotated)) / np.clip(1 - hat_diagonal, 1e-9, None)
+        return _left_out_errors(centred_rates - vectors @ (shrinkage * rotated), hat_diagonal, predictors.copies)
 
     variance = np.square(centred_rates).sum(axis=0)
     best_press = np.full(rates.shape[1], np.inf)
@@ -93,3 +94,24 @@ def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None
         inner_r2=inner_r2,
         left_out=(rates - left_out_errors(penalty)).astype(np.float32),
     )
+
+
+def _left_out_errors(errors: np.ndarray, hat_diagonal: np.ndarray, copies: np.ndarray | None) -> np.ndarray:
+    """The errors for stimuli that are left out, from those of the fit to all of them.
+
+    m stimuli with the same image have the same features, so their block of the hat matrix is h 1 1', and leaving out
+    all of them gives (I - h 1 1')^-1 e = e + h / (1 - m h) 1 1' e; with m = 1, e / (1 - h). If only one was left out,
+    its copies would tell its response.
+
+    Args:
+        errors: (n, sites).
+        hat_diagonal: (n, sites) or (n, 1).
+        copies: see `GramMatrix`.
+    """
+    if copies is None:
+        return errors / np.clip(1 - hat_diagonal, LEAST_FREEDOM, None)
+    _, image, counts = np.unique(copies, return_inverse=True, return_counts=True)
+    sums = np.zeros((len(counts), errors.shape[1]))
+    np.add.at(sums, image, errors)
+    freedom = np.clip(1 - counts[image][:, None] * hat_diagonal, LEAST_FREEDOM, None)
+    return errors + hat_diagonal / freedom * sums[image]
