@@ -63,7 +63,8 @@ class Seen(BaseModel):
     def mark(self) -> str:
         """The block in a few words, for a table."""
         if self.part == "train":
-            return f"train: {self.fitted:,} fitted"
+            dropped = f", {self.dropped:,} dropped" if self.dropped else ""
+            return f"train: {self.fitted:,} fitted{dropped}"
         words = []
         if self.leaks:
             words.append(f"{self.leaks:,} KEPT")

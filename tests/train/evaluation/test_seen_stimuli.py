@@ -222,6 +222,8 @@ def test_held_out_and_training_stimuli_of_the_run_s_own_shards_are_marked(scored
     succeed_here("train/evaluate.py", scored, "--split", "train")
     assert metrics(scored, "train")["seen"]["fitted"] == record_of(scored).count(FITTED)
     assert metrics(scored, "train")["seen"]["part"] == "train"
+    done = succeed_here("train/evaluate.py", scored, "--split", "train", "--seen", "drop")
+    assert f"train: 0 fitted, {record_of(scored).count(FITTED)} dropped" in done.stdout
 
 
 def test_what_is_left_out_comes_from_the_record(scored, second, record):
