@@ -1,12 +1,13 @@
 """Fixtures that the end-to-end tests share: a small packed recording, a trained run, shards behind a URL."""
 
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import succeed_here
+from helpers import succeed_here, unchanged_environment
 from launching import SMALL, succeed_on
 from make_sources import make_folder
 from web_server import serve
@@ -31,6 +32,12 @@ def fresh_identity():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that start processes first: they are the slowest."""
     items.sort(key=lambda item: not {"launch", "start", "succeed"} & vars(item.module).keys())
+
+
+@pytest.fixture(autouse=True)
+def _unchanged_environment() -> Iterator[None]:
+    with unchanged_environment():
+        yield
 
 
 @pytest.fixture(scope="session")

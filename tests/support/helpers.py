@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
 
@@ -46,12 +46,23 @@ def finish(process: subprocess.Popen, timeout: float = 300) -> CompletedProcess:
     return CompletedProcess(process.args, process.returncode, out, err)
 
 
+@contextlib.contextmanager
+def unchanged_environment() -> Iterator[None]:
+    """Undo changes of environment variables: what one run sets would change what later tests start."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
 def run_here(script: str, *args) -> CompletedProcess:
     """Run a script as `__main__` in this process, which saves the seconds that a new Python takes to start."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     own_identity.cache_clear()  # a new process reads its environment anew
     before, sys.argv = sys.argv, [script, *map(str, args)]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with unchanged_environment(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:

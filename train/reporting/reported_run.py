@@ -93,7 +93,17 @@ class ReportedRun:
         seen = self.metrics.seen
         kept = f" (SEEN: {seen.leaks:,} of {self.metrics.stimuli:,})" if seen and seen.leaks else ""
         scale = " (OTHER SCALE)" if self.metrics.other_scale else ""
-        return f"{self.name}{layer}{control}{kept}{scale}"
+        outdated = "" if self.newer_epoch is None else f" (OF EPOCH {self.metrics.epoch}, NOW {self.newer_epoch})"
+        return f"{self.name}{layer}{control}{kept}{scale}{outdated}"
+
+    @property
+    def newer_epoch(self) -> int | None:
+        """The epoch whose checkpoint has since replaced the one that was scored; None if the score is up to date."""
+        if self.metrics is None or self.metrics.epoch is None or self.metrics.checkpoint not in ("best", "last"):
+            return None
+        is_best = self.metrics.checkpoint == "best"
+        now = max((line["epoch"] for line in self.epochs if line.get("best") or not is_best), default=0)
+        return now if now > self.metrics.epoch else None
 
     @property
     def is_probe(self) -> bool:

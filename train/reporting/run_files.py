@@ -99,6 +99,7 @@ class Metrics(_FileContent):
     other_scale: bool = False
     training_stimuli: Annotated[int, Field(gt=0, le=MOST_STIMULI)] | None = None
     epoch: Count | None = None
+    checkpoint: Text | None = None
 
 
 class Environment(_FileContent):

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_here, succeed_here
+from helpers import assert_refused, run_here, slow, succeed_here
 from launching import metrics, predictions, succeed
 from make_sources import make_folder
 
@@ -97,7 +97,9 @@ def test_a_sum_of_layers_is_ridge_on_features_of_one_size(data, tmp_path):
     np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, atol=1e-3)
 
 
-@pytest.mark.parametrize(("layers", "processes"), [("stages.1+stages.0", 1), ("stages.1+stages.0", 3), ("pixels", 1)])
+@pytest.mark.parametrize(
+    ("layers", "processes"), [pytest.param("stages.1+stages.0", 1, marks=slow), ("stages.1+stages.0", 3), ("pixels", 1)]
+)
 def test_each_window_is_a_ridge_on_features_weighed_by_it(data, tmp_path, layers, processes):
     """On any number of processes, in stripes of a few rows; a map of few positions and one of many (pixels)."""
     run, own_words = tmp_path / "run", NETWORK if layers != "pixels" else ["--images.size", SIZE]

@@ -11,6 +11,7 @@ from helpers import assert_refused, run_here
 from make_runs import SITES, epoch_line, guess, make_classifier, make_probe, make_run, responses
 from markupsafe import escape
 
+from train.reporting.reported_run import read_run
 from train.run.recipe import ProbeRecipe, Recipe
 
 NASTY = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
@@ -254,6 +255,19 @@ def test_a_score_selected_on_the_reported_split_is_marked(tmp_path):
     ):
         assert "flattered" in text
         assert "SIMULATED" in text
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "epoch", "mark"),
+    [("best", 2, ""), ("best", 1, " (OF EPOCH 1, NOW 2)"), ("last", 3, ""), ("last", 2, " (OF EPOCH 2, NOW 3)")],
+)
+def test_the_score_of_a_run_that_trained_on_is_marked(tmp_path, checkpoint, epoch, mark):
+    target = responses()
+    history = [epoch_line(1, 0.1), epoch_line(2, 0.2), epoch_line(3, 0.1, best=False)]
+    scored = {"checkpoint": checkpoint, "epoch": epoch}
+    run = make_run(tmp_path / "run", target, guess(target, 0.5), history=history, **scored)
+    (read,) = read_run(run, "val", "run")
+    assert read.title == f"run{mark}"
 
 
 def test_published_numbers_are_labelled(reported):
