@@ -1,6 +1,6 @@
 """Check this machine, or several together, before a long run; launch/check.sh starts it on every process.
 
-Each process runs one stage after the other, each as a process of its own that joins its peers anew: a stage that
+Each process runs one stage after the other, each as a process of its own that joins its peers again: a stage that
 crashes or hangs costs only itself. The first one prints a line for each thing checked, and what to do where it fails.
 """
 

@@ -75,6 +75,6 @@ def copy_warnings(facts: Mapping[str, Any]) -> Iterator[str]:
     consequence = "scores on what is held out are too good" if train else "images that are scored may also select"
     yield (
         f"images in more than one split under different ids: {separated:,}, of these both in train and held out: "
-        f"{train:,} (such as {example}); {consequence}; divide the stimuli anew with copies together "
+        f"{train:,} (such as {example}); {consequence}; divide the stimuli again with copies together "
         "(pack.py --split random or grouped, without --copies as-dealt)"
     )

@@ -60,7 +60,7 @@ def unchanged_environment() -> Iterator[None]:
 def run_here(script: str, *args) -> CompletedProcess:
     """Run a script as `__main__` in this process, which saves the seconds that a new Python takes to start."""
     out, err, code = io.StringIO(), io.StringIO(), 0
-    own_identity.cache_clear()  # a new process reads its environment anew
+    own_identity.cache_clear()  # a new process reads its own environment
     before, sys.argv = sys.argv, [script, *map(str, args)]
     with unchanged_environment(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:

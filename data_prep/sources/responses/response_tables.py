@@ -166,7 +166,7 @@ def _add_row(columns: list[_CsvColumn], cells: list[str], numbers: np.ndarray, p
             numbers[numeric] = [float(cell or "nan") for cell in chosen]
             return
         except ValueError:
-            pass  # such as "-" or "1e"
+            pass  # a cell such as "-" or "1e": read one by one below, which names it
     numbers[numeric] = [columns[k].number(cells[k], place) for k in numeric]
 
 

@@ -171,7 +171,7 @@ def test_a_run_whose_stimuli_are_divided_anew_does_not_resume(scored, first, rec
     ]
     SeenRecord(tuple(swapped)).write(scored)
     done = run_here("train/finetune.py", "--data", first, "--out", scored, "--resume")
-    assert_refused(done, "would be fitted", "divided anew")
+    assert_refused(done, "would be fitted", "divided differently")
 
 
 # ---- scoring -------------------------------------------------------------------------------------------------------
@@ -355,8 +355,8 @@ def test_an_ensemble_has_seen_what_its_members_have(run, probe, first, second, r
         joined.overlap(images).fitted,
         is_among(images, image_identities(ShardFolder(first), "train")),
     )
-    done = run_here("train/evaluate.py", member, "--data", second, "--out", tmp_path / "anew")
+    done = run_here("train/evaluate.py", member, "--data", second, "--out", tmp_path / "again")
     assert_refused(done, "were fitted before")
-    succeed_here("train/evaluate.py", member, "--data", second, "--out", tmp_path / "anew", "--seen", "drop")
+    succeed_here("train/evaluate.py", member, "--data", second, "--out", tmp_path / "again", "--seen", "drop")
     expected = in_split(second, "val") - of_role(record, FITTED)
-    assert numbers(predictions(tmp_path / "anew")["stimulus_id"]) == expected
+    assert numbers(predictions(tmp_path / "again")["stimulus_id"]) == expected

@@ -74,7 +74,7 @@ def _with_ancestors(record: SeenRecord, recipe: Recipe) -> SeenRecord:
 
 
 def _check_same_sides(run: Path, before: SeenRecord, now: SeenRecord) -> None:
-    """Refuse to resume where fitted images now select, or the other way round: the stimuli were divided anew."""
+    """Refuse to resume where fitted images now select, or the other way round: the stimuli were divided differently."""
     for was, role in ((SELECTED, FITTED), (FITTED, SELECTED)):
         for part in now.of_role(role):
             is_new = ~is_among(part.images, _own(before, role))
@@ -83,7 +83,7 @@ def _check_same_sides(run: Path, before: SeenRecord, now: SeenRecord) -> None:
                 names = ", ".join(part.stimulus_ids[row] for row in moved[:NAMED])
                 raise BadInput(
                     f"{run}: {len(moved):,} stimuli that were {was} until now would be {role} ({names}): they have "
-                    "been divided anew, by other shards or another version; resume with those that the run began with"
+                    "been divided differently; resume with the shards, and the version, that the run began with"
                 )
 
 
