@@ -18,11 +18,14 @@ from pathlib import Path
 from shutil import rmtree
 from typing import TYPE_CHECKING
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from checking.verdicts import FAILED, Verdict, listing, read_verdicts  # noqa: E402
 from harness import last_line  # noqa: E402
 
+from data_prep.common.atomic_writes import write_bytes  # noqa: E402
 from data_prep.common.process_identity import (  # noqa: E402
     ADDRESS_VARIABLES,
     RANK_VARIABLES,
@@ -34,7 +37,7 @@ from data_prep.common.process_identity import (  # noqa: E402
 if TYPE_CHECKING:
     from checking.stages import Stage
 
-PACKED = "packed"  # this file says that the recordings are complete
+PACKED = "packed"  # this file says that the recordings are complete, and which process has packed them
 PACKING_SECONDS = 180
 LAUNCHERS = ("TORCHELASTIC", "SLURM_", "OMPI_", "MV2_", "PMI", "MPI_")  # what the variables that they set begin with
 FIRST_PORT, PORTS = 1024, 2**16 - 1024  # those that a user may open
@@ -94,11 +97,21 @@ def prepare(identity: ProcessIdentity, folder: Path, stages: "Iterable[Stage]") 
         for stage in stages:
             if identity.rank == 0 or stage.name == "recordings":
                 faults.append(run_stage(stage.name, stage.seconds, folder, without_peers()))
-        (folder / PACKED).touch()
+        write_bytes(folder / PACKED, str(os.getpid()).encode())
     deadline = time.monotonic() + PACKING_SECONDS
-    while not (folder / PACKED).exists() and time.monotonic() < deadline:
+    while not is_packed(folder) and time.monotonic() < deadline:
         time.sleep(0.1)
     return [fault for fault in faults if fault is not None]
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the recordings are complete; those of a check that was killed, under the same port, do not count."""
+    path = folder / PACKED
+    try:
+        packed_by = psutil.Process(int(path.read_text()))
+        return packed_by.create_time() <= path.stat().st_mtime  # else the number is another process's by now
+    except (OSError, psutil.NoSuchProcess):
+        return False
 
 
 def check(identity: ProcessIdentity, folder: Path) -> list[Verdict]:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from gpu.forms import Form
-from gpu.results import Finding
+from gpu.results import Finding, OutOfTime
+
+SMALL_RECORDING, MANY_JPEGS = "small recording", "JPEGs"  # the entries that pack what others train on
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,31 @@ class Place:
 
     @property
     def recording(self) -> Path:
-        """A small simulated recording with classes and trials."""
+        """A small simulated recording with classes and trials.
+
+        Raises:
+            OutOfTime: there was no time to pack it; likewise `jpegs`.
+        """
+        self._check_in_time(SMALL_RECORDING)
         return self.folder / "recording"
 
     @property
     def jpegs(self) -> Path:
         """Many JPEGs with random responses."""
+        self._check_in_time(MANY_JPEGS)
         return self.folder / "jpegs"
+
+    def mark_out_of_time(self, entry: str) -> None:
+        """Remember that there was no time for an entry, for those that need what it leaves."""
+        self._mark(entry).parent.mkdir(exist_ok=True)
+        self._mark(entry).touch()
+
+    def _mark(self, entry: str) -> Path:
+        return self.folder / "out of time" / entry.replace("/", "_")
+
+    def _check_in_time(self, entry: str) -> None:
+        if self._mark(entry).exists():
+            raise OutOfTime(f"there was no time for {entry!r}, which this needs")
 
     def leave(self, name: str, value: Any) -> None:
         """Leave a value for later entries."""
@@ -39,11 +59,13 @@ class Place:
         partial.rename(self.folder / f"{name}.json")
 
     def find(self, name: str) -> Any:
-        """A value that an earlier entry has left.
+        """A value that the earlier entry of this name has left.
 
         Raises:
+            OutOfTime: there was no time for that entry.
             LookupError: it has left none.
         """
+        self._check_in_time(name)
         path = self.folder / f"{name}.json"
         if not path.exists():
             raise LookupError(f"{name!r} is missing: the entry that leaves it failed or did not run")

@@ -7,7 +7,7 @@ from functools import partial
 
 from synthetic import GIB, pack_jpegs, pack_simulated, recipe_of
 
-from gpu.entries import Entry, Part, Place
+from gpu.entries import MANY_JPEGS, SMALL_RECORDING, Entry, Part, Place
 from gpu.forms import Case, Form
 from gpu.results import Finding
 from gpu.step_plan import TERA, StepPlan
@@ -20,7 +20,7 @@ CLASSES = 8
 
 def recordings(form: Form) -> Part:
     """The recordings."""
-    entries = [Entry("small recording", 120, pack_small, needed=True), Entry("JPEGs", 180, pack_many, needed=True)]
+    entries = [Entry(SMALL_RECORDING, 120, pack_small, needed=True), Entry(MANY_JPEGS, 180, pack_many, needed=True)]
     return Part("recordings", [entries], together=2, made_by="gpu.preparation:recordings")
 
 

@@ -14,6 +14,10 @@ class Skipped(Exception):
     """This entry cannot run here. The message says why."""
 
 
+class OutOfTime(Exception):
+    """There was no time for what this entry needs. The message names it."""
+
+
 @dataclass(frozen=True)
 class Finding:
     """What an entry has found.

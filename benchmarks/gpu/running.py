@@ -23,7 +23,7 @@ from pathlib import Path
 from harness import last_line
 
 from gpu.entries import Entry, Part, Place
-from gpu.results import FAILED, OUT_OF_TIME, SKIPPED, Result, ResultsFile, Skipped
+from gpu.results import FAILED, OUT_OF_TIME, SKIPPED, OutOfTime, Result, ResultsFile, Skipped
 
 # What entries and the commands that they start import; none of it may touch a GPU.
 PRELOADED = ["gpu.speed", "gpu.probe", "gpu.resume", "gpu.faults", "train.probing.layer_regressions"]
@@ -46,9 +46,12 @@ def run_part(part: Part, place: Place, runner: Runner, results: ResultsFile, dea
     def run(entry: Entry) -> None:
         left = deadline - time.monotonic()
         if left < LEAST_SECONDS:
-            results.add(Result(part.name, entry.name, OUT_OF_TIME, "not started"))
-            return
-        results.add(runner(part, entry, place, min(left, entry.seconds)))
+            result = Result(part.name, entry.name, OUT_OF_TIME, "not started")
+        else:
+            result = runner(part, entry, place, min(left, entry.seconds))
+        if result.outcome == OUT_OF_TIME:
+            place.mark_out_of_time(entry.name)
+        results.add(result)
 
     for stage in part.stages:
         with ThreadPoolExecutor(part.together) as pool:
@@ -63,6 +66,8 @@ def run_here(part: Part, entry: Entry, place: Place, seconds: float) -> Result:
         return Result.of(part.name, entry.name, entry.work(place), time.monotonic() - started)
     except Skipped as reason:
         return Result(part.name, entry.name, SKIPPED, str(reason), seconds=round(time.monotonic() - started, 2))
+    except OutOfTime as reason:
+        return Result(part.name, entry.name, OUT_OF_TIME, str(reason), seconds=round(time.monotonic() - started, 2))
     except (Exception, SystemExit) as error:
         traceback.print_exc()
         message = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"

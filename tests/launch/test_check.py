@@ -1,6 +1,7 @@
 """launch/check.sh: each line says what is true of the machines, and a stage that fails costs only itself."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -86,6 +87,19 @@ def test_each_stage_meets_at_a_port_of_its_own(monkeypatch):
         ports = {int(check.with_peers(stage)["MASTER_PORT"]) for stage in range(len(stages.STAGES))} | {int(first)}
         assert len(ports) == len(stages.STAGES) + 1
         assert all(1024 <= port < 65536 for port in ports)
+
+
+def test_recordings_of_a_check_that_was_killed_do_not_count(tmp_path):
+    packed = tmp_path / check.PACKED
+    assert not check.is_packed(tmp_path)
+    packed.write_text(str(os.getpid()))
+    assert check.is_packed(tmp_path)
+    os.utime(packed, (0, 0))  # written before this process began: by another that had its number
+    assert not check.is_packed(tmp_path)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    packed.write_text(str(ended.pid))
+    assert not check.is_packed(tmp_path)
 
 
 def test_the_process_that_runs_alone_knows_of_no_launcher(monkeypatch):

@@ -104,6 +104,17 @@ def test_without_time_every_entry_is_out_of_time_and_none_failed(form, tmp_path,
     assert not results.failed
 
 
+def test_what_needs_an_entry_that_was_out_of_time_is_out_of_time_too(tmp_path, results, capsys):
+    place = Place(CPU, tmp_path)
+    run_part(gpu_check.load_part("recordings", place), place, run_here, results, 0)
+    part = gpu_check.load_part("strategies", place).only(["ddp fp32 nadam"])
+    run_part(replace(part, together=1), place, run_here, results, float("inf"))
+    assert set(outcomes(results.path).values()) == {OUT_OF_TIME}
+    messages = {result.entry: result.message for result in read_results(results.path)}
+    assert messages["nadam in fp32 on the CPU"] == "there was no time for 'small recording', which this needs"
+    assert messages["ddp fp32 nadam"] == "there was no time for 'nadam in fp32 on the CPU', which this needs"
+
+
 def test_on_a_gpu_every_strategy_precision_and_network_is_measured(tmp_path):
     place = Place(GPU, tmp_path)
     entries = [entry.name for name in gpu_check.SHARES for entry in gpu_check.load_part(name, place).entries]
