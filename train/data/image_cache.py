@@ -1,49 +1,46 @@
 """Decoded images, cached once per machine and shared by all its processes that read the same ones.
 
-A cache is a file without a name, in memory or on disk. The kernel frees it when the last process that has it open ends,
-in whatever way, so nothing has to be cleaned up after a kill. A process that starts later opens it through
-/proc/PID/fd/FD of one that has it open; one small file, guarded by a lock, lists these processes (`_Holders`).
+A cache is a file without a name, in memory or on disk, which vanishes with the last process that has it open
+(`cache_holders.py`). Whichever process decodes an image first writes it. Two processes may write the same one: they
+write the same bytes.
 
-Whichever process decodes an image first writes it. Two processes may write the same one: they write the same bytes.
-
-    0            key (64 bytes), number of images it has room for (int64), whether the disk is full (uint8)
-    4096         uint8 (images,), 1 once an image is present
-    4096 * more  uint8 (images, size, size, 3)
+    0              key (64 bytes), number of images it has room for (int64), whether the disk is full (uint8)
+    4096           uint8 (images,), 1 once an image is present
+    then           uint8 (huge pages,), see `mapped_file.py`
+    2 MiB or more  uint8 (images, size, size, 3)
 """
 
 import hashlib
-import mmap
 import os
-import re
 import shutil
-import stat
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from multiprocessing import reduction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_prep.common import locks
 from data_prep.shards.folder import ShardSplit
+from train.data.cache_holders import KEY_BYTES, listed_holders
 from train.data.decoding import VERSION
 from train.data.free_memory import free_memory
+from train.data.mapped_file import HUGE_PAGE, HugePages, MappedFile
 from train.run.recipe import Loader
 
 GIB = 2**30
 DEFAULT_FRACTION = 0.5  # of the free memory or disk space
 LARGEST_FRACTION = 0.9  # whatever loader.cache_gib says
 PAGE = 4096
-_KEY_BYTES, _FULL_OFFSET = 64, 72
+LAYOUT = 2  # version of the above: another version of this program may be running
+_FULL_OFFSET = KEY_BYTES + 8
 
 
 def pixel_key(split: ShardSplit, size: int, subset: np.ndarray | None = None) -> str:
     """64 hexadecimal digits that identify everything on which the pixels of a split, or a subset of it, depend."""
-    purpose = f"images of {size} px, decoder {VERSION}"
+    purpose = f"images of {size} px, decoder {VERSION}, cache {LAYOUT}"
     if subset is not None:
         purpose += f", of {hashlib.sha256(np.ascontiguousarray(subset, np.int64).data).hexdigest()}"
     return split.fingerprint(purpose)
@@ -67,13 +64,14 @@ class ImageCache:
     def _open(self, descriptor: int, size: int) -> None:
         self.size = size
         self._descriptor = descriptor
-        self.capacity = int.from_bytes(os.pread(descriptor, 8, _KEY_BYTES), "little")
+        self.capacity = int.from_bytes(os.pread(descriptor, 8, KEY_BYTES), "little")
         self._bytes = size * size * 3
-        self._start = _start_of_pixels(self.capacity)
-        file = np.frombuffer(mmap.mmap(descriptor, 0, prot=mmap.PROT_READ), np.uint8)
-        self._is_full = file[_FULL_OFFSET : _FULL_OFFSET + 1]
-        self._present = file[PAGE : PAGE + self.capacity]
-        self._pixels = file[self._start :].reshape(self.capacity, self._bytes)
+        self._start, huge_pages = _layout(self.capacity, self._bytes)
+        file = MappedFile(descriptor)
+        self._is_full = file.bytes[_FULL_OFFSET : _FULL_OFFSET + 1]
+        self._present = file.bytes[PAGE : PAGE + self.capacity]
+        self._huge_pages = HugePages(file, self._start, PAGE + self.capacity, huge_pages)
+        self._pixels = file.bytes[self._start :].reshape(self.capacity, self._bytes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"descriptor": reduction.DupFd(self._descriptor), "size": self.size}
@@ -112,16 +110,16 @@ class ImageCache:
         """Store an image, uint8 (size, size, 3), contiguous, if there is room for it."""
         if position >= self.capacity or self._present[position] or self._is_full[0]:
             return
-        # By system calls, which fail on a full disk; writing to mapped memory there would end the process.
+        start = position * self._bytes
         try:
-            written = os.pwrite(self._descriptor, image.data, self._start + position * self._bytes)
-            if written == self._bytes:
-                os.pwrite(self._descriptor, b"\1", PAGE + position)
-                return
-            reason = "no space left"
+            if self._huge_pages.hold(start, start + self._bytes):
+                self._pixels[position] = image.reshape(-1)
+            # By a system call, which fails where there is no room; writing to mapped memory would end the process.
+            elif os.pwrite(self._descriptor, image.data, self._start + start) < self._bytes:
+                return self._stop_writing("no space left")
+            os.pwrite(self._descriptor, b"\1", PAGE + position)
         except OSError as error:
-            reason = str(error.strerror)
-        self._stop_writing(reason)
+            self._stop_writing(str(error.strerror))
 
     def _stop_writing(self, reason: str) -> None:
         with locks.byte_range(self._descriptor, _FULL_OFFSET):
@@ -162,7 +160,7 @@ class ImageCaches:
         key = pixel_key(split, size, subset)
         if key not in self._open:
             try:
-                with _holders() as holders:
+                with listed_holders() as holders:
                     descriptor = holders.open(key)
                     if descriptor is None:
                         descriptor = self._create(key, len(split) if subset is None else len(subset), size)
@@ -187,13 +185,15 @@ class ImageCaches:
                 "and are cached; the others are decoded each time (loader.cache_gib sets the budget)"
             )
         descriptor = _nameless_file(self._mode)
-        os.ftruncate(descriptor, _start_of_pixels(capacity) + capacity * image_bytes)
+        os.ftruncate(descriptor, _layout(capacity, image_bytes)[0] + capacity * image_bytes)
         os.pwrite(descriptor, key.encode() + capacity.to_bytes(8, "little"), 0)
         return descriptor
 
 
-def _start_of_pixels(capacity: int) -> int:
-    return PAGE + -(-capacity // PAGE) * PAGE
+def _layout(capacity: int, image_bytes: int) -> tuple[int, int]:
+    """Where in the file the images start, and how many whole huge pages they fill."""
+    huge_pages = capacity * image_bytes // HUGE_PAGE
+    return -(-(PAGE + capacity + huge_pages) // HUGE_PAGE) * HUGE_PAGE, huge_pages
 
 
 def _budget(mode: str, limit_gib: float | None) -> int:
@@ -215,107 +215,8 @@ def _warn(message: str) -> None:
     print(f"loader.cache: {message}", file=sys.stderr, flush=True)
 
 
-# ------------------------------------------------------------------------------------ which processes hold a cache
-
-
-class _Holders:
-    """The list of the processes that have caches open, as lines "KEY PID FD"; its file stays locked meanwhile.
-
-    Args:
-        path: of the file.
-        file: its descriptor; None where it cannot be used, and nothing is shared.
-    """
-
-    def __init__(self, path: Path, file: int | None):
-        self._path, self._file = path, file
-        text = b"" if file is None else os.pread(file, os.fstat(file).st_size, 0)
-        # A process that was killed while it wrote the list may have left half a line.
-        lines = re.findall(rb"^([0-9a-f]{64}) ([0-9]+) ([0-9]+)\n", text, re.MULTILINE)
-        self._lines = [(key.decode(), int(pid), int(descriptor)) for key, pid, descriptor in lines]
-
-    def open(self, key: str) -> int | None:
-        """A new descriptor of the cache of these images; None where no process has it open."""
-        for name, pid, descriptor in self._lines:
-            if name == key and (ours := _open_of(key, pid, descriptor)) is not None:
-                return ours
-        return None
-
-    def add(self, key: str, descriptor: int) -> None:
-        """List this process."""
-        self._write([*self._valid_lines(), (key, os.getpid(), descriptor)])
-
-    def remove(self, pid: int, descriptor: int) -> None:
-        """Remove a process from the list."""
-        self._write([line for line in self._valid_lines() if line[1:] != (pid, descriptor)])
-
-    def _valid_lines(self) -> Iterator[tuple[str, int, int]]:
-        """The lines that are still true: a process that was killed could not remove its own."""
-        for line in self._lines:
-            if (ours := _open_of(*line)) is not None:
-                os.close(ours)
-                yield line
-
-    def _write(self, lines: list[tuple[str, int, int]]) -> None:
-        if self._file is None:
-            return
-        if not lines:
-            self._path.unlink()
-            return
-        text = "".join(f"{key} {pid} {descriptor}\n" for key, pid, descriptor in lines).encode()
-        with suppress(OSError):  # a full file system; the only consequence is that nothing more is shared
-            os.pwrite(self._file, text, 0)
-            os.ftruncate(self._file, len(text))
-
-
-def _open_of(key: str, pid: int, descriptor: int) -> int | None:
-    """Open another process's descriptor if it still is the cache of these images."""
-    path = f"/proc/{pid}/fd/{descriptor}"
-    with suppress(OSError):
-        if stat.S_ISREG(os.stat(path).st_mode):  # the number may have been reused, for a pipe for instance
-            ours = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-            if os.pread(ours, _KEY_BYTES, 0) == key.encode():
-                return ours
-            os.close(ours)
-    return None
-
-
-@contextmanager
-def _holders() -> Iterator[_Holders]:
-    """Lock the list, which is created when it is needed and removed with its last line."""
-    path = _list_path()
-    file = _locked(path)
-    try:
-        yield _Holders(path, file)
-    finally:
-        if file is not None:
-            os.close(file)
-
-
-def _list_path() -> Path:
-    memory = Path("/dev/shm")  # of this machine alone; a temporary folder may be on a network
-    folder = memory if os.access(memory, os.W_OK) else Path(tempfile.gettempdir())
-    return folder / f"spiketune-{os.getuid()}.holders"
-
-
-def _locked(path: Path) -> int | None:
-    """Open and lock a file of this user; None where it belongs to another user, and nothing can be shared."""
-    while True:
-        try:
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        except OSError:
-            return None
-        locks.lock(file)
-        is_ours = os.fstat(file).st_uid == os.getuid()
-        with suppress(FileNotFoundError):
-            if is_ours and os.path.samestat(os.fstat(file), path.stat()):
-                return file
-        os.close(file)  # removed by another process while we waited for the lock
-        if not is_ours:
-            return None
-
-
 def _release(descriptor: int, listed_as: int | None) -> None:
     if listed_as == os.getpid():  # a fork of the process has the object too, but is not in the list
-        with suppress(OSError), _holders() as holders:
+        with suppress(OSError), listed_holders() as holders:
             holders.remove(listed_as, descriptor)
     os.close(descriptor)

@@ -24,10 +24,11 @@ from data_prep.shards.index import index_shard
 from data_prep.shards.members import MEMBERS
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
-from train.data import image_cache
+from train.data import cache_holders, image_cache
 from train.data.free_memory import free_memory
 from train.data.image_cache import GIB, ImageCaches
 from train.data.loader import TrainLoader, evaluation_loader
+from train.data.mapped_file import HUGE_PAGE, MappedFile
 from train.data.stimuli import RecordingStimuli
 from train.run.recipe import Loader, Recipe, load_recipe, save_recipe
 
@@ -87,7 +88,7 @@ def destroy(shards) -> None:
 
 
 def holders() -> list[str]:
-    path = image_cache._list_path()
+    path = cache_holders._list_path()
     return path.read_text().splitlines() if path.exists() else []
 
 
@@ -105,6 +106,19 @@ def test_batches_are_the_same_however_images_are_kept(shards, mode, workers):
     plain, cached = loader_of(opened(shards, "off")), loader_of(opened(shards, mode), workers)
     for epoch, first_step in ((0, 0), (1, 0), (2, 2)):
         assert torch.equal(images(cached, epoch, first_step), images(plain, epoch, first_step))
+
+
+@pytest.mark.parametrize("small", [True, False])
+def test_large_images_are_the_same_in_pages_of_any_size(shards, monkeypatch, small):
+    """At 256 px, the 30 images fill two pages of 2 MiB and a part of a third."""
+    if small:
+        monkeypatch.setattr(MappedFile, "make_huge", lambda file, start: False)
+    split = shards.split("train")
+    cached, later = (RecordingStimuli(split, 256, caches=ImageCaches(Loader(cache="ram"))) for _ in range(2))
+    expected = evaluated(RecordingStimuli(split, 256))
+    assert torch.equal(evaluated(cached), expected)
+    destroy(shards)
+    assert torch.equal(evaluated(later), expected)
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -211,7 +225,7 @@ def test_a_full_disk_ends_keeping_and_not_the_run(shards, monkeypatch, capfd):
     write, room = os.pwrite, 12 * IMAGE
 
     def full(descriptor, data, offset):
-        if memoryview(data).nbytes == IMAGE and offset >= 4096 + 4096 + room:
+        if memoryview(data).nbytes == IMAGE and offset >= HUGE_PAGE + room:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(descriptor, data, offset)
 
@@ -425,7 +439,7 @@ def test_a_restarted_rank_reuses_the_cache_of_the_others(shards, tmp_path):
 
 def test_a_corrupt_or_foreign_cache_list_is_harmless(shards, monkeypatch, tmp_path):
     path = tmp_path / "list"
-    monkeypatch.setattr(image_cache, "_list_path", lambda: path)
+    monkeypatch.setattr(cache_holders, "_list_path", lambda: path)
     path.write_bytes(b"\xff\0 nonsense\n" + b"a" * 64 + b" 1 0\n" + b"b" * 64 + b" 99999")
     stimuli = opened(shards)
     assert len(path.read_text().splitlines()) == 1
