@@ -196,6 +196,13 @@ class Runtime:
             dist.reduce(tensor, dst=rank)
         return tensor if self.rank == rank else None
 
+    def broadcast(self, tensor: torch.Tensor, rank: int = 0) -> torch.Tensor:
+        """The tensor of one rank, on every rank; those of the others have its shape and are overwritten."""
+        tensor = self._own(tensor)
+        if self.ranks > 1:
+            dist.broadcast(tensor, src=rank)
+        return tensor
+
     def run_on_main(self, work: Callable[[], None]) -> None:
         """Call `work` on the main rank alone; all ranks wait for it.
 

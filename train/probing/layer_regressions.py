@@ -7,6 +7,7 @@ its map (`train/models/windows.py`); each window has inner products and a regres
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 
@@ -16,7 +17,7 @@ from train.evaluation.similarity import cka, rsa
 from train.models.windows import WHOLE_MAP, Window, probe_windows
 from train.probing.product_store import LayerWindow, ProductStore
 from train.regression.decomposition import eigh_on
-from train.regression.gram import centred_gram
+from train.regression.gram import GramMatrix, centred_gram
 from train.regression.methods import Method, folded_r2, r2_per_site, regress
 from train.regression.precision import ROUNDING
 from train.regression.ridge import RidgeFit
@@ -140,10 +141,15 @@ class LayerRegressions:
                 result.left_out.append(fit.left_out)
             else:
                 inner_r2 = folded_r2(
-                    products, partition.fit, rates, method, partition.inner_folds, rounding, self._decompose
+                    partial(self._fold_of, products, partition.fit), rates, method, partition.inner_folds
                 )
             result.inner_r2.append(mean_score(inner_r2))
         return result
+
+    def _fold_of(self, products: np.ndarray, stimuli: np.ndarray, fit: np.ndarray, held_out: np.ndarray) -> GramMatrix:
+        """The predictors of a fold, from positions among some of the stimuli."""
+        rounding = ROUNDING[self._recipe.products]
+        return centred_gram(products, stimuli[fit], stimuli[held_out], rounding, self._decompose)
 
     def _stack(self, by_window: Mapping[Window, LayerResult]) -> LayerResult:
         """Combine the windows of a layer: each site's weights are learned on the stimuli left out."""

@@ -1,12 +1,13 @@
 """The result of a regression from features to sites, put together from groups of sites recorded alike."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
 import numpy as np
 
 from train.regression.gram import Predictors
+from train.regression.spectrum import SpectrumFacts
 
 MIN_STIMULI = 3  # to fit a site
 
@@ -20,11 +21,14 @@ class Fit:
         dual: float64 (n, sites), the weights of the stimuli; those of the features are X' dual. 0 for stimuli that a
             site has no response to.
         mean: float64 (sites,), of the responses; the prediction at the mean features of a site's stimuli.
+        spectra: how the components were found, for each group of sites that were recorded for the same stimuli; none
+            where the regression needs no components.
     """
 
     prediction: np.ndarray
     dual: np.ndarray
     mean: np.ndarray
+    spectra: list[SpectrumFacts] = field(default_factory=list, kw_only=True)
 
     @classmethod
     def empty(cls, held_out: int, stimuli: int, sites: int) -> Self:
@@ -46,6 +50,7 @@ class Fit:
         self.prediction[:, sites] = group.prediction
         self.mean[sites] = group.mean
         self.dual[np.ix_(recorded, sites)] = group.dual
+        self.spectra += group.spectra
 
 
 FitType = TypeVar("FitType", bound=Fit)
@@ -69,7 +74,7 @@ def fit_site_groups(
         fit_group: fits float64 responses (stimuli, sites) without NaN.
         fit_type: of the result.
     """
-    fit = fit_type.empty(len(predictors.cross), len(rates), rates.shape[1])
+    fit = fit_type.empty(predictors.held_out_count, len(rates), rates.shape[1])
     patterns, pattern_of_site = np.unique(~np.isnan(rates), axis=1, return_inverse=True)
     for index, recorded in enumerate(patterns.T):
         if recorded.sum() < MIN_STIMULI:

@@ -1,40 +1,61 @@
-"""The features as a linear regression needs them: a centred Gram matrix, or the features themselves if they are few.
+"""The features as a linear regression needs them: through a centred Gram matrix.
 
 With centred features X (n x p) and K = X X' = U S^2 U', the principal component scores of the stimuli are U S, and
 whatever is linear in the features is a weighting of the stimuli to fit: prediction = K_new,fit a + mean. `a` are the
 dual weights.
+
+`Predictors` are what a regression works on: `GramMatrix`, or `FeatureMatrix` where the features are fewer than the
+stimuli; and where these are many, `StripedGram` and `StripedFeatures`, whose rows lie on disk or on several ranks.
 """
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Protocol, Self
 
 import numpy as np
 
 from train.regression.decomposition import Decomposition, eigh_on_cpu
+from train.regression.rows import ON_CPU, Ranks
+from train.regression.spectrum import Spectrum
 
 
-@dataclass(frozen=True)
-class Spectrum:
-    """Eigenvalues and eigenvectors of a Gram matrix, without those that are rounding errors.
+class Predictors(Protocol):
+    """Features of the stimuli to fit and of those held out, centred on the mean of those to fit.
 
-    Attributes:
-        values: float64 (components,), descending.
-        vectors: float64 (n, components).
+    Where several `ranks` hold them between them, all ranks call the methods together, with the same arguments, and get
+    the same results.
     """
 
-    values: np.ndarray
-    vectors: np.ndarray
+    @property
+    def copies(self) -> np.ndarray | None:
+        """(n,), equal for stimuli that show the same image, which a leave-one-out estimate leaves out together.
 
-    @classmethod
-    def above_rounding(cls, values: np.ndarray, vectors: np.ndarray, rounding: float = 0.0) -> "Spectrum":
-        """Keep the eigenvalues, descending, that exceed `rounding` times the largest."""
-        floor = max(len(vectors) * np.finfo(np.float64).eps, rounding)
-        rank = int((values > max(values[0], 0) * floor).sum())
-        return cls(values[:rank], vectors[:, :rank])
+        None if each counts by itself.
+        """
 
-    def leading(self, components: int | None) -> "Spectrum":
-        """The first `components`, all where None."""
-        return Spectrum(self.values[:components], self.vectors[:, :components])
+    @property
+    def ranks(self) -> Ranks:
+        """The processes that take part."""
+
+    @property
+    def held_out_count(self) -> int:
+        """Number of stimuli held out."""
+
+    @property
+    def trace(self) -> float:
+        """Sum of the eigenvalues of the Gram matrix."""
+
+    def leading(self, components: int | None) -> Spectrum:
+        """The largest eigenvalues of the Gram matrix, at most `components`, with their eigenvectors."""
+
+    def multiply(self, weights: np.ndarray) -> np.ndarray:
+        """The Gram matrix times float64 (n, columns)."""
+
+    def predict(self, dual: np.ndarray) -> np.ndarray:
+        """Predictions (held out, sites) of dual weights (n, sites), without the mean."""
+
+    def subset(self, recorded: np.ndarray) -> Self:
+        """Only the stimuli to fit that are `recorded`, (n,) bool, centred on their mean."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +78,24 @@ class GramMatrix:
     decompose: Decomposition = eigh_on_cpu
     copies: np.ndarray | None = None
 
+    @property
+    def ranks(self) -> Ranks:
+        """This process alone."""
+        return ON_CPU
+
+    @property
+    def held_out_count(self) -> int:
+        """See `Predictors`."""
+        return len(self.cross)
+
+    def leading(self, components: int | None) -> Spectrum:
+        """See `Predictors`."""
+        return self.spectrum.leading(components)
+
+    def multiply(self, weights: np.ndarray) -> np.ndarray:
+        """See `Predictors`."""
+        return self.fit @ weights
+
     @cached_property
     def spectrum(self) -> Spectrum:
         """Of `fit`."""
@@ -65,15 +104,15 @@ class GramMatrix:
 
     @property
     def trace(self) -> float:
-        """Sum of the eigenvalues."""
+        """See `Predictors`."""
         return float(np.trace(self.fit))
 
     def predict(self, dual: np.ndarray) -> np.ndarray:
-        """Predictions (held out, sites) of dual weights (n, sites), without the mean."""
+        """See `Predictors`."""
         return self.cross @ dual
 
     def subset(self, recorded: np.ndarray) -> "GramMatrix":
-        """Only the stimuli to fit that are `recorded`, (n,) bool, centred on their mean."""
+        """See `Predictors`."""
         stacked = np.vstack([self.fit, self.cross])
         square = np.zeros((len(stacked), len(stacked)))
         square[:, : len(recorded)] = stacked
@@ -84,7 +123,7 @@ class GramMatrix:
 
 @dataclass(frozen=True)
 class FeatureMatrix:
-    """Features where they are fewer than the stimuli, float64: replaces a `GramMatrix` without n x n numbers.
+    """Features where they are fewer than the stimuli, float64: takes the place of a `GramMatrix`.
 
     Attributes:
         fit: (n, features), centred on their mean.
@@ -102,6 +141,24 @@ class FeatureMatrix:
         mean = fit.mean(axis=0, dtype=np.float64)
         return cls(fit - mean, held_out - mean)
 
+    @property
+    def ranks(self) -> Ranks:
+        """This process alone."""
+        return ON_CPU
+
+    @property
+    def held_out_count(self) -> int:
+        """See `Predictors`."""
+        return len(self.cross)
+
+    def leading(self, components: int | None) -> Spectrum:
+        """See `Predictors`."""
+        return self.spectrum.leading(components)
+
+    def multiply(self, weights: np.ndarray) -> np.ndarray:
+        """See `Predictors`."""
+        return self.fit @ (self.fit.T @ weights)
+
     @cached_property
     def spectrum(self) -> Spectrum:
         """Of the Gram matrix."""
@@ -110,20 +167,17 @@ class FeatureMatrix:
 
     @property
     def trace(self) -> float:
-        """Sum of the eigenvalues of the Gram matrix."""
+        """See `Predictors`."""
         return float(np.square(self.fit).sum())
 
     def predict(self, dual: np.ndarray) -> np.ndarray:
-        """Predictions (held out, sites) of dual weights (n, sites), without the mean."""
+        """See `Predictors`."""
         return self.cross @ (self.fit.T @ dual)
 
     def subset(self, recorded: np.ndarray) -> "FeatureMatrix":
-        """Only the stimuli to fit that are `recorded`, (n,) bool, centred on their mean."""
+        """See `Predictors`."""
         features = FeatureMatrix.centred(self.fit[recorded], self.cross)
         return features if self.copies is None else replace(features, copies=self.copies[recorded])
-
-
-Predictors = GramMatrix | FeatureMatrix
 
 
 def centred_gram(
@@ -142,11 +196,19 @@ def centred_gram(
         decompose: computes eigenvectors.
     """
     among_fit, cross = products[np.ix_(fit, fit)], products[np.ix_(held_out, fit)]
-    column_mean = among_fit.mean(axis=0)
-    overall_mean = column_mean.mean()
+    column_mean = centre_in_place(among_fit)
     return GramMatrix(
-        fit=among_fit - column_mean - column_mean[:, None] + overall_mean,
-        cross=cross - cross.mean(axis=1, keepdims=True) - column_mean + overall_mean,
+        fit=among_fit,
+        cross=cross - cross.mean(axis=1, keepdims=True) - column_mean + column_mean.mean(),
         rounding=rounding,
         decompose=decompose,
     )
+
+
+def centre_in_place(products: np.ndarray) -> np.ndarray:
+    """Centre the features behind float64 products (n, n) on their mean; returns the columns' means before, (n,)."""
+    column_mean = products.mean(axis=0)
+    products -= column_mean
+    products -= column_mean[:, None]
+    products += column_mean.mean()
+    return column_mean

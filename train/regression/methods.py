@@ -1,15 +1,14 @@
 """The regression methods of a probe by name, and their cross-validated R2."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from data_prep.recording import varies
-from train.regression.decomposition import Decomposition, eigh_on_cpu
 from train.regression.fit import Fit, fit_site_groups
-from train.regression.gram import Predictors, centred_gram
+from train.regression.gram import Predictors
 from train.regression.least_squares import least_squares, partial_least_squares
 from train.regression.ridge import ridge
 
@@ -32,7 +31,7 @@ def regress(predictors: Predictors, rates: np.ndarray, method: Method) -> Fit:
     """Fit every site.
 
     Args:
-        predictors: of the stimuli to fit and those held out; for pls a Gram matrix.
+        predictors: of the stimuli to fit and those held out.
         rates: float32 or float64 (n, sites); NaN = not recorded.
         method: of regression.
     """
@@ -46,31 +45,24 @@ def regress(predictors: Predictors, rates: np.ndarray, method: Method) -> Fit:
 
 
 def folded_r2(
-    products: np.ndarray,
-    stimuli: np.ndarray,
+    predictors_of: Callable[[np.ndarray, np.ndarray], Predictors],
     rates: np.ndarray,
     method: Method,
     folds: Sequence[np.ndarray],
-    rounding: float = 0.0,
-    decompose: Decomposition = eigh_on_cpu,
 ) -> np.ndarray:
     """R2 per site where each fold is predicted from the others, float64 (sites,).
 
     Args:
-        products: (N, N) inner products of features.
-        stimuli: (n,) positions among the N.
-        rates: (n, sites) of these stimuli.
+        predictors_of: from positions among the stimuli to those predictors that fit the first and hold out the second.
+        rates: (n, sites) of the stimuli.
         method: of regression.
         folds: positions among the n, each in exactly one fold.
-        rounding: of the products, see `train.regression.gram.GramMatrix`.
-        decompose: computes eigenvectors.
     """
     predicted = np.full(rates.shape, np.nan)
-    all_stimuli = np.arange(len(stimuli))
+    all_stimuli = np.arange(len(rates))
     for fold in folds:
         others = np.setdiff1d(all_stimuli, fold)
-        gram = centred_gram(products, stimuli[others], stimuli[fold], rounding, decompose)
-        predicted[fold] = regress(gram, rates[others], method).prediction
+        predicted[fold] = regress(predictors_of(others, fold), rates[others], method).prediction
     return r2_per_site(predicted, rates)
 
 

@@ -1,13 +1,18 @@
 """Ridge regression with a penalty per site, chosen by exact leave-one-out."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Self
 
 import numpy as np
+import torch
 
 from data_prep.recording import varies
 from train.regression.fit import Fit, fit_site_groups
 from train.regression.gram import Predictors
+from train.regression.rows import BLOCK_BYTES, Ranks, stripe
+from train.regression.spectrum import Spectrum
 
 LEAST_FREEDOM = 1e-9  # of a stimulus that alone decides its prediction
 PENALTIES = np.logspace(-6, 6, 49)  # in units of the Gram matrix's mean eigenvalue
@@ -61,20 +66,72 @@ def ridge(predictors: Predictors, rates: np.ndarray, components: int | None = No
 
 
 def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None) -> RidgeFit:
-    """The leave-one-out residual of stimulus i is e_i / (1 - H_ii), with H the hat matrix (PRESS, Allen 1974), so every
+    """Several ranks share out the sites."""
+    spectrum, ranks = predictors.leading(components), predictors.ranks
+    choose = partial(_choose, spectrum, predictors.trace / len(rates) or 1.0, predictors.copies)
+    own = stripe(rates.shape[1], ranks.rank, ranks.ranks)
+    parts = [choose(columns) for columns in _site_blocks(rates[:, own])]
+    chosen = _gathered(_Choice.side_by_side(parts), ranks)
+    return RidgeFit(
+        prediction=(predictors.predict(chosen.dual) + chosen.mean).astype(np.float32),
+        dual=chosen.dual,
+        mean=chosen.mean,
+        penalty=chosen.penalty,
+        inner_r2=chosen.inner_r2,
+        left_out=chosen.left_out,
+        spectra=[spectrum.facts],
+    )
+
+
+def _site_blocks(rates: np.ndarray) -> list[np.ndarray]:
+    """The sites, at most so many together that a matrix of stimuli x sites takes `BLOCK_BYTES`."""
+    sites = max(BLOCK_BYTES // (8 * len(rates)), 1)
+    return [rates[:, start : start + sites] for start in range(0, max(rates.shape[1], 1), sites)]
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The penalties of some sites, and what follows from them; attributes as of `RidgeFit`."""
+
+    penalty: np.ndarray
+    mean: np.ndarray
+    inner_r2: np.ndarray
+    dual: np.ndarray
+    left_out: np.ndarray
+
+    @classmethod
+    def side_by_side(cls, parts: "Sequence[_Choice]") -> "_Choice":
+        """Those of one block of sites after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        names = [field.name for field in fields(cls)]
+        return cls(*(np.concatenate([getattr(part, name) for part in parts], axis=-1) for name in names))
+
+
+def _gathered(choice: _Choice, ranks: Ranks) -> _Choice:
+    """Those of all ranks, the sites of one after the other."""
+    if ranks.ranks == 1:
+        return choice
+    arrays = [getattr(choice, field.name) for field in fields(choice)]
+    by_site = [torch.from_numpy(np.ascontiguousarray(array.T)).to(ranks.device) for array in arrays]
+    return _Choice(*(ranks.gather_rows(rows).T for rows in by_site))
+
+
+def _choose(spectrum: Spectrum, mean_eigenvalue: float, copies: np.ndarray | None, rates: np.ndarray) -> _Choice:
+    """Choose the penalty of each site, of float64 responses (n, sites).
+
+    The leave-one-out residual of stimulus i is e_i / (1 - H_ii), with H the hat matrix (PRESS, Allen 1974), so every
     penalty of a wide grid costs one product. Stimuli with the same image are left out together (`_left_out_errors`).
     """
-    spectrum = predictors.spectrum.leading(components)
     eigenvalues, vectors = spectrum.values[:, None], spectrum.vectors
     mean = rates.mean(axis=0)
     centred_rates = rates - mean
-    mean_eigenvalue = predictors.trace / len(rates) or 1.0
     rotated, squared = vectors.T @ centred_rates, vectors**2
 
     def left_out_errors(penalties: np.ndarray) -> np.ndarray:
         shrinkage = eigenvalues / (eigenvalues + penalties * mean_eigenvalue)
         hat_diagonal = 1 / len(rates) + squared @ shrinkage
-        return _left_out_errors(centred_rates - vectors @ (shrinkage * rotated), hat_diagonal, predictors.copies)
+        return _left_out_errors(centred_rates - vectors @ (shrinkage * rotated), hat_diagonal, copies)
 
     variance = np.square(centred_rates).sum(axis=0)
     best_press = np.full(rates.shape[1], np.inf)
@@ -83,15 +140,13 @@ def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None
         press = np.square(left_out_errors(np.array([candidate]))).sum(axis=0)
         better = press < best_press
         best_press, penalty = np.where(better, press, best_press), np.where(better, candidate, penalty)
-    dual = vectors @ (rotated / (eigenvalues + penalty * mean_eigenvalue))
     with np.errstate(invalid="ignore", divide="ignore"):
         inner_r2 = np.where(varies(np.array(len(rates)), variance, mean), 1 - best_press / variance, np.nan)
-    return RidgeFit(
-        prediction=(predictors.predict(dual) + mean).astype(np.float32),
-        dual=dual,
-        mean=mean,
+    return _Choice(
         penalty=penalty,
+        mean=mean,
         inner_r2=inner_r2,
+        dual=vectors @ (rotated / (eigenvalues + penalty * mean_eigenvalue)),
         left_out=(rates - left_out_errors(penalty)).astype(np.float32),
     )
 

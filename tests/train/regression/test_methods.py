@@ -1,6 +1,7 @@
 """Regression through Gram matrices against scikit-learn on the features."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -191,8 +192,8 @@ def test_few_features_are_fitted_as_through_their_gram_matrix(method):
     gram = centred_gram(features @ features.T, np.arange(FIT), np.arange(FIT, FIT + HELD_OUT), 1e-12)
     expected = regress(gram, rates, method)
     fit = regress(FeatureMatrix.centred(features[:FIT], features[FIT:]), rates, method)
-    for name, value in vars(expected).items():
-        np.testing.assert_allclose(getattr(fit, name), value, rtol=1e-5, atol=1e-6, err_msg=name)
+    for name in {field.name for field in fields(expected)} - {"spectra"}:
+        np.testing.assert_allclose(getattr(fit, name), getattr(expected, name), rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_folded_r2_is_that_of_predictions_from_the_other_folds():
@@ -205,7 +206,7 @@ def test_folded_r2_is_that_of_predictions_from_the_other_folds():
     for part in parts:
         others = np.setdiff1d(np.arange(30), part)
         expected[part] = LinearRegression().fit(features[others], rates[others]).predict(features[part])
-    fit = folded_r2(features @ features.T, np.arange(30), rates, Method("ols"), parts)
+    fit = folded_r2(partial(centred_gram, features @ features.T), rates, Method("ols"), parts)
     r2 = 1 - np.square(rates - expected).sum(0) / np.square(rates - rates.mean(0)).sum(0)
     np.testing.assert_allclose(fit, r2, rtol=1e-5)
 
