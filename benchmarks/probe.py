@@ -1,16 +1,19 @@
-"""Principal components and regression: ours against scikit-learn, on the same features.
+"""Principal components and ridge: ours against scikit-learn, on the same features.
 
     python benchmarks/probe.py [--stimuli 2592] [--held-out 288] [--features 50176] [--sites 168] [--components 1000]
-                               [--repeats 3] [--processes 1 2] [--exact] [--json FILE]
+                               [--layers 1] [--memory 0.5] [--repeats 3] [--processes 1 2] [--exact] [--json FILE]
 
-Every side runs in processes of its own (its peak memory is its own, the largest of its processes'), each with one
-thread, from features that lie on disk, in turns; medians over the repeats without the time of the imports, and how far
-the predictions are from those of the full singular value decomposition (where that fits, `--exact`).
+Ridge on principal components with a penalty per site. Every side runs in processes of its own, each with one thread,
+from features that lie on disk, in turns. Peak memory is what the kernel counted (VmHWM), with all libraries. Medians
+over the repeats without the time of the imports, and how far the predictions are from those of the full singular value
+decomposition (where that fits, `--exact`). himalaya has no principal components: its ridge is on all features. Ours is
+what train/probe.py does once activations are stored.
 """
 
 import argparse
+import importlib.util
 import json
-import resource
+import shutil
 import sys
 import tempfile
 import time
@@ -18,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from harness import measure_in_turns, options_of, run_checked, write_json
+from harness import CommandFailed, measure_in_turns, options_of, run_alone, write_json
 
 
 def make_problem(folder: Path, stimuli: int, features: int, sites: int) -> None:
@@ -26,7 +29,7 @@ def make_problem(folder: Path, stimuli: int, features: int, sites: int) -> None:
     draw = np.random.default_rng(0)
     rank = min(stimuli, features)
     left = draw.normal(size=(stimuli, rank)).astype(np.float32) * np.arange(1, rank + 1, dtype=np.float32) ** -0.5
-    whole = np.lib.format.open_memmap(folder / "features.npy", "w+", np.float32, (stimuli, features))
+    whole = np.memmap(folder / "features.f32", np.float32, "w+", shape=(stimuli, features))
     for start in range(0, features, 8192):
         stop = min(start + 8192, features)
         whole[:, start:stop] = left @ draw.normal(size=(rank, stop - start)).astype(np.float32)
@@ -36,85 +39,179 @@ def make_problem(folder: Path, stimuli: int, features: int, sites: int) -> None:
     np.save(folder / "rates.npy", rates.astype(np.float32))
 
 
-def rank_stores(folder: Path, counts: tuple[int, int], runtime) -> list:
-    """This process's share of the stimuli to fit and of those held out, as a probe has them on disk."""
-    import torch
+class StoredProblem:
+    """The features as a probe has them on disk, each process's share in a folder of its own; stands for `StoredLayers`.
 
-    from train.data.order import share
-    from train.regression.feature_store import FeatureStore
+    Args:
+        folder: of the problem.
+        counts: stimuli to fit and held out.
+        layers: names; all have the same features.
+        runtime: this process.
+        memory: GiB, as `--memory` of a probe.
+    """
 
-    stores, start = [], 0
-    for name, count in zip(("fit", "held_out"), counts, strict=True):
-        whole = np.load(folder / "features.npy", mmap_mode="r")
-        width = whole.shape[1]
-        store = FeatureStore(folder / f"{name}_{runtime.rank}_of_{runtime.ranks}", {"layer": width})
-        store.truncate(0)
-        for position in share(np.arange(start, start + count), runtime.rank, runtime.ranks):
-            # Not through the map: its pages would count as this process's memory.
-            row = np.fromfile(whole.filename, np.float32, width, offset=whole.offset + int(position) * width * 4)
-            store.append({"layer": torch.from_numpy(row[None])})
-        stores.append(store)
-        start += count
-    return stores
+    def __init__(self, folder: Path, counts: tuple[int, int], layers: list[str], runtime, memory: float):
+        self._root, self._counts, self._layers = folder / f"stores_{runtime.ranks}", counts, layers
+        self._runtime, self._memory, self.stimuli = runtime, memory, sum(counts)
+        self._source = folder / "features.f32"
+        self._width = self._source.stat().st_size // (4 * self.stimuli)
+        self.folder = self._root / str(runtime.rank)
+        self.folder.mkdir(parents=True)
+
+    def width(self, layer: str) -> int:
+        """Number of features."""
+        return self._width
+
+    def store(self) -> None:
+        """Copy this process's share from the file of all."""
+        import os
+
+        import torch
+
+        from train.data.order import share
+
+        for stores, first in zip(self._stores(self._runtime.rank), (0, self._counts[0]), strict=True):
+            count = self._counts[0] if first == 0 else self._counts[1]
+            stores.truncate(0)
+            for position in share(np.arange(first, first + count), self._runtime.rank, self._runtime.ranks):
+                # Not through a map: its pages would count as this process's memory.
+                row = np.fromfile(self._source, np.float32, self._width, offset=int(position) * self._width * 4)
+                stores.append({self._layers[0]: torch.from_numpy(row[None])})
+        for split in ("fit", "held_out"):
+            for other in self._layers[1:]:
+                (self.folder / split / f"{other}.f32").unlink(missing_ok=True)
+                os.link(self.folder / split / f"{self._layers[0]}.f32", self.folder / split / f"{other}.f32")
+
+    def extract(self, modules: list[str]):
+        """The activations, which are stored already."""
+        from train.regression.feature_slices import StoredActivations
+
+        self._runtime.barrier()
+        stores = [self._stores(rank) for rank in range(self._runtime.ranks)]
+        return StoredActivations(stores, self._counts, self._runtime, self._memory, "float32")
+
+    def delete(self, module: str) -> None:
+        """Free the space of a layer."""
+        self._runtime.barrier()
+        for split in ("fit", "held_out"):
+            (self.folder / split / f"{module}.f32").unlink()
+
+    def _stores(self, rank: int) -> list:
+        from train.regression.feature_store import FeatureStore
+
+        widths = dict.fromkeys(self._layers, self._width)
+        return [FeatureStore(self._root / str(rank) / split, widths) for split in ("fit", "held_out")]
 
 
-def ours(folder: Path, counts: tuple[int, int], components: int) -> None:
-    """The Gram matrix over all processes, one eigendecomposition for both regressions."""
+def ours(folder: Path, options: argparse.Namespace) -> None:
+    """What train/probe.py does once the activations are on disk, over all processes."""
+    from types import SimpleNamespace
+
     from train.distributed.runtime import start_runtime
-    from train.regression.feature_slices import StoredActivations
-    from train.regression.gram import centred_gram
-    from train.regression.inner_products import inner_products
-    from train.regression.methods import Method, regress
-    from train.regression.precision import ROUNDING
+    from train.probing.layer_regressions import LayerRegressions, Partition
+    from train.probing.layer_results import ResultFiles
+    from train.probing.product_store import ProductStore
+    from train.run.recipe import ProbeRecipe
 
+    counts, silent = counts_of(options), SimpleNamespace(log=lambda text: None)
+    recipe = ProbeRecipe(components=options.components, memory=options.memory)
+    layers = [f"layer{number}" for number in range(options.layers)]
+    everyone = np.arange(sum(counts))
+    partition = Partition(everyone[: counts[0]], everyone[counts[0] :], [])
     with start_runtime(None, "fp32") as runtime:
-        stores, rates = rank_stores(folder, counts, runtime), np.load(folder / "rates.npy")
+        stored = StoredProblem(folder, counts, layers, runtime, options.memory)
+        stored.store()
+        rates = np.load(folder / "rates.npy")
+        imported = peak_memory()
         runtime.barrier()
         started_at = time.monotonic()
-        products = inner_products(StoredActivations(stores, counts, runtime, 0.5, "float32"), "layer", 0)
+        products, files = ProductStore(recipe, stored, runtime, silent), ResultFiles(stored.folder / "results")
+        results = LayerRegressions(recipe, layers, [partition], rates, products, files, runtime, silent).run()
+        seconds = time.monotonic() - started_at
         if runtime.is_main:
-            everyone = np.arange(sum(counts))
-            gram = centred_gram(products, everyone[: counts[0]], everyone[counts[0] :], ROUNDING["float32"])
-            fits = {kind: regress(gram, rates[: counts[0]], Method(kind, components)) for kind in ("ols", "ridge")}
-            seconds = time.monotonic() - started_at
-            np.savez(folder / f"ours_{runtime.ranks}.npz", **{kind: fit.prediction for kind, fit in fits.items()})
+            np.savez(folder / f"ours_{runtime.ranks}.npz", ridge=results[layers[0]].prediction)
         peaks = runtime.gather_objects(peak_memory())
         if runtime.is_main:
-            print(json.dumps({"seconds": seconds, "gib": max(peaks)}))
+            found = results[layers[0]].components
+            print(f"{runtime.ranks} processes: components {found}; {imported:.2f} GiB before", file=sys.stderr)
+            print(json.dumps({"seconds": seconds, "gib": max(peaks), "gib of all": sum(peaks)}))
+        runtime.barrier()
+        shutil.rmtree(stored.folder)
 
 
-def scikit_learn(folder: Path, counts: tuple[int, int], components: int, solver: str = "auto") -> None:
-    """PCA as everyone calls it, then LinearRegression and RidgeCV."""
+def scikit_learn(folder: Path, options: argparse.Namespace, solver: str = "auto") -> None:
+    """PCA as everyone calls it, then RidgeCV with a penalty per site; every layer anew."""
     from sklearn.decomposition import PCA
-    from sklearn.linear_model import LinearRegression, RidgeCV
+    from sklearn.linear_model import RidgeCV
 
-    started_at, fit = time.monotonic(), counts[0]
-    features, rates = np.load(folder / "features.npy"), np.load(folder / "rates.npy")
-    pca = PCA(components, svd_solver=solver, random_state=0)
-    scores, new = pca.fit_transform(features[:fit]), pca.transform(features[fit:])
-    predictions = {"ols": LinearRegression().fit(scores, rates[:fit]).predict(new)}
-    if solver == "auto":
-        penalties = np.logspace(-6, 6, 49) * np.square(scores).sum() / fit
-        ridge = RidgeCV(alphas=penalties, alpha_per_target=True, gcv_mode="eigen")
-        predictions["ridge"] = ridge.fit(scores, rates[:fit]).predict(new)
+    started_at, fit = time.monotonic(), options.stimuli
+    rates = np.load(folder / "rates.npy")
+    for _ in range(options.layers if solver == "auto" else 1):
+        features = np.fromfile(folder / "features.f32", np.float32).reshape(len(rates), -1)
+        pca = PCA(options.components, svd_solver=solver, random_state=0)
+        scores, new = pca.fit_transform(features[:fit]), pca.transform(features[fit:])
+        del features
+        # The penalties of ours, in units of the mean over stimuli of their squared distance from the mean.
+        variance = pca.explained_variance_[0] / pca.explained_variance_ratio_[0] * (fit - 1) / fit
+        ridge = RidgeCV(alphas=np.logspace(-6, 6, 49) * variance, alpha_per_target=True)
+        prediction = ridge.fit(scores, rates[:fit]).predict(new)
+        del scores, new, pca
     ended_at = time.monotonic()
-    np.savez(folder / f"{'exact' if solver == 'full' else 'scikit-learn'}.npz", **predictions)
-    print(json.dumps({"seconds": ended_at - started_at, "gib": peak_memory()}))
+    np.savez(folder / f"{'exact' if solver == 'full' else 'scikit-learn'}.npz", ridge=prediction)
+    print(json.dumps({"seconds": ended_at - started_at, "gib": peak_memory(), "gib of all": peak_memory()}))
+
+
+def himalaya(folder: Path, options: argparse.Namespace) -> None:
+    """Ridge on all features through their kernel, a penalty per site by five folds, in float32."""
+    from himalaya.backend import set_backend
+    from himalaya.kernel_ridge import KernelRidgeCV
+
+    backend = set_backend("torch_cuda" if options.gpu else "torch")
+    started_at, fit = time.monotonic(), options.stimuli
+    rates = np.load(folder / "rates.npy")
+    for _ in range(options.layers):
+        features = np.fromfile(folder / "features.f32", np.float32).reshape(len(rates), -1)
+        mean, mean_rates = features[:fit].mean(axis=0), rates[:fit].mean(axis=0)
+        features -= mean
+        unit = float(np.vdot(features[:fit], features[:fit])) / fit
+        ridge = KernelRidgeCV(alphas=np.logspace(-6, 6, 49).astype(np.float32) * unit, kernel="linear")
+        ridge.fit(backend.asarray(features[:fit]), backend.asarray(rates[:fit] - mean_rates))
+        prediction = backend.to_numpy(ridge.predict(backend.asarray(features[fit:]))) + mean_rates
+    ended_at = time.monotonic()
+    np.savez(folder / "himalaya.npz", ridge=prediction)
+    print(json.dumps({"seconds": ended_at - started_at, "gib": peak_memory(), "gib of all": peak_memory()}))
+
+
+def counts_of(options: argparse.Namespace) -> tuple[int, int]:
+    """Stimuli to fit and held out."""
+    return options.stimuli, options.held_out
 
 
 def peak_memory() -> float:
-    """Peak resident memory of this process, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Peak resident memory of this process, in GiB, as the kernel counts it."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 2**20
 
 
 def run_side(side: str, folder: Path, options: argparse.Namespace) -> dict[str, float]:
     """A side in processes of its own: its seconds and GiB."""
     processes = int(side.removeprefix("ours_")) if side.startswith("ours") else 1
     words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    words += [__file__, "--one", side, "--folder", str(folder), "--components", str(options.components)]
-    words += ["--stimuli", str(options.stimuli), "--held-out", str(options.held_out)]
-    output = run_checked(words, OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
-    return json.loads(output.splitlines()[-1])
+    words += [__file__, "--one", side, "--folder", str(folder)]
+    if options.gpu:
+        words.append("--gpu")
+    for name in ("components", "stimuli", "held_out", "layers", "memory"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    threads = "1" if side.startswith("ours") else str(options.rival_threads)
+    limits = {f"{library}_NUM_THREADS": threads for library in ("OMP", "OPENBLAS", "MKL")}
+    status, output = run_alone(words, options.limit, **limits)
+    if status is None:
+        nothing = float("nan")
+        print(f"{side}: given up after {options.limit:g} s")
+        return {"seconds": nothing, "gib": nothing, "gib of all": nothing}
+    if status:
+        raise CommandFailed(f"{side} failed:\n{output[-3000:]}")
+    return json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
 
 
 def measure(folder: Path, options: argparse.Namespace) -> None:
@@ -122,19 +219,24 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     sides = {name: partial(run_side, name, folder, options) for name in sides_of(options)}
     measured = measure_in_turns(sides, options.repeats, warm_up=0)
     print(measured["seconds"].table("seconds", {"of scikit-learn": "scikit-learn"}))
-    print(measured["gib"].table("GiB", {"of scikit-learn": "scikit-learn"}))
+    print(measured["gib"].table("GiB of the largest process", {"of scikit-learn": "scikit-learn"}))
+    print(measured["gib of all"].table("GiB of all processes", {"of scikit-learn": "scikit-learn"}))
     write_json(options, {name: turns.values for name, turns in measured.items()})
     if options.exact:
         run_side("exact", folder, options)
-        exact = np.load(folder / "exact.npz")["ols"]
-        for side in sides:
-            error = np.abs(np.load(folder / f"{side}.npz")["ols"] - exact).max() / np.abs(exact).max()
+        exact = np.load(folder / "exact.npz")["ridge"]
+        for side in [side for side in sides if (folder / f"{side}.npz").exists()]:
+            error = np.abs(np.load(folder / f"{side}.npz")["ridge"] - exact).max() / np.abs(exact).max()
             print(f"{side}: largest difference from the full decomposition {error:.1e} of the largest prediction")
 
 
 def sides_of(options: argparse.Namespace) -> list[str]:
-    """Ours on each number of processes, and scikit-learn."""
-    return [*(f"ours_{processes}" for processes in options.processes), "scikit-learn"]
+    """Ours on each number of processes, and the rivals."""
+    rivals = ["scikit-learn", "himalaya"] if options.himalaya else ["scikit-learn"]
+    if "himalaya" in rivals and importlib.util.find_spec("himalaya") is None:
+        print("himalaya: not installed")
+        rivals.remove("himalaya")
+    return [*(f"ours_{processes}" for processes in options.processes), *rivals]
 
 
 def main() -> None:
@@ -144,13 +246,19 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--components", type=int, default=1000)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--layers", type=int, default=1, help="probed in one run; all have the same features")
+    parser.add_argument("--memory", type=float, default=0.5, help="GiB, as --memory of a probe")
+    parser.add_argument("--himalaya", action="store_true", help="compare with himalaya too, if it is installed")
+    parser.add_argument("--gpu", action="store_true", help="himalaya computes on the GPU")
+    parser.add_argument("--rival-threads", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which a side is given up")
     parser.add_argument("--exact", action="store_true")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        sides = {"scikit-learn": scikit_learn, "exact": partial(scikit_learn, solver="full")}
-        sides.get(options.one, ours)(options.folder, (options.stimuli, options.held_out), options.components)
+        sides = {"scikit-learn": scikit_learn, "himalaya": himalaya, "exact": partial(scikit_learn, solver="full")}
+        sides.get(options.one, ours)(options.folder, options)
         return
     with tempfile.TemporaryDirectory() as folder:
         make_problem(Path(folder), options.stimuli + options.held_out, options.features, options.sites)

@@ -1,15 +1,22 @@
-"""Runs a probe: inner products, regressions, scores, results."""
+"""Runs a probe: activations, regressions, scores, results."""
 
 import hashlib
+import json
 import time
 from pathlib import Path
 
+import numpy as np
+
 from train.distributed.runtime import Runtime
 from train.probing.layer_regressions import LayerRegressions
+from train.probing.layer_results import ResultFiles
 from train.probing.preparation import ProbeJob
 from train.probing.product_store import ProductStore
 from train.probing.results import layer_table, score_layers, write_results
+from train.probing.stored_layers import StoredLayers
 from train.run.monitor import Monitor
+
+UNRELATED = {"memory", "data", "timeout", "loader"}  # settings that results do not depend on
 
 
 def scratch_folder(scratch: Path | None, out: Path) -> Path:
@@ -26,8 +33,13 @@ def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> Non
     runtime.check_agreement(job.plan())
     job.extractor.to(runtime.device)
     monitor.log(job.describe())
-    products = ProductStore(job.recipe, job.splits, job.images, job.extractor, scratch, runtime, job.workers, monitor)
-    results = LayerRegressions(job.recipe, job.layers, job.partitions, job.rates, products, runtime).run()
+    stored = StoredLayers(job.recipe, job.splits, job.images, job.extractor, scratch, runtime, job.workers)
+    stored.clear_if_settings_changed()
+    products = ProductStore(job.recipe, stored, runtime, monitor)
+    files = ResultFiles(stored.folder / f"results-{_digest(job)}")
+    results = LayerRegressions(
+        job.recipe, job.layers, job.partitions, job.rates, products, files, runtime, monitor
+    ).run()
     if runtime.is_main:
         scores = score_layers(job, results, runtime.ranks)
         write_results(job, scores, monitor)
@@ -35,4 +47,15 @@ def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> Non
         monitor.log(layer_table(scores.metrics))
         monitor.log(f"written to {job.folder.evaluation(job.split)}")
     runtime.barrier()
-    products.clear()
+    stored.clear()
+
+
+def _digest(job: ProbeJob) -> str:
+    """Of what regressions depend on, beside what they read."""
+    settings = job.recipe.model_dump(mode="json", exclude=UNRELATED)
+    digest = hashlib.sha256(json.dumps([job.split, settings], sort_keys=True).encode())
+    digest.update(np.ascontiguousarray(job.rates).data)
+    for partition in job.partitions:
+        for positions in (partition.fit, partition.held_out, partition.copies, *partition.inner_folds):
+            digest.update(repr(None if positions is None else positions.tolist()).encode())
+    return digest.hexdigest()[:12]

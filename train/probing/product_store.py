@@ -1,292 +1,236 @@
-"""The inner products of a probe's layers, computed once and kept on disk, from where a killed probe resumes.
+"""What a probe's regressions read: the features of layers that have few, and inner products of those that have many.
 
-SCRATCH/<rank>_of_<ranks>/settings.json           what they depend on; if that changes, all are computed again
-SCRATCH/<rank>_of_<ranks>/<split>/                activations of the rank's stimuli, until they are used up
-SCRATCH/<rank>_of_<ranks>/<name>.products.npy     (stimuli, stimuli), on the rank that owns the matrix
+SCRATCH/<rank>_of_<ranks>/<name>.products.npy     the rows of (stimuli, stimuli) that a rank keeps, until it is done
+
+A layer with fewer features than half the stimuli is regressed on its features as they lie on disk. Otherwise inner
+products of all stimuli are computed. Of few stimuli, a rank owns a whole matrix, and the ranks regress on different
+matrices at the same time. Of many, each rank keeps some of the rows, and the ranks work on one matrix together.
 """
 
-import contextlib
-import hashlib
-import itertools
-import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
-from io import BufferedWriter
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 import numpy as np
-import torch
 
-from data_prep.common.safe_reading import map_npy
-from data_prep.shards.image_identity import ImageIdentities
-from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
-from train.models.features import ImageFeatures
 from train.models.joined_layers import modules_of
-from train.models.windows import WHOLE_MAP, Window
-from train.regression.activations import activation_batches
+from train.models.windows import WHOLE_MAP
+from train.probing.layer_window import LayerWindow
+from train.probing.stored_layers import StoredLayers
+from train.regression.feature_rows import FeatureRows, mean_squares, window_scale
 from train.regression.feature_slices import StoredActivations
-from train.regression.feature_store import FeatureStore
-from train.regression.inner_products import inner_products
+from train.regression.inner_products import hand_out_rows, rows_of_all, rows_of_owner, write_inner_products
+from train.regression.krylov import LEAST_STIMULI
+from train.regression.row_writer import RowWriter
+from train.regression.rows import RowFile
 from train.regression.windowed_inner_products import windowed_inner_products
 from train.run.monitor import Monitor
 from train.run.recipe import ProbeRecipe
 
-LONGEST_NAME = 120  # characters of a layer's name in a file name
+DISK_SHARE = 0.5  # of the free space that the matrices of a group may take
+
+Kind = Literal["features", "shared products", "owned products"]
 
 
 @dataclass(frozen=True)
-class LayerWindow:
-    """A layer through a window over its map, which has a matrix of inner products of its own.
+class Source:
+    """What a regression on a layer through a window reads.
 
     Attributes:
-        layer: one module, or several joined by `+`.
-        window: over the map.
+        layer_window: which.
+        features: number of the layer's features.
+        rows: this rank's rows of the features or of the inner products; None if another rank has them all.
+        owner: the rank that has all rows of inner products; None if the ranks share them.
+        first: position of the first of this rank's rows of inner products.
     """
 
-    layer: str
-    window: Window
-
-    @property
-    def file_name(self) -> str:
-        """Of the matrix; a hash replaces a layer's name that is too long for file systems."""
-        layer, window = self.layer, self.window
-        if len(layer) > LONGEST_NAME:
-            layer = hashlib.sha256(layer.encode()).hexdigest()
-        if window.width is not None:
-            layer += f"@{window.x:+.2f}{window.y:+.2f}~{window.width:.2f}"
-        return f"{layer}.products.npy"
+    layer_window: LayerWindow
+    features: int
+    rows: RowFile | FeatureRows | None
+    owner: int | None = None
+    first: int = 0
 
 
 class ProductStore:
-    """The inner products of all stimuli, each matrix on the disk of one rank.
+    """Features or inner products of all stimuli, a few layers or windows at a time.
 
     Args:
         recipe: of the probe.
-        splits: the stimuli by split; rows and columns run through one split after the other.
-        images: of all stimuli.
-        extractor: from images to activations.
-        scratch: folder for activations and inner products.
+        layers: the activations.
         runtime: this process.
-        workers: decoding processes.
         monitor: for the log.
     """
 
-    def __init__(
-        self,
-        recipe: ProbeRecipe,
-        splits: Mapping[str, RecordingStimuli],
-        images: ImageIdentities,
-        extractor: ImageFeatures,
-        scratch: Path,
-        runtime: Runtime,
-        workers: int,
-        monitor: Monitor,
-    ):
-        self._recipe, self._splits, self._images, self._extractor = recipe, splits, images, extractor
-        self._runtime, self._workers, self._monitor = runtime, workers, monitor
-        self._scratch = scratch / f"{runtime.rank}_of_{runtime.ranks}"
+    def __init__(self, recipe: ProbeRecipe, layers: StoredLayers, runtime: Runtime, monitor: Monitor):
+        self._recipe, self._layers, self._runtime, self._monitor = recipe, layers, runtime, monitor
 
-    def compute_missing(self, layer_windows: Sequence[LayerWindow]) -> dict[LayerWindow, int]:
-        """Compute the matrices that do not exist yet.
+    def groups(self, layer_windows: Sequence[LayerWindow]) -> Iterator[list[Source]]:
+        """What to regress on, group after group; a group is dropped as the next is asked for.
 
         Args:
-            layer_windows: layer after layer, all windows of each.
-
-        Returns:
-            The rank that owns each matrix.
+            layer_windows: that have not been regressed on yet, layer after layer.
         """
-        self._clear_if_settings_changed()
+        groups = self._grouped(layer_windows)
         existing = self._owners_of_existing(layer_windows)
         if existing:
             self._monitor.log(f"{len(existing)} of {len(layer_windows)} matrices of inner products exist already")
-        owners = {key: existing.get(key, number % self._runtime.ranks) for number, key in enumerate(layer_windows)}
-        missing: dict[str, list[LayerWindow]] = {}
-        for layer, group in itertools.groupby(layer_windows, lambda key: key.layer):
-            of_layer = list(group)
-            if not all(key in existing for key in of_layer):
-                missing[layer] = of_layer
-        last_use = {module: layer for layer in missing for module in modules_of(layer)}
-        stores = self._extract(list(last_use)) if last_use else []
-        for layer, of_layer in missing.items():
-            self._compute(of_layer, owners, stores)
-            for module in modules_of(layer):
-                if last_use[module] == layer:
-                    for store in stores:
-                        store.delete(module)
-            self._monitor.log(f"{layer}: {self.width(layer):,} features")
-        return owners
-
-    def load(self, layer_window: LayerWindow) -> np.ndarray:
-        """A matrix, float64 (stimuli, stimuli), on the rank that owns it."""
-        return map_npy(self._path(layer_window)).astype(np.float64, copy=False)
-
-    def width(self, layer: str) -> int:
-        """Number of features of a layer, over all its modules."""
-        return sum(self._widths[module] for module in modules_of(layer))
-
-    def clear(self) -> None:
-        """Free the scratch space of this rank."""
-        shutil.rmtree(self._scratch, ignore_errors=True)
-        with contextlib.suppress(OSError):  # other ranks may not have cleared theirs yet
-            self._scratch.parent.rmdir()
-
-    # --------------------------------------------------------------------------------------------- what already exists
-
-    @cached_property
-    def _example(self) -> torch.Tensor:
-        size = next(iter(self._splits.values())).size
-        return torch.zeros(1, 3, size, size, dtype=torch.uint8, device=self._runtime.device)
-
-    @cached_property
-    def _widths(self) -> dict[str, int]:
-        """Number of features of each module."""
-        with torch.no_grad():
-            return {module: features.shape[1] for module, features in self._extractor(self._example).items()}
-
-    def _settings(self) -> dict[str, Any]:
-        """What activations and inner products depend on."""
-        return {
-            "backbone": self._recipe.backbone.model_dump(),
-            "pool": self._recipe.pool,
-            "seed": self._recipe.seed,
-            "batch_size": self._recipe.batch_size,
-            "products": self._recipe.products,
-            "field": self._recipe.field,
-            "splits": {name: [stimuli.size, stimuli.fingerprint()] for name, stimuli in self._splits.items()},
-            "images": hashlib.sha256(self._images.pixels.tobytes()).hexdigest(),
-            "widths": self._widths,
+        missing = {key.layer for key in layer_windows if key not in existing}
+        last_use = {
+            module: number
+            for number, group in enumerate(groups)
+            for key in group
+            for module in modules_of(key.layer)
+            if key.layer in missing
         }
+        activations = None
+        if last_use:
+            self._monitor.log(f"activations of {', '.join(last_use)} ...")
+            activations = self._layers.extract(list(last_use))
+        for number, group in enumerate(groups):
+            yield self._sources(group, existing, activations)
+            self._runtime.barrier()
+            for key in group:
+                self._path(key).unlink(missing_ok=True)
+            for module in [module for module, last in last_use.items() if last == number]:
+                self._layers.delete(module)
 
-    def _clear_if_settings_changed(self) -> None:
-        path, text = self._scratch / "settings.json", json.dumps(self._settings(), sort_keys=True)
-        if not path.is_file() or path.read_text() != text:
-            # The folder above stays: another rank may be about to make its own folder in it.
-            shutil.rmtree(self._scratch, ignore_errors=True)
-            self._scratch.mkdir(parents=True)
-            path.write_text(text)
+    # ----------------------------------------------------------------------------------------- what is read, and when
 
-    def _path(self, layer_window: LayerWindow) -> Path:
-        return self._scratch / layer_window.file_name
+    def _kind(self, layer: str) -> Kind:
+        features, stimuli = self._layers.width(layer), self._layers.stimuli
+        if 2 * features <= stimuli or (features < stimuli and stimuli >= LEAST_STIMULI):
+            return "features"
+        return "shared products" if stimuli >= LEAST_STIMULI else "owned products"
 
-    def _owners_of_existing(self, layer_windows: Sequence[LayerWindow]) -> dict[LayerWindow, int]:
-        """The matrices that exist, and the rank that owns each."""
+    def _grouped(self, layer_windows: Sequence[LayerWindow]) -> list[list[LayerWindow]]:
+        """Neighbours that are computed, regressed on and dropped together.
+
+        All windows of a layer, as far as their matrices fit on disk; as many layers as there are ranks, if one owns
+        each.
+        """
+        groups: list[list[LayerWindow]] = []
+        free = min(self._runtime.gather_objects(shutil.disk_usage(self._layers.folder).free))
+        for key in layer_windows:
+            group = groups[-1] if groups else []
+            same_layer = bool(group) and group[-1].layer == key.layer
+            fits = len(group) < self._most_matrices(key, free) if same_layer else self._fits_beside(key, group)
+            if group and fits:
+                group.append(key)
+            else:
+                groups.append([key])
+        return groups
+
+    def _fits_beside(self, key: LayerWindow, group: Sequence[LayerWindow]) -> bool:
+        """Whether a layer is read with others: each is read through one window, and each has an owner of its own."""
+        alone = all(self._kind(other.layer) == "owned products" for other in [*group, key])
+        different = len({other.layer for other in group}) == len(group)
+        return self._recipe.field == "whole" and alone and different and len(group) < self._runtime.ranks
+
+    def _most_matrices(self, key: LayerWindow, free: int) -> int:
+        """How many windows of a layer are read at a time, with `free` bytes on each rank's disk."""
+        if self._kind(key.layer) == "features":
+            return sys.maxsize  # they take no space
+        size = self._layers.stimuli**2 * self._dtype(key).itemsize
+        return max(int(free * DISK_SHARE / size), self._runtime.ranks)
+
+    def _path(self, key: LayerWindow) -> Path:
+        return self._layers.folder / f"{key.file_name}.products.npy"
+
+    def _owners_of_existing(self, layer_windows: Sequence[LayerWindow]) -> dict[LayerWindow, int | None]:
+        """The matrices that exist, and the rank that owns each; None if the ranks share it."""
         on_this_rank = [key for key in layer_windows if self._path(key).exists()]
         per_rank = self._runtime.gather_objects(on_this_rank)
-        return {key: rank for rank, existing in enumerate(per_rank) for key in existing}
+        existing: dict[LayerWindow, int | None] = {}
+        for key in layer_windows:
+            holders = [rank for rank, found in enumerate(per_rank) if key in found]
+            if self._kind(key.layer) == "owned products" and holders:
+                existing[key] = holders[0]
+            elif self._kind(key.layer) == "shared products" and len(holders) == self._runtime.ranks:
+                existing[key] = None
+        return existing
 
-    # --------------------------------------------------------------------------------------------------- activations
-
-    def _extract(self, modules: Sequence[str]) -> list[FeatureStore]:
-        """The activations of this rank's stimuli, split by split."""
-        widths = {module: self._widths[module] for module in modules}
-        return [self._extract_split(name, stimuli, widths) for name, stimuli in self._splits.items()]
-
-    def _extract_split(self, name: str, stimuli: RecordingStimuli, widths: Mapping[str, int]) -> FeatureStore:
-        store, batch_size = FeatureStore(self._scratch / name, widths), self._recipe.batch_size
-        # Only whole batches are kept: the last digits of an activation may depend on the size of its batch.
-        complete_batches = store.complete_rows() // batch_size
-        store.truncate(complete_batches * batch_size)
-        batches = activation_batches(
-            self._extractor.only(list(widths)),
-            stimuli,
-            self._runtime,
-            batch_size=batch_size,
-            workers=self._workers,
-            label=f"activations of {name}",
-            skip=complete_batches,
-        )
-        for features in batches:
-            store.append(features)
-        return store
-
-    # ------------------------------------------------------------------------------------------------ inner products
-
-    def _compute(
+    def _sources(
         self,
-        layer_windows: Sequence[LayerWindow],
-        owners: Mapping[LayerWindow, int],
-        stores: Sequence[FeatureStore],
-    ) -> None:
-        """Compute and write the matrices of one layer, through all its windows."""
-        counts = [len(stimuli) for stimuli in self._splits.values()]
-        activations = StoredActivations(stores, counts, self._runtime, self._recipe.memory, self._recipe.products)
-        owned = [key for key in layer_windows if owners[key] == self._runtime.rank]
-        with self._matrix_files(owned, activations.stimuli) as files:
-            if len(layer_windows) == 1:
-                self._write_whole(layer_windows[0], owners, activations, files)
-            else:
-                self._write_windows(layer_windows, owners, activations, files)
-        self._runtime.barrier()
-
-    @contextmanager
-    def _matrix_files(
-        self, layer_windows: Sequence[LayerWindow], stimuli: int
-    ) -> Iterator[dict[LayerWindow, BufferedWriter]]:
-        """Files that take a matrix row after row (`_append`), and get their names when all are complete."""
-        temporary = {key: self._path(key).with_suffix(".tmp") for key in layer_windows}
-        with contextlib.ExitStack() as stack:
-            files = {key: stack.enter_context(path.open("wb")) for key, path in temporary.items()}
-            for key, file in files.items():
-                header = {"descr": self._dtype(key).str, "fortran_order": False, "shape": (stimuli, stimuli)}
-                np.lib.format.write_array_header_1_0(file, header)
-            yield files
-        for key, path in temporary.items():
-            path.replace(self._path(key))
-
-    def _dtype(self, layer_window: LayerWindow) -> np.dtype:
-        """float32 through windows, of which there are many; most products are rounded to float32 anyway."""
-        if layer_window.window == WHOLE_MAP or self._recipe.products == "float64":
-            return np.dtype(np.float64)
-        return np.dtype(np.float32)
-
-    def _append(self, files: Mapping[LayerWindow, BufferedWriter], layer_window: LayerWindow, rows: np.ndarray) -> None:
-        files[layer_window].write(np.ascontiguousarray(rows, self._dtype(layer_window)).data)
-
-    def _write_whole(
-        self,
-        layer_window: LayerWindow,
-        owners: Mapping[LayerWindow, int],
-        activations: StoredActivations,
-        files: Mapping[LayerWindow, BufferedWriter],
-    ) -> None:
-        """Write the matrix of the whole map.
-
-        The features of several modules are each brought to the same mean square, as in `windowed_inner_products`.
-        """
-        modules, owner = modules_of(layer_window.layer), owners[layer_window]
-        total: np.ndarray | None = None
-        for module in modules:
-            products = inner_products(activations, module, owner)
-            if products is None:
+        group: Sequence[LayerWindow],
+        existing: dict[LayerWindow, int | None],
+        activations: StoredActivations | None,
+    ) -> list[Source]:
+        ranks, sources = self._runtime.ranks, []
+        owners: dict[LayerWindow, int | None] = {}
+        for number, key in enumerate(group):
+            kind = self._kind(key.layer)
+            owners[key] = existing.get(key, number % ranks if kind == "owned products" else None)
+        for layer in dict.fromkeys(key.layer for key in group):
+            of_layer = [key for key in group if key.layer == layer]
+            features = self._kind(layer) == "features"
+            work = "regressed on as they are" if features else "inner products ..."
+            self._monitor.log(f"{layer}: {self._layers.width(layer):,} features, {work}")
+            if features:
+                assert activations is not None
+                sources += self._feature_sources(of_layer, activations)
                 continue
-            if len(modules) > 1:
-                mean_square = np.trace(products) / len(products)
-                products /= mean_square or 1.0
-            if total is None:
-                total = products
-            else:
-                total += products
-        if total is not None:
-            self._append(files, layer_window, total)
+            missing = {key: owners[key] for key in of_layer if key not in existing}
+            if missing:
+                assert activations is not None
+                self._compute(missing, activations)
+            sources += [self._product_source(key, owners[key]) for key in of_layer]
+        return sources
 
-    def _write_windows(
-        self,
-        layer_windows: Sequence[LayerWindow],
-        owners: Mapping[LayerWindow, int],
-        activations: StoredActivations,
-        files: Mapping[LayerWindow, BufferedWriter],
-    ) -> None:
-        with torch.no_grad():
-            map_sizes = self._extractor.map_sizes(self._example)
-        windows = [key.window for key in layer_windows]
-        modules = modules_of(layer_windows[0].layer)
-        for stripe in windowed_inner_products(windows, modules, map_sizes, activations):
-            for key, rows in zip(layer_windows, stripe, strict=True):
-                summed = self._runtime.reduce_to(rows, owners[key])
-                if summed is not None:
-                    self._append(files, key, summed.cpu().numpy())
+    # ---------------------------------------------------------------------------------------------------- features
+
+    def _feature_sources(self, keys: Sequence[LayerWindow], activations: StoredActivations) -> list[Source]:
+        modules = modules_of(keys[0].layer)
+        rows = FeatureRows(activations, modules)
+        variance = np.ones(rows.shape[1])
+        if len(modules) > 1:
+            variance = mean_squares(rows, self._runtime, activations.stimuli, activations.memory_bytes)
+        widths = {module: activations.width(module) for module in modules}
+        sources = []
+        for key in keys:
+            of_window = rows
+            if key.window != WHOLE_MAP or len(modules) > 1:
+                of_window = rows.scaled(window_scale(key.window, self._layers.map_sizes, widths, variance))
+            sources.append(Source(key, rows.shape[1], of_window))
+        return sources
+
+    # ---------------------------------------------------------------------------------------------- inner products
+
+    def _product_source(self, key: LayerWindow, owner: int | None) -> Source:
+        has_rows = owner in (None, self._runtime.rank)
+        rows = RowFile(self._path(key)) if has_rows else None
+        return Source(key, self._layers.width(key.layer), rows, owner, self._bounds(owner)[self._runtime.rank])
+
+    def _bounds(self, owner: int | None) -> list[int]:
+        """Where the rows of each rank begin and the last ones end."""
+        stimuli, ranks = self._layers.stimuli, self._runtime.ranks
+        return rows_of_all(stimuli, ranks) if owner is None else rows_of_owner(stimuli, owner, ranks)
+
+    def _dtype(self, key: LayerWindow) -> np.dtype:
+        """float32 for many or large matrices; most products are rounded to float32 anyway."""
+        small = key.window == WHOLE_MAP and self._kind(key.layer) == "owned products"
+        return np.dtype(np.float64 if small or self._recipe.products == "float64" else np.float32)
+
+    def _compute(self, missing: dict[LayerWindow, int | None], activations: StoredActivations) -> None:
+        """Compute and write matrices of one layer."""
+        rank, stimuli, keys = self._runtime.rank, self._layers.stimuli, list(missing)
+        bounds = {key: self._bounds(owner) for key, owner in missing.items()}
+        modules = modules_of(keys[0].layer)
+        with ExitStack() as stack:
+            writers: dict[LayerWindow, RowWriter | None] = {}
+            for key in keys:
+                rows = bounds[key][rank + 1] - bounds[key][rank]
+                writer = RowWriter(self._path(key), (rows, stimuli), self._dtype(key)) if rows else None
+                writers[key] = writer if writer is None else stack.enter_context(writer)
+            if self._recipe.field == "whole":
+                write_inner_products(activations, modules, bounds[keys[0]], writers[keys[0]])
+                return
+            windows, first = [key.window for key in keys], 0
+            for stripe in windowed_inner_products(windows, modules, self._layers.map_sizes, activations):
+                for key, rows_of_window in zip(keys, stripe, strict=True):
+                    hand_out_rows(rows_of_window, first, bounds[key], self._runtime, writers[key])
+                first += stripe.shape[1]

@@ -15,13 +15,12 @@ from train.evaluation.metrics_report import SHUFFLED_CONTROL, regression_block, 
 from train.evaluation.moments import SiteMoments
 from train.evaluation.predictions_file import METRICS_FILE, Predictions
 from train.evaluation.seen_stimuli import mark_of, seen_in, selected_on
-from train.probing.layer_regressions import LayerResult
+from train.probing.layer_results import LayerResult
 from train.probing.preparation import ProbeJob
 from train.run.folder import LEFT_OUT
 from train.run.monitor import Monitor
 
 CEILED_COLUMNS = {"ceiled EV": "ceiled_explained_variance", "FEVE": "feve"}
-MEDIAN_COLUMNS = {"median r²": "squared_pearson_r", "median r²_ER": "r2_er"}  # as other papers report them
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,14 @@ def score_layers(job: ProbeJob, results: Mapping[str, LayerResult], ranks: int) 
     """Score every layer, and choose one by the inner folds."""
     chosen_by_fold = [_best_layer(results, fold) for fold in range(len(job.partitions))]
     chosen = max(results, key=chosen_by_fold.count)
-    prediction = np.full(job.rates.shape, np.nan, np.float32)
+    prediction = np.full((len(job.scored), job.rates.shape[1]), np.nan, np.float32)
     for layer, partition in zip(chosen_by_fold, job.partitions, strict=True):
-        prediction[partition.held_out] = results[layer].prediction[partition.held_out]
+        rows = np.searchsorted(job.scored, partition.held_out)
+        prediction[rows] = results[layer].prediction[rows]
     scored_ids = [job.stimulus_ids[position] for position in job.scored]
     metrics = report_head(scored_ids, job.rates[job.scored], job.manifest, job.split, ranks)
     metrics |= {
-        "regression": _regression_block(job, prediction[job.scored]),
+        "regression": _regression_block(job, prediction),
         "layers": {layer: _layer_block(job, result) for layer, result in results.items()},
         "chosen": chosen,
         "selected_on": selected_on([_selected_on(job)], job.split, job.seen),
@@ -67,7 +67,7 @@ def score_layers(job: ProbeJob, results: Mapping[str, LayerResult], ranks: int) 
             left_out = results[chosen].left_out[0]
     if job.recipe.shuffle_responses:
         metrics["control"] = SHUFFLED_CONTROL
-    return ProbeScores(metrics, prediction[job.scored], left_out)
+    return ProbeScores(metrics, prediction, left_out)
 
 
 def _best_layer(results: Mapping[str, LayerResult], fold: int) -> str:
@@ -88,13 +88,15 @@ def _regression_block(job: ProbeJob, prediction: np.ndarray) -> dict[str, Any]:
 def _layer_block(job: ProbeJob, result: LayerResult) -> dict[str, Any]:
     block = {
         "features": result.features,
-        "regression": _regression_block(job, result.prediction[job.scored]),
+        "regression": _regression_block(job, result.prediction),
         "inner_r2": to_json_list([float(np.mean(result.inner_r2))])[0],
     }
     if result.penalty:
         block["penalty"] = [to_json_list(penalty) for penalty in result.penalty]
     if result.window_centre:
         block["field_centre"] = [[to_json_list(axis) for axis in centre] for centre in result.window_centre]
+    if result.components:
+        block["components"] = result.components
     for name, value in (("rsa", result.similarity.rsa), ("cka", result.similarity.cka)):
         if np.isfinite(value):
             block[name] = value
@@ -104,14 +106,12 @@ def _layer_block(job: ProbeJob, result: LayerResult) -> dict[str, Any]:
 def layer_table(metrics: Mapping[str, Any]) -> str:
     """The layers' scores as a Markdown table."""
     ceiled = {title: name for title, name in CEILED_COLUMNS.items() if name in metrics["regression"]}
-    medians = {title: name for title, name in MEDIAN_COLUMNS.items() if name in metrics["regression"]}
-    titles = ["layer", "features", "R2", "EV", "r", *ceiled, *medians, "inner R2", "RSA", "CKA"]
+    titles = ["layer", "features", "R2", "EV", "r", *ceiled, "inner R2", "RSA", "CKA"]
     lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for layer, block in metrics["layers"].items():
         regression = block["regression"]
         low, high = regression["r2"]["ci95"] or (None, None)
         scores = [regression[name]["mean"] for name in ("explained_variance", "pearson_r", *ceiled.values())]
-        scores += [regression[name]["median"] for name in medians.values()]
         scores += [block["inner_r2"], block.get("rsa"), block.get("cka")]
         mark = " (chosen)" if layer == metrics["chosen"] else ""
         cells = [
@@ -125,13 +125,6 @@ def layer_table(metrics: Mapping[str, Any]) -> str:
     if ceiled:
         ceilings = {f"{title}: relative to {metrics['regression'][name]['ceiling']}" for title, name in ceiled.items()}
         lines += sorted(ceilings)
-    if "brain_score" in metrics["regression"]:
-        brain_score = metrics["regression"]["brain_score"]
-        low, high = brain_score["ci95"] or (None, None)
-        lines.append(
-            f"Brain-Score of the chosen layer: {_number(brain_score['score'])} [{_number(low)}, {_number(high)}] "
-            f"(as before January 2026: {_number(brain_score['before_2026_01']['score'])})"
-        )
     return "\n".join(lines)
 
 

@@ -5,6 +5,7 @@ They take no memory, and survive when the process is killed.
     FOLDER/<layer>.f32      float32 (stimuli of this rank, features), row after row
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -20,13 +21,12 @@ class FeatureStore:
     """The activations of one rank's stimuli.
 
     Args:
-        folder: created if missing.
+        folder: where they lie; made when the first are added.
         widths: number of features of each layer.
     """
 
     def __init__(self, folder: Path, widths: Mapping[str, int]):
         self._folder, self._widths = folder, dict(widths)
-        folder.mkdir(parents=True, exist_ok=True)
 
     def _path(self, layer: str) -> Path:
         return self._folder / f"{layer}.f32"
@@ -40,6 +40,7 @@ class FeatureStore:
 
     def truncate(self, rows: int) -> None:
         """Drop all but the first `rows` stimuli."""
+        self._folder.mkdir(parents=True, exist_ok=True)
         for layer, width in self._widths.items():
             with self._path(layer).open("ab") as file:
                 file.truncate(rows * width * FLOAT32_BYTES)
@@ -67,19 +68,24 @@ class FeatureStore:
         """Number of features of a layer."""
         return self._widths[layer]
 
-    def read_columns(self, layer: str, start: int, stop: int, out: np.ndarray) -> None:
-        """Read features `start` to `stop` of all stimuli of this rank, and nothing else.
+    def read_columns(self, layer: str, start: int, out: np.ndarray, first_row: int = 0) -> None:
+        """Read some features of some stimuli, and nothing else.
 
         Args:
             layer: whose features.
-            start, stop: range of the features.
-            out: float32 (stimuli of this rank, stop - start), which is filled.
+            start: the first of the features.
+            out: float32 (stimuli, features), which is filled.
+            first_row: the first of the stimuli, among those of the rank.
+
+        Raises:
+            RunFailed: the file ends early.
         """
         stride = self._widths[layer] * FLOAT32_BYTES
         with self._path(layer).open("rb", buffering=0) as file:
-            for row, features in enumerate(out):
-                file.seek(row * stride + start * FLOAT32_BYTES)
-                file.readinto(features.data)
+            descriptor = file.fileno()
+            for row, features in enumerate(out, start=first_row):
+                if os.preadv(descriptor, [features.data], row * stride + start * FLOAT32_BYTES) != features.nbytes:
+                    raise RunFailed(f"{self._path(layer)} has changed or was cut while the probe ran; start it again")
 
     def delete(self, layer: str) -> None:
         """Free the space of a layer."""

@@ -1,7 +1,8 @@
-"""Copies what a GPU computes to the host while it computes the next."""
+"""Copies between host and GPU that do not wait for each other."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import numpy as np
 import torch
 
 
@@ -62,3 +63,40 @@ class _PinnedCopy:
         if buffer is None or len(buffer) < len(tensor) or buffer.shape[1:] != tensor.shape[1:]:
             buffer = self._buffers[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         return buffer[: len(tensor)]
+
+
+class Uploads:
+    """Moves blocks of rows that the host fills to where the process computes.
+
+    A GPU copies them from page-locked memory while the host fills the next: two buffers take turns. On a CPU there is
+    one buffer, and nothing is copied.
+
+    Args:
+        device: where the blocks are used.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device, self._number, self._block = device, 0, torch.empty(0)
+        self._memory: list[torch.Tensor | None] = [None] * (2 if device.type == "cuda" else 1)
+        self._copied = [torch.cuda.Event() for _ in self._memory] if device.type == "cuda" else []
+
+    def buffer(self, rows: int, columns: int) -> np.ndarray:
+        """float32 (rows, columns) to fill; what was uploaded before the last block may be overwritten."""
+        turn = self._number % len(self._memory)
+        memory = self._memory[turn]
+        if self._copied and memory is not None:
+            self._copied[turn].synchronize()
+        if memory is None or memory.numel() < rows * columns:
+            memory = torch.empty(rows * columns, pin_memory=self._device.type == "cuda")
+            self._memory[turn] = memory
+        self._block = memory[: rows * columns].view(rows, columns)
+        return self._block.numpy()
+
+    def upload(self) -> torch.Tensor:
+        """The block that `buffer` gave last, now filled, on the device."""
+        if not self._copied:
+            return self._block
+        uploaded = self._block.to(self._device, non_blocking=True)
+        self._copied[self._number % len(self._memory)].record()
+        self._number += 1
+        return uploaded

@@ -57,19 +57,25 @@ class SymmetricSum:
     Beside the sum, `add` takes the memory of a stripe or two, each an eighth of it, and for float64 that of a copy of
     the features.
 
+    A part of the matrix can be summed alone: some of its columns, from the diagonal downwards. All such parts together
+    are the lower triangle.
+
     Args:
-        stimuli: n, the rows of the features.
+        stimuli: n, the rows of the matrix.
         precision: of the products.
         device: of the features.
+        columns: of the matrix that are summed; all where None.
     """
 
-    def __init__(self, stimuli: int, precision: ProductPrecision, device: torch.device):
-        self._sum = torch.zeros(stimuli, stimuli, dtype=torch.float64, device=device)
+    def __init__(self, stimuli: int, precision: ProductPrecision, device: torch.device, columns: range | None = None):
+        columns = range(stimuli) if columns is None else columns
+        self._width = len(columns)
+        self._sum = torch.zeros(stimuli - columns.start, self._width, dtype=torch.float64, device=device)
         self._precision: ProductPrecision = precision
-        self._height = max(-(-stimuli // STRIPES), MIN_STRIPE_ROWS)
+        self._height = stripe_height(self._width)
 
     def add(self, features: torch.Tensor) -> None:
-        """Add a block of features, float32 (n, columns)."""
+        """Add a block of features, float32 (n, columns); without the stimuli before the first column of the part."""
         if self._precision == "float64":
             self._add_stripes(features.double())
             return
@@ -77,15 +83,20 @@ class SymmetricSum:
             self._add_stripes(features)
 
     def _add_stripes(self, features: torch.Tensor) -> None:
-        for start in range(0, len(features), self._height):
-            stop = start + self._height
+        for start in range(0, self._width, self._height):
+            stop = min(start + self._height, self._width)
             # Added to a column of blocks as the transpose of a row of blocks, which multiplies faster.
             stripe = _multiply(features[start:stop], features[start:], self._precision)
             self._sum[start:, start:stop].add_(stripe.T)
 
     def total(self) -> torch.Tensor:
-        """The sum so far, float64 (n, n); the matrix itself and not a copy."""
-        for start in range(0, len(self._sum), self._height):
-            stop = start + self._height
-            self._sum[start:stop, stop:] = self._sum[stop:, start:stop].T
+        """The sum so far, float64 (n, n), or the part (rows from its first column on, columns); not a copy."""
+        for start in range(0, self._width, self._height):
+            stop = min(start + self._height, self._width)
+            self._sum[start:stop, stop:] = self._sum[stop : self._width, start:stop].T
         return self._sum
+
+
+def stripe_height(columns: int) -> int:
+    """Rows that a `SymmetricSum` of so many columns multiplies at a time."""
+    return max(-(-columns // STRIPES), MIN_STRIPE_ROWS)

@@ -5,8 +5,9 @@ Through a window g they are sum_p g_p K_p, with K_p the inner products of the fe
 which costs as many multiplications as the whole map does, and then mixed; on a larger map (pixels) each window has
 products of its own.
 
-Memory: matrices of n x n numbers for each window and position are too many at once where n is large. A bound on memory
-sets how many of their rows are computed at a time; the activations are read again for each such stripe.
+Memory: matrices of n x n numbers for each window and position are too many at once where n is large. Half of the bound
+on memory sets how many of their rows are computed at a time, and the activations are read again for each such stripe.
+The other half is for blocks of activations.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +52,7 @@ def windowed_inner_products(
     stimuli, device = activations.stimuli, activations.runtime.device
     positions = max((weights[module].shape[1] for module in modules if mixed[module]), default=0)
     row_bytes = stimuli * (WINDOW_BYTES * len(windows) + POSITION_BYTES * positions)
-    height = max(int(activations.memory_bytes / row_bytes), 1)
+    height = max(int(activations.memory_bytes / 2 / row_bytes), 1)
     for start in range(0, stimuli, height):
         rows = slice(start, min(start + height, stimuli))
         total = torch.zeros(len(windows), rows.stop - start, stimuli, dtype=torch.float64, device=device)
@@ -74,7 +75,7 @@ def _position_weights(
     if not normalised:
         return weights
     squares = torch.zeros(weights.shape[1], dtype=torch.float64, device=device)
-    for features in activations.slices(module, unit=len(squares)):
+    for features in activations.slices(module, len(squares), block_bytes=activations.memory_bytes / 2):
         lengths = torch.linalg.vector_norm(features, dim=0, dtype=torch.float64)
         squares += lengths.square().view(-1, len(squares)).sum(0)
     mean_square = weights @ activations.runtime.sum(squares) / activations.stimuli
@@ -87,7 +88,7 @@ def _add_mixed_positions(
     """Compute the products at each position once, and mix them."""
     positions, stimuli = weights.shape[1], activations.stimuli
     products = torch.zeros(positions, *total.shape[1:], dtype=torch.float64, device=total.device)
-    for features in activations.slices(module, unit=positions):
+    for features in activations.slices(module, positions, block_bytes=activations.memory_bytes / 2):
         by_position = features.view(stimuli, -1, positions).permute(2, 0, 1).contiguous()
         products += product(by_position[:, rows], by_position, activations.precision)
     total.flatten(1).addmm_(weights, products.flatten(1))
@@ -98,7 +99,7 @@ def _add_window_by_window(
 ) -> None:
     """Weight the features by each window in turn, and multiply those."""
     roots = weights.sqrt().float()
-    for features in activations.slices(module, unit=weights.shape[1]):
+    for features in activations.slices(module, weights.shape[1], block_bytes=activations.memory_bytes / 2):
         channels = features.shape[1] // weights.shape[1]
         for products, root in zip(total, roots.repeat(1, channels), strict=True):
             for columns in (features * root).split(COLUMNS_PER_PRODUCT, dim=1):

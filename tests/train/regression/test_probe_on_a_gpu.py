@@ -41,7 +41,7 @@ def test_products_are_added_up_on_the_gpu(cuda_runtime, precision):  # noqa: F81
 def test_products_through_windows_are_mixed_on_the_gpu(cuda_runtime, precision):  # noqa: F811
     """A small map, whose positions are mixed, and one with more positions than windows."""
 
-    def slices(module, unit=1):
+    def slices(module, unit=1, *, block_bytes):
         yield torch.zeros(20, 3 * unit, device=CUDA)
 
     activations = SimpleNamespace(
