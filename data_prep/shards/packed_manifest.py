@@ -17,6 +17,7 @@ from data_prep.shards.image_hashes import pixel_hash
 from data_prep.shards.image_rules import ImageRules
 from data_prep.shards.index import SplitIndex
 from data_prep.shards.manifest import Ceiling, Image, Manifest, Rates, Shard, Split
+from data_prep.shards.missing_codes import Ends, code_warnings, ends_of, merged_ends
 from data_prep.shards.shown_images import as_shown
 from data_prep.splits import straddling
 
@@ -37,6 +38,7 @@ class StimulusNotes:
         image_sizes: widths, heights and modes of the images.
         image_notes: how many images each of `data_prep.shards.shown_images.NOTES` is about.
         rounding_error: the largest error from rounding an image to uint8, in grey levels; None if none was rounded.
+        trial_ends: the ends of the single trials.
     """
 
     def __init__(self, sites: int, facts: Iterable[str], rules: ImageRules):
@@ -44,6 +46,7 @@ class StimulusNotes:
         self.image_sizes: set[tuple[int, int, str]] = set()
         self.rounding_error: float | None = None
         self.image_notes: Counter[str] = Counter()
+        self.trial_ends: Ends = Counter()
         self._sites, self._rules = sites, rules
         self._pixel_hashes: list[np.ndarray] = []
         self._rates: list[np.ndarray | None] = []
@@ -58,6 +61,8 @@ class StimulusNotes:
         self._check(stimulus.id, "trials", stimulus.trials, dimensions=2)
         shown = self._shown(stimulus)
         self._rates.append(stimulus.rates)
+        if stimulus.trials is not None:
+            self.trial_ends = merged_ends([self.trial_ends, ends_of(stimulus.trials)])
         for fact, values in self.groups.items():
             if fact in stimulus.meta:
                 values.add(str(stimulus.meta[fact]))
@@ -102,7 +107,7 @@ class StimulusNotes:
 
 @dataclass(frozen=True)
 class PackedShard:
-    """A packed shard; the last four are described in `StimulusNotes`."""
+    """A packed shard; the last five are described in `StimulusNotes`."""
 
     shard: Shard
     index: SplitIndex
@@ -110,6 +115,7 @@ class PackedShard:
     image_sizes: set[tuple[int, int, str]]
     image_notes: Counter[str]
     rounding_error: float | None
+    trial_ends: Ends
     groups: dict[str, set[str]]
 
 
@@ -188,6 +194,9 @@ def _provenance(recording: Recording, packed: PackedShards, rules: ImageRules) -
         warnings.append(
             f"none of the {len(recording.stimulus_ids)} stimuli is in val, which evaluate and probe score by default"
         )
+    of_rates = merged_ends(ends_of(shard.rates) for shard in packed.all() if shard.rates is not None)
+    of_trials = merged_ends(shard.trial_ends for shard in packed.all())
+    warnings += [*code_warnings("rates", of_rates), *code_warnings("trials", of_trials)]
     errors = [shard.rounding_error for shard in packed.all() if shard.rounding_error is not None]
     if errors:
         provenance["largest_uint8_rounding_error"] = max(errors)

@@ -224,6 +224,7 @@ def write_one_shard(folder: Path, job: ShardJob) -> PackedShard:
         image_sizes=notes.image_sizes,
         image_notes=notes.image_notes,
         rounding_error=notes.rounding_error,
+        trial_ends=notes.trial_ends,
         groups=notes.groups,
     )
 
