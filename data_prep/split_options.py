@@ -8,13 +8,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.errors import BadInput
 from data_prep.recording import Deal, Recording, Stimulus
-from data_prep.splits import Dealt, FoldDeal, RandomDeal
+from data_prep.splits import Dealt, FoldDeal, OrderedDeal, RandomDeal
 
 # The options that each kind of split uses, besides `split`.
 _OPTIONS_OF = {
     "source": (),
     "random": ("split_fractions", "split_seed"),
     "grouped": ("split_by", "split_fractions", "split_seed"),
+    "ordered": ("split_fractions",),
     "leave-out": ("split_by", "hold_out"),
     "k-fold": ("split_by", "folds", "fold", "split_seed"),
 }
@@ -34,13 +35,14 @@ class SplitOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
-    split: Literal["source", "random", "grouped", "leave-out", "k-fold"] = "source"
+    split: Literal["source", "random", "grouped", "ordered", "leave-out", "k-fold"] = "source"
     """How stimuli are held out: as the source and its options define; individual stimuli at random; whole groups at
-    random, such as objects; the groups named by --hold-out; or one of several folds."""
+    random, such as objects; the last ones in the source's order (`--split-fractions 0 0.5`: the first half is train,
+    the second test); the groups named by --hold-out; or one of several folds."""
     split_by: str | None = None
     """The fact that groups stimuli (object, category, a table column ...), for grouped, leave-out and k-fold."""
     split_fractions: tuple[float, float] = (0.09, 0.10)
-    """Shares of the stimuli for val and test, for random and grouped."""
+    """Shares of the stimuli for val and test, for random, grouped and ordered."""
     split_seed: int = Field(0, ge=0, le=2**63 - 1)
     """Seed for random, grouped and k-fold."""
     hold_out: tuple[str, ...] = ()
@@ -88,11 +90,15 @@ class SplitOptions(BaseModel):
         if self.split == "leave-out":
             assert groups is not None, "leave-out needs --split-by"
             return Dealt(np.where(self._left_out(groups, name), "val", "train").tolist(), rule)
-        deal: Deal = FoldDeal(self.folds, self.fold, self.split_seed, groups, name)
-        if self.split != "k-fold":
-            val, test = self.split_fractions
-            deal = RandomDeal({"train": 1 - val - test, "val": val, "test": test}, self.split_seed, groups)
+        deal = self._deal(groups, name)
         return Dealt(deal(np.arange(n)), rule, deal)
+
+    def _deal(self, groups: list[str] | None, name: str) -> Deal:
+        if self.split == "k-fold":
+            return FoldDeal(self.folds, self.fold, self.split_seed, groups, name)
+        val, test = self.split_fractions
+        fractions = {"train": 1 - val - test, "val": val, "test": test}
+        return OrderedDeal(fractions) if self.split == "ordered" else RandomDeal(fractions, self.split_seed, groups)
 
     def _left_out(self, groups: list[str], name: str) -> np.ndarray:
         """Which stimuli belong to the groups of --hold-out: bool (stimuli,)."""

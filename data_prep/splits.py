@@ -1,4 +1,4 @@
-"""Which stimuli are held out: at random, by whole groups, or in folds."""
+"""Which stimuli are held out: at random, by whole groups, in folds, or the last ones."""
 
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
@@ -29,17 +29,14 @@ def assign_splits(
     Raises:
         BadInput: fractions that are negative, unknown or do not add up to 1, or that leave no training stimuli.
     """
-    if unknown := set(fractions) - set(SPLITS):
-        raise BadInput(f"split fractions: unknown split {sorted(unknown)[0]!r}; use {', '.join(SPLITS)}")
-    if not all(share >= 0 for share in fractions.values()) or not abs(sum(fractions.values()) - 1) < 1e-6:
-        raise BadInput(f"split fractions must not be negative and must add up to 1, not {dict(fractions)}")
+    _check_fractions(fractions)
     names = np.arange(n) if groups is None else np.asarray(groups)
     _, group_of = np.unique(names, return_inverse=True)
     sizes = np.bincount(group_of)
     split_of_group = np.full(len(sizes), "train", dtype=object)
     remaining = deque(np.random.default_rng(seed).permutation(len(sizes)))
     for split in ("val", "test"):
-        room = int(fractions.get(split, 0.0) * n + 1e-9)
+        room = _stimuli_of(fractions, split, n)
         while room > 0 and remaining:
             group = remaining.popleft()
             split_of_group[group] = split
@@ -48,6 +45,39 @@ def assign_splits(
     if "train" not in splits:
         raise BadInput(f"split fractions {dict(fractions)} leave none of {n} stimuli ({len(sizes)} groups) to train on")
     return splits
+
+
+def _check_fractions(fractions: Mapping[str, float]) -> None:
+    if unknown := set(fractions) - set(SPLITS):
+        raise BadInput(f"split fractions: unknown split {sorted(unknown)[0]!r}; use {', '.join(SPLITS)}")
+    if not all(share >= 0 for share in fractions.values()) or not abs(sum(fractions.values()) - 1) < 1e-6:
+        raise BadInput(f"split fractions must not be negative and must add up to 1, not {dict(fractions)}")
+
+
+def _stimuli_of(fractions: Mapping[str, float], split: str, n: int) -> int:
+    """How many of `n` stimuli a held-out split gets."""
+    return int(fractions.get(split, 0.0) * n + 1e-9)
+
+
+def ordered_splits(copies: np.ndarray, fractions: Mapping[str, float]) -> list[str]:
+    """The first stimuli go to train, the next floor(val * n) to val, and the last floor(test * n) to test.
+
+    A copy goes where its image comes first, so none is held out that is trained on; then the later splits are smaller.
+
+    Args:
+        copies: for each stimulus, in the order of the recording, the position of the first one with the same image.
+        fractions: share of each split; they must add up to 1.
+
+    Raises:
+        BadInput: fractions that are negative, unknown or do not add up to 1, or that leave no training stimuli.
+    """
+    _check_fractions(fractions)
+    n = len(copies)
+    val, test = (_stimuli_of(fractions, split, n) for split in ("val", "test"))
+    splits = ["train"] * (n - val - test) + ["val"] * val + ["test"] * test
+    if "train" not in splits:
+        raise BadInput(f"split fractions {dict(fractions)} leave none of {n} stimuli to train on")
+    return [splits[first] for first in copies.tolist()]
 
 
 @dataclass(frozen=True)
@@ -67,6 +97,21 @@ class RandomDeal:
     def __call__(self, copies: np.ndarray) -> list[str]:
         """See `Deal`."""
         return assign_splits(len(copies), self.fractions, self.seed, with_copies(self.groups, copies))
+
+
+@dataclass(frozen=True)
+class OrderedDeal:
+    """A deal by `ordered_splits`, see `Deal`.
+
+    Attributes:
+        fractions: share of each split.
+    """
+
+    fractions: Mapping[str, float]
+
+    def __call__(self, copies: np.ndarray) -> list[str]:
+        """See `Deal`."""
+        return ordered_splits(copies, self.fractions)
 
 
 @dataclass(frozen=True)

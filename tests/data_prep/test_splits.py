@@ -13,7 +13,7 @@ from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
 from data_prep.sources.simulated import Simulated
 from data_prep.split_options import SplitOptions
-from data_prep.splits import folds, straddling
+from data_prep.splits import OrderedDeal, folds, straddling
 
 N = 60
 
@@ -42,6 +42,20 @@ def test_at_random(source):
     order = np.random.default_rng(4).permutation(N)
     assert held_out(recording) == sorted(order[:12])
     assert held_out(recording, "test") == sorted(order[12:30])
+
+
+def test_the_first_half_fits_and_the_second_tests(source):
+    recording = divided(source, split="ordered", split_fractions=(0.0, 0.5))
+    assert recording.splits == ["train"] * (N // 2) + ["test"] * (N // 2)
+    assert recording.provenance["split"] == {"method": "ordered", "split_fractions": (0.0, 0.5)}
+    recording = divided(source, split="ordered", split_fractions=(0.2, 0.3))
+    assert recording.splits == ["train"] * 30 + ["val"] * 12 + ["test"] * 18
+
+
+def test_in_order_a_copy_goes_where_its_image_comes_first():
+    copies = np.array([0, 1, 2, 1, 4, 5, 0, 7, 4, 7])
+    splits = OrderedDeal({"train": 0.5, "val": 0.2, "test": 0.3})(copies)
+    assert splits == ["train"] * 5 + ["val", "train", "test", "train", "test"]
 
 
 def test_whole_groups(source):
@@ -133,6 +147,8 @@ def test_groups_that_only_held_out_splits_share_do_not_straddle():
     ("options", "words"),
     [
         ({"split": "random", "split_by": "object"}, "--split-by would be ignored"),
+        ({"split": "ordered", "split_seed": 1}, "--split-seed would be ignored"),
+        ({"split": "ordered", "split_fractions": (0.5, 0.5)}, "leave none of 60 stimuli to train on"),
         ({"hold_out": ("face",)}, "--hold-out would be ignored"),
         ({"split": "grouped"}, "needs --split-by"),
         ({"split": "grouped", "split_by": "background"}, "background.*category"),

@@ -122,7 +122,15 @@ def test_a_source_that_deals_only_some_stimuli_keeps_the_others():
 # ---- packing -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"split": "random", "split_seed": 3}, {"split": "k-fold", "folds": 5}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"split": "random", "split_seed": 3},
+        {"split": "ordered", "split_fractions": (0.25, 0.25)},
+        {"split": "k-fold", "folds": 5},
+    ],
+)
 def test_a_deal_keeps_copies_together(source, tmp_path, options):
     """The responses and images are those of the ids, although the recording was dealt again."""
     recording = SplitOptions(**options).open_recording(Folder(source=source))
