@@ -96,7 +96,7 @@ def _score(path: Path, target: np.ndarray, prediction: np.ndarray, more: dict[st
 def _block(target: np.ndarray, prediction: np.ndarray, reliability: np.ndarray | None) -> dict[str, Any]:
     moments = SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(target))
     sites = [f"n{k}" for k in range(target.shape[1])]
-    block = regression_report(moments, prediction, target, sites, reliability)
+    block = regression_report(moments, prediction, target, sites, reliability, split_half=reliability)
     if reliability is not None:
         block["ceiling"]["method"] = "made up"
     return block

@@ -1,4 +1,7 @@
-"""Bootstrap resamples of the mean scores, from which confidence intervals are read."""
+"""Bootstrap resamples of scores, means and medians over sites, from which confidence intervals are read."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -8,6 +11,20 @@ from train.evaluation.moments import SiteMoments
 
 BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED = 1000, 0
 RESAMPLES_AT_ONCE = 100
+MEDIANS = ("pearson_r", "squared_pearson_r", "r2_er")  # metrics whose median over sites papers report
+
+
+@dataclass(frozen=True)
+class ResampledScores:
+    """Scores on bootstrap resamples of the stimuli, float64 (resamples,).
+
+    Attributes:
+        means: each metric's mean over sites.
+        medians: the medians over sites of `MEDIANS`.
+    """
+
+    means: dict[str, np.ndarray]
+    medians: dict[str, np.ndarray]
 
 
 def bootstrap_means(
@@ -28,15 +45,44 @@ def bootstrap_means(
         resamples: number of resamples.
         seed: of the resampling.
         reliability: (sites,), for the scores relative to it.
-        noise: (stimuli, sites), noise variance of each response, for FEVE.
+        noise: (stimuli, sites), noise variance of each response, for FEVE and r2_ER.
 
     Returns:
         Per metric float64 (resamples,).
     """
+    rounds = _resampled_sites(prediction, response, resamples, seed, reliability, noise)
+    return _joined([_by_metric(_mean_of_rows, scores) for scores in rounds], resamples)
+
+
+def bootstrap_scores(
+    prediction: np.ndarray,
+    response: np.ndarray,
+    reliability: np.ndarray | None = None,
+    noise: np.ndarray | None = None,
+) -> ResampledScores:
+    """`bootstrap_means`, and medians over sites on the same resamples."""
+    means, medians = [], []
+    for scores in _resampled_sites(prediction, response, BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, reliability, noise):
+        means.append(_by_metric(_mean_of_rows, scores))
+        medians.append(_by_metric(_median_of_rows, {name: scores[name] for name in MEDIANS if name in scores}))
+    return ResampledScores(_joined(means, BOOTSTRAP_RESAMPLES), _joined(medians, BOOTSTRAP_RESAMPLES))
+
+
+def _resampled_sites(
+    prediction: np.ndarray,
+    response: np.ndarray,
+    resamples: int,
+    seed: int,
+    reliability: np.ndarray | None,
+    noise: np.ndarray | None,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Each metric of each site on at least so many resamples: float64 (RESAMPLES_AT_ONCE, sites) at a time.
+
+    NaN for a site that has no score on all stimuli.
+    """
     moments = SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(response))
     scores = all_scores(moments, reliability, mean_noise(noise, response))
     undefined = {name: np.isnan(per_site) for name, per_site in scores.items()}
-    means: dict[str, list[np.ndarray]] = {name: [] for name in scores}
 
     summands = _summands(prediction, response, noise)
     columns = np.concatenate(list(summands.values()), axis=1)
@@ -49,10 +95,21 @@ def bootstrap_means(
         totals = (draws.astype(np.float64) @ columns).reshape(RESAMPLES_AT_ONCE, len(summands), sites).swapaxes(0, 1)
         sums = dict(zip(summands, totals.reshape(len(summands), -1), strict=True))
         noise_mean = None if noise is None else sums["noise"] / np.maximum(sums["count"], 1)
-        for name, per_site in all_scores(_moments_of_sums(sums), tiled_reliability, noise_mean).items():
-            per_resample = per_site.reshape(RESAMPLES_AT_ONCE, sites)
-            means[name].append(_mean_of_rows(np.where(undefined[name], np.nan, per_resample)))
-    return {name: np.concatenate(values)[:resamples] for name, values in means.items()}
+        resampled = all_scores(_moments_of_sums(sums), tiled_reliability, noise_mean)
+        yield {
+            name: np.where(undefined[name], np.nan, per_site.reshape(RESAMPLES_AT_ONCE, sites))
+            for name, per_site in resampled.items()
+        }
+
+
+def _by_metric(
+    statistic: Callable[[np.ndarray], np.ndarray], scores: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    return {name: statistic(per_resample) for name, per_resample in scores.items()}
+
+
+def _joined(rounds: Sequence[Mapping[str, np.ndarray]], resamples: int) -> dict[str, np.ndarray]:
+    return {name: np.concatenate([values[name] for values in rounds])[:resamples] for name in rounds[0]}
 
 
 def _summands(prediction: np.ndarray, response: np.ndarray, noise: np.ndarray | None) -> dict[str, np.ndarray]:
@@ -97,3 +154,12 @@ def _mean_of_rows(scores: np.ndarray) -> np.ndarray:
     defined = ~np.isnan(scores)
     with np.errstate(invalid="ignore"):
         return np.where(defined, scores, 0).sum(1) / defined.sum(1)
+
+
+def _median_of_rows(scores: np.ndarray) -> np.ndarray:
+    """`median_score` of each row."""
+    ordered = np.sort(scores, axis=1)  # NaN last
+    defined = (~np.isnan(scores)).sum(1)
+    rows, last = np.arange(len(scores)), scores.shape[1] - 1
+    low, high = np.clip((defined - 1) // 2, 0, last), np.clip(defined // 2, 0, last)
+    return (ordered[rows, low] + ordered[rows, high]) / 2

@@ -7,7 +7,8 @@ Over the stimuli of a split, with y the trial-averaged response and p the predic
     MSE = mean (y - p)^2
     r   = Cov(y, p) / sqrt(Var(y) Var(p))
 
-NaN responses are left out, site by site. A score without a value is NaN.
+docs/metrics.md has the others, which are relative to a ceiling or reported by other papers. NaN responses are left out,
+site by site. A score without a value is NaN.
 """
 
 import numpy as np
@@ -77,8 +78,31 @@ def fraction_of_explainable_variance(
         return np.where(explainable > least * variance, 1 - (error - noise) / explainable, np.nan)
 
 
+def noise_corrected_r2(moments: SiteMoments, noise: np.ndarray, least: float = LEAST_RELIABILITY) -> np.ndarray:
+    """r2_ER, float64 (sites,): squared correlation of predictions with noise-free responses (Pospisil and Bair 2021).
+
+    With x and y centred, over m stimuli: noise adds `noise` to (sum x y)^2 / sum x^2 and (m - 1) `noise` to sum y^2,
+    each on average. Both are taken off before the one is divided by the other, so r2_ER is unbiased but for the ratio
+    of two random numbers, and can lie below 0 and above 1.
+
+    Unlike R2 and FEVE it does not penalise a wrong mean or scale, and not even a wrong sign.
+
+    Args:
+        moments: of responses and predictions.
+        noise: mean noise variance of the trial averages, (sites,).
+        least: NaN where less than this share of Var(y) is explainable.
+    """
+    count, response_squares = _on_host(moments.count), _on_host(moments.response_squares)
+    prediction_squares, products = _on_host(moments.prediction_squares), _on_host(moments.products)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        explained = products**2 / prediction_squares - noise
+        explainable = response_squares - (count - 1) * noise
+        defined = (prediction_squares > 0) & (explainable > least * response_squares)
+        return np.where(defined, explained / explainable, np.nan)
+
+
 def all_scores(moments: SiteMoments, reliability: np.ndarray | None, noise: np.ndarray | None) -> dict[str, np.ndarray]:
-    """`site_scores`, and the scores relative to a ceiling where the ceiling is known.
+    """`site_scores`, the squared correlation, and the scores relative to a ceiling where the ceiling is known.
 
     Args:
         moments: of responses and predictions.
@@ -86,16 +110,23 @@ def all_scores(moments: SiteMoments, reliability: np.ndarray | None, noise: np.n
         noise: mean noise variance of the trial averages, (sites,), or None.
     """
     scores = site_scores(moments)
+    scores["squared_pearson_r"] = scores["pearson_r"] ** 2
     if reliability is not None:
         scores |= ceiled_scores(scores, reliability)
     if noise is not None:
         scores["feve"] = fraction_of_explainable_variance(moments, noise)
+        scores["r2_er"] = noise_corrected_r2(moments, noise)
     return scores
 
 
 def mean_score(per_site: np.ndarray) -> float:
     """The plain mean over the sites that have a score; NaN if none has."""
     return float(np.nanmean(per_site)) if np.isfinite(per_site).any() else float("nan")
+
+
+def median_score(per_site: np.ndarray) -> float:
+    """The median over the sites that have a score; NaN if none has."""
+    return float(np.nanmedian(per_site)) if np.isfinite(per_site).any() else float("nan")
 
 
 def mean_noise(noise: np.ndarray | None, response: np.ndarray) -> np.ndarray | None:

@@ -5,16 +5,18 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import DIVERGED, RunFailed
-from data_prep.confidence_interval import confidence_interval
+from data_prep.confidence_interval import confidence_interval, percentile_interval
 from data_prep.shards.manifest import Manifest, from_json_list, to_json_list
 from train.data.stimuli import RecordingStimuli, fingerprint
+from train.evaluation.brain_score import brain_score
 from train.evaluation.classification import classification_report
-from train.evaluation.confidence_intervals import bootstrap_means
-from train.evaluation.metrics import LEAST_RELIABILITY, all_scores, mean_noise, mean_score
+from train.evaluation.confidence_intervals import MEDIANS, ResampledScores, bootstrap_scores
+from train.evaluation.metrics import LEAST_RELIABILITY, all_scores, mean_noise, mean_score, median_score
 from train.evaluation.moments import SiteMoments
 from train.evaluation.scoring import RecordingScores
 
-FEVE_CEILING = "noise variance of the scored stimuli's repetitions"
+NOISE_CEILING = "noise variance of the scored stimuli's repetitions"  # of FEVE and r2_ER
+NO_RESAMPLES = np.empty(0)
 SHUFFLED_CONTROL = "shuffled responses"  # `control` of a run or probe that was fitted on shuffled responses
 
 
@@ -65,14 +67,18 @@ def regression_block(
     """
     ceiling = manifest.ceiling
     reliability = None if ceiling is None else from_json_list(ceiling.reliability)
+    # Folders of earlier versions have no other estimate than this one.
+    split_half = reliability if ceiling is None or ceiling.split_half is None else from_json_list(ceiling.split_half)
     trained = manifest.rates.fitted_sites()
-    block = regression_report(moments, prediction, response, manifest.site_ids, reliability, trained, noise)
+    site_ids = manifest.site_ids
+    block = regression_report(moments, prediction, response, site_ids, reliability, trained, noise, split_half)
     if ceiling is not None:
         block["ceiling"] |= ceiling.facts()
         for name in ("ceiled_explained_variance", "ceiled_pearson_r"):
             block[name]["ceiling"] = ceiling.method
     if noise is not None:
-        block["feve"]["ceiling"] = FEVE_CEILING
+        for name in ("feve", "r2_er"):
+            block[name]["ceiling"] = NOISE_CEILING
     return block
 
 
@@ -84,8 +90,9 @@ def regression_report(
     reliability: np.ndarray | None,
     trained: np.ndarray | None = None,
     noise: np.ndarray | None = None,
+    split_half: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Every metric's mean, median, confidence interval and values per site.
+    """Every metric's mean, median, confidence intervals and values per site, and Brain-Score's score.
 
     Args:
         moments: of responses and predictions, of all ranks.
@@ -94,6 +101,7 @@ def regression_report(
         reliability: of the trial average, float64 (sites,), or None.
         trained: bool (sites,), the sites that a model can be fitted to; the others have no score. All by default.
         noise: noise variance of each response, float64 (stimuli, sites), or None.
+        split_half: reliability of the trial average by split halves, float64 (sites,), or None.
 
     Raises:
         RunFailed: a prediction is NaN or infinite.
@@ -104,12 +112,15 @@ def regression_report(
     if not np.isfinite(predicted).all():
         raise RunFailed(f"{DIVERGED}the predictions contain NaN or infinity")
     scores = all_scores(moments, reliability, mean_noise(noise, response))
-    resampled = dict.fromkeys(scores, np.empty(0))
+    resampled = ResampledScores({}, {})
     if len(response) > 1:
-        resampled = bootstrap_means(prediction, response, reliability=reliability, noise=noise)
+        resampled = bootstrap_scores(prediction, response, reliability, noise)
     report: dict[str, Any] = {
-        name: _summary(per_site, resampled[name], len(response)) for name, per_site in scores.items()
+        name: _summary(name, per_site, resampled, len(response)) for name, per_site in scores.items()
     }
+    if split_half is not None:
+        medians = resampled.medians.get("pearson_r", NO_RESAMPLES)
+        report["brain_score"] = brain_score(scores["pearson_r"], medians, split_half, len(response))
     undefined = np.isnan(scores["r2"])
     if undefined.any():
         report["sites_without_r2"] = [site_ids[site] for site in np.flatnonzero(undefined)]
@@ -122,12 +133,16 @@ def regression_report(
     return report
 
 
-def _summary(per_site: np.ndarray, resampled: np.ndarray, stimuli: int) -> dict[str, Any]:
-    interval = confidence_interval(mean_score(per_site), resampled, stimuli)
-    return _averages(per_site) | {"ci95": interval and list(interval), "per_site": to_json_list(per_site)}
+def _summary(name: str, per_site: np.ndarray, resampled: ResampledScores, stimuli: int) -> dict[str, Any]:
+    """A metric's mean and median, with the interval of the mean and, of `MEDIANS`, that of the median."""
+    of_mean = confidence_interval(mean_score(per_site), resampled.means.get(name, NO_RESAMPLES), stimuli)
+    summary = _averages(per_site) | {"ci95": of_mean and list(of_mean)}
+    if name in MEDIANS:
+        of_median = percentile_interval(resampled.medians.get(name, NO_RESAMPLES), stimuli)
+        summary["median_ci95"] = of_median and list(of_median)
+    return summary | {"per_site": to_json_list(per_site)}
 
 
 def _averages(per_site: np.ndarray) -> dict[str, Any]:
-    median = np.nanmedian(per_site) if np.isfinite(per_site).any() else np.nan
-    mean, median = to_json_list([mean_score(per_site), float(median)])
+    mean, median = to_json_list([mean_score(per_site), median_score(per_site)])
     return {"mean": mean, "median": median}

@@ -21,6 +21,7 @@ from train.run.folder import LEFT_OUT
 from train.run.monitor import Monitor
 
 CEILED_COLUMNS = {"ceiled EV": "ceiled_explained_variance", "FEVE": "feve"}
+MEDIAN_COLUMNS = {"median r²": "squared_pearson_r", "median r²_ER": "r2_er"}  # as other papers report them
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,14 @@ def _layer_block(job: ProbeJob, result: LayerResult) -> dict[str, Any]:
 def layer_table(metrics: Mapping[str, Any]) -> str:
     """The layers' scores as a Markdown table."""
     ceiled = {title: name for title, name in CEILED_COLUMNS.items() if name in metrics["regression"]}
-    titles = ["layer", "features", "R2", "EV", "r", *ceiled, "inner R2", "RSA", "CKA"]
+    medians = {title: name for title, name in MEDIAN_COLUMNS.items() if name in metrics["regression"]}
+    titles = ["layer", "features", "R2", "EV", "r", *ceiled, *medians, "inner R2", "RSA", "CKA"]
     lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for layer, block in metrics["layers"].items():
         regression = block["regression"]
         low, high = regression["r2"]["ci95"] or (None, None)
         scores = [regression[name]["mean"] for name in ("explained_variance", "pearson_r", *ceiled.values())]
+        scores += [regression[name]["median"] for name in medians.values()]
         scores += [block["inner_r2"], block.get("rsa"), block.get("cka")]
         mark = " (chosen)" if layer == metrics["chosen"] else ""
         cells = [
@@ -125,6 +128,13 @@ def layer_table(metrics: Mapping[str, Any]) -> str:
     if ceiled:
         ceilings = {f"{title}: relative to {metrics['regression'][name]['ceiling']}" for title, name in ceiled.items()}
         lines += sorted(ceilings)
+    if "brain_score" in metrics["regression"]:
+        brain_score = metrics["regression"]["brain_score"]
+        low, high = brain_score["ci95"] or (None, None)
+        lines.append(
+            f"Brain-Score of the chosen layer: {_number(brain_score['score'])} [{_number(low)}, {_number(high)}] "
+            f"(as before January 2026: {_number(brain_score['before_2026_01']['score'])})"
+        )
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from data_prep.common.errors import BadInput
 from train.reporting.data_efficiency import describe_gains
 from train.reporting.figures import ReportFigure, confusion_figures, group_figures, training_figure
 from train.reporting.groups import Group, groups_of
+from train.reporting.papers_metrics import papers_metrics_table
 from train.reporting.report_tables import (
     CSV_FIELDS,
     classifier_table,
@@ -28,6 +29,7 @@ class GroupSection:
     group: Group
     comparison: Table
     leads: Table | None
+    papers_metrics: Table | None
     curves: Table | None
     figures: list[ReportFigure]
 
@@ -70,7 +72,11 @@ class ReportContents:
         """All tables with their notes."""
         parts = []
         for section in self.sections:
-            parts += [_titled(section.comparison), *([in_markdown(section.curves)] if section.curves else [])]
+            parts.append(_titled(section.comparison))
+            if section.papers_metrics:
+                parts.append(f"#{_titled(section.papers_metrics)}")
+            if section.curves:
+                parts.append(in_markdown(section.curves))
         if self.classifiers:
             parts.append(_titled(self.classifiers))
         return "\n\n".join(parts)
@@ -120,6 +126,7 @@ def compare(folders: Sequence[Path], split: str, pair: tuple[Path, Path] | None)
             group,
             comparison_table(group, anchors),
             lead_table(group),
+            papers_metrics_table(group),
             curve_table(group),
             list(group_figures(group, paths, f"_{number}" if len(groups) > 1 else "")),
         )

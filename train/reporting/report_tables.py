@@ -6,7 +6,7 @@ from dataclasses import replace
 from train.evaluation.comparison import Lead
 from train.evaluation.metrics import LOWER_IS_BETTER
 from train.evaluation.seen_stimuli import Seen, mark_of
-from train.reporting import published
+from train.reporting import papers_metrics, published
 from train.reporting.data_efficiency import Curve, Point, curve_notes
 from train.reporting.groups import METRICS, R2, Group, Metric, seen_notes
 from train.reporting.number_formats import duration, interval, number, parameter_count
@@ -70,7 +70,12 @@ def _score_column(metric: Metric, group: Group | None = None) -> Column:
     return replace(column, formats=formats, relative_to=group.ceilings_of(metric))
 
 
-CSV_COLUMNS = [*FACTS_BEFORE_SCORES, *(_score_column(metric) for metric in METRICS), *FACTS_AFTER_SCORES]
+CSV_COLUMNS = [
+    *FACTS_BEFORE_SCORES,
+    *(_score_column(metric) for metric in METRICS),
+    papers_metrics.CSV_COLUMN,
+    *FACTS_AFTER_SCORES,
+]
 CSV_FIELDS = [field for column in CSV_COLUMNS for field in column.fields]
 
 
@@ -84,7 +89,12 @@ def comparison_table(group: Group, anchors: Mapping[str, str]) -> Table:
         group: the runs.
         anchors: of the runs on the page, by name.
     """
-    columns = [*FACTS_BEFORE_SCORES, *(_score_column(metric, group) for metric in METRICS), *FACTS_AFTER_SCORES]
+    columns = [
+        *FACTS_BEFORE_SCORES,
+        *(_score_column(metric, group) for metric in METRICS),
+        papers_metrics.CSV_COLUMN,
+        *FACTS_AFTER_SCORES,
+    ]
     return Table(
         group.title,
         columns,
@@ -103,6 +113,7 @@ def _comparison_row(group: Group, index: int, scored: ScoredRun, anchors: Mappin
         next((curve.name for curve in group.curves for point in curve.points if scored in point.runs), None)
     )
     scores = [_metric_cell(group, index, metric) for metric in METRICS]
+    scores.append(papers_metrics.papers_metrics_cell(scored.regression))
     before = [facts[column.title] for column in FACTS_BEFORE_SCORES]
     return [*before, *scores, *(facts[column.title] for column in FACTS_AFTER_SCORES)]
 

@@ -33,9 +33,23 @@ class Score(_FileContent):
     mean: Number | None
     median: Number | None = None
     ci95: tuple[Number, Number] | None = None
+    median_ci95: tuple[Number, Number] | None = None
     per_site: list[Number | None]
     ceiling: Text | None = None
     method: Text | None = None
+
+
+class BrainScoreForm(_FileContent):
+    """Brain-Score's score in one of its forms."""
+
+    score: Number | None
+    ci95: tuple[Number, Number] | None = None
+
+
+class BrainScore(BrainScoreForm):
+    """Brain-Score's score in its current form, and as it was before January 2026."""
+
+    before_2026_01: BrainScoreForm | None = None
 
 
 class Regression(_FileContent):
@@ -49,6 +63,9 @@ class Regression(_FileContent):
     ceiled_explained_variance: Score | None = None
     ceiled_pearson_r: Score | None = None
     feve: Score | None = None
+    squared_pearson_r: Score | None = None
+    r2_er: Score | None = None
+    brain_score: BrainScore | None = None
     unreliable_sites: list[Text] = []
     sites_without_r2: list[Text] = []
 

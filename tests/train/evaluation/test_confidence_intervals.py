@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
-from site_scores import make_predictions, report, scores
+from site_scores import make_predictions, moments, report, scores
 
 from data_prep.confidence_interval import confidence_interval
 from train.evaluation.confidence_intervals import bootstrap_means
+from train.evaluation.metrics import all_scores
 
 
 def test_intervals_hold_the_point_estimates():
@@ -31,7 +32,7 @@ def test_resampled_means_are_those_of_an_explicit_resampling():
     explicit = {name: [] for name in mine}
     for _ in range(600):
         rows = rng.integers(0, len(target), len(target))
-        for name, values in scores(prediction[rows], target[rows]).items():
+        for name, values in all_scores(moments(prediction[rows], target[rows]), None, None).items():
             explicit[name].append(values.mean())
     for name, values in explicit.items():
         assert np.mean(mine[name]) == pytest.approx(np.mean(values), abs=4 * np.std(values) / np.sqrt(600)), name

@@ -10,8 +10,9 @@ from make_sources import make_folder, make_it_h5
 from sklearn.metrics import explained_variance_score, mean_squared_error, r2_score
 
 from data_prep.shards.folder import ShardFolder
+from data_prep.shards.manifest import from_json_list
 
-SCORES = ("r2", "explained_variance", "mse", "pearson_r")
+SCORES = ("r2", "explained_variance", "mse", "pearson_r", "squared_pearson_r", "r2_er")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,8 @@ def test_metrics_do_not_depend_on_the_process_count(evaluated, processes):
         predictions(evaluated[processes])["prediction"], predictions(evaluated[1])["prediction"], rtol=1e-5, atol=1e-5
     )
     for score in SCORES:
-        assert more["regression"][score]["per_site"] == pytest.approx(one["regression"][score]["per_site"], rel=1e-6)
+        per_site = [from_json_list(scores["regression"][score]["per_site"]) for scores in (one, more)]
+        np.testing.assert_allclose(*per_site, rtol=1e-6)
         assert more["regression"][score]["mean"] == pytest.approx(one["regression"][score]["mean"], rel=1e-6)
 
 
@@ -67,9 +69,20 @@ def test_metrics_state_their_provenance(evaluated):
     assert "variance components" in method
     for name in ("ceiled_explained_variance", "ceiled_pearson_r"):
         assert scores["regression"][name]["ceiling"] == method
-    assert "repetitions" in scores["regression"]["feve"]["ceiling"]
+    for name in ("feve", "r2_er"):
+        assert "repetitions" in scores["regression"][name]["ceiling"]
     low, high = scores["regression"]["r2"]["ci95"]
     assert low < scores["regression"]["r2"]["mean"] < high
+
+
+def test_the_brain_score_is_that_of_predictions_and_manifest(recording, evaluated):
+    arrays, block = predictions(evaluated[2]), metrics(evaluated[2])["regression"]
+    y, p = arrays["target"].astype(np.float64), arrays["prediction"].astype(np.float64)
+    r = np.median([np.corrcoef(y[:, site], p[:, site])[0, 1] for site in range(y.shape[1])])
+    ceiling = np.median(ShardFolder(recording).manifest.ceiling.split_half)
+    assert block["brain_score"]["score"] == pytest.approx(r**2 / ceiling, rel=1e-6)
+    assert block["brain_score"]["before_2026_01"]["score"] == pytest.approx((r / ceiling) ** 2, rel=1e-6)
+    assert block["brain_score"]["median_ceiling"] == pytest.approx(ceiling)
 
 
 def test_the_course_file_is_packed_trained_and_predicted(tmp_path):

@@ -159,6 +159,16 @@ def test_the_table_shows_the_numbers_of_metrics_json(probed, trained, tmp_path):
             assert f"{block[score]['mean']:.3f} [{low:.3f}, {high:.3f}]" in row
 
 
+def test_a_probe_shows_metrics_of_other_papers_of_every_layer(probed):
+    text, scores = (probed[1] / "eval/val/table.md").read_text(), metrics(probed[1])
+    for block in scores["layers"].values():
+        medians = [block["regression"][name]["median"] for name in ("squared_pearson_r", "r2_er")]
+        assert f"| {medians[0]:.3f} | {medians[1]:.3f} |" in text
+    brain_score = scores["regression"]["brain_score"]
+    low, high = brain_score["ci95"]
+    assert f"Brain-Score of the chosen layer: {brain_score['score']:.3f} [{low:.3f}, {high:.3f}]" in text
+
+
 def test_the_report_names_a_run_without_scores(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("eval"))
     done = succeed_here("train/report.py", tmp_path / "run", "--out", tmp_path / "report")

@@ -98,6 +98,43 @@ def test_every_format_shows_the_numbers_of_metrics_json(reported):
         assert f"{block['r2']['mean']:.3f}" in output
 
 
+def test_metrics_of_other_papers_have_a_table_of_their_own_with_the_numbers_of_metrics_json(reported):
+    folder, _ = reported
+    page, text = Page(folder / "out" / "report.html"), (folder / "out" / "table.md").read_text()
+    own_table = text[text.index("#### Metrics of other papers") :]
+    for run in ("pixels", "whole"):
+        block, line = metrics(folder / run)["regression"], lines(folder)[run]
+        squared, brain_score = block["squared_pearson_r"], block.get("brain_score")
+        expected = {
+            "squared_pearson_r": (squared["mean"], squared["ci95"]),
+            "squared_pearson_r_median": (squared["median"], squared["median_ci95"]),
+        }
+        if brain_score:
+            expected["brain_score"] = (brain_score["score"], brain_score["ci95"])
+            earlier = brain_score["before_2026_01"]
+            expected["brain_score_before_2026_01"] = (earlier["score"], earlier["ci95"])
+        marked = next(row for row in own_table.splitlines() if row.startswith(f"| {run}"))
+        rows = [row for row in page.rows if row and row[0].startswith(run)]
+        for name, (value, (low, high)) in expected.items():
+            assert [float(line[f"{name}{end}"]) for end in ("", "_low", "_high")] == [value, low, high]
+            shown = f"{value:.3f} [{low:.3f}, {high:.3f}]"
+            assert shown in marked
+            assert any(shown in row for row in rows)
+    assert lines(folder)["pixels"]["brain_score"] == lines(folder)["whole"]["r2_er"] == ""
+    assert "r²_ER" not in own_table  # no run has single trials
+
+
+def test_runs_scored_by_earlier_versions_are_reported_without_metrics_of_other_papers(tmp_path):
+    target = responses()
+    run = make_run(tmp_path / "old", target, guess(target, 0.5))
+    content = metrics(run)
+    del content["regression"]["squared_pearson_r"]
+    (run / "eval/val/metrics.json").write_text(json.dumps(content))
+    done = report(tmp_path / "out", run)
+    assert done.returncode == 0, done.stderr
+    assert "other papers" not in (tmp_path / "out" / "table.md").read_text()
+
+
 def test_families_and_facts_of_each_run_are_listed(reported):
     folder, _ = reported
     by_run = lines(folder)
