@@ -179,7 +179,7 @@ class _Search:
 
     def run(self) -> LeadingEigen | None:
         """See `leading_eigen`."""
-        limit = min(MOST_WORK * self._components + 8 * self._block, self._matrix.size // 2)
+        limit = min(MOST_WORK * self._components + 8 * self._block, self._matrix.size * 3 // 4)
         next_check, next_if_exhausted = FIRST_CHECK * self._components, 0.0
         block, _ = self._orthonormal(self._random(self._block))
         while self._multiplied < limit:

@@ -1,83 +1,63 @@
-"""Regressions whose matrices lie in rows on disk are those on matrices in memory."""
+"""Regressions whose matrices lie in rows on disk, or on several ranks, are those on matrices in memory."""
 
 from dataclasses import fields, replace
 
 import numpy as np
 import pytest
+from helpers import ROOT
+from launching import succeed
+from striped_problems import (
+    HELD_OUT,
+    LEAST_STIMULI,
+    METHODS,
+    STIMULI,
+    copies_of,
+    features_of,
+    fits_of,
+    predictors_on_disk,
+    write_problem,
+)
 
 from train.regression import krylov
 from train.regression.fit import Fit
 from train.regression.gram import FeatureMatrix, centred_gram
 from train.regression.krylov import TOLERANCE, leading_eigen
-from train.regression.methods import Method, regress
+from train.regression.methods import regress
 from train.regression.rows import ON_CPU, RowFile
-from train.regression.striped_features import StripedFeatures
-from train.regression.striped_gram import StripedGram
 from train.regression.symmetric_rows import SymmetricRows
-
-STIMULI, SITES = 900, 5
-METHODS = [Method("ridge", 60), Method("ols", 60), Method("pls", 6), Method("ridge")]
 
 
 @pytest.fixture
 def searching(monkeypatch):
     """As for large recordings."""
-    monkeypatch.setattr(krylov, "LEAST_STIMULI", 100)
+    monkeypatch.setattr(krylov, "LEAST_STIMULI", LEAST_STIMULI)
 
 
-def features_of(kind: str, stimuli: int = STIMULI, width: int = 1200) -> np.ndarray:
-    """Features with variances as they are in a layer of a network, or that are difficult at the cut."""
-    generator = np.random.default_rng(0)
-    rank = min(stimuli, width)
-    strengths = np.arange(1, rank + 1) ** -0.5
-    if kind == "steep":
-        strengths = np.arange(1, rank + 1) ** -2.0
-    if kind == "degenerate":
-        strengths[2:40] = strengths[2]  # more equal ones than vectors in a block
-    if kind == "low rank":
-        strengths[30:] = 0
-    features = (generator.normal(size=(stimuli, rank)) * strengths) @ generator.normal(size=(rank, width)) + 0.1
-    if kind == "noisy":
-        features += generator.normal(size=(stimuli, width))
-    if kind == "degenerate":
-        left, _, right = np.linalg.svd(features - features.mean(0), full_matrices=False)
-        features = (left * strengths) @ right
-    return features
+def arrays_of(fit: Fit) -> dict[str, np.ndarray]:
+    return {field.name: getattr(fit, field.name) for field in fields(fit) if field.name != "spectra"}
 
 
-def responses_to(features: np.ndarray, fit: int) -> np.ndarray:
-    """Responses of sites, some of them missing."""
-    generator = np.random.default_rng(1)
-    signal = features[:fit, :40] @ generator.normal(size=(40, SITES))
-    rates = signal + signal.std() * generator.normal(size=(fit, SITES))
-    rates[11:60, 1] = rates[2:5, 3] = np.nan
-    return rates.astype(np.float32)
+def assert_close(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray], tolerance: float) -> None:
+    for name, value in expected.items():
+        scale = np.nanmax(np.abs(value))
+        np.testing.assert_allclose(actual[name] / scale, value / scale, rtol=0, atol=tolerance, err_msg=name)
 
 
-def assert_equal_fits(fit: Fit, expected: Fit, tolerance: float) -> None:
-    for name in {field.name for field in fields(expected)} - {"spectra"}:
-        value, other = getattr(fit, name), getattr(expected, name)
-        scale = np.nanmax(np.abs(other))
-        np.testing.assert_allclose(value / scale, other / scale, rtol=0, atol=tolerance, err_msg=name)
-
-
+@pytest.mark.parametrize("memory", [2**30, 1], ids=["large basis", "small basis"])
 @pytest.mark.parametrize("kind", ["noisy", "steep", "degenerate", "low rank"])
-def test_leading_components_are_those_of_the_full_decomposition(kind):
-    features = features_of(kind)
-    products = features @ features.T
-    everything = np.arange(STIMULI)
-    gram = centred_gram(products, everything, everything[:0])
+def test_leading_components_are_those_of_the_full_decomposition(kind, memory):
+    features, components = features_of(kind), 40
+    products, everything = features @ features.T, np.arange(STIMULI)
+    exact = centred_gram(products, everything, everything[:0]).leading(components)
     matrix = SymmetricRows(products, 0, everything, ON_CPU, True, 2**20)
-    for memory in (2**30, 1):
-        found = leading_eigen(matrix, 60, memory)
-        assert found is not None
-        exact = gram.spectrum.leading(60)
-        assert len(found.values) == len(exact.values) == (30 if kind == "low rank" else 60)
-        np.testing.assert_allclose(found.values, exact.values, rtol=1e-7)
-        vectors = found.vectors.numpy()
-        outside = vectors - exact.vectors @ (exact.vectors.T @ vectors)
-        assert np.linalg.norm(outside) <= found.error <= TOLERANCE
-        np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(found.values)), atol=1e-12)
+    found = leading_eigen(matrix, components, memory)
+    assert found is not None
+    assert len(found.values) == len(exact.values) == (30 if kind == "low rank" else components)
+    np.testing.assert_allclose(found.values, exact.values, rtol=1e-7)
+    vectors = found.vectors.numpy()
+    outside = vectors - exact.vectors @ (exact.vectors.T @ vectors)
+    assert np.linalg.norm(outside) <= found.error <= TOLERANCE
+    np.testing.assert_allclose(vectors.T @ vectors, np.eye(len(found.values)), atol=1e-12)
 
 
 def test_no_components_are_found_where_the_spectrum_is_flat_at_the_cut():
@@ -86,43 +66,58 @@ def test_no_components_are_found_where_the_spectrum_is_flat_at_the_cut():
     assert leading_eigen(matrix, 20, 2**30) is None
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.fixture(scope="module")
+def on_disk(tmp_path_factory):
+    """Products and features in files."""
+    folder = tmp_path_factory.mktemp("striped")
+    write_problem(folder, np.float32)
+    return folder
+
+
+def alone(folder, rounding=2e-7) -> dict[str, Fit]:
+    return dict(fits_of(predictors_on_disk(folder, ON_CPU, rounding), np.load(folder / "rates.npy")))
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_matrix_on_disk_is_fitted_as_one_in_memory(searching, tmp_path, method, dtype):
+def test_rows_on_disk_are_fitted_as_a_matrix_in_memory(searching, tmp_path, dtype):
     """Also with sites that lack responses, copies of images, and stimuli held out from among the others."""
-    features = features_of("noisy", STIMULI + 60)
-    held_out = np.arange(100, 160)
-    fit = np.setdiff1d(np.arange(len(features)), held_out)
-    products = (features @ features.T).astype(dtype)
-    rates = responses_to(features[fit], len(fit))
-    copies = np.arange(len(fit))
-    copies[[7, 500]] = 3
+    write_problem(tmp_path, dtype)
     rounding = 2e-7 if dtype == np.float32 else 0.0
-    dense = replace(centred_gram(products.astype(np.float64), fit, held_out, rounding), copies=copies)
-    np.save(tmp_path / "products.npy", products)
-    rows = RowFile(tmp_path / "products.npy")
-    striped = StripedGram(rows, 0, fit, held_out, ON_CPU, rounding=rounding, copies=copies)
-    actual, expected = regress(striped, rates, method), regress(dense, rates, method)
-    assert_equal_fits(actual, expected, 1e-5)
-    used = {facts.method for facts in actual.spectra}
-    assert (
-        used == {"ridge": {"krylov"} if method.components else {"full"}, "ols": {"krylov"}, "pls": set()}[method.kind]
-    )
-    assert all(facts.error <= TOLERANCE for facts in actual.spectra)
+    fit = np.setdiff1d(np.arange(STIMULI + len(HELD_OUT)), HELD_OUT)
+    copies, rates = copies_of(len(fit)), np.load(tmp_path / "rates.npy")
+    products = np.load(tmp_path / "products.npy").astype(np.float64)
+    features = np.load(tmp_path / "features.npy")
+    gram = replace(centred_gram(products, fit, HELD_OUT, rounding), copies=copies)
+    few = replace(FeatureMatrix.centred(features[fit], features[HELD_OUT]), copies=copies)
+    fits = alone(tmp_path, rounding)
+    for title, method in METHODS.items():
+        assert_close(arrays_of(fits[f"{title} on gram"]), arrays_of(regress(gram, rates, method)), 1e-5)
+        assert_close(arrays_of(fits[f"{title} on features"]), arrays_of(regress(few, rates, method)), 1e-6)
+    used = {name: {facts.method for facts in fit.spectra} for name, fit in fits.items()}
+    assert used["ridge on gram"] == used["ols on gram"] == {"krylov"}
+    assert used["ridge on all on gram"] == {"full"}
+    assert used["ridge on features"] == {"features"}
+    assert all(facts.error <= TOLERANCE for fit in fits.values() for facts in fit.spectra)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_few_features_on_disk_are_fitted_as_in_memory(tmp_path, method):
-    features = features_of("noisy", STIMULI + 60, 80).astype(np.float32)
-    held_out = np.arange(100, 160)
-    fit = np.setdiff1d(np.arange(len(features)), held_out)
-    rates = responses_to(features[fit], len(fit))
-    copies = np.arange(len(fit))
-    copies[[7, 500]] = 3
-    dense = replace(FeatureMatrix.centred(features[fit], features[held_out]), copies=copies)
-    np.save(tmp_path / "features.npy", features)
-    rows, everything = RowFile(tmp_path / "features.npy"), np.arange(len(features))
-    striped = StripedFeatures(rows, everything, fit, held_out, ON_CPU, copies=copies)
-    actual = regress(striped, rates, method)
-    assert_equal_fits(actual, regress(dense, rates, method), 1e-6)
-    assert {facts.method for facts in actual.spectra} == (set() if method.kind == "pls" else {"features"})
+@pytest.mark.parametrize("processes", [2, 3])
+def test_fits_do_not_depend_on_the_number_of_processes(searching, on_disk, processes):
+    """Each holds its own rows of the products, and the features of its own stimuli; all get the same result."""
+    succeed(processes, ROOT / "tests" / "support" / "striped_problems.py", on_disk, PYTHONPATH=str(ROOT))
+    together = np.load(on_disk / f"fits_{processes}.npz")
+    for name, fit in alone(on_disk).items():
+        assert together[f"{name}: used"].tolist() == [facts.method for facts in fit.spectra]
+        arrays = arrays_of(fit)
+        assert_close({key: together[f"{name}: {key}"] for key in arrays}, arrays, 1e-7)
+
+
+def test_a_file_of_rows_is_read_and_not_mapped(tmp_path):
+    matrix = np.arange(20.0).reshape(5, 4)
+    np.save(tmp_path / "matrix.npy", matrix)
+    rows = RowFile(tmp_path / "matrix.npy")
+    assert (rows.shape, rows.dtype) == ((5, 4), np.float64)
+    np.testing.assert_array_equal(rows[1:3], matrix[1:3])
+    assert rows[5:].shape == (0, 4)
+    np.save(tmp_path / "integers.npy", matrix.astype(int))
+    with pytest.raises(ValueError, match="not a matrix of floats"):
+        RowFile(tmp_path / "integers.npy")
