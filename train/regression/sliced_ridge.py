@@ -1,16 +1,19 @@
 """Ridge on features that are sliced over ranks: each rank has all stimuli of a slice (`feature_slices.py`)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from train.distributed.runtime import Runtime
 from train.regression.decomposition import eigh_on
-from train.regression.gram import FeatureMatrix, centred_gram
+from train.regression.gram import FeatureMatrix, Predictors, centred_gram
+from train.regression.krylov import LEAST_STIMULI
 from train.regression.precision import COLUMNS_PER_PRODUCT, ROUNDING, SymmetricSum
 from train.regression.ridge import RidgeFit, ridge
+from train.regression.rows import Alone
+from train.regression.striped_features import StripedFeatures
 
 
 @dataclass(frozen=True)
@@ -26,28 +29,39 @@ class LinearMap:
         return cls(torch.cat([part.weight for part in maps]), torch.cat([part.bias for part in maps]))
 
 
-def fit_ridge(features: torch.Tensor, targets: np.ndarray, runtime: Runtime) -> RidgeFit:
+def fit_ridge(
+    features: torch.Tensor, targets: np.ndarray, runtime: Runtime, copies: np.ndarray | None = None
+) -> RidgeFit:
     """A ridge on all features, the same on every rank; it predicts only the stimuli left out.
 
     Args:
         features: this rank's slice, float32 (stimuli, features).
         targets: float32 (stimuli, outputs); NaN where unknown.
         runtime: this process.
+        copies: (stimuli,), equal for stimuli that show the same image, which are left out together; None if all differ.
     """
     width = int(runtime.sum(torch.tensor(features.shape[1], device=features.device)))
     fit: RidgeFit | None = None
     if width < len(features):
         whole = runtime.gather_rows(features.T.contiguous()).T
         if runtime.is_main:
-            fit = ridge(FeatureMatrix.centred(whole, whole[:0]), targets)
+            fit = ridge(_few_features(whole, copies, runtime), targets)
     else:
         products = _inner_products(features, runtime)
         if products is not None:
             everyone = np.arange(len(features))
             decompose = eigh_on(runtime.device)
             gram = centred_gram(products.cpu().numpy(), everyone, everyone[:0], ROUNDING["float32"], decompose)
-            fit = ridge(gram, targets)
+            fit = ridge(replace(gram, copies=copies), targets)
     return runtime.gather_objects(fit)[0]
+
+
+def _few_features(features: np.ndarray, copies: np.ndarray | None, runtime: Runtime) -> Predictors:
+    """Features (stimuli, features), fewer than stimuli, on one rank; of many stimuli through their covariance."""
+    if len(features) < LEAST_STIMULI:
+        return replace(FeatureMatrix.centred(features, features[:0]), copies=copies)
+    everyone = np.arange(len(features))
+    return StripedFeatures(features, everyone, everyone, everyone[:0], Alone(runtime.device), copies=copies)
 
 
 def _inner_products(features: torch.Tensor, runtime: Runtime) -> torch.Tensor | None:

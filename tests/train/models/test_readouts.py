@@ -151,8 +151,9 @@ def features(net: Network, images: torch.Tensor, pooling: np.ndarray | None = No
     return maps.reshape(len(maps), -1) if pooling is None else maps.reshape(*maps.shape[:2], -1) @ pooling.ravel()
 
 
-def choice_of_penalty(x: np.ndarray, y: np.ndarray) -> float:
-    unit = np.square(x - x.mean(0)).sum() / len(x)
+def choice_of_penalty(x: np.ndarray, y: np.ndarray, shown: int = 1) -> float:
+    """For stimuli of which each was `shown` so many times, which is as much as a penalty divided by it."""
+    unit = np.square(x - x.mean(0)).sum() / len(x) / shown
     return RidgeCV(alphas=PENALTIES * unit, gcv_mode="eigen").fit(x, y).alpha_
 
 
@@ -227,13 +228,19 @@ def test_a_ridge_sees_features_as_in_evaluation_and_leaves_the_backbone_as_it_is
     np.testing.assert_allclose(outputs(net, data.images["val"]), sklearn_ridge(x, z_scores(data), new), atol=2e-3)
 
 
-def test_the_score_of_a_ridge_start_is_that_of_the_stimuli_left_out(data):
-    net, scores = ridge_started(data, "linear")
+@pytest.mark.parametrize("shown", [1, 2])
+def test_the_score_of_a_ridge_start_is_that_of_the_stimuli_left_out(data, shown):
+    """Those that show the same image are left out together: one would tell the response to the other."""
+    net, copies = network(data, "linear"), np.tile(np.arange(len(data.train)), shown)
+    stimuli = RecordingStimuli(data.train.split, 32, copies)
+    with start_runtime(None, "fp32") as runtime:
+        copies_if_any = None if shown == 1 else copies
+        scores = start_from_ridge(net, stimuli, runtime, batch_size=16, workers=0, copies=copies_if_any)
     x, y = features(net, data.images["train"], POOLING["linear"]), z_scores(data)
     r2 = []
     for values in y[:, [0, 1, 2, 3, 5]].T:
         recorded = np.flatnonzero(~np.isnan(values))
-        alpha = choice_of_penalty(x[recorded], values[recorded])
+        alpha = choice_of_penalty(x[recorded], values[recorded], shown)
         left_out = [
             Ridge(alpha=alpha, solver="svd").fit(x[rest], values[rest]).predict(x[[one]])[0]
             for one in recorded

@@ -2,8 +2,10 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 
+from data_prep.shards.image_identity import first_copies
 from train.distributed.engine import Engine
 from train.distributed.runtime import Runtime
 from train.distributed.zero import ZeroEngine
@@ -18,7 +20,7 @@ from train.finetuning.setup.preparation import PreparedRun
 from train.finetuning.setup.recipe_checks import check_batch_norm
 from train.finetuning.setup.resume import StartingPoint
 from train.finetuning.setup.ridge_start import start_from_ridge
-from train.finetuning.setup.seen_record import notes_on_seen, record_of_run
+from train.finetuning.setup.seen_record import fitted_images, notes_on_seen, record_of_run
 from train.models.network import Network, parameter_groups
 from train.run.monitor import Monitor
 from train.run.tensorboard import training_pages
@@ -117,9 +119,22 @@ def start_in_closed_form(run: PreparedRun, network: Network, runtime: Runtime) -
     if recipe.readout.start == "zero":
         return {}
     through_windows = recipe.readout.start == "field"
+    copies = runtime.gather_objects(_copies(run) if runtime.is_main else None)[0]
     return start_from_ridge(
-        network, fit, runtime, batch_size=batch_size, workers=run.workers, through_windows=through_windows
+        network,
+        fit,
+        runtime,
+        batch_size=batch_size,
+        workers=run.workers,
+        copies=copies,
+        through_windows=through_windows,
     )
+
+
+def _copies(run: PreparedRun) -> np.ndarray | None:
+    """For each stimulus to fit, the position of the first one with the same image; None if all images differ."""
+    copies = first_copies(fitted_images(run))
+    return None if np.array_equal(copies, np.arange(len(copies))) else copies
 
 
 def build_engine(run: PreparedRun, network: Network, runtime: Runtime) -> Engine:

@@ -47,6 +47,7 @@ def start_from_ridge(
     *,
     batch_size: int,
     workers: int,
+    copies: np.ndarray | None = None,
     through_windows: bool = False,
 ) -> dict[str, float]:
     """Set the readouts to the ridge solution on the training stimuli.
@@ -63,6 +64,7 @@ def start_from_ridge(
         runtime: this process.
         batch_size: stimuli per forward pass.
         workers: decoding processes.
+        copies: (stimuli,), equal for those that show the same image, which are left out together; None if all differ.
         through_windows: whether to choose a window for each site by leave-one-out; the readout has masks.
 
     Returns:
@@ -87,11 +89,13 @@ def start_from_ridge(
     for name, all_features in features_of_share.items():
         features = exchange_features(all_features, runtime, rows)
         if name == "classes":
-            scores[name] = _start_classes(network, features, stimuli, runtime)
-        elif through_windows:
-            scores[name] = _start_sites_in_windows(network, features, all_features.shape[1], windows, stimuli, runtime)
+            scores[name] = _start_classes(network, features, stimuli, runtime, copies)
+            continue
+        recordings = list(_recordings(network, features, stimuli, runtime, copies))
+        if through_windows:
+            scores[name] = _start_sites_in_windows(network, recordings, all_features.shape[1], windows, runtime)
         else:
-            scores[name] = _start_sites(network, features, stimuli, runtime)
+            scores[name] = _start_sites(network, features, recordings, runtime)
     network.train(training)
     return scores
 
@@ -105,27 +109,44 @@ def _site_features(network: Network, features: torch.Tensor, windows: Sequence[W
     return readout.windowed_start_features(features, windows)
 
 
+@dataclass(frozen=True)
+class _RecordingFeatures:
+    """What the ridges of a recording are fitted on.
+
+    Attributes:
+        features: of its stimuli, this rank's slice, float32 (stimuli, features).
+        targets: the ideal outputs to its sites, float32 (stimuli, sites).
+        copies: see `start_from_ridge`.
+    """
+
+    features: torch.Tensor
+    targets: np.ndarray
+    copies: np.ndarray | None
+
+
 def _recordings(
-    network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime
-) -> Iterator[tuple[torch.Tensor, np.ndarray]]:
-    """For each recording, the features of its stimuli and the ideal outputs to its sites."""
+    network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime, copies: np.ndarray | None
+) -> Iterator[_RecordingFeatures]:
+    """Each recording's part of the features of all stimuli."""
     rates, responses = stimuli.rates_of(np.arange(len(stimuli))), network.objective.responses
     assert rates is not None
     assert responses is not None
-    targets = responses.target(rates.to(runtime.device)).cpu().numpy()
-    sizes = [len(recording) for recording in stimuli.recordings]
-    targets_of_recordings = np.split(targets, np.cumsum(sizes)[:-1])
-    recordings = zip(stimuli.recordings, features.split(sizes), targets_of_recordings, strict=True)
-    for recording, recording_features, recording_targets in recordings:
-        yield recording_features, recording_targets[:, recording.columns]
+    targets, first = responses.target(rates.to(runtime.device)).cpu().numpy(), 0
+    for recording in stimuli.recordings:
+        own = slice(first, first + len(recording))
+        own_copies = None if copies is None or len(np.unique(copies[own])) == len(recording) else copies[own]
+        yield _RecordingFeatures(features[own], targets[own, recording.columns], own_copies)
+        first = own.stop
 
 
-def _start_sites(network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
+def _start_sites(
+    network: Network, features: torch.Tensor, recordings: Sequence[_RecordingFeatures], runtime: Runtime
+) -> float:
     """Start the readout to the sites at a ridge per recording; returns the mean leave-one-out score."""
     maps, scores = [], []
-    for recording_features, targets in _recordings(network, features, stimuli, runtime):
-        fit = fit_ridge(recording_features, targets, runtime)
-        maps.append(as_linear_map(recording_features, fit, runtime))
+    for recording in recordings:
+        fit = fit_ridge(recording.features, recording.targets, runtime, recording.copies)
+        maps.append(as_linear_map(recording.features, fit, runtime))
         scores.append(mean_score(fit.inner_r2))
     start = LinearMap.stacked(maps)
     network.site_readout.start_from(start.weight, start.bias, linear_outputs(features, start, runtime))
@@ -134,26 +155,21 @@ def _start_sites(network: Network, features: torch.Tensor, stimuli: StimulusSet,
 
 def _start_sites_in_windows(
     network: Network,
-    features: torch.Tensor,
+    recordings: Sequence[_RecordingFeatures],
     width: int,
     windows: Sequence[Window],
-    stimuli: StimulusSet,
     runtime: Runtime,
 ) -> float:
     """As `_start_sites`, each site through the window whose ridge best predicts its left-out responses.
 
     Args:
         network: its readout has masks.
-        features: this rank's slice of the `width` features, which are those through one window after the other.
-        width: of all features.
+        recordings: this rank's slice of their features, which are those through one window after the other.
+        width: number of all features.
         windows: to choose from.
-        stimuli: that are trained on.
         runtime: this process.
     """
-    ridges = [
-        _best_windows(recording_features, width, len(windows), targets, runtime)
-        for recording_features, targets in _recordings(network, features, stimuli, runtime)
-    ]
+    ridges = [_best_windows(recording, width, len(windows), runtime) for recording in recordings]
     start, readout = LinearMap.stacked([ridge.map for ridge in ridges]), network.site_readout
     assert isinstance(readout, MaskedReadout)
     readout.set_windows([windows[number] for ridge in ridges for number in ridge.windows])
@@ -161,18 +177,16 @@ def _start_sites_in_windows(
     return float(np.mean([ridge.score for ridge in ridges]))
 
 
-def _best_windows(
-    features: torch.Tensor, width: int, windows: int, targets: np.ndarray, runtime: Runtime
-) -> WindowedRidge:
+def _best_windows(recording: _RecordingFeatures, width: int, windows: int, runtime: Runtime) -> WindowedRidge:
     """The ridges of a recording's sites, each through its best window; arguments as of `_start_sites_in_windows`."""
-    channels, first, sites = width // windows, runtime.rank * width // runtime.ranks, targets.shape[1]
+    channels, first, sites = width // windows, runtime.rank * width // runtime.ranks, recording.targets.shape[1]
     best_r2, best_window = np.full(sites, -np.inf), np.zeros(sites, int)
     weight = torch.zeros(sites, channels, device=runtime.device)
     bias = torch.zeros(sites, device=runtime.device)
     for window in range(windows):
         start, stop = (max(edge * channels - first, 0) for edge in (window, window + 1))
-        windowed_features = features[:, start:stop]
-        fit = fit_ridge(windowed_features, targets, runtime)
+        windowed_features = recording.features[:, start:stop]
+        fit = fit_ridge(windowed_features, recording.targets, runtime, recording.copies)
         better = np.nan_to_num(fit.inner_r2, nan=-np.inf) > best_r2
         best_r2[better], best_window[better] = fit.inner_r2[better], window
         linear_map = as_linear_map(windowed_features, fit, runtime)
@@ -182,11 +196,13 @@ def _best_windows(
     return WindowedRidge(score, best_window, LinearMap(weight, bias))
 
 
-def _start_classes(network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime) -> float:
+def _start_classes(
+    network: Network, features: torch.Tensor, stimuli: StimulusSet, runtime: Runtime, copies: np.ndarray | None
+) -> float:
     """Start the readout to the classes at a ridge; returns the leave-one-out accuracy."""
     readout, labels = network.class_readout, stimuli.labels
     assert labels is not None
-    fit = fit_ridge(features, np.eye(readout.out_features, dtype=np.float32)[labels], runtime)
+    fit = fit_ridge(features, np.eye(readout.out_features, dtype=np.float32)[labels], runtime, copies)
     sharpness = min(SHARPNESS, key=lambda factor: _mean_cross_entropy(factor * fit.left_out, labels))
     start = as_linear_map(features, fit, runtime)
     with torch.no_grad():

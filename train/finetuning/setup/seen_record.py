@@ -60,6 +60,12 @@ def _own_record(run: PreparedRun) -> SeenRecord:
     return SeenRecord(tuple(parts))
 
 
+def fitted_images(run: PreparedRun) -> ImageIdentities:
+    """The images of the stimuli to fit, one recording after the other."""
+    pairs = zip(run.data.recordings.folders, run.data.fit.recordings, strict=True)
+    return joined([_images(folder, recording) for folder, recording in pairs])
+
+
 def _images(folder: ShardFolder, stimuli: RecordingStimuli) -> ImageIdentities:
     return images_of_split(folder, stimuli.split.name).at(stimuli.subset)
 
