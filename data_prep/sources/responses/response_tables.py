@@ -5,6 +5,7 @@ those that are sites.
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,12 +127,11 @@ class _CsvColumn:
 
     def done(self, path: Path, numbers: np.ndarray) -> Column:
         """The whole column."""
-        is_index = _INDEX_NAME.fullmatch(self.name) is not None
         if not self.is_text:
-            return Column(numbers, self.texts, is_index)
+            return Column(numbers, self.texts)
         is_broken = self.is_broken or bool(np.isfinite(numbers).any())
         fault = self.fault if is_broken else f"{path}: the column {self.name!r} holds text"
-        return Column(None, self.texts, is_index, fault, is_broken)
+        return Column(None, self.texts, fault=fault, is_broken=is_broken)
 
 
 def _read_csv(path: Path, stimuli: int) -> ResponseTable:
@@ -149,9 +149,32 @@ def _read_csv(path: Path, stimuli: int) -> ResponseTable:
             _add_row(columns, cells, numbers[rows], f"{path}, line {line}")
         rows += 1
     _check_rows(path, rows, stimuli)
-    return ResponseTable(
-        path, rows, {column.name: column.done(path, numbers[:, k]) for k, column in enumerate(columns)}
-    )
+    done = {column.name: column.done(path, numbers[:, k]) for k, column in enumerate(columns)}
+    _mark_indexes(done)
+    return ResponseTable(path, rows, done)
+
+
+def _mark_indexes(columns: dict[str, Column], described: Collection[str] = ()) -> None:
+    """Mark the columns that are a data frame's index: those that its metadata name, or that are named like one.
+
+    The latter hold text or whole numbers. "Unnamed: 3" is also what pandas calls a fourth column without a name, so it
+    is an index only if all columns before it are.
+    """
+    leading = True
+    for name, column in columns.items():
+        may_lack_name = name.startswith("Unnamed: ") and not name.startswith("Unnamed: 0")
+        is_named_so = is_named_like_an_index(name) and (leading or not may_lack_name)
+        column.is_index = name in described or (is_named_so and _may_be_index(column))
+        leading = leading and column.is_index
+
+
+def _may_be_index(column: Column) -> bool:
+    return column.numbers is None or bool((column.numbers == np.floor(column.numbers)).all())
+
+
+def is_named_like_an_index(name: str) -> bool:
+    """Whether pandas might have named an index so, or a column without a name."""
+    return _INDEX_NAME.fullmatch(name) is not None
 
 
 def _add_row(columns: list[_CsvColumn], cells: list[str], numbers: np.ndarray, place: str) -> None:
@@ -200,8 +223,9 @@ def _read_parquet(path: Path, stimuli: int) -> ResponseTable:
         raise BadInput(f"{path}: not a readable parquet file ({error})") from error
     for name in schema.names:
         kind = schema.field(name).type
-        column = columns.setdefault(name, Column(None, None, fault=f"{path}: the column {name!r} holds {kind}"))
-        column.is_index = name in described.names or _INDEX_NAME.fullmatch(name) is not None
+        columns.setdefault(name, Column(None, None, fault=f"{path}: the column {name!r} holds {kind}"))
+    columns = {name: columns[name] for name in schema.names}
+    _mark_indexes(columns, described.names)
     if described.numbers is not None and len(described.numbers) == stimuli:
         numbers = np.array(described.numbers, np.float64)
         columns[RANGE_INDEX] = Column(numbers, [str(number) for number in described.numbers], is_index=True)

@@ -124,11 +124,12 @@ def _agreed_order(table: ResponseTable, stimuli: StimulusNames, orders: dict[str
         for name, rows in orders.items()
         if rows == list(range(table.rows)) or not _may_number_rows(table.columns[name], name)
     }
-    if not naming:
-        column = next(iter(orders))
+    # A column that counts the rows does not tell whether one with other numbers names them.
+    doubtful = [name for name in orders if name not in naming]
+    if doubtful and all(_may_number_rows(table.columns[name], name) for name in naming):
         raise BadInput(
-            f"{table.path}: {_call(column)} holds the ids of {stimuli.path} in another order, but may as well number "
-            f"the rows; add a column {ID_COLUMN} with the stimulus of each row"
+            f"{table.path}: {_call(doubtful[0])} holds the ids of {stimuli.path} in another order, but may as well "
+            f"number the rows; add a column {ID_COLUMN} with the stimulus of each row"
         )
     column = ID_COLUMN if ID_COLUMN in naming else next(iter(naming))
     rows = naming[column]

@@ -16,7 +16,12 @@ import numpy as np
 from data_prep.common.errors import BadInput
 from data_prep.sources.files.tables import parse_cells, read_table, row_facts
 from data_prep.sources.responses.response_arrays import Responses, open_npy
-from data_prep.sources.responses.response_tables import Column, ResponseTable, read_response_table
+from data_prep.sources.responses.response_tables import (
+    Column,
+    ResponseTable,
+    is_named_like_an_index,
+    read_response_table,
+)
 from data_prep.sources.responses.row_matching import RowOrder, StimulusNames, match_rows
 
 SITE_ID_COLUMNS = ("id", "site_id", "neuroid_id")
@@ -26,7 +31,9 @@ _MOST_NAMED = 4
 # Whole names of columns, in lower case and without a prefix like n_ or a unit, that describe a row and not a response.
 _BOOKKEEPING = re.compile(
     r"(repetition|rep|repeat|trial|count|presentation|onset|offset|time|timestamp|start|stop|end|duration|session|run|"
-    r"block|day|date|index|idx|row|order|position|number|id|stimulus|image|label|fold|split)s?|stimuli|indices"
+    r"block|day|date|index|idx|row|order|position|number|id|stimulus|image|label|fold|split|mean|average|avg|median|sum|"
+    r"total|std|stdev|sd|sem|variance|min|minimum|max|maximum|(reaction|response|trial)_time|rt|latency|accuracy|correct|"
+    r"choice|reward|(pupil|image|stimulus)_size|(population|grand|overall|global)_(mean|average|rate))s?|stimuli|indices"
 )
 _PREFIX = re.compile(r"^(n|num|number_of|nr)_")
 _UNIT = re.compile(r"_(s|ms|us|sec|seconds|count|counts|number|num|no|id|idx|index|order|time|onset|offset)$")
@@ -151,6 +158,7 @@ def _refuse_doubtful(table: ResponseTable, columns: dict[str, Column], facts: Co
     if broken := next((column for column in columns.values() if column.is_broken), None):
         raise BadInput(broken.fault)
     doubtful = {name: reason for name, column in columns.items() if (reason := _doubt(name, column, facts))}
+    doubtful |= _summaries({name: column for name, column in columns.items() if name not in doubtful})
     if not doubtful:
         return
     reasons = [f"{name!r} ({reason})" for name, reason in doubtful.items()]
@@ -169,6 +177,8 @@ def _doubt(name: str, column: Column, facts: Collection[str]) -> str | None:
         return column.fault.rpartition(" holds ")[2]
     if name in facts:
         return "a column of the stimuli too"
+    if is_named_like_an_index(name):
+        return "a column without a name, or an index"
     if _is_bookkeeping(name):
         return "named like a fact about the row"
     known = column.numbers[~np.isnan(column.numbers)]
@@ -184,6 +194,25 @@ def _doubt(name: str, column: Column, facts: Collection[str]) -> str | None:
     if len(known) > 2 * LEAST_ROWS and ((np.diff(known) > 0).all() or (np.diff(known) < 0).all()):
         return "sorted, like a time or a position"
     return None
+
+
+def _summaries(columns: dict[str, Column]) -> dict[str, str]:
+    """The columns of numbers that are the mean or the sum of all others, whatever they are called, and which it is."""
+    rates = [column.numbers for column in columns.values() if column.numbers is not None]
+    others = len(rates) - 1
+    if others < 2 or len(rates[0]) < LEAST_ROWS:
+        return {}
+    numbers = np.stack(rates)
+    if np.isnan(numbers).any():
+        return {}
+    sum_of_others = numbers.sum(axis=0) - numbers
+    found = {}
+    for name, column, rest in zip(columns, numbers, sum_of_others, strict=True):
+        for what, summary in (("mean", rest / others), ("sum", rest)):
+            # Files round to few digits, so the differences are compared with what the column itself varies by.
+            if np.abs(column - summary).max() <= 0.01 * column.std():
+                found[name] = f"the {what} of the other columns"
+    return found
 
 
 def _is_bookkeeping(name: str) -> bool:

@@ -312,3 +312,77 @@ def test_write_csv_is_read_as_pandas_writes_it(tmp_path):
     rates = rates_of()
     write_csv(tmp_path / "rates.csv", {"": list(range(N))} | {site: rates[:, k] for k, site in enumerate(SITES)})
     assert np.array_equal(read(tmp_path / "rates.csv", IDS["words"]).load(), rates)
+
+
+@pytest.mark.parametrize("counter", ["Unnamed: 0", "row"])
+def test_a_counter_of_the_rows_does_not_outweigh_a_column_that_may_name_them(tmp_path, counter):
+    """Ids that are numbers, in another order, under a name that says nothing, beside a data frame's index."""
+    rows = np.random.default_rng(0).permutation(N)
+    frame = frame_of(rates_of()[rows])
+    frame.insert(0, counter, np.arange(N))
+    frame.insert(1, "key", rows)
+    path = save(frame, tmp_path, "csv", index=False)
+    with pytest.raises(
+        BadInput, match=r"'key' holds the ids of stimuli\.csv in another order.*add a column stimulus_id"
+    ):
+        read(path, IDS["numbers"])
+    frame = frame.drop(columns=counter).rename(columns={"key": "stimulus_id"})
+    assert np.array_equal(read(save(frame, tmp_path, "csv", index=False), IDS["numbers"]).load(), rates_of())
+
+
+# ---- columns that may be no sites ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *((name, "named like a fact") for name in ("mean", "avg", "SEM", "reaction_time", "ReactionTime", "rt_ms")),
+        *((name, "named like a fact") for name in ("population_mean", "accuracy", "total")),
+        ("Unnamed: 4", "a column without a name"),
+    ],
+)
+def test_columns_that_summarise_or_describe_are_asked_about(tmp_path, name, reason):
+    frame = frame_of(rates_of())
+    frame.insert(2, name, np.random.default_rng(1).uniform(0.2, 5, N))
+    frame.insert(0, "stimulus_id", IDS["words"])
+    path = save(frame, tmp_path, "csv", index=False)
+    with pytest.raises(BadInput, match=rf"'{name}' \({reason}.*--site-columns"):
+        read(path, IDS["words"])
+    assert read(path, IDS["words"], wanted=("unit_*",)).site_ids == SITES
+
+
+@pytest.mark.parametrize("what", ["mean", "sum"])
+@pytest.mark.parametrize("digits", [None, 2])
+def test_a_summary_of_the_sites_is_asked_about_under_any_name(tmp_path, what, digits):
+    rates = rates_of()
+    frame = frame_of(rates)
+    summary = getattr(rates.astype(np.float64), what)(axis=1)
+    frame["all"] = summary if digits is None else summary.round(digits)
+    frame["repetitions"] = np.arange(N) % 3 + 8
+    frame.insert(0, "stimulus_id", IDS["words"])
+    with pytest.raises(BadInput, match=f"'all' \\(the {what} of the other columns\\)"):
+        read(save(frame, tmp_path, "csv", index=False), IDS["words"])
+
+
+def test_sites_that_are_alike_are_no_summaries(tmp_path):
+    shared = np.random.default_rng(2).uniform(0, 20, (N, 1))
+    frame = frame_of(shared + np.random.default_rng(3).normal(0, 1, (N, 3)))
+    frame.insert(0, "stimulus_id", IDS["words"])
+    assert read(save(frame, tmp_path, "csv", index=False), IDS["words"]).site_ids == SITES
+
+
+def test_a_column_of_increasing_rates_is_not_taken_for_an_index(tmp_path):
+    """A table whose fourth column has no name, as pandas reads and writes it again."""
+    frame = frame_of(rates_of())
+    frame["Unnamed: 3"] = np.sort(rates_of()[:, 0])
+    for kind in ("csv", "parquet"):
+        with pytest.raises(BadInput, match="'Unnamed: 3' \\(a column without a name"):
+            read(save(frame, tmp_path, kind, index=False), IDS["words"])
+
+
+def test_whole_numbers_in_columns_named_by_pandas_are_still_indexes(tmp_path):
+    """Saved with its index and read without saying so, twice; some rows were dropped before."""
+    frame = frame_of(rates_of())
+    frame.insert(0, "Unnamed: 0", np.arange(N) * 2)
+    frame.insert(0, "Unnamed: 0.1", np.arange(N))
+    assert read(save(frame, tmp_path, "csv", index=False), IDS["words"]).site_ids == SITES
