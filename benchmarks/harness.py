@@ -3,6 +3,7 @@
 import argparse
 import importlib.metadata
 import json
+import math
 import os
 import random
 import signal
@@ -29,6 +30,30 @@ def options_of(description: str, *, repeats: int | None = None) -> argparse.Argu
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A median with the 95 % interval that its turns give it: between two of the sorted values (binomial, any law).
+
+    What all turns have in common is not in the interval; a control that compares a side with itself shows it.
+    """
+
+    low: float
+    middle: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Estimate":
+        """From one value per turn."""
+        ordered, half = sorted(values), 0.98 * math.sqrt(len(values))
+        lowest = max(math.floor(len(ordered) / 2 - half), 0)
+        return cls(ordered[lowest], statistics.median(ordered), ordered[-1 - lowest])
+
+    def widened(self, control: "Estimate", none: float) -> "Estimate":
+        """This estimate, at least as uncertain as a control is far from `none`, which it would be without noise."""
+        margin = max(abs(control.low - none), abs(control.high - none))
+        return Estimate(min(self.low, self.middle - margin), self.middle, max(self.high, self.middle + margin))
+
+
+@dataclass(frozen=True)
 class Turns:
     """One measurement of every side, turn by turn; the sides of a turn ran right after each other.
 
@@ -51,11 +76,15 @@ class Turns:
         pairs = zip(self.values[side], self.values[base], strict=True)
         return statistics.median(value / reference for value, reference in pairs)
 
-    def added(self, side: str, base: str) -> tuple[float, float, float]:
-        """Quartiles over the turns of the difference between two sides."""
+    def added(self, side: str, base: str) -> "Estimate":
+        """The difference between two sides: its median over the turns."""
         pairs = zip(self.values[side], self.values[base], strict=True)
-        low, middle, high = statistics.quantiles((value - reference for value, reference in pairs), n=4)
-        return low, middle, high
+        return Estimate.of([value - reference for value, reference in pairs])
+
+    def times(self, side: str, base: str) -> "Estimate":
+        """The ratio of two sides: its median over the turns."""
+        pairs = zip(self.values[side], self.values[base], strict=True)
+        return Estimate.of([value / reference for value, reference in pairs])
 
     def table(self, unit: str, bases: Mapping[str, str]) -> str:
         """Median, spread and ratios of every side.

@@ -62,6 +62,8 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`; from pinned memory the copy overlaps with the computation."""
+        if self.images.device == device:
+            return self
         return self._map_tensors(lambda tensor: tensor.to(device, non_blocking=True))
 
 

@@ -18,11 +18,12 @@ from train.distributed.step_timing import StepClock, Timestamp
 
 SHARED_STATE = ("step", "mu_product")  # in an optimizer's state: one number, not one per weight
 SCALER = "loss_scale"  # stands for a parameter in the names of the optimizer's tensors
+FLAGS = 64  # made at a time
 
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What became of a step; both are bool (), on the device, and the same on every rank.
+    """What became of a step; both are scalars on the device, not 0 if true, and the same on every rank.
 
     Attributes:
         left_out: the gradient was not finite, so the step was skipped.
@@ -63,10 +64,13 @@ class Engine:
         self.runtime, self.network, self.optimizer = runtime, network, optimizer
         self.clock = StepClock(runtime.device)
         self._wrapped, self._accumulation_steps, self._clip_norm = wrapped, accumulation_steps, clip_norm
+        self._ddp = wrapped if isinstance(wrapped, DistributedDataParallel) else None
         self._training_forward: Callable[[torch.Tensor], dict[str, torch.Tensor]] = wrapped
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._names = {id(parameter): name for name, parameter in network.named_parameters()}
         self._scale_of_one = torch.ones((), device=runtime.device)
+        self._gradient_of_loss = torch.full((), float(runtime.ranks), device=runtime.device)
+        self._flags: list[torch.Tensor] = []
         self._not_scaled = torch.zeros((), dtype=torch.bool, device=runtime.device)
         self._loss_scale = LossScale(runtime.device) if scales_loss else None
 
@@ -80,27 +84,26 @@ class Engine:
 
     def accumulate(self, index: int) -> AbstractContextManager:
         """Around forward and backward of micro-batch `index`: ranks exchange gradients with the last one only."""
-        if isinstance(self._wrapped, DistributedDataParallel) and index < self._accumulation_steps - 1:
-            return self._wrapped.no_sync()
+        if self._ddp is not None and index < self._accumulation_steps - 1:
+            return self._ddp.no_sync()
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's gradients. `loss` is its part of the global batch's loss (`train/models/losses.py`).
 
-        DDP averages over ranks, which is undone here, so that the result is the sum of the parts.
+        DDP averages over ranks, which is undone here, so that the result is the sum of the parts. Factors of the loss
+        are given as its gradient, which spares a product in each direction.
         """
-        scaled = loss * self.runtime.ranks
-        if self._loss_scale is not None:
-            scaled = self._loss_scale.of(scaled)
-        if not isinstance(self._wrapped, DistributedDataParallel):
-            scaled.backward()
+        gradient = self._gradient_of_loss if self._loss_scale is None else self._loss_scale.of(self._gradient_of_loss)
+        if self._ddp is None:
+            loss.backward(gradient)
             return
         computed: list[Timestamp] = []
         # Autograd runs callbacks in the order in which they were queued, and DDP queues the one that waits for the last
         # gradients to arrive after it has sent them.
         queue_callback = Variable._execution_engine.queue_callback
-        scaled.register_hook(lambda _: queue_callback(lambda: computed.append(self.clock.now())))
-        scaled.backward()
+        loss.register_hook(lambda _: queue_callback(lambda: computed.append(self.clock.now())))
+        loss.backward(gradient)
         self.clock.count("communication", computed[0])
 
     def step(self) -> StepOutcome:
@@ -108,35 +111,36 @@ class Engine:
 
         It is skipped if the gradient is not finite.
         """
-        non_finite, may_be_scale = self._check_gradient()
+        outcome = self._check_gradient()
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
-        left_out = non_finite.bool()
-        self._step_unless(left_out, self.optimizer.step)
+        self._step_unless(outcome.left_out, self.optimizer.step)
         self.optimizer.zero_grad(set_to_none=True)
-        return StepOutcome(left_out, may_be_scale)
+        return outcome
 
     def _gradients(self) -> list[torch.Tensor]:
         return [parameter.grad for parameter in self._parameters if parameter.grad is not None]
 
-    def _check_gradient(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Undo the scale of the loss, and adapt it.
+    def _new_flag(self) -> torch.Tensor:
+        """A float32 () of 0 on the device; made in one kernel for many steps."""
+        if not self._flags:
+            self._flags = list(torch.zeros(FLAGS, device=self.runtime.device).unbind())
+        return self._flags.pop()
 
-        Returns:
-            Whether the gradient is not finite, float32 (), and `StepOutcome.may_be_scale`.
-        """
-        scale, non_finite = self._loss_scale, torch.zeros((), device=self.runtime.device)
+    def _check_gradient(self) -> StepOutcome:
+        """Whether the step must be skipped. Undoes the scale of the loss, and adapts it."""
+        scale, non_finite = self._loss_scale, self._new_flag()
         inverse = self._scale_of_one if scale is None else scale.inverse
         # As in GradScaler: one pass over all gradients. On a CPU a norm of each takes thirty times as long.
         torch._amp_foreach_non_finite_check_and_unscale_(self._gradients(), non_finite, inverse)
         if scale is None:
-            return non_finite, self._not_scaled
+            return StepOutcome(non_finite, self._not_scaled)
         may_be_scale = scale.may_overflow
         scale.update(non_finite)
-        return non_finite, may_be_scale
+        return StepOutcome(non_finite, may_be_scale)
 
     def _step_unless(self, skip: torch.Tensor, step: Callable[[], object]) -> None:
-        """Step or skip; on a GPU without making the host wait for `skip`.
+        """Step, or skip where `skip`, float32 (), is not 0; on a GPU without making the host wait for it.
 
         There a fused optimizer reads it on the device. Other optimizers step with a gradient of 0 instead, which moves
         the weights by their momentum.
@@ -147,7 +151,7 @@ class Engine:
             return
         if all(group.get("fused") for group in self.optimizer.param_groups):
             # As GradScaler passes them to fused optimizers; the base class does not declare them.
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, skip.float()  # type: ignore[attr-defined]
+            self.optimizer.grad_scale, self.optimizer.found_inf = None, skip  # type: ignore[attr-defined]
         else:
             clear_if(skip, self._gradients())
         step()
@@ -204,11 +208,11 @@ class Engine:
 
 
 def clear_if(skip: torch.Tensor, gradients: Sequence[torch.Tensor]) -> None:
-    """Set float32 gradients to 0 where `skip`, bool (), is true: one kernel for all of them.
+    """Set float32 gradients to 0 where `skip`, a scalar, is not 0: one kernel for all of them.
 
     NaN times 0 is NaN, so what is multiplied are the bits: those of any number times 0 are those of 0.
     """
-    torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], (~skip).int())
+    torch._foreach_mul_([gradient.view(torch.int32) for gradient in gradients], (skip == 0).int())
 
 
 def parameter_state(tensors: dict[str, torch.Tensor], parameter: str) -> dict[str, torch.Tensor]:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -37,12 +38,14 @@ class Heartbeat:
     """
 
     def __init__(self, ranks: int, timeout: timedelta):
-        self.work_seconds = torch.zeros(ranks, dtype=torch.float64)
+        self.work_seconds = np.zeros(ranks)
         self.watch: LostRankWatch | None = None
         self._signal = 0  # the number of the signal that this rank has received
         self._group = _gloo_group(timeout) if ranks > 1 else None
-        self._received = torch.zeros(ranks, 2, dtype=torch.float64)  # of each rank: its signal, its seconds of work
-        self._sent = torch.zeros(2, dtype=torch.float64)
+        # Of each rank: its signal, its seconds of work. What is computed with them is computed with numpy, which is
+        # quicker for a few numbers; the arrays share memory with the tensors that are exchanged.
+        self._received, self._sent = np.zeros((ranks, 2)), np.zeros(2)
+        self._incoming, self._outgoing = list(torch.from_numpy(self._received)), torch.from_numpy(self._sent)
         self._exchange: dist.Work | None = None  # under way
 
     def beat(self, work_seconds: float | None = None) -> None:
@@ -56,22 +59,21 @@ class Heartbeat:
             RuntimeError: a rank has ended, or did not send its message in time.
         """
         if self._group is None:
-            self._received[0, 0] = self._signal
-        elif self._exchange is not None:
+            _stop_if(self._signal)
+            return
+        if self._exchange is not None:
             self._exchange.wait()
             self._update_averages(self._received[:, 1])
-        if received := int(self._received[:, 0].max()):
-            raise Stopped(f"stopped by {signal.Signals(received).name}")
-        if self._group is not None:
-            self._sent[0], self._sent[1] = self._signal, -1.0 if work_seconds is None else work_seconds
-            self._exchange = dist.all_gather(list(self._received), self._sent, group=self._group, async_op=True)
-            if self.watch is not None and self._exchange is not None:
-                self.watch.follow(self._exchange)
+        _stop_if(int(self._received[:, 0].max()))
+        self._sent[:] = self._signal, -1.0 if work_seconds is None else work_seconds
+        self._exchange = dist.all_gather(self._incoming, self._outgoing, group=self._group, async_op=True)
+        if self.watch is not None and self._exchange is not None:
+            self.watch.follow(self._exchange)
 
-    def _update_averages(self, seconds: torch.Tensor) -> None:
+    def _update_averages(self, seconds: np.ndarray) -> None:
         if seconds.min() >= 0:
             average = SMOOTHING * self.work_seconds + (1 - SMOOTHING) * seconds
-            self.work_seconds = torch.where(self.work_seconds == 0, seconds, average)
+            self.work_seconds = np.where(self.work_seconds == 0, seconds, average)
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
@@ -88,6 +90,12 @@ class Heartbeat:
 
     def _note_signal(self, number: int, _frame: object) -> None:
         self._signal = number
+
+
+def _stop_if(received: int) -> None:
+    """Stop if a rank has received a signal: its number, else 0."""
+    if received:
+        raise Stopped(f"stopped by {signal.Signals(received).name}")
 
 
 def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:

@@ -2,13 +2,19 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
 Timestamp = float | torch.cuda.Event
-Spans = dict[str, list[tuple[Timestamp, Timestamp]]]  # by part, the begin and end of each stretch of time
+
+
+class Span(NamedTuple):
+    """A stretch of time of a part; subtracted from it where `end` comes first."""
+
+    part: str
+    begin: Timestamp
+    end: Timestamp
 
 
 class StepClock:
@@ -25,8 +31,8 @@ class StepClock:
         self.seconds: dict[str, float] = {}
         self._on_gpu = device.type == "cuda"
         self._open_parts: list[str] = []
-        self._spans: Spans = {}
-        self._finished: deque[Spans] = deque()  # steps that the device may not have done yet
+        self._spans: list[Span] = []
+        self._finished: deque[list[Span]] = deque()  # steps that the device may not have done yet
 
     def now(self) -> Timestamp:
         """The time on a CPU, an event in the GPU's queue on a GPU."""
@@ -36,42 +42,51 @@ class StepClock:
         event.record()
         return event
 
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time within the block to a part of this step."""
-        begin = self.now()
-        self._open_parts.append(name)
-        try:
-            yield
-        finally:
-            self._open_parts.pop()
-        self.count(name, begin)
+    def part(self, name: str) -> "_Part":
+        """A context that adds the time within its block to a part of this step."""
+        return _Part(self, name)
 
     def count(self, name: str, begin: Timestamp) -> None:
         """Add the time since `begin` to part `name`, and subtract it from the part whose block is open."""
         end = self.now()
-        self._spans.setdefault(name, []).append((begin, end))
+        self._spans.append(Span(name, begin, end))
         if self._open_parts:
-            self._spans.setdefault(self._open_parts[-1], []).append((end, begin))
+            self._spans.append(Span(self._open_parts[-1], end, begin))
 
     def finish_step(self) -> None:
         """The step is over, or all of it is in the device's queue."""
         self._finished.append(self._spans)
-        self._spans = {}
-        while self._finished and _is_over(self._finished[0]):
-            step = self._finished.popleft()
-            self.seconds = {name: sum(_seconds(begin, end) for begin, end in spans) for name, spans in step.items()}
+        self._spans = []
+        while self._finished and (not self._on_gpu or _is_over(self._finished[0])):
+            self.seconds = {}
+            for part, begin, end in self._finished.popleft():
+                self.seconds[part] = self.seconds.get(part, 0.0) + _seconds(begin, end)
 
 
-def _is_over(step: Spans) -> bool:
-    events = (stamp for spans in step.values() for span in spans for stamp in span)
+class _Part:
+    """What `StepClock.part` returns: a class rather than a generator, which costs several times as much."""
+
+    def __init__(self, clock: StepClock, name: str):
+        self._clock, self._name = clock, name
+
+    def __enter__(self) -> None:
+        self._begin = self._clock.now()
+        self._clock._open_parts.append(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._clock._open_parts.pop()
+        self._clock.count(self._name, self._begin)
+
+
+def _is_over(spans: list[Span]) -> bool:
+    events = (stamp for span in spans for stamp in (span.begin, span.end))
     return all(event.query() for event in events if isinstance(event, torch.cuda.Event))
 
 
 def _seconds(begin: Timestamp, end: Timestamp) -> float:
     """Negative where `end` comes first."""
-    if isinstance(begin, torch.cuda.Event) and isinstance(end, torch.cuda.Event):
-        return begin.elapsed_time(end) / 1000
-    assert isinstance(begin, float)
-    assert isinstance(end, float)
-    return end - begin
+    if isinstance(begin, float) and isinstance(end, float):
+        return end - begin
+    assert isinstance(begin, torch.cuda.Event)
+    assert isinstance(end, torch.cuda.Event)
+    return begin.elapsed_time(end) / 1000

@@ -57,23 +57,23 @@ class ZeroEngine(Engine):
 
         DeepSpeed averages over ranks and micro-batches, both of which are undone here.
         """
-        self._deepspeed.backward(loss * (self.runtime.ranks * self._accumulation_steps))
+        parts = self.runtime.ranks * self._accumulation_steps
+        scaled = loss * parts if parts > 1 else loss  # products with 1 would cost kernels too, here and in DeepSpeed
+        self._deepspeed.backward(scaled, scale_wrt_gas=self._accumulation_steps > 1)
         if not self._deepspeed.is_gradient_accumulation_boundary():
             self._deepspeed.step()  # counts the micro-batch
 
     def step(self) -> StepOutcome:
         """One optimizer step with the gradients of a whole global batch; clears them. See `Engine.step`."""
         if self._stage == 0:
-            non_finite, _ = self._check_gradient()
-            left_out, micro_steps = non_finite.bool(), self._deepspeed.micro_steps
-            self._step_unless(left_out, self._deepspeed.step)
+            outcome, micro_steps = self._check_gradient(), self._deepspeed.micro_steps
+            self._step_unless(outcome.left_out, self._deepspeed.step)
             if self._deepspeed.micro_steps == micro_steps:
                 self._deepspeed.zero_grad()
                 self._deepspeed.micro_steps += 1  # all that is left of the step
-        else:
-            self._deepspeed.step()  # DeepSpeed checks the gradient's norm itself
-            left_out = torch.tensor(self._deepspeed.optimizer.overflow)
-        return StepOutcome(left_out, self._not_scaled)
+            return outcome
+        self._deepspeed.step()  # DeepSpeed checks the gradient's norm itself
+        return StepOutcome(torch.tensor(self._deepspeed.optimizer.overflow), self._not_scaled)
 
     def network_tensors(self) -> dict[str, torch.Tensor]:
         """The network's tensors by name; every rank must take part."""

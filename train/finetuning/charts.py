@@ -7,7 +7,7 @@ they take at most `SHARE` of the time trained so far, and once more by train/eva
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,8 +28,7 @@ FIRST_COST = 1.5  # seconds that the first figures are assumed to take, most of 
 MOST_KEPT = 2048  # predictions per rank that train scores are computed from
 
 
-@dataclass(frozen=True)
-class TrainPredictions:
+class TrainPredictions(NamedTuple):
     """The network's outputs for a micro-batch, and its targets as in `Batch`."""
 
     outputs: Mapping[str, torch.Tensor]

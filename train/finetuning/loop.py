@@ -23,7 +23,7 @@ from train.finetuning.epoch_log import EpochLog, TrainedEpoch
 from train.finetuning.epoch_loss import EpochLoss
 from train.finetuning.non_finite_steps import NonFiniteSteps
 from train.finetuning.schedule import plateaus, set_rates
-from train.finetuning.seeding import seed_step
+from train.finetuning.seeding import StepSeeds
 from train.finetuning.selection_scoring import SelectionScoring
 from train.models.network import Network
 from train.run.folder import RunFolder
@@ -65,6 +65,7 @@ class Training:
     def __post_init__(self) -> None:
         recipe, runtime, monitor = self.recipe, self.runtime, self.monitor
         fit, selection = self.scoring.fit, self.scoring.selection
+        self._seeds = StepSeeds(recipe.seed, runtime.rank, runtime.device)
         self._early_stopping = EarlyStopping(recipe.early_stopping.patience, self.progress, selection)
         self._epoch_loss = EpochLoss(runtime, self.progress)
         self._non_finite = NonFiniteSteps(self.network, fit, runtime, recipe.faults.bad_steps, monitor.log)
@@ -159,7 +160,7 @@ class Training:
             This rank's share of the losses, by name, on the device.
         """
         device, total_steps = self.runtime.device, self.loader.steps * self.recipe.epochs
-        seed_step(self.recipe.seed, self.progress.step, self.runtime.rank, device)
+        self._seeds.begin(self.progress.step)
         set_rates(self.engine, self.recipe.schedule, self.progress.step, total_steps, drops)
         shares = [self._forward_and_backward(index, batch.to(device)) for index, batch in enumerate(micro_batches)]
         with self.engine.clock.part("optimizer"):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -17,19 +17,25 @@ from train.models.network import Network
 NAMED = 8  # stimuli in a warning
 
 
-@dataclass(frozen=True)
-class Step:
+class Shown(NamedTuple):
+    """The stimuli of a micro-batch: positions and weight as in `Batch`, on the host."""
+
+    positions: torch.Tensor
+    weight: torch.Tensor
+
+
+class Step(NamedTuple):
     """A step that the host has not looked at yet.
 
     Attributes:
         number: from 1.
-        positions: int64, of the stimuli of each micro-batch of this rank.
+        shown: to this rank, by micro-batch.
         loss: float (), this rank's share, on the device.
         outcome: of the step.
     """
 
     number: int
-    positions: list[torch.Tensor]
+    shown: list[Shown]
     loss: torch.Tensor
     outcome: StepOutcome
 
@@ -68,8 +74,9 @@ class NonFiniteSteps:
             loss: float (), this rank's share.
             outcome: of the step, on the device.
         """
-        positions = [batch.positions[batch.weight > 0] for batch in micro_batches]  # copies: the buffers are reused
-        self._unread.append(Step(number, positions, loss, outcome))
+        # Whole batches are not kept: that would keep their images from being overwritten by later ones.
+        shown = [Shown(batch.positions, batch.weight) for batch in micro_batches]
+        self._unread.append(Step(number, shown, loss, outcome))
 
     def read(self) -> list[float | None]:
         """Read the recorded steps and warn of the bad ones; every rank must take part.
@@ -84,7 +91,7 @@ class NonFiniteSteps:
             return []
         steps, self._unread = self._unread, []
         losses = torch.stack([step.loss for step in steps]).tolist()
-        left_out = torch.stack([step.outcome.left_out for step in steps]).tolist()
+        left_out = torch.stack([step.outcome.left_out for step in steps]).bool().tolist()
         bad = [False] * len(steps)
         if any(left_out):
             bad = self._report(steps, losses, left_out)
@@ -111,7 +118,7 @@ class NonFiniteSteps:
             Whether each step is bad; the same on every rank.
         """
         suspects = [
-            None if math.isfinite(loss) else self._ids(step.positions) for step, loss in zip(steps, losses, strict=True)
+            None if math.isfinite(loss) else self._ids(step.shown) for step, loss in zip(steps, losses, strict=True)
         ]
         suspects_of_ranks = self._runtime.gather_objects(suspects)
         may_be_scale = torch.stack([step.outcome.may_be_scale for step in steps]).tolist()
@@ -124,8 +131,9 @@ class NonFiniteSteps:
                 self._warn(f"warning: step {step.number} is left out: {_cause(suspects_of_step)}")
         return bad
 
-    def _ids(self, positions: list[torch.Tensor]) -> list[str]:
-        return [self._stimuli.stimulus_ids[position] for position in torch.cat(positions).tolist()]
+    def _ids(self, shown: list[Shown]) -> list[str]:
+        positions = torch.cat([positions[weight > 0] for positions, weight in shown])
+        return [self._stimuli.stimulus_ids[position] for position in positions.tolist()]
 
     def _copy_of_statistics(self) -> dict[str, torch.Tensor]:
         return {name: statistic.clone() for name, statistic in batch_norm_statistics(self._network)}

@@ -57,10 +57,16 @@ class ResponseLoss(nn.Module, ABC):
         self.register_buffer("rate_mean", torch.from_numpy(mean))  # saved: the weights mean nothing without them
         self.register_buffer("rate_std", torch.from_numpy(std))
         self.register_buffer("site_weights", torch.ones(len(mean)), persistent=False)
+        self._weighs_sites = False
 
     def set_site_weights(self, weights: np.ndarray) -> None:
         """Let sites count differently in the loss: (sites,), 1 on average."""
         self.site_weights.copy_(torch.from_numpy(weights))
+        self._weighs_sites = True
+
+    def weighted(self, losses: torch.Tensor) -> torch.Tensor:
+        """Losses (b, sites), each times its site's weight."""
+        return losses * self.site_weights if self._weighs_sites else losses
 
     def target(self, rates: torch.Tensor) -> torch.Tensor:
         """Rates (b, sites) in the recording's units -> what the outputs should be, float32 (b, sites)."""
@@ -89,9 +95,8 @@ class SquaredError(ResponseLoss):
     def contribution(self, outputs: torch.Tensor, batch: Batch, sum_over_ranks: SumOverRanks) -> torch.Tensor:
         """See `ResponseLoss.contribution`."""
         target = self.target(_rates(batch))
-        recorded = ~torch.isnan(target)
-        error = torch.where(recorded, outputs - torch.where(recorded, target, 0), 0)
-        return mean_over_groups(error**2 * self.site_weights, batch)
+        error = torch.where(torch.isnan(target), 0, outputs - target)
+        return mean_over_groups(self.weighted(error**2), batch)
 
 
 class PoissonLikelihood(ResponseLoss):
@@ -123,7 +128,7 @@ class PoissonLikelihood(ResponseLoss):
         # log(1 + elu(z)) without the rounding of the sum: z itself below 0.
         log_rate = mean.log() + torch.where(outputs < 0, outputs, torch.log1p(outputs.clamp(min=0)))
         loss = mean * (1 + F.elu(outputs)) - torch.where(recorded, rates, 0) * log_rate
-        return mean_over_groups(torch.where(recorded, loss, 0) * self.site_weights, batch)
+        return mean_over_groups(self.weighted(torch.where(recorded, loss, 0)), batch)
 
 
 class Correlation(ResponseLoss):
@@ -266,7 +271,10 @@ def mean_over_groups(losses: torch.Tensor, batch: Batch) -> torch.Tensor:
         losses: (b, sites), 0 where there is no response.
         batch: the micro-batch.
     """
-    by_group = (losses * batch.weight[:, None]).split([group.sites for group in batch.means], dim=1)
+    losses = losses * batch.weight[:, None]
+    if not batch.groups:
+        return losses.sum() / max(batch.global_observed, 1)
+    by_group = losses.split([group.sites for group in batch.means], dim=1)
     return _mean(
         [group_losses.sum() / max(group.observed, 1) for group_losses, group in zip(by_group, batch.means, strict=True)]
     )
