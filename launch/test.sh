@@ -31,7 +31,6 @@ esac
 
 types=
 if [ "${1:-}" = --oldest ]; then
-    export SPIKETUNE_OLDEST=1
     shift
 else
     "$python" -m ruff check .
