@@ -39,6 +39,7 @@ else
     "$python" -m mypy &
     types=$!
 fi
+unset PYTHONDONTWRITEBYTECODE  # as set in containers: the hundreds of processes would each compile what they import
 # Most tests start processes that compute little: as many files at a time as there are cores, up to four, with one thread
 # each.
 cores=$(env -u OMP_NUM_THREADS nproc)  # which would count threads instead

@@ -6,20 +6,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from forked_python import forked_python
 from helpers import ROOT, run_here, slow
-from launching import SMALL, launch, losses
+from launching import SMALL, forked, launch, losses
 
 BIN = Path(sys.executable).parent
 
 
 def run(*command, **environment) -> subprocess.CompletedProcess:
     """A launcher, as a user types it."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **forked(), **environment}
     return subprocess.run([*map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize("way", [pytest.param("flag", marks=slow), "file"])
+@slow
+@pytest.mark.parametrize("way", ["flag", "file"])
 def test_accelerate_on_cpu_that_starts_one_process_of_two_is_noticed(recording, tmp_path, way):
+    """By the command line of the parent process, which is not that of a fork."""
     config = tmp_path / "cpu.yaml"
     config.write_text("distributed_type: MULTI_CPU\nnum_processes: 2\nnum_machines: 1\nuse_cpu: true\n")
     options = ["--cpu", "--num_processes", "2"] if way == "flag" else ["--config_file", config]
@@ -30,9 +33,9 @@ def test_accelerate_on_cpu_that_starts_one_process_of_two_is_noticed(recording, 
     assert not (tmp_path / "run").exists()
 
 
-def test_srun_without_a_launcher_is_noticed(recording, tmp_path):
-    options = ["--data", recording, "--out", tmp_path / "run"]
-    done = run(sys.executable, "train/finetune.py", *options, SLURM_STEP_NUM_TASKS="4")
+def test_srun_without_a_launcher_is_noticed(recording, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    done = run_here("train/finetune.py", "--data", recording, "--out", tmp_path / "run")
     assert done.returncode == 2
     assert "srun was asked for 4 processes" in done.stderr
 
@@ -40,13 +43,14 @@ def test_srun_without_a_launcher_is_noticed(recording, tmp_path):
 @pytest.mark.parametrize("launcher", ["accelerate", pytest.param("torchrun", marks=slow)])
 def test_launchers_that_work_train_together(recording, trained, tmp_path, launcher):
     free_port = ["--main_process_port", "0"]
+    accelerate = [forked_python(), "-m", "accelerate.commands.launch"]  # what the command `accelerate launch` runs
     ways = {
-        "accelerate": ["launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", *free_port],
-        "torchrun": ["--standalone", "--nproc-per-node", "2"],
+        "accelerate": [*accelerate, "--multi_gpu", "--num_processes", "2", "--num_machines", "1", *free_port],
+        "torchrun": [BIN / "torchrun", "--standalone", "--nproc-per-node", "2"],
     }
     environment = {"ACCELERATE_USE_CPU": "true"} if launcher == "accelerate" else {}
     options = ["train/finetune.py", "--data", recording, "--out", tmp_path / "run", *SMALL]
-    done = run(BIN / launcher, *ways[launcher], *options, **environment)
+    done = run(*ways[launcher], *options, **environment)
     assert done.returncode == 0, done.stderr
     assert "2 processes" in done.stdout
     assert losses(tmp_path / "run") == pytest.approx(losses(trained), rel=1e-4)

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import pytest
 from helpers import finish, slow
-from launching import SMALL, charts, largest_difference, losses, succeed, wait_for_epochs, weights
+from launching import SMALL, charts, forked, largest_difference, losses, succeed, wait_for_epochs, weights
 from machines import machines, reason_against
 
 pytestmark = pytest.mark.skipif(reason_against() is not None, reason=reason_against() or "")
@@ -20,7 +20,7 @@ def start_on(hosts, how_many: str, restarts: int, processes: int, *command):
     """Start launch/machines.sh on each machine."""
     options = ["--host", hosts[0].address, "--machines", how_many, "--job", "together", "--join-seconds", "60"]
     options += ["-n", processes, "--max-restarts", restarts]
-    return [host.start("bash", "launch/machines.sh", *options, *command) for host in hosts]
+    return [host.start("bash", "launch/machines.sh", *options, *command, **forked()) for host in hosts]
 
 
 @pytest.fixture(scope="module")

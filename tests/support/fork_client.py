@@ -1,5 +1,7 @@
 """Stands in for the Python interpreter in tests: `CLIENT SCRIPT.py ...` runs the script in a fork of a warm process.
 
+`CLIENT -m MODULE ...` does so for launchers.
+
 `forked_python.py` says why. A client asks a fork server to run the script with its own words, environment, folder and
 standard streams, passes on signals and ends as the script ends. It becomes a real interpreter when the server refuses
 or is gone, and for anything that is not a script. It imports little, since it must start within milliseconds.
@@ -15,6 +17,7 @@ from pathlib import PurePath
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 SERVERS = 2
 REFUSED = b"refused"
+FORKED_MODULES = {"accelerate.commands.launch"}
 SERVER_ENDED = 70  # exit code: EX_SOFTWARE of sysexits.h
 
 
@@ -28,17 +31,28 @@ def main() -> None:
     words = sys.argv[1:]
     unbuffered = words[:1] == ["-u"]
     command = words[unbuffered:]
-    if command and command[0].endswith(".py"):
+    if is_forked(command):
         run_forked(command, unbuffered)
     os.execv(sys.executable, [sys.executable, *words])
 
 
+def is_forked(command: list[str]) -> bool:
+    """Whether a command can run in a fork: a script, though no library's own, which may inherit file descriptors.
+
+    What a forked launcher starts is no descendant of the client's, which matters to some tests.
+    """
+    if command[:1] == ["-m"]:
+        return command[1] in FORKED_MODULES and "SPIKETUNE_FRESH_LAUNCHERS" not in os.environ
+    return bool(command) and command[0].endswith(".py") and "site-packages" not in PurePath(command[0]).parts
+
+
 def run_forked(words: list[str], unbuffered: bool) -> None:
-    """Run a script in a fork and end as it does; returns if there is no server or it refuses."""
+    """Run a command in a fork and end as it does; returns if there is no server or it refuses."""
     # Neighbouring ranks are forks of different processes, since each process has its own hashes of strings.
     server = int(os.environ.get("LOCAL_RANK", "0")) % SERVERS
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     request = {"words": words, "unbuffered": unbuffered, "environment": dict(os.environ), "folder": os.getcwd()}
+    request |= {"client": os.getpid(), "python": sys.argv[0]}
     try:
         connection.connect(server_path(PurePath(sys.argv[0]).parent, server))
         socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2])

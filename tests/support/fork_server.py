@@ -11,6 +11,8 @@ import importlib
 import io
 import json
 import os
+import resource
+import runpy
 import selectors
 import signal
 import socket
@@ -33,23 +35,26 @@ READ_LATER = {
     *("PYTHON", "PYTHON_EXEC", "PYTHONPATH", "PWD", "OLDPWD", "SHLVL", "_", "XDG_CACHE_HOME"),
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
-    *("ACCELERATE_USE_CPU", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_ASYNC_ERROR_HANDLING"),
-    "TOKENIZERS_PARALLELISM",
+    *("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TOKENIZERS_PARALLELISM"),
+    *("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "KMP_AFFINITY", "KMP_BLOCKTIME"),
 }
-READ_LATER_PREFIXES = ("PYTEST_", "SPIKETUNE_", "TORCHELASTIC_")
+READ_LATER_PREFIXES = ("PYTEST_", "SPIKETUNE_", "TORCHELASTIC_", "ACCELERATE_")
 PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+CLONE_NEWNET = 0x40000000  # from linux/sched.h
 
 
 @dataclass(frozen=True)
 class Request:
-    """A script to run.
+    """A script or a module to run.
 
     Attributes:
-        words: its path and its arguments.
+        words: its path, or -m and its name; and its arguments.
         unbuffered: as `python -u` has it.
         environment: of the process.
         folder: the working directory.
         streams: file descriptors to become standard input, output and error.
+        client: the process that asks.
+        python: the interpreter that it stands for, with which the script starts others.
     """
 
     words: list[str]
@@ -57,6 +62,8 @@ class Request:
     environment: dict[str, str]
     folder: str
     streams: list[int]
+    client: int
+    python: str
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,9 @@ class ForkServer:
 
 
 def become(request: Request, environment: dict[str, str], set_by_imports: dict[str, str]) -> None:
-    """Turn this fork into the process that was asked for: its own session, streams, folder, variables and search path.
+    """Turn this fork into the process that was asked for, with its own session.
+
+    It gets the streams, file size limit, network, folder, variables and search path of the request.
 
     Args:
         request: of the client.
@@ -193,20 +202,33 @@ def become(request: Request, environment: dict[str, str], set_by_imports: dict[s
     for number, stream in enumerate(request.streams):
         os.dup2(stream, number)
         os.close(stream)
+    resource.setrlimit(resource.RLIMIT_FSIZE, resource.prlimit(request.client, resource.RLIMIT_FSIZE))
+    enter_network(request.client)
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(set_by_imports | request.environment)
     before, now = (variables.get("PYTHONPATH", "") for variables in (environment, request.environment))
     inherited = [path for path in before.split(os.pathsep) if path]
     sys.path[: 1 + len(inherited)] = [
-        str(Path(request.words[0]).resolve().parent),
+        request.folder if request.words[0] == "-m" else str(Path(request.words[0]).resolve().parent),
         *(os.path.abspath(path) for path in now.split(os.pathsep) if path),
     ]
     sys.argv = request.words
+    sys.executable = request.python
     open_streams(request.unbuffered or bool(request.environment.get("PYTHONUNBUFFERED")))
     import numpy
 
     numpy.random.seed()  # otherwise every fork draws the same
+
+
+def enter_network(process: int) -> None:
+    """Enter the network namespace of a process: tests that simulate machines give each its own."""
+    theirs = f"/proc/{process}/ns/net"
+    if os.readlink(theirs) == os.readlink("/proc/self/ns/net"):
+        return
+    with open(theirs, "rb") as namespace:
+        if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), CLONE_NEWNET):
+            raise OSError(ctypes.get_errno(), f"cannot enter {theirs}")
 
 
 def open_streams(unbuffered: bool) -> None:
@@ -225,17 +247,18 @@ def open_streams(unbuffered: bool) -> None:
         setattr(sys, f"__{name}__", stream)
 
 
-def run_script(path: str) -> NoReturn:
-    """Run a Python file as `__main__` and end the process as the interpreter does, short of what takes it a second.
+def run(words: list[str]) -> NoReturn:
+    """Run a script or a module and end the process as the interpreter does, short of what takes it a second.
 
     That is the removal of the imported libraries from memory. What the script has made is removed.
     """
     code = 1
-    module = ModuleType("__main__")
-    module.__file__ = path
-    sys.modules["__main__"] = module
     try:
-        exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            run_script(words[0])
         code = 0
     except SystemExit as end:
         code = exit_code(end)
@@ -243,11 +266,18 @@ def run_script(path: str) -> NoReturn:
         sys.excepthook(*sys.exc_info())
     threading._shutdown()
     atexit._run_exitfuncs()
-    del module, sys.modules["__main__"]
+    del sys.modules["__main__"]
     gc.collect()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def run_script(path: str) -> None:
+    """Run a Python file as `__main__`."""
+    module = sys.modules["__main__"] = ModuleType("__main__")
+    module.__file__ = path
+    exec(compile(Path(path).read_bytes(), path, "exec"), module.__dict__)
 
 
 def exit_code(end: SystemExit) -> int:
@@ -274,7 +304,7 @@ def main() -> None:
     if request is None:
         os._exit(0)
     become(request, environment, set_by_imports)
-    run_script(request.words[0])
+    run(request.words)
 
 
 if __name__ == "__main__":

@@ -4,9 +4,10 @@ A process needs 5 seconds of CPU time to import torch, timm, accelerate and deep
 processes. So each pytest process keeps two fork servers (`fork_server.py`), which have imported these libraries and
 nothing of this repository. Tests start `fork_client.py` where users start Python: the command, its environment, its
 streams, signals and exit code are the same, and each runs in a process of its own, but that process is a fork of the
-server. A test gets fresh interpreters all the same where that could make a difference: for other environment variables
-than those known to be read late, and for `python -c` and `python -m`. `launch/test.sh --slow` has fresh interpreters
-everywhere, which shows that nothing depends on the shortcut; so do machines with GPUs, whose driver forbids forks.
+server. What it starts in turn with its `sys.executable` is a fork as well. A test gets fresh interpreters all the same
+where that could make a difference: for other environment variables than those known to be read late, for `python -c`
+and, but for launchers, for `python -m`. `launch/test.sh --slow` has fresh interpreters everywhere, which shows that
+nothing depends on the shortcut; so do machines with GPUs, whose driver forbids forks.
 """
 
 import atexit
@@ -22,11 +23,7 @@ from pathlib import Path
 from fork_client import SERVERS, server_path
 
 HERE = Path(__file__).parent
-FRESH = (
-    "SPIKETUNE_SLOW" in os.environ
-    or sys.platform != "linux"
-    or shutil.which("nvidia-smi") is not None
-)
+FRESH = "SPIKETUNE_SLOW" in os.environ or sys.platform != "linux" or shutil.which("nvidia-smi") is not None
 
 
 @cache
@@ -38,6 +35,9 @@ def forked_python() -> str:
     client = folder / "python"
     client.write_text(f"#!{sys.executable} -IS\n{(HERE / 'fork_client.py').read_text()}")
     client.chmod(0o755)
+    (folder / "ninja").symlink_to(
+        Path(sys.executable).with_name("ninja")
+    )  # DeepSpeed builds with the one beside Python
     servers = [start_server(server_path(folder, number)) for number in range(SERVERS)]
     atexit.register(stop, folder, servers)
     return str(client)

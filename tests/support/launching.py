@@ -27,10 +27,12 @@ SMALL = [
 def start(processes: int, *command, **environment: str) -> subprocess.Popen:
     """Start `launch/local.sh -n PROCESSES COMMAND` (options of local.sh first) in its own process group."""
     words = ["bash", "launch/local.sh", "-n", processes, *command]
-    python = forked_python()
-    # The launcher, and the processes that torchrun starts.
-    interpreters = {"PYTHON": python, "PYTHON_EXEC": python}
-    return start_group(words, env={**os.environ, "OMP_NUM_THREADS": "1", **interpreters, **environment})
+    return start_group(words, env={**os.environ, "OMP_NUM_THREADS": "1", **forked(), **environment})
+
+
+def forked() -> dict[str, str]:
+    """The variables that name the interpreter of the launchers, and of the processes that torchrun starts."""
+    return {"PYTHON": forked_python(), "PYTHON_EXEC": forked_python()}
 
 
 def launch(processes: int, *command, timeout: float = 300, **environment: str) -> CompletedProcess:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import ROOT, assert_refused, run_here, slow, succeed_here
-from launching import SMALL, assert_identical, checkpoint_tensors, losses, succeed
+from launching import SMALL, assert_identical, checkpoint_tensors, forked, losses, succeed
 from safetensors.torch import load_file
 
 from data_prep.common.errors import BadInput
@@ -209,7 +209,7 @@ def test_a_full_disk_stops_every_process(recording, tmp_path):
     words = ["bash", "launch/local.sh", "-n", "2", "train/finetune.py", "--data", recording, "--out", run, *SMALL]
     limited = f"ulimit -f 400; exec {' '.join(map(str, words))}"
     done = subprocess.run(
-        ["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ}
+        ["bash", "-c", limited], cwd=ROOT, capture_output=True, text=True, timeout=120, env={**os.environ, **forked()}
     )
     assert done.returncode == 1, done.stderr
     assert done.stderr.count("cannot be saved") == 1

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import yaml
-from helpers import ROOT, assert_refused, finish, run_here, start_command, started_as, wait_for
+from forked_python import forked_python
+from helpers import ROOT, assert_refused, finish, run_here, start_group, started_as, wait_for
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -78,11 +79,17 @@ def processes_of(folder: Path) -> list[psutil.Process]:
 # ------------------------------------------------------------------------------------------------- real searches
 
 
+def start_worker(*command, **environment: str) -> subprocess.Popen:
+    """Start a worker of a search."""
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return start_group([forked_python(), *command], env=variables)
+
+
 def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
     """One of its four points diverges."""
     grid = {"optimizer.lr": [1e-3, 1000], "optimizer.name": ["adamw", "sgd"]}
     command = ["train/sweep.py", written(tmp_path, {"grid": grid}), "--data", recording, "--out", tmp_path / "out"]
-    workers = [start_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"}) for _ in range(2)]
+    workers = [start_worker(*command) for _ in range(2)]
     ended = [finish(worker, timeout=300) for worker in workers]
     assert [done.returncode for done in ended] == [0, 0], ended[0].stderr + ended[1].stderr
     started = [line.split()[0] for done in ended for line in done.stdout.splitlines() if " started" in line]
@@ -121,10 +128,12 @@ def test_the_trial_of_a_killed_worker_is_resumed_by_another(recording, tmp_path)
         "stale_seconds": 5,
     }
     command = ["train/sweep.py", written(tmp_path, sweep), "--data", recording, "--out", tmp_path / "out"]
+    command += ["--processes", "2"]
+    launchers = {"SPIKETUNE_FRESH_LAUNCHERS": "1", "PYTHON_EXEC": forked_python()}  # with forked ranks
     run = tmp_path / "out" / "trials" / "0000"
-    killed = start_command([*command, "--processes", "2"], env={**os.environ, "OMP_NUM_THREADS": "1"})
+    killed = start_worker(*command, **launchers)
     wait_for(run.with_suffix(".beat").exists, process=killed, seconds=300)
-    other = start_command(command, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    other = start_worker(*command, **launchers)
     wait_for((run / "checkpoints" / "last").exists, process=killed, seconds=300)
     before = processes_of(run)
     assert len(before) >= 4  # supervisor, launcher and two ranks
