@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from data_prep.confidence_interval import confidence_interval
 from train.evaluation.confidence_intervals import bootstrap_means
-from train.evaluation.metrics import mean_score
+from train.evaluation.metrics import POSSIBLE, mean_score
 from train.regression.methods import r2_per_site
 
 SIMULATED = "simulated"
@@ -244,7 +244,7 @@ def scores(folders: Sequence[Path]) -> dict[str, Any]:
     prediction, target = (np.concatenate(rows) for rows in zip(*parts, strict=True))
     metrics = json.loads((folders[0] / "eval" / "val" / "metrics.json").read_text())
     r2 = mean_score(r2_per_site(prediction, target))
-    interval = confidence_interval(r2, bootstrap_means(prediction, target)["r2"], len(target))
+    interval = confidence_interval(r2, bootstrap_means(prediction, target)["r2"], len(target), POSSIBLE["r2"])
     scored = {"r2": r2, "ci95": interval}
     scored |= {"stimuli": len(target), "training_stimuli": metrics.get("training_stimuli")}
     if len(folders) == 1:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data_prep.confidence_interval import confidence_interval
+from data_prep.confidence_interval import PossibleValues, confidence_interval
 
 CONSTANT = 1e-24  # a variance below this fraction of the squared mean is float64 rounding of a constant
 MIN_STIMULI = 4  # with at least two repetitions; the unbiased estimate needs more than three
@@ -69,11 +69,8 @@ def _interval(reliability: float, resampled: np.ndarray, stimuli: int) -> tuple[
     Of about ten stimuli or fewer, a resample can hold two or three only. Their averages may hardly vary, and the
     reliability on them is anything: where that has moved the interval off the estimate, it says nothing and is None.
     """
-    interval = confidence_interval(reliability, resampled, stimuli)
-    if interval is None or not interval[0] <= reliability <= interval[1]:
-        return None
-    low, high = interval
-    return low, min(high, 1.0)
+    interval = confidence_interval(reliability, resampled, stimuli, PossibleValues(most=1.0))
+    return interval if interval is not None and interval[0] <= reliability <= interval[1] else None
 
 
 def estimate_ceiling(blocks: Iterable[np.ndarray]) -> CeilingEstimate | None:

@@ -1,13 +1,27 @@
 """95 % confidence intervals from bootstrap resamples of the stimuli; docs/metrics.md shows how often they hold."""
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 
 TAIL = 0.025
 
 
-def confidence_interval(estimate: float, resampled: np.ndarray, stimuli: int) -> tuple[float, float] | None:
+@dataclass(frozen=True)
+class PossibleValues:
+    """The values that a quantity can have over endless stimuli: R2, for one, is 1 at most."""
+
+    least: float = -math.inf
+    most: float = math.inf
+
+
+ANY_VALUE = PossibleValues()
+
+
+def confidence_interval(
+    estimate: float, resampled: np.ndarray, stimuli: int, possible: PossibleValues = ANY_VALUE
+) -> tuple[float, float] | None:
     """The 95 % interval, over endless stimuli, of a quantity that was estimated from some of them.
 
     The plain percentile interval is wrong for R2. On average a score over n stimuli lies (1 - R2) / n below that over
@@ -16,13 +30,18 @@ def confidence_interval(estimate: float, resampled: np.ndarray, stimuli: int) ->
     tails are the expanded ones of Hesterberg (2015, "What teachers should know about the bootstrap", section 4.3),
     because resamples of few stimuli spread less than samples do.
 
+    The bias is taken off as a shift, but that of a good score shrinks with its distance from 1: with few stimuli, the
+    shift by what bad resamples show can lead beyond what is possible. Those values are left out, and as the truth is
+    none of them, the interval holds as often as before.
+
     Args:
         estimate: from all stimuli.
         resampled: the same from resamples of the stimuli, float64 (resamples,); those that are not finite are left out.
         stimuli: number of stimuli.
+        possible: the interval ends there.
 
     Returns:
-        Lower and upper end; None if there is no finite value or only one stimulus.
+        Lower and upper end; None if there is no finite value or only one stimulus, or nothing possible is left.
     """
     resampled = resampled[np.isfinite(resampled)]
     if stimuli < 2 or not resampled.size or not math.isfinite(estimate):
@@ -30,7 +49,8 @@ def confidence_interval(estimate: float, resampled: np.ndarray, stimuli: int) ->
     bias = resampled.mean() - estimate
     tail = _expanded_tail(stimuli)
     low, high = np.quantile(resampled, [tail, 1 - tail]) - 2 * bias
-    return float(low), float(high)
+    low, high = max(float(low), possible.least), min(float(high), possible.most)
+    return (low, high) if low <= high else None
 
 
 def percentile_interval(resampled: np.ndarray, stimuli: int) -> tuple[float, float] | None:

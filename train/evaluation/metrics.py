@@ -14,11 +14,19 @@ site by site. A score without a value is NaN.
 import numpy as np
 import torch
 
+from data_prep.confidence_interval import PossibleValues
 from data_prep.recording import varies
 from train.evaluation.moments import SiteMoments
 
 LOWER_IS_BETTER = ("mse",)
 LEAST_RELIABILITY = 0.1
+POSSIBLE = {  # over endless stimuli; scores relative to an estimated ceiling can be above 1
+    "r2": PossibleValues(most=1),
+    "explained_variance": PossibleValues(most=1),
+    "mse": PossibleValues(least=0),
+    "pearson_r": PossibleValues(-1, 1),
+    "squared_pearson_r": PossibleValues(0, 1),
+}
 
 
 def site_scores(moments: SiteMoments) -> dict[str, np.ndarray]:

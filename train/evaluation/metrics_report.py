@@ -5,13 +5,13 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import DIVERGED, RunFailed
-from data_prep.confidence_interval import confidence_interval, percentile_interval
+from data_prep.confidence_interval import ANY_VALUE, confidence_interval, percentile_interval
 from data_prep.shards.manifest import Manifest, from_json_list, to_json_list
 from train.data.stimuli import RecordingStimuli, fingerprint
 from train.evaluation.brain_score import brain_score
 from train.evaluation.classification import classification_report
 from train.evaluation.confidence_intervals import MEDIANS, ResampledScores, bootstrap_scores
-from train.evaluation.metrics import LEAST_RELIABILITY, all_scores, mean_noise, mean_score, median_score
+from train.evaluation.metrics import LEAST_RELIABILITY, POSSIBLE, all_scores, mean_noise, mean_score, median_score
 from train.evaluation.moments import SiteMoments
 from train.evaluation.scoring import RecordingScores
 
@@ -135,7 +135,8 @@ def regression_report(
 
 def _summary(name: str, per_site: np.ndarray, resampled: ResampledScores, stimuli: int) -> dict[str, Any]:
     """A metric's mean and median, with the interval of the mean and, of `MEDIANS`, that of the median."""
-    of_mean = confidence_interval(mean_score(per_site), resampled.means.get(name, NO_RESAMPLES), stimuli)
+    means, possible = resampled.means.get(name, NO_RESAMPLES), POSSIBLE.get(name, ANY_VALUE)
+    of_mean = confidence_interval(mean_score(per_site), means, stimuli, possible)
     summary = _averages(per_site) | {"ci95": of_mean and list(of_mean)}
     if name in MEDIANS:
         of_median = percentile_interval(resampled.medians.get(name, NO_RESAMPLES), stimuli)

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from site_scores import make_predictions, moments, report, scores
+from site_scores import SITES, make_predictions, moments, report, scores
 
-from data_prep.confidence_interval import confidence_interval
+from data_prep.confidence_interval import PossibleValues, confidence_interval
 from train.evaluation.confidence_intervals import bootstrap_means
 from train.evaluation.metrics import all_scores
 
@@ -58,6 +58,32 @@ def test_sites_that_share_their_noise_do_not_narrow_the_interval():
     independent = np.std(bootstrap_means(*make_predictions(sites=9, missing=0))["r2"])
     assert copies == pytest.approx(one, rel=1e-9)
     assert independent < 0.6 * one
+
+
+@pytest.mark.parametrize("stimuli", [5, 8, 12])
+def test_no_interval_has_impossible_values(stimuli):
+    """Near-perfect predictions of few stimuli, where the correction for bias leads above 1."""
+    shifted_too_far = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        target = rng.normal(0, 1, (stimuli, SITES)).astype(np.float32)
+        prediction = target + rng.normal(0, 0.2, target.shape).astype(np.float32)
+        block = report(prediction, target)
+        for name, least, most in (("r2", -np.inf, 1), ("pearson_r", -1, 1), ("squared_pearson_r", 0, 1)):
+            low, high = block[name]["ci95"] or (least, most)  # None where nothing possible is left
+            assert least <= low <= high <= most
+        assert block["r2"]["ci95"] is not None
+        assert block["mse"]["ci95"][0] >= 0
+        resampled = bootstrap_means(prediction, target)["r2"]
+        shifted_too_far += confidence_interval(block["r2"]["mean"], resampled, stimuli)[1] > 1
+    assert shifted_too_far  # so that the test is of something
+
+
+def test_an_interval_without_a_possible_value_is_none():
+    resampled = np.linspace(0.2, 0.9, 100)
+    assert confidence_interval(0.99, resampled, 5)[0] > 1
+    assert confidence_interval(0.99, resampled, 5, PossibleValues(most=1)) is None
+    assert confidence_interval(0.6, resampled, 5, PossibleValues(most=0.7))[1] == 0.7
 
 
 def test_intervals_are_the_same_every_time():
