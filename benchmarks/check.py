@@ -5,7 +5,6 @@ crashes or hangs costs only itself. The first one prints a line for each thing c
 """
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -16,16 +15,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from shutil import rmtree
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from checking.verdicts import FAILED, Verdict, listing, read_verdicts  # noqa: E402
+from checking.measured_recipe import parse_measured  # noqa: E402
+from checking.verdicts import BEGAN, FAILED, RECIPE_FILE, Verdict, listing, read_verdicts  # noqa: E402
 from harness import last_line  # noqa: E402
 
-from data_prep.common.atomic_writes import write_bytes  # noqa: E402
+from data_prep.common.atomic_writes import write_bytes, write_json  # noqa: E402
+from data_prep.common.errors import BadInput  # noqa: E402
 from data_prep.common.process_identity import (  # noqa: E402
     ADDRESS_VARIABLES,
     RANK_VARIABLES,
@@ -33,10 +34,12 @@ from data_prep.common.process_identity import (  # noqa: E402
     ProcessIdentity,
     own_identity,
 )
+from train.planning.rates import FORMAT, VERSION, Place  # noqa: E402
 
 if TYPE_CHECKING:
     from checking.stages import Stage
 
+LAUNCHED = "CHECK_LAUNCHED"  # when launch/check.sh began
 PACKED = "packed"  # this file says that the recordings are complete, and which process has packed them
 PACKING_SECONDS = 180
 LAUNCHERS = ("TORCHELASTIC", "SLURM_", "OMPI_", "MV2_", "PMI", "MPI_")  # what the variables that they set begin with
@@ -52,6 +55,7 @@ def folder_of(identity: ProcessIdentity) -> Path:
 
 def run_stage(name: str, seconds: float, folder: Path, environment: Mapping[str, str]) -> Verdict | None:
     """Run a stage as a process of its own; returns what is wrong if it does not end well."""
+    environment = {**environment, BEGAN: str(time.time())}
     log = folder / f"{name}.log"
     words = [sys.executable, __file__, "--stage", name, "--folder", str(folder)]
     with log.open("a") as output:
@@ -88,12 +92,14 @@ def with_peers(stage: int) -> dict[str, str]:
     return environment
 
 
-def prepare(identity: ProcessIdentity, folder: Path, stages: "Iterable[Stage]") -> list[Verdict]:
+def prepare(identity: ProcessIdentity, folder: Path, stages: "Iterable[Stage]", recipe: Sequence[str]) -> list[Verdict]:
     """Make the recordings, once on each machine, and on the first what the others are compared with."""
     faults = []
     if identity.local_rank == 0:
         rmtree(folder, ignore_errors=True)
         folder.mkdir()
+        if recipe:
+            write_json(folder / RECIPE_FILE, list(recipe))
         for stage in stages:
             if identity.rank == 0 or stage.name == "recordings":
                 faults.append(run_stage(stage.name, stage.seconds, folder, without_peers()))
@@ -114,13 +120,25 @@ def is_packed(folder: Path) -> bool:
         return False
 
 
-def check(identity: ProcessIdentity, folder: Path) -> list[Verdict]:
-    """Run all stages; the first process prints each verdict as soon as it is there, and returns all of them."""
-    from checking.stages import PREPARATIONS, STAGES, gradients_against_network
+def check(identity: ProcessIdentity, folder: Path, recipe: Sequence[str], *, rates_only: bool = False) -> list[Verdict]:
+    """Run all stages; the first process prints each verdict as soon as it is there, and returns all of them.
 
-    verdicts = prepare(identity, folder, PREPARATIONS)
+    Args:
+        identity: of this process.
+        folder: that the processes of this machine share.
+        recipe: the words of the recipe whose speed is to be measured; none if there is none.
+        rates_only: leave out the stages that only check.
+    """
+    from checking.stages import OF_RATES, PREPARATIONS, RECIPE, STAGES, gradients_against_network
+
+    stages = [*STAGES, RECIPE] if recipe else list(STAGES)
+    preparations = list(PREPARATIONS)
+    if rates_only:
+        stages = [stage for stage in stages if stage.name in OF_RATES]
+        preparations = [stage for stage in preparations if stage.name in OF_RATES]
+    verdicts = prepare(identity, folder, preparations, recipe)
     report(identity, verdicts)
-    for number, stage in enumerate(STAGES):
+    for number, stage in enumerate(stages):
         known = len(read_verdicts(folder))
         fault = run_stage(stage.name, stage.seconds, folder, with_peers(number))
         if identity.rank == 0:
@@ -132,6 +150,43 @@ def check(identity: ProcessIdentity, folder: Path) -> list[Verdict]:
     return verdicts + gradients
 
 
+def launch_seconds() -> float | None:
+    """Seconds from the start of the launcher, which launch/check.sh notes, to that of this process."""
+    began = os.environ.get(LAUNCHED)
+    return None if began is None else max(psutil.Process().create_time() - float(began), 0.0)
+
+
+def rates_of(verdicts: Sequence[Verdict], launched: float | None) -> dict[str, Any]:
+    """The content of the file for train/plan.py: what was measured, as far as its stages ended well.
+
+    Args:
+        verdicts: of all stages.
+        launched: seconds that the launcher took.
+    """
+    values = {verdict.subject: verdict.values for verdict in verdicts if verdict.outcome != FAILED}
+    content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "place": None, "machine": None}
+    if {"versions", "devices", "rates"} <= values.keys():
+        devices, rates = values["devices"], values["rates"]
+        content["place"] = Place(
+            when=time.strftime("%Y-%m-%d %H:%M"),
+            hosts=devices["hosts"],
+            device=devices["device"],
+            device_bytes=devices["device bytes"],
+            host_bytes=rates["host GiB"] * 2**30,
+            processes=devices["processes"],
+            machines=devices["machines"],
+            cores=max(min(devices["cores"]) * devices["machines"] // devices["processes"], 1),
+            threads=rates["threads"],
+            folder=tempfile.gettempdir(),
+            versions=values["versions"],
+            launch_seconds=launched,
+        ).model_dump()
+        content["machine"] = rates["machine"]
+    for name in ("training", "features"):
+        content[name] = [of_stage[name] for of_stage in values.values() if name in of_stage]
+    return content | {"verdicts": [asdict(verdict) for verdict in verdicts]}
+
+
 def report(identity: ProcessIdentity, verdicts: Sequence[Verdict]) -> None:
     """Print them, if this is the first process."""
     if identity.rank == 0 and verdicts:
@@ -141,7 +196,15 @@ def report(identity: ProcessIdentity, verdicts: Sequence[Verdict]) -> None:
 def main() -> int:
     """Check, and exit with 1 if something failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write what was measured to this file")
+    parser.add_argument("--json", type=Path, help="write what was measured to this file, for train/plan.py --rates")
+    parser.add_argument("--rates-only", action="store_true", help="measure rates, and check nothing")
+    parser.add_argument(
+        "--recipe",
+        nargs=argparse.REMAINDER,
+        default=[],
+        metavar="RECIPE.yaml [--data DIR] [--section.key value ...]",
+        help="also measure this recipe, with all that follows; the last option",
+    )
     parser.add_argument("--stage", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -156,9 +219,17 @@ def main() -> int:
     except Contradiction as contradiction:
         print(f"error: {contradiction}", file=sys.stderr)
         return 2
+    try:
+        if options.recipe:
+            parse_measured(options.recipe)
+    except BadInput as error:
+        if identity.local_rank == 0:
+            print(f"error: {error}", file=sys.stderr)
+        return 2
+    launched = launch_seconds()
     folder = folder_of(identity)
     try:
-        verdicts = check(identity, folder)
+        verdicts = check(identity, folder, options.recipe, rates_only=options.rates_only)
     finally:
         if identity.local_rank == 0:
             rmtree(folder, ignore_errors=True)
@@ -167,7 +238,7 @@ def main() -> int:
     failed = [verdict.subject for verdict in verdicts if verdict.outcome == FAILED]
     print(f"\nfailed: {'; '.join(failed)}" if failed else "\nthis setup is ready")
     if options.json:
-        options.json.write_text(json.dumps([asdict(verdict) for verdict in verdicts], indent=1))
+        write_json(options.json, rates_of(verdicts, launched))
     return 1 if failed else 0
 
 

@@ -3,7 +3,7 @@
 import csv
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,12 +105,12 @@ def recipe_of(network: str, side: int, stimuli: int, **sections) -> Recipe:
 
 
 @contextmanager
-def training(recipe: Recipe, data: Path, out: Path) -> Iterator["Training"]:
+def training(recipe: Recipe, data: Path | Sequence[Path | str], out: Path) -> Iterator["Training"]:
     """A run as train/finetune.py builds it, in training mode, before its first step.
 
     Args:
         recipe: of the run.
-        data: shard folder.
+        data: shard folder, or several, or their URLs.
         out: run folder to make.
     """
     # Imported late: it is hundreds of MiB that not every benchmark's process should hold.
@@ -119,7 +119,7 @@ def training(recipe: Recipe, data: Path, out: Path) -> Iterator["Training"]:
     from train.finetuning.setup.preparation import prepare
     from train.finetuning.setup.resume import starting_point
 
-    job = prepare(recipe, [data], out, resume=False)
+    job = prepare(recipe, [data] if isinstance(data, Path) else data, out, resume=False)
     with start_runtime(job.deepspeed, recipe.precision, recipe.deterministic) as runtime:
         built = build(job, starting_point(job, runtime), runtime)
         built.network.train()

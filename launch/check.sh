@@ -2,11 +2,14 @@
 # Check this machine, or several together, in about two minutes: versions, devices, network, the same losses on one
 # process and on all, speed and memory of a large network's step under DDP and ZeRO-2, and whether the loader keeps up.
 #
-#     launch/check.sh [-n N] [--json FILE]
+#     launch/check.sh [-n N] [--json FILE] [--rates-only] [--recipe RECIPE.yaml [--data DIR] [--section.key value ...]]
 #     launch/check.sh --host ADDRESS[:PORT] --machines N --job NAME [-n N] [--json FILE]     # on each machine
 #
 #   -n N          number of processes (per machine); default: one per GPU, or one without GPUs
-#   --json FILE   write what was measured to FILE
+#   --json FILE   write what was measured to FILE, from which train/plan.py --rates FILE tells how long a run takes
+#   --rates-only  measure rates, and check nothing
+#   --recipe ...  also measure this recipe of a training or a probe, as it is given to train/finetune.py or
+#                 train/probe.py (without --out); the last option, as all that follows belongs to it; a minute more
 #   --host, --machines, --job, --join-seconds, PYTHON, GLOO_SOCKET_IFNAME ...    see launch/local.sh, launch/machines.sh
 #
 # Exit code 1 if a check failed; every line that failed says what to do. docs/launching.md shows it under Slurm.
@@ -26,6 +29,11 @@ while [ $# -gt 0 ]; do
         check+=(--json "$2")
         shift
         ;;
+    --rates-only) check+=(--rates-only) ;;
+    --recipe)
+        check+=("$@")
+        break
+        ;;
     *)
         [ "$1" != --host ] || launcher=machines
         launch+=("$1")
@@ -33,4 +41,4 @@ while [ $# -gt 0 ]; do
     esac
     shift
 done
-exec "$here/$launcher.sh" "${launch[@]}" "$here/../benchmarks/check.py" "${check[@]}"
+CHECK_LAUNCHED=$(date +%s.%N) exec "$here/$launcher.sh" "${launch[@]}" "$here/../benchmarks/check.py" "${check[@]}"

@@ -1,20 +1,22 @@
-"""Estimate what a recipe needs of each GPU under every strategy, and recommend a strategy and a batch.
+"""Estimate what a recipe needs, under every strategy, and how long it takes by the rates that a check measured.
 
 python train/plan.py [RECIPE.yaml] --gpus 8 --memory 24 [--machines 1] [--data DIR | --sites 168 --classes 64]
-    [--section.key value ...]
+    [--rates rates.json] [--section.key value ...]
+python train/plan.py PROBE.yaml [--gpus 2] (--data DIR | --stimuli 22248) [--rates rates.json] [--section.key value ...]
 """
 
 import sys
 
 from data_prep.common.errors import BadInput, run_command
-from train.planning.options import Plan
-from train.run.recipe import Recipe
+from train.planning.options import Plan, ProbePlan, is_probe
+from train.run.recipe import ProbeRecipe, Recipe
 from train.run.recipe_command import parse_with_recipe
 
 EXAMPLES = (
     "train/recipes/resnet50.yaml --gpus 8 --memory 24",
-    "--backbone.name resnet152 --gpus 16 --memory 80 --machines 2 --data data/it",
+    "train/recipes/resnet50.yaml --gpus 2 --data data/it --rates rates.json",
 )
+PROBE_EXAMPLES = ("train/recipes/probes/resnet50.yaml --gpus 2 --data data/it --rates rates.json",)
 
 
 def parse_command_line(words: list[str]) -> tuple[Plan, Recipe]:
@@ -24,16 +26,38 @@ def parse_command_line(words: list[str]) -> tuple[Plan, Recipe]:
         BadInput: an option is unknown, out of bounds, or contradicts another.
     """
     options, recipe = parse_with_recipe(Plan, Recipe, words, EXAMPLES)
+    _check(options)
+    return options, recipe
+
+
+def parse_probe(words: list[str]) -> tuple[ProbePlan, ProbeRecipe]:
+    """`parse_command_line` of a probe."""
+    options, recipe = parse_with_recipe(ProbePlan, ProbeRecipe, words, PROBE_EXAMPLES)
+    _check(options)
+    return options, recipe
+
+
+def _check(options: Plan | ProbePlan) -> None:
     if options.gpus % options.machines:
         raise BadInput(f"machines: {options.gpus} GPUs cannot be divided evenly among {options.machines} machines")
-    if options.data is not None and (options.sites or options.classes):
-        raise BadInput("sites and classes come from --data; leave out --sites and --classes, or --data")
-    return options, recipe
+    of_paper = [name for name in ("stimuli", "scored", "sites", "classes") if getattr(options, name, None)]
+    if options.data is not None and of_paper:
+        flags = " and ".join(f"--{name}" for name in of_paper)
+        raise BadInput(f"{', '.join(of_paper)}: --data tells; leave out {flags}, or --data")
 
 
 def main() -> None:
     """Parse, measure, print."""
     words = sys.argv[1:]
+    if is_probe(words):
+        probe_options, probe = parse_probe(words)
+
+        from train.models.timm_networks import check_network_name
+        from train.planning.probe_tables import plan_probe
+
+        check_network_name(probe.backbone.name)
+        plan_probe(probe_options, probe)
+        return
     options, recipe = parse_command_line(words)
 
     from train.models.timm_networks import check_network_name

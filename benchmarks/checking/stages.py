@@ -9,9 +9,9 @@ import platform
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,17 @@ from gpu.gpu_memory import peak_of, start_peak
 from gpu.results import Skipped
 from harness import number, version_of
 from synthetic import GIB, finish, pack_jpegs, pack_simulated, recipe_of, setting_of, training
-from training_speed import endless, images_per_second
+from training_speed import endless
 
+from checking.rate_stages import TRAINING, machine_rates, recipe_rates
+from checking.run_rates import measure_training
 from checking.verdicts import FAILED, OK, SKIPPED, SLOW, Verdict
 from data_prep.common.process_identity import own_identity
 from data_prep.common.worker_processes import usable_cores
-from train.data.batches import Batch
 from train.data.loader import workers_per_rank
 from train.distributed.launch_environment import cores_of_rank, uses_gpu
 from train.distributed.runtime import Runtime, start_runtime
-from train.finetuning.loop import Training
+from train.planning.rates import CPU
 
 SMALL_NETWORK = "test_convnext"  # without batch statistics, which each rank has of its own share
 SMALL_SIDE, SMALL_BATCH, STEPS = 64, 32, 8
@@ -121,7 +122,14 @@ def own_devices(processes: Sequence[dict[str, Any]]) -> Verdict:
     """Whether each process has a GPU of its own, or how many cores it shares."""
     hosts = {process["host"] for process in processes}
     where = f"{len(processes)} {'process' if len(processes) == 1 else 'processes'} on {', '.join(sorted(hosts))}"
-    values = {"processes": len(processes), "machines": len(hosts), "cores": [p["cores"] for p in processes]}
+    values = {
+        "processes": len(processes),
+        "machines": len(hosts),
+        "hosts": sorted(hosts),
+        "cores": [process["cores"] for process in processes],
+        "device": processes[0].get("device", CPU),
+        "device bytes": min(p["GiB"] for p in processes) * GIB if "GiB" in processes[0] else None,
+    }
     if "id" not in processes[0]:
         return Verdict("devices", OK, f"{where}, on the CPU, {processes[0]['cores']} cores", values=values)
     ids = [process["id"] for process in processes]
@@ -222,12 +230,10 @@ def step_of(strategy: str, folder: Path) -> list[Verdict]:
     recipe = recipe_of(big.network, big.side, big.batch * identity.world_size, **sections)
     with training(recipe, folder / "jpegs", folder / f"run_step_{strategy}") as run:
         start_peak(run.runtime.device)
-        fixed = resident_share(run)
-        rate = images_per_second(run, repeat(fixed), big.seconds)
-        fed = images_per_second(run, endless(run.loader), big.seconds)
-        loss = float(run.runtime.sum(run.step(fixed, 0)["loss"]))
+        rates = measure_training(run, strategy, None, big.seconds)
+        rate, fed = big.batch / rates.step_seconds, big.batch / rates.decoded_seconds
+        loss = float(run.runtime.sum(run.step(next(iter(run.loader.epoch(0))), 0)["loss"]))
         memory = peak_of(run.runtime.device).allocated / GIB
-        gradient_bytes = 4 * sum(parameter.numel() for parameter in run.network.parameters())
     values = {
         "network": big.network,
         "side": big.side,
@@ -237,22 +243,14 @@ def step_of(strategy: str, folder: Path) -> list[Verdict]:
         "fed images/s per process": fed,
         "workers": workers,
         "memory GiB": memory,
-        "gradient bytes": gradient_bytes,
+        "gradient bytes": rates.gradient_bytes,
+        TRAINING: rates.model_dump(),
     }
     subject = f"step, {title(strategy)}"
     if not math.isfinite(loss):
         return [Verdict(subject, FAILED, f"{big.name}: the loss is {loss}", REPORT, values)]
     finding = f"{big.name}: {number(rate)} images/s each, {1000 * big.batch / rate:.0f} ms, {memory:.1f} GiB"
     return [Verdict(subject, OK, finding, values=values), feeding(strategy, rate, fed, workers)]
-
-
-def resident_share(run: Training) -> list[Batch]:
-    """This rank's share of the first global batch, kept on the device.
-
-    What the loop reads on the host stays there; reading it from a GPU would make every step wait.
-    """
-    micros, device = next(iter(run.loader.epoch(0))), run.runtime.device
-    return [replace(micro.to(device), positions=micro.positions, weight=micro.weight) for micro in micros]
 
 
 def feeding(strategy: str, rate: float, fed: float, workers: int) -> Verdict:
@@ -305,12 +303,15 @@ STAGES = (
     Stage("machines and network", 180, machines),  # also waits for machines that are still packing
     *(Stage(f"losses, {title(strategy)}", 120, partial(losses_of, strategy)) for strategy in STRATEGIES),
     *(Stage(f"step, {title(strategy)}", 150, partial(step_of, strategy)) for strategy in STRATEGIES),
+    Stage("rates", 150, machine_rates),
 )
+RECIPE = Stage("recipe", 600, recipe_rates)  # only if one is asked for
+OF_RATES = ("recordings", "machines and network", "rates", "recipe")  # with --rates-only
 
 
 def run_stage(name: str, folder: Path) -> None:
     """Run a stage in this process; the first rank adds its verdicts to the folder's."""
-    stage = next(stage for stage in (*PREPARATIONS, *STAGES) if stage.name == name)
+    stage = next(stage for stage in (*PREPARATIONS, *STAGES, RECIPE) if stage.name == name)
     strategy = "zero2" if name.endswith(title("zero2")) else "ddp"
     try:
         with deepspeed_for(strategy):

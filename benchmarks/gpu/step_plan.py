@@ -1,20 +1,16 @@
 """What a training step should cost: memory by the plan, and floating-point operations; computed without a GPU."""
 
-import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.shards.manifest import Manifest
-from train.models.network import Network
 from train.planning.memory import estimate_memory, read_strategy, usable_memory
-from train.planning.step_cost import StepCost, empty_batch, forward_and_backward, measure_step
+from train.planning.operations import training_flops
+from train.planning.step_cost import StepCost, measure_step
 from train.run.recipe import Recipe
 
-COUNTED = 2  # stimuli in the step whose operations are counted
 TERA = 1e12
 # Dense tensor-core rates in TFLOP/s by precision, from NVIDIA's data sheets; fp32 is without tensor cores. The first
 # name that a GPU's name contains counts.
@@ -66,17 +62,6 @@ class StepPlan:
         while batch > 1 and self.bytes("ddp", batch) > usable_memory(gpu_bytes):
             batch //= 2
         return batch
-
-
-def training_flops(recipe: Recipe, manifest: Manifest) -> float:
-    """Floating-point operations of forward and backward for an image, by the shapes of products and convolutions."""
-    side = recipe.images.size or manifest.image.side
-    network, fake = Network(recipe.for_checkpoint(), manifest, side).train(), FakeTensorMode()
-    with FakeCopyMode(fake):
-        network = copy.deepcopy(network)
-    with fake, FlopCounterMode(display=False) as counted:
-        forward_and_backward(network, recipe, empty_batch(recipe, manifest, COUNTED))
-    return counted.get_total_flops() / COUNTED
 
 
 def data_sheet_rate(name: str, precision: str) -> float | None:

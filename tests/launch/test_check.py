@@ -4,18 +4,27 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
-from helpers import ROOT, slow
+from helpers import ROOT, run_here, slow
+from made_rates import MACHINE
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import check
-from checking import stages
-from checking.verdicts import FAILED, OK, SKIPPED, SLOW, Verdict, listing, read_verdicts
+from checking import machine_rates, rate_stages, stages
+from checking.verdicts import BEGAN, FAILED, OK, RECIPE_FILE, SKIPPED, SLOW, Verdict, listing, read_verdicts
 
+from data_prep.common.errors import BadInput
 from data_prep.common.process_identity import ADDRESS_VARIABLES, RANK_VARIABLES, ProcessIdentity
+from data_prep.shards.folder import ShardFolder
 from train.distributed.launch_environment import MPI_VARIABLES, PROCESS_COUNTS
+from train.planning.operations import speed_settings
+from train.planning.rates import FeatureRates, MachineRates, TrainingRates, load_rates
+from train.run.recipe import Recipe
 
+CNN2 = ("--backbone.name", "cnn2", "--backbone.weights", "random", "--images.size", "32", "--precision", "fp32")
 CPU = {"host": "a", "versions": {"torch": "2.15.0", "timm": "1.0"}, "cores": 8}
 GPU = CPU | {"device": "H100", "id": "GPU-1", "GiB": 80.0}
 
@@ -109,13 +118,87 @@ def test_the_process_that_runs_alone_knows_of_no_launcher(monkeypatch):
     assert not traces & check.without_peers().keys()
 
 
+def measured_here(words: list, folder: Path, monkeypatch) -> dict:
+    """What the stage of a recipe finds, run in this process on the user's recording."""
+    (folder / RECIPE_FILE).write_text(json.dumps([str(word) for word in words]))
+    monkeypatch.setenv(BEGAN, str(time.time()))
+    monkeypatch.setattr(rate_stages, "SECONDS", {True: 0.1, False: 0.1})
+    (verdict,) = rate_stages.recipe_rates(folder)
+    assert verdict.outcome == OK
+    return verdict.values
+
+
+def test_a_recipe_is_measured_as_it_trains(recording, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    words = [*CNN2, "--data", recording, "--loader.workers", 0]
+    rates = TrainingRates(**measured_here(words, tmp_path, monkeypatch)["training"])
+    assert (rates.side, rates.share, rates.processes, rates.workers) == (32, 32, 1, 0)
+    assert rates.recording == ShardFolder(recording).manifest.name
+    assert rates.step_seconds <= rates.cached_seconds
+    assert rates.step_seconds <= rates.decoded_seconds
+    files = sum(file.stat().st_size for file in (tmp_path / "run_recipe/checkpoints/last/").iterdir())
+    assert rates.checkpoint_bytes == files
+    recipe = Recipe.model_validate({"images": {"size": 32}, "precision": "fp32"})
+    named = recipe.model_copy(update={"backbone": recipe.backbone.model_copy(update={"name": "cnn2"})})
+    settings = speed_settings(named, 32) | {"loader.workers": "0"}
+    assert rates.settings == settings
+
+
+def test_a_probe_is_measured_up_to_its_activations(recording, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    words = ["--layers", "pixels", "--data", recording, "--batch-size", 16, "--loader.workers", 0]
+    rates = FeatureRates(**measured_here(words, tmp_path, monkeypatch)["features"])
+    assert (rates.side, rates.features, rates.batch) == (48, 3 * 48**2, 16)
+    assert 0 < rates.forward_seconds <= rates.image_seconds
+
+
+def test_what_a_machine_reaches_is_measured_for_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    for name, small in {"PRODUCT": (64, 256), "DECOMPOSED": (32, 64), "WRITTEN": 2**21}.items():
+        monkeypatch.setattr(machine_rates, name, {False: small})
+    monkeypatch.setattr(machine_rates, "LEAST_SECONDS", 0.001)
+    network = Verdict("network", OK, "", values={"bus bandwidth GB/s": 2.0, "latency s": 1e-5})
+    network.append_to(tmp_path)
+    (verdict,) = rate_stages.machine_rates(tmp_path)
+    rates = MachineRates(**verdict.values["machine"])
+    assert rates.bandwidth == 2e9
+    assert rates.decoding.side == rate_stages.DECODED_SIDE
+    assert [one.stimuli for one in rates.decompositions] == [32, 64]
+
+
+def test_rates_are_written_unless_their_stage_failed(tmp_path):
+    devices = stages.own_devices([CPU, CPU])
+    rates = Verdict("rates", OK, "", values={"machine": MACHINE, "threads": 1, "host GiB": 24.0})
+    verdicts = [stages.same_versions([CPU, CPU]), devices, rates]
+    path = tmp_path / "rates.json"
+    path.write_text(json.dumps(check.rates_of(verdicts, 3.0)))
+    place = load_rates(path).place
+    assert (place.processes, place.cores, place.device, place.launch_seconds) == (2, 4, "CPU", 3.0)
+    verdicts[-1] = Verdict("rates", FAILED, "no end after 150 s")
+    path.write_text(json.dumps(check.rates_of(verdicts, None)))
+    with pytest.raises(BadInput, match="because the check failed: rates"):
+        load_rates(path)
+
+
+def test_a_mistake_in_the_recipe_ends_the_check_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check.py", "--recipe", "--optimizer.lrr", "1"])
+    assert check.main() == 2
+    assert "optimizer.lr" in capsys.readouterr().err
+
+
 @slow
-def test_two_processes_pass_every_stage(tmp_path):
-    words = ["launch/check.sh", "-n", "2", "--json", tmp_path / "check.json"]
+def test_two_processes_pass_every_stage(tmp_path, recording):
+    words = ["launch/check.sh", "-n", "2", "--json", tmp_path / "check.json", "--recipe", *CNN2, "--data", recording]
     done = subprocess.run(["bash", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "this setup is ready" in done.stdout
-    verdicts = [Verdict(**verdict) for verdict in json.loads((tmp_path / "check.json").read_text())]
+    rates = load_rates(tmp_path / "check.json")
+    assert [(run.strategy, run.processes) for run in rates.training] == [("ddp", 2), ("zero2", 2), ("ddp", 2)]
+    assert rates.machine.bandwidth is not None
+    assert rates.place.launch_seconds is not None
+    done = run_here("train/plan.py", *CNN2, "--gpus", 2, "--data", recording, "--rates", tmp_path / "check.json")
+    assert "measured: this recipe on this many processes" in done.stdout
+    verdicts = [Verdict(**verdict) for verdict in rates.verdicts]
     assert {verdict.outcome for verdict in verdicts} == {OK}
     assert {"versions", "devices", "network", "losses, DDP", "losses, ZeRO-2", "step, DDP", "gradients"} <= {
         verdict.subject for verdict in verdicts

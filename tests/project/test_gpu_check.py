@@ -293,9 +293,10 @@ def test_operations_of_a_step_are_those_of_the_literature():
     """ResNet-50 at 224 px: 4.1 billion multiply-adds forward, and twice as many backward."""
     from synthetic import recipe_of
 
+    from train.planning.operations import training_flops
     from train.planning.step_cost import paper_manifest
 
-    flops = step_plan.training_flops(recipe_of("resnet50", 224, 2), paper_manifest(12, 8, 224))
+    flops = training_flops(recipe_of("resnet50", 224, 2), paper_manifest(12, 8, 224))
     assert flops == pytest.approx(2 * 3 * 4.09e9, rel=0.03)
     assert step_plan.data_sheet_rate("NVIDIA H100 80GB HBM3", "bf16") == 989e12
     assert step_plan.data_sheet_rate("NVIDIA H100 PCIe", "bf16") == 756e12

@@ -6,26 +6,27 @@ from data_prep.remote.url import parse_location
 from train.planning.options import Plan
 from train.planning.recommendation import StrategyEstimate
 
-PLAN_OPTIONS = ("--data", "--sites", "--classes", "--gpus", "--memory", "--machines")
+PLAN_OPTIONS = ("--data", "--stimuli", "--sites", "--classes", "--gpus", "--memory", "--machines", "--rates")
 REPLACED_SETTINGS = ("--batch.per-device", "--strategy")
 
 
-def launch_command(estimate: StrategyEstimate, options: Plan, words: list[str]) -> str:
+def launch_command(estimate: StrategyEstimate, options: Plan, words: list[str], *, on_cpu: bool = False) -> str:
     """The command line that trains as recommended, with the recipe and the settings that the plan was given.
 
     Args:
         estimate: that is recommended.
         options: of the plan.
         words: of the plan's command line.
+        on_cpu: whether processes compute on the CPU.
     """
     names_recipe = words[0].endswith((".yaml", ".yml"))
     recipe, flags = (words[:1], words[1:]) if names_recipe else ([], words)
     data = [str(parse_location(location)) for location in options.data] if options.data else ["DIR"]
     words_of_command = [
-        _launcher(estimate.strategy, options),
+        _cpu_launcher(options) if on_cpu else _launcher(estimate.strategy, options),
         shlex.join(["train/finetune.py", *recipe, "--data", *data, "--out", "RUN", *settings_of(flags)]),
     ]
-    if options.strategy is not None:
+    if options.strategy is not None or (on_cpu and estimate.strategy != "ddp"):
         words_of_command.append(f"--strategy {_strategy_setting(estimate.strategy)}")
     words_of_command.append(f"--batch.per_device {estimate.per_device}")
     return " ".join(words_of_command)
@@ -39,6 +40,13 @@ def _launcher(strategy: str, options: Plan) -> str:
         return words
     machines = f"--num_machines {options.machines} --machine_rank RANK --main_process_ip HOST"
     return f"{words} {machines} --main_process_port 29500"
+
+
+def _cpu_launcher(options: Plan) -> str:
+    count = options.gpus // options.machines
+    if options.machines == 1:
+        return f"launch/local.sh -n {count}"
+    return f"launch/machines.sh --host HOST --machines {options.machines} --job NAME -n {count}"
 
 
 def _strategy_setting(name: str) -> str:

@@ -1,19 +1,22 @@
-"""What train/plan.py prints: what is planned, a table of strategies, and a recommendation."""
+"""What train/plan.py prints of a training: the plan, a table of strategies, a recommendation, and how long it takes."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
-from data_prep.shards.storage import open_files
-from train.data.recordings import combined_manifest
 from train.planning.launch_command import launch_command
 from train.planning.memory import CUDA_CONTEXT, GIB, HEADROOM, usable_memory
+from train.planning.operations import speed_settings, training_flops
 from train.planning.options import Plan
+from train.planning.rates import Rates, load_rates
 from train.planning.recommendation import StrategyEstimate, estimate_strategies, recommend
-from train.planning.step_cost import StepCost, measure_step, paper_manifest
+from train.planning.recording_sizes import manifest_of, training_stimuli
+from train.planning.step_cost import StepCost, measure_step
+from train.planning.time_tables import training_page
+from train.planning.training_time import TrainingWork, nearest, training_time
 from train.run.recipe import Recipe
 
-SITES, CLASSES, SIDE = 168, 64, 224  # where no recording is given
 HEADER = [
     *("strategy", "weights", "gradients", "optimizer", "activations", "buffers", "total", "host"),
     *("sent/step", "per_device", "micro-batches", "fits up to"),
@@ -31,23 +34,83 @@ def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
     Raises:
         BadInput: no strategy fits.
     """
+    rates = [load_rates(path) for path in options.rates or []]
+    options = options.model_copy(update={"memory": options.memory or memory_of(rates, options)})
     manifest = manifest_of(options)
     cost = measure_step(recipe, manifest)
-    estimates = estimate_strategies(recipe, cost, options.gpus, options.memory * GIB)
+    estimates = estimate_strategies(recipe, cost, options.gpus, gpu_bytes(options))
     print(introduction(options, recipe, cost, recipe.images.size or manifest.image.side), end="\n\n")
     print(table(estimates, options.gpus // options.machines), end="\n\n", flush=True)
     best = recommend(estimates)
     if best is None:
         raise BadInput(refusal(estimates, recipe, options))
+    if rates:
+        timed = wanted(recipe, estimates) or best
+        work = training_work(options, recipe, manifest, cost, timed)
+        print(time_of(work, rates, timed), end="\n\n")
+    on_cpu = bool(rates) and not rates[0].place.on_gpu
     print(f"recommended: {best.strategy} with --batch.per_device {best.per_device}")
-    print(launch_command(best, options, words))
+    print(launch_command(best, options, words, on_cpu=on_cpu))
 
 
-def manifest_of(options: Plan) -> Manifest:
-    """The recording of --data, or a made-up one."""
-    if options.data is not None:
-        return combined_manifest([open_files(location).manifest() for location in options.data])
-    return paper_manifest(options.sites or SITES, options.classes or CLASSES, SIDE)
+def gpu_bytes(options: Plan) -> float:
+    """The memory of each GPU, given or measured."""
+    assert options.memory is not None
+    return options.memory * GIB
+
+
+def memory_of(rates: Sequence[Rates], options: Plan) -> float:
+    """GiB of each GPU, or of each process's part of a machine, of the machines whose rates are given.
+
+    Raises:
+        BadInput: no rates are given either.
+    """
+    if not rates:
+        raise BadInput("memory: give the GiB of each GPU by --memory, or the machine's --rates")
+    place = rates[0].place
+    return (place.device_bytes or place.host_bytes / (options.gpus / options.machines)) / GIB
+
+
+def wanted(recipe: Recipe, estimates: Sequence[StrategyEstimate]) -> StrategyEstimate | None:
+    """The estimate of the strategy that the recipe names, if it fits."""
+    name = None if recipe.strategy is None else Path(recipe.strategy).stem
+    return next((estimate for estimate in estimates if estimate.strategy == name and estimate.fits), None)
+
+
+def training_work(
+    options: Plan, recipe: Recipe, manifest: Manifest, cost: StepCost, estimate: StrategyEstimate
+) -> TrainingWork:
+    """The training whose time is planned, divided as the recipe says, or else as its strategy fits."""
+    stimuli = training_stimuli(options, recipe, manifest)
+    per_device = recipe.batch.per_device or (estimate.per_device if estimate.accumulation_steps > 1 else None)
+    batch = recipe.batch.model_copy(update={"per_device": per_device})
+    recipe = recipe.model_copy(update={"batch": batch})
+    return TrainingWork(
+        recipe=recipe,
+        settings=speed_settings(recipe, stimuli.images.side),
+        fit=stimuli.fit,
+        selection=stimuli.selection,
+        side=stimuli.images.side,
+        image_bytes=stimuli.images.bytes,
+        flops=training_flops(recipe, manifest),
+        cost=cost,
+        strategy=estimate.strategy,
+        processes=options.gpus,
+        machines=options.machines,
+        recording=stimuli.name,
+    )
+
+
+def time_of(work: TrainingWork, rates: Sequence[Rates], estimate: StrategyEstimate) -> str:
+    """How long it takes, in words.
+
+    Raises:
+        BadInput: no training was measured.
+    """
+    measurement = nearest(work, rates)
+    if measurement is None:
+        raise BadInput("rates: no training was measured, because the check failed; run launch/check.sh --json again")
+    return training_page(training_time(work, measurement), estimate.largest_batch)
 
 
 def introduction(options: Plan, recipe: Recipe, cost: StepCost, side: int) -> str:
@@ -56,7 +119,7 @@ def introduction(options: Plan, recipe: Recipe, cost: StepCost, side: int) -> st
     return (
         f"{recipe.backbone.name}, images of {side} px, {recipe.precision}{checkpointing}, {recipe.optimizer.name}: "
         f"{cost.trainable / 4e6:.1f} million parameters are trained; activations {cost.per_stimulus / GIB:.3f} GiB per "
-        f"stimulus\n{options.gpus} x {options.memory:g} GiB, of which {usable_memory(options.memory * GIB) / GIB:.1f} "
+        f"stimulus\n{options.gpus} x {options.memory:g} GiB, of which {usable_memory(gpu_bytes(options)) / GIB:.1f} "
         f"GiB each are usable (CUDA takes {CUDA_CONTEXT / GIB:g}, headroom {HEADROOM:.0%}); global batch "
         f"{recipe.batch.global_size}"
     )
@@ -97,7 +160,7 @@ def refusal(estimates: Sequence[StrategyEstimate], recipe: Recipe, options: Plan
         "more GPUs": recipe.loss.responses == "correlation" or options.gpus == 1,
         "backbone.trainable head": trains_all,
     }
-    limit = max(usable_memory(options.memory * GIB), 0)
+    limit = max(usable_memory(gpu_bytes(options)), 0)
     return (
         f"memory: nothing fits into GPUs of {options.memory:g} GiB, of which {limit / GIB:.2f} GiB are usable: "
         f"{smallest.strategy} needs least, {smallest.memory.total / GIB:.2f} GiB for a batch of {smallest.per_device}; "

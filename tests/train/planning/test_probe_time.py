@@ -1,0 +1,155 @@
+"""How long a probe takes and what it needs, against the formulas of train/planning/probe_costs.py."""
+
+from dataclasses import replace
+
+import pytest
+from made_rates import MACHINE, ON_CPU, SIDE, made_features, made_rates, made_training
+
+from train.models.windows import probe_windows
+from train.planning.operations import Layer, ProbedNetwork, probed_network, speed_settings
+from train.planning.probe_costs import (
+    ProbeSizes,
+    decomposition_seconds,
+    layer_cost,
+    probe_space,
+    regression_seconds,
+    scoring_seconds,
+)
+from train.planning.probe_time import ProbeWork, forward_pass, probe_time
+from train.planning.rates import MachineRates
+from train.planning.time_tables import probe_page
+from train.run.recipe import ProbeRecipe, Recipe
+
+RATES = MachineRates(**MACHINE)
+LAYERS = [Layer("layer1", [40_000], [49]), Layer("layer2", [10_000], [49])]
+NETWORK = ProbedNetwork(LAYERS, features=50_000, flops=1e9, weights=10**7, activations=10**6)
+SIZES = ProbeSizes(fit=[800], scored=[200], stimuli=1000, sites=100, processes=2)
+
+
+def work_of(recipe: ProbeRecipe, **changed) -> ProbeWork:
+    work = ProbeWork(
+        recipe=recipe,
+        settings=speed_settings(recipe, SIDE),
+        network=NETWORK,
+        sizes=SIZES,
+        side=SIDE,
+        image_bytes=20_000,
+        recording="mine",
+    )
+    return replace(work, **changed)
+
+
+def test_decompositions_follow_a_power_law_and_beyond_it_the_cube():
+    assert decomposition_seconds(500, RATES.decompositions) == pytest.approx(0.1)
+    assert decomposition_seconds(1000, RATES.decompositions) == pytest.approx(0.8)
+    assert decomposition_seconds(700, RATES.decompositions) == pytest.approx(0.8 * 0.7**3)
+    assert decomposition_seconds(10_000, RATES.decompositions) == pytest.approx(800)
+    assert decomposition_seconds(2000, RATES.decompositions[:1]) == pytest.approx(6.4)
+
+
+def test_products_and_traffic_of_a_whole_map():
+    cost = layer_cost(ProbeRecipe(), LAYERS[0], SIZES, RATES, in_memory=True)
+    assert cost.products == pytest.approx(1000**2 * 40_000 / 2 / 1e11)
+    assert cost.reading == pytest.approx(4 * 1000 * 40_000 / 2 / 1e9)
+    assert cost.exchange == pytest.approx((4 * 1000 * 40_000 / 2 / 2 + 8 * 1000**2 / 2) / 1e9)
+    alone = layer_cost(ProbeRecipe(), LAYERS[0], replace(SIZES, processes=1), RATES, in_memory=True)
+    assert (alone.exchange, alone.products) == (0, pytest.approx(2 * cost.products))
+
+
+def test_windows_share_the_products_at_positions_unless_there_are_more_of_these():
+    recipe, windows = ProbeRecipe(field="gaussian"), len(probe_windows())
+    mixed = layer_cost(recipe, LAYERS[0], SIZES, RATES, in_memory=True)
+    mixing = 2 * windows * 49 * 1000**2 / 2 / 1e11
+    assert mixed.products == pytest.approx(2 * 1000**2 * 40_000 / 2 / 1e11 + mixing)
+    pixels = Layer("pixels", [3 * SIDE**2], [SIDE**2])
+    each = layer_cost(recipe, pixels, SIZES, RATES, in_memory=True)
+    assert each.products == pytest.approx(windows * 2 * 1000**2 * 3 * SIDE**2 / 2 / 1e11)
+
+
+def test_every_readout_costs_its_decompositions():
+    ridge, ols = (ProbeRecipe(readout=readout, components=500) for readout in ("ridge", "ols"))
+    pls = ProbeRecipe(readout="pls", latent=10)
+    shared = 12 * 8 * 1000**2 / 1e10 + 200**2 * 1e-7
+    product = 2 * 800 * 500 * 100 / 1e11
+    passes = 6 * 8 * 800 * 100 * 49 / 1e10
+    whole, folds = (decomposition_seconds(count, RATES.decompositions) for count in (800, 640))
+    assert regression_seconds(ridge, SIZES, RATES) == pytest.approx(shared + whole + 54 * product + passes)
+    in_folds = 5 * (folds + 3 * product * 640 / 800)
+    assert regression_seconds(ols, SIZES, RATES) == pytest.approx(shared + whole + 3 * product + in_folds)
+    assert regression_seconds(pls, SIZES, RATES) > shared
+    cv = replace(SIZES, fit=[900] * 10, scored=[100] * 10)
+    assert regression_seconds(ridge, cv, RATES) > 9 * regression_seconds(ridge, SIZES, RATES)
+
+
+def test_scores_are_those_of_all_layers_and_of_the_chosen_one():
+    assert scoring_seconds(2, SIZES, RATES) == pytest.approx(3 * 100 * (1e-3 + 200 * 1e-6))
+
+
+def test_a_measured_forward_pass_is_used_as_it_is():
+    recipe = ProbeRecipe()
+    forward = forward_pass(work_of(recipe), [made_rates(features=[made_features(recipe)])])
+    time = probe_time(work_of(recipe), forward)
+    assert forward.differences == []
+    assert (time.activations, time.computing, time.start) == pytest.approx((5.0, 4.0, 25.0))
+    assert time.whole == pytest.approx(25 + sum(time.parts().values()))
+    assert "measured: this recipe" in probe_page(time)
+
+
+def test_another_network_is_scaled_by_its_operations_and_bytes():
+    measured, planned = ProbeRecipe(), ProbeRecipe(backbone={"name": "resnet50"})
+    work = work_of(planned, network=replace(NETWORK, flops=4e9, features=90_000))
+    forward = forward_pass(work, [made_rates(features=[made_features(measured)])])
+    beside = 0.002 * (1e-3 + 4 * 90_000 / 1e9) / (1e-3 + 4 * 10_000 / 1e9)
+    assert forward.computing == pytest.approx(0.032)
+    assert forward.whole == pytest.approx(0.032 + beside)
+    assert "EXTRAPOLATED" in probe_page(probe_time(work, forward))
+
+
+def test_more_processes_on_a_cpu_share_its_cores():
+    recipe = ProbeRecipe()
+    work = work_of(recipe, sizes=replace(SIZES, processes=4))
+    on_gpu, on_cpu = (
+        forward_pass(work, [made_rates(features=[made_features(recipe)], **place)]) for place in ({}, ON_CPU)
+    )
+    assert on_cpu.computing == pytest.approx(2 * on_gpu.computing)
+
+
+def test_without_a_measured_probe_the_evaluation_of_a_training_tells():
+    work = work_of(ProbeRecipe())
+    forward = forward_pass(work, [made_rates([made_training(Recipe())], **ON_CPU)])
+    assert forward.computing == pytest.approx(0.05 / 32 * 3)  # forward of 1e9 operations, a third of a step's
+    assert forward.differences
+    assert forward_pass(work, [made_rates()]) is None
+
+
+def test_activations_that_exceed_the_memory_are_written_and_read_at_the_disks_speed():
+    recipe = ProbeRecipe()
+    work = work_of(recipe)
+    small, large = (
+        probe_time(work, forward_pass(work, [made_rates(features=[made_features(recipe)], host_bytes=host)]))
+        for host in (2**40, 10**7)
+    )
+    assert large.reading == pytest.approx(5 * small.reading)
+    assert large.activations == pytest.approx(max(5.0, 4 * 1000 * 50_000 / 2 / 1e8))
+
+
+def test_space_is_that_of_the_matrices_and_the_features():
+    recipe = ProbeRecipe(memory=0.001)
+    space = probe_space(recipe, LAYERS, 50_000, SIZES)
+    bound = 0.001 * 2**30
+    assert space.products == pytest.approx(bound + 1.25 * 8e6)
+    assert space.regressions == pytest.approx(8 * (1000**2 + 800 * 1800 + max(2 * 800**2, 1600 * 800 + 4800 * 100)))
+    assert space.disk == pytest.approx(4 * 1000 * 50_000 + 2 * 8 * 1000**2)
+    windowed = probe_space(ProbeRecipe(field="gaussian"), LAYERS, 50_000, SIZES)
+    assert windowed.disk > space.disk
+
+
+def test_a_network_is_counted_without_weights():
+    recipe = ProbeRecipe(layers=["all"], backbone={"name": "resnet18", "weights": "pretrained"}, pool=None)
+    network = probed_network(recipe, SIDE)
+    assert [layer.name for layer in network.layers] == ["layer1", "layer2", "layer3", "layer4"]
+    assert [layer.features for layer in network.layers] == [16_384, 8192, 4096, 2048]
+    assert network.layers[0].positions == [256]
+    # 1.8 billion multiply-adds at 224 px.
+    assert network.flops == pytest.approx(2 * 1.82e9 * (64 / 224) ** 2, rel=0.05)
+    assert probed_network(ProbeRecipe(layers=["pixels"]), SIDE).features == 3 * SIDE**2
