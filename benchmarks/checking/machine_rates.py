@@ -131,7 +131,7 @@ def disk_seconds(folder: Path, size: int, rank: int) -> dict[str, float]:
         out = np.empty((rows, COLUMNS), np.float32)
         started = time.perf_counter()
         for start in range(0, features, COLUMNS):
-            store.read_columns("layer", start, start + COLUMNS, out)
+            store.read_columns("layer", start, out)
         columns = time.perf_counter() - started
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)

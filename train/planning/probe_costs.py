@@ -1,39 +1,57 @@
 """What the linear algebra of a probe costs: all formulas in one place, so that they can follow `train/regression/`.
 
-N = n + h stimuli, n to fit and h that are scored (of all partitions together in cross-validation), s sites, p features
-of a layer, W windows over a map of P positions, R processes, k components. Rates are those of `MachineRates`.
+N = n + h stimuli, n to fit and h held out, s sites, p features of a layer, k components, W windows over a map of P
+positions, R processes, c = min(h, MOST_COMPARED). Rates are those of `MachineRates`; D(n) is the decomposition of n x n
+numbers, a power law through those measured, cubic beyond them. Seconds of a layer:
 
-| part                  | seconds                                                                                    |
-| --------------------- | ------------------------------------------------------------------------------------------ |
-| features from disk    | 4 N p / R / column_read, or / disk_read for what does not fit into the page cache          |
-| exchanged             | 4 N p (R - 1) / R^2 / bandwidth                                                            |
-| products, whole map   | N^2 p / R / products                                                                       |
-| ... at P positions    | 2 N^2 p / R / products + 2 W P N^2 / R / multiplication, if P <= W                         |
-| ... window by window  | 2 W N^2 p / R / products, if P > W                                                         |
-| summed over processes | 8 N^2 W (R - 1) / R / bandwidth                                                            |
-| decomposition         | D(n): a power law through the measured ones, cubic beyond them                             |
-| centred, loaded       | PASSES * 8 N^2 / passes                                                                    |
-| ridge                 | 2 n k s (PENALTIES + 5) / multiplication + 6 * 8 n s PENALTIES / passes                    |
-| least squares         | 6 n k s / multiplication, for each of the inner folds too, with a decomposition each       |
-| partial least squares | latent * (2 n^2 s / multiplication + 4 * 8 n^2 / passes + D(s)), for each fold too          |
-| RSA and CKA           | h^2 * similarity                                                                           |
-| intervals             | s * bootstrap_site + h s * bootstrap_response, for each layer and the chosen one           |
+| inner products: a process owns a matrix, or all share it by rows (N >= LEAST_STIMULI)                                |
+| ---------------------- | ------------------------------------------------------------------------------------------- |
+| features from disk     | readings * 4 N p / R / column_read; about parts / 2 + 1 readings, parts by --memory         |
+| exchanged              | readings * 4 N p (R - 1) / R^2 / bandwidth, only between machines                           |
+| whole map              | N^2 p / R / products                                                                        |
+| W windows, P <= W      | 2 N^2 p / R / products + 2 W P N^2 / R / multiplication                                     |
+| W windows, P > W       | 2 W N^2 p / R / products                                                                    |
+| summed                 | 8 N^2 W (R - 1) / R / bandwidth                                                             |
+| written, read, centred | PASSES * 8 N^2 / passes                                                                     |
+| all eigenvectors       | D(n)                                                                                        |
+| k of many stimuli      | (6 k n^2 + 36 k^2 n) / R / multiplication + 2 D(3 k) + SWEEPS * 4 N^2 / R / column_read     |
 
-Whole matrices belong to one process each, in turns, so that the slowest has ceil(layers W / R) of them.
+| features, if these are few (2 p <= N, or p < N of many stimuli)                                                      |
+| ---------------------- | ------------------------------------------------------------------------------------------- |
+| features from disk     | READINGS * 4 N p / R / column_read                                                          |
+| covariance             | 2 n p^2 / R / multiplication + D(p), or k of many features as above                         |
+| components, orthogonal | (2 n p k / R + 6 n k^2) / multiplication                                                    |
+
+| then                   |                                                                                             |
+| ---------------------- | ------------------------------------------------------------------------------------------- |
+| ridge                  | 2 n k s (PENALTIES + 5) / multiplication + 6 * 8 n s PENALTIES / passes; / R where shared   |
+| least squares          | 6 n k s / multiplication                                                                    |
+| partial least squares  | 2 n^2 s / multiplication + latent (8 n^2 / passes + 2 n s^2 / multiplication + D(s))        |
+| inner folds            | ols and pls: each as above, of the other stimuli                                            |
+| RSA and CKA            | c^2 * similarity                                                                            |
+| intervals              | s * bootstrap_site + h s * bootstrap_response, for each layer and the chosen one            |
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from train.models.windows import probe_windows
 from train.planning.operations import Layer
 from train.planning.rates import Decomposition, MachineRates
+from train.probing.source_reading import MOST_COMPARED
+from train.regression.inner_products import parts_of
+from train.regression.krylov import BASIS, BLOCKS_PER_COMPONENTS, LEAST_BLOCK, LEAST_STIMULI, worth_it
 from train.regression.ridge import PENALTIES
 from train.run.recipe import ProbeRecipe
 
 FLOAT32, FLOAT64 = 4, 8
 PASSES = 12  # over a matrix of N x N numbers: written, read, converted, centred, compared
+READINGS = 5  # of features that are regressed on: means, covariance, components, weights, predictions
+SEARCHED = 3  # products with the matrix for each of the leading eigenvectors
+
+Kind = Literal["features", "shared products", "owned products"]
 
 
 @dataclass(frozen=True)
@@ -61,14 +79,21 @@ def windows_of(recipe: ProbeRecipe) -> int:
     return len(probe_windows()) if recipe.field == "gaussian" else 1
 
 
+def kind_of(features: int, stimuli: int) -> Kind:
+    """What a layer's regressions read, as `train.probing.product_store` decides."""
+    if 2 * features <= stimuli or (features < stimuli and stimuli >= LEAST_STIMULI):
+        return "features"
+    return "shared products" if stimuli >= LEAST_STIMULI else "owned products"
+
+
 def decomposition_seconds(stimuli: int, measured: Sequence[Decomposition]) -> float:
-    """Seconds of one decomposition: a power law through the two nearest that were measured, cubic beyond them."""
+    """D: seconds of one decomposition."""
     known = sorted(measured, key=lambda one: one.stimuli)
     largest = known[-1]
     if stimuli >= largest.stimuli or len(known) == 1:
         return largest.seconds * (stimuli / largest.stimuli) ** 3
-    upper = next(index for index, one in enumerate(known) if one.stimuli > stimuli)
-    low, high = known[max(upper - 1, 0)], known[max(upper, 1)]
+    upper = max(next(index for index, one in enumerate(known) if one.stimuli > stimuli), 1)
+    low, high = known[upper - 1], known[upper]
     power = math.log(high.seconds / low.seconds) / math.log(high.stimuli / low.stimuli)
     return high.seconds * (stimuli / high.stimuli) ** power
 
@@ -78,10 +103,10 @@ class LayerCost:
     """Seconds of one layer, of the process that takes longest.
 
     Attributes:
-        reading: features from disk; twice where they are read again.
-        exchange: features between processes, and sums of products.
+        reading: features from disk.
+        exchange: features between machines, and sums of products.
         products: inner products.
-        regressions: of one of the layer's matrices.
+        regressions: of all the layer's windows and partitions, RSA and CKA included.
     """
 
     reading: float
@@ -90,89 +115,131 @@ class LayerCost:
     regressions: float
 
 
-def layer_cost(
-    recipe: ProbeRecipe, layer: Layer, sizes: ProbeSizes, machine: MachineRates, in_memory: bool
-) -> LayerCost:
-    """The cost of a layer.
+@dataclass(frozen=True)
+class ProbeCosts:
+    """The costs of a probe's layers.
 
-    Args:
+    Attributes:
         recipe: of the probe.
-        layer: its features.
         sizes: of the probe.
         machine: what it reaches.
         in_memory: whether the page cache holds the activations.
     """
-    stimuli, ranks, windows = sizes.stimuli, sizes.processes, windows_of(recipe)
-    table = FLOAT32 * stimuli * layer.features / ranks
-    square = FLOAT64 * stimuli**2
-    passes = _reads(recipe, layer, sizes)
-    sent = table * (ranks - 1) / ranks * passes + square * windows * (ranks - 1) / ranks
-    rate = machine.products[recipe.products]
-    return LayerCost(
-        reading=passes * table / (machine.column_read if in_memory else min(machine.column_read, machine.disk_read)),
-        exchange=sent / machine.bandwidth if machine.bandwidth else 0.0,
-        products=_products(recipe, layer, sizes, machine, rate),
-        regressions=regression_seconds(recipe, sizes, machine),
-    )
 
+    recipe: ProbeRecipe
+    sizes: ProbeSizes
+    machine: MachineRates
+    in_memory: bool = True
 
-def _reads(recipe: ProbeRecipe, layer: Layer, sizes: ProbeSizes) -> int:
-    """How often the features are read: once, or for each stripe of rows of all windows' matrices."""
-    windows = windows_of(recipe)
-    if windows == 1:
-        return 1
-    mixed = max((count for count in layer.positions if count <= windows), default=0)
-    row_bytes = sizes.stimuli * (FLOAT64 * windows + 12 * mixed)
-    height = max(int(recipe.memory * 2**30 / row_bytes), 1)
-    scaled = int(len(layer.widths) > 1)  # the mean square of each module is computed first
-    return -(-sizes.stimuli // height) + scaled
+    def of_layer(self, layer: Layer) -> LayerCost:
+        """The cost of a layer."""
+        stimuli, ranks = self.sizes.stimuli, self.sizes.processes
+        kind = kind_of(layer.features, stimuli)
+        table = FLOAT32 * stimuli * layer.features / ranks
+        if kind == "features":
+            readings = READINGS * windows_of(self.recipe) * len(self.sizes.fit)
+            return LayerCost(readings * table / self._read_rate, 0.0, 0.0, self._regressions(layer, kind))
+        readings = self._readings(layer)
+        sent = FLOAT64 * stimuli**2 * windows_of(self.recipe) * (ranks - 1) / ranks
+        if self.sizes.machines > 1:
+            sent += readings * table * (ranks - 1) / ranks
+        return LayerCost(
+            reading=readings * table / self._read_rate,
+            exchange=sent / self.machine.bandwidth if self.machine.bandwidth else 0.0,
+            products=self._products(layer),
+            regressions=self._regressions(layer, kind),
+        )
 
+    @property
+    def _read_rate(self) -> float:
+        column_read = self.machine.column_read
+        return column_read if self.in_memory else min(column_read, self.machine.disk_read)
 
-def _products(recipe: ProbeRecipe, layer: Layer, sizes: ProbeSizes, machine: MachineRates, rate: float) -> float:
-    squared, windows, ranks = sizes.stimuli**2, windows_of(recipe), sizes.processes
-    if windows == 1:
-        return squared * layer.features / ranks / rate
-    seconds = 0.0
-    for width, positions in zip(layer.widths, layer.positions, strict=True):
-        if positions <= windows:
-            mixing = 2 * windows * positions * squared / ranks / machine.multiplication
-            seconds += 2 * squared * width / ranks / rate + mixing
-        else:
-            seconds += windows * 2 * squared * width / ranks / rate
-    return seconds
+    def _readings(self, layer: Layer) -> float:
+        """How often all features are read: for each part of the matrix, those of the stimuli below it."""
+        windows, stimuli = windows_of(self.recipe), self.sizes.stimuli
+        bound = self.recipe.memory * 2**30
+        scaled = int(len(layer.widths) > 1)  # the mean square of each module is computed first
+        if windows == 1:
+            parts = len(parts_of(stimuli, bound / 2 / min(len(layer.widths), 2)))
+            return (parts + 1) / 2 + scaled
+        mixed = max((count for count in layer.positions if count <= windows), default=0)
+        height = max(int(bound / (stimuli * (FLOAT64 * windows + 12 * mixed))), 1)
+        return -(-stimuli // height) + scaled
 
+    def _products(self, layer: Layer) -> float:
+        squared, windows, ranks = self.sizes.stimuli**2, windows_of(self.recipe), self.sizes.processes
+        rate = self.machine.products[self.recipe.products]
+        if windows == 1:
+            return squared * layer.features / ranks / rate
+        seconds = 0.0
+        for width, positions in zip(layer.widths, layer.positions, strict=True):
+            if positions <= windows:
+                mixing = 2 * windows * positions * squared / ranks / self.machine.multiplication
+                seconds += 2 * squared * width / ranks / rate + mixing
+            else:
+                seconds += windows * 2 * squared * width / ranks / rate
+        return seconds
 
-def regression_seconds(recipe: ProbeRecipe, sizes: ProbeSizes, machine: MachineRates) -> float:
-    """Seconds of the regressions on one matrix, in all partitions."""
-    held_out = sum(sizes.scored)
-    seconds = PASSES * FLOAT64 * sizes.stimuli**2 / machine.passes + held_out**2 * machine.similarity
-    for fit in sizes.fit:
-        seconds += _fit_seconds(recipe, fit, sizes.sites, machine)
-        if recipe.readout != "ridge":
-            others = fit - fit // recipe.inner_folds
-            seconds += recipe.inner_folds * _fit_seconds(recipe, others, sizes.sites, machine)
-    return seconds
+    def _regressions(self, layer: Layer, kind: Kind) -> float:
+        """Owned matrices are regressed on at the same time, as many as there are processes; others by all together."""
+        windows, held_out = windows_of(self.recipe), min(sum(self.sizes.scored), MOST_COMPARED)
+        one = held_out**2 * self.machine.similarity / windows  # only of the whole map
+        if kind != "features":
+            shared = self.sizes.processes if kind == "shared products" else 1
+            one += PASSES * FLOAT64 * self.sizes.stimuli**2 / shared / self.machine.passes
+        for fit in self.sizes.fit:
+            one += self._fit(layer, kind, fit)
+            if self.recipe.readout != "ridge":
+                one += self.recipe.inner_folds * self._fit(layer, kind, fit - fit // self.recipe.inner_folds)
+        if kind == "owned products" and windows > 1:
+            return -(-windows // self.sizes.processes) * one
+        return windows * one
 
+    def _fit(self, layer: Layer, kind: Kind, fit: int) -> float:
+        ranks = 1 if kind == "owned products" else self.sizes.processes
+        sites, multiplication, passes = self.sizes.sites, self.machine.multiplication, self.machine.passes
+        if self.recipe.readout == "pls":
+            of_dimension = FLOAT64 * fit**2 / ranks / passes + 2 * fit * sites**2 / multiplication
+            of_dimension += decomposition_seconds(sites, self.machine.decompositions)
+            return 2 * fit**2 * sites / ranks / multiplication + self.recipe.latent * of_dimension
+        components = min(self.recipe.components or fit, fit, layer.features)
+        product = 2 * fit * components * sites / multiplication
+        found = self._components(layer, kind, fit, components)
+        if self.recipe.readout == "ols":
+            return found + 3 * product
+        grid = product * (len(PENALTIES) + 5) + 6 * FLOAT64 * fit * sites * len(PENALTIES) / passes
+        return found + grid / ranks
 
-def _fit_seconds(recipe: ProbeRecipe, fit: int, sites: int, machine: MachineRates) -> float:
-    components = min(recipe.components or fit, fit)
-    product = 2 * fit * components * sites / machine.multiplication
-    match recipe.readout:
-        case "ridge":
-            passes = 6 * FLOAT64 * fit * sites * len(PENALTIES) / machine.passes
-            fitting = product * (len(PENALTIES) + 5) + passes
-            return decomposition_seconds(fit, machine.decompositions) + fitting
-        case "ols":
-            return decomposition_seconds(fit, machine.decompositions) + 3 * product
-    dimension = 2 * fit**2 * sites / machine.multiplication + 4 * FLOAT64 * fit**2 / machine.passes
-    return recipe.latent * (dimension + decomposition_seconds(sites, machine.decompositions))
+    def _components(self, layer: Layer, kind: Kind, fit: int, components: int) -> float:
+        """Seconds until the components are found."""
+        ranks, multiplication = self.sizes.processes, self.machine.multiplication
+        if kind == "owned products":
+            return decomposition_seconds(fit, self.machine.decompositions)
+        if kind == "shared products":
+            return self._leading(fit, components)
+        features = layer.features
+        work = 2 * fit * features**2 / ranks + 2 * fit * features * components / ranks + 6 * fit * components**2
+        return work / multiplication + self._leading(features, components)
 
+    def _leading(self, size: int, components: int) -> float:
+        """Seconds of the leading eigenvectors of a matrix of size x size numbers whose rows are shared out."""
+        if not worth_it(size, components):
+            return decomposition_seconds(size, self.machine.decompositions)
+        ranks = self.sizes.processes
+        work = (2 * SEARCHED * components * size**2 + 36 * components**2 * size) / ranks
+        block = max(components // BLOCKS_PER_COMPONENTS, LEAST_BLOCK)
+        sweeps = SEARCHED * components / block
+        return (
+            work / self.machine.multiplication
+            + 2 * decomposition_seconds(SEARCHED * components, self.machine.decompositions)
+            + sweeps * FLOAT32 * size**2 / ranks / self.machine.column_read
+        )
 
-def scoring_seconds(layers: int, sizes: ProbeSizes, machine: MachineRates) -> float:
-    """Seconds of the intervals of all layers' scores, and of the chosen one's."""
-    held_out = sum(sizes.scored)
-    of_layer = sizes.sites * (machine.bootstrap_site + held_out * machine.bootstrap_response)
-    return (layers + 1) * of_layer
+    def scoring(self, layers: int) -> float:
+        """Seconds of the intervals of all layers' scores, and of the chosen one's."""
+        responses = sum(self.sizes.scored) * self.machine.bootstrap_response
+        return (layers + 1) * self.sizes.sites * (self.machine.bootstrap_site + responses)
 
 
 @dataclass(frozen=True)
@@ -181,7 +248,7 @@ class ProbeSpace:
 
     Attributes:
         products: of memory, while inner products are computed.
-        regressions: of memory, while a matrix is regressed on.
+        regressions: of memory, while a layer is regressed on.
         disk: of activations and matrices together, of all processes of a machine.
     """
 
@@ -193,9 +260,9 @@ class ProbeSpace:
 def probe_space(recipe: ProbeRecipe, layers: Sequence[Layer], features: int, sizes: ProbeSizes) -> ProbeSpace:
     """Memory beyond that of the program and network, and disk space.
 
-    The sum of products is 8 N^2 bytes (twice that for several modules), and a quarter of it while a block is added;
-    `memory` bounds the blocks of features, and with windows the rows of all their matrices. A regression holds the
-    products, the centred matrix of the stimuli to fit, its eigenvectors, and what LAPACK needs for them.
+    `memory` bounds the blocks of features and the sum of products together, and the basis of a search for components.
+    All eigenvectors of n stimuli (or features) take four matrices of 8 n^2 bytes on the process that computes them, an
+    owned matrix 8 N^2 more.
 
     Args:
         recipe: of the probe.
@@ -203,18 +270,34 @@ def probe_space(recipe: ProbeRecipe, layers: Sequence[Layer], features: int, siz
         features: numbers that are stored of an image.
         sizes: of the probe.
     """
-    square, bound = FLOAT64 * sizes.stimuli**2, recipe.memory * 2**30
-    joined = any(len(layer.widths) > 1 for layer in layers)
-    windows = windows_of(recipe)
-    fit, held_out = max(sizes.fit), max(sizes.scored)
-    components = min(recipe.components or fit, fit)
-    blocks = min(bound, 4 * FLOAT32 * sizes.stimuli * max(layer.features for layer in layers) / sizes.processes)
-    of_sum = square * (1.25 + joined) if windows == 1 else min(bound, square * windows * 2)
-    fitting = FLOAT64 * (fit * components * 2 + 6 * fit * sizes.sites)
-    matrices = len(layers) * windows * (square if windows == 1 else FLOAT32 * sizes.stimuli**2)
-    per_machine = sizes.processes / sizes.machines
+    bound, matrix = recipe.memory * 2**30, FLOAT64 * sizes.stimuli**2
+    kinds = [kind_of(layer.features, sizes.stimuli) for layer in layers]
+    block = 4 * FLOAT32 * sizes.stimuli * max(layer.features for layer in layers) / sizes.processes
+    has_products = any(kind != "features" for kind in kinds)
+    matrices = 0.0
+    if "owned products" in kinds:
+        together = min(sizes.processes, len(layers))
+        matrices = matrix * together if recipe.field == "whole" else matrix / 2 * windows_of(recipe)
+    elif "shared products" in kinds:
+        matrices = matrix / 2 * windows_of(recipe)
     return ProbeSpace(
-        products=blocks + of_sum,
-        regressions=square + FLOAT64 * fit * (2 * fit + held_out) + max(2 * FLOAT64 * fit**2, fitting),
-        disk=(FLOAT32 * sizes.stimuli * features + matrices) * per_machine / sizes.processes,
+        products=min(bound, matrix * 1.25 + block) if has_products else min(bound, block),
+        regressions=max(
+            _regression_bytes(recipe, layer, kind, sizes) for layer, kind in zip(layers, kinds, strict=True)
+        ),
+        disk=(FLOAT32 * sizes.stimuli * features + matrices) / sizes.machines,
     )
+
+
+def _regression_bytes(recipe: ProbeRecipe, layer: Layer, kind: Kind, sizes: ProbeSizes) -> float:
+    fit = max(sizes.fit)
+    components = min(recipe.components or fit, fit, layer.features)
+    size = layer.features if kind == "features" else fit
+    held = FLOAT64 * fit * (2 * components + 6 * sizes.sites)
+    if kind == "owned products":
+        return FLOAT64 * (sizes.stimuli**2 + 4 * fit**2) + held
+    covariance = FLOAT64 * size**2 if kind == "features" else 0.0
+    if recipe.readout != "pls" and worth_it(size, components):
+        basis = min(FLOAT64 * BASIS * components * size / sizes.processes, recipe.memory * 2**30)
+        return held + covariance + basis + 32 * (SEARCHED * components) ** 2
+    return held + covariance + (0.0 if recipe.readout == "pls" else 4 * FLOAT64 * size**2)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.planning.operations import ProbedNetwork
-from train.planning.probe_costs import FLOAT32, LayerCost, ProbeSizes, layer_cost, scoring_seconds, windows_of
+from train.planning.probe_costs import FLOAT32, ProbeCosts, ProbeSizes, kind_of
 from train.planning.rates import FeatureRates, Rates
 from train.planning.training_time import cores_per_process, planned_workers
 from train.run.recipe import ProbeRecipe
@@ -165,17 +165,20 @@ class ProbeTime:
 
 def probe_time(work: ProbeWork, forward: ForwardPass) -> ProbeTime:
     """The time of a planned probe."""
-    sizes, recipe, rates = work.sizes, work.recipe, forward.rates
+    sizes, rates = work.sizes, forward.rates
     images = -(-sizes.stimuli // sizes.processes)
     stored = FLOAT32 * sizes.stimuli * work.network.features / sizes.machines
     in_memory = stored < PAGE_CACHE * rates.place.host_bytes
     activations = images * forward.whole
     if not in_memory:
         activations = max(activations, stored / (sizes.processes / sizes.machines) / rates.machine.disk_write)
-    costs: list[LayerCost] = [
-        layer_cost(recipe, layer, sizes, rates.machine, in_memory) for layer in work.network.layers
-    ]
-    matrices = -(-len(costs) * windows_of(recipe) // sizes.processes)
+    costs_of = ProbeCosts(work.recipe, sizes, rates.machine, in_memory)
+    costs = [costs_of.of_layer(layer) for layer in work.network.layers]
+    kinds = [kind_of(layer.features, sizes.stimuli) for layer in work.network.layers]
+    owned = [cost.regressions for cost, kind in zip(costs, kinds, strict=True) if kind == "owned products"]
+    together = sizes.processes if work.recipe.field == "whole" else 1  # owned matrices of layers at the same time
+    in_turns = sum(sorted(owned, reverse=True)[::together])
+    by_all = sum(cost.regressions for cost in costs) - sum(owned)
     return ProbeTime(
         work=work,
         forward=forward,
@@ -185,6 +188,6 @@ def probe_time(work: ProbeWork, forward: ForwardPass) -> ProbeTime:
         reading=sum(cost.reading for cost in costs),
         exchange=sum(cost.exchange for cost in costs),
         products=sum(cost.products for cost in costs),
-        regressions=matrices * max(cost.regressions for cost in costs),
-        scores=scoring_seconds(len(costs), sizes, rates.machine),
+        regressions=in_turns + by_all,
+        scores=costs_of.scoring(len(costs)),
     )

@@ -7,23 +7,21 @@ from made_rates import MACHINE, ON_CPU, SIDE, made_features, made_rates, made_tr
 
 from train.models.windows import probe_windows
 from train.planning.operations import Layer, ProbedNetwork, probed_network, speed_settings
-from train.planning.probe_costs import (
-    ProbeSizes,
-    decomposition_seconds,
-    layer_cost,
-    probe_space,
-    regression_seconds,
-    scoring_seconds,
-)
+from train.planning.probe_costs import ProbeCosts, ProbeSizes, decomposition_seconds, kind_of, probe_space
 from train.planning.probe_time import ProbeWork, forward_pass, probe_time
 from train.planning.rates import MachineRates
 from train.planning.time_tables import probe_page
+from train.regression.inner_products import parts_of
 from train.run.recipe import ProbeRecipe, Recipe
 
 RATES = MachineRates(**MACHINE)
 LAYERS = [Layer("layer1", [40_000], [49]), Layer("layer2", [10_000], [49])]
 NETWORK = ProbedNetwork(LAYERS, features=50_000, flops=1e9, weights=10**7, activations=10**6)
 SIZES = ProbeSizes(fit=[800], scored=[200], stimuli=1000, sites=100, processes=2)
+
+
+def costs(recipe: ProbeRecipe, sizes: ProbeSizes = SIZES) -> ProbeCosts:
+    return ProbeCosts(recipe, sizes, RATES)
 
 
 def work_of(recipe: ProbeRecipe, **changed) -> ProbeWork:
@@ -48,22 +46,40 @@ def test_decompositions_follow_a_power_law_and_beyond_it_the_cube():
 
 
 def test_products_and_traffic_of_a_whole_map():
-    cost = layer_cost(ProbeRecipe(), LAYERS[0], SIZES, RATES, in_memory=True)
+    cost = costs(ProbeRecipe()).of_layer(LAYERS[0])
     assert cost.products == pytest.approx(1000**2 * 40_000 / 2 / 1e11)
     assert cost.reading == pytest.approx(4 * 1000 * 40_000 / 2 / 1e9)
-    assert cost.exchange == pytest.approx((4 * 1000 * 40_000 / 2 / 2 + 8 * 1000**2 / 2) / 1e9)
-    alone = layer_cost(ProbeRecipe(), LAYERS[0], replace(SIZES, processes=1), RATES, in_memory=True)
+    assert cost.exchange == pytest.approx(8 * 1000**2 / 2 / 1e9)
+    between_machines = costs(ProbeRecipe(), replace(SIZES, machines=2)).of_layer(LAYERS[0])
+    assert between_machines.exchange == pytest.approx((4 * 1000 * 40_000 / 2 / 2 + 8 * 1000**2 / 2) / 1e9)
+    alone = costs(ProbeRecipe(), replace(SIZES, processes=1)).of_layer(LAYERS[0])
     assert (alone.exchange, alone.products) == (0, pytest.approx(2 * cost.products))
 
 
+def test_a_matrix_that_exceeds_the_memory_is_summed_in_parts_and_features_are_read_again():
+    large = replace(SIZES, fit=[16_000], scored=[4000], stimuli=20_000)
+    little = costs(ProbeRecipe(memory=0.5), large).of_layer(LAYERS[0])
+    plenty = costs(ProbeRecipe(memory=64), large).of_layer(LAYERS[0])
+    parts = len(parts_of(20_000, 0.25 * 2**30))
+    assert parts > 5
+    assert little.reading / plenty.reading == pytest.approx((parts + 1) / 2)
+    assert little.products == plenty.products
+
+
 def test_windows_share_the_products_at_positions_unless_there_are_more_of_these():
-    recipe, windows = ProbeRecipe(field="gaussian"), len(probe_windows())
-    mixed = layer_cost(recipe, LAYERS[0], SIZES, RATES, in_memory=True)
+    windows = len(probe_windows())
+    windowed = costs(ProbeRecipe(field="gaussian"))
     mixing = 2 * windows * 49 * 1000**2 / 2 / 1e11
-    assert mixed.products == pytest.approx(2 * 1000**2 * 40_000 / 2 / 1e11 + mixing)
-    pixels = Layer("pixels", [3 * SIDE**2], [SIDE**2])
-    each = layer_cost(recipe, pixels, SIZES, RATES, in_memory=True)
-    assert each.products == pytest.approx(windows * 2 * 1000**2 * 3 * SIDE**2 / 2 / 1e11)
+    assert windowed.of_layer(LAYERS[0]).products == pytest.approx(2 * 1000**2 * 40_000 / 2 / 1e11 + mixing)
+    pixels = windowed.of_layer(Layer("pixels", [3 * SIDE**2], [SIDE**2]))
+    assert pixels.products == pytest.approx(windows * 2 * 1000**2 * 3 * SIDE**2 / 2 / 1e11)
+    assert pixels.regressions == pytest.approx(windows // 2 * windowed_regression(windows))
+
+
+def windowed_regression(windows: int) -> float:
+    """Of one window: 800 of 1,000 stimuli are fitted."""
+    one = 12 * 8 * 1000**2 / 1e10 + 200**2 * 1e-7 / windows + decomposition_seconds(800, RATES.decompositions)
+    return one + 54 * 2 * 800 * 800 * 100 / 1e11 + 6 * 8 * 800 * 100 * 49 / 1e10
 
 
 def test_every_readout_costs_its_decompositions():
@@ -73,16 +89,48 @@ def test_every_readout_costs_its_decompositions():
     product = 2 * 800 * 500 * 100 / 1e11
     passes = 6 * 8 * 800 * 100 * 49 / 1e10
     whole, folds = (decomposition_seconds(count, RATES.decompositions) for count in (800, 640))
-    assert regression_seconds(ridge, SIZES, RATES) == pytest.approx(shared + whole + 54 * product + passes)
-    in_folds = 5 * (folds + 3 * product * 640 / 800)
-    assert regression_seconds(ols, SIZES, RATES) == pytest.approx(shared + whole + 3 * product + in_folds)
-    assert regression_seconds(pls, SIZES, RATES) > shared
+
+    def seconds(recipe: ProbeRecipe, sizes: ProbeSizes = SIZES) -> float:
+        return costs(recipe, sizes).of_layer(LAYERS[0]).regressions
+
+    assert seconds(ridge) == pytest.approx(shared + whole + 54 * product + passes)
+    assert seconds(ols) == pytest.approx(shared + whole + 3 * product + 5 * (folds + 3 * product * 640 / 800))
+    responses = decomposition_seconds(100, RATES.decompositions)
+    expected = shared
+    for fit, times in ((800, 1), (640, 5)):
+        dimension = 8 * fit**2 / 1e10 + 2 * fit * 100**2 / 1e11 + responses
+        expected += times * (2 * fit**2 * 100 / 1e11 + 10 * dimension)
+    assert seconds(pls) == pytest.approx(expected)
     cv = replace(SIZES, fit=[900] * 10, scored=[100] * 10)
-    assert regression_seconds(ridge, cv, RATES) > 9 * regression_seconds(ridge, SIZES, RATES)
+    assert seconds(ridge, cv) > 9 * seconds(ridge)
+
+
+def test_few_features_are_regressed_on_as_they_are():
+    layer = Layer("layer4", [300], [1])
+    assert kind_of(300, 1000) == "features"
+    cost = costs(ProbeRecipe(components=None)).of_layer(layer)
+    assert (cost.products, cost.exchange) == (0, 0)
+    assert cost.reading == pytest.approx(5 * 4 * 1000 * 300 / 2 / 1e9)
+    found = (2 * 800 * 300**2 / 2 + 2 * 800 * 300 * 300 / 2 + 6 * 800 * 300**2) / 1e11
+    found += decomposition_seconds(300, RATES.decompositions)
+    grid = 54 * 2 * 800 * 300 * 100 / 1e11 + 6 * 8 * 800 * 100 * 49 / 1e10
+    assert cost.regressions == pytest.approx(found + grid / 2 + 200**2 * 1e-7)
+
+
+def test_some_components_of_many_stimuli_cost_less_than_all():
+    large = replace(SIZES, fit=[20_000], scored=[2248], stimuli=22_248)
+    assert kind_of(40_000, 22_248) == "shared products"
+    some, every = (
+        costs(ProbeRecipe(components=count), large).of_layer(LAYERS[0]).regressions for count in (1000, None)
+    )
+    full = decomposition_seconds(20_000, RATES.decompositions)
+    searched = (6 * 1000 * 20_000**2 + 36 * 1000**2 * 20_000) / 2 / 1e11
+    assert every > full
+    assert searched < some < full / 10
 
 
 def test_scores_are_those_of_all_layers_and_of_the_chosen_one():
-    assert scoring_seconds(2, SIZES, RATES) == pytest.approx(3 * 100 * (1e-3 + 200 * 1e-6))
+    assert costs(ProbeRecipe()).scoring(2) == pytest.approx(3 * 100 * (1e-3 + 200 * 1e-6))
 
 
 def test_a_measured_forward_pass_is_used_as_it_is():
@@ -133,15 +181,22 @@ def test_activations_that_exceed_the_memory_are_written_and_read_at_the_disks_sp
     assert large.activations == pytest.approx(max(5.0, 4 * 1000 * 50_000 / 2 / 1e8))
 
 
-def test_space_is_that_of_the_matrices_and_the_features():
+def test_space_is_bounded_by_memory_beside_owned_matrices_and_eigenvectors():
     recipe = ProbeRecipe(memory=0.001)
     space = probe_space(recipe, LAYERS, 50_000, SIZES)
-    bound = 0.001 * 2**30
-    assert space.products == pytest.approx(bound + 1.25 * 8e6)
-    assert space.regressions == pytest.approx(8 * (1000**2 + 800 * 1800 + max(2 * 800**2, 1600 * 800 + 4800 * 100)))
+    assert space.products == pytest.approx(0.001 * 2**30)
+    assert space.regressions == pytest.approx(8 * (1000**2 + 4 * 800**2 + 800 * (2 * 800 + 6 * 100)))
     assert space.disk == pytest.approx(4 * 1000 * 50_000 + 2 * 8 * 1000**2)
     windowed = probe_space(ProbeRecipe(field="gaussian"), LAYERS, 50_000, SIZES)
-    assert windowed.disk > space.disk
+    assert windowed.disk == pytest.approx(4 * 1000 * 50_000 + len(probe_windows()) * 4 * 1000**2)
+
+
+def test_many_stimuli_take_no_square_matrix_in_memory():
+    large = replace(SIZES, fit=[20_000], scored=[2248], stimuli=22_248)
+    some, every = (probe_space(ProbeRecipe(components=count), LAYERS, 50_000, large) for count in (1000, None))
+    assert some.products <= 2**30
+    assert some.regressions < 0.6 * 8 * 20_000**2
+    assert every.regressions > 4 * 8 * 20_000**2
 
 
 def test_a_network_is_counted_without_weights():
