@@ -120,6 +120,7 @@ def disk_seconds(folder: Path, size: int, rank: int) -> dict[str, float]:
     features = size // 4 // COLUMNS * 4
     rows = COLUMNS // 4
     store = FeatureStore(folder / f"disk_{rank}", {"layer": features})
+    store.truncate(0)
     block = torch.rand(rows, features)
     started = time.perf_counter()
     store.append({"layer": block})

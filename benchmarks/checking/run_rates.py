@@ -210,6 +210,7 @@ def measure_features(
     with torch.no_grad():
         widths = {name: features.shape[1] for name, features in job.extractor(image).items()}
     store = FeatureStore(folder / f"features_{runtime.rank}", widths)
+    store.truncate(0)
 
     def batches() -> Iterator[dict[str, torch.Tensor]]:
         while True:

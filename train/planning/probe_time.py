@@ -84,9 +84,10 @@ def _from_probe(work: ProbeWork, run: FeatureRates, rates: Rates) -> ForwardPass
     slower = cores_per_process(rates.place, run.processes, run.machines) / cores_per_process(
         rates.place, sizes.processes, sizes.machines
     )
-    computing = run.forward_seconds * max(work.network.flops, 1.0) / run.flops * slower
+    computing = run.forward_seconds
     beside = run.image_seconds - run.forward_seconds
     if differences:
+        computing *= max(work.network.flops, 1.0) / run.flops * slower
         image_bytes = run.image_bytes if work.image_bytes is None else work.image_bytes
         decoding, writing = _beside(work, rates, image_bytes, work.side, work.network.features, run.workers)
         measured_decoding, measured_writing = _beside(work, rates, run.image_bytes, run.side, run.features, run.workers)

@@ -227,7 +227,7 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
     slower = cores_per_process(place, run.processes, run.machines) / cores_per_process(
         place, work.processes, work.machines
     )
-    operations = work.flops / run.flops * slower
+    operations = 1.0 if is_measured else work.flops / run.flops * slower
     exchange = before if is_measured else _planned_exchange(work, rates)
     computing = (run.step_seconds - before) * operations * work.share / run.share
     unmeasured = []
@@ -237,7 +237,7 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
         unmeasured.append("the launcher")
     if work.recipe.readout.start != "zero" and (run.recording is None or not is_measured):
         unmeasured.append(f"readout.start: {work.recipe.readout.start}, a ridge on all training stimuli")
-    image_bytes = run.image_bytes if work.image_bytes is None else work.image_bytes
+    image_bytes = run.image_bytes if is_measured or work.image_bytes is None else work.image_bytes
     decode = machine.decoding.seconds_for(image_bytes, work.side)
     workers = planned_workers(work.recipe.loader.workers, place, work.processes, work.machines)
     evaluated = run.evaluation_batch_seconds / run.evaluation_batch * operations

@@ -1,19 +1,25 @@
 """The plan: estimated against allocated memory, its division by strategies, and the recommendation."""
 
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT, assert_refused, run_here
+from made_rates import ON_CPU, made_features, made_rates, made_training
 from torch._C._profiler import _EventType
 from torch.profiler import ProfilerActivity, profile
 
 from data_prep.common.errors import BadInput
+from data_prep.shards.folder import ShardFolder
 from train import finetune
 from train.data.order import accumulation
+from train.data.recordings import Recordings
 from train.finetuning.optimizer import build_optimizer
 from train.models.network import Network, parameter_groups
 from train.planning.memory import GIB, NAMES, Strategy, bytes_sent, estimate_memory, read_strategy, usable_memory
+from train.planning.operations import speed_settings
+from train.planning.rates import Rates
 from train.planning.recommendation import SIMPLEST_FIRST, estimate_strategies, recommend
 from train.planning.step_cost import (
     MEASURED,
@@ -26,7 +32,8 @@ from train.planning.step_cost import (
     optimizer_cost,
     paper_manifest,
 )
-from train.run.recipe import Optimizer, Recipe
+from train.planning.time_tables import duration
+from train.run.recipe import Optimizer, ProbeRecipe, Recipe
 
 SITES, CLASSES, SIDE, BATCH = 12, 5, 64, 16
 CONVOLUTIONS = ("aten::convolution", "aten::convolution_backward")
@@ -348,6 +355,54 @@ def test_one_gpu_needs_no_launcher_and_machines_need_names():
     words = " ".join(recommendation(run_here("train/plan.py", *CNN2, *machines)))
     assert "--num_processes 4 --num_machines 2 --machine_rank RANK --main_process_ip HOST" in words
     assert "--strategy ddp" in words
+
+
+def written(rates: Rates, folder: Path) -> Path:
+    """A file of rates."""
+    (folder / "rates.json").write_text(rates.model_dump_json())
+    return folder / "rates.json"
+
+
+def test_with_rates_a_plan_says_how_long_and_what_memory_there_is(recording, tmp_path):
+    measured = {"images": {"size": 32}, "backbone": {"name": "cnn2", "weights": "random"}}
+    recipe = Recipe.model_validate(measured | {"epochs": 3})
+    settings = speed_settings(recipe, 32)
+    run = made_training(recipe, settings=settings, side=32, recording="simulated-hvm240")
+    rates = written(made_rates([run], **ON_CPU), tmp_path)
+    done = run_here("train/plan.py", *CNN2, "--gpus", 2, "--data", recording, "--rates", rates, "--epochs", 3)
+    words = recommendation(done)
+    assert words[:4] == ["launch/local.sh", "-n", "2", "train/finetune.py"]
+    assert "2 x 32 GiB" in done.stdout  # half of the machine each
+    assert "first step after  25 s" in done.stdout
+    assert "measured: this recipe on this many processes" in done.stdout
+    (divided,) = Recordings([ShardFolder(recording)]).divide(recipe)
+    decoding = 1e-3 * (1 + (32 / 64) ** 2) / 2
+    first = 0.12 * (len(divided.fit) // 32) + 0.05 + 0.3 + len(divided.selection) / 2 * decoding + 0.5
+    assert f"first epoch       {duration(first)}" in done.stdout
+    on_paper = run_here("train/plan.py", *CNN2, "--gpus", 2, "--rates", rates)
+    assert_refused(on_paper, "--data DIR or --stimuli N")
+    many = run_here("train/plan.py", *CNN2, "--gpus", 4, "--rates", rates, "--stimuli", 3000)
+    assert "EXTRAPOLATED" in many.stdout
+    assert "processes 2 -> 4" in many.stdout
+
+
+def test_a_probes_recipe_is_planned_with_its_memory_disk_and_time(recording, tmp_path):
+    recipe = ROOT / "train" / "recipes" / "probes" / "pixels_ridge.yaml"
+    done = run_here("train/plan.py", recipe, "--gpus", 2, "--data", recording)
+    assert done.returncode == 0, done.stderr
+    assert "6,912 features of an image (pixels 6,912)" in done.stdout
+    assert "How long" not in done.stdout
+    stimuli = sum(ShardFolder(recording).manifest.splits[name].stimuli for name in ("train", "val"))
+    assert f"disk            {(4 * stimuli * 6912 + 8 * stimuli**2) / GIB:.2f} GiB" in done.stdout
+    probe = ProbeRecipe.model_validate({"layers": ["pixels"], "readout": "ridge", "components": 1000})
+    rates = written(made_rates(features=[made_features(probe, recording="simulated-hvm240")]), tmp_path)
+    timed = run_here("train/plan.py", recipe, "--gpus", 2, "--data", recording, "--rates", rates)
+    assert "first batch after" in timed.stdout
+    assert "whole probe" in timed.stdout
+    large = run_here("train/plan.py", recipe, "--stimuli", 20_000, "--sites", 1000, "--rates", rates)
+    assert "decompositions are EXTRAPOLATED from one of 1,000 stimuli" in large.stdout
+    assert_refused(run_here("train/plan.py", recipe), "--stimuli N")
+    assert_refused(run_here("train/plan.py", recipe, "--data", recording, "--stimuli", 5), "--stimuli")
 
 
 def test_where_nothing_fits_the_table_is_shown_and_a_sentence_says_what_would_help():
