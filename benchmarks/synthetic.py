@@ -63,8 +63,16 @@ def pack_jpegs(out: Path, images: int, stimuli: int, side: int = 256) -> Path:
     return out
 
 
-def write_images(folder: Path, stimuli: int, size: int) -> None:
-    """A recording for the source `folder`; its images also lie as torchvision's ImageFolder wants them."""
+def write_images(folder: Path, stimuli: int, size: int, sites: int = 4, held_out: float = 0.0) -> None:
+    """A recording for the source `folder`; its images also lie as torchvision's ImageFolder wants them.
+
+    Args:
+        folder: to make.
+        stimuli: number of images.
+        size: side of the images in pixels.
+        sites: number of sites, which respond at random.
+        held_out: share of the stimuli, the last ones, that are val; the others are train.
+    """
     draw = np.random.default_rng(0)
     (folder / "images" / "only_class").mkdir(parents=True)
     names = [f"images/only_class/{number:05d}.jpg" for number in range(stimuli)]
@@ -74,9 +82,10 @@ def write_images(folder: Path, stimuli: int, size: int) -> None:
         image = (smooth + draw.integers(-NOISE, NOISE + 1, smooth.shape, np.int16)).clip(0, 255).astype(np.uint8)
         (folder / name).write_bytes(simplejpeg.encode_jpeg(image, quality=90, colorsubsampling="420"))
     with (folder / "stimuli.csv").open("w", newline="") as file:
-        rows = [[Path(name).stem, name, "train"] for name in names]
+        first_val = stimuli - round(held_out * stimuli)
+        rows = [[Path(name).stem, name, "train" if row < first_val else "val"] for row, name in enumerate(names)]
         csv.writer(file).writerows([["stimulus_id", "image", "split"], *rows])
-    np.save(folder / "rates.npy", draw.normal(size=(stimuli, 4)).astype(np.float32))
+    np.save(folder / "rates.npy", draw.normal(size=(stimuli, sites)).astype(np.float32))
 
 
 def setting_of(strategy: str) -> str:

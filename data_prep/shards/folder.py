@@ -141,6 +141,7 @@ class ShardSplit:
         self._index = index
         self.files = files
         self.shards = manifest.splits[name].shards
+        self._locations = [str(folder / shard.file) for shard in self.shards]
         self._response_table = table
 
     def __len__(self) -> int:
@@ -203,7 +204,7 @@ class ShardSplit:
 
     def location(self, position: int) -> str:
         """The tar and the id of a stimulus, for messages."""
-        return f"{self.folder / self.shards[int(self._index.shard[position])].file}: {self.stimulus_ids[position]}"
+        return f"{self._locations[int(self._index.shard[position])]}: {self.stimulus_ids[position]}"
 
     def image(self, position: int) -> tuple[memoryview, str]:
         """The encoded image, as a view of the tar without a copy, and its encoding, one of IMAGE_MEMBERS."""

@@ -11,6 +11,7 @@ from train.evaluation.moments import SiteMoments
 
 BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED = 1000, 0
 RESAMPLES_AT_ONCE = 100
+VALUES_AT_ONCE = 2**20  # stimuli x sites
 MEDIANS = ("pearson_r", "squared_pearson_r", "r2_er")  # metrics whose median over sites papers report
 
 
@@ -80,26 +81,58 @@ def _resampled_sites(
 
     NaN for a site that has no score on all stimuli.
     """
-    moments = SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(response))
-    scores = all_scores(moments, reliability, mean_noise(noise, response))
-    undefined = {name: np.isnan(per_site) for name, per_site in scores.items()}
-
-    summands = _summands(prediction, response, noise)
-    columns = np.concatenate(list(summands.values()), axis=1)
-    stimuli, sites = response.shape
+    undefined = _undefined_scores(prediction, response, reliability, noise)
+    sites = response.shape[1]
     # The sites of all resamples of a round are handled side by side, as if there were that many more sites.
     tiled_reliability = None if reliability is None else np.tile(reliability, RESAMPLES_AT_ONCE)
-    generator = np.random.default_rng(seed)
-    for _ in range(0, resamples, RESAMPLES_AT_ONCE):
-        draws = generator.multinomial(stimuli, np.full(stimuli, 1 / stimuli), size=RESAMPLES_AT_ONCE)
-        totals = (draws.astype(np.float64) @ columns).reshape(RESAMPLES_AT_ONCE, len(summands), sites).swapaxes(0, 1)
-        sums = dict(zip(summands, totals.reshape(len(summands), -1), strict=True))
+    for sums in _sums_of_rounds(prediction, response, noise, -(-resamples // RESAMPLES_AT_ONCE), seed):
         noise_mean = None if noise is None else sums["noise"] / np.maximum(sums["count"], 1)
         resampled = all_scores(_moments_of_sums(sums), tiled_reliability, noise_mean)
         yield {
             name: np.where(undefined[name], np.nan, per_site.reshape(RESAMPLES_AT_ONCE, sites))
             for name, per_site in resampled.items()
         }
+
+
+def _undefined_scores(
+    prediction: np.ndarray, response: np.ndarray, reliability: np.ndarray | None, noise: np.ndarray | None
+) -> dict[str, np.ndarray]:
+    """Which sites have no score on all stimuli, bool (sites,), by metric."""
+    parts = []
+    for block in _blocks(*response.shape):
+        moments = SiteMoments.of(torch.from_numpy(prediction[:, block]), torch.from_numpy(response[:, block]))
+        block_reliability = None if reliability is None else reliability[block]
+        block_noise = None if noise is None else mean_noise(noise[:, block], response[:, block])
+        parts.append(all_scores(moments, block_reliability, block_noise))
+    return {name: np.isnan(np.concatenate([part[name] for part in parts])) for name in parts[0]}
+
+
+def _blocks(stimuli: int, sites: int) -> list[slice]:
+    """Neighbouring sites to handle at a time: their float64 copies may be many times as large as the predictions."""
+    width = max(VALUES_AT_ONCE // stimuli, 1)
+    return [slice(start, start + width) for start in range(0, sites, width)]
+
+
+def _sums_of_rounds(
+    prediction: np.ndarray, response: np.ndarray, noise: np.ndarray | None, rounds: int, seed: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """The sums of `_summands` over the stimuli of each resample, float64 (resamples of a round * sites,), by round."""
+    stimuli, sites = response.shape
+    generator = np.random.default_rng(seed)
+    equal = np.full(stimuli, 1 / stimuli)
+    # How often each resample has each stimulus, rarely more than ten times.
+    draws = [generator.multinomial(stimuli, equal, RESAMPLES_AT_ONCE).astype(np.uint16) for _ in range(rounds)]
+    totals: dict[str, np.ndarray] = {}
+    for block in _blocks(stimuli, sites):
+        summands = _summands(prediction[:, block], response[:, block], None if noise is None else noise[:, block])
+        columns = np.concatenate(list(summands.values()), axis=1)
+        for number, counts in enumerate(draws):
+            products = (counts.astype(np.float64) @ columns).reshape(RESAMPLES_AT_ONCE, len(summands), -1)
+            for index, name in enumerate(summands):
+                of_name = totals.setdefault(name, np.empty((rounds, RESAMPLES_AT_ONCE, sites)))
+                of_name[number, :, block] = products[:, index]
+    for number in range(rounds):
+        yield {name: of_name[number].reshape(-1) for name, of_name in totals.items()}
 
 
 def _by_metric(
