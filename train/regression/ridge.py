@@ -11,10 +11,12 @@ import torch
 from data_prep.recording import varies
 from train.regression.fit import Fit, fit_site_groups
 from train.regression.gram import Predictors
-from train.regression.rows import BLOCK_BYTES, Ranks, stripe
+from train.regression.krylov import LEAST_STIMULI
+from train.regression.rows import Ranks, stripe
 from train.regression.spectrum import Spectrum
 
 LEAST_FREEDOM = 1e-9  # of a stimulus that alone decides its prediction
+SITES_BYTES = 2**24
 PENALTIES = np.logspace(-6, 6, 49)  # in units of the Gram matrix's mean eigenvalue
 
 
@@ -84,8 +86,8 @@ def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None
 
 
 def _site_blocks(rates: np.ndarray) -> list[np.ndarray]:
-    """The sites, at most so many together that a matrix of stimuli x sites takes `BLOCK_BYTES`."""
-    sites = max(BLOCK_BYTES // (8 * len(rates)), 1)
+    """The sites, of many stimuli at most so many together that a matrix of stimuli x sites takes `SITES_BYTES`."""
+    sites = max(SITES_BYTES // (8 * len(rates)), 1) if len(rates) >= LEAST_STIMULI else max(rates.shape[1], 1)
     return [rates[:, start : start + sites] for start in range(0, max(rates.shape[1], 1), sites)]
 
 

@@ -105,7 +105,7 @@ def stripe(count: int, rank: int, ranks: int) -> slice:
     return slice(rank * count // ranks, (rank + 1) * count // ranks)
 
 
-BLOCK_BYTES = 2**25  # of rows that are read at a time
+BLOCK_BYTES = 2**23  # of rows that are read at a time: more is hardly faster, and is left in pieces when it is freed
 
 
 def block_rows(rows: Rows, memory_bytes: float = BLOCK_BYTES) -> int:
