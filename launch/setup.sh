@@ -22,6 +22,16 @@ create_environment() {
     "$2" -m venv "$1" || fail "$2 cannot create virtual environments; install its venv module"
 }
 
+# FOLDER WORDS...: what pip would install into an environment. With uv, if that is there, it takes a third of the time; uv
+# does not know the mirrors in pip's configuration, so pip has the last word.
+install() {
+    if command -v uv >/dev/null; then
+        ! uv pip install --quiet --compile-bytecode --python "$1/bin/python" "${@:2}" || return 0
+        echo "uv could not install this; trying pip"
+    fi
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}"
+}
+
 # FOLDER PYTHON REQUIREMENTS: an environment with the requirements of a file and the project, made once for each content
 # of that file and of pyproject.toml.
 create_with_requirements() {
@@ -32,9 +42,8 @@ create_with_requirements() {
     command -v cc >/dev/null || command -v gcc >/dev/null || fail "no C compiler found; install one, such as gcc"
     create_environment "$1" "$2"
     echo "installing the requirements into $1 (once; a few minutes)"
-    local install=("$1/bin/python" -m pip install --quiet --disable-pip-version-check)
-    "${install[@]}" -r "$3" || fail "the requirements could not be installed; without internet, see docs/offline.md"
-    "${install[@]}" --no-deps --no-build-isolation --editable .
+    install "$1" -r "$3" || fail "the requirements could not be installed; without internet, see docs/offline.md"
+    install "$1" --no-deps --no-build-isolation --editable .
     rm -f "$1"/.installed-*
     touch "$stamp"
 }
