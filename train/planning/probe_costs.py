@@ -137,8 +137,8 @@ class ProbeCosts:
         kind = kind_of(layer.features, stimuli)
         table = FLOAT32 * stimuli * layer.features / ranks
         if kind == "features":
-            readings = READINGS * windows_of(self.recipe) * len(self.sizes.fit)
-            return LayerCost(readings * table / self._read_rate, 0.0, 0.0, self._regressions(layer, kind))
+            read = READINGS * windows_of(self.recipe) * len(self.sizes.fit) * table
+            return LayerCost(read / self._read_rate, 0.0, 0.0, self._regressions(layer, kind))
         readings = self._readings(layer)
         sent = FLOAT64 * stimuli**2 * windows_of(self.recipe) * (ranks - 1) / ranks
         if self.sizes.machines > 1:

@@ -249,7 +249,7 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
         start=run.start_seconds + (place.launch_seconds or 0.0),
         computing=computing,
         exchange=exchange,
-        decoding=_decoding(work, run, rates, decode, workers, computing + exchange),
+        decoding=_decoding(work, measurement, decode, workers, computing + exchange),
         reading=_reading(work, run),
         decoded_images=max(workers, 1) / decode,
         cached=cached_share(work, place),
@@ -294,9 +294,12 @@ def _planned_exchange(work: TrainingWork, rates: Rates) -> float:
     return bytes_sent(read_strategy(work.strategy), work.cost, work.processes, work.micro_batches) / bandwidth
 
 
-def _decoding(work: TrainingWork, run: TrainingRates, rates: Rates, decode: float, workers: int, step: float) -> float:
+def _decoding(work: TrainingWork, measurement: Measurement, decode: float, workers: int, step: float) -> float:
     """What decoding costs a step, beside computing."""
+    run, rates = measurement.run, measurement.rates
     measured = run.decoded_seconds - run.step_seconds
+    if not measurement.differences:
+        return measured
     before = rates.machine.decoding.seconds_for(run.image_bytes, run.side)
     scaled = measured * work.share / run.share * decode / before
     if workers == run.workers:
