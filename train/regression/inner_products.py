@@ -10,7 +10,7 @@ matrix in k parts takes about k / 2 + 1 readings. As a part is complete, its sum
 each number once, and to disk.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -21,7 +21,7 @@ from train.regression.row_writer import RowWriter
 
 SUM_BYTES = 8  # per element of a part
 WORK_SHARE = 1.25  # of memory that adding to a part takes, relative to the part
-CHUNK_BYTES = 2**25  # that the ranks add up at a time
+CHUNK_BYTES = 2**22  # that the ranks add up at a time
 
 
 def write_inner_products(
@@ -44,20 +44,27 @@ def write_inner_products(
     scales = _scales(activations, modules, block_bytes)
     centres: dict[str, dict[int, torch.Tensor]] = {module: {} for module in modules}
     for columns in parts:
-        total: torch.Tensor | None = None
-        for module in modules:
-            products = SymmetricSum(stimuli, activations.precision, runtime.device, columns)
-            for features in activations.slices(
-                module, block_bytes=block_bytes, first=columns.start, centres=centres[module]
-            ):
-                for block in features.split(COLUMNS_PER_PRODUCT, dim=1):
-                    products.add(block)
-            of_module = products.total()
-            if module in scales:
-                of_module /= scales[module]
-            total = of_module if total is None else total.add_(of_module)
-        assert total is not None
+        total = _part(activations, modules[0], columns, block_bytes, centres[modules[0]], scales)
+        for module in modules[1:]:
+            total += _part(activations, module, columns, block_bytes, centres[module], scales)
         _hand_out(total, columns, bounds, runtime, writer)
+        del total  # before the next part is made
+
+
+def _part(
+    activations: StoredActivations,
+    module: str,
+    columns: range,
+    block_bytes: float,
+    centres: dict[int, torch.Tensor],
+    scales: Mapping[str, float],
+) -> torch.Tensor:
+    """This rank's sum of some columns of a module's products, from the diagonal downwards."""
+    products = SymmetricSum(activations.stimuli, activations.precision, activations.runtime.device, columns)
+    for features in activations.slices(module, block_bytes=block_bytes, first=columns.start, centres=centres):
+        for block in features.split(COLUMNS_PER_PRODUCT, dim=1):
+            products.add(block)
+    return products.total().div_(scales[module]) if module in scales else products.total()
 
 
 def parts_of(stimuli: int, memory_bytes: float) -> list[range]:

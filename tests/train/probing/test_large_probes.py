@@ -1,0 +1,106 @@
+"""A probe's results do not depend on how large matrices are kept, in which groups, or on where it was interrupted."""
+
+import numpy as np
+import pytest
+from helpers import run_here, succeed_here
+from launching import metrics, predictions
+
+from train.probing import product_store
+from train.probing.layer_regressions import LayerRegressions
+from train.probing.product_store import ProductStore
+from train.regression import krylov
+
+NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
+PIXELS = ["--layers", "pixels", "--images.size", "16"]  # more features than stimuli
+WINDOWS = [*NETWORK, "--layers", "stages.2", "--field", "gaussian", "--pool", "2"]
+
+
+def probe(recording, out, *options):
+    """Probe in this process; the scores and the predictions."""
+    succeed_here("train/probe.py", "--data", recording, "--out", out, *options)
+    return metrics(out), predictions(out)["prediction"]
+
+
+def of_layers(scores, name) -> np.ndarray:
+    """A number of every layer."""
+    return np.array([block[name] for block in scores["layers"].values()])
+
+
+def assert_alike(found, expected, tolerance=1e-4):
+    scores, predicted = found
+    expected_scores, expected_predicted = expected
+    scale = np.abs(expected_predicted).max()
+    np.testing.assert_allclose(predicted / scale, expected_predicted / scale, atol=tolerance)
+    for name in ("inner_r2", "rsa", "cka"):
+        np.testing.assert_allclose(of_layers(scores, name), of_layers(expected_scores, name), atol=tolerance)
+
+
+@pytest.mark.parametrize("readout", ["ridge", "ols", "pls"])
+def test_products_that_ranks_share_give_the_results_of_one_owner(recording, tmp_path, monkeypatch, readout):
+    options = [*PIXELS, "--readout", readout, *(["--latent", "4"] if readout == "pls" else ["--components", "6"])]
+    expected = probe(recording, tmp_path / "owned", *options)
+    for module in (product_store, krylov):
+        monkeypatch.setattr(module, "LEAST_STIMULI", 50)
+    found = probe(recording, tmp_path / "shared", *options, "--memory", "0.0005")
+    assert_alike(found, expected)
+
+
+@pytest.mark.parametrize("options", [["--layers", "stages.3"], ["--layers", "stages.1+stages.2"]], ids=str)
+def test_a_layer_of_few_features_is_regressed_on_them(recording, tmp_path, monkeypatch, options):
+    """Without a matrix of stimuli x stimuli, and with the results that it gives."""
+    options = [*NETWORK, *options, "--pool", "1"]
+    found = probe(recording, tmp_path / "features", *options)
+    monkeypatch.setattr(product_store, "FEW_FEATURES", 0.0)
+    expected = probe(recording, tmp_path / "products", *options, "--products", "float64")
+    assert_alike(found, expected)
+    methods = [next(iter(scores["layers"].values()))["components"]["method"] for scores, _ in (found, expected)]
+    assert methods == ["features", "full"]
+
+
+def test_windows_in_groups_give_the_results_of_all_at_once(recording, tmp_path, monkeypatch):
+    expected = probe(recording, tmp_path / "at_once", *WINDOWS)
+    monkeypatch.setattr(ProductStore, "_most_matrices", lambda self, key, free: 30)
+    assert_alike(probe(recording, tmp_path / "groups", *WINDOWS), expected, 1e-6)
+
+
+def test_windows_over_few_features_need_no_products(recording, tmp_path, monkeypatch):
+    monkeypatch.setattr(product_store, "FEW_FEATURES", 0.0)
+    expected = probe(recording, tmp_path / "products", *WINDOWS, "--products", "float64")
+    monkeypatch.setattr(product_store, "FEW_FEATURES", 2.0)
+    assert_alike(probe(recording, tmp_path / "features", *WINDOWS), expected)
+
+
+@pytest.mark.parametrize("options", [[*NETWORK, "--layers", "all"], WINDOWS], ids=["layers", "windows"])
+def test_a_probe_resumes_after_the_last_regression_that_was_done(recording, tmp_path, monkeypatch, options):
+    expected = probe(recording, tmp_path / "whole", *options)
+    regress, done = LayerRegressions._regress, []
+
+    def until(count):
+        def regress_or_fail(self, source):
+            if len(done) == count:
+                raise OSError("no power")
+            done.append(source.layer_window)
+            return regress(self, source)
+
+        return regress_or_fail
+
+    out = tmp_path / "cut"
+    monkeypatch.setattr(LayerRegressions, "_regress", until(3))
+    with pytest.raises((OSError, AssertionError)):
+        succeed_here("train/probe.py", "--data", recording, "--out", out, *options)
+    monkeypatch.setattr(LayerRegressions, "_regress", until(1000))
+    succeed_here("train/probe.py", "--data", recording, "--out", out, "--resume")
+    assert len(set(done)) == len(done)
+    assert metrics(out) == expected[0]
+    assert not (out / "scratch").exists()
+
+
+def test_matrices_that_do_not_fit_on_the_disk_are_told_of(recording, tmp_path, monkeypatch):
+    def full(descriptor, data, offset):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("train.regression.row_writer.os.pwrite", full)
+    done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *PIXELS)
+    assert done.returncode != 0
+    assert "has no room for the inner products (No space left on device)" in done.stderr
+    assert "Traceback" not in done.stderr
