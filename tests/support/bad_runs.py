@@ -210,7 +210,7 @@ WEIGHTS: dict[str, Case] = {
     "a pipe": (_weights("w.pth", lambda path, kit: os.mkfifo(path)), ("w.pth is not a file",)),
     "a run without a checkpoint": (
         _weights("w", lambda path, kit: path.mkdir()),
-        ("is not a file",),
+        ("is a folder without weights",),
     ),
 }
 

@@ -99,7 +99,20 @@ def _named_as_in_timm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
     return tensors
 
 
+def _instead_of(folder: Path) -> str:
+    """What to give instead of a folder that is no run's, continuing a sentence."""
+    if (folder / "best").exists():
+        return f" of checkpoints; give the run folder {folder.parent}, of which the best epoch is taken"
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".pth", ".pt"))
+    network = next((path for path in files if path.stem in ("network", "model")), next(iter(files), None))
+    if network is None:
+        return " without weights; give pretrained, random, a .safetensors/.pth file or a run folder"
+    return f"; give the file in it that holds the network: {network}"
+
+
 def _read_file(path: Path) -> dict[str, torch.Tensor]:
+    if path.is_dir():
+        raise BadInput(f"backbone.weights: {path} is a folder{_instead_of(path)}")
     if not path.is_file():
         raise BadInput(
             f"backbone.weights: {path} is not a file; give pretrained, random, a .safetensors/.pth file or a run folder"

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from data_prep.common.atomic_writes import write_bytes, write_json
+from data_prep.common.markdown import markdown_table
 from data_prep.shards.manifest import to_json_list
 from train.evaluation.figures.layer_figure import layer_figure, layer_label
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, regression_block, report_head
@@ -109,7 +110,7 @@ def layer_table(metrics: Mapping[str, Any]) -> str:
     ceiled = {title: name for title, name in CEILED_COLUMNS.items() if name in metrics["regression"]}
     medians = {title: name for title, name in MEDIAN_COLUMNS.items() if name in metrics["regression"]}
     titles = ["layer", "features", "R2", "EV", "r", *ceiled, *medians, "inner R2", "RSA", "CKA"]
-    lines = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
+    rows = []
     for layer, block in metrics["layers"].items():
         regression = block["regression"]
         low, high = regression["r2"]["ci95"] or (None, None)
@@ -123,8 +124,9 @@ def layer_table(metrics: Mapping[str, Any]) -> str:
             f"{_number(regression['r2']['mean'])} [{_number(low)}, {_number(high)}]",
             *map(_number, scores),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", f"seen before, of the stimuli that are scored: {mark_of(seen_in(metrics))}"]
+        rows.append(cells)
+    lines = [markdown_table(titles, rows), ""]
+    lines += [f"seen before, of the stimuli that are scored: {mark_of(seen_in(metrics))}"]
     if ceiled:
         ceilings = {f"{title}: relative to {metrics['regression'][name]['ceiling']}" for title, name in ceiled.items()}
         lines += sorted(ceilings)

@@ -8,6 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from data_prep.common.markdown import markdown_table
 from data_prep.common.terminal import aligned, bar, bold
 
 PAGE, MARKDOWN, CSV, TERMINAL = "page", "markdown", "csv", "terminal"
@@ -138,12 +139,11 @@ def _relative_scores(columns: Sequence[Column]) -> list[str]:
 def in_markdown(table: Table) -> str:
     """A Markdown table and its notes."""
     shown = table.shown_in(MARKDOWN)
-    lines = [[column.heading for column in shown.columns], ["---"] * len(shown.columns)]
-    lines += [[_markdown_cell(cell) for cell in row] for row in shown.rows]
+    rows = [[_markdown_cell(cell) for cell in row] for row in shown.rows]
     if shown.footer is not None:
         first, *others = shown.footer
-        lines.append([f"*{first.text}*", *(cell.text for cell in others)])
-    text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rows.append([f"*{first.text}*", *(cell.text for cell in others)])
+    text = markdown_table([column.heading for column in shown.columns], rows)
     return "\n".join([text, "", *map(escape_markdown, shown.notes)]) if shown.notes else text
 
 

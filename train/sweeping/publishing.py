@@ -12,6 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from data_prep.common import locks
 from data_prep.common.atomic_writes import write_bytes
+from data_prep.common.markdown import markdown_table
 from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.shards.manifest import Manifest
 from train.evaluation.seen_stimuli import mark_of, seen_in
@@ -30,7 +31,7 @@ def publish(folder: SweepFolder, plan: Plan, manifest: Manifest, study: Study) -
     """Write the results so far; workers that end a trial together write one after the other."""
     with locks.exclusive(folder.results_lock):
         standings = rank(plan, study.trials())
-        write_bytes(folder.table, markdown_table(folder, standings, manifest).encode())
+        write_bytes(folder.table, _results_text(folder, standings, manifest).encode())
         write_bytes(folder.csv, _csv_table(folder, standings).encode())
         write_bytes(folder.heatmap, draw_search(standings))
         if standings.best is not None:
@@ -57,15 +58,15 @@ def _cells(standings: Standings, trial: TrialStatus) -> list[Any]:
     return [*cells, *(trial.facts.get(key) for key in ("best_epoch", "epochs", "seconds"))]
 
 
-def markdown_table(folder: SweepFolder, standings: Standings, manifest: Manifest) -> str:
+def _results_text(folder: SweepFolder, standings: Standings, manifest: Manifest) -> str:
     """The search as a Markdown table, the best trial first, and how to read it."""
     header = [*_columns(standings), "state"]
-    lines = [f"| {' | '.join(header)} |", f"| {' | '.join(['---'] * len(header))} |"]
+    rows = []
     for trial in standings.trials:
         reason = f": {trial.reason.replace('|', '/')}" if trial.reason else ""
-        cells = [*map(_cell_text, _cells(standings, trial)), f"{trial.state}{reason}"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", *_notes(standings, manifest), *_reported_scores(folder, standings), ""])
+        rows.append([*map(_cell_text, _cells(standings, trial)), f"{trial.state}{reason}"])
+    table = markdown_table(header, rows)
+    return "\n".join([table, "", *_notes(standings, manifest), *_reported_scores(folder, standings), ""])
 
 
 def _cell_text(value: Any) -> str:

@@ -63,7 +63,7 @@ def test_sites_that_share_their_noise_do_not_narrow_the_interval():
 @pytest.mark.parametrize("stimuli", [5, 8, 12])
 def test_no_interval_has_impossible_values(stimuli):
     """Near-perfect predictions of few stimuli, where the correction for bias leads above 1."""
-    shifted_too_far = 0
+    shifted_too_far = given = 0
     for seed in range(30):
         rng = np.random.default_rng(seed)
         target = rng.normal(0, 1, (stimuli, SITES)).astype(np.float32)
@@ -72,11 +72,12 @@ def test_no_interval_has_impossible_values(stimuli):
         for name, least, most in (("r2", -np.inf, 1), ("pearson_r", -1, 1), ("squared_pearson_r", 0, 1)):
             low, high = block[name]["ci95"] or (least, most)  # None where nothing possible is left
             assert least <= low <= high <= most
-        assert block["r2"]["ci95"] is not None
+        given += block["r2"]["ci95"] is not None
         assert block["mse"]["ci95"][0] >= 0
         resampled = bootstrap_means(prediction, target)["r2"]
         shifted_too_far += confidence_interval(block["r2"]["mean"], resampled, stimuli)[1] > 1
     assert shifted_too_far  # so that the test is of something
+    assert given >= 25  # of 30: an interval is rarely lost
 
 
 def test_an_interval_without_a_possible_value_is_none():

@@ -476,12 +476,23 @@ def test_files_without_weights_are_refused(tensors, tmp_path):
         ("numbers.pth", "state dict"),
         ("damaged.safetensors", "cannot be read"),
         ("nowhere.pth", "is not a file"),
-        ("empty_run", "is not a file"),
+        ("empty_run", "is a folder without weights"),
     ):
         message = refusal("test_resnet", weights=tmp_path / name)
         assert "backbone.weights" in message
         assert name in message
         assert words in message
+
+
+def test_a_folder_within_a_run_is_refused_with_what_to_give_instead(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    (checkpoints / "step_5").mkdir(parents=True)
+    for name in ("network", "optimizer"):
+        save_file({"x": torch.zeros(1)}, checkpoints / "step_5" / f"{name}.safetensors")
+    (checkpoints / "best").symlink_to("step_5")
+    message = refusal("test_resnet", weights=checkpoints / "best")
+    assert message.endswith(f"the file in it that holds the network: {checkpoints / 'best' / 'network.safetensors'}")
+    assert f"give the run folder {tmp_path / 'run'}," in refusal("test_resnet", weights=checkpoints)
 
 
 # ---- the small CNNs ------------------------------------------------------------------------------------------------
