@@ -18,6 +18,7 @@ with a GPU, `--gpu` gives himalaya its backend `torch_cuda`, and ours finds the 
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -55,8 +56,7 @@ class Watch:
     """Runs a command and looks at the memory of its processes, part by part.
 
     Attributes:
-        parts: in the order in which they began; a part begins where the command writes a line that holds a colon to
-            its log.
+        parts: in the order in which they began; a part begins where the command's log has a line that ends in dots.
     """
 
     log: Path | None = None
@@ -108,8 +108,8 @@ class Watch:
 
 def current_part(log: Path) -> str:
     """What a probe does now, by the last line that tells it."""
-    lines = [line for line in log.read_text().splitlines() if "..." in line]
-    return lines[-1].split("  ")[-1].strip(" .") if lines else "start"
+    lines = [line for line in log.read_text().splitlines() if line.endswith("...")]
+    return re.sub(r"^\S+ \S+ ", "", lines[-1]).strip(" .") if lines else "start"  # without its date and time
 
 
 def resident_memory(root: int) -> list[int]:

@@ -40,6 +40,7 @@ def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> Non
     results = LayerRegressions(
         job.recipe, job.layers, job.partitions, job.rates, products, files, runtime, monitor
     ).run()
+    monitor.log("scores ...")
     if runtime.is_main:
         scores = score_layers(job, results, runtime.ranks)
         write_results(job, scores, monitor)

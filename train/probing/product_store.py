@@ -32,7 +32,7 @@ from train.regression.windowed_inner_products import windowed_inner_products
 from train.run.monitor import Monitor
 from train.run.recipe import ProbeRecipe
 
-FEW_FEATURES = 0.5  # of the stimuli, to regress on the features of few stimuli
+FEW_FEATURES = 0.5  # of the stimuli; a covariance of more features takes longer than products of the stimuli
 DISK_SHARE = 0.5  # of the free space that the matrices of a group may take
 
 Kind = Literal["features", "shared products", "owned products"]
@@ -103,8 +103,8 @@ class ProductStore:
     # ----------------------------------------------------------------------------------------- what is read, and when
 
     def _kind(self, layer: str) -> Kind:
-        features, stimuli = self._layers.width(layer), self._layers.stimuli
-        if features <= FEW_FEATURES * stimuli or (features < stimuli and stimuli >= LEAST_STIMULI):
+        stimuli = self._layers.stimuli
+        if self._layers.width(layer) <= FEW_FEATURES * stimuli:
             return "features"
         return "shared products" if stimuli >= LEAST_STIMULI else "owned products"
 

@@ -184,7 +184,7 @@ class ProbeRecipe(Settings):
     """Precision of the inner products of features: their factors are rounded to 1e-16, 1e-7, and where the hardware
     multiplies such numbers faster, to 1e-3 and 4e-3."""
     memory: Annotated[float, OFTEN_CHANGED, FREE_ON_RESUME] = Field(1.0, gt=0, le=1e6)
-    """GiB of features that a process holds at a time; the rest waits on disk."""
+    """GiB that a process takes for features and their products; the rest waits on disk."""
     backbone: Source = Source()
     images: Images = Images()
     batch_size: int = Field(64, ge=1, le=100_000)
