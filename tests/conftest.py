@@ -31,7 +31,8 @@ def fresh_identity():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that start processes first: they are the slowest."""
-    items.sort(key=lambda item: not {"launch", "start", "succeed"} & vars(item.module).keys())
+    starters = {"launch", "start", "start_group", "succeed"}
+    items.sort(key=lambda item: not starters & vars(item.module).keys())
 
 
 @pytest.fixture(autouse=True)

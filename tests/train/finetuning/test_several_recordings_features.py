@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_here, succeed_here
+from helpers import assert_refused, run_here, slow, succeed_here
 from hostile import FIRST, flip, place_in
 from launching import SMALL, history, succeed, weights
 from make_recordings import pack_two
@@ -202,6 +202,7 @@ def test_left_out_of_one_recording_is_what_the_run_left_out(folds, joined, two, 
     np.testing.assert_array_equal(before["stimulus_id"], after["stimulus_id"])
 
 
+@slow  # test_ensembles.py has it for one recording
 def test_two_processes_join_the_same(folds, joined, tmp_path):
     succeed(2, "train/evaluate.py", *folds, "--combine", "stack", "--out", tmp_path / "out")
     for name in NAMES:
