@@ -4,6 +4,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from train.data.decoding import decode_at
 from train.data.image_cache import ImageCaches
 from train.data.order import Blocks, Layout, MicroBatch
 from train.data.prefetching import ShardPrefetcher
+from train.data.shared_arrays import SharedArray
 
 
 class StimulusSet(Dataset, ABC):
@@ -167,6 +169,12 @@ class RecordingStimuli(StimulusSet):
         self.rates = split.rates(self.subset) if responses else None
         self.labels = split.labels(self.subset) if classes else None
         self.observed = None if self.rates is None else _count_observed(self.rates)
+        self._shared_rates: SharedArray | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.rates is not None and self._shared_rates is None:
+            self._shared_rates = SharedArray(self.rates)
+        return self.__dict__ | {"rates": self._shared_rates, "_shared_rates": None}
 
     @property
     def recordings(self) -> "tuple[RecordingStimuli, ...]":
@@ -262,6 +270,7 @@ class RecordingStimuli(StimulusSet):
         """Replace the recorded responses: float (stimuli, sites), NaN = none."""
         self.rates = rates.astype(np.float32)
         self.observed = _count_observed(self.rates)
+        self._shared_rates = None
 
 
 def _count_observed(rates: np.ndarray) -> np.ndarray:
