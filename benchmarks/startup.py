@@ -80,18 +80,19 @@ def work(options: argparse.Namespace) -> None:
         training.network.train()
         training.step(batch, 0)
         parts.end("first step")
-        memory = {"after the first step": rss()}
+        memory = {"after the first step": own_memory()}
         steps.close()
         training.progress.step = 0
         epoch = training._train_epoch()
         parts.end("epoch")
-        memory["after an epoch"] = rss()
         scores = training.scoring.scores()
         parts.end("scores")
         training._end_epoch(epoch, scores, 0.0)
         parts.end("log, charts, checkpoint")
-        training._train_epoch()
-        memory["after two epochs"] = rss()
+        memory["after an epoch"] = own_memory()
+        for count in (2, 3):
+            training._end_epoch(training._train_epoch(), training.scoring.scores(), 0.0)
+            memory[f"after epoch {count}"] = own_memory()
         training.monitor.close()
         slowest, used = (highest(runtime.gather_objects(times)) for times in (parts.seconds, parts.cpu))
         if runtime.is_main:
@@ -105,7 +106,7 @@ def highest(of_ranks: list[dict[str, float]]) -> dict[str, float]:
     return {part: max(values[part] for values in of_ranks) for part in of_ranks[0]}
 
 
-def rss() -> float:
+def own_memory() -> float:
     """MiB that this process holds for itself; what it shares, as the cache of images, is not counted."""
     memory = psutil.Process().memory_info()
     return (memory.rss - memory.shared) / MIB
