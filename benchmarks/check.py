@@ -7,6 +7,7 @@ crashes or hangs costs only itself. The first one prints a line for each thing c
 import argparse
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from checking.measured_recipe import parse_measured  # noqa: E402
-from checking.verdicts import BEGAN, FAILED, RECIPE_FILE, Verdict, listing, read_verdicts  # noqa: E402
+from checking.verdicts import BEGAN, ENDED, FAILED, OK, RECIPE_FILE, Verdict, listing, read_verdicts  # noqa: E402
 from harness import last_line  # noqa: E402
 
 from data_prep.common.atomic_writes import write_bytes, write_json  # noqa: E402
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from checking.stages import Stage
 
 LAUNCHED = "CHECK_LAUNCHED"  # when launch/check.sh began
+ENDING = "end of processes"
 PACKED = "packed"  # this file says that the recordings are complete, and which process has packed them
 PACKING_SECONDS = 180
 LAUNCHERS = ("TORCHELASTIC", "SLURM_", "OMPI_", "MV2_", "PMI", "MPI_")  # what the variables that they set begin with
@@ -138,15 +140,19 @@ def check(identity: ProcessIdentity, folder: Path, recipe: Sequence[str], *, rat
         preparations = [stage for stage in preparations if stage.name in OF_RATES]
     verdicts = prepare(identity, folder, preparations, recipe)
     report(identity, verdicts)
+    ending: list[float] = []
     for number, stage in enumerate(stages):
         known = len(read_verdicts(folder))
         fault = run_stage(stage.name, stage.seconds, folder, with_peers(number))
         if identity.rank == 0:
+            ending += seconds_to_end(folder)
             found = read_verdicts(folder)[known:] + ([] if fault is None else [fault])
             report(identity, found)
             verdicts += found
     gradients = gradients_against_network(verdicts)
     report(identity, gradients)
+    if ending:
+        verdicts.append(Verdict(ENDING, OK, "", values={"seconds": statistics.median(ending)}))
     return verdicts + gradients
 
 
@@ -165,7 +171,7 @@ def rates_of(verdicts: Sequence[Verdict], launched: float | None) -> dict[str, A
     """
     values = {verdict.subject: verdict.values for verdict in verdicts if verdict.outcome != FAILED}
     content: dict[str, Any] = {"format": FORMAT, "version": VERSION, "place": None, "machine": None}
-    if {"versions", "devices", "rates"} <= values.keys():
+    if {"versions", "devices", "rates", ENDING} <= values.keys():
         devices, rates = values["devices"], values["rates"]
         content["place"] = Place(
             when=time.strftime("%Y-%m-%d %H:%M"),
@@ -180,11 +186,22 @@ def rates_of(verdicts: Sequence[Verdict], launched: float | None) -> dict[str, A
             folder=tempfile.gettempdir(),
             versions=values["versions"],
             launch_seconds=launched,
+            end_seconds=values[ENDING]["seconds"],
         ).model_dump()
         content["machine"] = rates["machine"]
     for name in ("training", "features"):
         content[name] = [of_stage[name] for of_stage in values.values() if name in of_stage]
-    return content | {"verdicts": [asdict(verdict) for verdict in verdicts]}
+    return content | {"verdicts": [asdict(verdict) for verdict in verdicts if verdict.finding]}
+
+
+def seconds_to_end(folder: Path) -> list[float]:
+    """Seconds that the process of the last stage has taken to end once its work was done; none if it was not done."""
+    ended = folder / ENDED
+    if not ended.exists():
+        return []
+    done = float(ended.read_text())
+    ended.unlink()
+    return [max(time.time() - done, 0.0)]
 
 
 def report(identity: ProcessIdentity, verdicts: Sequence[Verdict]) -> None:

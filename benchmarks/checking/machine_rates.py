@@ -3,6 +3,7 @@
 Each takes a fraction of a second to a few seconds; on a GPU sizes are those that keep it busy.
 """
 
+import io
 import os
 import time
 from collections.abc import Callable
@@ -63,7 +64,9 @@ def measure_machine(
         bandwidth, latency: of the network, see `MachineRates`.
     """
     size = PRODUCT[runtime.on_gpu]
+    figure = figure_seconds()
     own = {
+        "figure": figure,
         "decoding": decoding.seconds,
         **disk_seconds(folder, WRITTEN[runtime.on_gpu], runtime.rank),
         **{precision: product_seconds(precision, *size, runtime.device) for precision in PRECISIONS},
@@ -87,6 +90,7 @@ def measure_machine(
         bootstrap_site=max(slowest["bootstrap of few"] / SITES - FEW * per_response, 0),
         bootstrap_response=per_response,
         similarity=slowest["similarity"] / COMPARED**2,
+        figure=slowest["figure"],
     )
 
 
@@ -155,6 +159,17 @@ def decomposition_seconds(stimuli: int, device: torch.device) -> float:
     gram = gram_of(made_up_features(stimuli, 2 * stimuli, device), "float64").cpu().numpy()
     decompose = eigh_on(device)
     return seconds_of(lambda: decompose(gram), device)
+
+
+def figure_seconds() -> float:
+    """Seconds of the first figure of a process."""
+    started = time.perf_counter()
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    figure.subplots().plot(range(100))
+    figure.savefig(io.BytesIO(), format="png", dpi=150)
+    return time.perf_counter() - started
 
 
 def host_seconds() -> dict[str, float]:

@@ -27,7 +27,7 @@ from training_speed import endless
 
 from checking.rate_stages import TRAINING, machine_rates, recipe_rates
 from checking.run_rates import measure_training
-from checking.verdicts import FAILED, OK, SKIPPED, SLOW, Verdict
+from checking.verdicts import ENDED, FAILED, OK, SKIPPED, SLOW, Verdict
 from data_prep.common.process_identity import own_identity
 from data_prep.common.worker_processes import usable_cores
 from train.data.loader import workers_per_rank
@@ -321,3 +321,4 @@ def run_stage(name: str, folder: Path) -> None:
     if own_identity().rank == 0:
         for verdict in verdicts:
             verdict.append_to(folder)
+        (folder / ENDED).write_text(str(time.time()))

@@ -9,6 +9,7 @@ from typing import Any
 OK, SLOW, FAILED, SKIPPED = "ok", "slow", "failed", "skipped"
 FILE = "verdicts.jsonl"
 RECIPE_FILE = "recipe.json"  # the words after --recipe
+ENDED = "ended"  # this file tells when the last stage of the first process was done, likewise
 BEGAN = "CHECK_STAGE_BEGAN"  # the variable that tells when a stage's process was started, in seconds since 1970
 WIDTH = 22  # of the subjects, the longest of which is a stage that failed
 

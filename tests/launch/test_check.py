@@ -169,7 +169,8 @@ def test_what_a_machine_reaches_is_measured_for_the_plan(tmp_path, monkeypatch):
 def test_rates_are_written_unless_their_stage_failed(tmp_path):
     devices = stages.own_devices([CPU, CPU])
     rates = Verdict("rates", OK, "", values={"machine": MACHINE, "threads": 1, "host GiB": 24.0})
-    verdicts = [stages.same_versions([CPU, CPU]), devices, rates]
+    ending = Verdict(check.ENDING, OK, "", values={"seconds": 1.5})
+    verdicts = [stages.same_versions([CPU, CPU]), devices, ending, rates]
     path = tmp_path / "rates.json"
     path.write_text(json.dumps(check.rates_of(verdicts, 3.0)))
     place = load_rates(path).place

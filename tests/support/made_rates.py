@@ -20,6 +20,7 @@ PLACE = {
     "folder": "/tmp",
     "versions": {"torch": "2.15.0"},
     "launch_seconds": 5.0,
+    "end_seconds": 2.0,
 }
 ON_CPU = {"device": "CPU", "device_bytes": None, "cores": 1}
 MACHINE = {
@@ -37,6 +38,7 @@ MACHINE = {
     "bootstrap_site": 1e-3,
     "bootstrap_response": 1e-6,
     "similarity": 1e-7,
+    "figure": 1.5,
 }
 
 

@@ -133,6 +133,7 @@ class ProbeTime:
         reading, exchange, products: of all layers.
         regressions: of the process that has most matrices.
         scores: of the first process.
+        end: the figure of the layers, and the end of the processes.
     """
 
     work: ProbeWork
@@ -145,6 +146,7 @@ class ProbeTime:
     products: float
     regressions: float
     scores: float
+    end: float
 
     @property
     def whole(self) -> float:
@@ -161,6 +163,7 @@ class ProbeTime:
             "inner products": self.products,
             "decompositions and regressions": self.regressions,
             "scores": self.scores,
+            "figures and the end": self.end,
         }
 
 
@@ -191,4 +194,5 @@ def probe_time(work: ProbeWork, forward: ForwardPass) -> ProbeTime:
         products=sum(cost.products for cost in costs),
         regressions=in_turns + by_all,
         scores=costs_of.scoring(len(costs)),
+        end=rates.machine.figure + rates.place.end_seconds,
     )

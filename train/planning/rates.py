@@ -37,6 +37,7 @@ class Place(_Measured):
         folder: whose disk was measured.
         versions: of packages.
         launch_seconds: until the launcher has started the processes; None if it did not say when it began.
+        end_seconds: that a process takes to end once its work is done.
     """
 
     when: str
@@ -51,6 +52,7 @@ class Place(_Measured):
     folder: str
     versions: dict[str, str]
     launch_seconds: Some | None
+    end_seconds: Some
 
     @property
     def on_gpu(self) -> bool:
@@ -102,6 +104,7 @@ class MachineRates(_Measured):
         passes: bytes/s of elementwise work in float64 on the host.
         bootstrap_site, bootstrap_response: seconds for each site, and for each response, of an interval of scores.
         similarity: seconds for each pair of scored stimuli, of RSA and CKA.
+        figure: seconds of the first figure, most of it to import what draws it.
     """
 
     decoding: Decoding
@@ -118,6 +121,7 @@ class MachineRates(_Measured):
     bootstrap_site: Some
     bootstrap_response: Some
     similarity: Seconds
+    figure: Seconds
 
 
 class RunRates(_Measured):

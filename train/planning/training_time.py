@@ -146,6 +146,7 @@ class TrainingTime:
         cached: share of the images that the cache has room for.
         evaluation, first_evaluation: of an epoch, and of the first, which decodes.
         checkpoint: of one.
+        end: of the processes.
         unmeasured: what is not counted, in words.
     """
 
@@ -161,6 +162,7 @@ class TrainingTime:
     evaluation: float
     first_evaluation: float
     checkpoint: float
+    end: float
     unmeasured: Sequence[str] = field(default_factory=list)
 
     @property
@@ -193,7 +195,7 @@ class TrainingTime:
     def after(self, epochs: int) -> float:
         """From the command until `epochs` are done."""
         first = self.first_evaluation + self.checkpoint if self.work.recipe.readout.start != "zero" else 0.0
-        return self.start + first + self.first_epoch + (epochs - 1) * self.later_epoch
+        return self.start + first + self.first_epoch + (epochs - 1) * self.later_epoch + self.end
 
     @property
     def whole(self) -> float:
@@ -256,6 +258,7 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
         evaluation=evaluation,
         first_evaluation=evaluation + decoding_selection,
         checkpoint=run.checkpoint_seconds * (1 if is_measured else work.checkpoint_bytes / run.checkpoint_bytes),
+        end=place.end_seconds,
         unmeasured=unmeasured,
     )
 
