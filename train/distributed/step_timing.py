@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ class StepClock:
 
     Attributes:
         seconds: by part, of the last step known to be complete; empty before the first.
+        now: reads the time on a CPU; on a GPU, puts an event into its queue.
 
     Args:
         device: where the step is computed.
@@ -30,17 +32,10 @@ class StepClock:
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = {}
         self._on_gpu = device.type == "cuda"
+        self.now: Callable[[], Timestamp] = _event if self._on_gpu else time.perf_counter
         self._open_parts: list[str] = []
         self._spans: list[Span] = []
         self._finished: deque[list[Span]] = deque()  # steps that the device may not have done yet
-
-    def now(self) -> Timestamp:
-        """The time on a CPU, an event in the GPU's queue on a GPU."""
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def part(self, name: str) -> "_Part":
         """A context that adds the time within its block to a part of this step."""
@@ -76,6 +71,12 @@ class _Part:
     def __exit__(self, *_: object) -> None:
         self._clock._open_parts.pop()
         self._clock.count(self._name, self._begin)
+
+
+def _event() -> torch.cuda.Event:
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _is_over(spans: list[Span]) -> bool:
