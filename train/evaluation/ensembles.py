@@ -10,8 +10,10 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
+from data_prep.shards.image_identity import first_copies
 from data_prep.shards.manifest import Manifest
 from train.data.bad_samples import BadSamples
+from train.data.seen import images_of_split
 from train.data.stimuli import RecordingStimuli
 from train.evaluation.options import Combine
 from train.evaluation.predictions_file import PREDICTIONS_FILE, Predictions, predictions_of
@@ -206,7 +208,7 @@ class Ensemble:
             left_out_of_run = predictions_of(run, LEFT_OUT, self.recording)
             if left_out_of_run.responses is not None:  # ensembles of earlier versions kept none
                 left_out_of_run.check_responses(run, stimulus_ids, rates, str(self.shards.folder))
-        stacked = stack(self._member_left_out(stimulus_ids), rates, predictions)
+        stacked = stack(self._member_left_out(stimulus_ids), rates, predictions, self._train_copies(stimulus_ids))
         left_out = self._left_out_predictions(stimulus_ids, stacked.left_out)
         return EnsemblePredictions(stacked.prediction, left_out, stacked.weights)
 
@@ -223,6 +225,13 @@ class Ensemble:
         return [np.array([member.left_out[stimulus] for stimulus in stimulus_ids]) for member in self.members]
 
     def _train_rates(self, stimulus_ids: Sequence[str]) -> np.ndarray:
-        train = self.shards.split("train")
-        position_of = {stimulus: position for position, stimulus in enumerate(train.stimulus_ids)}
-        return train.rates(np.array([position_of[stimulus] for stimulus in stimulus_ids], np.int64))
+        return self.shards.split("train").rates(self._train_positions(stimulus_ids))
+
+    def _train_copies(self, stimulus_ids: Sequence[str]) -> np.ndarray | None:
+        """For each, the position among them of the first with the same image; None if all images differ."""
+        copies = first_copies(images_of_split(self.shards, "train").at(self._train_positions(stimulus_ids)))
+        return None if np.array_equal(copies, np.arange(len(copies))) else copies
+
+    def _train_positions(self, stimulus_ids: Sequence[str]) -> np.ndarray:
+        position_of = {name: position for position, name in enumerate(self.shards.split("train").stimulus_ids)}
+        return np.array([position_of[stimulus] for stimulus in stimulus_ids], np.int64)

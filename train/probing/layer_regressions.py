@@ -163,6 +163,7 @@ class LayerRegressions:
                 [result.left_out[index][:, part] for result in by_window.values()],
                 rates[:, part],
                 [result.prediction[rows, part] for result in by_window.values()],
+                partition.copies,
             )
             stacked.prediction[rows, part] = combined.prediction
             left_out[:, part] = combined.left_out

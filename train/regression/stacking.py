@@ -50,7 +50,12 @@ class _Combination:
         return np.einsum("ms,mns->ns", self.weights, np.nan_to_num(predictions - self.mean)) + self.mean
 
 
-def stack(left_out: Sequence[np.ndarray], rates: np.ndarray, predictions: Sequence[np.ndarray]) -> Stacked:
+def stack(
+    left_out: Sequence[np.ndarray],
+    rates: np.ndarray,
+    predictions: Sequence[np.ndarray],
+    copies: np.ndarray | None = None,
+) -> Stacked:
     """Learn how much each member contributes to a site's prediction.
 
     Per site, the squared error of mean + sum_m w_m (prediction_m - mean) is minimised over weights w >= 0 (Breiman
@@ -61,12 +66,14 @@ def stack(left_out: Sequence[np.ndarray], rates: np.ndarray, predictions: Sequen
         left_out: for each member, (n, sites): predictions of stimuli that it was not fitted on.
         rates: (n, sites), the responses to these; NaN = not recorded.
         predictions: for each member, (stimuli, sites): what is to be combined.
+        copies: (n,), equal for stimuli that show the same image, which are in one fold; None if all differ.
     """
     members, rates = np.stack(left_out).astype(np.float64), rates.astype(np.float64)
     combination = _learn(members, rates)
     crossed = np.empty(rates.shape)
     all_stimuli = np.arange(len(rates))
-    for fold in folds(all_stimuli, min(FOLDS, len(rates)), FOLD_SEED):
+    images = all_stimuli if copies is None else copies
+    for fold in folds(images, min(FOLDS, len(np.unique(images))), FOLD_SEED):
         others = np.setdiff1d(all_stimuli, fold)
         crossed[fold] = _learn(members[:, others], rates[others]).apply(members[:, fold])
     prediction = combination.apply(np.stack(predictions).astype(np.float64))

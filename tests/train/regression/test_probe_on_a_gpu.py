@@ -19,6 +19,7 @@ from train.regression.host_copies import copied_to_host
 from train.regression.precision import SymmetricSum
 from train.regression.ridge import RidgeFit, ridge
 from train.regression.sliced_ridge import as_linear_map, linear_outputs
+from train.regression.symmetric_rows import SymmetricRows
 from train.regression.windowed_inner_products import windowed_inner_products
 
 PRECISIONS = ["float64", "float32", "tf32", "bf16"]
@@ -78,6 +79,16 @@ def test_a_ridge_on_one_gpu_is_computed_there(cuda_runtime, monkeypatch):  # noq
         start = as_linear_map(features, fit, cuda_runtime)
         outputs = linear_outputs(features, start, cuda_runtime)
     assert {tensor.device for tensor in (width, products, start.weight, start.bias, outputs)} == {CUDA}
+
+
+def test_a_matrix_on_disk_is_multiplied_on_the_gpu(cuda_runtime):  # noqa: F811
+    """Columns that are one stretch, and columns that are not."""
+    rows = np.zeros((20, 20), np.float32)
+    for kept in (np.arange(3, 9), np.array([1, 4, 5, 11, 12, 19])):
+        with fake_gpu(may_wait=True):
+            matrix = SymmetricRows(rows, 0, kept, cuda_runtime, False, 2**10)
+            product = matrix.multiply_whole(torch.zeros(6, 4, dtype=torch.float64, device=CUDA))
+        assert (product.device, product.dtype, product.shape) == (CUDA, torch.float64, (6, 4))
 
 
 # ---- activations ---------------------------------------------------------------------------------------------------

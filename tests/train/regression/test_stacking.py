@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from scipy.optimize import nnls
 
-from train.regression.stacking import PENALTY, stack
+from data_prep.splits import folds
+from train.regression.stacking import FOLD_SEED, FOLDS, PENALTY, stack
 
 STIMULI, OTHERS, SITES = 200, 50, 3
 
@@ -19,9 +20,9 @@ def members():
     return rates, predictions
 
 
-def stacked(rates, predictions):
+def stacked(rates, predictions, copies=None):
     fit = slice(0, STIMULI)
-    return stack([p[fit] for p in predictions], rates[fit], [p[STIMULI:] for p in predictions])
+    return stack([p[fit] for p in predictions], rates[fit], [p[STIMULI:] for p in predictions], copies)
 
 
 def test_weights_are_those_of_non_negative_least_squares(members):
@@ -72,3 +73,18 @@ def test_missing_responses_and_predictions_are_left_out(members):
     keep = np.arange(STIMULI) != 3
     alone = stack([p[:STIMULI][keep] for p in predictions], rates[:STIMULI][keep], [p[STIMULI:] for p in predictions])
     np.testing.assert_allclose(result.weights[:, 0], alone.weights[:, 0], atol=1e-9)
+
+
+def test_left_out_predictions_do_not_know_the_response_to_a_copy_of_the_image(members):
+    rates, predictions = members
+    copies = np.arange(STIMULI)
+    copies[100:] = copies[:100]
+    apart = folds(np.arange(STIMULI), FOLDS, FOLD_SEED)
+    first = next(one for one in range(100) if not any({one, one + 100} <= set(fold.tolist()) for fold in apart))
+    changed = rates.copy()
+    changed[first] += 1000
+    both = [first, first + 100]
+    before, after = stacked(rates, predictions, copies), stacked(changed, predictions, copies)
+    np.testing.assert_array_equal(after.left_out[both], before.left_out[both])
+    before, after = stacked(rates, predictions), stacked(changed, predictions)
+    assert np.abs(after.left_out[both] - before.left_out[both]).max() > 1
