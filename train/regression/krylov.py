@@ -39,6 +39,7 @@ import numpy as np
 import torch
 
 from train.regression.decomposition import Decomposition, eigh_on_cpu
+from train.regression.spectrum import Spectrum, SpectrumFacts
 from train.regression.symmetric_rows import SymmetricRows
 
 EPSILON = float(np.finfo(np.float64).eps)
@@ -101,6 +102,23 @@ def leading_eigen(
         None where they were not found with less work than all eigenvectors take; the same on every rank.
     """
     return _Search(matrix, components, memory_bytes, rounding, decompose).run()
+
+
+def leading_spectrum(
+    matrix: SymmetricRows,
+    components: int,
+    memory_bytes: float,
+    rounding: float = 0.0,
+    decompose: Decomposition = eigh_on_cpu,
+) -> Spectrum | None:
+    """What `leading_eigen` finds, with all rows of the eigenvectors on every rank; None also where all are cheaper."""
+    if not worth_it(matrix.size, components):
+        return None
+    found = leading_eigen(matrix, components, memory_bytes, rounding, decompose)
+    if found is None:
+        return None
+    facts = SpectrumFacts("krylov", matrix.size, len(found.values), found.error, found.multiplied)
+    return Spectrum(found.values, matrix.ranks.gather_rows(found.vectors), facts)
 
 
 @dataclass(frozen=True)
