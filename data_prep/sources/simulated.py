@@ -41,7 +41,7 @@ class Simulated(BaseModel, extra="forbid", use_attribute_docstrings=True):
     """Share of the stimuli for testing."""
 
     def open(self) -> SimulatedRecording:
-        """Draw the sites and compute the mean rates for all stimuli, which takes about 7 ms per stimulus.
+        """Draw the sites and compute the mean rates for all stimuli, which takes about 7 ms of a core per stimulus.
 
         Raises:
             BadInput: the held-out fractions leave nothing to train on.

@@ -22,16 +22,22 @@ of the average over R trials is then exactly Var(lambda) / (Var(lambda) + E[lamb
 and mean over the stimuli.
 """
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 
+from data_prep.common.errors import RunFailed
+from data_prep.common.worker_processes import serve_parent, usable_cores
 from data_prep.sources.simulation.drawing import draw_scene
 from data_prep.sources.simulation.objects import CATEGORIES, OBJECTS, OBJECTS_PER_CATEGORY, make_body
 from data_prep.sources.simulation.random_streams import CALIBRATION, NOISE, SITES
 from data_prep.sources.simulation.stimuli import SHIFT, SIZES, TURN, draw_pose, draw_stimulus, pose_array, pose_of
 
+MANY_STIMULI, PART = 4000, 250  # from how many they are drawn by several processes, and how many by one at a time
 WINDOW_MS = (70.0, 170.0)
 WINDOW_S = (WINDOW_MS[1] - WINDOW_MS[0]) / 1000
 
@@ -142,9 +148,31 @@ def calibration_features(seed: int, scenes: int = 128) -> np.ndarray:
 def stimulus_drives(sites: Population, seed: int, stimuli: int) -> dict[str, np.ndarray]:
     """The raw drives of the stimuli, {component: float (stimuli, sites)}; draws each scene once, small."""
     poses = pose_array([pose_of(seed, index) for index in range(stimuli)])
-    features = np.stack([image_features(draw_stimulus(seed, index, RETINA)) for index in range(stimuli)])
+    features = stimulus_features(seed, stimuli)
     raw = raw_drives(sites, np.arange(stimuli) % len(OBJECTS), poses)
     return raw | {"image": image_drive(sites, features)}
+
+
+def stimulus_features(seed: int, stimuli: int) -> np.ndarray:
+    """The features of the stimuli's images, float32 (stimuli, features); of many, on all cores.
+
+    Raises:
+        RunFailed: a process was killed.
+    """
+    if stimuli < MANY_STIMULI:
+        return features_of_some(seed, range(stimuli))
+    parts = [range(start, min(start + PART, stimuli)) for start in range(0, stimuli, PART)]
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(usable_cores(), context, serve_parent) as pool:
+        try:
+            return np.concatenate(list(pool.map(partial(features_of_some, seed), parts)))
+        except BrokenProcessPool:
+            raise RunFailed("a packing process was killed (out of memory?); nothing was packed") from None
+
+
+def features_of_some(seed: int, indices: range) -> np.ndarray:
+    """The features of some stimuli's images, float32 (stimuli, features)."""
+    return np.stack([image_features(draw_stimulus(seed, index, RETINA)) for index in indices])
 
 
 def raw_drives(sites: Population, objects: np.ndarray, poses: np.ndarray) -> dict[str, np.ndarray]:
@@ -159,7 +187,7 @@ def raw_drives(sites: Population, objects: np.ndarray, poses: np.ndarray) -> dic
         {component: float (scenes, sites)}.
     """
     position, log_size, turn = poses[:, :2], np.log(poses[:, 2:3]), poses[:, 3:] / TURN
-    distance = ((position[:, None] - sites.centres) ** 2).sum(2)
+    distance = sum((position[:, axis, None] - sites.centres[:, axis]) ** 2 for axis in (0, 1))
     field = np.exp(-distance / (2 * sites.widths**2))
     angle = turn @ sites.views
     category = objects // OBJECTS_PER_CATEGORY

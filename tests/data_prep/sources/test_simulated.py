@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from data_prep.common.errors import BadInput
 from data_prep.recording import trial_average
 from data_prep.sources.simulated import Simulated
+from data_prep.sources.simulation import population
 from data_prep.sources.simulation.drawing import Pose, draw_scene
 from data_prep.sources.simulation.objects import CATEGORIES, make_body
 from data_prep.sources.simulation.population import draw_trials, true_reliability
@@ -147,3 +148,11 @@ def test_bad_options_are_refused():
             Simulated(**bad)
     with pytest.raises(BadInput, match=r"val_fraction 0\.5 and test_fraction 0\.6"):
         Simulated(val_fraction=0.5, test_fraction=0.6).open()
+
+
+def test_many_stimuli_are_drawn_by_several_processes(monkeypatch):
+    """Their features are those that one process computes."""
+    expected = population.features_of_some(3, range(7))
+    monkeypatch.setattr(population, "MANY_STIMULI", 5)
+    monkeypatch.setattr(population, "PART", 3)
+    np.testing.assert_array_equal(population.stimulus_features(3, 7), expected)
