@@ -1,7 +1,7 @@
 """A run on a large recording: how long until its first step, and what an epoch and its scores cost, by part.
 
     python benchmarks/startup.py [--stimuli 22248] [--sites 1024] [--side 64] [--network test_resnet] [--batch 64]
-                                 [--processes 1 2] [--data DIR] [--json FILE]
+                                 [--epochs 3] [--processes 1 2] [--data DIR] [--json FILE]
 
 The default is the size of TVSD: that many JPEGs of noise, of which 2,000 are val, with responses at random. `--data`
 uses a shard folder instead, and makes it if it does not exist. The run is the one of train/finetune.py, with one thread
@@ -90,7 +90,7 @@ def work(options: argparse.Namespace) -> None:
         training._end_epoch(epoch, scores, 0.0)
         parts.end("log, charts, checkpoint")
         memory["after an epoch"] = own_memory()
-        for count in (2, 3):
+        for count in range(2, options.epochs + 1):
             training._end_epoch(training._train_epoch(), training.scoring.scores(), 0.0)
             memory[f"after epoch {count}"] = own_memory()
         training.monitor.close()
@@ -116,7 +116,16 @@ def measured(processes: int, options: argparse.Namespace, folder: Path) -> dict:
     """The results of `work` on so many processes."""
     result, run = folder / f"{processes}.json", folder / f"run_{processes}"
     words = [sys.executable, __file__, "--data", options.data, "--run", run, "--json", result]
-    words += ["--network", options.network, "--side", options.side, "--batch", options.batch]
+    words += [
+        "--network",
+        options.network,
+        "--side",
+        options.side,
+        "--batch",
+        options.batch,
+        "--epochs",
+        options.epochs,
+    ]
     started = []
     for rank in range(processes):
         environment = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
@@ -182,6 +191,7 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=64, help="of the images, in pixels")
     parser.add_argument("--network", default="test_resnet")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=3, help="whose memory is looked at")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--data", type=Path)
     parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
