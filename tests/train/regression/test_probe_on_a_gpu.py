@@ -15,7 +15,7 @@ from train.regression import decomposition, sliced_ridge
 from train.regression.decomposition import GpuDecomposition, eigh_on
 from train.regression.feature_slices import exchange_features
 from train.regression.gram import centred_gram
-from train.regression.host_copies import copied_to_host
+from train.regression.host_copies import Uploads, copied_to_host
 from train.regression.precision import SymmetricSum
 from train.regression.ridge import RidgeFit, ridge
 from train.regression.sliced_ridge import as_linear_map, linear_outputs
@@ -151,6 +151,32 @@ def test_activations_leave_the_gpu_without_blocking_it(cuda_runtime, streams):  
 def test_on_a_cpu_nothing_is_copied():
     batch = {"layer": torch.ones(2)}
     assert next(copied_to_host([batch], torch.device("cpu")))["layer"] is batch["layer"]
+
+
+def test_blocks_of_features_go_up_while_the_next_is_filled(streams, monkeypatch):
+    """Two page-locked buffers take turns, and a block is not overwritten before it is copied."""
+    waits, sent = [], []
+    event = type("Copied", (), {"record": lambda self: None, "synchronize": lambda self: waits.append(len(sent))})
+    monkeypatch.setattr(torch.cuda, "Event", event)
+    monkeypatch.setattr(
+        torch.Tensor, "to", lambda self, device, non_blocking: sent.append(non_blocking) or self.clone()
+    )
+    uploads, memory = Uploads(CUDA), []
+    for number in range(4):
+        block = uploads.buffer(3, 5 - number // 3)
+        block[:] = number
+        memory.append(block.ctypes.data)
+        assert (uploads.upload() == number).all()
+    assert sent == [True] * 4
+    assert waits == [2, 3]
+    assert memory[0] == memory[2] != memory[1] == memory[3]
+
+
+def test_on_a_cpu_blocks_of_features_are_not_copied():
+    uploads = Uploads(torch.device("cpu"))
+    block = uploads.buffer(2, 3)
+    block[:] = 7
+    assert uploads.upload().data_ptr() == block.ctypes.data
 
 
 # ---- decomposition -------------------------------------------------------------------------------------------------
