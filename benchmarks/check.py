@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+STARTED = time.time()  # before the other imports, which take a moment
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from checking.measured_recipe import parse_measured  # noqa: E402
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from checking.stages import Stage
 
 LAUNCHED = "CHECK_LAUNCHED"  # when launch/check.sh began
+CLOCK_ERROR = 60.0  # s between the times that files and processes are said to begin
 ENDING = "end of processes"
 PACKED = "packed"  # this file says that the recordings are complete, and which process has packed them
 PACKING_SECONDS = 180
@@ -117,7 +119,8 @@ def is_packed(folder: Path) -> bool:
     path = folder / PACKED
     try:
         packed_by = psutil.Process(int(path.read_text()))
-        return packed_by.create_time() <= path.stat().st_mtime  # else the number is another process's by now
+        # Else the number is another process's by now; the system's count of its start may be off by a little.
+        return packed_by.create_time() <= path.stat().st_mtime + CLOCK_ERROR
     except (OSError, psutil.NoSuchProcess):
         return False
 
@@ -159,7 +162,7 @@ def check(identity: ProcessIdentity, folder: Path, recipe: Sequence[str], *, rat
 def launch_seconds() -> float | None:
     """Seconds from the start of the launcher, which launch/check.sh notes, to that of this process."""
     began = os.environ.get(LAUNCHED)
-    return None if began is None else max(psutil.Process().create_time() - float(began), 0.0)
+    return None if began is None else max(STARTED - float(began), 0.0)
 
 
 def rates_of(verdicts: Sequence[Verdict], launched: float | None) -> dict[str, Any]:
