@@ -4,10 +4,11 @@
                                [--layers 1] [--memory 0.5] [--repeats 3] [--processes 1 2] [--exact] [--json FILE]
 
 Ridge on principal components with a penalty per site. Every side runs in processes of its own, each with one thread,
-from features that lie on disk, in turns. Peak memory is what the kernel counted (VmHWM), with all libraries. Medians
-over the repeats without the time of the imports, and how far the predictions are from those of the full singular value
-decomposition (where that fits, `--exact`). himalaya has no principal components: its ridge is on all features. Ours is
-what train/probe.py does once activations are stored.
+from features that lie on disk, in turns. On a busy machine the CPU seconds still tell what a side needs. Peak memory
+is what the kernel counted (VmHWM), with all libraries. Medians over the repeats without the time of the imports, and
+how far the predictions are from those of the full singular value decomposition (where that fits, `--exact`). himalaya
+has no principal components: its ridge is on all features. Ours is what train/probe.py does once activations are
+stored.
 """
 
 import argparse
@@ -124,17 +125,18 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
         rates = np.load(folder / "rates.npy")
         imported = peak_memory()
         runtime.barrier()
-        started_at = time.monotonic()
+        started_at, cpu_before = time.monotonic(), time.process_time()
         products, files = ProductStore(recipe, stored, runtime, silent), ResultFiles(stored.folder / "results")
         results = LayerRegressions(recipe, layers, [partition], rates, products, files, runtime, silent).run()
-        seconds = time.monotonic() - started_at
+        seconds, cpu = time.monotonic() - started_at, time.process_time() - cpu_before
         if runtime.is_main:
             np.savez(folder / f"ours_{runtime.ranks}.npz", ridge=results[layers[0]].prediction)
-        peaks = runtime.gather_objects(peak_memory())
+        peaks, cpu_of_all = runtime.gather_objects(peak_memory()), runtime.gather_objects(cpu)
         if runtime.is_main:
             found = results[layers[0]].components
             print(f"{runtime.ranks} processes: components {found}; {imported:.2f} GiB before", file=sys.stderr)
-            print(json.dumps({"seconds": seconds, "gib": max(peaks), "gib of all": sum(peaks)}))
+            memory = {"gib": max(peaks), "gib of all": sum(peaks)}
+            print(json.dumps({"seconds": seconds, "cpu": max(cpu_of_all)} | memory))
         runtime.barrier()
         shutil.rmtree(stored.folder)
 
@@ -144,7 +146,7 @@ def scikit_learn(folder: Path, options: argparse.Namespace, solver: str = "auto"
     from sklearn.decomposition import PCA
     from sklearn.linear_model import RidgeCV
 
-    started_at, fit = time.monotonic(), options.stimuli
+    started_at, cpu_before, fit = time.monotonic(), time.process_time(), options.stimuli
     rates = np.load(folder / "rates.npy")
     for _ in range(options.layers if solver == "auto" else 1):
         features = np.fromfile(folder / "features.f32", np.float32).reshape(len(rates), -1)
@@ -156,9 +158,9 @@ def scikit_learn(folder: Path, options: argparse.Namespace, solver: str = "auto"
         ridge = RidgeCV(alphas=np.logspace(-6, 6, 49) * variance, alpha_per_target=True)
         prediction = ridge.fit(scores, rates[:fit]).predict(new)
         del scores, new, pca
-    ended_at = time.monotonic()
+    used = {"seconds": time.monotonic() - started_at, "cpu": time.process_time() - cpu_before}
     np.savez(folder / f"{'exact' if solver == 'full' else 'scikit-learn'}.npz", ridge=prediction)
-    print(json.dumps({"seconds": ended_at - started_at, "gib": peak_memory(), "gib of all": peak_memory()}))
+    print(json.dumps(used | {"gib": peak_memory(), "gib of all": peak_memory()}))
 
 
 def himalaya(folder: Path, options: argparse.Namespace) -> None:
@@ -167,7 +169,7 @@ def himalaya(folder: Path, options: argparse.Namespace) -> None:
     from himalaya.kernel_ridge import KernelRidgeCV
 
     backend = set_backend("torch_cuda" if options.gpu else "torch")
-    started_at, fit = time.monotonic(), options.stimuli
+    started_at, cpu_before, fit = time.monotonic(), time.process_time(), options.stimuli
     rates = np.load(folder / "rates.npy")
     for _ in range(options.layers):
         features = np.fromfile(folder / "features.f32", np.float32).reshape(len(rates), -1)
@@ -177,9 +179,9 @@ def himalaya(folder: Path, options: argparse.Namespace) -> None:
         ridge = KernelRidgeCV(alphas=np.logspace(-6, 6, 49).astype(np.float32) * unit, kernel="linear")
         ridge.fit(backend.asarray(features[:fit]), backend.asarray(rates[:fit] - mean_rates))
         prediction = backend.to_numpy(ridge.predict(backend.asarray(features[fit:]))) + mean_rates
-    ended_at = time.monotonic()
+    used = {"seconds": time.monotonic() - started_at, "cpu": time.process_time() - cpu_before}
     np.savez(folder / "himalaya.npz", ridge=prediction)
-    print(json.dumps({"seconds": ended_at - started_at, "gib": peak_memory(), "gib of all": peak_memory()}))
+    print(json.dumps(used | {"gib": peak_memory(), "gib of all": peak_memory()}))
 
 
 def counts_of(options: argparse.Namespace) -> tuple[int, int]:
@@ -208,7 +210,7 @@ def run_side(side: str, folder: Path, options: argparse.Namespace) -> dict[str, 
     if status is None:
         nothing = float("nan")
         print(f"{side}: given up after {options.limit:g} s")
-        return {"seconds": nothing, "gib": nothing, "gib of all": nothing}
+        return dict.fromkeys(("seconds", "cpu", "gib", "gib of all"), nothing)
     if status:
         raise CommandFailed(f"{side} failed:\n{output[-3000:]}")
     return json.loads(next(line for line in reversed(output.splitlines()) if line.startswith("{")))
@@ -219,6 +221,7 @@ def measure(folder: Path, options: argparse.Namespace) -> None:
     sides = {name: partial(run_side, name, folder, options) for name in sides_of(options)}
     measured = measure_in_turns(sides, options.repeats, warm_up=0)
     print(measured["seconds"].table("seconds", {"of scikit-learn": "scikit-learn"}))
+    print(measured["cpu"].table("CPU seconds of the busiest process", {"of scikit-learn": "scikit-learn"}))
     print(measured["gib"].table("GiB of the largest process", {"of scikit-learn": "scikit-learn"}))
     print(measured["gib of all"].table("GiB of all processes", {"of scikit-learn": "scikit-learn"}))
     write_json(options, {name: turns.values for name, turns in measured.items()})
