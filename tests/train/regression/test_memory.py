@@ -10,13 +10,13 @@ from train.regression.rows import BLOCK_BYTES, ON_CPU, RowFile
 from train.regression.striped_features import StripedFeatures
 from train.regression.striped_gram import StripedGram
 
-STIMULI, HELD_OUT, COMPONENTS, SITES = 4200, 100, 100, 40
-LIBRARIES = 2**25  # work space of BLAS and pieces of memory that malloc keeps
+STIMULI, HELD_OUT, COMPONENTS, SITES = 5300, 100, 100, 40
+LIBRARIES = 2**26  # work space of BLAS and pieces of memory that malloc keeps
 
 
 @pytest.fixture(scope="module")
 def problem(tmp_path_factory):
-    """Products, 74 MB of float32, features, and responses."""
+    """Products, 112 MB of float32, features, and responses."""
     folder, generator = tmp_path_factory.mktemp("memory"), np.random.default_rng(0)
     strengths = np.arange(1, 401, dtype=np.float32) ** -0.5
     features = generator.standard_normal((STIMULI, 400), np.float32) * strengths
