@@ -28,9 +28,10 @@ worst case; where the responses do not conspire with the error, predictions diff
 If eigenvalues k and k + 1 are equal to rounding, no criterion holds (their vectors are arbitrary); nor does one within
 reasonable work if the spectrum is flat at the cut. Then there is no result, and the caller computes all eigenvectors.
 
-Work: about 3 k products with the matrix, 6 k n^2 operations, and 36 k^2 n to orthogonalise. Memory of a rank that holds
-1 / ranks of the rows, with m vectors in the basis: 8 m n / ranks bytes, m being at least 1.75 k and at most 3.75 k, and
-within `memory_bytes` where the former allows it. The main rank also holds T and its eigenvectors, 32 m^2 bytes.
+Work: 2.4 k to 4 k products with the matrix, say 6 k n^2 operations, and 36 k^2 n to orthogonalise. Memory of a rank
+that holds 1 / ranks of the rows, with m vectors in the basis: 8 m n / ranks bytes, m being at least 1.75 k and at most
+3.75 k, and within `memory_bytes` where the former allows it. The main rank also holds T and its eigenvectors, 32 m^2
+bytes.
 """
 
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ LEAST_STIMULI = 4096  # below, all eigenvectors take seconds
 LARGEST_SHARE = 1 / 8  # of n that the components may be, above which all eigenvectors are cheaper
 BLOCKS_PER_COMPONENTS = 16  # blocks of the basis that make k vectors
 LEAST_BLOCK = 32  # vectors that the matrix is multiplied with at a time
-FIRST_CHECK = 2.9  # times k vectors, when most spectra have converged or nearly so
+FIRST_CHECK = 2.4  # times k vectors, when steep spectra have converged
 MOST_WORK = 7  # times k vectors, when it is given up
 KEPT = 1.25  # times k Ritz vectors that a restart keeps
 BASIS = 3.75  # times k vectors, from which a restart
