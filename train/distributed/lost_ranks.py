@@ -5,6 +5,7 @@ next read or launch, and `destroy_process_group`, which first lets all operation
 process without naming a rank.
 """
 
+import atexit
 import faulthandler
 import os
 import queue
@@ -20,6 +21,12 @@ from data_prep.common.terminal import printable
 
 NOTICE_SECONDS = 30.0  # that the main thread has to notice a lost rank itself
 END_SECONDS = 60  # that a failed process has to end, before it is ended
+
+# Groups that were left, until the process ends. Otherwise DDP's reducer is the last to hold its group: it frees it
+# without releasing the GIL and waits for gloo's threads, one of which may need the GIL to free its last tensor (seen
+# with torch 2.9). What Python holds is freed without the GIL.
+_left_groups: list[dist.ProcessGroup | None] = []
+atexit.register(_left_groups.clear)
 
 
 class LostRankWatch:
@@ -82,4 +89,5 @@ def leaving_group() -> Iterator[None]:
 
 def _leave_group() -> None:
     if dist.is_initialized():
+        _left_groups.append(dist.group.WORLD)
         dist.destroy_process_group()
