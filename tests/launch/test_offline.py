@@ -256,9 +256,9 @@ def checkout(tmp_path) -> Path:
     return tmp_path
 
 
-def set_up(checkout: Path) -> subprocess.CompletedProcess:
+def set_up(checkout: Path, first: str = "") -> subprocess.CompletedProcess:
     script = 'set -euo pipefail; source launch/setup.sh; set_up; echo "python=$PYTHON path=$PYTHONPATH"'
-    environment = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "PIP_NO_INDEX": "1"}
+    environment = {"PATH": first + os.environ["PATH"], "PYTHON": sys.executable, "PIP_NO_INDEX": "1", "UV_OFFLINE": "1"}
     return subprocess.run(["bash", "-c", script], cwd=checkout, env=environment, capture_output=True, text=True)
 
 
@@ -275,12 +275,31 @@ def test_a_python_with_the_requirements_is_used_as_it_is(checkout):
     assert not (checkout / ".venv").exists()
 
 
-def test_another_python_makes_the_environment_and_what_it_lacks_is_said(checkout):
+@pytest.fixture
+def lacking(checkout) -> Path:
+    """A checkout whose requirements are nowhere, with an environment as if it had been created."""
     write_requirement(checkout, "no-such-package>=1")
-    python = checkout / ".venv" / "bin" / "python"  # as if it had been created
-    python.parent.mkdir(parents=True)
-    python.symlink_to(sys.executable)
-    done = set_up(checkout)
-    assert f"using {checkout}/.venv: {sys.executable} lacks no-such-package>=1" in done.stdout
+    script(checkout / ".venv" / "bin" / "python", "exit 1")
+    return checkout
+
+
+def script(path: Path, line: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(f"#!/bin/sh\n{line}\n")
+    path.chmod(0o755)
+
+
+def test_another_python_makes_the_environment_and_what_it_lacks_is_said(lacking):
+    done = set_up(lacking)
+    assert f"using {lacking}/.venv: {sys.executable} lacks no-such-package>=1" in done.stdout
     assert "error: the requirements could not be installed; without internet, see docs/offline.md" in done.stderr
     assert done.returncode == 1
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+def test_uv_installs_only_where_it_reaches_its_index(lacking, has_index):
+    asked = lacking / "asked"
+    script(lacking / "tools" / "uv", f'echo "$2" >>{asked}; [ "$2" = install ] || exit {int(not has_index)}')
+    done = set_up(lacking, f"{lacking}/tools:")
+    assert asked.read_text().split() == (["compile", "install"] if has_index else ["compile"])
+    assert ("could not be installed" in done.stderr) == (not has_index)
