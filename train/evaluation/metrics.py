@@ -40,7 +40,7 @@ def site_scores(moments: SiteMoments) -> dict[str, np.ndarray]:
     prediction_squares, products = _on_host(moments.prediction_squares), _on_host(moments.products)
     with np.errstate(invalid="ignore", divide="ignore"):
         squared_error = residual_squares + count * residual_mean**2
-        defined = varies(count, response_squares, _on_host(moments.response_mean))
+        defined = _has_r2(moments)
         correlation = products / np.sqrt(response_squares * prediction_squares)
         return {
             "r2": np.where(defined, 1 - squared_error / response_squares, np.nan),
@@ -83,7 +83,8 @@ def fraction_of_explainable_variance(
         variance = _on_host(moments.response_squares) / (count - 1)
         error = _on_host(moments.residual_squares) / count + _on_host(moments.residual_mean) ** 2
         explainable = variance - noise
-        return np.where(explainable > least * variance, 1 - (error - noise) / explainable, np.nan)
+        defined = _has_r2(moments) & (explainable > least * variance)
+        return np.where(defined, 1 - (error - noise) / explainable, np.nan)
 
 
 def noise_corrected_r2(moments: SiteMoments, noise: np.ndarray, least: float = LEAST_RELIABILITY) -> np.ndarray:
@@ -105,7 +106,7 @@ def noise_corrected_r2(moments: SiteMoments, noise: np.ndarray, least: float = L
     with np.errstate(invalid="ignore", divide="ignore"):
         explained = products**2 / prediction_squares - noise
         explainable = response_squares - (count - 1) * noise
-        defined = (prediction_squares > 0) & (explainable > least * response_squares)
+        defined = _has_r2(moments) & (prediction_squares > 0) & (explainable > least * response_squares)
         return np.where(defined, explained / explainable, np.nan)
 
 
@@ -143,6 +144,11 @@ def mean_noise(noise: np.ndarray | None, response: np.ndarray) -> np.ndarray | N
         return None
     recorded = ~np.isnan(response)
     return np.where(recorded, noise, 0).sum(axis=0) / np.maximum(recorded.sum(axis=0), 1)
+
+
+def _has_r2(moments: SiteMoments) -> np.ndarray:
+    """Which sites' responses vary, bool (sites,)."""
+    return varies(_on_host(moments.count), _on_host(moments.response_squares), _on_host(moments.response_mean))
 
 
 def _on_host(values: torch.Tensor) -> np.ndarray:

@@ -155,6 +155,29 @@ def test_sites_without_explainable_variance_or_with_a_constant_prediction_have_n
     assert np.isnan(scored(prediction, trials)["r2_er"]).tolist() == [True, True, False]
 
 
+@pytest.mark.parametrize("constant", [0.1, 7.3])
+def test_sites_without_r2_have_no_score_relative_to_a_ceiling_either(constant):
+    """Those that a model cannot be fitted to, and those whose responses are the same but for rounding."""
+    prediction, trials = simulated(0.5, stimuli=200, sites=3)
+    trials[..., 1] = constant
+    statistics = TrialStatistics.from_trials(trials)
+    noise = statistics.noise_of_average()
+    block = regression_report(
+        moments(prediction, statistics.average),
+        prediction,
+        statistics.average,
+        ["untrained", "constant", "fine"],
+        np.full(3, 0.7),
+        trained=np.array([False, True, True]),
+        noise=noise,
+        split_half=np.full(3, 0.7),
+    )
+    assert block["sites_without_r2"] == ["untrained", "constant"]
+    for name in ("squared_pearson_r", "ceiled_pearson_r", "feve", "r2_er"):
+        assert [score is None for score in block[name]["per_site"]] == [True, True, False], name
+        assert block[name]["mean"] == block[name]["per_site"][2]
+
+
 def test_the_metrics_do_not_depend_on_how_ranks_share_the_stimuli():
     prediction, target = make_predictions(stimuli=101)
     reliability, noise = np.full(SITES, 0.7), np.full(SITES, 0.4)
