@@ -6,8 +6,8 @@
 batch through the same network and loss: forward, backward, step, zero_grad. `same` does so under the same strategy
 with the same settings (DDP; `deepspeed.initialize`, `engine.backward` and `engine.step` with the same file), without
 Accelerate and without anything of ours; `same again` is that once more, and what it differs by is noise. The others
-the same settings (DDP; `deepspeed.initialize`, `engine.backward` and `engine.step`, with the same file), without what
-a short script would do: the timm network itself, images normalised beforehand, `mse_loss`, fused AdamW.
+have no strategy: `bare`; `unfused`, the same with torch's default AdamW; and `lean`, what a short script would do: the
+timm network itself, images normalised beforehand, `mse_loss`, fused AdamW.
 
 Each variant is a process of its own with one thread: one process without a strategy, the same under DDP over gloo,
 and under each stage of ZeRO (DeepSpeed over gloo); `heartbeat` is our loop on two processes under DDP, with the message
@@ -63,10 +63,7 @@ PAIRS = {
 }
 SHOWN = ("ours", "same", "bare", "unfused", "lean")
 HEARTBEAT_PAIRS = {"heartbeat": ("with the heartbeat", "without"), NOISE: ("without again", "without")}
-DDP_SETTINGS = {
-    "broadcast_buffers": False,
-    "gradient_as_bucket_view": True,
-}  # as train/distributed/accelerator.py has them
+DDP_SETTINGS = {"broadcast_buffers": False, "gradient_as_bucket_view": True}  # as train/distributed/accelerator.py
 Step = Callable[[], object]
 
 

@@ -56,6 +56,14 @@ class Batch:
         changed: dict[str, Any] = {name: change(x) for name, x in vars(self).items() if isinstance(x, torch.Tensor)}
         return replace(self, **changed)
 
+    def with_copied_facts(self) -> "Batch":
+        """The same images with copies of the other tensors.
+
+        Each tensor from a decoding process takes an open file while anything refers to it, and a run refers to
+        positions and responses for many steps.
+        """
+        return self._map_tensors(lambda tensor: tensor if tensor is self.images else tensor.clone())
+
     def pin_memory(self) -> "Batch":
         """Page-locked copies, which can be copied to a GPU without blocking."""
         return self._map_tensors(torch.Tensor.pin_memory)

@@ -157,7 +157,8 @@ class _BatchLoader(DataLoader):
                         batch.on_one_rank = True
                         raise batch
                     advance()
-                    yield batch
+                    is_in_files = self.num_workers > 0 and not self.pin_memory
+                    yield batch.with_copied_facts() if is_in_files else batch
             except (RuntimeError, OSError, EOFError) as error:
                 if (exhausted := _exhausted(error)) is not None:
                     raise exhausted from None

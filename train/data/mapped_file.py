@@ -107,7 +107,9 @@ def _aligned(descriptor: int, size: int) -> tuple[mmap.mmap, int] | None:
         Reserved addresses, of which the file takes a part, and where in them it starts.
     """
     try:
-        if int(_HUGE_PAGE_OF_KERNEL.read_text()) != HUGE_PAGE:
+        # On a disk that is full, a write to mapped memory would end the process, in pages of any size.
+        is_in_memory = os.readlink(f"/proc/self/fd/{descriptor}").startswith("/memfd:")
+        if not is_in_memory or int(_HUGE_PAGE_OF_KERNEL.read_text()) != HUGE_PAGE:
             return None
         reserved = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except (OSError, ValueError):

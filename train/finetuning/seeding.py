@@ -4,9 +4,8 @@ import torch
 
 from train.data.order import stream_seed
 
-BLOCK = (
-    64  # steps whose seeds are made together: between two steps, code that has left the caches takes ten times as long
-)
+# Steps whose seeds are made together: between two steps, code that has left the caches takes ten times as long.
+BLOCK = 64
 
 
 class StepSeeds:

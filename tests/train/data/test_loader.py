@@ -4,6 +4,7 @@ import io
 import shutil
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hostile import sealed
@@ -144,6 +145,9 @@ def test_workers_change_nothing(stimuli):
     del half_way
     for epoch, first_step in ((0, 0), (1, 0), (1, 2)):
         assert_same_steps(read_steps(alone, epoch, first_step), read_steps(helped, epoch, first_step))
+    files = psutil.Process().num_fds()
+    kept = [(batch.positions, batch.weight, batch.rates) for step in helped.epoch(2) for batch in step]
+    assert psutil.Process().num_fds() - files < len(kept)  # what a run keeps of its batches holds no files open
 
 
 @pytest.mark.parametrize("per_device", [None, 2])

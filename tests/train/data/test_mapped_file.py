@@ -48,6 +48,17 @@ def test_without_huge_pages_the_file_is_mapped_all_the_same(descriptor, tmp_path
     assert file.bytes[HUGE_PAGE : HUGE_PAGE + 5].tobytes() == b"there"
 
 
+def test_a_file_on_a_disk_has_no_huge_pages(tmp_path):
+    """Writing to its memory would end the process where the disk is full."""
+    with (tmp_path / "file").open("w+b") as on_disk:
+        on_disk.truncate((COUNT + 1) * HUGE_PAGE)
+        file, pages = opened(on_disk.fileno())
+        assert not pages.hold(0, 1)
+        on_disk.write(b"there")
+        on_disk.flush()
+        assert file.bytes[:5].tobytes() == b"there"
+
+
 def test_expensive_huge_pages_are_left_out_more_and_more(descriptor, monkeypatch):
     monkeypatch.setattr(MappedFile, "make_huge", lambda file, start: True)
     monkeypatch.setattr(mapped_file, "_EXPENSIVE", -1)  # as all are where memory is fragmented
