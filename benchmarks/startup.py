@@ -116,16 +116,8 @@ def measured(processes: int, options: argparse.Namespace, folder: Path) -> dict:
     """The results of `work` on so many processes."""
     result, run = folder / f"{processes}.json", folder / f"run_{processes}"
     words = [sys.executable, __file__, "--data", options.data, "--run", run, "--json", result]
-    words += [
-        "--network",
-        options.network,
-        "--side",
-        options.side,
-        "--batch",
-        options.batch,
-        "--epochs",
-        options.epochs,
-    ]
+    for name in ("network", "side", "batch", "epochs"):
+        words += [f"--{name}", getattr(options, name)]
     started = []
     for rank in range(processes):
         environment = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
