@@ -16,7 +16,7 @@ numbers, a power law through those measured, cubic beyond them. Seconds of a lay
 | all eigenvectors       | D(n)                                                                                        |
 | k of many stimuli      | (6 k n^2 + 36 k^2 n) / R / multiplication + 2 D(3 k) + SWEEPS * 4 N^2 / R / column_read     |
 
-| features, if these are few (2 p <= N, or p < N of many stimuli)                                                      |
+| features, if these are few (2 p <= N)                                                                                |
 | ---------------------- | ------------------------------------------------------------------------------------------- |
 | features from disk     | READINGS * 4 N p / R / column_read                                                          |
 | covariance             | 2 n p^2 / R / multiplication + D(p), or k of many features as above                         |
@@ -35,14 +35,14 @@ numbers, a power law through those measured, cubic beyond them. Seconds of a lay
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from train.models.windows import probe_windows
 from train.planning.operations import Layer
 from train.planning.rates import Decomposition, MachineRates
+from train.probing.product_store import Kind, kind_of
 from train.probing.source_reading import MOST_COMPARED
 from train.regression.inner_products import parts_of
-from train.regression.krylov import BASIS, BLOCKS_PER_COMPONENTS, LEAST_BLOCK, LEAST_STIMULI, worth_it
+from train.regression.krylov import BASIS, BLOCKS_PER_COMPONENTS, LEAST_BLOCK, worth_it
 from train.regression.ridge import PENALTIES
 from train.run.recipe import ProbeRecipe
 
@@ -50,8 +50,6 @@ FLOAT32, FLOAT64 = 4, 8
 PASSES = 12  # over a matrix of N x N numbers: written, read, converted, centred, compared
 READINGS = 5  # of features that are regressed on: means, covariance, components, weights, predictions
 SEARCHED = 3  # products with the matrix for each of the leading eigenvectors
-
-Kind = Literal["features", "shared products", "owned products"]
 
 
 @dataclass(frozen=True)
@@ -77,13 +75,6 @@ class ProbeSizes:
 def windows_of(recipe: ProbeRecipe) -> int:
     """Windows that each layer is read through."""
     return len(probe_windows()) if recipe.field == "gaussian" else 1
-
-
-def kind_of(features: int, stimuli: int) -> Kind:
-    """What a layer's regressions read, as `train.probing.product_store` decides."""
-    if 2 * features <= stimuli or (features < stimuli and stimuli >= LEAST_STIMULI):
-        return "features"
-    return "shared products" if stimuli >= LEAST_STIMULI else "owned products"
 
 
 def decomposition_seconds(stimuli: int, measured: Sequence[Decomposition]) -> float:

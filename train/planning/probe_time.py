@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.planning.operations import ProbedNetwork
-from train.planning.probe_costs import FLOAT32, ProbeCosts, ProbeSizes, kind_of
+from train.planning.probe_costs import FLOAT32, ProbeCosts, ProbeSizes
 from train.planning.rates import FeatureRates, Rates
 from train.planning.training_time import cores_per_process, planned_workers
+from train.probing.product_store import kind_of
 from train.run.recipe import ProbeRecipe
 
 PAGE_CACHE = 0.5  # share of a machine's memory that activations may take before they are read from disk

@@ -38,6 +38,13 @@ DISK_SHARE = 0.5  # of the free space that the matrices of a group may take
 Kind = Literal["features", "shared products", "owned products"]
 
 
+def kind_of(features: int, stimuli: int) -> Kind:
+    """What is regressed on for a layer with so many features."""
+    if features <= FEW_FEATURES * stimuli:
+        return "features"
+    return "shared products" if stimuli >= LEAST_STIMULI else "owned products"
+
+
 @dataclass(frozen=True)
 class Source:
     """What a regression on a layer through a window reads.
@@ -103,10 +110,7 @@ class ProductStore:
     # ----------------------------------------------------------------------------------------- what is read, and when
 
     def _kind(self, layer: str) -> Kind:
-        stimuli = self._layers.stimuli
-        if self._layers.width(layer) <= FEW_FEATURES * stimuli:
-            return "features"
-        return "shared products" if stimuli >= LEAST_STIMULI else "owned products"
+        return kind_of(self._layers.width(layer), self._layers.stimuli)
 
     def _grouped(self, layer_windows: Sequence[LayerWindow]) -> list[list[LayerWindow]]:
         """Neighbours that are computed, regressed on and dropped together.
