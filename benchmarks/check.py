@@ -185,8 +185,6 @@ def rates_of(verdicts: Sequence[Verdict], launched: float | None) -> dict[str, A
             processes=devices["processes"],
             machines=devices["machines"],
             cores=max(min(devices["cores"]) * devices["machines"] // devices["processes"], 1),
-            threads=rates["threads"],
-            folder=tempfile.gettempdir(),
             versions=values["versions"],
             launch_seconds=launched,
             end_seconds=values[ENDING]["seconds"],

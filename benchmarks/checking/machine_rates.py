@@ -52,16 +52,14 @@ def seconds_of(work: Callable[[], object], device: torch.device | None = None) -
     return sorted(taken)[len(taken) // 2]
 
 
-def measure_machine(
-    runtime: Runtime, folder: Path, decoding: Decoding, bandwidth: float | None, latency: float | None
-) -> MachineRates:
+def measure_machine(runtime: Runtime, folder: Path, decoding: Decoding, bandwidth: float | None) -> MachineRates:
     """Measure everything; every rank must take part, and all get what the slowest reaches.
 
     Args:
         runtime: this process.
         folder: on the disk to measure.
         decoding: as `decoding_of` measured it.
-        bandwidth, latency: of the network, see `MachineRates`.
+        bandwidth: of the network, see `MachineRates`.
     """
     size = PRODUCT[runtime.on_gpu]
     figure = figure_seconds()
@@ -80,7 +78,6 @@ def measure_machine(
         decoding=decoding.model_copy(update={"seconds": slowest["decoding"]}),
         **{name: bytes_ / slowest[name] for name in ("disk_write", "page_write", "disk_read", "column_read")},
         bandwidth=bandwidth,
-        latency=latency,
         products={precision: size[0] ** 2 * size[1] / slowest[precision] for precision in PRECISIONS},
         decompositions=[
             Decomposition(stimuli=n, seconds=slowest[f"decompose {n}"]) for n in DECOMPOSED[runtime.on_gpu]

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 from gpu.deepspeed_ops import deepspeed_for
 from harness import number
 from synthetic import GIB, training
@@ -50,17 +49,14 @@ def machine_rates(folder: Path) -> list[Verdict]:
     bandwidth = network.get("bus bandwidth GB/s")
     with start_runtime(None, "fp32") as runtime:
         # Other machines than the first do not have its verdicts.
-        bandwidth, latency = runtime.gather_objects(
-            (None if bandwidth is None else 1e9 * bandwidth, network.get("latency s"))
-        )[0]
-        rates = measure_machine(runtime, folder, decoding_here(measured_recipe(folder)), bandwidth, latency)
-        threads = torch.get_num_threads()
+        bandwidth = runtime.gather_objects(None if bandwidth is None else 1e9 * bandwidth)[0]
+        rates = measure_machine(runtime, folder, decoding_here(measured_recipe(folder)), bandwidth)
     products = rates.products["float32"] / 1e9
     finding = (
         f"each process decodes {number(1 / rates.decoding.seconds)} images/s; products {number(products)} GFLOP/s; "
         f"disk {number(rates.disk_write / 1e6)} MB/s"
     )
-    values = {MACHINE: rates.model_dump(), "threads": threads, "host GiB": psutil.virtual_memory().total / GIB}
+    values = {MACHINE: rates.model_dump(), "host GiB": psutil.virtual_memory().total / GIB}
     return [Verdict("rates", OK, finding, values=values)]
 
 
@@ -91,7 +87,7 @@ def training_rates(measured: MeasuredRecipe, recipe: Recipe, folder: Path) -> Ve
 
 def probe_rates(measured: MeasuredRecipe, folder: Path) -> Verdict:
     """The activations of a probe."""
-    data: Any = measured.data[0] if measured.data else folder / "recording"
+    data: Any = measured.data[0] if measured.data else folder / "jpegs"
     recipe = measured.recipe
     assert not isinstance(recipe, Recipe)
     job = prepare(recipe, data, folder / "run_recipe", measured.split, "keep", resume=False)

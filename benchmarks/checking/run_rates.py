@@ -29,6 +29,8 @@ from train.regression.activations import activation_batches
 from train.regression.feature_store import FeatureStore
 
 LEAST_TIMED = 3  # steps
+MOST_PASSES = 5  # over the stimuli of a probe, each of which starts decoding processes
+MOST_STORED = 2**30  # bytes of activations
 
 
 def since_start() -> float:
@@ -95,6 +97,7 @@ def measure_training(run: Training, strategy: str, recording: str | None, second
         taken = min(steps, run.progress.step)
         cached = timed_steps(run, iter(loader.epoch(0)), ahead, taken, seconds)
     evaluation = measure_evaluation(run, fixed)
+    parameters = list(run.network.parameters())
     manifest = combined_manifest([part.split.manifest for part in run.scoring.fit.recordings])
     return TrainingRates(
         settings=speed_settings(recipe, run.scoring.fit.size),
@@ -106,17 +109,22 @@ def measure_training(run: Training, strategy: str, recording: str | None, second
         workers=workers,
         start_seconds=started,
         recording=recording,
-        stimuli=len(run.scoring.fit),
         strategy=strategy,
         share=-(-loader.global_size // runtime.ranks),
         micro_batches=loader.accumulation_steps,
-        gradient_bytes=sum(parameter.nbytes for parameter in run.network.parameters() if parameter.requires_grad),
+        weights=sum(map(bytes_of, parameters)),
+        trainable=sum(bytes_of(parameter) for parameter in parameters if parameter.requires_grad),
         step_seconds=step,
         decoded_seconds=max(decoded, step),
         cached_seconds=None if cached is None else max(cached, step),
         **evaluation,
         **measure_checkpoint(run),
     )
+
+
+def bytes_of(parameter: torch.nn.Parameter) -> int:
+    """Of all of a parameter, of which ZeRO-3 leaves a part on each rank."""
+    return parameter.element_size() * getattr(parameter, "ds_numel", parameter.numel())
 
 
 def image_bytes_of(stimuli: StimulusSet) -> float:
@@ -211,28 +219,11 @@ def measure_features(
         widths = {name: features.shape[1] for name, features in job.extractor(image).items()}
     store = FeatureStore(folder / f"features_{runtime.rank}", widths)
     store.truncate(0)
-
-    def batches() -> Iterator[dict[str, torch.Tensor]]:
-        while True:
-            yield from activation_batches(
-                job.extractor, stimuli, runtime, batch_size=recipe.batch_size, workers=job.workers, label="activations"
-            )
-
-    read = batches()
-    store.append(next(read))
-    started = since_start()
-    for features in islice(read, PREFETCHED * job.workers):  # what was read ahead
-        store.append(features)
-    images, began = 0, time.perf_counter()
-    while not images or time.perf_counter() - began < seconds:
-        features = next(read)
-        store.append(features)
-        images += len(next(iter(features.values())))
-    took = time.perf_counter() - began
+    activations = measure_activations(job, runtime, store, seconds)
     for name in widths:
         store.delete(name)
     forward = forward_seconds(job, runtime, recipe.batch_size, stimuli.size)
-    own = {"started": started, "image": took / images, "forward": forward}
+    own = activations | {"forward": forward}
     slowest = {name: max(of_rank[name] for of_rank in runtime.gather_objects(own)) for name in own}
     network = probed_network(recipe, stimuli.size)
     return FeatureRates(
@@ -245,12 +236,52 @@ def measure_features(
         workers=job.workers,
         start_seconds=slowest["started"],
         recording=recording,
-        stimuli=sum(len(split) for split in job.splits.values()),
-        batch=recipe.batch_size,
         features=network.features,
         image_seconds=max(slowest["image"], slowest["forward"]),
         forward_seconds=slowest["forward"],
     )
+
+
+def measure_activations(job: ProbeJob, runtime: Runtime, store: FeatureStore, seconds: float) -> dict[str, float]:
+    """When this process's first batch was stored, and the seconds of an image, in passes over the training stimuli.
+
+    The start of decoding processes, and what they read ahead, is not counted.
+    """
+    stimuli, size = job.splits["train"], job.recipe.batch_size
+    batches = -(-len(stimuli) // (runtime.ranks * size))
+    ahead = min(1 + PREFETCHED * job.workers, batches // 2)
+    started, images, took = math.inf, 0, 0.0
+    for _ in range(MOST_PASSES):
+        read = activation_batches(
+            job.extractor, stimuli, runtime, batch_size=size, workers=job.workers, label="activations"
+        )
+        stored = stored_batches(store, read)
+        began = time.perf_counter()
+        for _ in islice(stored, ahead):
+            started = min(started, since_start())
+            began = time.perf_counter()
+        for rows in stored:
+            images += rows
+            if took + time.perf_counter() - began > seconds:
+                break
+        took += time.perf_counter() - began
+        started = min(started, since_start())
+        if took >= seconds:
+            break
+    return {"started": started, "image": took / max(images, 1)}
+
+
+def stored_batches(store: FeatureStore, read: Iterator[dict[str, torch.Tensor]]) -> Iterator[int]:
+    """The stimuli of each batch, once it is stored; the store starts again before it is too large."""
+    kept = 0
+    for features in read:
+        size = sum(rows.nbytes for rows in features.values())
+        if kept + size > MOST_STORED:
+            store.truncate(0)
+            kept = 0
+        store.append(features)
+        kept += size
+        yield len(next(iter(features.values())))
 
 
 def forward_seconds(job: ProbeJob, runtime: Runtime, batch: int, side: int) -> float:

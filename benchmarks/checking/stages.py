@@ -243,7 +243,7 @@ def step_of(strategy: str, folder: Path) -> list[Verdict]:
         "fed images/s per process": fed,
         "workers": workers,
         "memory GiB": memory,
-        "gradient bytes": rates.gradient_bytes,
+        "gradient bytes": rates.trainable,
         TRAINING: rates.model_dump(),
     }
     subject = f"step, {title(strategy)}"

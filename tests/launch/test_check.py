@@ -8,12 +8,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import ROOT, run_here, slow
 from made_rates import MACHINE
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import check
-from checking import machine_rates, rate_stages, stages
+from checking import machine_rates, rate_stages, run_rates, stages
 from checking.verdicts import BEGAN, FAILED, OK, RECIPE_FILE, SKIPPED, SLOW, Verdict, listing, read_verdicts
 
 from data_prep.common.errors import BadInput
@@ -22,6 +23,7 @@ from data_prep.shards.folder import ShardFolder
 from train.distributed.launch_environment import MPI_VARIABLES, PROCESS_COUNTS
 from train.planning.operations import speed_settings
 from train.planning.rates import FeatureRates, MachineRates, TrainingRates, load_rates
+from train.regression.feature_store import FeatureStore
 from train.run.recipe import Recipe
 
 CNN2 = ("--backbone.name", "cnn2", "--backbone.weights", "random", "--images.size", "32", "--precision", "fp32")
@@ -148,8 +150,19 @@ def test_a_probe_is_measured_up_to_its_activations(recording, tmp_path, monkeypa
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     words = ["--layers", "pixels", "--data", recording, "--batch-size", 16, "--loader.workers", 0]
     rates = FeatureRates(**measured_here(words, tmp_path, monkeypatch)["features"])
-    assert (rates.side, rates.features, rates.batch) == (48, 3 * 48**2, 16)
+    assert (rates.side, rates.features) == (48, 3 * 48**2)
     assert 0 < rates.forward_seconds <= rates.image_seconds
+
+
+def test_measured_activations_fill_no_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_rates, "MOST_STORED", 4 * 10 * 5)
+    store = FeatureStore(tmp_path, {"layer": 5})
+    store.truncate(0)
+    sizes = []
+    for rows in run_rates.stored_batches(store, iter([{"layer": torch.ones(4, 5)}] * 5)):
+        assert rows == 4
+        sizes.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+    assert sizes == [80, 160, 80, 160, 80]
 
 
 def test_what_a_machine_reaches_is_measured_for_the_plan(tmp_path, monkeypatch):
@@ -168,7 +181,7 @@ def test_what_a_machine_reaches_is_measured_for_the_plan(tmp_path, monkeypatch):
 
 def test_rates_are_written_unless_their_stage_failed(tmp_path):
     devices = stages.own_devices([CPU, CPU])
-    rates = Verdict("rates", OK, "", values={"machine": MACHINE, "threads": 1, "host GiB": 24.0})
+    rates = Verdict("rates", OK, "", values={"machine": MACHINE, "host GiB": 24.0})
     ending = Verdict(check.ENDING, OK, "", values={"seconds": 1.5})
     verdicts = [stages.same_versions([CPU, CPU]), devices, ending, rates]
     path = tmp_path / "rates.json"

@@ -20,7 +20,7 @@ keeps optimizer state, the copy of the weights and gradients (`zero3_offload`: t
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json, read_regular_file
@@ -151,7 +151,17 @@ def _step_buffers(strategy: Strategy, cost: StepCost, gpus: int) -> float:
     return max(flat, cost.optimizer_temporary)
 
 
-def bytes_sent(strategy: Strategy, cost: StepCost, gpus: int, accumulation_steps: int) -> float:
+class Weights(Protocol):
+    """Bytes of a network's weights: of all, and of those that are trained."""
+
+    @property
+    def weights(self) -> float: ...
+
+    @property
+    def trainable(self) -> float: ...
+
+
+def bytes_sent(strategy: Strategy, cost: Weights, gpus: int, accumulation_steps: int) -> float:
     """Bytes that a GPU sends to others in an optimizer step; the table above has the formulas."""
     ring = (gpus - 1) / gpus
     match strategy.stage:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from train.planning.operations import ProbedNetwork
 from train.planning.probe_costs import FLOAT32, ProbeCosts, ProbeSizes
 from train.planning.rates import FeatureRates, Rates
-from train.planning.training_time import cores_per_process, planned_workers
+from train.planning.training_time import planned_workers
 from train.probing.product_store import kind_of
 from train.run.recipe import ProbeRecipe
 
@@ -68,27 +68,13 @@ def forward_pass(work: ProbeWork, files: Sequence[Rates]) -> ForwardPass | None:
 
 
 def _from_probe(work: ProbeWork, run: FeatureRates, rates: Rates) -> ForwardPass:
-    differences = [
-        f"{name} {run.settings.get(name)} -> {value}"
-        for name, value in work.settings.items()
-        if run.settings.get(name) != value
-    ]
     sizes = work.sizes
-    for name, measured, planned in (
-        ("processes", run.processes, sizes.processes),
-        ("machines", run.machines, sizes.machines),
-    ):
-        if measured != planned:
-            differences.append(f"{name} {measured} -> {planned}")
-    if run.recording is None or (work.recording is not None and run.recording != work.recording):
-        differences.append(f"recording {run.recording or 'made up'} -> {work.recording or 'on paper'}")
-    slower = cores_per_process(rates.place, run.processes, run.machines) / cores_per_process(
-        rates.place, sizes.processes, sizes.machines
-    )
+    numbers = {"processes": (run.processes, sizes.processes), "machines": (run.machines, sizes.machines)}
+    differences = run.differences(work.settings, numbers, work.recording)
     computing = run.forward_seconds
     beside = run.image_seconds - run.forward_seconds
     if differences:
-        computing *= max(work.network.flops, 1.0) / run.flops * slower
+        computing *= max(work.network.flops, 1.0) / run.flops * run.slower(rates.place, sizes.processes, sizes.machines)
         image_bytes = run.image_bytes if work.image_bytes is None else work.image_bytes
         decoding, writing = _beside(work, rates, image_bytes, work.side, work.network.features, run.workers)
         measured_decoding, measured_writing = _beside(work, rates, run.image_bytes, run.side, run.features, run.workers)
@@ -108,11 +94,9 @@ def _from_training(work: ProbeWork, rates: Rates) -> ForwardPass:
     """From the evaluation of a training, which is a forward pass in float32 too."""
     run = min(rates.training, key=lambda run: run.settings.get("backbone.name") != work.settings["backbone.name"])
     sizes = work.sizes
-    slower = cores_per_process(rates.place, run.processes, run.machines) / cores_per_process(
-        rates.place, sizes.processes, sizes.machines
-    )
-    operations = work.network.flops / (run.flops * FORWARD_OF_TRAINING) * slower
-    computing = run.evaluation_batch_seconds / run.evaluation_batch * operations
+    operations = work.network.flops / (run.flops * FORWARD_OF_TRAINING)
+    slower = run.slower(rates.place, sizes.processes, sizes.machines)
+    computing = run.evaluation_batch_seconds / run.evaluation_batch * operations * slower
     image_bytes = run.image_bytes if work.image_bytes is None else work.image_bytes
     workers = planned_workers(work.recipe.loader.workers, rates.place, sizes.processes, sizes.machines)
     decoding, writing = _beside(work, rates, image_bytes, work.side, work.network.features, workers)

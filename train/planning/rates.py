@@ -1,5 +1,6 @@
 """The rates that launch/check.sh --json measured, from which train/plan.py tells how long a run takes."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -33,8 +34,7 @@ class Place(_Measured):
         device_bytes: memory of a GPU; None for a CPU.
         host_bytes: memory of a machine.
         processes, machines: over which all rates were measured.
-        cores, threads: of each process.
-        folder: whose disk was measured.
+        cores: of each process.
         versions: of packages.
         launch_seconds: until the launcher has started the processes; None if it did not say when it began.
         end_seconds: that a process takes to end once its work is done.
@@ -48,8 +48,6 @@ class Place(_Measured):
     processes: Count
     machines: Count
     cores: Count
-    threads: Count
-    folder: str
     versions: dict[str, str]
     launch_seconds: Some | None
     end_seconds: Some
@@ -58,6 +56,10 @@ class Place(_Measured):
     def on_gpu(self) -> bool:
         """Whether each process has a GPU."""
         return self.device != CPU
+
+    def cores_of(self, processes: int, machines: int) -> float:
+        """The cores of each of some processes on machines like these."""
+        return self.cores * (self.processes / self.machines) / (processes / machines)
 
 
 class Decoding(_Measured):
@@ -77,10 +79,6 @@ class Decoding(_Measured):
         """For an image of another size: half the time goes with the encoded bytes, half with the pixels."""
         return self.seconds * (image_bytes / self.bytes + (side / self.side) ** 2) / 2
 
-    def is_of(self, image_bytes: float, side: int) -> bool:
-        """Whether these images are like those that were measured."""
-        return side == self.side and abs(image_bytes / self.bytes - 1) < 0.2
-
 
 class Decomposition(_Measured):
     """Seconds of the decomposition of a symmetric matrix of `stimuli` rows."""
@@ -97,7 +95,6 @@ class MachineRates(_Measured):
         disk_write: bytes/s onto the disk; `page_write` into the page cache, as long as that has room.
         disk_read: bytes/s of a file from the disk; `column_read` of columns of a table in the page cache.
         bandwidth: bytes/s that a process sends in an all-reduce (NVIDIA's bus bandwidth); None for one process.
-        latency: seconds of an exchange of few bytes.
         products: by precision, n^2 p / seconds of the inner products of n stimuli's p features.
         decompositions: in float64, two or more.
         multiplication: floating-point operations/s of matrix products in float64 on the host.
@@ -113,7 +110,6 @@ class MachineRates(_Measured):
     disk_read: PerSecond
     column_read: PerSecond
     bandwidth: PerSecond | None
-    latency: Some | None
     products: dict[str, PerSecond]
     decompositions: Annotated[list[Decomposition], Field(min_length=1)]
     multiplication: PerSecond
@@ -136,7 +132,6 @@ class RunRates(_Measured):
         workers: decoding processes per rank.
         start_seconds: from the start of the process until the first batch is done, data and weights read.
         recording: the name of the user's recording; None for a made-up one.
-        stimuli: of that recording, whose opening is part of the start.
     """
 
     settings: dict[str, str]
@@ -148,7 +143,33 @@ class RunRates(_Measured):
     workers: Annotated[int, Field(ge=0)]
     start_seconds: Seconds
     recording: str | None
-    stimuli: Count
+
+    def differences(
+        self,
+        settings: Mapping[str, str],
+        numbers: Mapping[str, tuple[object, object]],
+        recording: str | None,
+    ) -> list[str]:
+        """In what a planned run differs from this one, in words.
+
+        Args:
+            settings: of the planned run.
+            numbers: measured and planned, by what they count.
+            recording: of the planned run; None on paper.
+        """
+        pairs = {name: (self.settings.get(name), value) for name, value in settings.items()} | numbers
+        changed = [
+            f"{name} {measured} -> {planned}" for name, (measured, planned) in pairs.items() if measured != planned
+        ]
+        if self.recording is None or (recording is not None and self.recording != recording):
+            changed.append(f"recording {self.recording or 'made up'} -> {recording or 'on paper'}")
+        return changed
+
+    def slower(self, place: Place, processes: int, machines: int) -> float:
+        """How many times longer each of some processes computes: on a CPU they share the cores of a machine."""
+        if place.on_gpu:
+            return 1.0
+        return place.cores_of(self.processes, self.machines) / place.cores_of(processes, machines)
 
 
 class TrainingRates(RunRates):
@@ -158,7 +179,7 @@ class TrainingRates(RunRates):
         strategy: its name.
         share: stimuli of a process in an optimizer step.
         micro_batches: into which it is cut.
-        gradient_bytes: of all trained weights.
+        weights, trainable: bytes of all weights, and of those that are trained.
         step_seconds: of an optimizer step with a batch that is on the device.
         decoded_seconds: of one whose images are decoded for it.
         cached_seconds: of one whose decoded images are kept; None where none are.
@@ -171,7 +192,8 @@ class TrainingRates(RunRates):
     strategy: str
     share: Count
     micro_batches: Count
-    gradient_bytes: Some
+    weights: PerSecond
+    trainable: Some
     step_seconds: Seconds
     decoded_seconds: Seconds
     cached_seconds: Seconds | None
@@ -186,13 +208,11 @@ class FeatureRates(RunRates):
     """A probe whose activations were measured.
 
     Attributes:
-        batch: stimuli in a forward pass.
         features: numbers of an image.
         image_seconds: of a process for an image: decoded, passed through the network, its features written.
         forward_seconds: of these, in the network.
     """
 
-    batch: Count
     features: Count
     image_seconds: Seconds
     forward_seconds: Seconds

@@ -21,15 +21,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from train.data.image_cache import DEFAULT_FRACTION
+from train.data.loader import workers_per_rank
 from train.data.order import accumulation, steps_per_epoch
 from train.models.losses import RESPONSE_LOSSES
-from train.planning.memory import bytes_sent, read_strategy
+from train.planning.memory import GIB, bytes_sent, read_strategy
 from train.planning.rates import Place, Rates, TrainingRates
 from train.planning.step_cost import StepCost
 from train.run.recipe import Recipe
 
 MOST_OF_A_STEP = 0.5  # that the exchange of a measured step is taken to be, whatever the network's rate says
-GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -115,22 +115,14 @@ def nearest(work: TrainingWork, files: Sequence[Rates]) -> Measurement | None:
 
 
 def _differences(work: TrainingWork, run: TrainingRates) -> list[str]:
-    changed = [
-        f"{name} {run.settings.get(name)} -> {value}"
-        for name, value in work.settings.items()
-        if run.settings.get(name) != value
-    ]
-    pairs = {
+    numbers = {
         "strategy": (run.strategy, work.strategy),
         "processes": (run.processes, work.processes),
         "machines": (run.machines, work.machines),
         "images of a process in a step": (run.share, work.share),
         "micro-batches": (run.micro_batches, work.micro_batches),
     }
-    changed += [f"{name} {measured} -> {planned}" for name, (measured, planned) in pairs.items() if measured != planned]
-    if run.recording is None or (work.recording is not None and run.recording != work.recording):
-        changed.append(f"recording {run.recording or 'made up'} -> {work.recording or 'on paper'}")
-    return changed
+    return run.differences(work.settings, numbers, work.recording)
 
 
 @dataclass(frozen=True)
@@ -176,8 +168,15 @@ class TrainingTime:
         return self.cached * self.reading + (1 - self.cached) * self.decoding
 
     @property
+    def starts_in_closed_form(self) -> bool:
+        """Whether a ridge on all training stimuli comes before the first step."""
+        return self.work.recipe.readout.start != "zero"
+
+    @property
     def first_epoch(self) -> float:
         """Its steps, evaluation and checkpoints."""
+        if self.starts_in_closed_form:  # which has decoded the images
+            return self.later_epoch
         return self.work.steps * (self.step + self.decoding) + self.first_evaluation + self.saving
 
     @property
@@ -194,7 +193,7 @@ class TrainingTime:
 
     def after(self, epochs: int) -> float:
         """From the command until `epochs` are done."""
-        first = self.first_evaluation + self.checkpoint if self.work.recipe.readout.start != "zero" else 0.0
+        first = self.first_evaluation + self.checkpoint if self.starts_in_closed_form else 0.0
         return self.start + first + self.first_epoch + (epochs - 1) * self.later_epoch + self.end
 
     @property
@@ -225,12 +224,10 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
     run, rates = measurement.run, measurement.rates
     place, machine = rates.place, rates.machine
     is_measured = not measurement.differences
-    before = min(_exchange(run, _cost_of(run), rates), MOST_OF_A_STEP * run.step_seconds)
-    slower = cores_per_process(place, run.processes, run.machines) / cores_per_process(
-        place, work.processes, work.machines
-    )
+    before = _measured_exchange(run, rates)
+    slower = run.slower(place, work.processes, work.machines)
     operations = 1.0 if is_measured else work.flops / run.flops * slower
-    exchange = before if is_measured else _planned_exchange(work, rates)
+    exchange = before if is_measured else _planned_exchange(work, run, rates)
     computing = (run.step_seconds - before) * operations * work.share / run.share
     unmeasured = []
     if work.processes > 1 and machine.bandwidth is None:
@@ -263,38 +260,29 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
     )
 
 
-def cores_per_process(place: Place, processes: int, machines: int) -> float:
-    """The cores of a process on machines like those of the rates; 1 on GPUs, where they do not count."""
-    if place.on_gpu:
-        return 1.0
-    return place.cores * (place.processes / place.machines) / (processes / machines)
-
-
 def planned_workers(setting: int | None, place: Place, processes: int, machines: int) -> int:
     """Decoding processes of a rank, as `train.data.loader.workers_per_rank` counts them."""
-    from train.data.loader import workers_per_rank
-
-    cores = place.cores * (place.processes / place.machines) / (processes / machines)
-    return max(workers_per_rank(setting, max(int(cores), 1)), 0)
+    return workers_per_rank(setting, max(int(place.cores_of(processes, machines)), 1))
 
 
-def _cost_of(run: TrainingRates) -> StepCost:
-    weights = int(run.gradient_bytes)
-    return StepCost(weights, 0, 0, 0, 0, 0, 0.0, 0.0)
-
-
-def _exchange(run: TrainingRates, cost: StepCost, rates: Rates) -> float:
+def _measured_exchange(run: TrainingRates, rates: Rates) -> float:
+    """Of a step."""
     bandwidth = rates.machine.bandwidth
     if run.processes == 1 or bandwidth is None:
         return 0.0
-    return bytes_sent(read_strategy(run.strategy), cost, run.processes, run.micro_batches) / bandwidth
+    sent = bytes_sent(read_strategy(run.strategy), run, run.processes, run.micro_batches)
+    return min(sent / bandwidth, MOST_OF_A_STEP * run.step_seconds)
 
 
-def _planned_exchange(work: TrainingWork, rates: Rates) -> float:
+def _planned_exchange(work: TrainingWork, run: TrainingRates, rates: Rates) -> float:
     bandwidth = rates.machine.bandwidth
     if work.processes == 1 or bandwidth is None:
         return 0.0
-    return bytes_sent(read_strategy(work.strategy), work.cost, work.processes, work.micro_batches) / bandwidth
+    sent = bytes_sent(read_strategy(work.strategy), work.cost, work.processes, work.micro_batches)
+    if run.processes == 1 or not run.trainable:
+        return sent / bandwidth
+    before = bytes_sent(read_strategy(run.strategy), run, run.processes, run.micro_batches)
+    return _measured_exchange(run, rates) * sent / before
 
 
 def _decoding(work: TrainingWork, measurement: Measurement, decode: float, workers: int, step: float) -> float:

@@ -54,9 +54,10 @@ def test_what_was_measured_is_used_as_it_is():
     assert sum(time.parts().values()) == pytest.approx(time.later_epoch)
 
 
-def test_a_start_in_closed_form_is_scored_and_saved_too():
+def test_a_start_in_closed_form_decodes_all_images_and_is_scored_and_saved_too():
     usual, ridge = (time_of(work_of(recipe_of(readout={"start": start}))) for start in ("zero", "ridge"))
-    assert ridge.whole - usual.whole == pytest.approx(ridge.first_evaluation + 0.5)
+    assert ridge.first_epoch == ridge.later_epoch == usual.later_epoch
+    assert ridge.after(1) == pytest.approx(25 + ridge.first_evaluation + 0.5 + ridge.later_epoch + 2)
 
 
 def test_the_best_match_of_several_files_counts():
@@ -97,6 +98,15 @@ def test_more_processes_share_a_step_and_on_a_cpu_its_cores(place):
 def test_another_strategy_sends_what_it_sends(strategy, times):
     time = time_of(work_of(recipe_of(), strategy=strategy))
     assert time.exchange == pytest.approx(times / 2 * WEIGHTS / 1e9)
+
+
+def test_an_exchange_that_hides_behind_computing_stays_hidden():
+    hidden = {"trainable": 100 * WEIGHTS, "step_seconds": 0.1}  # its bytes would take 1 s
+    cost = replace(COST, trainable=100 * WEIGHTS)
+    same = time_of(work_of(recipe_of(), cost=cost, recording="other"), run=hidden)
+    assert (same.step, same.exchange) == pytest.approx((0.1, 0.05))
+    four = time_of(work_of(recipe_of(), cost=cost, processes=4), run=hidden)
+    assert four.exchange == pytest.approx(0.05 * 1.5)
 
 
 def test_without_a_measured_network_its_part_is_named_and_not_counted():
@@ -155,7 +165,7 @@ def test_what_limits_is_named_with_what_helps():
     page = training_page(time_of(work_of(recipe_of(precision="fp32"))), largest_batch=512)
     assert "what limits: computing; what would help: precision bf16" in page
     assert "a larger pass, of 16 images now where 512 fit" in page
-    slow_network = time_of(work_of(recipe_of()), run={"gradient_bytes": 1e12})
+    slow_network = time_of(work_of(recipe_of()), run={"trainable": 1e12})
     assert "the exchange of gradients; a larger batch.global_size" in training_page(slow_network, None)
     large_selection = time_of(work_of(recipe_of(), selection=64_000))
     assert "the evaluation of 64,000 stimuli" in training_page(large_selection, None)
