@@ -22,15 +22,16 @@ from pathlib import Path
 from harness import ROOT, number, options_of, table, write_json
 
 from train.plan import parse_command_line, parse_probe
+from train.planning.memory import GIB
 from train.planning.operations import probed_network
-from train.planning.probe_tables import probe_work
+from train.planning.probe_plan import probe_work
 from train.planning.probe_time import forward_pass, probe_time
 from train.planning.rates import load_rates
 from train.planning.recommendation import estimate_strategies
 from train.planning.recording_sizes import manifest_of, probed_stimuli
 from train.planning.step_cost import measure_step
-from train.planning.tables import memory_of, training_work
-from train.planning.training_time import GIB, nearest, training_time
+from train.planning.training_plan import memory_of, training_work
+from train.planning.training_time import nearest, training_time
 
 TIMEOUT = 3000  # s, of a command
 KINDS = ("training", "probe")

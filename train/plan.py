@@ -43,7 +43,7 @@ def _check(options: Plan | ProbePlan) -> None:
     of_paper = [name for name in ("stimuli", "scored", "sites", "classes") if getattr(options, name, None)]
     if options.data is not None and of_paper:
         flags = " and ".join(f"--{name}" for name in of_paper)
-        raise BadInput(f"{', '.join(of_paper)}: --data tells; leave out {flags}, or --data")
+        raise BadInput(f"{', '.join(of_paper)}: --data gives these numbers; leave out {flags}, or --data")
 
 
 def main() -> None:
@@ -53,7 +53,7 @@ def main() -> None:
         probe_options, probe = parse_probe(words)
 
         from train.models.timm_networks import check_network_name
-        from train.planning.probe_tables import plan_probe
+        from train.planning.probe_plan import plan_probe
 
         check_network_name(probe.backbone.name)
         plan_probe(probe_options, probe)
@@ -61,7 +61,7 @@ def main() -> None:
     options, recipe = parse_command_line(words)
 
     from train.models.timm_networks import check_network_name
-    from train.planning.tables import plan
+    from train.planning.training_plan import plan
 
     check_network_name(recipe.backbone.name)
     plan(options, recipe, words)

@@ -144,7 +144,7 @@ class ProbeTime:
             "forward passes": self.computing,
             "decoding and writing": self.activations - self.computing,
             "reading features": self.reading,
-            "network": self.exchange,
+            "exchange": self.exchange,
             "inner products": self.products,
             "decompositions and regressions": self.regressions,
             "scores": self.scores,

@@ -157,7 +157,7 @@ class RunRates(_Measured):
             numbers: measured and planned, by what they count.
             recording: of the planned run; None on paper.
         """
-        pairs = {name: (self.settings.get(name), value) for name, value in settings.items()} | numbers
+        pairs = {**{name: (self.settings.get(name), value) for name, value in settings.items()}, **numbers}
         changed = [
             f"{name} {measured} -> {planned}" for name, (measured, planned) in pairs.items() if measured != planned
         ]

@@ -203,8 +203,8 @@ class TrainingTime:
 
     @property
     def soonest(self) -> float | None:
-        """If no epoch improves on the first; None if that does not end the run early."""
-        epochs = self.work.recipe.early_stopping.patience + 1
+        """If no epoch improves on the first scores; None if that does not end the run early."""
+        epochs = self.work.recipe.early_stopping.patience + (not self.starts_in_closed_form)
         return self.after(epochs) if epochs < self.work.recipe.epochs else None
 
     def parts(self) -> dict[str, float]:
@@ -212,7 +212,7 @@ class TrainingTime:
         steps = self.work.steps
         return {
             "computing": steps * self.computing,
-            "network": steps * self.exchange,
+            "exchange": steps * self.exchange,
             "images": steps * self.images,
             "evaluation": self.later_epoch - steps * (self.step + self.images) - self.saving,
             "checkpoints": self.saving,

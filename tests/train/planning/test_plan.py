@@ -32,7 +32,7 @@ from train.planning.step_cost import (
     optimizer_cost,
     paper_manifest,
 )
-from train.planning.time_tables import duration
+from train.planning.wording import duration
 from train.run.recipe import Optimizer, ProbeRecipe, Recipe
 
 SITES, CLASSES, SIDE, BATCH = 12, 5, 64, 16

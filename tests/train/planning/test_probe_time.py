@@ -8,9 +8,9 @@ from made_rates import MACHINE, ON_CPU, SIDE, made_features, made_rates, made_tr
 from train.models.windows import probe_windows
 from train.planning.operations import Layer, ProbedNetwork, probed_network, speed_settings
 from train.planning.probe_costs import ProbeCosts, ProbeSizes, decomposition_seconds, probe_space
+from train.planning.probe_plan import probe_page
 from train.planning.probe_time import ProbeWork, forward_pass, probe_time
 from train.planning.rates import MachineRates
-from train.planning.time_tables import probe_page
 from train.probing.product_store import kind_of
 from train.regression.inner_products import parts_of
 from train.run.recipe import ProbeRecipe, Recipe

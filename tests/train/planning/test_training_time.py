@@ -7,8 +7,9 @@ from made_rates import ON_CPU, SIDE, made_rates, made_training
 
 from train.planning.operations import speed_settings
 from train.planning.step_cost import StepCost
-from train.planning.time_tables import duration, training_page
+from train.planning.training_plan import training_page
 from train.planning.training_time import TrainingWork, nearest, training_time
+from train.planning.wording import duration
 from train.run.recipe import Recipe
 
 WEIGHTS = 10_000_000  # bytes, whose exchange takes 0.01 s between two processes at 1 GB/s
@@ -159,6 +160,8 @@ def test_early_stopping_is_named_where_it_can_end_the_run():
     time = time_of(work_of(impatient))
     assert time.soonest == pytest.approx(time.after(4))
     assert f"early stopping ends it after {duration(time.soonest)}" in training_page(time, None)
+    ridge = time_of(work_of(recipe_of(epochs=30, early_stopping={"patience": 3}, readout={"start": "ridge"})))
+    assert ridge.soonest == pytest.approx(ridge.after(3))  # none improves on the start
 
 
 def test_what_limits_is_named_with_what_helps():
@@ -166,7 +169,7 @@ def test_what_limits_is_named_with_what_helps():
     assert "what limits: computing; what would help: precision bf16" in page
     assert "a larger pass, of 16 images now where 512 fit" in page
     slow_network = time_of(work_of(recipe_of()), run={"trainable": 1e12})
-    assert "the exchange of gradients; a larger batch.global_size" in training_page(slow_network, None)
+    assert "the exchange of gradients; what would help: a larger batch.global_size" in training_page(slow_network, None)
     large_selection = time_of(work_of(recipe_of(), selection=64_000))
     assert "the evaluation of 64,000 stimuli" in training_page(large_selection, None)
     slow_disk = time_of(work_of(recipe_of()), run={"checkpoint_seconds": 60})

@@ -13,8 +13,8 @@ from train.planning.rates import Rates, load_rates
 from train.planning.recommendation import StrategyEstimate, estimate_strategies, recommend
 from train.planning.recording_sizes import manifest_of, training_stimuli
 from train.planning.step_cost import StepCost, measure_step
-from train.planning.time_tables import training_page
-from train.planning.training_time import TrainingWork, nearest, training_time
+from train.planning.training_time import TrainingTime, TrainingWork, nearest, training_time
+from train.planning.wording import LARGE, duration, extrapolation, lines_of, origin, shares
 from train.run.recipe import Recipe
 
 HEADER = [
@@ -166,3 +166,113 @@ def refusal(estimates: Sequence[StrategyEstimate], recipe: Recipe, options: Plan
         f"{smallest.strategy} needs least, {smallest.memory.total / GIB:.2f} GiB for a batch of {smallest.per_device}; "
         f"what would help: {', '.join(name for name, helps in remedies.items() if helps)}"
     )
+
+
+# ------------------------------------------------------------------------------------------------------------ how long
+
+
+def training_page(time: TrainingTime, largest_batch: int | None) -> str:
+    """How long a training takes.
+
+    Args:
+        time: of it.
+        largest_batch: the most stimuli that fit into a pass of its strategy; None if it is not known.
+    """
+    recipe, work = time.work.recipe, time.work
+    rows = {"first step after": duration(time.start), "first epoch": duration(time.first_epoch)}
+    if time.decoding > 0 and time.cached > 0 and not time.starts_in_closed_form:
+        rows["first epoch"] += "   images are decoded"
+    if recipe.epochs > 1:
+        rows["each later epoch"] = duration(time.later_epoch)
+        if time.cached == 1:
+            rows["each later epoch"] += "   images are kept decoded"
+        elif time.cached > 0:
+            rows["each later epoch"] += f"   {time.cached:.0%} of the images are kept decoded"
+    epochs = "1 epoch" if recipe.epochs == 1 else f"{recipe.epochs} epochs"
+    rows["whole run"] = f"at most {duration(time.whole)} ({epochs}"
+    if time.soonest is not None:
+        patience = recipe.early_stopping.patience
+        rows["whole run"] += f"; early stopping ends it after {duration(time.soonest)} if none of {patience} improves"
+    rows["whole run"] += ")"
+    speed = work.global_size / (time.step + time.images)
+    rows["speed"] = (
+        f"{speed:,.0f} images/s; a step of {work.global_size} images takes {duration(time.step + time.images)}"
+    )
+    rows["of an epoch"] = shares(time.parts())
+    lines = [f"How long (rates of {origin(time.measurement.rates.place)})", *lines_of(rows)]
+    lines += [f"what limits: {sentence}" for sentence in training_limits(time, largest_batch)]
+    lines += extrapolation(time.measurement.differences)
+    if time.unmeasured:
+        lines.append(f"not counted: {'; '.join(time.unmeasured)}")
+    return "\n".join(lines)
+
+
+def training_limits(time: TrainingTime, largest_batch: int | None) -> list[str]:
+    """What takes most of the time, and what would help; the largest first."""
+    work, parts = time.work, time.parts()
+    total = sum(parts.values())
+    largest = sorted(parts, key=lambda name: parts[name], reverse=True)
+    sentences = [_limit(name, time, largest_batch) for name in largest if parts[name] >= LARGE * total]
+    if time.start > LARGE * time.whole:
+        sentences.append(f"starting: {duration(time.start)} of {duration(time.whole)}")
+    decodes = work.steps * time.decoding > LARGE * time.first_epoch and not time.starts_in_closed_form
+    if work.recipe.epochs > 1 and decodes and parts["images"] < LARGE * total:
+        sentences.append(
+            f"decoding, in the first epoch only; a process can decode {time.decoded_images:,.0f} images a second"
+        )
+    return sentences
+
+
+def _limit(part: str, time: TrainingTime, largest_batch: int | None) -> str:
+    work = time.work
+    match part:
+        case "computing":
+            return f"computing; {computing_remedies(time, largest_batch)}"
+        case "images":
+            return f"images, of which a process can decode {time.decoded_images:,.0f} a second; {_images(time)}"
+        case "exchange":
+            larger = "a larger batch.global_size (as many bytes for more images), " * (work.micro_batches == 1)
+            return (
+                f"the exchange of gradients; what would help: {larger}a faster network between processes, "
+                "backbone.trainable head"
+            )
+        case "evaluation":
+            return (
+                f"the evaluation of {work.selection:,} stimuli in float32 after each epoch; what would help: a smaller "
+                "early_stopping.inner_fraction, a larger batch.per_device"
+            )
+    every = work.recipe.checkpoint.every_steps
+    steps = f" and every {every} steps (checkpoint.every_steps)" if every else ""
+    return (
+        f"checkpoints of {work.checkpoint_bytes / GIB:.2g} GiB after each epoch{steps}; what would help: a faster disk"
+    )
+
+
+def computing_remedies(time: TrainingTime, largest_batch: int | None) -> str:
+    """What makes a step cheaper."""
+    work, recipe = time.work, time.work.recipe
+    pass_size = -(-work.share // work.micro_batches)
+    remedies = ["a smaller images.size", "backbone.cut (fewer layers)"]
+    if recipe.precision == "fp32":
+        remedies.insert(0, "precision bf16")
+    if recipe.backbone.gradient_checkpointing:
+        remedies.insert(0, "no backbone.gradient_checkpointing (a third of the time)")
+    if recipe.backbone.trainable == "all":
+        remedies.append("backbone.trainable head")
+    if largest_batch is not None and largest_batch > pass_size and time.measurement.rates.place.on_gpu:
+        remedies.append(f"a larger pass, of {pass_size} images now where {largest_batch:,} fit")
+    remedies.append("more processes")
+    return f"what would help: {', '.join(remedies)}"
+
+
+def _images(time: TrainingTime) -> str:
+    loader, place = time.work.recipe.loader, time.measurement.rates.place
+    needed = -(-time.work.share / max(time.step, 1e-9) // time.decoded_images)
+    workers = f"{needed:.0f} times as many decoding processes (loader.workers, on cores of their own) would keep up"
+    if time.cached < 1 and loader.engine == "indexed":
+        size = (time.work.fit + time.work.selection) * time.work.side**2 * 3 / GIB
+        memory = f"keep all decoded images, {size:.3g} GiB (loader.cache, loader.cache_gib, or a smaller images.size)"
+        return f"what would help: {workers}; {memory}"
+    if place.on_gpu:
+        return f"what would help: {workers}"
+    return "they are copied from memory; on a CPU this shares the cores with computing"

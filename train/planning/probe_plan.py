@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 
 from data_prep.common.errors import BadInput
+from train.planning.memory import GIB
 from train.planning.operations import ProbedNetwork, probed_network, speed_settings
 from train.planning.options import ProbePlan
 from train.planning.probe_costs import ProbeSizes, probe_space, windows_of
-from train.planning.probe_time import ProbeWork, forward_pass, probe_time
+from train.planning.probe_time import ProbeTime, ProbeWork, forward_pass, probe_time
 from train.planning.rates import Rates, load_rates
 from train.planning.recording_sizes import ProbedStimuli, manifest_of, probed_stimuli
-from train.planning.time_tables import lines_of, probe_page
-from train.planning.training_time import GIB
+from train.planning.wording import LARGE, SMALL, duration, extrapolation, lines_of, origin
 from train.run.recipe import ProbeRecipe
 
 PROGRAM = 0.7 * GIB  # what Python, torch and timm take before the first image
@@ -87,3 +87,40 @@ def needs(recipe: ProbeRecipe, network: ProbedNetwork, sizes: ProbeSizes, rates:
             "help: fewer processes a machine, a smaller subset, --memory or batch_size"
         )
     return "\n".join(lines)
+
+
+def probe_page(time: ProbeTime) -> str:
+    """How long a probe takes."""
+    parts = time.parts()
+    rows = {"first batch after": duration(time.start)}
+    rows |= {name: duration(seconds) for name, seconds in parts.items() if seconds > SMALL * time.whole}
+    rows["whole probe"] = duration(time.whole)
+    lines = [f"How long (rates of {origin(time.forward.rates.place)})", *lines_of(rows)]
+    name, seconds = max(parts.items(), key=lambda part: part[1])
+    if seconds > LARGE * time.whole:
+        lines.append(f"what limits: {name}; what would help: {probe_remedies(time, name)}")
+    lines += extrapolation(time.forward.differences)
+    largest = max(one.stimuli for one in time.forward.rates.machine.decompositions)
+    if max(time.work.sizes.fit) > 2 * largest:
+        lines.append(f"decompositions are EXTRAPOLATED from one of {largest:,} stimuli")
+    return "\n".join(lines)
+
+
+def probe_remedies(time: ProbeTime, part: str) -> str:
+    """What makes a part of a probe cheaper."""
+    recipe = time.work.recipe
+    match part:
+        case "forward passes":
+            return "a smaller images.size, more processes"
+        case "decoding and writing":
+            narrower = "a smaller pool, " if recipe.pool is None else ""
+            return f"more decoding processes (loader.workers), {narrower}fewer layers, a faster disk for --scratch"
+        case "reading features":
+            return "a smaller pool, fewer layers, a larger --memory, a faster disk for --scratch"
+        case "exchange":
+            return "a smaller pool, fewer layers, a faster network between processes"
+        case "inner products":
+            return "a smaller pool, products tf32 or bf16 where the hardware has them, more processes"
+        case "decompositions and regressions":
+            return "fewer components, subset, field whole, more processes than one where there are several layers"
+    return "fewer layers"
