@@ -205,9 +205,9 @@ def _summaries(columns: dict[str, Column]) -> dict[str, str]:
     numbers = np.stack(rates)
     if np.isnan(numbers).any():
         return {}
-    sum_of_others = numbers.sum(axis=0) - numbers
-    found = {}
-    for name, column, rest in zip(columns, numbers, sum_of_others, strict=True):
+    total, found = numbers.sum(axis=0), {}
+    for name, column in zip(columns, numbers, strict=True):
+        rest = total - column
         for what, summary in (("mean", rest / others), ("sum", rest)):
             # Files round to few digits, so the differences are compared with what the column itself varies by.
             if np.abs(column - summary).max() <= 0.01 * column.std():
