@@ -135,7 +135,8 @@ class ForkServer:
             return None
         request = Request(**json.loads(message), streams=streams)
         if not self._can_serve(request):
-            client.send(REFUSED)
+            with contextlib.suppress(OSError):  # the client was killed
+                client.send(REFUSED)
         else:
             process = os.fork()
             if process == 0:

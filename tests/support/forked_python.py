@@ -35,9 +35,8 @@ def forked_python() -> str:
     client = folder / "python"
     client.write_text(f"#!{sys.executable} -IS\n{(HERE / 'fork_client.py').read_text()}")
     client.chmod(0o755)
-    (folder / "ninja").symlink_to(
-        Path(sys.executable).with_name("ninja")
-    )  # DeepSpeed builds with the one beside Python
+    # DeepSpeed builds with the one beside Python.
+    (folder / "ninja").symlink_to(Path(sys.executable).with_name("ninja"))
     servers = [start_server(server_path(folder, number)) for number in range(SERVERS)]
     atexit.register(stop, folder, servers)
     return str(client)
