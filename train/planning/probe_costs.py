@@ -266,11 +266,10 @@ def probe_space(recipe: ProbeRecipe, layers: Sequence[Layer], features: int, siz
     block = 4 * FLOAT32 * sizes.stimuli * max(layer.features for layer in layers) / sizes.processes
     has_products = any(kind != "features" for kind in kinds)
     matrices = 0.0
-    if "owned products" in kinds:
-        together = min(sizes.processes, len(layers))
-        matrices = matrix * together if recipe.field == "whole" else matrix / 2 * windows_of(recipe)
-    elif "shared products" in kinds:
-        matrices = matrix / 2 * windows_of(recipe)
+    if "owned products" in kinds and recipe.field == "whole":
+        matrices = matrix * min(sizes.processes, kinds.count("owned products"))
+    elif has_products:
+        matrices = matrix * windows_of(recipe) / (1 if recipe.products == "float64" else 2)
     return ProbeSpace(
         products=min(bound, matrix * 1.25 + block) if has_products else min(bound, block),
         regressions=max(

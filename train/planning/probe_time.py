@@ -15,7 +15,7 @@ from train.probing.product_store import kind_of
 from train.run.recipe import ProbeRecipe
 
 PAGE_CACHE = 0.5  # share of a machine's memory that activations may take before they are read from disk
-FORWARD_OF_TRAINING = 1 / 3  # of the operations of a training step
+FORWARD_OF_TRAINING = {"all": 1 / 3, "head": 1.0}  # of the operations of a step, by what of the backbone is trained
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def _from_training(work: ProbeWork, rates: Rates) -> ForwardPass:
     """From the evaluation of a training, which is a forward pass in float32 too."""
     run = min(rates.training, key=lambda run: run.settings.get("backbone.name") != work.settings["backbone.name"])
     sizes = work.sizes
-    operations = work.network.flops / (run.flops * FORWARD_OF_TRAINING)
+    operations = work.network.flops / (run.flops * FORWARD_OF_TRAINING[run.settings["backbone.trainable"]])
     slower = run.slower(rates.place, sizes.processes, sizes.machines)
     computing = run.evaluation_batch_seconds / run.evaluation_batch * operations * slower
     image_bytes = run.image_bytes if work.image_bytes is None else work.image_bytes

@@ -168,6 +168,8 @@ def test_without_a_measured_probe_the_evaluation_of_a_training_tells():
     forward = forward_pass(work, [made_rates([made_training(Recipe())], **ON_CPU)])
     assert forward.computing == pytest.approx(0.05 / 32 * 3)  # forward of 1e9 operations, a third of a step's
     assert forward.differences
+    head = made_training(Recipe.model_validate({"backbone": {"trainable": "head"}}))  # a step is little but forward
+    assert forward_pass(work, [made_rates([head], **ON_CPU)]).computing == pytest.approx(0.05 / 32)
     assert forward_pass(work, [made_rates()]) is None
 
 
@@ -190,6 +192,10 @@ def test_space_is_bounded_by_memory_beside_owned_matrices_and_eigenvectors():
     assert space.disk == pytest.approx(4 * 1000 * 50_000 + 2 * 8 * 1000**2)
     windowed = probe_space(ProbeRecipe(field="gaussian"), LAYERS, 50_000, SIZES)
     assert windowed.disk == pytest.approx(4 * 1000 * 50_000 + len(probe_windows()) * 4 * 1000**2)
+    exact = probe_space(ProbeRecipe(field="gaussian", products="float64"), LAYERS, 50_000, SIZES)
+    assert exact.disk - windowed.disk == pytest.approx(len(probe_windows()) * 4 * 1000**2)
+    one_layer = probe_space(recipe, [LAYERS[0], Layer("few", [300], [1])], 40_300, SIZES)
+    assert one_layer.disk == pytest.approx(4 * 1000 * 40_300 + 8 * 1000**2)
 
 
 def test_many_stimuli_take_no_square_matrix_in_memory():
