@@ -161,8 +161,10 @@ def check(identity: ProcessIdentity, folder: Path, recipe: Sequence[str], *, rat
 
 def launch_seconds() -> float | None:
     """Seconds from the start of the launcher, which launch/check.sh notes, to that of this process."""
-    began = os.environ.get(LAUNCHED)
-    return None if began is None else max(STARTED - float(began), 0.0)
+    try:
+        return max(STARTED - float(os.environ[LAUNCHED]), 0.0)
+    except (KeyError, ValueError):  # not every system's `date` knows fractions of a second
+        return None
 
 
 def rates_of(verdicts: Sequence[Verdict], launched: float | None) -> dict[str, Any]:

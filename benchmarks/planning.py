@@ -28,7 +28,7 @@ from train.planning.probe_plan import probe_work
 from train.planning.probe_time import forward_pass, probe_time
 from train.planning.rates import load_rates
 from train.planning.recommendation import estimate_strategies
-from train.planning.recording_sizes import manifest_of, probed_stimuli
+from train.planning.recording_sizes import manifest_of, probed_stimuli, training_stimuli
 from train.planning.step_cost import measure_step
 from train.planning.training_plan import memory_of, training_work
 from train.planning.training_time import nearest, training_time
@@ -99,7 +99,7 @@ def predicted_training(words: Sequence[str], data: Path, processes: int, rates_f
     cost = measure_step(recipe, manifest)
     memory = memory_of([rates], options) * GIB
     ddp = next(one for one in estimate_strategies(recipe, cost, processes, memory) if one.strategy == "ddp")
-    work = training_work(options, recipe, manifest, cost, ddp)
+    work = training_work(options, recipe, manifest, training_stimuli(options, recipe, manifest), cost, ddp)
     measurement = nearest(work, [rates])
     assert measurement is not None, "the check has measured this training"
     planned = training_time(work, measurement)

@@ -11,7 +11,7 @@ from train.planning.operations import speed_settings, training_flops
 from train.planning.options import Plan
 from train.planning.rates import Rates, load_rates
 from train.planning.recommendation import StrategyEstimate, estimate_strategies, recommend
-from train.planning.recording_sizes import manifest_of, training_stimuli
+from train.planning.recording_sizes import TrainingStimuli, manifest_of, training_stimuli
 from train.planning.step_cost import StepCost, measure_step
 from train.planning.training_time import TrainingTime, TrainingWork, nearest, training_time
 from train.planning.wording import LARGE, duration, extrapolation, lines_of, origin, shares
@@ -37,6 +37,7 @@ def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
     rates = [load_rates(path) for path in options.rates or []]
     options = options.model_copy(update={"memory": options.memory or memory_of(rates, options)})
     manifest = manifest_of(options)
+    stimuli = training_stimuli(options, recipe, manifest) if rates else None
     cost = measure_step(recipe, manifest)
     estimates = estimate_strategies(recipe, cost, options.gpus, gpu_bytes(options))
     print(introduction(options, recipe, cost, recipe.images.size or manifest.image.side), end="\n\n")
@@ -44,9 +45,9 @@ def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
     best = recommend(estimates)
     if best is None:
         raise BadInput(refusal(estimates, recipe, options))
-    if rates:
+    if stimuli is not None:
         timed = wanted(recipe, estimates) or best
-        work = training_work(options, recipe, manifest, cost, timed)
+        work = training_work(options, recipe, manifest, stimuli, cost, timed)
         print(time_of(work, rates, timed), end="\n\n")
     on_cpu = bool(rates) and not rates[0].place.on_gpu
     print(f"recommended: {best.strategy} with --batch.per_device {best.per_device}")
@@ -78,10 +79,14 @@ def wanted(recipe: Recipe, estimates: Sequence[StrategyEstimate]) -> StrategyEst
 
 
 def training_work(
-    options: Plan, recipe: Recipe, manifest: Manifest, cost: StepCost, estimate: StrategyEstimate
+    options: Plan,
+    recipe: Recipe,
+    manifest: Manifest,
+    stimuli: TrainingStimuli,
+    cost: StepCost,
+    estimate: StrategyEstimate,
 ) -> TrainingWork:
     """The training whose time is planned, divided as the recipe says, or else as its strategy fits."""
-    stimuli = training_stimuli(options, recipe, manifest)
     per_device = recipe.batch.per_device or (estimate.per_device if estimate.accumulation_steps > 1 else None)
     batch = recipe.batch.model_copy(update={"per_device": per_device})
     recipe = recipe.model_copy(update={"batch": batch})
@@ -199,7 +204,8 @@ def training_page(time: TrainingTime, largest_batch: int | None) -> str:
         f"{speed:,.0f} images/s; a step of {work.global_size} images takes {duration(time.step + time.images)}"
     )
     rows["of an epoch"] = shares(time.parts())
-    lines = [f"How long (rates of {origin(time.measurement.rates.place)})", *lines_of(rows)]
+    place = time.measurement.rates.place
+    lines = [f"How long under {work.strategy} (rates of {origin(place)})", *lines_of(rows)]
     lines += [f"what limits: {sentence}" for sentence in training_limits(time, largest_batch)]
     lines += extrapolation(time.measurement.differences)
     if time.unmeasured:

@@ -381,6 +381,7 @@ def test_with_rates_a_plan_says_how_long_and_what_memory_there_is(recording, tmp
     assert f"first epoch       {duration(first)}" in done.stdout
     on_paper = run_here("train/plan.py", *CNN2, "--gpus", 2, "--rates", rates)
     assert_refused(on_paper, "--data DIR or --stimuli N")
+    assert not on_paper.stdout
     many = run_here("train/plan.py", *CNN2, "--gpus", 4, "--rates", rates, "--stimuli", 3000)
     assert "EXTRAPOLATED" in many.stdout
     assert "processes 2 -> 4" in many.stdout
