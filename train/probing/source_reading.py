@@ -29,7 +29,7 @@ class OpenSource:
 
     Attributes:
         predictors: (positions to fit, positions held out, copies of those to fit) -> predictors.
-        similarity: () -> similarity of layer and responses; on the leading rank, or the owner.
+        similarity: () -> similarity of layer and responses; on the leading rank, or the owner. NaN on the others.
     """
 
     predictors: Callable[[np.ndarray, np.ndarray, np.ndarray | None], Predictors]
@@ -88,7 +88,8 @@ class SourceReading:
             )
 
         def similarity() -> Similarity:
-            return self._similarity(self._gathered(rows, np.arange(rows.shape[0]) + first, self._compared))
+            products = self._gathered(rows, np.arange(rows.shape[0]) + first, self._compared)
+            return self._similarity(products) if self._runtime.is_main else Similarity()
 
         return OpenSource(predictors, similarity)
 
@@ -113,7 +114,7 @@ class SourceReading:
                 if self._runtime.is_main:
                     features -= features.mean(axis=0)
                     products += features @ features.T
-            return self._similarity(products)
+            return self._similarity(products) if self._runtime.is_main else Similarity()
 
         return OpenSource(predictors, similarity)
 

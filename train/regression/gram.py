@@ -8,19 +8,15 @@ dual weights.
 stimuli; and where these are many, `StripedGram` and `StripedFeatures`, whose rows lie on disk or on several ranks.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, Self
 
 import numpy as np
 
 from train.regression.decomposition import Decomposition, eigh_on_cpu
-from train.regression.krylov import leading_spectrum
 from train.regression.rows import ON_CPU, Ranks
 from train.regression.spectrum import Spectrum
-from train.regression.symmetric_rows import SymmetricRows
-
-SEARCH_BYTES = 2**29  # for a search for the leading components of a matrix in memory, which is larger
 
 
 class Predictors(Protocol):
@@ -81,7 +77,6 @@ class GramMatrix:
     rounding: float = 0.0
     decompose: Decomposition = eigh_on_cpu
     copies: np.ndarray | None = None
-    _found: dict[int, Spectrum] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def ranks(self) -> Ranks:
@@ -94,14 +89,8 @@ class GramMatrix:
         return len(self.cross)
 
     def leading(self, components: int | None) -> Spectrum:
-        """See `Predictors`; only these are computed where that is cheaper."""
-        if components is None or "spectrum" in vars(self):
-            return self.spectrum.leading(components)
-        if components not in self._found:
-            matrix = SymmetricRows(self.fit, 0, np.arange(len(self.fit)), ON_CPU, False, SEARCH_BYTES)
-            found = leading_spectrum(matrix, components, SEARCH_BYTES, self.rounding, self.decompose)
-            self._found[components] = found or self.spectrum.leading(components)
-        return self._found[components]
+        """See `Predictors`."""
+        return self.spectrum.leading(components)
 
     def multiply(self, weights: np.ndarray) -> np.ndarray:
         """See `Predictors`."""

@@ -40,7 +40,6 @@ import numpy as np
 import torch
 
 from train.regression.decomposition import Decomposition, eigh_on_cpu
-from train.regression.spectrum import Spectrum, SpectrumFacts
 from train.regression.symmetric_rows import SymmetricRows
 
 EPSILON = float(np.finfo(np.float64).eps)
@@ -105,23 +104,6 @@ def leading_eigen(
     return _Search(matrix, components, memory_bytes, rounding, decompose).run()
 
 
-def leading_spectrum(
-    matrix: SymmetricRows,
-    components: int,
-    memory_bytes: float,
-    rounding: float = 0.0,
-    decompose: Decomposition = eigh_on_cpu,
-) -> Spectrum | None:
-    """What `leading_eigen` finds, with all rows of the eigenvectors on every rank; None also where all are cheaper."""
-    if not worth_it(matrix.size, components):
-        return None
-    found = leading_eigen(matrix, components, memory_bytes, rounding, decompose)
-    if found is None:
-        return None
-    facts = SpectrumFacts("krylov", matrix.size, len(found.values), found.error, found.multiplied)
-    return Spectrum(found.values, matrix.ranks.gather_rows(found.vectors), facts)
-
-
 @dataclass(frozen=True)
 class _Ritz:
     """The eigenvectors of T, computed on the main rank.
@@ -147,7 +129,7 @@ class _Ritz:
         """
         cut, others = self.values[count - 1], self.residuals[:, count:]
         gaps = cut - self.values[count:]
-        if not count or (gaps <= 0).any():
+        if (gaps <= 0).any():
             return np.inf
         coupling = np.linalg.norm((others / gaps) @ others.T, 2) if others.size else 0.0
         mixing = np.linalg.norm((others / gaps**2) @ others.T, 2) if others.size else 0.0
@@ -289,7 +271,8 @@ class _Search:
 
     def _is_exhausted(self) -> bool:
         """Whether what lies outside of the basis is no more than rounding errors of the matrix."""
-        return float(np.linalg.norm(self._coupling)) <= self._floor * self._largest
+        length = self._agreed(np.array([np.linalg.norm(self._coupling)]))[0]
+        return bool(length <= self._floor * self._largest)
 
     def _ritz(self) -> _Ritz | None:
         """Of the basis, on the main rank."""

@@ -52,6 +52,7 @@ def partial_least_squares(predictors: Predictors, rates: np.ndarray, components:
         score = product @ direction / length if length > 0 else np.zeros(len(rates))
         for before in [*scores, *scores]:
             score -= before * (before @ score)
+        score = _agreed(predictors, score)
         if np.linalg.norm(score) <= floor:
             break
         score /= np.linalg.norm(score)
@@ -70,7 +71,7 @@ def partial_least_squares(predictors: Predictors, rates: np.ndarray, components:
     return Fit(prediction=(predictors.predict(dual) + mean).astype(np.float32), dual=dual, mean=mean)
 
 
-def _agreed(predictors: Predictors, direction: np.ndarray) -> np.ndarray:
-    """That of the main rank: the sign of an eigenvector is arbitrary."""
+def _agreed(predictors: Predictors, vector: np.ndarray) -> np.ndarray:
+    """That of the main rank: the sign of an eigenvector is arbitrary, and all ranks must end at the same dimension."""
     ranks = predictors.ranks
-    return ranks.broadcast(torch.from_numpy(direction.copy()).to(ranks.device)).cpu().numpy()
+    return ranks.broadcast(torch.from_numpy(vector.copy()).to(ranks.device)).cpu().numpy()

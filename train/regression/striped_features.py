@@ -9,7 +9,7 @@ products, and components below that are left out (`rank_above_rounding`). U is m
 
 Memory of a process: 8 p^2 bytes for C, and four times that on the main rank while C is decomposed (or what
 `train/regression/krylov.py` states, where only some of many components are searched for); n x components numbers of 8
-bytes for U; and blocks of rows.
+bytes for U, and four times that while it is made; and blocks of rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -97,11 +97,9 @@ class StripedFeatures:
         """See `Predictors`."""
         largest = min(len(self.fit), self.rows.shape[1])
         wanted = min(components or largest, largest)
-        sufficient = [count for count in self._found if count >= wanted]
-        if not sufficient:
+        if wanted not in self._found:
             self._found[wanted] = self._spectrum(wanted)
-            sufficient = [wanted]
-        return self._found[min(sufficient)].leading(wanted)
+        return self._found[wanted]
 
     def multiply(self, weights: np.ndarray) -> np.ndarray:
         """See `Predictors`."""
@@ -136,11 +134,14 @@ class StripedFeatures:
         for block in self._blocks(self.fit):
             centred = block.features - self._mean
             total.addmm_(centred.T, centred)
-        return self.ranks.sum(total)
+        for part in total.split(block_rows(self.rows)):  # a sum has those of all ranks in memory
+            part.copy_(self.ranks.sum(part))
+        return total
 
     def _spectrum(self, wanted: int) -> Spectrum:
         found = self._search(wanted) or self._decompose(wanted)
-        rank = rank_above_rounding(found.values, len(self.fit), 0.0)
+        # Of a site with few responses, the covariance has more rounding errors than the stimuli have components.
+        rank = rank_above_rounding(found.values, max(len(self.fit), self.rows.shape[1]), 0.0)
         values, scale = found.values[:rank], torch.from_numpy(np.sqrt(found.values[:rank])).to(self.ranks.device)
         weights = found.weights[:, :rank] / scale
         vectors = self._of_stimuli(self.fit, lambda features: features @ weights)
@@ -186,34 +187,31 @@ class StripedFeatures:
 
     def _of_stimuli(self, stimuli: np.ndarray, compute: Callable[[torch.Tensor], torch.Tensor]) -> np.ndarray:
         """Compute rows from the centred features of stimuli: float64 (stimuli, columns), on every rank."""
-        blocks = list(self._blocks(stimuli, compute))
-        where = np.concatenate([block.where for block in blocks])
-        gathered = self.ranks.gather_rows(torch.cat([block.features for block in blocks]))
-        order = self.ranks.gather_rows(torch.from_numpy(where).to(self.ranks.device))
+        where, parts = [], []
+        for block in self._blocks(stimuli):
+            where.append(block.where)
+            parts.append(compute(block.features - self._mean))
+        gathered = self.ranks.gather_rows(torch.cat(parts))
+        order = self.ranks.gather_rows(torch.from_numpy(np.concatenate(where)).to(self.ranks.device))
         if (order == np.arange(len(order))).all():
             return gathered
         sorted_rows = np.empty_like(gathered)
         sorted_rows[order] = gathered
         return sorted_rows
 
-    def _blocks(
-        self, stimuli: np.ndarray, compute: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> Iterator[_Block]:
-        """The features of those of the stimuli that are on this rank, or what is computed from them centred."""
+    def _blocks(self, stimuli: np.ndarray) -> Iterator[_Block]:
+        """The features of those of the stimuli that are on this rank, at least one block."""
         where = np.searchsorted(stimuli, self.positions)
         is_among = stimuli[np.minimum(where, len(stimuli) - 1)] == self.positions if len(stimuli) else where < 0
         height = block_rows(self.rows, self.memory_bytes)
         for start in range(0, max(len(where), 1), height):
             chosen = is_among[start : start + height]
-            features = torch.from_numpy(np.array(self.rows[start : start + height][chosen])).to(self.ranks.device)
-            features = features.double()
-            if compute is not None:
-                features = compute(features - self._mean)
-            yield _Block(where[start : start + height][chosen], features)
+            features = torch.from_numpy(self.rows[start : start + height][chosen]).to(self.ranks.device)
+            yield _Block(where[start : start + height][chosen], features.double())
 
 
 def _orthonormal(vectors: np.ndarray) -> np.ndarray:
-    """Remove what rounding has left of earlier columns in later ones, (n, columns); in place."""
+    """Remove what rounding has left of earlier columns in later ones, (n, columns)."""
     for _ in range(2):
         triangle = np.linalg.cholesky(vectors.T @ vectors)
         vectors = np.linalg.solve(triangle, vectors.T).T

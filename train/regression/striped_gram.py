@@ -13,9 +13,9 @@ import torch
 
 from train.regression.decomposition import Decomposition, eigh_on_cpu
 from train.regression.gram import centre_in_place
-from train.regression.krylov import leading_spectrum
+from train.regression.krylov import leading_eigen, worth_it
 from train.regression.rows import Ranks, Rows
-from train.regression.spectrum import Spectrum
+from train.regression.spectrum import Spectrum, SpectrumFacts
 from train.regression.symmetric_rows import SymmetricRows
 
 
@@ -62,12 +62,9 @@ class StripedGram:
     def leading(self, components: int | None) -> Spectrum:
         """See `Predictors`."""
         wanted = min(components or len(self.fit), len(self.fit))
-        sufficient = [count for count in self._found if count >= wanted]
-        if not sufficient:
-            found = leading_spectrum(self._matrix, wanted, self.memory_bytes, self.rounding, self.decompose)
-            self._found[wanted] = found or self._decompose(wanted)
-            sufficient = [wanted]
-        return self._found[min(sufficient)].leading(wanted)
+        if wanted not in self._found:
+            self._found[wanted] = self._search(wanted) or self._decompose(wanted)
+        return self._found[wanted]
 
     def multiply(self, weights: np.ndarray) -> np.ndarray:
         """See `Predictors`."""
@@ -86,6 +83,16 @@ class StripedGram:
         """See `Predictors`."""
         copies = None if self.copies is None else self.copies[recorded]
         return replace(self, fit=self.fit[recorded], copies=copies)
+
+    def _search(self, wanted: int) -> Spectrum | None:
+        """The leading eigenvectors alone; None where all are cheaper, or these are not found."""
+        if not worth_it(len(self.fit), wanted):
+            return None
+        found = leading_eigen(self._matrix, wanted, self.memory_bytes, self.rounding, self.decompose)
+        if found is None:
+            return None
+        facts = SpectrumFacts("krylov", len(self.fit), len(found.values), found.error, found.multiplied)
+        return Spectrum(found.values, self.ranks.gather_rows(found.vectors), facts)
 
     def _decompose(self, wanted: int) -> Spectrum:
         """All eigenvectors, on the main rank."""
