@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.common.errors import RunFailed
 from data_prep.common.safe_reading import map_npy, parse_json, read_npz
 from train.probing.layer_window import LayerWindow
 
@@ -77,8 +78,19 @@ class ResultFiles:
         return [key for key in keys if (self._of(key) / FACTS).is_file()]
 
     def save(self, key: LayerWindow, result: LayerResult) -> None:
-        """Keep the result of a regression on a layer through one window."""
-        folder = self._of(key)
+        """Keep the result of a regression on a layer through one window.
+
+        Raises:
+            RunFailed: the disk is full.
+        """
+        try:
+            self._save(self._of(key), result)
+        except OSError as error:
+            raise RunFailed(
+                f"{self._folder} has no room for the results ({error.strerror}); make room and continue with --resume"
+            ) from None
+
+    def _save(self, folder: Path, result: LayerResult) -> None:
         temporary = folder.with_name(f"{folder.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)

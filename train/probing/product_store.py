@@ -141,7 +141,7 @@ class ProductStore:
         if self._kind(key.layer) == "features":
             return sys.maxsize  # they take no space
         size = self._layers.stimuli**2 * self._dtype(key).itemsize
-        return max(int(free * DISK_SHARE / size), self._runtime.ranks)
+        return max(int(free * DISK_SHARE / size), 1)
 
     def _path(self, key: LayerWindow) -> Path:
         return self._layers.folder / f"{key.file_name}.products.npy"

@@ -79,7 +79,10 @@ class StoredLayers:
             return self._extractor.map_sizes(self._example)
 
     def clear_if_settings_changed(self) -> None:
-        """Start over if what is on disk was computed with other settings."""
+        """Start over if what is on disk was computed with other settings, or by another number of processes."""
+        for folder in self._scratch.glob("*_of_*"):
+            if not folder.name.endswith(f"_of_{self._runtime.ranks}"):
+                shutil.rmtree(folder, ignore_errors=True)
         path, text = self.folder / "settings.json", json.dumps(self._settings(), sort_keys=True)
         if not path.is_file() or path.read_text() != text:
             # The folder above stays: another rank may be about to make its own folder in it.

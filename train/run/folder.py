@@ -94,9 +94,10 @@ class RunFolder:
         if not self.recipe.is_file():
             raise BadInput(f"{self.path} holds no run to resume (no recipe.yaml); start it without --resume")
         check_no_links(self.path)
-        for line in self.epochs():
-            epoch_of(line, self.history)
         kind = type(recipe)
+        if kind is Recipe:  # a probe has no epochs
+            for line in self.epochs():
+                epoch_of(line, self.history)
         before, now = flattened(load_recipe(self.recipe, kind).model_dump()), flattened(recipe.model_dump())
         fixed = [name for name in now if name not in marked(kind, FREE_ON_RESUME)]
         changes = [f"{name}: {before[name]} -> {now[name]}" for name in fixed if before[name] != now[name]]

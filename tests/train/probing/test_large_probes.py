@@ -8,6 +8,7 @@ from launching import metrics, predictions
 from train.probing import product_store
 from train.probing.layer_regressions import LayerRegressions
 from train.probing.product_store import ProductStore
+from train.probing.stored_layers import StoredLayers
 from train.regression import krylov
 
 NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
@@ -88,6 +89,7 @@ def test_a_probe_resumes_after_the_last_regression_that_was_done(recording, tmp_
     monkeypatch.setattr(LayerRegressions, "_regress", until(3))
     with pytest.raises((OSError, AssertionError)):
         succeed_here("train/probe.py", "--data", recording, "--out", out, *options)
+    (out / "scratch" / "1_of_2").mkdir()  # of an earlier start, by two processes
     monkeypatch.setattr(LayerRegressions, "_regress", until(1000))
     succeed_here("train/probe.py", "--data", recording, "--out", out, "--resume")
     assert len(set(done)) == len(done)
@@ -95,12 +97,35 @@ def test_a_probe_resumes_after_the_last_regression_that_was_done(recording, tmp_
     assert not (out / "scratch").exists()
 
 
-def test_matrices_that_do_not_fit_on_the_disk_are_told_of(recording, tmp_path, monkeypatch):
-    def full(descriptor, data, offset):
+def test_a_probe_that_was_killed_after_its_results_resumes(recording, tmp_path, monkeypatch):
+    """A job that is restarted resumes by itself."""
+    clear = StoredLayers.clear
+
+    def killed(self):
+        raise OSError("no power")
+
+    monkeypatch.setattr(StoredLayers, "clear", killed)
+    assert run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *PIXELS).returncode != 0
+    expected = metrics(tmp_path / "run")
+    monkeypatch.setattr(StoredLayers, "clear", clear)
+    succeed_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", "--resume")
+    assert metrics(tmp_path / "run") == expected
+    assert not (tmp_path / "run" / "scratch").exists()
+
+
+@pytest.mark.parametrize(
+    ("writer", "named"),
+    [
+        ("train.regression.row_writer.os.pwrite", "the inner products"),
+        ("train.probing.layer_results.np.save", "the results"),
+    ],
+)
+def test_what_does_not_fit_on_the_disk_is_told_of(recording, tmp_path, monkeypatch, writer, named):
+    def full(*args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("train.regression.row_writer.os.pwrite", full)
+    monkeypatch.setattr(writer, full)
     done = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "run", *PIXELS)
     assert done.returncode != 0
-    assert "has no room for the inner products (No space left on device)" in done.stderr
+    assert f"has no room for {named} (No space left on device)" in done.stderr
     assert "Traceback" not in done.stderr
