@@ -1,6 +1,6 @@
 """What a recipe computes: floating-point operations, features, and the settings that its speed depends on.
 
-Counted on torch's fake tensors, so without weights, data or time.
+A training step is counted on torch's fake tensors, so without data or time; a probe's network sees one black image.
 """
 
 import copy

@@ -83,6 +83,11 @@ class TrainingWork:
         return steps_per_epoch(self.fit, self.global_size)
 
     @property
+    def calibrates(self) -> bool:
+        """Whether an evaluation reads what is trained on as well, as the loss leaves the scale open."""
+        return self.recipe.task.predicts_responses and RESPONSE_LOSSES[self.recipe.loss.responses].needs_calibration
+
+    @property
     def checkpoint_bytes(self) -> float:
         """Of network, optimizer and running average."""
         return self.cost.weights + self.cost.optimizer_state + self.cost.running_average
@@ -136,7 +141,9 @@ class TrainingTime:
         decoding, reading: what images cost a step beside these, decoded for it, or read from the cache.
         decoded_images: of a process and second, that its decoding could deliver.
         cached: share of the images that the cache has room for.
-        evaluation, first_evaluation: of an epoch, and of the first, which decodes.
+        evaluation: of an epoch, without decoding.
+        selection_decoding, fit_decoding: of all images that an evaluation reads, which are those of the selection and,
+            under a loss without a scale, those that are trained on.
         checkpoint: of one.
         end: of the processes.
         unmeasured: what is not counted, in words.
@@ -152,7 +159,8 @@ class TrainingTime:
     decoded_images: float
     cached: float
     evaluation: float
-    first_evaluation: float
+    selection_decoding: float
+    fit_decoding: float
     checkpoint: float
     end: float
     unmeasured: Sequence[str] = field(default_factory=list)
@@ -180,9 +188,14 @@ class TrainingTime:
         return self.work.steps * (self.step + self.decoding) + self.first_evaluation + self.saving
 
     @property
+    def first_evaluation(self) -> float:
+        """Of the first epoch, after which the cache keeps the images that are trained on."""
+        return self.evaluation + self.selection_decoding + (1 - self.cached) * self.fit_decoding
+
+    @property
     def later_epoch(self) -> float:
         """As `first_epoch`."""
-        evaluation = self.cached * self.evaluation + (1 - self.cached) * self.first_evaluation
+        evaluation = self.evaluation + (1 - self.cached) * (self.selection_decoding + self.fit_decoding)
         return self.work.steps * (self.step + self.images) + evaluation + self.saving
 
     @property
@@ -240,8 +253,7 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
     decode = machine.decoding.seconds_for(image_bytes, work.side)
     workers = planned_workers(work.recipe.loader.workers, place, work.processes, work.machines)
     evaluated = run.evaluation_batch_seconds / run.evaluation_batch * operations
-    evaluation = _evaluation(work, run, evaluated)
-    decoding_selection = work.selection / work.processes * decode / max(workers, 1)
+    decoded = decode / work.processes / max(workers, 1)
     return TrainingTime(
         work=work,
         measurement=measurement,
@@ -252,8 +264,9 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
         reading=_reading(work, run),
         decoded_images=max(workers, 1) / decode,
         cached=cached_share(work, place),
-        evaluation=evaluation,
-        first_evaluation=evaluation + decoding_selection,
+        evaluation=_evaluation(work, run, evaluated),
+        selection_decoding=decoded * work.selection,
+        fit_decoding=decoded * work.fit if work.calibrates else 0.0,
         checkpoint=run.checkpoint_seconds * (1 if is_measured else work.checkpoint_bytes / run.checkpoint_bytes),
         end=place.end_seconds,
         unmeasured=unmeasured,
@@ -312,9 +325,7 @@ def _reading(work: TrainingWork, run: TrainingRates) -> float:
 def _evaluation(work: TrainingWork, run: TrainingRates, image_seconds: float) -> float:
     """Of the stimuli that select, and under a loss without a scale of all that are trained on."""
     batch = work.recipe.evaluation_batch_size
-    counts = [work.selection]
-    if work.recipe.task.predicts_responses and RESPONSE_LOSSES[work.recipe.loss.responses].needs_calibration:
-        counts.append(work.fit)
+    counts = [work.selection, work.fit] if work.calibrates else [work.selection]
     batches = sum(math.ceil(count / work.processes / batch) for count in counts)
     return batches * batch * image_seconds + len(counts) * run.evaluation_seconds
 

@@ -152,6 +152,9 @@ def test_larger_images_take_longer_to_decode():
 def test_a_correlation_loss_scores_the_training_stimuli_as_well():
     time = time_of(work_of(recipe_of(loss={"responses": "correlation"})))
     assert time.evaluation == pytest.approx((10 + 50) * 0.05 + 2 * 0.3)
+    assert time.fit_decoding == pytest.approx(3200 / 2 * 1e-3 / 7)
+    uncached = time_of(work_of(recipe_of(loss={"responses": "correlation"}, loader={"cache": "off"})))
+    assert uncached.first_evaluation - time.first_evaluation == pytest.approx(time.fit_decoding)
 
 
 def test_early_stopping_is_named_where_it_can_end_the_run():
