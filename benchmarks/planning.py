@@ -100,9 +100,7 @@ def predicted_training(words: Sequence[str], data: Path, processes: int, rates_f
     memory = memory_of([rates], options) * GIB
     ddp = next(one for one in estimate_strategies(recipe, cost, processes, memory) if one.strategy == "ddp")
     work = training_work(options, recipe, manifest, training_stimuli(options, recipe, manifest), cost, ddp)
-    measurement = nearest(work, [rates])
-    assert measurement is not None, "the check has measured this training"
-    planned = training_time(work, measurement)
+    planned = training_time(work, nearest(work, [rates]))
     steps = work.steps
     return {
         "first epoch": steps * (planned.step + planned.decoding),

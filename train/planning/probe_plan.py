@@ -34,7 +34,9 @@ def plan_probe(options: ProbePlan, recipe: ProbeRecipe) -> None:
     work = probe_work(recipe, network, stimuli)
     forward = forward_pass(work, rates)
     if forward is None:
-        raise BadInput("rates: neither a probe nor a training was measured; run launch/check.sh --json again")
+        raise BadInput(
+            "rates: neither a probe nor a training was measured; run launch/check.sh --json FILE --recipe RECIPE.yaml"
+        )
     print(f"\n{probe_page(probe_time(work, forward))}")
 
 

@@ -32,9 +32,11 @@ def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
         words: of the command line, which the recommended command repeats.
 
     Raises:
-        BadInput: no strategy fits.
+        BadInput: no strategy fits, or there are rates without a training.
     """
     rates = [load_rates(path) for path in options.rates or []]
+    if rates and not any(one.training for one in rates):
+        raise BadInput("rates: no training was measured; run launch/check.sh --json FILE --recipe RECIPE.yaml")
     options = options.model_copy(update={"memory": options.memory or memory_of(rates, options)})
     manifest = manifest_of(options)
     stimuli = training_stimuli(options, recipe, manifest) if rates else None
@@ -48,7 +50,8 @@ def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
     if stimuli is not None:
         timed = wanted(recipe, estimates) or best
         work = training_work(options, recipe, manifest, stimuli, cost, timed)
-        print(time_of(work, rates, timed), end="\n\n")
+        time = training_time(work, nearest(work, rates))
+        print(training_page(time, timed.largest_batch), end="\n\n")
     on_cpu = bool(rates) and not rates[0].place.on_gpu
     print(f"recommended: {best.strategy} with --batch.per_device {best.per_device}")
     print(launch_command(best, options, words, on_cpu=on_cpu))
@@ -106,25 +109,13 @@ def training_work(
     )
 
 
-def time_of(work: TrainingWork, rates: Sequence[Rates], estimate: StrategyEstimate) -> str:
-    """How long it takes, in words.
-
-    Raises:
-        BadInput: no training was measured.
-    """
-    measurement = nearest(work, rates)
-    if measurement is None:
-        raise BadInput("rates: no training was measured, because the check failed; run launch/check.sh --json again")
-    return training_page(training_time(work, measurement), estimate.largest_batch)
-
-
 def introduction(options: Plan, recipe: Recipe, cost: StepCost, side: int) -> str:
     """What is planned, and for which GPUs."""
     checkpointing = ", gradient checkpointing" if recipe.backbone.gradient_checkpointing else ""
     return (
         f"{recipe.backbone.name}, images of {side} px, {recipe.precision}{checkpointing}, {recipe.optimizer.name}: "
         f"{cost.trainable / 4e6:.1f} million parameters are trained; activations {cost.per_stimulus / GIB:.3f} GiB per "
-        f"stimulus\n{options.gpus} x {options.memory:g} GiB, of which {usable_memory(gpu_bytes(options)) / GIB:.1f} "
+        f"stimulus\n{options.gpus} x {options.memory:.4g} GiB, of which {usable_memory(gpu_bytes(options)) / GIB:.1f} "
         f"GiB each are usable (CUDA takes {CUDA_CONTEXT / GIB:g}, headroom {HEADROOM:.0%}); global batch "
         f"{recipe.batch.global_size}"
     )
@@ -167,7 +158,7 @@ def refusal(estimates: Sequence[StrategyEstimate], recipe: Recipe, options: Plan
     }
     limit = max(usable_memory(gpu_bytes(options)), 0)
     return (
-        f"memory: nothing fits into GPUs of {options.memory:g} GiB, of which {limit / GIB:.2f} GiB are usable: "
+        f"memory: nothing fits into GPUs of {options.memory:.4g} GiB, of which {limit / GIB:.2f} GiB are usable: "
         f"{smallest.strategy} needs least, {smallest.memory.total / GIB:.2f} GiB for a batch of {smallest.per_device}; "
         f"what would help: {', '.join(name for name, helps in remedies.items() if helps)}"
     )

@@ -108,15 +108,10 @@ class Measurement:
     differences: Sequence[str]
 
 
-def nearest(work: TrainingWork, files: Sequence[Rates]) -> Measurement | None:
-    """The measured training that differs least from the planned one; None if none was measured."""
-    candidates = [
-        Measurement(run, rates, _differences(work, run))
-        for rates in files
-        for run in rates.training
-        if run.step_seconds
-    ]
-    return min(candidates, key=lambda candidate: len(candidate.differences), default=None)
+def nearest(work: TrainingWork, files: Sequence[Rates]) -> Measurement:
+    """The measured training, of at least one, that differs least from the planned one."""
+    candidates = [Measurement(run, rates, _differences(work, run)) for rates in files for run in rates.training]
+    return min(candidates, key=lambda candidate: len(candidate.differences))
 
 
 def _differences(work: TrainingWork, run: TrainingRates) -> list[str]:

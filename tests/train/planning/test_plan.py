@@ -359,6 +359,7 @@ def test_one_gpu_needs_no_launcher_and_machines_need_names():
 
 def written(rates: Rates, folder: Path) -> Path:
     """A file of rates."""
+    folder.mkdir(exist_ok=True)
     (folder / "rates.json").write_text(rates.model_dump_json())
     return folder / "rates.json"
 
@@ -382,6 +383,8 @@ def test_with_rates_a_plan_says_how_long_and_what_memory_there_is(recording, tmp
     on_paper = run_here("train/plan.py", *CNN2, "--gpus", 2, "--rates", rates)
     assert_refused(on_paper, "--data DIR or --stimuli N")
     assert not on_paper.stdout
+    probed = written(made_rates(), tmp_path / "probed")
+    assert_refused(run_here("train/plan.py", *CNN2, "--gpus", 2, "--rates", probed), "no training was measured")
     many = run_here("train/plan.py", *CNN2, "--gpus", 4, "--rates", rates, "--stimuli", 3000)
     assert "EXTRAPOLATED" in many.stdout
     assert "processes 2 -> 4" in many.stdout
