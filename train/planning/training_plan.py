@@ -40,9 +40,10 @@ def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
     options = options.model_copy(update={"memory": options.memory or memory_of(rates, options)})
     manifest = manifest_of(options)
     stimuli = training_stimuli(options, recipe, manifest) if rates else None
+    on_cpu = bool(rates) and not rates[0].place.on_gpu
     cost = measure_step(recipe, manifest)
     estimates = estimate_strategies(recipe, cost, options.gpus, gpu_bytes(options))
-    print(introduction(options, recipe, cost, recipe.images.size or manifest.image.side), end="\n\n")
+    print(introduction(options, recipe, cost, recipe.images.size or manifest.image.side, on_cpu), end="\n\n")
     print(table(estimates, options.gpus // options.machines), end="\n\n", flush=True)
     best = recommend(estimates)
     if best is None:
@@ -52,7 +53,6 @@ def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
         work = training_work(options, recipe, manifest, stimuli, cost, timed)
         time = training_time(work, nearest(work, rates))
         print(training_page(time, timed.largest_batch), end="\n\n")
-    on_cpu = bool(rates) and not rates[0].place.on_gpu
     print(f"recommended: {best.strategy} with --batch.per_device {best.per_device}")
     print(launch_command(best, options, words, on_cpu=on_cpu))
 
@@ -109,15 +109,15 @@ def training_work(
     )
 
 
-def introduction(options: Plan, recipe: Recipe, cost: StepCost, side: int) -> str:
-    """What is planned, and for which GPUs."""
+def introduction(options: Plan, recipe: Recipe, cost: StepCost, side: int, on_cpu: bool) -> str:
+    """What is planned, and for which GPUs or processes on the CPU."""
     checkpointing = ", gradient checkpointing" if recipe.backbone.gradient_checkpointing else ""
+    usable, taken_by = usable_memory(gpu_bytes(options)) / GIB, "the program" if on_cpu else "CUDA"
     return (
         f"{recipe.backbone.name}, images of {side} px, {recipe.precision}{checkpointing}, {recipe.optimizer.name}: "
         f"{cost.trainable / 4e6:.1f} million parameters are trained; activations {cost.per_stimulus / GIB:.3f} GiB per "
-        f"stimulus\n{options.gpus} x {options.memory:.4g} GiB, of which {usable_memory(gpu_bytes(options)) / GIB:.1f} "
-        f"GiB each are usable (CUDA takes {CUDA_CONTEXT / GIB:g}, headroom {HEADROOM:.0%}); global batch "
-        f"{recipe.batch.global_size}"
+        f"stimulus\n{options.gpus} x {options.memory:.4g} GiB, of which {usable:.1f} GiB each are usable ({taken_by} "
+        f"takes {CUDA_CONTEXT / GIB:g}, headroom {HEADROOM:.0%}); global batch {recipe.batch.global_size}"
     )
 
 

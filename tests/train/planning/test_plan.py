@@ -374,6 +374,7 @@ def test_with_rates_a_plan_says_how_long_and_what_memory_there_is(recording, tmp
     words = recommendation(done)
     assert words[:4] == ["launch/local.sh", "-n", "2", "train/finetune.py"]
     assert "2 x 32 GiB" in done.stdout  # half of the machine each
+    assert "CUDA" not in done.stdout
     assert "first step after  25 s" in done.stdout
     assert "measured: this recipe on this many processes" in done.stdout
     (divided,) = Recordings([ShardFolder(recording)]).divide(recipe)
