@@ -127,7 +127,7 @@ class LayerRegressions:
                 if recipe.field == "whole":
                     result.penalty.append(fit.penalty)
                 if keeps_left_out:
-                    result.left_out.append(fit.left_out)
+                    result.left_out.append(np.ascontiguousarray(fit.left_out.T))
             else:
                 of_folds = partial(_fold_predictors, opened, partition.fit)
                 inner_r2 = folded_r2(of_folds, rates, method, partition.inner_folds)
@@ -160,7 +160,7 @@ class LayerRegressions:
         for start in range(0, rates.shape[1], sites):
             part = slice(start, start + sites)
             combined = stack(
-                [result.left_out[index][:, part] for result in by_window.values()],
+                [np.ascontiguousarray(result.left_out[index][part].T) for result in by_window.values()],
                 rates[:, part],
                 [result.prediction[rows, part] for result in by_window.values()],
                 partition.copies,
@@ -170,7 +170,7 @@ class LayerRegressions:
             weights = combined.weights * is_bounded[:, None]
             with np.errstate(invalid="ignore"):
                 centre[:, part] = centres @ weights / weights.sum(axis=0)
-        stacked.left_out.append(left_out)
+        stacked.left_out.append(left_out.T)
         stacked.inner_r2.append(mean_score(r2_per_site(left_out, rates)))
         stacked.window_centre.append(centre)
 

@@ -3,7 +3,7 @@
 SCRATCH/0_of_<ranks>/results-<digest>/<name>/    of a layer through a window:
     facts.json, numbers.npz             what else is known
     prediction.npy                      float32 (scored, sites)
-    left_out_<partition>.npy            float32 (stimuli to fit, sites); only for ridge
+    left_out_<partition>.npy            float32 (sites, stimuli to fit); only for ridge
 """
 
 import json
@@ -19,6 +19,7 @@ import numpy as np
 from data_prep.common.errors import RunFailed
 from data_prep.common.safe_reading import map_npy, parse_json, read_npz
 from train.probing.layer_window import LayerWindow
+from train.regression.rows import RowFile, Rows
 
 FACTS, NUMBERS, PREDICTION = "facts.json", "numbers.npz", "prediction.npy"
 
@@ -45,7 +46,7 @@ class LayerResult:
         similarity: of layer and responses.
         inner_r2: of each partition, the mean over sites on stimuli left out of the fit.
         penalty: of each partition, float64 (sites,); only for ridge on the whole map.
-        left_out: of each partition, float32 (stimuli to fit, sites), each predicted from the others; only for ridge.
+        left_out: of each partition, float32 (sites, stimuli to fit), each predicted from the others; only for ridge.
         window_centre: of each partition, float64 (2, sites), the mean centre of the windows that a site reads through:
             right and down from the image's middle, in half sides; NaN for a site that reads the whole map. Only with
             windows.
@@ -58,7 +59,7 @@ class LayerResult:
     similarity: Similarity
     inner_r2: list[float] = field(default_factory=list)
     penalty: list[np.ndarray] = field(default_factory=list)
-    left_out: list[np.ndarray] = field(default_factory=list)
+    left_out: list[Rows] = field(default_factory=list)
     window_centre: list[np.ndarray] = field(default_factory=list)
     components: dict[str, Any] = field(default_factory=dict)
 
@@ -96,7 +97,7 @@ class ResultFiles:
         temporary.mkdir(parents=True)
         np.save(temporary / PREDICTION, result.prediction)
         for partition, left_out in enumerate(result.left_out):
-            np.save(temporary / _left_out_name(partition), left_out)
+            np.save(temporary / _left_out_name(partition), left_out[:])
         similarity = [result.similarity.rsa, result.similarity.cka]
         penalty = np.array(result.penalty) if result.penalty else np.empty((0, 0))
         np.savez(temporary / NUMBERS, similarity=similarity, inner_r2=result.inner_r2, penalty=penalty)
@@ -105,7 +106,7 @@ class ResultFiles:
         temporary.replace(folder)
 
     def load(self, key: LayerWindow) -> LayerResult:
-        """A result; what was left out stays on disk until it is used."""
+        """A result; what was left out stays on disk, and is read some sites at a time."""
         folder = self._of(key)
         facts, numbers = parse_json((folder / FACTS).read_bytes()), read_npz(folder / NUMBERS)
         return LayerResult(
@@ -114,7 +115,7 @@ class ResultFiles:
             similarity=Similarity(*numbers["similarity"].tolist()),
             inner_r2=numbers["inner_r2"].tolist(),
             penalty=list(numbers["penalty"]),
-            left_out=[map_npy(folder / _left_out_name(partition)) for partition in range(facts["left_out"])],
+            left_out=[RowFile(folder / _left_out_name(partition)) for partition in range(facts["left_out"])],
             components=facts["components"],
         )
 

@@ -66,7 +66,7 @@ def score_layers(job: ProbeJob, results: Mapping[str, LayerResult], ranks: int) 
     else:
         metrics["training_stimuli"] = len(job.partitions[0].fit)
         if results[chosen].left_out:
-            left_out = results[chosen].left_out[0]
+            left_out = np.ascontiguousarray(results[chosen].left_out[0][:].T)
     if job.recipe.shuffle_responses:
         metrics["control"] = SHUFFLED_CONTROL
     return ProbeScores(metrics, prediction, left_out)
