@@ -12,10 +12,13 @@ from sklearn.linear_model import LinearRegression, Ridge, RidgeCV
 
 from data_prep.splits import folds
 from train.planning.step_cost import LiveBytes
-from train.regression.gram import FeatureMatrix, GramMatrix, centred_gram
+from train.regression import ridge as ridge_module
+from train.regression.gram import FeatureMatrix, GramMatrix, Predictors, centred_gram
 from train.regression.methods import Method, folded_r2, regress
 from train.regression.precision import ROUNDING, ProductPrecision, SymmetricSum
 from train.regression.ridge import PENALTIES, ridge
+from train.regression.rows import ON_CPU
+from train.regression.striped_features import StripedFeatures
 
 FIT, HELD_OUT, FEATURES, SITES = 90, 31, 400, 6
 
@@ -211,7 +214,7 @@ def test_folded_r2_is_that_of_predictions_from_the_other_folds():
     np.testing.assert_allclose(fit, r2, rtol=1e-5)
 
 
-@pytest.mark.parametrize("predictors", ["gram", "features"])
+@pytest.mark.parametrize("predictors", ["gram", "features", "rows of features"])
 def test_stimuli_with_the_same_image_are_left_out_together(predictors):
     """Otherwise a copy tells the response: on v4_we_190925 a ridge on pixels took too small penalties.
 
@@ -224,10 +227,13 @@ def test_stimuli_with_the_same_image_are_left_out_together(predictors):
     rates = features[:, :20] @ generator.normal(size=(20, 3)) + generator.normal(size=(FIT, 3)) * 3
     rates[:10, 2] = np.nan  # a site of its own group, and half of the first image's copies
     everyone = np.arange(FIT)
+    of_all: Predictors
     if predictors == "gram":
         of_all = replace(centred_gram(features @ features.T, everyone, everyone[:0]), copies=copies)
-    else:
+    elif predictors == "features":
         of_all = replace(FeatureMatrix.centred(features, features[:0]), copies=copies)
+    else:
+        of_all = StripedFeatures(features, everyone, everyone, everyone[:0], ON_CPU, copies=copies)
     fit = ridge(of_all, rates)
     for site in range(3):
         recorded = np.flatnonzero(~np.isnan(rates[:, site]))
@@ -242,6 +248,17 @@ def test_stimuli_with_the_same_image_are_left_out_together(predictors):
         error = np.square(rates[recorded, site] - expected[recorded]).sum()
         variance = np.square(rates[recorded, site] - rates[recorded, site].mean()).sum()
         assert fit.inner_r2[site] == pytest.approx(1 - error / variance, rel=1e-6)
+
+
+def test_many_sites_are_fitted_in_blocks_as_all_at_once(problem, monkeypatch):
+    _, rates, gram = problem
+    expected = ridge(gram, rates[:FIT])
+    monkeypatch.setattr(ridge_module, "LEAST_STIMULI", FIT)
+    monkeypatch.setattr(ridge_module, "SITES_BYTES", 4 * 8 * FIT)  # four sites, then the other two
+    fit = ridge(gram, rates[:FIT])
+    for name in ("prediction", "dual", "mean", "inner_r2", "left_out"):
+        assert_close(getattr(fit, name), getattr(expected, name))
+    assert (fit.penalty == expected.penalty).all()
 
 
 def test_copies_do_not_change_the_estimate_of_stimuli_without_any(problem):
