@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.common.errors import RunFailed
-from data_prep.common.safe_reading import map_npy, parse_json, read_npz
+from data_prep.common.safe_reading import map_npy, parse_json, read_npz, read_regular_file
 from train.probing.layer_window import LayerWindow
 from train.regression.rows import RowFile, Rows
 
@@ -108,7 +108,7 @@ class ResultFiles:
     def load(self, key: LayerWindow) -> LayerResult:
         """A result; what was left out stays on disk, and is read some sites at a time."""
         folder = self._of(key)
-        facts, numbers = parse_json((folder / FACTS).read_bytes()), read_npz(folder / NUMBERS)
+        facts, numbers = parse_json(read_regular_file(folder / FACTS)), read_npz(folder / NUMBERS)
         return LayerResult(
             features=facts["features"],
             prediction=np.array(map_npy(folder / PREDICTION)),

@@ -98,7 +98,7 @@ class ProductStore:
         activations = None
         if last_use:
             self._monitor.log(f"activations of {', '.join(last_use)} ...")
-            activations = self._layers.extract(list(last_use))
+            activations = self._layers.compute(list(last_use))
         for number, group in enumerate(groups):
             yield self._sources(group, existing, activations)
             self._runtime.barrier()

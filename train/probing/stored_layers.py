@@ -90,10 +90,10 @@ class StoredLayers:
             self.folder.mkdir(parents=True)
             path.write_text(text)
 
-    def extract(self, modules: Sequence[str]) -> StoredActivations:
+    def compute(self, modules: Sequence[str]) -> StoredActivations:
         """Compute what is missing of the activations of some modules; every rank must take part."""
         widths = {module: self.widths[module] for module in modules}
-        own = [self._extract_split(name, stimuli, widths) for name, stimuli in self._splits.items()]
+        own = [self._compute_split(name, stimuli, widths) for name, stimuli in self._splits.items()]
         stores: list[list[FeatureStore] | None] = [None] * self._runtime.ranks
         if self._all_are_readable():
             stores = [
@@ -138,7 +138,7 @@ class StoredLayers:
             "widths": self.widths,
         }
 
-    def _extract_split(self, name: str, stimuli: RecordingStimuli, widths: Mapping[str, int]) -> FeatureStore:
+    def _compute_split(self, name: str, stimuli: RecordingStimuli, widths: Mapping[str, int]) -> FeatureStore:
         store, batch_size = FeatureStore(self.folder / name, widths), self._recipe.batch_size
         # Only whole batches are kept: the last digits of an activation may depend on the size of its batch.
         complete_batches = store.complete_rows() // batch_size
