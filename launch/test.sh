@@ -31,8 +31,6 @@ esac
 
 types=
 if [ "${1:-}" = --oldest ]; then
-    # Old libraries leave freed memory in pieces, which tests of memory would count: large blocks go back to the system.
-    export MALLOC_MMAP_THRESHOLD_=7340032
     shift
 else
     "$python" -m ruff check .

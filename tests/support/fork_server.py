@@ -159,6 +159,8 @@ class ForkServer:
 
     def _pass_on_signal(self, fork: Fork) -> None:
         """Signal a fork as its client asks, or kill it when the client has been killed."""
+        if fork not in self._forks:  # both ended at once, and its end came first
+            return
         try:
             message = fork.client.recv(100)
         except OSError:
