@@ -23,7 +23,6 @@ from pathlib import Path
 from fork_client import SERVERS, server_path
 
 HERE = Path(__file__).parent
-ENVIRONMENT = dict(os.environ)  # of the session: a test may have changed its own when it starts the servers
 FRESH = "SPIKETUNE_SLOW" in os.environ or sys.platform != "linux" or shutil.which("nvidia-smi") is not None
 
 
@@ -51,7 +50,7 @@ def start_server(path: str) -> subprocess.Popen:
         return subprocess.Popen(
             [sys.executable, HERE / "fork_server.py", str(listener.fileno())],
             stdin=subprocess.PIPE,
-            env={**ENVIRONMENT, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
             pass_fds=(listener.fileno(),),
             start_new_session=True,  # Ctrl-C is for pytest
         )
