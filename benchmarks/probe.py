@@ -142,7 +142,7 @@ def ours(folder: Path, options: argparse.Namespace) -> None:
 
 
 def scikit_learn(folder: Path, options: argparse.Namespace, solver: str = "auto") -> None:
-    """PCA as everyone calls it, then RidgeCV with a penalty per site; every layer anew."""
+    """PCA with its default settings, then RidgeCV with a penalty per site; each layer by itself."""
     from sklearn.decomposition import PCA
     from sklearn.linear_model import RidgeCV
 

@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import psutil
 from gpu.deepspeed_ops import deepspeed_for
@@ -87,7 +86,7 @@ def training_rates(measured: MeasuredRecipe, recipe: Recipe, folder: Path) -> Ve
 
 def probe_rates(measured: MeasuredRecipe, folder: Path) -> Verdict:
     """The activations of a probe."""
-    data: Any = measured.data[0] if measured.data else folder / "jpegs"
+    data: Path | str = measured.data[0] if measured.data else folder / "jpegs"
     recipe = measured.recipe
     assert not isinstance(recipe, Recipe)
     job = prepare(recipe, data, folder / "run_recipe", measured.split, "keep", resume=False)

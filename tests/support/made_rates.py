@@ -39,18 +39,24 @@ MACHINE = {
 }
 
 
-def made_training(recipe: Recipe, **changed: Any) -> TrainingRates:
-    """A measured training of two processes: steps of 0.1 s, of which 0.01 s exchange 10 MB."""
-    measured = {
+def _made_run(recipe: Recipe | ProbeRecipe) -> dict[str, Any]:
+    """What is measured of a training and of a probe."""
+    return {
         "settings": speed_settings(recipe, SIDE),
         "processes": 2,
         "machines": 1,
         "side": SIDE,
         "image_bytes": 20_000,
         "flops": 1e9,
-        "workers": 7,
         "start_seconds": 20.0,
         "recording": "mine",
+    }
+
+
+def made_training(recipe: Recipe, **changed: Any) -> TrainingRates:
+    """A measured training of two processes: steps of 0.1 s, of which 0.01 s exchange 10 MB."""
+    measured = _made_run(recipe) | {
+        "workers": 7,
         "strategy": "ddp",
         "share": SHARE,
         "micro_batches": 1,
@@ -70,16 +76,8 @@ def made_training(recipe: Recipe, **changed: Any) -> TrainingRates:
 
 def made_features(recipe: ProbeRecipe, **changed: Any) -> FeatureRates:
     """A measured probe of two processes: 10 ms for an image, of which 8 in the network."""
-    measured = {
-        "settings": speed_settings(recipe, SIDE),
-        "processes": 2,
-        "machines": 1,
-        "side": SIDE,
-        "image_bytes": 20_000,
-        "flops": 1e9,
+    measured = _made_run(recipe) | {
         "workers": 0,
-        "start_seconds": 20.0,
-        "recording": "mine",
         "features": 10_000,
         "image_seconds": 0.01,
         "forward_seconds": 0.008,

@@ -4,9 +4,16 @@ import mmap
 import os
 import weakref
 from multiprocessing import context, reduction
-from typing import Any
+from typing import Protocol
 
 import numpy as np
+
+
+class _Descriptor(Protocol):
+    """A file descriptor on its way to another process (`multiprocessing.reduction.DupFd`)."""
+
+    def detach(self) -> int:
+        """The descriptor in the process that it came to."""
 
 
 class SharedArray:
@@ -24,7 +31,7 @@ class SharedArray:
         self._array = array
         self._descriptor: int | None = None
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         if context.get_spawning_popen() is None or not hasattr(os, "memfd_create") or not self._array.nbytes:
             return np.array, (self._array,)
         if self._descriptor is None:
@@ -40,7 +47,7 @@ def _file_of(array: np.ndarray) -> int:
     return descriptor
 
 
-def _mapped(descriptor: Any, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+def _mapped(descriptor: _Descriptor, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     file = descriptor.detach()
     try:
         return np.frombuffer(mmap.mmap(file, 0, prot=mmap.PROT_READ), dtype).reshape(shape)

@@ -4,7 +4,6 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +170,7 @@ class RecordingStimuli(StimulusSet):
         self.observed = None if self.rates is None else _count_observed(self.rates)
         self._shared_rates: SharedArray | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         if self.rates is not None and self._shared_rates is None:
             self._shared_rates = SharedArray(self.rates)
         return self.__dict__ | {"rates": self._shared_rates, "_shared_rates": None}

@@ -100,7 +100,7 @@ def _named_as_in_timm(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tenso
 
 
 def _instead_of(folder: Path) -> str:
-    """What to give instead of a folder that is no run's, continuing a sentence."""
+    """The end of a sentence about a folder that is not a run: what to give instead."""
     if (folder / "best").exists():
         return f" of checkpoints; give the run folder {folder.parent}, of which the best epoch is taken"
     files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".pth", ".pt"))

@@ -5,9 +5,8 @@ its map (`train/models/windows.py`); each window has a regression of its own, an
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
@@ -18,7 +17,6 @@ from train.probing.layer_results import LayerResult, ResultFiles, Similarity
 from train.probing.layer_window import LayerWindow
 from train.probing.product_store import ProductStore, Source
 from train.probing.source_reading import OpenSource, SourceReading
-from train.regression.fit import Fit
 from train.regression.gram import Predictors
 from train.regression.methods import Method, folded_r2, r2_per_site, regress
 from train.regression.ridge import RidgeFit
@@ -132,7 +130,8 @@ class LayerRegressions:
                 of_folds = partial(_fold_predictors, opened, partition.fit)
                 inner_r2 = folded_r2(of_folds, rates, method, partition.inner_folds)
             result.inner_r2.append(mean_score(inner_r2))
-            result.components = _least_exact(result.components, fit)
+            known = [result.components] if result.components else []
+            result.components = max([*known, *fit.spectra], key=lambda facts: facts.error, default=None)
         return result
 
     def _stacked(self, layer: str) -> LayerResult:
@@ -178,9 +177,3 @@ class LayerRegressions:
 def _fold_predictors(opened: OpenSource, stimuli: np.ndarray, fit: np.ndarray, held_out: np.ndarray) -> Predictors:
     """The predictors of a fold, from positions among some of the stimuli."""
     return opened.predictors(stimuli[fit], stimuli[held_out], None)
-
-
-def _least_exact(known: dict[str, Any], fit: Fit) -> dict[str, Any]:
-    """How components were found, of the regression whose error may be the largest."""
-    facts = [*([known] if known else []), *(asdict(spectrum) for spectrum in fit.spectra)]
-    return max(facts, key=lambda spectrum: spectrum["error"], default={})

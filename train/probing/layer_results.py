@@ -10,9 +10,8 @@ import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -20,6 +19,7 @@ from data_prep.common.errors import RunFailed
 from data_prep.common.safe_reading import map_npy, parse_json, read_npz, read_regular_file
 from train.probing.layer_window import LayerWindow
 from train.regression.rows import RowFile, Rows
+from train.regression.spectrum import SpectrumFacts
 
 FACTS, NUMBERS, PREDICTION = "facts.json", "numbers.npz", "prediction.npy"
 
@@ -51,7 +51,7 @@ class LayerResult:
             right and down from the image's middle, in half sides; NaN for a site that reads the whole map. Only with
             windows.
         components: how principal components were found (`train/regression/spectrum.py`), of the least exact of the
-            regressions; empty if none were needed.
+            regressions; None if none were needed.
     """
 
     features: int
@@ -61,7 +61,7 @@ class LayerResult:
     penalty: list[np.ndarray] = field(default_factory=list)
     left_out: list[Rows] = field(default_factory=list)
     window_centre: list[np.ndarray] = field(default_factory=list)
-    components: dict[str, Any] = field(default_factory=dict)
+    components: SpectrumFacts | None = None
 
 
 class ResultFiles:
@@ -101,7 +101,8 @@ class ResultFiles:
         similarity = [result.similarity.rsa, result.similarity.cka]
         penalty = np.array(result.penalty) if result.penalty else np.empty((0, 0))
         np.savez(temporary / NUMBERS, similarity=similarity, inner_r2=result.inner_r2, penalty=penalty)
-        facts = {"features": result.features, "left_out": len(result.left_out), "components": result.components}
+        components = result.components and asdict(result.components)
+        facts = {"features": result.features, "left_out": len(result.left_out), "components": components}
         (temporary / FACTS).write_text(json.dumps(facts))
         temporary.replace(folder)
 
@@ -116,7 +117,7 @@ class ResultFiles:
             inner_r2=numbers["inner_r2"].tolist(),
             penalty=list(numbers["penalty"]),
             left_out=[RowFile(folder / _left_out_name(partition)) for partition in range(facts["left_out"])],
-            components=facts["components"],
+            components=facts["components"] and SpectrumFacts(**facts["components"]),
         )
 
     def _of(self, key: LayerWindow) -> Path:

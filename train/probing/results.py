@@ -1,7 +1,7 @@
 """What a probe writes: metrics.json, predictions.npz, a table, and a figure of explained variance by layer."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ def _layer_block(job: ProbeJob, result: LayerResult) -> dict[str, Any]:
     if result.window_centre:
         block["field_centre"] = [[to_json_list(axis) for axis in centre] for centre in result.window_centre]
     if result.components:
-        block["components"] = result.components
+        block["components"] = asdict(result.components)
     for name, value in (("rsa", result.similarity.rsa), ("cka", result.similarity.cka)):
         if np.isfinite(value):
             block[name] = value

@@ -8,6 +8,7 @@ dual weights.
 stimuli; and where these are many, `StripedGram` and `StripedFeatures`, whose rows lie on disk or on several ranks.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Protocol, Self
@@ -58,8 +59,37 @@ class Predictors(Protocol):
         """Only the stimuli to fit that are `recorded`, (n,) bool, centred on their mean."""
 
 
+class _InMemory(ABC):
+    """Predictors that one process has in its memory.
+
+    Attributes:
+        cross: of the stimuli held out, a row each.
+    """
+
+    cross: np.ndarray
+
+    @property
+    @abstractmethod
+    def spectrum(self) -> Spectrum:
+        """Of the Gram matrix."""
+
+    @property
+    def ranks(self) -> Ranks:
+        """This process alone."""
+        return ON_CPU
+
+    @property
+    def held_out_count(self) -> int:
+        """See `Predictors`."""
+        return len(self.cross)
+
+    def leading(self, components: int | None) -> Spectrum:
+        """See `Predictors`."""
+        return self.spectrum.leading(components)
+
+
 @dataclass(frozen=True)
-class GramMatrix:
+class GramMatrix(_InMemory):
     """Inner products of features that are centred on the mean of the stimuli to fit, float64.
 
     Attributes:
@@ -77,20 +107,6 @@ class GramMatrix:
     rounding: float = 0.0
     decompose: Decomposition = eigh_on_cpu
     copies: np.ndarray | None = None
-
-    @property
-    def ranks(self) -> Ranks:
-        """This process alone."""
-        return ON_CPU
-
-    @property
-    def held_out_count(self) -> int:
-        """See `Predictors`."""
-        return len(self.cross)
-
-    def leading(self, components: int | None) -> Spectrum:
-        """See `Predictors`."""
-        return self.spectrum.leading(components)
 
     def multiply(self, weights: np.ndarray) -> np.ndarray:
         """See `Predictors`."""
@@ -122,7 +138,7 @@ class GramMatrix:
 
 
 @dataclass(frozen=True)
-class FeatureMatrix:
+class FeatureMatrix(_InMemory):
     """Features where they are fewer than the stimuli, float64: takes the place of a `GramMatrix`.
 
     Attributes:
@@ -140,20 +156,6 @@ class FeatureMatrix:
         """Centre features (n, features) and (held out, features)."""
         mean = fit.mean(axis=0, dtype=np.float64)
         return cls(fit - mean, held_out - mean)
-
-    @property
-    def ranks(self) -> Ranks:
-        """This process alone."""
-        return ON_CPU
-
-    @property
-    def held_out_count(self) -> int:
-        """See `Predictors`."""
-        return len(self.cross)
-
-    def leading(self, components: int | None) -> Spectrum:
-        """See `Predictors`."""
-        return self.spectrum.leading(components)
 
     def multiply(self, weights: np.ndarray) -> np.ndarray:
         """See `Predictors`."""

@@ -18,6 +18,7 @@ from train.distributed.runtime import Runtime
 from train.regression.feature_slices import StoredActivations
 from train.regression.precision import COLUMNS_PER_PRODUCT, MIN_STRIPE_ROWS, SymmetricSum
 from train.regression.row_writer import RowWriter
+from train.regression.rows import stripe
 
 SUM_BYTES = 8  # per element of a part
 WORK_SHARE = 1.25  # of memory that adding to a part takes, relative to the part
@@ -152,4 +153,4 @@ def rows_of_owner(stimuli: int, owner: int, ranks: int) -> list[int]:
 
 def rows_of_all(stimuli: int, ranks: int) -> list[int]:
     """`bounds` for a matrix that the ranks share."""
-    return [rank * stimuli // ranks for rank in range(ranks + 1)]
+    return [*(stripe(stimuli, rank, ranks).start for rank in range(ranks)), stimuli]
