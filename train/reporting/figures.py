@@ -53,11 +53,13 @@ class ReportFigure:
         name: of its files.
         caption: what it shows, also for people who cannot see it.
         files: its bytes by format.
+        is_heat_map: whether brightness stands for numbers, so that a dark page must not invert it.
     """
 
     name: str
     caption: str
     files: dict[FileFormat, bytes]
+    is_heat_map: bool = False
 
 
 class EpochValue(NamedTuple):
@@ -67,8 +69,8 @@ class EpochValue(NamedTuple):
     value: float
 
 
-def _figure(name: str, caption: str, figure: "Figure") -> ReportFigure:
-    return ReportFigure(name, caption, {kind: encode(figure, kind) for kind in FORMATS})
+def _figure(name: str, caption: str, figure: "Figure", is_heat_map: bool = False) -> ReportFigure:
+    return ReportFigure(name, caption, {kind: encode(figure, kind) for kind in FORMATS}, is_heat_map)
 
 
 def file_name(name: str) -> str:
@@ -330,4 +332,4 @@ def confusion_figures(runs: Sequence[ReportedRun]) -> Iterator[ReportFigure]:
         if classes is not None and len(classes.names) <= MOST_CLASSES:
             figure = draw_confusion(classes.names, classes.shown, classes.predicted, run.name)
             caption = f"{run.name}: predicted classes by the class that was shown; rows add up to 1."
-            yield _figure(f"confusion_{file_name(run.name)}", caption, figure)
+            yield _figure(f"confusion_{file_name(run.name)}", caption, figure, is_heat_map=True)

@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from train.evaluation.seen_stimuli import mark_of
 from train.reporting import published
+from train.reporting.glossary import glossary, meaning_of
 from train.reporting.number_formats import duration
 from train.reporting.report_contents import ReportContents
 from train.reporting.report_tables import published_table, selected_on, size_cell, sweep_table
@@ -37,11 +38,13 @@ def render_page(report: ReportContents, made: str) -> str:
         keep_trailing_newline=True,
     )
     environment.filters |= {"squared": squared, "base64": base64_text, "yaml": settings_text, "facts": run_facts}
+    environment.filters["meaning"] = meaning_of
     recordings = dict.fromkeys(section.group.recording for section in report.sections)
     return environment.get_template("page.html").render(
         report=report,
         title=f"Encoding models of {', '.join(recordings)}" if recordings else "Encoding models",
         made=made,
+        glossary=glossary(report.tables),
         published=published_table(),
         source=published.SOURCE,
         sweep_tables=[sweep_table(sweep) for sweep in report.sweeps],

@@ -68,6 +68,16 @@ class ReportContents:
         of_groups = [figure for section in self.sections for figure in section.figures]
         return [*of_groups, *([self.training] if self.training else []), *self.confusion]
 
+    @property
+    def tables(self) -> list[Table]:
+        """All tables of scores."""
+        of_groups = [
+            table
+            for section in self.sections
+            for table in (section.comparison, section.leads, section.papers_metrics, section.curves)
+        ]
+        return [table for table in (*of_groups, self.classifiers) if table is not None]
+
     def markdown(self) -> str:
         """All tables with their notes."""
         parts = []
