@@ -4,6 +4,7 @@ SPIKETUNE_SCREENSHOTS names a folder that is to keep what was seen.
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from chromium import PROGRAM, Chromium
 from helpers import succeed_here
 from launching import SMALL
 from make_runs import SITES, guess, make_classifier, make_probe, make_run, responses
+from pdf_pages import filled_heights
 
 pytestmark = pytest.mark.skipif(
     not os.environ.get("SPIKETUNE_BROWSER") or PROGRAM is None,
@@ -49,19 +51,61 @@ def keep(browser, name):
         browser.screenshot(Path(folder) / f"{name}.png", whole_page=True)
 
 
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [DESKTOP, PHONE])
-def test_a_report_is_whole_at_every_width(browser, page, width):
+def test_a_report_is_whole_at_every_width(browser, page, width, scheme):
     browser.complaints.clear()
+    browser.prefer(scheme)
     browser.open(page, width)
-    keep(browser, f"report_{width}")
+    keep(browser, f"report_{width}_{scheme}")
     assert browser.complaints == []
-    images = browser.value("[...document.images].map(i => [i.complete, i.naturalWidth])")
+    images = browser.value("[...document.images].map(i => [i.complete, i.naturalWidth, i.clientWidth])")
     assert len(images) >= 4
-    assert all(complete and wide > 0 for complete, wide in images)
-    across = "document.documentElement.scrollWidth <= document.documentElement.clientWidth"
-    assert browser.value(across)  # tables scroll within themselves
+    room = browser.value("document.documentElement.clientWidth")
+    assert all(complete and natural > 0 and shown <= room for complete, natural, shown in images)
+    assert browser.value("document.documentElement.scrollWidth") <= room  # tables scroll within themselves
     assert browser.value("document.querySelector('table').getBoundingClientRect().height") > 100
     assert "running" in browser.value("document.querySelector('.mark').textContent")
+    ink, paper = (luminance(browser.value(f"getComputedStyle(document.body).{name}")) for name in STYLES)
+    assert (ink + 0.05) / (paper + 0.05) > 7 if scheme == "dark" else (paper + 0.05) / (ink + 0.05) > 7
+    faint = luminance(browser.value("getComputedStyle(document.querySelector('.what')).color"))
+    assert (max(faint, paper) + 0.05) / (min(faint, paper) + 0.05) > 4.5
+
+
+STYLES = ("color", "backgroundColor")
+
+
+def luminance(colour: str) -> float:
+    """The relative luminance of a colour `rgb(r, g, b)`, as WCAG defines it."""
+    parts = [int(part) / 255 for part in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
+
+
+HINT = "getComputedStyle(document.querySelector('.hint')).display"
+MOVE = "new Promise(done => { const s = document.querySelector('.scroll'); s.scrollLeft = s.scrollWidth; \
+setTimeout(() => done([s.scrollLeft, s.parentElement.hasAttribute('data-more')]), 300) })"
+
+
+def test_a_table_that_is_cut_off_says_so_until_its_end_is_reached(browser, page):
+    browser.open(page, PHONE)
+    assert browser.value(HINT) == "block"
+    moved, more = browser.value(MOVE)
+    assert moved > 100
+    assert not more
+    browser.open(page, 2000)
+    assert browser.value(HINT) == "none"
+
+
+def test_the_link_of_a_row_unfolds_what_reproduces_it(browser, page):
+    browser.open(page, PHONE)
+    opened = "[...document.querySelectorAll('details.run')].filter(d => d.open).length"
+    assert browser.value(opened) == 0
+    browser.value("document.querySelector('tbody a').click()")
+    assert browser.value("new Promise(done => setTimeout(done, 300))") is None
+    assert browser.value(opened) == 1
+    browser.open(page, DESKTOP)
+    assert browser.value(opened) == browser.value("document.querySelectorAll('details.run').length")
 
 
 COLUMN = "[...document.querySelector('table').tBodies[0].rows].map(row => row.cells[{}].dataset.value)"
@@ -83,12 +127,17 @@ def test_a_heading_sorts_the_table(browser, page, width):
     assert names == sorted(names)
 
 
-def test_a_report_is_printed(browser, page, tmp_path):
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_report_is_printed_without_half_empty_pages(browser, page, tmp_path, scheme):
+    browser.prefer(scheme)
     browser.open(page, DESKTOP)
     browser.print(tmp_path / "report.pdf")
     content = (tmp_path / "report.pdf").read_bytes()
-    assert content.startswith(b"%PDF")
-    assert 3 <= content.count(b"/Type /Page\n") <= 12
+    heights = filled_heights(content)
+    assert 3 <= len(heights) <= 9
+    assert min(heights[:-1]) > 0.6, heights
+    if folder := os.environ.get("SPIKETUNE_SCREENSHOTS"):
+        (Path(folder) / f"report_{scheme}.pdf").write_bytes(content)
 
 
 def test_a_script_that_slipped_in_would_not_run(browser, page, tmp_path):

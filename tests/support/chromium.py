@@ -105,6 +105,10 @@ class Chromium:
         while "Page.loadEventFired" not in self._events:
             self._next()
 
+    def prefer(self, scheme: str) -> None:
+        """Open pages as somebody does who prefers them `light` or `dark`."""
+        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
     def value(self, expression: str) -> Any:
         """The value of a JavaScript expression; promises are awaited."""
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
