@@ -42,7 +42,8 @@ def main() -> None:
     """Parse, check, search, score the best, print the results."""
     options = parse(SweepCommand, examples=EXAMPLES)
 
-    from train.sweeping.worker import StopRequest, open_worker, print_line
+    from train.sweeping.queue_worker import StopRequest, print_line
+    from train.sweeping.worker import open_worker
 
     with StopRequest() as stop:
         worker = open_worker(options.sweep, options.data, options.out, options.processes, stop)

@@ -13,6 +13,7 @@ from torch import nn
 
 import train.models.small_cnns  # noqa: F401  (registers its networks with timm)
 from data_prep.common.errors import BadInput
+from train.models.hub_weights import HubFile, hub_file, reason_not_to_ask
 
 # Packages on the package index that carry ImageNet weights: timm name -> (module, class that knows the file).
 # Their state dicts use other layer names than timm, but the same order.
@@ -83,7 +84,7 @@ def create_network(name: str, pretrained: bool) -> CreatedNetwork:
         return CreatedNetwork(_create(name), "random")
     package = _weight_package(name)
     if package is None:
-        return CreatedNetwork(_from_hub(name), "timm's hub")
+        return _from_hub(name)
     net = _create(name)
     tensors = torch.load(package.path, map_location="cpu", weights_only=True)
     # num_classes=0 drops the classifier, which comes last in both.
@@ -91,23 +92,58 @@ def create_network(name: str, pretrained: bool) -> CreatedNetwork:
     return CreatedNetwork(net, f"the installed package {package.name}")
 
 
-def _create(name: str, pretrained: bool = False) -> TimmNetwork:
+def _create(name: str, pretrained: bool = False, **options: Any) -> TimmNetwork:
     # timm declares a plain nn.Module, whose methods a type checker does not know.
-    return cast(TimmNetwork, timm.create_model(name, num_classes=0, pretrained=pretrained))
+    return cast(TimmNetwork, timm.create_model(name, num_classes=0, pretrained=pretrained, **options))
 
 
-def _from_hub(name: str) -> TimmNetwork:
-    if not timm.is_model_pretrained(name):
+def _from_hub(name: str) -> CreatedNetwork:
+    file = hub_file(name)
+    if file is None:
         raise BadInput(f"backbone.weights: {name} has no pretrained weights; use random, or a file")
+    cached = file.cached()
+    can_be_read = cached is not None and cached.suffix == ".safetensors" and not file.is_foreign
+    reason = None if cached is not None else reason_not_to_ask(file)
+    if reason is not None:
+        raise BadInput(f"backbone.weights: {_missing(name, file, reason)}")
+    # The hub's client would ask a server first whether what is here is the newest.
+    options = {"pretrained_cfg_overlay": {"file": str(cached)}} if can_be_read else {}
     try:
-        return _create(name, pretrained=True)
+        net = _create(name, pretrained=True, **options)
     except Exception as error:  # the hub's client raises many kinds
-        packaged = ", ".join(WEIGHT_PACKAGES)
-        raise BadInput(
-            f"backbone.weights: the pretrained weights of {name} cannot be fetched from timm's hub "
-            f"({type(error).__name__}); give a local .safetensors or .pth file, or use a network whose weights "
-            f"install as a package ({packaged})"
-        ) from None
+        if can_be_read:
+            raise BadInput(
+                f"backbone.weights: {cached} cannot be read as the weights of {name} ({type(error).__name__}); remove "
+                "it, and it is downloaded again"
+            ) from None
+        raise BadInput(f"backbone.weights: {_missing(name, file, type(error).__name__)}") from None
+    return CreatedNetwork(net, f"timm's hub ({file.repository or file.url})")
+
+
+def _missing(name: str, file: HubFile, reason: str) -> str:
+    """That weights cannot be had, and how to get them."""
+    return (
+        f"the pretrained weights of {name} are not on this machine and cannot be fetched ({reason}): {file}. With "
+        f"internet: launch/offline.sh make --weights {name} KIT; then here: launch/offline.sh install KIT. Or download "
+        "the file and give it as --backbone.weights FILE, or use a network whose weights install as a package "
+        f"({', '.join(WEIGHT_PACKAGES)})"
+    )
+
+
+def missing_weights(name: str) -> str | None:
+    """Why the pretrained weights of a network cannot be had, and how to get them; None where they can.
+
+    Raises:
+        BadInput: no such network.
+    """
+    check_network_name(name)
+    if _weight_package(name) is not None:
+        return None
+    file = hub_file(name)
+    if file is None:
+        return f"{name} has no pretrained weights"
+    reason = None if file.cached() is not None else reason_not_to_ask(file)
+    return None if reason is None else _missing(name, file, reason)
 
 
 @dataclass(frozen=True)

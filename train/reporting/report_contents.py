@@ -18,6 +18,7 @@ from train.reporting.report_tables import (
     lead_table,
 )
 from train.reporting.reported_run import ReportedRun, ScoredClassifier, read_run, scored_classifiers, shortest_names
+from train.reporting.study_table import StudyResults, is_study, read_study, runs_of_study
 from train.reporting.sweep_results import SweepResults, is_sweep, read_sweep
 from train.reporting.table import Table, escape_markdown, in_csv, in_markdown, in_terminal
 
@@ -46,6 +47,7 @@ class ReportContents:
         confusion: their figures.
         training: the learning curves.
         sweeps: searches.
+        studies: the tables and figures of studies, whose runs are among the others.
     """
 
     split: str
@@ -56,6 +58,7 @@ class ReportContents:
     confusion: list[ReportFigure]
     training: ReportFigure | None
     sweeps: list[SweepResults]
+    studies: list[StudyResults]
 
     @property
     def unscored(self) -> list[ReportedRun]:
@@ -65,8 +68,9 @@ class ReportContents:
     @property
     def figures(self) -> list[ReportFigure]:
         """All figures."""
+        of_studies = [study.figure for study in self.studies if study.figure is not None]
         of_groups = [figure for section in self.sections for figure in section.figures]
-        return [*of_groups, *([self.training] if self.training else []), *self.confusion]
+        return [*of_studies, *of_groups, *([self.training] if self.training else []), *self.confusion]
 
     @property
     def tables(self) -> list[Table]:
@@ -80,7 +84,7 @@ class ReportContents:
 
     def markdown(self) -> str:
         """All tables with their notes."""
-        parts = []
+        parts = [_titled(table) for study in self.studies for table in study.tables]
         for section in self.sections:
             parts.append(_titled(section.comparison))
             if section.papers_metrics:
@@ -119,13 +123,15 @@ def compare(folders: Sequence[Path], split: str, pair: tuple[Path, Path] | None)
     """Read what is compared, and compare it.
 
     Args:
-        folders: of runs, probes, ensembles and searches.
+        folders: of runs, probes, ensembles, searches and studies.
         split: whose scores are compared.
         pair: two of the folders, to be compared site by site; by default the two best.
 
     Raises:
         BadInput: a folder cannot be read, or is named twice, or the pair is not among them.
     """
+    studies = [read_study(folder) for folder in folders if is_study(folder)]
+    folders = [run for folder in folders for run in (runs_of_study(folder) if is_study(folder) else [folder])]
     sweeps = {folder: read_sweep(folder) for folder in folders if is_sweep(folder)}
     runs = read_runs(folders, split, sweeps)
     groups, classifiers = groups_of(runs), scored_classifiers(runs)
@@ -151,6 +157,7 @@ def compare(folders: Sequence[Path], split: str, pair: tuple[Path, Path] | None)
         confusion=list(confusion_figures(runs)),
         training=training_figure(runs),
         sweeps=list(sweeps.values()),
+        studies=studies,
     )
 
 

@@ -18,7 +18,7 @@ from data_prep.shards.manifest import Manifest
 from train.evaluation.seen_stimuli import mark_of, seen_in
 from train.run.folder import RunFolder
 from train.sweeping.plan import Plan
-from train.sweeping.queue import Study, TrialStatus
+from train.sweeping.queue import Queue, TrialStatus
 from train.sweeping.search_figures import draw_search
 from train.sweeping.standings import Standings, rank
 from train.sweeping.sweep_folder import SweepFolder
@@ -27,7 +27,7 @@ REPORTED_SPLIT: Literal["val"] = "val"
 METRICS = {"R2": "r2", "EV": "explained_variance", "MSE": "mse", "Pearson r": "pearson_r"}
 
 
-def publish(folder: SweepFolder, plan: Plan, manifest: Manifest, study: Study) -> Standings:
+def publish(folder: SweepFolder, plan: Plan, manifest: Manifest, study: Queue) -> Standings:
     """Write the results so far; workers that end a trial together write one after the other."""
     with locks.exclusive(folder.results_lock):
         standings = rank(plan, study.trials())

@@ -1,10 +1,11 @@
-"""The trials of a search as a queue that workers on several machines share. The only file that knows Optuna.
+"""Trials as a queue that workers on several machines share. The only file that knows Optuna.
 
 Every trial waits in an Optuna study; those of a sampled search get their settings when a worker claims them. A trial
 that is run again is a new Optuna trial with the same run folder, of which the last one counts.
 """
 
 import uuid
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
 from train.evaluation.metrics import LOWER_IS_BETTER
 from train.sweeping.plan import Plan, as_choice
+from train.sweeping.queue_folder import QueueFolder
 from train.sweeping.supervised_process import seconds_since
 from train.sweeping.sweep_folder import SweepFolder
 from train.sweeping.sweep_settings import Range
@@ -36,6 +38,69 @@ STATES: dict[TrialState, State] = {
     TrialState.PRUNED: "failed",
     TrialState.FAIL: "failed",
 }
+
+
+@dataclass(frozen=True)
+class QueueContents:
+    """What a queue holds.
+
+    Attributes:
+        runs: the names of all trials that it may hold, in order.
+        stale_seconds: without a heartbeat, after which another worker takes over a trial.
+        points: the settings of each; None where they are sampled when a trial is claimed.
+        keys: the settings that vary, in the order in which they are sampled.
+        choices, ranges: of these settings.
+        lower_is_better: the direction of the value that a trial ends with.
+        seed: of the sampler.
+        storage: database of the queue; by default a journal in its folder.
+    """
+
+    runs: list[str]
+    stale_seconds: float
+    points: Mapping[str, dict[str, Any]] | None = None
+    keys: Collection[str] = ()
+    choices: Mapping[str, list[Any]] = field(default_factory=dict)
+    ranges: Mapping[str, Range] = field(default_factory=dict)
+    lower_is_better: bool = False
+    seed: int = 0
+    storage: str | None = None
+
+    @classmethod
+    def of_search(cls, plan: Plan) -> "QueueContents":
+        """The trials of a search."""
+        return cls(
+            runs=plan.runs,
+            stale_seconds=plan.sweep.stale_seconds,
+            points=None if plan.points is None else dict(zip(plan.runs, plan.points, strict=True)),
+            keys=plan.keys,
+            choices=plan.choices,
+            ranges=plan.ranges,
+            lower_is_better=plan.metric in LOWER_IS_BETTER,
+            seed=plan.sweep.seed,
+            storage=plan.sweep.storage,
+        )
+
+    @classmethod
+    def of_rows(cls, names: list[str], stale_seconds: float) -> "QueueContents":
+        """Trials that have a name and no settings."""
+        return cls(names, stale_seconds, points={name: {} for name in names})
+
+    def fixed_settings(self, run: str) -> dict[str, Any]:
+        """The settings of a run that are known before it is claimed: all of a grid's, none of a space's."""
+        return {} if self.points is None else {key: as_choice(value) for key, value in self.points[run].items()}
+
+    def settings(self, run: str, params: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a run from those that Optuna has kept."""
+        if self.points is not None:
+            return self.points[run]
+        originals = {key: {as_choice(value): value for value in values} for key, values in self.choices.items()}
+        return {key: originals[key][value] if key in originals else value for key, value in params.items()}
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        """The settings that vary, as Optuna's distributions."""
+        choices = {key: CategoricalDistribution(list(map(as_choice, values))) for key, values in self.choices.items()}
+        intervals = {key: _interval(interval) for key, interval in self.ranges.items()}
+        return {key: choices[key] if key in choices else intervals[key] for key in self.keys}
 
 
 @dataclass(frozen=True)
@@ -77,18 +142,18 @@ class Claim:
     trial: optuna.Trial
 
 
-class Study:
-    """The queue of a search's trials.
+class Queue:
+    """The trials that wait, run, and have ended.
 
     Args:
-        folder: of the sweep.
-        plan: what is searched.
+        folder: of the queue.
+        contents: what it holds.
         study: Optuna's.
     """
 
-    def __init__(self, folder: SweepFolder, plan: Plan, study: optuna.Study):
-        self._folder, self._plan, self._study = folder, plan, study
-        self._distributions = distributions(plan)
+    def __init__(self, folder: QueueFolder, contents: QueueContents, study: optuna.Study):
+        self._folder, self._contents, self._study = folder, contents, study
+        self._distributions = contents.distributions()
 
     def claim(self) -> Claim | None:
         """Claim the next waiting trial, after queueing those again whose workers are gone; None where none waits."""
@@ -102,7 +167,7 @@ class Study:
             run = trial.user_attrs["run"]
             claim = Claim(
                 run=run,
-                settings=self._settings(run, trial.params),
+                settings=self._contents.settings(run, trial.params),
                 failures=trial.user_attrs["failures"],
                 token=f"{trial.number} {uuid.uuid4().hex}",
                 trial=trial,
@@ -113,14 +178,15 @@ class Study:
 
     def _sampler(self, run: str) -> optuna.samplers.BaseSampler:
         """A sampler for each trial: workers with the same seed would all sample the same settings."""
-        seed = int(np.random.SeedSequence([self._plan.sweep.seed, int(run)]).generate_state(1)[0])
+        number = self._contents.runs.index(run)
+        seed = int(np.random.SeedSequence([self._contents.seed, number]).generate_state(1)[0])
         return optuna.samplers.TPESampler(seed=seed)
 
     def _requeue_stale(self) -> None:
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         silence = seconds_since([self._folder.heartbeat(trial.user_attrs["run"]) for trial in running])
         for trial, seconds in zip(running, silence, strict=True):
-            if seconds > self._plan.sweep.stale_seconds:
+            if seconds > self._contents.stale_seconds:
                 self._requeue(trial, trial.user_attrs["failures"])
 
     def _requeue(self, trial: FrozenTrial | optuna.Trial, failures: int) -> None:
@@ -131,7 +197,7 @@ class Study:
         run = trial.user_attrs["run"]
         self._folder.heartbeat(run).write_text("")
         if self._latest()[run].number == trial.number:
-            params = fixed_settings(self._plan, run) or trial.params
+            params = self._contents.fixed_settings(run) or trial.params
             self._study.enqueue_trial(params, user_attrs={"run": run, "failures": failures})
         self._study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
@@ -164,9 +230,23 @@ class Study:
                 self._study.tell(claim.trial, value, state)
                 self._folder.heartbeat(claim.run).unlink()
 
-    def settled(self) -> bool:
-        """Whether no trial waits or runs."""
-        return all(trial.state.is_finished() for trial in self._latest().values())
+    def add(self, runs: Collection[str], again: bool) -> None:
+        """Queue trials that the queue does not hold yet; the caller holds the folder's lock.
+
+        Args:
+            runs: their names.
+            again: queue those again, too, that have failed.
+        """
+        latest = self._latest()
+        for run in runs:
+            has_failed = run in latest and STATES[latest[run].state] == "failed"
+            if run not in latest or (again and has_failed):
+                params = self._contents.fixed_settings(run)
+                self._study.enqueue_trial(params, user_attrs={"run": run, "failures": 0})
+
+    def settled(self, runs: Collection[str] | None = None) -> bool:
+        """Whether no trial, or none of these, waits or runs."""
+        return all(trial.state.is_finished() for run, trial in self._latest().items() if runs is None or run in runs)
 
     def trials(self) -> list[TrialStatus]:
         """All trials as they stand, by name."""
@@ -179,45 +259,71 @@ class Study:
         run = trial.user_attrs["run"]
         return TrialStatus(
             run=run,
-            settings=self._settings(run, trial.params),
+            settings=self._contents.settings(run, trial.params),
             state=STATES[trial.state],
             value=trial.value if trial.state == TrialState.COMPLETE else None,
             facts=trial.user_attrs.get("facts", {}),
             reason=trial.user_attrs.get("reason", ""),
         )
 
-    def _settings(self, run: str, params: dict[str, Any]) -> dict[str, Any]:
-        if self._plan.points is not None:
-            return self._plan.points[int(run)]
-        originals = {key: {as_choice(value): value for value in values} for key, values in self._plan.choices.items()}
-        return {key: originals[key][value] if key in originals else value for key, value in params.items()}
 
-
-def open_study(folder: SweepFolder, plan: Plan, manifest: Manifest) -> Study:
+def open_study(folder: SweepFolder, plan: Plan, manifest: Manifest) -> Queue:
     """Begin a search in a folder, or join the one that is in progress; its trials are queued once.
 
     Raises:
         BadInput: the folder holds something else, or the storage cannot be used.
     """
+    return open_queue(
+        folder,
+        QueueContents.of_search(plan),
+        plan.runs,
+        check=lambda: folder.check(plan, manifest),
+        begin=lambda name: folder.begin(plan, manifest, name),
+    )
+
+
+def open_queue(
+    folder: QueueFolder,
+    contents: QueueContents,
+    runs: Collection[str],
+    check: Callable[[], None],
+    begin: Callable[[str], None],
+    again: bool = False,
+) -> Queue:
+    """Begin a queue in a folder, or join the one that is there.
+
+    Args:
+        folder: of the queue.
+        contents: what it may hold.
+        runs: the trials to queue, unless they have been before.
+        check: refuses a folder that holds something else.
+        begin: writes what the queue is for and, last, study.json with the name of Optuna's study.
+        again: queue those again that have failed.
+
+    Raises:
+        BadInput: from `check`, or the storage cannot be used.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    folder.check(plan, manifest)
+    check()
     is_new = not folder.path.exists()
     folder.path.mkdir(parents=True, exist_ok=True)
     with locks.exclusive(folder.lock):
-        folder.check(plan, manifest)  # again: another worker may have begun in the meantime
+        check()  # again: another worker may have begun in the meantime
         joined = folder.study.is_file()
         try:
-            storage = _storage(folder, plan.sweep.storage)
+            storage = _storage(folder, contents.storage)
         except BadInput:
             if is_new and not joined:
                 folder.lock.unlink()
                 folder.path.rmdir()
             raise
-        study = _join(folder, storage) if joined else _begin(folder, plan, manifest, storage)
-        return Study(folder, plan, study)
+        study = _join(folder, storage) if joined else _begin(folder, contents, storage, begin)
+        queue = Queue(folder, contents, study)
+        queue.add(runs, again)  # also after a worker that was killed right here
+        return queue
 
 
-def _storage(folder: SweepFolder, url: str | None) -> BaseStorage:
+def _storage(folder: QueueFolder, url: str | None) -> BaseStorage:
     if url is None:
         # Absolute, because its lock is a link to it: a dangling one of a killed worker would be waited for forever.
         return JournalStorage(JournalFileBackend(str(folder.journal.resolve())))
@@ -229,17 +335,17 @@ def _storage(folder: SweepFolder, url: str | None) -> BaseStorage:
         raise BadInput(f"storage: {url.partition('@')[2] or url} cannot be used ({reason})") from None
 
 
-def _begin(folder: SweepFolder, plan: Plan, manifest: Manifest, storage: BaseStorage) -> optuna.Study:
-    name = f"{folder.path.resolve().name}-{uuid.uuid4().hex[:8]}"  # a database may hold many sweeps
-    direction = StudyDirection.MINIMIZE if plan.metric in LOWER_IS_BETTER else StudyDirection.MAXIMIZE
+def _begin(
+    folder: QueueFolder, contents: QueueContents, storage: BaseStorage, begin: Callable[[str], None]
+) -> optuna.Study:
+    name = f"{folder.path.resolve().name}-{uuid.uuid4().hex[:8]}"  # a database may hold many
+    direction = StudyDirection.MINIMIZE if contents.lower_is_better else StudyDirection.MAXIMIZE
     study = optuna.create_study(storage=storage, study_name=name, direction=direction)
-    for run in plan.runs:
-        study.enqueue_trial(fixed_settings(plan, run), user_attrs={"run": run, "failures": 0})
-    folder.begin(plan, manifest, name)
+    begin(name)
     return study
 
 
-def _join(folder: SweepFolder, storage: BaseStorage) -> optuna.Study:
+def _join(folder: QueueFolder, storage: BaseStorage) -> optuna.Study:
     name = folder.facts()["study"]
     try:
         return optuna.load_study(study_name=name, storage=storage)
@@ -247,18 +353,6 @@ def _join(folder: SweepFolder, storage: BaseStorage) -> optuna.Study:
         raise BadInput(
             f"{folder.path} belongs to study {name}, which is not in the storage; give the storage it was started with"
         ) from None
-
-
-def fixed_settings(plan: Plan, run: str) -> dict[str, Any]:
-    """The settings of a run that are known before it is claimed: all of a grid's, none of a space's."""
-    return {} if plan.points is None else {key: as_choice(value) for key, value in plan.points[int(run)].items()}
-
-
-def distributions(plan: Plan) -> dict[str, BaseDistribution]:
-    """The settings that vary, as Optuna's distributions."""
-    choices = {key: CategoricalDistribution(list(map(as_choice, values))) for key, values in plan.choices.items()}
-    intervals = {key: _interval(interval) for key, interval in plan.ranges.items()}
-    return {key: choices[key] if key in choices else intervals[key] for key in plan.keys}
 
 
 def _interval(interval: Range) -> BaseDistribution:

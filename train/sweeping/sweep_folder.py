@@ -15,22 +15,17 @@ from data_prep.common.atomic_writes import write_bytes, write_json
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
 from train.run.folder import check_writable, flattened
-from train.run.yaml_files import read_yaml
 from train.sweeping.plan import Plan
+from train.sweeping.queue_folder import QueueFolder, read_settings_file
 
 
-class SweepFolder:
+class SweepFolder(QueueFolder):
     """Paths in the folder of a search, and the search it belongs to."""
 
     def __init__(self, path: Path):
-        self.path = path
+        super().__init__(path)
         self.sweep = path / "sweep.yaml"
         self.recipe = path / "recipe.yaml"
-        self.study = path / "study.json"
-        self.lock = path / "sweep.lock"
-        self.results_lock = path / "results.lock"
-        self.journal = path / "journal.log"
-        self.trials = path / "trials"
         self.table = path / "table.md"
         self.csv = path / "table.csv"
         self.heatmap = path / "heatmap.png"
@@ -40,22 +35,6 @@ class SweepFolder:
     def trial_recipe(self, run: str) -> Path:
         """The recipe of a trial."""
         return self.trials / f"{run}.yaml"
-
-    def launch(self, run: str) -> Path:
-        """The configuration that `accelerate launch` reads for a trial."""
-        return self.trials / f"{run}.launch.yaml"
-
-    def log(self, run: str) -> Path:
-        """A trial's output."""
-        return self.trials / f"{run}.log"
-
-    def heartbeat(self, run: str) -> Path:
-        """A trial's heartbeat file: touched while the trial runs, and holding the token of the worker that runs it."""
-        return self.trials / f"{run}.beat"
-
-    def run(self, run: str) -> Path:
-        """The run folder of a trial."""
-        return self.trials / run
 
     def check(self, plan: Plan, manifest: Manifest) -> None:
         """Refuse a folder that this search cannot begin or join.
@@ -76,7 +55,7 @@ class SweepFolder:
     def _check_same(self, plan: Plan, manifest: Manifest) -> None:
         if self.facts()["recording"] != manifest.fingerprint:
             raise BadInput(f"{self.path} holds a sweep on other data; join it with the --data it was started with")
-        before = flattened(_read(self.sweep)) | flattened(_read(self.recipe), "recipe.")
+        before = flattened(read_settings_file(self.sweep)) | flattened(read_settings_file(self.recipe), "recipe.")
         now = flattened(_plain(plan.resolved())) | flattened(plan.base.model_dump(mode="json"), "recipe.")
         differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         if differing:
@@ -85,25 +64,11 @@ class SweepFolder:
                 f"{self.path} holds another sweep ({name}: {before.get(name)} -> {now.get(name)}); choose another --out"
             )
 
-    def facts(self) -> dict[str, Any]:
-        """The content of study.json: the study's name, and the fingerprint of the data."""
-        return _read(self.study)
-
     def begin(self, plan: Plan, manifest: Manifest, study: str) -> None:
         """Write the settings of the search; study.json comes last and marks the folder as complete."""
         for path, content in ((self.recipe, plan.base.model_dump(mode="json")), (self.sweep, _plain(plan.resolved()))):
             write_bytes(path, yaml.safe_dump(content, sort_keys=False).encode())
         write_json(self.study, {"study": study, "recording": manifest.fingerprint, "data": manifest.name})
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = read_yaml(path)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} cannot be read ({error}); choose another --out") from None
-    if not isinstance(content, dict):
-        raise BadInput(f"{path} was not written by train/sweep.py; choose another --out")
-    return content
 
 
 def _plain(content: Any) -> Any:

@@ -1,12 +1,8 @@
 """A worker of a search: claims trials, trains them, and scores the best."""
 
 import shutil
-import signal
-import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from data_prep.common.errors import BadInput, RunFailed
@@ -20,51 +16,12 @@ from train.run.folder import RunFolder
 from train.run.recipe import save_recipe
 from train.sweeping.plan import Plan, load_plan
 from train.sweeping.publishing import REPORTED_SPLIT, publish
-from train.sweeping.queue import Claim, Study, open_study
+from train.sweeping.queue import Claim, Queue, open_study
+from train.sweeping.queue_worker import TRIES, StopRequest, print_line, seconds_between_heartbeats, take_trials
 from train.sweeping.standings import Standings
-from train.sweeping.supervised_process import POLL_SECONDS, Heartbeat, hold_lock
+from train.sweeping.supervised_process import Heartbeat, hold_lock
 from train.sweeping.sweep_folder import SweepFolder
 from train.sweeping.trial import Launcher, Outcome
-
-HEARTBEATS_UNTIL_STALE = 6
-LONGEST_HEARTBEAT = 10.0  # seconds between two
-TRIES = 2
-
-
-class StopRequest:
-    """Remembers that this worker was asked to end until it can; a second signal ends it at once."""
-
-    def __init__(self) -> None:
-        self._signal = 0
-        self._handlers: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        self._handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _remember(self, number: int, _: FrameType | None) -> None:
-        self._signal = number
-        self.restore_handlers()
-
-    def __exit__(self, *_: object) -> None:
-        self.restore_handlers()
-
-    def restore_handlers(self) -> None:
-        """Handle signals as before."""
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-
-    def check(self) -> None:
-        """End this worker if it was asked to.
-
-        Raises:
-            KeyboardInterrupt: on Ctrl-C.
-            SystemExit: 143, on SIGTERM.
-        """
-        if self._signal == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self._signal:
-            sys.exit(128 + self._signal)
 
 
 @dataclass
@@ -85,7 +42,7 @@ class Worker:
     plan: Plan
     manifest: Manifest
     folder: SweepFolder
-    study: Study
+    study: Queue
     launcher: Launcher
     stop: StopRequest
 
@@ -95,26 +52,11 @@ class Worker:
         Raises:
             BadInput: a trial was given input that cannot be used.
         """
-        is_waiting = False
-        while not self.study.settled():
-            self.stop.check()
-            claim = self.study.claim()
-            if claim is not None:
-                is_waiting = False
-                self.run_trial(claim)
-                print_line(self.publish().summary())
-                continue
-            if not is_waiting:
-                print_line("waiting for the trials of other workers")
-            is_waiting = True
-            self._pause()
+        take_trials(self.study, self.stop, self._run_and_publish, self._heartbeat_seconds)
 
-    def _pause(self) -> None:
-        """Wait until the heartbeats of other workers are worth another look."""
-        until = time.monotonic() + self._heartbeat_seconds
-        while time.monotonic() < until:
-            self.stop.check()
-            time.sleep(POLL_SECONDS)
+    def _run_and_publish(self, claim: Claim) -> None:
+        self.run_trial(claim)
+        print_line(self.publish().summary())
 
     def publish(self) -> Standings:
         """Write tables, figure and best recipe."""
@@ -122,7 +64,7 @@ class Worker:
 
     @property
     def _heartbeat_seconds(self) -> float:
-        return min(self.plan.sweep.stale_seconds / HEARTBEATS_UNTIL_STALE, LONGEST_HEARTBEAT)
+        return seconds_between_heartbeats(self.plan.sweep.stale_seconds)
 
     def run_trial(self, claim: Claim) -> None:
         """Train a trial and record how it ended.
@@ -217,11 +159,6 @@ def describe_settings(settings: dict[str, Any]) -> str:
     return ", ".join(
         f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}" for key, value in settings.items()
     )
-
-
-def print_line(line: str) -> None:
-    """Print a line at once, also where standard output is a file."""
-    print(line, flush=True)
 
 
 def check_networks(sweep: Path, plan: Plan) -> None:

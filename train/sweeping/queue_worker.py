@@ -1,0 +1,108 @@
+"""What every worker of a queue does: it takes trials until none is left, and ends when it is asked to."""
+
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection
+from types import FrameType
+from typing import Any
+
+from train.sweeping.queue import Claim, Queue
+from train.sweeping.supervised_process import POLL_SECONDS
+
+HEARTBEATS_UNTIL_STALE = 6
+LONGEST_HEARTBEAT = 10.0  # seconds between two
+TRIES = 2
+
+
+class StopRequest:
+    """Remembers that this worker was asked to end until it can; a second signal ends it at once."""
+
+    def __init__(self) -> None:
+        self._signal = 0
+        self._handlers: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        self._handlers = {number: signal.signal(number, self._remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _remember(self, number: int, _: FrameType | None) -> None:
+        self._signal = number
+        self.restore_handlers()
+
+    def __exit__(self, *_: object) -> None:
+        self.restore_handlers()
+
+    def restore_handlers(self) -> None:
+        """Handle signals as before."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def check(self) -> None:
+        """End this worker if it was asked to.
+
+        Raises:
+            KeyboardInterrupt: on Ctrl-C.
+            SystemExit: 143, on SIGTERM.
+        """
+        if self._signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self._signal:
+            sys.exit(128 + self._signal)
+
+
+def take_trials(
+    queue: Queue,
+    stop: StopRequest,
+    run: Callable[[Claim], None],
+    heartbeat_seconds: float,
+    runs: Collection[str] | None = None,
+    at_most: int | None = None,
+) -> None:
+    """Run trials until none is left, including those of workers that die meanwhile.
+
+    Args:
+        queue: of the trials.
+        stop: whether this worker was asked to end.
+        run: runs a trial and records how it ended.
+        heartbeat_seconds: of all workers; how often to look again at the trials of others.
+        runs: the trials that must have ended; by default all.
+        at_most: trials to run.
+    """
+    is_waiting, taken = False, 0
+    while not queue.settled(runs) and taken != at_most:
+        stop.check()
+        claim = queue.claim()
+        if claim is not None:
+            is_waiting = False
+            taken += 1
+            run(claim)
+            continue
+        if at_most is not None:
+            return  # what is left belongs to others
+        if not is_waiting:
+            print_line("waiting for the trials of other workers")
+        is_waiting = True
+        _pause(heartbeat_seconds, stop)
+
+
+def _pause(seconds: float, stop: StopRequest) -> None:
+    """Wait until the heartbeats of other workers are worth another look."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        stop.check()
+        time.sleep(POLL_SECONDS)
+
+
+def seconds_between_heartbeats(stale_seconds: float) -> float:
+    """How often a worker gives a sign of life.
+
+    Args:
+        stale_seconds: without one, after which another worker takes over its trial.
+    """
+    return min(stale_seconds / HEARTBEATS_UNTIL_STALE, LONGEST_HEARTBEAT)
+
+
+def print_line(line: str) -> None:
+    """Print a line at once, also where standard output is a file."""
+    print(line, flush=True)
