@@ -6,6 +6,7 @@ processes when one has died, except after bad input or a request to stop, and pa
 
 import argparse
 import contextlib
+import glob
 import logging
 import os
 import re
@@ -31,6 +32,7 @@ RANK_VARIABLES = (
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
     *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
 )
+GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/nvgpu*", "/dev/nvhost-gpu*", "/dev/dxg", "/dev/kfd")  # Jetson, WSL, ROCm too
 TRUE = ("1", "true", "yes", "y", "on", "t")  # as accelerate reads it
 PORT = 29400
 GRACE_SECONDS = 600  # to save after a signal; clusters kill earlier than that
@@ -40,14 +42,27 @@ HANG_SECONDS = 300  # without CPU time, after other processes have succeeded: no
 
 def gpu_count() -> int:
     """Number of GPUs that this run may use, without importing torch in the launcher."""
-    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        devices = [device for device in visible.split(",") if device.strip() not in ("", "-1")]
-        return min(len(devices), 1) if visible.startswith("MIG-") else len(devices)  # CUDA shows a process one slice
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return listed_gpus()
+    devices = [device for device in visible.split(",") if device.strip() not in ("", "-1")]
+    if devices and not has_gpu_driver() and not listed_gpus():
+        return 0  # the variable is left over, or set on every node of a cluster
+    return min(len(devices), 1) if visible.startswith("MIG-") else len(devices)  # CUDA shows a process one slice
+
+
+def listed_gpus() -> int:
+    """Number of GPUs of this machine, as nvidia-smi lists them."""
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return 0
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
+
+
+def has_gpu_driver() -> bool:
+    """Whether this machine has a GPU's device file; containers may lack nvidia-smi all the same."""
+    return any(glob.glob(pattern) for pattern in GPU_DEVICES)
 
 
 def environment(processes: int, gpus: int) -> dict[str, str]:
@@ -208,7 +223,7 @@ def launch(torchrun_options: list[str], max_restarts: int, command: list[str]) -
 
     # Otherwise restarted processes share the store of those that died, and read their old addresses.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # it reports each failure once more
+    logging.disable(logging.ERROR)  # torchrun's loggers, which have levels of their own, report each failure once more
     exit_codes: list[int] = []  # of processes that were shut down after a signal
     launcher_api.LocalElasticAgent = agent_class(exit_codes)
 

@@ -20,6 +20,21 @@ from data_prep.common.validation_messages import in_plain_words
 Parsed = TypeVar("Parsed", bound=BaseModel)
 SUBCOMMAND_SETTINGS = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
 
+# What other tools call a setting, and what it is called here.
+OTHER_NAMES = {
+    "learning-rate": "lr",
+    "batch-size": "global-size",
+    "train-batch-size": "global-size",
+    "num-workers": "workers",
+    "num-epochs": "epochs",
+    "max-epochs": "epochs",
+    "model": "backbone.name",
+    "model-name": "backbone.name",
+    "wd": "weight-decay",
+    "output": "out",
+    "output-dir": "out",
+}
+
 # Patterns for tyro's error messages, as running text.
 _OUT_OF_BOUNDS = re.compile(
     r"Error parsing (\S+): \d+ validation errors? for \w+ (\S+) (.*?) \[type=\w+, input_value=(.*?), input_type=\w+\]"
@@ -139,9 +154,13 @@ def _normal(flag: str) -> str:
 
 def _nearest(flag: str, known: Sequence[str]) -> list[str]:
     """The flags that were probably meant: with the same last part (--lr for --optimizer.lr), else the most similar."""
-    last = flag.lstrip("-").rpartition(".")[2]
+    meant = flag.lstrip("-")
+    if meant not in {name.lstrip("-").rpartition(".")[2] for name in known}:
+        meant = OTHER_NAMES.get(meant, meant)
+    last = meant.rpartition(".")[2]
     same_ending = [name for name in known if name.lstrip("-").rpartition(".")[2] == last]
-    return same_ending or difflib.get_close_matches(flag, known, n=1)
+    exact = [name for name in same_ending if name.lstrip("-") == meant]
+    return exact or same_ending or difflib.get_close_matches(flag, known, n=1)
 
 
 def _did_you_mean(names: Iterable[str]) -> str:

@@ -334,7 +334,10 @@ class ShardSplit:
             BadInput: the recording has no classes, or a stimulus shows an object that is not among them.
         """
         if self.manifest.classes is None:
-            raise BadInput(f"{self.folder}: manifest.json has no classes, so the stimuli have no labels")
+            raise BadInput(
+                f"{self.folder}: the stimuli have no labels (manifest.json has no classes), so there is nothing to "
+                "classify; add a column `object` to stimuli.csv and pack again, or use task.kind regression"
+            )
         label_of = {name: label for label, name in enumerate(self.manifest.classes)}
         wanted = range(len(self)) if positions is None else positions.tolist()
         labels = np.empty(len(wanted), np.int64)

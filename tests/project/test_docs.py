@@ -52,7 +52,7 @@ REQUIRED = {
 }
 KINDS = {"data_prep/pack.py": "simulated", "data_prep/fetch.py": "majaj2015"}
 PLACEHOLDERS = {"N": "2", "R": "2", "SOURCE": "simulated", "$k": "1"}
-BATCH_SCRIPTS = {name: f"train/{name}.py" for name in ("finetune", "evaluate", "probe", "sweep")}
+BATCH_SCRIPTS = {name: f"train/{name}.py" for name in ("finetune", "evaluate", "probe", "sweep", "study")}
 BATCH_SCRIPTS["check"] = "benchmarks/check.py"
 
 
@@ -122,6 +122,9 @@ def check(words: list[str]) -> None:
         script = next(k for k, word in enumerate(words) if word.endswith(".sbatch"))
         assert (ROOT / words[script]).is_file()
         check_script(BATCH_SCRIPTS[Path(words[script]).stem], words[script + 1 :])
+    elif first == "bash":
+        assert words[0] == "launch/study.sh"
+        check_script("train/study.py", words[1:])
     elif first == "launch/check.sh":
         text = "".join((ROOT / "launch" / name).read_text() for name in ("check.sh", "processes.py"))
         assert all(word in text for word in words if word.startswith("-"))

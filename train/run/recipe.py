@@ -228,7 +228,7 @@ def load_recipe(path: Path, kind: type[Model]) -> Model:
     try:
         content = read_yaml(path)
     except FileNotFoundError:
-        raise BadInput(f"{path}: no such recipe{_did_you_mean(path)}") from None
+        raise BadInput(f"{path}: no such recipe{nearest_recipe(path)}") from None
     except (OSError, ValueError) as error:
         raise BadInput(f"{path} cannot be read as YAML: {error}") from None
     if not isinstance(content, dict | None):
@@ -239,7 +239,8 @@ def load_recipe(path: Path, kind: type[Model]) -> Model:
         raise BadInput(f"{path}: {describe_error(error, kind)}") from None
 
 
-def _did_you_mean(path: Path) -> str:
+def nearest_recipe(path: Path) -> str:
+    """The end of a sentence about a recipe that does not exist: the one that was probably meant."""
     shipped = Path(__file__).resolve().parents[1] / "recipes"
     folders = (shipped / "probes", shipped, path.parent)  # of recipes with the same name, the last counts
     recipes = {file.stem: file for folder in folders for file in folder.glob("*.yaml")}

@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from data_prep.common.errors import BadInput
-from train.run.recipe import Recipe, load_recipe
+from train.run.recipe import Recipe, load_recipe, nearest_recipe
 from train.run.yaml_files import describe_error
 from train.sweeping.sweep_settings import MOST_POINTS, Range, SweepSettings
 
 ROOT = Path(__file__).resolve().parents[2]
+RECIPES = ROOT / "train" / "recipes"
 CORNERS_CHECKED = 1_024
 SEED = "seed"
 SAME_FOR_ALL = (  # they decide by which number, and on which stimuli and responses, trials are compared
@@ -98,7 +100,7 @@ def load_plan(path: Path) -> Plan:
         BadInput: a setting is unknown, out of bounds or contradictory; names the file and the setting.
     """
     if not path.is_file():
-        raise BadInput(f"{path}: no such sweep file")
+        raise BadInput(f"{path}: no such sweep file{_nearest_search(path)}")
     sweep = load_recipe(path, SweepSettings)
     base = load_recipe(_find_recipe(path, sweep.recipe), Recipe)
     try:
@@ -115,11 +117,22 @@ def load_plan(path: Path) -> Plan:
 
 
 def _find_recipe(sweep_file: Path, name: str) -> Path:
-    candidates = [sweep_file.parent / name, Path(name), ROOT / name]
+    """The recipe that a sweep file names: beside it, in the working folder, or one of ours."""
+    candidates = [sweep_file.parent / name, Path(name), ROOT / name, RECIPES / name]
     for path in candidates:
         if path.is_file():
             return path
-    raise BadInput(f"{sweep_file}: recipe: neither {candidates[0]} nor {candidates[1].absolute()} exists")
+    raise BadInput(
+        f"{sweep_file}: recipe: {name} is neither in {sweep_file.parent} nor in {Path.cwd()} nor in {RECIPES}"
+        f"{nearest_recipe(Path(name))}"
+    )
+
+
+def _nearest_search(path: Path) -> str:
+    """The end of a sentence about a sweep file that does not exist."""
+    files = {file.stem: file for folder in (RECIPES / "sweeps", path.parent) for file in folder.glob("*.yaml")}
+    near = difflib.get_close_matches(path.stem, files, n=1)
+    return f"; did you mean {os.path.relpath(files[near[0]])}?" if near else ""
 
 
 def _check_kind(sweep: SweepSettings) -> None:

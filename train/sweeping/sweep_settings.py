@@ -26,7 +26,8 @@ class SweepSettings(Settings):
     """All settings of a search. Recipe settings are named with dots, e.g. `optimizer.lr`."""
 
     recipe: Text
-    """The recipe of every trial: a path relative to this file's folder, the working folder, or Spiketune's."""
+    """The recipe of every trial: a path relative to this file's folder, the working folder, or Spiketune's folder of
+    recipes."""
     set: dict[str, Any] = Field({})
     """Settings that all trials change in the recipe."""
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field({})

@@ -49,7 +49,10 @@ class Launcher:
 
     def __init__(self, processes: int | None):
         if announced_process().world_size != 1:
-            raise BadInput("train/sweep.py starts the processes of each trial itself; start it with plain python")
+            raise BadInput(
+                "this command starts processes itself; start it with plain python, and outside of another job "
+                f"(unset {' '.join(name for name in RANK_VARIABLES if name in os.environ)})"
+            )
         self.gpus = torch.cuda.device_count() if uses_gpu() else 0
         self.processes = processes or max(self.gpus, 1)
         if 0 < self.gpus < self.processes:
