@@ -27,9 +27,11 @@ DESCRIPTION = {
     "machines": "Start a command on several machines: run the same line on each of them.",
 }
 BAD_INPUT, STOPPED = 2, 75  # exit codes of data_prep/common/errors.py, after which a restart would not help
-# What tells a process that it is one of several; left over from another job, it does not hold for one that is alone.
+# What tells a process that it is one of several, and where they meet; left over from another job, as in an interactive
+# shell on a cluster, it does not hold for one that is alone.
 RANK_VARIABLES = (
-    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+    *("GROUP_RANK", "TORCHELASTIC_USE_AGENT_STORE", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"),
     *("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE"),
 )
 GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/nvgpu*", "/dev/nvhost-gpu*", "/dev/dxg", "/dev/kfd")  # Jetson, WSL, ROCm too

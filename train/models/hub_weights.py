@@ -16,8 +16,8 @@ import huggingface_hub
 import timm
 from huggingface_hub import constants
 
-# Names of weights on the hub, and of the same as plain tensors, which timm looks for first.
-PLAIN_FORM = {None: "model.safetensors", "open_clip_pytorch_model.bin": "open_clip_model.safetensors"}
+WEIGHTS_FILE = "model.safetensors"  # of timm's repositories
+PLAIN_FORM = {"open_clip_pytorch_model.bin": "open_clip_model.safetensors"}  # which timm looks for first
 SECONDS_TO_CONNECT = 2.0
 
 
@@ -65,7 +65,8 @@ def hub_file(network: str) -> HubFile | None:
         address = settings.url if isinstance(settings.url, str) else (settings.url or ("",))[0]
         return HubFile(None, Path(urlsplit(address).path).name, address, is_foreign=bool(settings.custom_load))
     repository, _, revision = settings.hf_hub_id.partition("@")
-    name = PLAIN_FORM.get(settings.hf_hub_filename, settings.hf_hub_filename)
+    name = settings.hf_hub_filename or WEIGHTS_FILE
+    name = PLAIN_FORM.get(name, name)
     url = f"{constants.ENDPOINT}/{repository}/resolve/{revision or 'main'}/{name}"
     return HubFile(repository, name, url, revision or None, bool(settings.custom_load))
 

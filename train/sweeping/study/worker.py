@@ -91,7 +91,7 @@ class StudyWorker:
         sentences += [f"{name} is left out: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(sentences)
 
-    def work(self, publish: Callable[[], None], at_most: int | None = None) -> None:
+    def work(self, publish: Callable[[], object], at_most: int | None = None) -> None:
         """Run rows until those of this worker have ended, whoever ran them.
 
         Args:
