@@ -1,5 +1,6 @@
 """The .sbatch files on a real Slurm; `launch/test.sh --slurm` runs this, the default test run does not."""
 
+import json
 import os
 import sys
 
@@ -67,3 +68,15 @@ def test_the_check_of_two_nodes_passes(slurm, tmp_path):
     assert slurm.wait_for(job, "COMPLETED", "FAILED", seconds=600) == "COMPLETED", log.read_text()
     assert "2 processes on" in log.read_text()
     assert "this setup is ready" in log.read_text()
+
+
+def test_jobs_of_the_study_run_a_row_each(slurm, recording, tmp_path):
+    study = tmp_path / "study"
+    words = ["launch/slurm/study.sbatch", "--data", recording, "--out", study, "--small"]
+    words += ["--rows", "pixels_linear", "pixels_ridge"]
+    jobs = [slurm.submit(f"--output={tmp_path / name}", *words, **SETTINGS) for name in ("first", "second")]
+    for job, name in zip(jobs, ("first", "second"), strict=True):
+        assert slurm.wait_for(job, "COMPLETED", "FAILED") == "COMPLETED", (tmp_path / name).read_text()
+        assert (tmp_path / name).read_text().count(" started ->") == 1
+    states = json.loads((study / "rows.json").read_text())
+    assert states == {"pixels_linear": ["done", ""], "pixels_ridge": ["done", ""]}

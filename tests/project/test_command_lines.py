@@ -56,6 +56,15 @@ def test_a_bad_command_line_imports_nothing_slow(words):
         (["train/finetune.py", "--epoch", "3"], ["--epoch is not an option", "did you mean --epochs?"]),
         (["train/finetune.py", "--optimizer.lrr", "1"], ["did you mean --optimizer.lr?"]),
         (["train/finetune.py", "--lr", "1"], ["did you mean --optimizer.lr?"]),
+        (["train/finetune.py", "--batch-size", "8"], ["did you mean --batch.global_size?"]),
+        (["train/finetune.py", "--learning-rate", "1"], ["did you mean --optimizer.lr?"]),
+        (["train/finetune.py", "--num-workers", "1"], ["did you mean --loader.workers?"]),
+        (["train/finetune.py", "--model", "vit"], ["did you mean --backbone.name?"]),
+        (["train/study.py", "--output-dir", "o"], ["did you mean --out?"]),
+        (
+            ["train/sweep.py", "lr_x_optim.yaml", "--data", "d", "--out", "o"],
+            ["did you mean train/recipes/sweeps/lr_x_"],
+        ),
         (["train/finetune.py", "resnet5.yaml"], ["no such recipe; did you mean train/recipes/resnet50.yaml?"]),
         (["train/probe.py", "resnet50"], ["no such recipe", "resnet50.yaml"]),
         (

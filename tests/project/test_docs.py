@@ -293,6 +293,28 @@ def test_every_failure_and_warning_is_in_troubleshooting():
         assert any(part.strip() in fragment for part in quoted for fragment in fragments), (file, text)
 
 
+NO_SETTINGS = {"PATH", "BASH_SOURCE", "SLURM_CONF"}  # and what Slurm tells its jobs
+
+
+def variables() -> set[str]:
+    """The environment variables that the code and the scripts read or set."""
+    quoted = re.compile(r"environ(?:\.get|\.setdefault|\.pop)?[\[(]\s*\"([A-Z][A-Z0-9_]+)\"")
+    names = set()
+    for package in ("train", "data_prep", "launch"):
+        for path in ROOT.glob(f"{package}/**/*.py"):
+            names |= set(quoted.findall(path.read_text()))
+    for path in [*ROOT.glob("launch/*.sh"), *ROOT.glob("launch/slurm/*")]:
+        names |= set(re.findall(r"\$\{?([A-Z][A-Z0-9_]+)", path.read_text()))
+    return {name for name in names if name not in NO_SETTINGS and not name.startswith("SLURM_")}
+
+
+def test_every_environment_variable_is_explained():
+    page = (ROOT / "docs" / "environment.md").read_text()
+    found = variables()
+    assert {"SPIKETUNE_JOB", "PYTHON", "MAX_RESTARTS", "HF_HUB_CACHE"} <= found
+    assert [name for name in sorted(found) if f"`{name}" not in page] == []
+
+
 def test_links_between_pages_are_valid():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):

@@ -27,6 +27,9 @@ def write_study_report(folder: StudyFolder) -> str:
     """
     results = write_study_table(folder)
     with locks.exclusive(folder.results_lock):
+        for kind, data in (results.figure.files if results.figure is not None else {}).items():
+            write_bytes(folder.figure(kind), data)
         write_report([folder.path], folder.report, SPLIT, None)
     parts = ["\n".join([in_terminal(table), *table.notes]) for table in results.tables]
-    return "\n\n".join([*parts, f"written to {folder.path}: table.md, table.csv, report/report.html"])
+    figure = "" if results.figure is None else "figure1.pdf, "
+    return "\n\n".join([*parts, f"written to {folder.path}: table.md, table.csv, {figure}report/report.html"])

@@ -16,7 +16,7 @@ from train.reporting import published
 from train.reporting.figures import FORMATS, ReportFigure, file_name
 from train.reporting.number_formats import number
 from train.reporting.report_tables import selected_on
-from train.reporting.run_files import Metrics, Regression, read_metrics
+from train.reporting.run_files import Metrics, Regression, read_metrics, read_settings
 from train.reporting.sweep_results import read_sweep
 from train.reporting.table import CSV, EMPTY, MARKDOWN, PAGE, TERMINAL, Cell, Column, Table
 from train.run.folder import RunFolder
@@ -38,6 +38,7 @@ class StudyResult:
         state: how far it is.
         run: folder of the run that is scored; None where there is none yet.
         metrics: its scores; None where it has none.
+        found: of a search, the settings that it found best.
         has_random_weights: whether they stand for pretrained ones.
         published: the study's numbers for it, where it prints some.
     """
@@ -46,6 +47,7 @@ class StudyResult:
     state: RowState
     run: Path | None
     metrics: Metrics | None
+    found: str
     has_random_weights: bool
     published: published.Published | None
 
@@ -66,7 +68,8 @@ class StudyResult:
                 layer = f" - {self.metrics.chosen}"
             elif self.row.layer not in self.metrics.layers:
                 layer = f" (here {self.metrics.chosen})"
-        return f"{self.row.model}{layer}{' (RANDOM weights)' if self.has_random_weights else ''}"
+        found = f": {self.found}" if self.found else ""
+        return f"{self.row.model}{layer}{found}{' (RANDOM weights)' if self.has_random_weights else ''}"
 
 
 @dataclass(frozen=True)
@@ -229,6 +232,7 @@ def read_study(path: Path) -> StudyResults:
                 state=states.get(name, RowState("not asked for")),
                 run=run,
                 metrics=read_metrics(metrics_file) if metrics_file is not None and metrics_file.is_file() else None,
+                found=_found(row, run),
                 has_random_weights=any(network in facts.random_weights for network in row.networks),
                 published=by_row.get(name),
             )
@@ -245,6 +249,14 @@ def _scored_run(folder: StudyFolder, row: Row) -> Path | None:
     if last.script == "sweep.py":
         return read_sweep(path).best if path.is_dir() else None
     return path if RunFolder(path).recipe.is_file() else None
+
+
+def _found(row: Row, run: Path | None) -> str:
+    """The settings that a search has found best; empty for other rows."""
+    if run is None or row.steps[-1].script != "sweep.py":
+        return ""
+    optimizer = read_settings(RunFolder(run).recipe).get("optimizer", {})
+    return ", ".join(f"{key} {printable(str(optimizer[key]))}" for key in ("name", "lr") if key in optimizer)
 
 
 def runs_of_study(path: Path) -> list[Path]:

@@ -135,6 +135,14 @@ def test_our_reader_and_webdataset_agree(packed, split):
         assert ours.array(position, "truth.npy") is None
 
 
+def test_labels_that_a_recording_lacks_are_asked_for_with_their_column(packed):
+    folder = ShardFolder(packed)
+    split = folder.split("train")
+    split.manifest = split.manifest.model_copy(update={"classes": None})
+    with pytest.raises(BadInput, match=r"nothing to classify; add a column `object` to stimuli\.csv and pack again"):
+        split.labels()
+
+
 def test_a_split_gives_rates_trials_and_labels_in_its_order(source, packed):
     folder = ShardFolder(packed.path)
     for name in ("train", "val", "test"):

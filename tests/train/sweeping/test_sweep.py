@@ -421,6 +421,28 @@ def test_a_missing_search_file_or_missing_data_is_refused(recording, tmp_path):
     assert_refused(run_here("train/sweep.py", sweep, "--data", recording, *out), "is not an empty folder")
 
 
+def test_a_search_of_ones_own_names_a_recipe_of_ours(tmp_path):
+    sweep = tmp_path / "mine.yaml"
+    for name, backbone in (("quickstart.yaml", "tf_efficientnet_lite0"), ("train/recipes/resnet18.yaml", "resnet18")):
+        sweep.write_text(f"recipe: {name}\ngrid: {{optimizer.lr: [1e-3, 1e-2]}}\n")
+        assert load_plan(sweep).base.backbone.name == backbone
+    (tmp_path / "quickstart.yaml").write_text("epochs: 7\n")  # what lies beside the file comes first
+    sweep.write_text("recipe: quickstart.yaml\ngrid: {optimizer.lr: [1e-3, 1e-2]}\n")
+    assert load_plan(sweep).base.epochs == 7
+    sweep.write_text("recipe: quikstart.yaml\ngrid: {optimizer.lr: [1e-3, 1e-2]}\n")
+    with pytest.raises(BadInput, match=r"quikstart\.yaml is neither in .*; did you mean .*quickstart\.yaml\?"):
+        load_plan(sweep)
+
+
+def test_a_worker_within_another_job_says_what_to_unset(monkeypatch):
+    for name, value in started_as(0, 2).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(
+        BadInput, match=r"starts processes itself.*\(unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE\)"
+    ):
+        Launcher(1)
+
+
 def test_joining_with_another_search_or_other_data_is_refused(worker, recording, tmp_path):
     worker(GRID)
     command = ["--data", recording, "--out", tmp_path / "out"]

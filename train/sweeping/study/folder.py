@@ -3,7 +3,9 @@
 RUNS/study.json                    on which data, of which size, by which split epochs are selected
 RUNS/rows/NAME/  NAME.log          a row's run folder and output; a row may have a second run
 RUNS/rows.json                     how far each row is
-RUNS/table.md  table.csv  report/  the study's table and figure with our numbers, and the report
+RUNS/table.md  table.csv           the study's table with our numbers
+RUNS/figure1.{png,svg,pdf}         its figure
+RUNS/report/                       the report on all rows
 """
 
 from collections.abc import Mapping, Sequence
@@ -65,6 +67,10 @@ class StudyFolder(QueueFolder):
         self.table = path / "table.md"
         self.csv = path / "table.csv"
         self.report = path / "report"
+
+    def figure(self, kind: str) -> Path:
+        """The study's Figure 1 in a format: png, svg or pdf."""
+        return self.path / f"figure1.{kind}"
 
     @property
     def is_study(self) -> bool:
