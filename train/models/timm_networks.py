@@ -98,14 +98,11 @@ def _create(name: str, pretrained: bool = False, **options: Any) -> TimmNetwork:
 
 
 def _from_hub(name: str) -> CreatedNetwork:
+    check_weights(name, "pretrained")
     file = hub_file(name)
-    if file is None:
-        raise BadInput(f"backbone.weights: {name} has no pretrained weights; use random, or a file")
+    assert file is not None  # or the weights would be missing
     cached = file.cached()
     can_be_read = cached is not None and cached.suffix == ".safetensors" and not file.is_foreign
-    reason = None if cached is not None else reason_not_to_ask(file)
-    if reason is not None:
-        raise BadInput(f"backbone.weights: {_missing(name, file, reason)}")
     # The hub's client would ask a server first whether what is here is the newest.
     options = {"pretrained_cfg_overlay": {"file": str(cached)}} if can_be_read else {}
     try:
@@ -130,6 +127,22 @@ def _missing(name: str, file: HubFile, reason: str) -> str:
     )
 
 
+def check_weights(name: str, weights: str) -> None:
+    """Refuse pretrained weights that cannot be had, before anything else is read.
+
+    Args:
+        name: of the network.
+        weights: as in a recipe; only `pretrained` is checked.
+
+    Raises:
+        BadInput: no such network, or no weights; says how to get them.
+    """
+    check_network_name(name)
+    reason = missing_weights(name) if weights == "pretrained" else None
+    if reason is not None:
+        raise BadInput(f"backbone.weights: {reason}")
+
+
 def missing_weights(name: str) -> str | None:
     """Why the pretrained weights of a network cannot be had, and how to get them; None where they can.
 
@@ -141,7 +154,7 @@ def missing_weights(name: str) -> str | None:
         return None
     file = hub_file(name)
     if file is None:
-        return f"{name} has no pretrained weights"
+        return f"{name} has no pretrained weights; use random, or a file"
     reason = None if file.cached() is not None else reason_not_to_ask(file)
     return None if reason is None else _missing(name, file, reason)
 

@@ -30,7 +30,7 @@ from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFea
 from train.models.inherited_record import record_of_weights
 from train.models.joined_layers import modules_of
 from train.models.layer_selection import choose_layers
-from train.models.timm_networks import check_network_name
+from train.models.timm_networks import check_network_name, check_weights
 from train.probing.layer_regressions import Partition
 from train.probing.seen_check import PARTS, ProbeCheck, images_of
 from train.run.checkpoint import load_progress, resolve_checkpoint
@@ -145,6 +145,8 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
     """
     process = this_process()
     check_network_name(recipe.backbone.name)
+    if recipe.layers != [PIXELS]:
+        check_weights(recipe.backbone.name, recipe.backbone.weights)
     folder = RunFolder(out)
     if resume:
         folder.check_resumable(recipe)

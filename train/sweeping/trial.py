@@ -113,11 +113,12 @@ class Launcher:
 def outcome(code: int, printed: str, log: Path) -> Outcome:
     """How a launched command ended, from the launcher's exit code and the output.
 
-    `accelerate launch` ends with 1 whatever the exit code of the command; it prints that code.
+    `accelerate launch` ends with 1 whatever the exit code of the command, and prints that code; launch/local.sh ends
+    with it.
     """
     if code == 0:
         return Outcome("done")
-    sentences = re.findall(r"^error: (.+)$", printed, re.MULTILINE)
+    sentences = re.findall(r"^error: (?!process \d+ ended with)(.+)$", printed, re.MULTILINE)  # not the launcher's
     codes = {int(number) for number in re.findall(r"(?:exit status |exitcode\s*: )(-?\d+)", printed)}
     codes |= {-int(number) for number in re.findall(r"died with <Signals\.\w+: (\d+)>", printed)}
     reason = sentences[-1] if sentences else f"{_last_exception(printed) or _describe_exit(codes or {code})}; see {log}"

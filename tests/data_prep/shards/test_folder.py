@@ -136,8 +136,7 @@ def test_our_reader_and_webdataset_agree(packed, split):
 
 
 def test_labels_that_a_recording_lacks_are_asked_for_with_their_column(packed):
-    folder = ShardFolder(packed)
-    split = folder.split("train")
+    split = ShardFolder(packed.path).split("train")
     split.manifest = split.manifest.model_copy(update={"classes": None})
     with pytest.raises(BadInput, match=r"nothing to classify; add a column `object` to stimuli\.csv and pack again"):
         split.labels()

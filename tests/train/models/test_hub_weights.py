@@ -6,6 +6,7 @@ import time
 import pytest
 import timm
 import torch
+from helpers import assert_refused, run_here
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -85,6 +86,14 @@ def test_missing_weights_are_told_of_with_repository_and_file(cache):
     assert f"launch/offline.sh make --weights {NETWORK} KIT" in sentence
     assert "--backbone.weights FILE" in sentence
     assert missing_weights(NETWORK) in sentence
+
+
+@pytest.mark.parametrize("script", ["train/finetune.py", "train/probe.py"])
+def test_a_run_that_lacks_weights_ends_before_it_begins(cache, recording, tmp_path, script):
+    words = ["--data", recording, "--out", tmp_path / "run", "--backbone.name", NETWORK]
+    done = run_here(script, *words, "--images.size", "32")
+    assert_refused(done, f"the pretrained weights of {NETWORK} are not on this machine and cannot be fetched")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_network_that_answers_nothing_costs_seconds(cache, monkeypatch):

@@ -21,7 +21,7 @@ from train.evaluation.scoring import check_enough_stimuli
 from train.finetuning.setup.data_notes import notes_on_left_out, notes_on_remote_shards
 from train.finetuning.setup.recipe_checks import check_engine, check_hardware, check_loss, check_selection
 from train.finetuning.setup.training_targets import TrainingTargets, set_targets
-from train.models.timm_networks import check_network_name
+from train.models.timm_networks import check_network_name, check_weights
 from train.run.folder import RunFolder
 from train.run.recipe import Recipe
 
@@ -95,6 +95,7 @@ def prepare(recipe: Recipe, locations: Sequence[Path | str], out: Path, resume: 
     if resume:
         folder.check_resumable(recipe)
     else:
+        check_weights(recipe.backbone.name, recipe.backbone.weights)
         folder.check_free()
     data = open_data(recipe, locations)
     targets = set_targets(recipe, data.recordings.manifest, data.fit, data.selection)

@@ -29,6 +29,7 @@ from train.sweeping.sweep_settings import SweepSettings
 from train.sweeping.trial import COMMANDS, Launcher, Outcome
 
 STALE_SECONDS = 120.0
+LAUNCHER = COMMANDS.parent / "launch" / "processes.py"
 
 
 @dataclass(frozen=True)
@@ -135,8 +136,7 @@ class StudyWorker:
         with hold_lock(heartbeat.path, self.stop.check) as lock:
             for step in ROWS[claim.run].steps:
                 for script, words in self._commands(step):
-                    command = self._launched(claim.run, script, words)
-                    log = self.folder.log(claim.run)
+                    command, log = self._launched(script, words), self.folder.log(claim.run)
                     outcome = self.launcher.run(command, heartbeat, lock, log, self.stop.check)
                     if outcome.kind != "done":
                         return outcome
@@ -177,13 +177,13 @@ class StudyWorker:
         write_bytes(path, yaml.safe_dump(content, sort_keys=False).encode())
         return path
 
-    def _launched(self, row: str, script: str, words: list[object]) -> list[str]:
-        """The command line of a script: under a launcher where it has several processes; a search has its own."""
-        if script == "sweep.py":
-            words = [*words, "--processes", self.launcher.processes]
-        elif self.launcher.processes > 1:
-            return self.launcher.command(self.folder.launch(row), script, *words)
-        return [sys.executable, str(COMMANDS / script), *map(str, words)]
+    def _launched(self, script: str, words: list[object]) -> list[str]:
+        """The command line of a script: under launch/local.sh's launcher where it has several processes."""
+        processes = self.launcher.processes
+        if script == "sweep.py":  # it launches its trials itself
+            words = [*words, "--processes", processes]
+        launch: list[object] = [LAUNCHER, "local", "-n", processes] if processes > 1 and script != "sweep.py" else []
+        return [sys.executable, *map(str, [*launch, COMMANDS / script, *words])]
 
     def write_states(self) -> None:
         """Write how far each row is."""
