@@ -36,6 +36,7 @@ RANK_VARIABLES = (
 )
 GPU_DEVICES = ("/dev/nvidia[0-9]*", "/dev/nvgpu*", "/dev/nvhost-gpu*", "/dev/dxg", "/dev/kfd")  # Jetson, WSL, ROCm too
 TRUE = ("1", "true", "yes", "y", "on", "t")  # as accelerate reads it
+RESUMABLE = ("finetune.py", "probe.py")
 PORT = 29400
 GRACE_SECONDS = 600  # to save after a signal; clusters kill earlier than that
 GRACE_AFTER_DEATH_SECONDS = 5  # when another process has died; then there is nothing to save
@@ -240,7 +241,8 @@ def launch(torchrun_options: list[str], max_restarts: int, command: list[str]) -
     except SignalException as error:
         if exit_codes and set(exit_codes) <= {STOPPED, 0}:
             return STOPPED
-        print("interrupted; train/finetune.py continues with --resume", file=sys.stderr)
+        resumes = os.path.basename(command[0]) in RESUMABLE
+        print(f"interrupted; {command[0]} continues with --resume" if resumes else "interrupted", file=sys.stderr)
         return 128 + error.sigval
     except RendezvousError as error:
         print(f"error: the machines could not join ({error or type(error).__name__})", file=sys.stderr)

@@ -1,10 +1,13 @@
 """How many processes launch/local.sh starts, and what it tells them."""
 
 import os
+import signal
 import sys
 
 import processes
 import pytest
+from helpers import ROOT, finish, wait_for
+from launching import start
 
 
 @pytest.fixture
@@ -57,3 +60,28 @@ def test_a_process_alone_gets_no_variables_of_another_job(machine, monkeypatch):
     assert words == [sys.executable, processes.__file__, "--epochs", "2"]
     assert not left_over.keys() & environment.keys()
     assert environment["ACCELERATE_USE_CPU"] == "true"
+
+
+WAITS = """
+import os, time
+from pathlib import Path
+from data_prep.common.errors import run_command
+
+def main():
+    Path(f"{__file__}.{os.environ['RANK']}").touch()
+    time.sleep(60)
+
+run_command(main, on_ranks=True)
+"""
+
+
+def test_ctrl_c_is_answered_in_a_word(tmp_path):
+    """torchrun would report it several times, with tracebacks."""
+    script = tmp_path / "waits.py"
+    script.write_text(WAITS)
+    launcher = start(2, script, PYTHONPATH=str(ROOT))
+    wait_for(lambda: len([*tmp_path.glob("waits.py.*")]) == 2, process=launcher, seconds=120)
+    os.killpg(launcher.pid, signal.SIGINT)
+    done = finish(launcher, timeout=60)
+    assert done.returncode == 130
+    assert done.stderr.splitlines() == ["interrupted", "interrupted"]  # a rank, and the launcher
