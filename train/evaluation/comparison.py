@@ -13,6 +13,7 @@ import numpy as np
 from data_prep.confidence_interval import confidence_interval
 from train.evaluation.confidence_intervals import BOOTSTRAP_RESAMPLES, BOOTSTRAP_SEED, bootstrap_means
 from train.evaluation.metrics import LOWER_IS_BETTER
+from train.evaluation.multiplicity import ComparedModels
 
 
 @dataclass(frozen=True)
@@ -42,17 +43,20 @@ class Lead:
         better, worse: indices of the two models.
         difference: of their scores, positive where `better` is better, whichever way the metric points.
         interval: 95 %, or None where it cannot be computed.
+        adjusted: the same, but those of all pairs of models hold together with 95 % (`ComparedModels`); of two models
+            it is `interval`.
     """
 
     better: int
     worse: int
     difference: float
     interval: tuple[float, float] | None
+    adjusted: tuple[float, float] | None = None
 
     @property
     def is_certain(self) -> bool:
-        """Whether the interval of the difference excludes 0."""
-        return self.interval is not None and self.interval[0] > 0
+        """Whether the interval of the difference excludes 0, also when it is adjusted for the number of models."""
+        return all(ends is not None and ends[0] > 0 for ends in (self.interval, self.adjusted))
 
 
 def leads(
@@ -69,13 +73,41 @@ def leads(
     sign = -1 if metric in LOWER_IS_BETTER else 1
     signed = {model: sign * score for model, score in enumerate(scores) if score is not None}
     ranked = sorted(signed, key=lambda model: -signed[model])
-    values = [None if means is None else means.get(metric) for means in resampled]
+    values = {
+        model: sign * means[metric]
+        for model, means in enumerate(resampled)
+        if means is not None and metric in means and model in signed
+    }
+    together = compared_models(signed, values, stimuli)
     models_ahead = []
     for better, worse in itertools.pairwise(ranked):
         difference = signed[better] - signed[worse]
-        values_of_better, values_of_worse = values[better], values[worse]
-        interval = None
-        if values_of_better is not None and values_of_worse is not None:
-            interval = confidence_interval(difference, sign * (values_of_better - values_of_worse), stimuli)
-        models_ahead.append(Lead(better, worse, difference, interval))
+        ends = adjusted = None
+        if better in values and worse in values:
+            ends = confidence_interval(difference, values[better] - values[worse], stimuli)
+            adjusted = ends
+            if together is not None and len(values) > 2:
+                adjusted = together.difference(*(list(values).index(model) for model in (better, worse)))
+        models_ahead.append(Lead(better, worse, difference, ends, adjusted))
     return models_ahead
+
+
+def compared_models(
+    scores: Mapping[int, float], resampled: Mapping[int, np.ndarray], stimuli: int
+) -> ComparedModels | None:
+    """The models that were resampled, in their order, side by side.
+
+    Args:
+        scores: of all models by number; higher is better.
+        resampled: of some of them, the scores on the same resamples.
+        stimuli: number of stimuli.
+
+    Returns:
+        None for fewer than two models or stimuli, or where no resample has a score of each.
+    """
+    if len(resampled) < 2 or stimuli < 2:
+        return None
+    values = np.array(list(resampled.values()))
+    if not np.isfinite(values).all(axis=0).any():
+        return None
+    return ComparedModels(np.array([scores[model] for model in resampled]), values, stimuli)
