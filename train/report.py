@@ -1,6 +1,6 @@
 """Compare runs, probes and searches: a page for the browser, tables and figures for a paper.
 
-python train/report.py RUN [RUN ...] --out DIR [--split val] [--pair RUN RUN]
+python train/report.py RUN [RUN ...] --out DIR [--split val] [--pair RUN RUN] [--data DIR ...]
 """
 
 from pathlib import Path
@@ -11,6 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
+from data_prep.common.option_fields import FolderLocation
+
+MOST_FOLDERS = 64  # of shards
 
 EXAMPLES = (
     "runs/a runs/b probes/c --out report",
@@ -26,11 +29,14 @@ class Report(BaseModel):
     runs: Annotated[list[Path], tyro.conf.Positional] = Field(min_length=1)
     """Folders made by train/finetune.py, train/probe.py and train/sweep.py; a search stands for its best trial."""
     out: Path
-    """Folder for report.html, table.md, table.csv and figures/."""
+    """Folder for report.html, table.md, table.csv, power.json and figures/."""
     split: Literal["train", "val", "test", "cv"] = "val"
     """The split whose scores are compared."""
     pair: tuple[Path, Path] | None = None
     """Two of the runs, to be compared site by site; by default the two best."""
+    data: Annotated[list[FolderLocation], Field(min_length=1, max_length=MOST_FOLDERS)] | None = None
+    """Shard folders or their URLs, whose single trials tell what other numbers of repetitions would show; by default
+    those on this machine that the runs were made from."""
 
 
 def main() -> None:
@@ -39,7 +45,7 @@ def main() -> None:
 
     from train.reporting.report_files import write_report
 
-    write_report(options.runs, options.out, options.split, options.pair)
+    write_report(options.runs, options.out, options.split, options.pair, options.data)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,14 @@ class ScoredPredictions:
         prediction, response: float32 (stimuli, sites), in the same order for all models that are compared; NaN
             responses are left out.
         reliability: (sites,), for the scores relative to it; None without a ceiling.
+        stimulus_ids, site_ids: of the rows and the columns; empty where they do not matter.
     """
 
     prediction: np.ndarray
     response: np.ndarray
     reliability: np.ndarray | None = None
+    stimulus_ids: Sequence[str] = ()
+    site_ids: Sequence[str] = ()
 
     def resampled(self, resamples: int = BOOTSTRAP_RESAMPLES, seed: int = BOOTSTRAP_SEED) -> dict[str, np.ndarray]:
         """Each metric's mean over sites on resamples, float64 (resamples,); the same stimuli for the same seed."""

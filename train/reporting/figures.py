@@ -69,7 +69,8 @@ class EpochValue(NamedTuple):
     value: float
 
 
-def _figure(name: str, caption: str, figure: "Figure", is_heat_map: bool = False) -> ReportFigure:
+def report_figure(name: str, caption: str, figure: "Figure", is_heat_map: bool = False) -> ReportFigure:
+    """A drawn figure in all formats."""
     return ReportFigure(name, caption, {kind: encode(figure, kind) for kind in FORMATS}, is_heat_map)
 
 
@@ -90,9 +91,9 @@ def group_figures(group: Group, pair: tuple[Path, Path] | None, suffix: str) -> 
         suffix: of the files' names, which distinguishes groups.
     """
     caption = f"R2 of every site (dots), its mean with the 95 % interval over stimuli (ring). {group.title}."
-    yield _figure(f"sites{suffix}", caption, draw_site_scores(group))
+    yield report_figure(f"sites{suffix}", caption, draw_site_scores(group))
     if group.curves:
-        yield _figure(f"data_efficiency{suffix}", _efficiency_caption(group), draw_data_efficiency(group))
+        yield report_figure(f"data_efficiency{suffix}", _efficiency_caption(group), draw_data_efficiency(group))
     for scored in group.runs:
         if len(scored.metrics.layers) > 1:
             yield _layer_figure(group, scored, suffix)
@@ -102,7 +103,7 @@ def group_figures(group: Group, pair: tuple[Path, Path] | None, suffix: str) -> 
     if len(runs) == 2:
         below, above = runs
         caption = f"R2 site by site: {below.run.title} and {above.run.title}; above the line the second is better."
-        yield _figure(f"site_by_site{suffix}", caption, draw_site_by_site(below, above))
+        yield report_figure(f"site_by_site{suffix}", caption, draw_site_by_site(below, above))
 
 
 def _layer_figure(group: Group, scored: ScoredRun, suffix: str) -> ReportFigure:
@@ -110,7 +111,7 @@ def _layer_figure(group: Group, scored: ScoredRun, suffix: str) -> ReportFigure:
     scores = {layer: block.regression.explained_variance.per_site for layer, block in metrics.layers.items()}
     figure = draw_layers(scores, metrics.chosen, name, group.ceiling.mean if group.ceiling else None)
     caption = f"{name}: explained variance by layer, its distribution over sites. {group.title}."
-    return _figure(f"layers_{file_name(name)}{suffix}", caption, figure)
+    return report_figure(f"layers_{file_name(name)}{suffix}", caption, figure)
 
 
 def draw_site_scores(group: Group) -> "Figure":
@@ -234,7 +235,7 @@ def training_figure(runs: Sequence[ReportedRun]) -> ReportFigure | None:
         return None
     first = f" (the first {MOST_CURVES} of {len(trained)} runs)" if len(trained) > MOST_CURVES else ""
     caption = f"Training loss and selection metric by epoch; the ring is the best epoch{first}."
-    return _figure("learning_curves", caption, draw_learning_curves(trained[:MOST_CURVES]))
+    return report_figure("learning_curves", caption, draw_learning_curves(trained[:MOST_CURVES]))
 
 
 def draw_learning_curves(runs: Sequence[ReportedRun]) -> "Figure":
@@ -332,4 +333,4 @@ def confusion_figures(runs: Sequence[ReportedRun]) -> Iterator[ReportFigure]:
         if classes is not None and len(classes.names) <= MOST_CLASSES:
             figure = draw_confusion(classes.names, classes.shown, classes.predicted, run.name)
             caption = f"{run.name}: predicted classes by the class that was shown; rows add up to 1."
-            yield _figure(f"confusion_{file_name(run.name)}", caption, figure, is_heat_map=True)
+            yield report_figure(f"confusion_{file_name(run.name)}", caption, figure, is_heat_map=True)

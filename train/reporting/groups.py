@@ -7,7 +7,8 @@ from functools import cached_property
 
 import numpy as np
 
-from train.evaluation.comparison import Lead, leads
+from train.evaluation.comparison import Lead, compared_models, leads
+from train.evaluation.multiplicity import Standing
 from train.reporting.data_efficiency import Curve, curves_of
 from train.reporting.number_formats import interval, number
 from train.reporting.reported_run import FAMILIES, ReportedRun, ScoredRun, scored_runs
@@ -104,17 +105,32 @@ class Group:
         ]
 
     @cached_property
-    def leads(self) -> dict[str, list[Lead]]:
-        """By metric each run's lead over the next best, the best run first."""
-        resampled = [
+    def _resampled(self) -> list[dict[str, np.ndarray] | None]:
+        """Each run's scores on the same resamples of the stimuli, by metric; None without paired predictions."""
+        return [
             scored.run.predictions.resampled(RESAMPLES) if scored.run.predictions and paired else None
             for scored, paired in zip(self.runs, self.is_paired, strict=True)
         ]
+
+    @cached_property
+    def standings(self) -> dict[int, Standing]:
+        """How each run stands among the others by R2, by its index; none where fewer than two can be resampled."""
+        scores = {index: scored.regression.r2.mean for index, scored in enumerate(self.runs)}
+        known = {index: score for index, score in scores.items() if score is not None}
+        resampled = {
+            index: means[R2.key] for index, means in enumerate(self._resampled) if means is not None and index in known
+        }
+        models = compared_models(known, resampled, self.stimuli)
+        return {} if models is None else dict(zip(resampled, models.standings(), strict=True))
+
+    @cached_property
+    def leads(self) -> dict[str, list[Lead]]:
+        """By metric each run's lead over the next best, the best run first."""
         leads_by_metric = {}
         for metric in self.metrics:
             scores = [scored.regression.score(metric.key) for scored in self.runs]
             means = [score.mean if score else None for score in scores]
-            leads_by_metric[metric.key] = leads(metric.key, means, resampled, self.stimuli)
+            leads_by_metric[metric.key] = leads(metric.key, means, self._resampled, self.stimuli)
         return leads_by_metric
 
     @cached_property
@@ -165,8 +181,9 @@ class Group:
         ]
         if len(self.runs) > 1:
             notes.append(
-                "Bold: the best, where the 95 % interval of its lead over the next best excludes 0 "
-                f"(paired bootstrap, {RESAMPLES:,} resamples of the stimuli, the same for all models)."
+                "Bold: the best, where the 95 % interval of its lead over the next best excludes 0, also when it is "
+                f"adjusted for the number of models (paired bootstrap, {RESAMPLES:,} resamples of the stimuli, the "
+                "same for all models)."
             )
         if self.ceiling:
             notes.append(f"Ceiling: {self.ceiling.method}; it bounds R2 and EV, its square root bounds r.")
@@ -205,10 +222,11 @@ class Group:
             return ""
         best, next_best = self.runs[lead.better].run.title, self.runs[lead.worse].run.title
         begin = f"{best} is ahead of {next_best} by {lead.difference:.3f} in R2"
-        if lead.interval is None:
+        if lead.interval is None or lead.adjusted is None:
             return f"{begin}; there are no predictions to test that with."
+        adjusted = f", adjusted for {len(self.standings)} models," if lead.adjusted != lead.interval else ""
         verdict = "excludes 0" if lead.is_certain else "includes 0, so other stimuli could reverse the order"
-        return f"{begin}; its 95 % interval {interval(lead.interval)} {verdict}."
+        return f"{begin}; its 95 % interval{adjusted} {interval(lead.adjusted)} {verdict}."
 
     @property
     def finding(self) -> str:

@@ -9,6 +9,7 @@ from train.reporting.data_efficiency import describe_gains
 from train.reporting.figures import ReportFigure, confusion_figures, group_figures, training_figure
 from train.reporting.groups import Group, groups_of
 from train.reporting.papers_metrics import papers_metrics_table
+from train.reporting.power.section import PowerSection, ReportedPower, report_power
 from train.reporting.report_tables import (
     CSV_FIELDS,
     classifier_table,
@@ -16,6 +17,7 @@ from train.reporting.report_tables import (
     csv_table,
     curve_table,
     lead_table,
+    rank_table,
 )
 from train.reporting.reported_run import ReportedRun, ScoredClassifier, read_run, scored_classifiers, shortest_names
 from train.reporting.study_table import StudyResults, is_study, read_study, runs_of_study
@@ -30,9 +32,11 @@ class GroupSection:
     group: Group
     comparison: Table
     leads: Table | None
+    ranks: Table | None
     papers_metrics: Table | None
     curves: Table | None
     figures: list[ReportFigure]
+    power: PowerSection | None
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class ReportContents:
         training: the learning curves.
         sweeps: searches.
         studies: the tables and figures of studies, whose runs are among the others.
+        power: what the recordings can decide.
     """
 
     split: str
@@ -59,6 +64,7 @@ class ReportContents:
     training: ReportFigure | None
     sweeps: list[SweepResults]
     studies: list[StudyResults]
+    power: ReportedPower
 
     @property
     def unscored(self) -> list[ReportedRun]:
@@ -87,6 +93,8 @@ class ReportContents:
         parts = [_titled(table) for study in self.studies for table in study.tables]
         for section in self.sections:
             parts.append(_titled(section.comparison))
+            if section.ranks:
+                parts.append(f"#{_titled(section.ranks)}")
             if section.papers_metrics:
                 parts.append(f"#{_titled(section.papers_metrics)}")
             if section.curves:
@@ -106,7 +114,8 @@ class ReportContents:
         parts = []
         for section in self.sections:
             group = section.group
-            sentences = [group.verdict, *group.warnings, describe_gains(group.curves)]
+            power = section.power.sentence if section.power else ""
+            sentences = [group.verdict, power, *group.warnings, describe_gains(group.curves)]
             sentences = [sentence for sentence in sentences if sentence]
             parts.append("\n".join([in_terminal(section.comparison), *(["", *sentences] if sentences else [])]))
         if self.classifiers:
@@ -119,13 +128,16 @@ def _titled(table: Table) -> str:
     return f"### {escape_markdown(table.title)}\n\n{in_markdown(table)}"
 
 
-def compare(folders: Sequence[Path], split: str, pair: tuple[Path, Path] | None) -> ReportContents:
+def compare(
+    folders: Sequence[Path], split: str, pair: tuple[Path, Path] | None, data: Sequence[str] | None = None
+) -> ReportContents:
     """Read what is compared, and compare it.
 
     Args:
         folders: of runs, probes, ensembles, searches and studies.
         split: whose scores are compared.
         pair: two of the folders, to be compared site by site; by default the two best.
+        data: shard folders with the trials of what was scored; by default those that the runs were made from.
 
     Raises:
         BadInput: a folder cannot be read, or is named twice, or the pair is not among them.
@@ -136,15 +148,18 @@ def compare(folders: Sequence[Path], split: str, pair: tuple[Path, Path] | None)
     runs = read_runs(folders, split, sweeps)
     groups, classifiers = groups_of(runs), scored_classifiers(runs)
     paths = None if pair is None else (_find_scored(pair[0], groups), _find_scored(pair[1], groups))
+    power = report_power(groups, data)
     anchors = {run.name: f"run-{number}" for number, run in enumerate(runs, 1)}
     sections = [
         GroupSection(
             group,
             comparison_table(group, anchors),
             lead_table(group),
+            rank_table(group),
             papers_metrics_table(group),
             curve_table(group),
-            list(group_figures(group, paths, f"_{number}" if len(groups) > 1 else "")),
+            _figures(group, paths, f"_{number}" if len(groups) > 1 else "", power.sections.get(number - 1)),
+            power.sections.get(number - 1),
         )
         for number, group in enumerate(groups, 1)
     ]
@@ -158,7 +173,14 @@ def compare(folders: Sequence[Path], split: str, pair: tuple[Path, Path] | None)
         training=training_figure(runs),
         sweeps=list(sweeps.values()),
         studies=studies,
+        power=power,
     )
+
+
+def _figures(
+    group: Group, pair: tuple[Path, Path] | None, suffix: str, power: PowerSection | None
+) -> list[ReportFigure]:
+    return [*group_figures(group, pair, suffix), *([power.figure] if power else [])]
 
 
 def read_runs(folders: Sequence[Path], split: str, sweeps: dict[Path, SweepResults]) -> list[ReportedRun]:

@@ -8,7 +8,7 @@ from train.evaluation.metrics import LOWER_IS_BETTER
 from train.evaluation.seen_stimuli import Seen, mark_of
 from train.reporting import papers_metrics, published
 from train.reporting.data_efficiency import Curve, Point, curve_notes
-from train.reporting.groups import METRICS, R2, Group, Metric, seen_notes
+from train.reporting.groups import METRICS, R2, RESAMPLES, Group, Metric, seen_notes
 from train.reporting.number_formats import duration, interval, number, parameter_count
 from train.reporting.reported_run import ReportedRun, ScoredClassifier, ScoredRun
 from train.reporting.run_files import Metrics, Score
@@ -20,6 +20,7 @@ TABLES = frozenset({PAGE, MARKDOWN, CSV})
 EVERYWHERE = frozenset({PAGE, MARKDOWN, CSV, TERMINAL})
 SCORE_PARTS = ("", "_low", "_high", "_lead", "_lead_low", "_lead_high")
 MODEL = Column("model", is_text=True)
+MOST_RANKS = 6  # that a table has room for
 
 
 def _csv_columns(*fields: str) -> list[Column]:
@@ -206,18 +207,55 @@ def lead_table(group: Group) -> Table | None:
     if not leads:
         return None
     columns = [MODEL, Column("ahead of", is_text=True), Column("difference in R2"), Column("95 % interval")]
-    columns.append(Column("excludes 0", is_text=True))
+    columns += [Column("adjusted"), Column("excludes 0", is_text=True)]
     rows = [_lead_row(group, lead) for lead in leads]
-    return Table("Each model against the next best, on the same stimuli", columns, rows)
+    note = "Adjusted: the intervals of all pairs of models hold together with 95 %. Both must exclude 0."
+    return Table("Each model against the next best, on the same stimuli", columns, rows, notes=[note])
 
 
 def _lead_row(group: Group, lead: Lead) -> list[Cell]:
     difference = Cell(number(lead.difference), values=(lead.difference,))
     titles = [_text_cell(group.runs[index].run.title) for index in (lead.better, lead.worse)]
     if lead.interval is None:
-        return [*titles, difference, Cell("-", values=(None,)), _text_cell("-")]
-    ends = Cell(interval(lead.interval), values=lead.interval)
-    return [*titles, difference, ends, _text_cell("yes" if lead.is_certain else "no")]
+        return [*titles, difference, *2 * [Cell("-", values=(None,))], _text_cell("-")]
+    cells = [Cell(interval(ends), values=ends or (None,)) for ends in (lead.interval, lead.adjusted)]
+    return [*titles, difference, *cells, _text_cell("yes" if lead.is_certain else "no")]
+
+
+def rank_table(group: Group) -> Table | None:
+    """How probable each rank is of each model; None where fewer than two can be compared."""
+    standings = group.standings
+    if not standings:
+        return None
+    shown = min(len(standings), MOST_RANKS)
+    columns = [MODEL, Column("R2", "↑"), Column("possible ranks", ascending=True)]
+    columns += [Column(f"rank {rank}") for rank in range(1, shown + 1)]
+    notes = [
+        f"In brackets the 95 % interval over stimuli, adjusted: those of all {len(standings)} models hold together.",
+        "Possible ranks: those of all models hold together with 95 %, over other stimuli.",
+        f"Rank 1, 2, ...: how often the model has this rank on {RESAMPLES:,} resamples of the stimuli. Equal models "
+        "share theirs evenly, so this is no test.",
+    ]
+    if shown < len(standings):
+        notes.append(f"power.json has the probabilities of all {len(standings)} ranks.")
+    rows = [_rank_row(group, index, shown) for index in group.ranking if index in standings]
+    return Table("Ranks by R2", columns, rows, notes=notes)
+
+
+def _rank_row(group: Group, index: int, shown: int) -> list[Cell]:
+    standing, scored = group.standings[index], group.runs[index]
+    ranks = f"{standing.best}" if standing.best == standing.worst else f"{standing.best} to {standing.worst}"
+    score = scored.regression.r2.mean
+    cells = [_text_cell(scored.run.title), Cell(number(score), interval(standing.interval), (score,))]
+    cells.append(Cell(ranks, values=(standing.best,)))
+    return [*cells, *(Cell(_probability(p), values=(p,)) for p in standing.probabilities[:shown])]
+
+
+def _probability(probability: float) -> str:
+    """In percent, where nothing looks certain that is not."""
+    if probability in (0, 1):
+        return f"{probability:.0%}"
+    return "< 1%" if probability < 0.01 else "> 99%" if probability > 0.99 else f"{probability:.0%}"
 
 
 def curve_table(group: Group) -> Table | None:

@@ -269,7 +269,13 @@ class ReportedRun:
         scored = np.isfinite(from_json_list(regression.mse.per_site))  # the others could not be fitted
         if len(scored) != regression.sites:
             return None
-        return ScoredPredictions(rates[order], np.where(scored, responses[order], np.nan), reliability)
+        return ScoredPredictions(
+            rates[order],
+            np.where(scored, responses[order], np.nan),
+            reliability,
+            [predictions.stimulus_ids[row] for row in order],
+            predictions.site_ids,
+        )
 
     @cached_property
     def class_predictions(self) -> ClassPredictions | None:

@@ -168,7 +168,7 @@ def test_bold_is_the_best_where_the_next_is_clearly_behind(reported, tmp_path):
 def test_figures_lie_beside_the_page_in_three_formats(reported):
     folder, _ = reported
     files = {path.name for path in (folder / "out" / "figures").iterdir()}
-    names = {"sites", "layers_frozen", "site_by_site", "learning_curves", "confusion_classes"}
+    names = {"sites", "layers_frozen", "site_by_site", "power", "learning_curves", "confusion_classes"}
     assert files == {f"{name}.{kind}" for name in names for kind in ("png", "svg", "pdf")}
     images = [facts for tag, facts in Page(folder / "out" / "report.html").tags if tag == "img"]
     assert len(images) == len(names)

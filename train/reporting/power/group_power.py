@@ -1,0 +1,152 @@
+"""What the recordings of a report can decide: studies of its models, of each recording and of several joined."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from train.evaluation.power.influence import PlannedMetric
+from train.evaluation.power.learning import LearningCurve, fit_learning_curve
+from train.evaluation.power.study import JoinedStudies, Study
+from train.reporting.groups import R2, Group
+from train.reporting.power.recorded_trials import RecordedTrials
+from train.reporting.reported_run import ReportedRun, ScoredRun
+
+JOINED = "joined"
+
+
+@dataclass(frozen=True)
+class LearningRun:
+    """A run's place on the learning curve of its system.
+
+    Attributes:
+        curve: of the system.
+        stimuli: that the run was trained on.
+    """
+
+    curve: LearningCurve
+    stimuli: int
+
+    def gain(self, stimuli: float) -> float:
+        """What the score would gain with another number of training stimuli."""
+        return self.curve.at(stimuli) - self.curve.at(self.stimuli)
+
+
+class GroupPower:
+    """The models of a group that can be planned from, and studies of them.
+
+    Args:
+        group: runs that were scored on the same stimuli and sites.
+        recorded: the trials of these.
+        metric: that is planned.
+    """
+
+    def __init__(self, group: Group, recorded: RecordedTrials, metric: PlannedMetric):
+        self.group, self.recorded, self.metric = group, recorded, metric
+        self._studies: dict[tuple[int, ...], Study | None] = {}
+
+    @cached_property
+    def models(self) -> list[int]:
+        """The indices of the runs with predictions, the best by the metric first; a single one has no score."""
+        scores: dict[int, float] = {}
+        for index, (scored, paired) in enumerate(zip(self.group.runs, self.group.is_paired, strict=True)):
+            score = scored.regression.score(self.metric.key)
+            if paired and score is not None and score.mean is not None and self.study(index) is not None:
+                scores[index] = score.mean
+        return sorted(scores, key=lambda index: -scores[index])
+
+    @property
+    def comparisons(self) -> int:
+        """The number of pairs of models; 1 of a single one."""
+        return max(len(self.models) * (len(self.models) - 1) // 2, 1)
+
+    def run(self, index: int) -> ReportedRun:
+        """A run by its index."""
+        return self.group.runs[index].run
+
+    def study(self, *indices: int) -> Study | None:
+        """Of a run's score, or of that of the first of two less that of the second; None where nothing is scored."""
+        if indices not in self._studies:
+            self._studies[indices] = self._new_study([self.group.runs[index] for index in indices])
+        return self._studies[indices]
+
+    def _new_study(self, runs: Sequence[ScoredRun]) -> Study | None:
+        predictions = [scored.run.predictions for scored in runs]
+        known = [scored for scored in predictions if scored is not None]
+        if len(known) < len(runs):
+            return None
+        first = known[0]
+        try:
+            return Study(
+                first.response,
+                [scored.prediction for scored in known],
+                self.metric,
+                self.recorded.trials,
+                first.stimulus_ids,
+            )
+        except ValueError:
+            return None
+
+    def learning(self, index: int) -> LearningRun | None:
+        """A run's place on its system's learning curve; None where that is not known, and for metrics but R2."""
+        scored = self.group.runs[index]
+        stimuli = scored.metrics.training_stimuli
+        if self.metric.key != R2.key or stimuli is None:
+            return None
+        for curve in self.group.curves:
+            if any(scored in point.runs for point in curve.points):
+                fitted = fit_learning_curve(
+                    [point.stimuli for point in curve.points], [point.mean for point in curve.points]
+                )
+                return None if fitted is None else LearningRun(fitted, stimuli)
+        return None
+
+    def share(self, indices: Sequence[int]) -> float | None:
+        """The share of the stimuli that were scored, of those trained on and scored; None where it is not known."""
+        trained = [self.group.runs[index].metrics.training_stimuli for index in indices]
+        known = [stimuli for stimuli in trained if stimuli is not None]
+        if not known or len(known) < len(trained):
+            return None
+        return self.group.stimuli / (self.group.stimuli + max(known))
+
+
+@dataclass(frozen=True)
+class JoinedPower:
+    """Models that were scored on several recordings.
+
+    Attributes:
+        groups: of the recordings.
+        runs: the folders of the two best by the mean over recordings, or of the only one.
+        study: of their difference, or of the score.
+    """
+
+    groups: list[GroupPower]
+    runs: list[Path]
+    study: JoinedStudies
+
+    @property
+    def title(self) -> str:
+        """The recordings."""
+        return " + ".join(power.group.recording for power in self.groups)
+
+
+def join(groups: Sequence[GroupPower]) -> JoinedPower | None:
+    """The two best of the models that were scored on all recordings, or the only one; None where there is none.
+
+    A run on several recordings is in the group of each.
+    """
+    if len(groups) < 2 or len({power.group.recording for power in groups}) < len(groups):
+        return None
+    indices = [{power.run(index).path.resolve(): index for index in power.models} for power in groups]
+    shared = [path for path in indices[0] if all(path in others for others in indices)]
+    if not shared:
+        return None
+
+    def mean_score(path: Path) -> float:
+        studies = [power.study(by_path[path]) for power, by_path in zip(groups, indices, strict=True)]
+        return sum(study.components().value for study in studies if study is not None) / len(groups)
+
+    best = sorted(shared, key=mean_score, reverse=True)[:2]
+    studies = [power.study(*(by_path[path] for path in best)) for power, by_path in zip(groups, indices, strict=True)]
+    known = [study for study in studies if study is not None]
+    return JoinedPower(list(groups), best, JoinedStudies(known)) if len(known) == len(studies) else None

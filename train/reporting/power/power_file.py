@@ -1,0 +1,141 @@
+"""power.json: what a report's recordings can decide, in numbers; docs/power.md describes it."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from train.evaluation.power.components import POPULATIONS, Components, Design
+from train.evaluation.power.planning import Question, need
+from train.reporting.groups import R2
+from train.reporting.power.group_power import GroupPower, JoinedPower
+from train.reporting.power.power_figure import numbers_of_repetitions, numbers_of_stimuli
+from train.reporting.power.wording import Subject
+
+FORMAT_VERSION = 1
+GRID_STIMULI = 12
+
+
+def group_facts(power: GroupPower, subject: Subject, design: Design, question: Question, sentence: str) -> dict:
+    """A recording's part."""
+    repetitions = subject.planned.repetitions
+    return {
+        "recording": power.group.recording,
+        "split": power.group.split,
+        "stimuli": power.group.stimuli,
+        "sites": power.group.sites,
+        "repetitions": repetitions,
+        "trials": power.recorded.source,
+        "metric": power.metric.key,
+        "comparisons": question.comparisons,
+        "sentence": sentence,
+        "models": [_model(power, index) for index in power.models],
+        "differences": [
+            _difference(power, better, worse, question)
+            for better, worse in zip(power.models, power.models[1:], strict=False)
+        ],
+        "designs": _designs(subject, design, question),
+    }
+
+
+def joined_facts(power: JoinedPower, subject: Subject, design: Design, question: Question, sentence: str) -> dict:
+    """The part of several recordings together; numbers of stimuli and sites are those of each of them."""
+    return {
+        "recordings": [group.group.recording for group in power.groups],
+        "runs": [str(run) for run in power.runs],
+        "repetitions": subject.planned.repetitions,
+        "sentence": sentence,
+        "design": asdict(design),
+        **_facts_of(subject.planned.components(), design),
+        **(_power(subject.planned, design, question) if subject.is_difference else {}),
+        "designs": _designs(subject, design, question),
+    }
+
+
+def file_content(recordings: list[dict], joined: dict | None, question: Question) -> dict[str, Any]:
+    """The whole file."""
+    content: dict[str, Any] = {
+        "format": FORMAT_VERSION,
+        "power": question.power,
+        "populations": dict(POPULATIONS),
+        "recordings": recordings,
+    }
+    return _finite(content | ({"joined": joined} if joined else {}))
+
+
+def _model(power: GroupPower, index: int) -> dict[str, Any]:
+    study = power.study(index)
+    assert study is not None, "a model has one"
+    standing = power.group.standings.get(index) if power.metric.key == R2.key else None
+    facts: dict[str, Any] = {"model": power.run(index).title, "run": str(power.run(index).path)}
+    facts |= _facts_of(study.components(), study.design)
+    if standing is not None:
+        facts["adjusted"] = list(standing.interval)
+        facts["ranks"] = {"probability": standing.probabilities, "best": standing.best, "worst": standing.worst}
+    learning = power.learning(index)
+    if learning is not None:
+        facts["learning_curve"] = asdict(learning.curve) | {"training_stimuli": learning.stimuli}
+    return facts
+
+
+def _difference(power: GroupPower, better: int, worse: int, question: Question) -> dict[str, Any]:
+    study = power.study(better, worse)
+    facts: dict[str, Any] = {"better": power.run(better).title, "worse": power.run(worse).title}
+    if study is None:
+        return facts
+    lead = next((one for one in power.group.leads.get(power.metric.key, []) if one.better == better), None)
+    facts |= _facts_of(study.components(), study.design)
+    if lead is not None and lead.worse == worse:
+        facts |= {"ci95": lead.interval, "adjusted": lead.adjusted}
+    return facts | _power(study, study.design, question)
+
+
+def _facts_of(components: Components, design: Design) -> dict[str, Any]:
+    return {
+        "value": components.value,
+        "components": {name: getattr(components, name) for name in ("stimulus", "site", "rest")},
+        "intervals": {population: list(components.interval(design, population)) for population in POPULATIONS},
+    }
+
+
+def _power(planned: Any, design: Design, question: Question) -> dict[str, Any]:
+    """For each population: the power, the smallest difference that is found, and what would be needed."""
+    facts: dict[str, dict[str, Any]] = {"power": {}, "smallest_difference": {}, "needed": {}}
+    for population in POPULATIONS:
+        of_population = replace(question, population=population)
+        facts["power"][population] = of_population.power_of(planned, design)
+        facts["smallest_difference"][population] = of_population.smallest_difference(planned, design)
+        facts["needed"][population] = asdict(need(planned, design, of_population))
+    return facts
+
+
+def _designs(subject: Subject, design: Design, question: Question) -> dict[str, Any]:
+    """Half widths and power of other designs: a list over repetitions of lists over stimuli."""
+    stimuli = numbers_of_stimuli(design, GRID_STIMULI)
+    repetitions = numbers_of_repetitions(subject)
+    designs = [[replace(design, stimuli=n, repetitions=k) for n in stimuli] for k in (repetitions or [None])]
+    facts: dict[str, Any] = {
+        "of": list(subject.models),
+        "stimuli": stimuli,
+        "repetitions": repetitions,
+        "sites": design.sites,
+        "half_width": {
+            population: [
+                [subject.planned.components(one.repetitions).half_width(one, population) for one in row]
+                for row in designs
+            ]
+            for population in POPULATIONS
+        },
+    }
+    if subject.is_difference:
+        facts["power"] = [[question.power_of(subject.planned, one) for one in row] for row in designs]
+    return facts
+
+
+def _finite(content: Any) -> Any:
+    """JSON has no infinite numbers: they become null."""
+    if isinstance(content, Mapping):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content

@@ -1,0 +1,128 @@
+"""What a plan of power says, in sentences that the report and train/plan.py share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from train.evaluation.power.components import POPULATIONS, Design, Population
+from train.evaluation.power.planning import Need, Planned, Question, fewest, need
+
+AT = {  # populations as a sentence ends
+    "stimuli": "for other stimuli at these sites",
+    "sites": "for other sites with these stimuli",
+    "both": "for other stimuli and other sites",
+}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is planned.
+
+    Attributes:
+        models: the titles of two models whose scores are compared, or that of one.
+        metric: its title.
+        planned: what was measured of them.
+        repetitions_source: why other numbers of repetitions cannot be planned, or where trials were read.
+    """
+
+    models: Sequence[str]
+    metric: str
+    planned: Planned
+    repetitions_source: str
+
+    @property
+    def is_difference(self) -> bool:
+        """Whether two models are compared."""
+        return len(self.models) > 1
+
+    @property
+    def name(self) -> str:
+        """The quantity."""
+        return f"{self.metric} of {self.models[0]}" + (f" less that of {self.models[1]}" if self.is_difference else "")
+
+
+def finding(subject: Subject, design: Design, question: Question) -> str:
+    """What it takes, in one sentence."""
+    return _telling_apart(subject, design, question) if subject.is_difference else _precision(subject, design, question)
+
+
+def _telling_apart(subject: Subject, design: Design, question: Question) -> str:
+    one, other = subject.models
+    difference = question.expected(subject.planned, design.repetitions)
+    if difference == 0:
+        return f"{one} and {other} do not differ in {subject.metric}, so nothing tells them apart."
+    origin = " as here" if question.difference is None else ""
+    looks = f", corrected for {question.comparisons:,} comparisons" if question.comparisons > 1 else ""
+    aim = f"with {question.power:.0%} power {AT[question.population]}{looks}"
+    condition = f"if {subject.metric} truly differs by {abs(difference):.3f}{origin}"
+    needed = need(subject.planned, design, question)
+    if question.is_met(subject.planned, design):
+        spare = _spare(needed, design, subject.planned)
+        return f"{one} is told from {other} {aim}, {condition}{'; ' if spare else ''}{spare}."
+    more, vain = _more(needed, design, subject)
+    takes = " or ".join(more)
+    sentence = f"To tell {one} from {other} {aim}, {condition}, "
+    sentence += f"takes {takes}" if takes else "takes more than any one of these can give"
+    return f"{sentence}; {'; '.join(vain)}." if vain else f"{sentence}."
+
+
+def _more(needed: Need, design: Design, subject: Subject) -> tuple[list[str], list[str]]:
+    """What would be enough by itself, and what would not."""
+    planned, enough, vain = subject.planned, [], []
+    if needed.stimuli is not None:
+        enough.append(f"{needed.stimuli - design.stimuli:,} more scored stimuli ({needed.stimuli:,} in all)")
+    else:
+        vain.append("more stimuli alone would not be enough")
+    now = repetitions_of(design, planned)
+    if now is None:
+        vain.append(f"what more repetitions would do is not known ({subject.repetitions_source})")
+    elif needed.repetitions is not None:
+        added = max(needed.repetitions - now, 0)
+        enough.append(f"{added:.0f} more repetitions of these ({needed.repetitions:,} in all)")
+    else:
+        vain.append("more repetitions alone would not be enough")
+    if needed.sites is not None:
+        enough.append(f"{needed.sites - design.sites:,} more sites like these ({needed.sites:,} in all)")
+    else:
+        vain.append("more sites alone would not be enough")
+    return enough, vain
+
+
+def _spare(needed: Need, design: Design, planned: Planned) -> str:
+    """What would have done as well."""
+    words = []
+    if needed.stimuli is not None and needed.stimuli < design.stimuli:
+        words.append(f"{needed.stimuli:,} of the {design.stimuli:,} scored stimuli")
+    now = repetitions_of(design, planned)
+    if now is not None and needed.repetitions is not None and needed.repetitions < round(now):
+        words.append(f"{needed.repetitions} of the {now:.0f} repetitions")
+    if needed.sites is not None and needed.sites < design.sites:
+        words.append(f"{needed.sites:,} of the {design.sites:,} sites")
+    return f"{' or '.join(words)} would have been enough" if words else ""
+
+
+def _precision(subject: Subject, design: Design, question: Question) -> str:
+    """Of a single score: how well it is known, and what would double that."""
+    components = subject.planned.components(design.repetitions)
+    half = {population: components.half_width(design, population, question.level) for population in POPULATIONS}
+    known = f"{subject.name} is {components.value:.3f}, known to within {half['stimuli']:.3f} {AT['stimuli']}"
+    known += f" and to within {half['both']:.3f} {AT['both']}"
+    wanted = half[question.population] / 2
+
+    def is_enough(stimuli: int) -> bool:
+        other = Design(stimuli, design.sites, design.repetitions)
+        return components.half_width(other, question.population, question.level) <= wanted
+
+    stimuli = fewest(is_enough, 2, 1000 * design.stimuli)
+    if stimuli is None:
+        return f"{known}; no number of stimuli halves the uncertainty {AT[question.population]}."
+    return f"{known}; half of that {AT[question.population]} takes {stimuli:,} scored stimuli."
+
+
+def repetitions_of(design: Design, planned: Planned) -> float | None:
+    """The number of repetitions of a design, which is the recorded one by default; None where nothing is known."""
+    return design.repetitions if design.repetitions is not None else planned.repetitions
+
+
+def population_words(population: Population) -> str:
+    """To which population an interval speaks."""
+    return AT[population]
