@@ -1,14 +1,16 @@
-"""Estimate what a recipe needs, under every strategy, and how long it takes by the rates that a check measured.
+"""Estimate what a recipe needs, under every strategy, and how long it takes; or what a recording could decide.
 
 python train/plan.py [RECIPE.yaml] --gpus 8 --memory 24 [--machines 1] [--data DIR | --sites 168 --classes 64]
     [--rates rates.json] [--section.key value ...]
 python train/plan.py PROBE.yaml [--gpus 2] (--data DIR | --stimuli 22248) [--rates rates.json] [--section.key value ...]
+python train/plan.py --runs RUN [RUN ...] [--scored 640] [--repetitions 12] [--presentations 8000] [--difference 0.02]
 """
 
 import sys
 
+from data_prep.common.command_line import parse
 from data_prep.common.errors import BadInput, run_command
-from train.planning.options import Plan, ProbePlan, is_probe
+from train.planning.options import Plan, PowerPlan, ProbePlan, is_power, is_probe
 from train.run.recipe import ProbeRecipe, Recipe
 from train.run.recipe_command import parse_with_recipe
 
@@ -16,6 +18,7 @@ EXAMPLES = (
     "train/recipes/resnet50.yaml --gpus 8 --memory 24",
     "train/recipes/resnet50.yaml --gpus 2 --data data/it --rates rates.json",
 )
+POWER_EXAMPLES = ("--runs runs/a runs/b --scored 640 --repetitions 12 --presentations 8000",)
 PROBE_EXAMPLES = ("train/recipes/probes/resnet50.yaml --gpus 2 --data data/it --rates rates.json",)
 
 
@@ -49,6 +52,12 @@ def _check(options: Plan | ProbePlan) -> None:
 def main() -> None:
     """Parse, measure, print."""
     words = sys.argv[1:]
+    if is_power(words):
+        power_options = parse(PowerPlan, words, examples=POWER_EXAMPLES)
+        from train.reporting.power.power_plan import plan_power
+
+        plan_power(power_options)
+        return
     if is_probe(words):
         probe_options, probe = parse_probe(words)
 

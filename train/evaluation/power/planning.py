@@ -37,6 +37,38 @@ class Planned(Protocol):
 
 
 @dataclass(frozen=True)
+class Shifted:
+    """What was measured, with scores that more or fewer training stimuli would change.
+
+    Attributes:
+        measured: what was measured.
+        shift: of the score or difference, with the recorded number of repetitions.
+    """
+
+    measured: Planned
+    shift: float
+
+    @property
+    def design(self) -> Design:
+        """See `Planned`."""
+        return self.measured.design
+
+    @property
+    def repetitions(self) -> float | None:
+        """See `Planned`."""
+        return self.measured.repetitions
+
+    def components(self, repetitions: float | None = None) -> Components:
+        """See `Planned`."""
+        components = self.measured.components(repetitions)
+        return replace(components, value=components.value + self.shift * self.shrinkage(repetitions))
+
+    def shrinkage(self, repetitions: float | None) -> float:
+        """See `Planned`."""
+        return self.measured.shrinkage(repetitions)
+
+
+@dataclass(frozen=True)
 class Question:
     """What a design is asked for.
 
@@ -156,6 +188,21 @@ def need(planned: Planned, design: Design, question: Question) -> Need:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """Presentations to be divided.
+
+    Attributes:
+        presentations: stimuli, also those that only train, times repetitions.
+        share: of the stimuli that are scored.
+        sites: of every design.
+    """
+
+    presentations: int
+    share: float
+    sites: int
+
+
+@dataclass(frozen=True)
 class Offer:
     """A design for a number of presentations.
 
@@ -165,6 +212,7 @@ class Offer:
         half_width: of the interval.
         comparable: the half width less what noise does to scores, so that designs with unlike numbers of repetitions
             can be compared: as if all differences showed as with the recorded number.
+        value: the score or the difference that is expected.
         power: for the difference; None for a single score.
     """
 
@@ -172,32 +220,38 @@ class Offer:
     shown: int
     half_width: float
     comparable: float
+    value: float
     power: float | None
 
 
 def offers(
-    planned: Planned, presentations: int, sites: int, share: float, question: Question, *, is_difference: bool
+    measured: Planned,
+    trained: Callable[[int], Planned],
+    budget: Budget,
+    question: Question,
+    *,
+    is_difference: bool,
 ) -> Iterator[Offer]:
-    """Designs that show stimuli so many times in all, by the number of repetitions.
+    """Designs that use up a budget, by the number of repetitions; none where nothing is known of these.
 
     Args:
-        planned: what was measured.
-        presentations: stimuli, also those that only train, times repetitions.
-        sites: of every design.
-        share: of the stimuli that are scored.
+        measured: what is known.
+        trained: the same with a number of training stimuli.
+        budget: presentations.
         question: that is asked.
         is_difference: whether a difference was measured rather than a score.
     """
-    for repetitions in _numbers_of_repetitions(planned):
-        shown = presentations // repetitions
-        design = Design(int(shown * share + 1e-9), sites, repetitions)
-        if design.stimuli < 2:
+    for repetitions in _numbers_of_repetitions(measured):
+        shown = budget.presentations // repetitions
+        scored = int(shown * budget.share + 1e-9)
+        if scored < 2:
             continue
-        components = planned.components(design.repetitions)
+        planned, design = trained(shown - scored), Design(scored, budget.sites, repetitions)
+        components = planned.components(repetitions)
         half_width = components.half_width(design, question.population, question.level)
-        comparable = half_width / planned.shrinkage(design.repetitions)
+        comparable = half_width / planned.shrinkage(repetitions)
         found = question.power_of(planned, design) if is_difference else None
-        yield Offer(design, shown, half_width, comparable, found)
+        yield Offer(design, shown, half_width, comparable, components.value, found)
 
 
 def _numbers_of_repetitions(planned: Planned) -> list[int]:

@@ -47,13 +47,22 @@ class GroupPower:
 
     @cached_property
     def models(self) -> list[int]:
-        """The indices of the runs with predictions, the best by the metric first; a single one has no score."""
+        """The indices of the runs with predictions, the best by the metric first.
+
+        Of a system that was trained on several numbers of stimuli, only the runs on most of them.
+        """
         scores: dict[int, float] = {}
         for index, (scored, paired) in enumerate(zip(self.group.runs, self.group.is_paired, strict=True)):
             score = scored.regression.score(self.metric.key)
-            if paired and score is not None and score.mean is not None and self.study(index) is not None:
+            if not paired or score is None or score.mean is None or self._is_part(scored):
+                continue
+            if self.study(index) is not None:
                 scores[index] = score.mean
         return sorted(scores, key=lambda index: -scores[index])
+
+    def _is_part(self, scored: ScoredRun) -> bool:
+        """Whether another run of its system was trained on more stimuli."""
+        return any(scored in point.runs for curve in self.group.curves for point in curve.points[:-1])
 
     @property
     def comparisons(self) -> int:

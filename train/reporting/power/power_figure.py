@@ -71,8 +71,10 @@ def draw_power(subject: Subject, design: Design, question: Question) -> "Figure"
 
 
 def _half_widths(subject: Subject, design: Design, stimuli: Sequence[int], population: Population) -> list[float]:
+    """Half the width of the interval by the number of stimuli; NaN where there is none, or none to draw."""
     components = subject.planned.components(design.repetitions)
-    return [components.half_width(replace(design, stimuli=number), population) for number in stimuli]
+    widths = [components.half_width(replace(design, stimuli=number), population) for number in stimuli]
+    return [width if 0 < width < math.inf else math.nan for width in widths]
 
 
 def _draw_widths(axes: "Axes", subject: Subject, design: Design, question: Question) -> None:

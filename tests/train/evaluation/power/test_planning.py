@@ -7,7 +7,7 @@ import pytest
 from scipy.stats import t
 
 from train.evaluation.power.components import Components, Design
-from train.evaluation.power.planning import Question, best_offer, fewest, need, offers, power
+from train.evaluation.power.planning import Budget, Question, Shifted, best_offer, fewest, need, offers, power
 
 HUNDRED = Design(100, 20)
 
@@ -97,21 +97,36 @@ def test_the_smallest_difference_is_found_with_the_power_that_is_wanted():
     assert smallest == pytest.approx(expected, rel=0.01)
 
 
+def offered(known, budget, question, trained=None):
+    return list(offers(known, trained or (lambda _: known), budget, question, is_difference=True))
+
+
 def test_the_cheapest_design_is_the_best_of_all():
-    """With stimulus 0.04 + 0.2 / n, rest 0.3 + 0.2 / n and 20 sites: few repetitions, but for the limit of stimuli."""
+    """With stimulus 0.04 + 0.2 / n, rest 0.3 + 0.2 / n and 20 sites, few repetitions of many stimuli."""
     known, question = Known(), Question()
-    all_offers = list(offers(known, 1200, 20, 1.0, question, is_difference=True))
+    all_offers = offered(known, Budget(1200, 1.0, 20), question)
     assert all(offer.shown * offer.design.repetitions <= 1200 for offer in all_offers)
     best = best_offer(all_offers)
-    assert best.design.repetitions == 1
-    assert best.design.stimuli == 1200
+    assert best.design == Design(1200, 20, 1)
     assert best.power == max(offer.power for offer in all_offers)
     by_hand = (0.24 + 0.5 / 20) / 1200
     assert best.half_width == pytest.approx(t.ppf(0.975, 1199) * np.sqrt(by_hand))
-    half = list(offers(known, 1200, 20, 0.5, question, is_difference=True))
-    assert half[0].design.stimuli == 600
+    assert offered(known, Budget(1200, 0.5, 20), question)[0].design.stimuli == 600
     assert best_offer([]) is None
-    assert list(offers(Known(repetitions=None), 1200, 20, 1.0, question, is_difference=True)) == []
+    assert offered(Known(repetitions=None), Budget(1200, 1.0, 20), question) == []
+
+
+def test_training_stimuli_that_raise_the_difference_count():
+    known, question = Known(), Question()
+    by_share = {
+        share: best_offer(
+            offered(known, Budget(1200, share, 20), question, lambda stimuli: Shifted(known, 0.04 * stimuli / 1200))
+        )
+        for share in (0.1, 0.5, 0.9)
+    }
+    for share, offer in by_share.items():
+        assert offer.value == pytest.approx(0.05 + 0.04 * (offer.shown - offer.design.stimuli) / 1200)
+        assert offer.design.stimuli == pytest.approx(share * offer.shown, abs=1)
 
 
 def test_fewest_is_the_border():
