@@ -51,12 +51,14 @@ class Components:
     Attributes:
         value: the score or difference.
         stimulus, site, rest: see above.
+        bias: of the value, as measured; it is taken off where an interval is centred.
     """
 
     value: float
     stimulus: float
     site: float
     rest: float
+    bias: float = 0.0
 
     @classmethod
     def of(cls, per_site: np.ndarray, mean_influence: float, site_influence: float, stimuli: int) -> "Components":
@@ -113,9 +115,13 @@ class Components:
         return float(stdtrit(freedom, (1 + level) / 2)) * self.standard_error(design, population)
 
     def interval(self, design: Design, population: Population, level: float = 0.95) -> tuple[float, float]:
-        """The interval of the value that was measured with this design."""
+        """The interval of the value that was measured with this design.
+
+        Its centre is the value less the bias, unless it is about these very stimuli.
+        """
         half = self.half_width(design, population, level)
-        return self.value - half, self.value + half
+        centre = self.value if population == "sites" else self.value - self.bias
+        return centre - half, centre + half
 
 
 def joined(parts: "list[Components]", shared: float) -> Components:
@@ -132,4 +138,5 @@ def joined(parts: "list[Components]", shared: float) -> Components:
         stimulus=max(sum(part.stimulus for part in parts) + shared, 0.0) / count**2,
         site=sum(part.site for part in parts) / count**2,
         rest=sum(part.rest for part in parts) / count**2,
+        bias=float(np.mean([part.bias for part in parts])),
     )

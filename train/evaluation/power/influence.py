@@ -92,6 +92,28 @@ class CentredPredictions:
         quadratic = metric.influence(moments, self.prediction[rows])
         return quadratic.square * dy**2 + quadratic.linear * dy + quadratic.constant
 
+    def bias(self, metric: "PlannedMetric") -> np.ndarray:
+        """How far a score over so many stimuli lies from that over endless ones, on average: float64 (sites,).
+
+        By the jackknife (Quenouille 1956; Efron and Tibshirani 1993, chapter 10): R2 lies about (1 - R2) / S too low.
+        """
+        count = self.recorded.sum(axis=0)
+        left, moments = count - 1, self.moments
+
+        def without_one(mean_product: np.ndarray, products: np.ndarray) -> np.ndarray:
+            return (count * mean_product - count / left * products) / left
+
+        each = ScoreMoments(
+            response=without_one(moments.response, self.response**2),
+            prediction=without_one(moments.prediction, self.prediction**2),
+            covariance=without_one(moments.covariance, self.response * self.prediction),
+            bias=moments.bias - (self.response - self.prediction) / left,
+        )
+        with np.errstate(invalid="ignore", divide="ignore"):
+            scores = np.where(self.recorded, metric.score(each), 0)
+            bias = left * (scores.sum(axis=0) / count - metric.score(moments))
+        return np.where(np.isfinite(bias), bias, 0)
+
 
 @dataclass(frozen=True)
 class Quadratic:

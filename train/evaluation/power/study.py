@@ -1,6 +1,7 @@
 """A score, or the difference between two, as measured on a recording: what other designs would show of it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -112,7 +113,14 @@ class Study:
             variances = variances * self._trials.ratios(lambda values: self._variances_of(values, moments), repetitions)
         scores = [self.metric.score(known) for known in moments]
         per_site = scores[0] - scores[1] if len(scores) > 1 else scores[0]
-        return Components.of(per_site, float(variances[0]), float(variances[1]), self.stimuli)
+        components = Components.of(per_site, float(variances[0]), float(variances[1]), self.stimuli)
+        return replace(components, bias=self._bias)
+
+    @cached_property
+    def _bias(self) -> float:
+        """How far the value lies from that over endless stimuli, on average, because they are so few."""
+        parts = zip(self._signs, self._models, strict=True)
+        return float(np.sum([sign * model.bias(self.metric).mean() for sign, model in parts]))
 
     def _variances_of(self, average: np.ndarray, moments: Sequence[ScoreMoments]) -> np.ndarray:
         """`_variances` with averages over some of the trials in place of the responses."""

@@ -141,7 +141,7 @@ def _page(asked: _Asked, options: PowerPlan) -> str:
 
 
 def _check(subject: Subject, options: PowerPlan) -> None:
-    """Refuse to plan repetitions without trials, and a difference of a single model."""
+    """Refuse to plan repetitions without trials, a difference of a single model, and options without their partner."""
     if subject.planned.repetitions is None:
         asked = [name for name in ("repetitions", "presentations") if getattr(options, name) is not None]
         if asked:
@@ -149,6 +149,8 @@ def _check(subject: Subject, options: PowerPlan) -> None:
                 f"{asked[0]}: without single trials, only stimuli and sites can be planned "
                 f"({subject.repetitions_source}); name the shards by --data, or leave out --{asked[0]}"
             )
+    if options.held_out is not None and options.presentations is None:
+        raise BadInput("held_out: it divides --presentations; give these too, or leave it out")
     if options.difference is not None and not subject.is_difference:
         raise BadInput("difference: one run alone has none; name two or more")
 

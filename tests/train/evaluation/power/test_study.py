@@ -64,6 +64,20 @@ def test_the_influence_is_the_derivative_of_the_score(metric):
         np.testing.assert_allclose(derivative, psi[row], rtol=0.02, atol=2e-3)
 
 
+def test_the_bias_is_that_of_the_jackknife():
+    trials, (model, _) = Brain().draw(np.random.default_rng(0), 30, 3)
+    response = trials.mean(axis=1)
+    response[:5, 0] = np.nan
+    for metric in PLANNED:
+        whole = scores(model, response)[metric]
+        each = np.array([scores(np.delete(model, k, 0), np.delete(response, k, 0))[metric] for k in range(30)])
+        expected = 29 * (each.mean(axis=0) - whole)
+        found = CentredPredictions.of(model, response).bias(PLANNED[metric])
+        np.testing.assert_allclose(found[1:], expected[1:], rtol=1e-6, atol=1e-9)
+        few = each[5:, 0]  # the others change nothing at the first site
+        assert found[0] == pytest.approx(24 * (few.mean() - whole[0]))
+
+
 @pytest.mark.parametrize("metric", ["r2", "pearson_r"])
 def test_a_study_foretells_the_spread_with_other_numbers_of_stimuli_and_repetitions(metric):
     """From one study of 1,200 stimuli with 6 repetitions."""
