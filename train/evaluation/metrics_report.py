@@ -51,8 +51,24 @@ def report_head(
     return head
 
 
+def resampled_scores(
+    prediction: np.ndarray, response: np.ndarray, manifest: Manifest, noise: np.ndarray | None
+) -> ResampledScores:
+    """The scores on resamples of the stimuli, as `regression_block` draws them from its arguments; none of one."""
+    if len(response) < 2:
+        return ResampledScores({}, {})
+    reliability = None if manifest.ceiling is None else from_json_list(manifest.ceiling.reliability)
+    response = np.where(manifest.rates.fitted_sites(), response, np.nan)
+    return bootstrap_scores(prediction, response, reliability, noise)
+
+
 def regression_block(
-    moments: SiteMoments, prediction: np.ndarray, response: np.ndarray, manifest: Manifest, noise: np.ndarray | None
+    moments: SiteMoments,
+    prediction: np.ndarray,
+    response: np.ndarray,
+    manifest: Manifest,
+    noise: np.ndarray | None,
+    resampled: ResampledScores | None = None,
 ) -> dict[str, Any]:
     """The `regression` block for the sites of a recording; every score that rests on a ceiling names it.
 
@@ -61,6 +77,7 @@ def regression_block(
         prediction, response: (stimuli, sites).
         manifest: has the reliability of each site where there are single trials.
         noise: (stimuli, sites), noise variance of the responses (`RecordingStimuli.noise_of_rates`), or None.
+        resampled: of `resampled_scores`, where they are known already.
 
     Raises:
         RunFailed: a prediction is NaN or infinite.
@@ -71,7 +88,9 @@ def regression_block(
     split_half = reliability if ceiling is None or ceiling.split_half is None else from_json_list(ceiling.split_half)
     trained = manifest.rates.fitted_sites()
     site_ids = manifest.site_ids
-    block = regression_report(moments, prediction, response, site_ids, reliability, trained, noise, split_half)
+    block = regression_report(
+        moments, prediction, response, site_ids, reliability, trained, noise, split_half, resampled
+    )
     if ceiling is not None:
         block["ceiling"] |= ceiling.facts()
         for name in ("ceiled_explained_variance", "ceiled_pearson_r"):
@@ -91,6 +110,7 @@ def regression_report(
     trained: np.ndarray | None = None,
     noise: np.ndarray | None = None,
     split_half: np.ndarray | None = None,
+    resampled: ResampledScores | None = None,
 ) -> dict[str, Any]:
     """Every metric's mean, median, confidence intervals and values per site, and Brain-Score's score.
 
@@ -102,6 +122,7 @@ def regression_report(
         trained: bool (sites,), the sites that a model can be fitted to; the others have no score. All by default.
         noise: noise variance of each response, float64 (stimuli, sites), or None.
         split_half: reliability of the trial average by split halves, float64 (sites,), or None.
+        resampled: the scores on resamples of the stimuli; by default they are drawn here.
 
     Raises:
         RunFailed: a prediction is NaN or infinite.
@@ -112,9 +133,10 @@ def regression_report(
     if not np.isfinite(predicted).all():
         raise RunFailed(f"{DIVERGED}the predictions contain NaN or infinity")
     scores = all_scores(moments, reliability, mean_noise(noise, response))
-    resampled = ResampledScores({}, {})
-    if len(response) > 1:
-        resampled = bootstrap_scores(prediction, response, reliability, noise)
+    if resampled is None:
+        resampled = ResampledScores({}, {})
+        if len(response) > 1:
+            resampled = bootstrap_scores(prediction, response, reliability, noise)
     report: dict[str, Any] = {
         name: _summary(name, per_site, resampled, len(response)) for name, per_site in scores.items()
     }

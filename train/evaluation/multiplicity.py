@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,11 @@ class Standing:
     probabilities: list[float]
     best: int
     worst: int
+
+    def content(self) -> dict[str, Any]:
+        """For a JSON file."""
+        ranks = {"probability": self.probabilities, "best": self.best, "worst": self.worst}
+        return {"adjusted": list(self.interval), "ranks": ranks}
 
 
 class ComparedModels:

@@ -228,9 +228,9 @@ class ProbeCosts:
         )
 
     def scoring(self, layers: int) -> float:
-        """Seconds of the intervals of all layers' scores, and of the chosen one's."""
+        """Seconds of the intervals of all layers' scores, and with folds of those that each chose."""
         responses = sum(self.sizes.scored) * self.machine.bootstrap_response
-        return (layers + 1) * self.sizes.sites * (self.machine.bootstrap_site + responses)
+        return (layers + (len(self.sizes.scored) > 1)) * self.sizes.sites * (self.machine.bootstrap_site + responses)
 
 
 @dataclass(frozen=True)

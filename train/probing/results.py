@@ -11,8 +11,10 @@ import torch
 from data_prep.common.atomic_writes import write_bytes, write_json
 from data_prep.common.markdown import markdown_table
 from data_prep.shards.manifest import to_json_list
+from train.evaluation.comparison import compared_models
+from train.evaluation.confidence_intervals import ResampledScores
 from train.evaluation.figures.layer_figure import layer_figure, layer_label
-from train.evaluation.metrics_report import SHUFFLED_CONTROL, regression_block, report_head
+from train.evaluation.metrics_report import SHUFFLED_CONTROL, regression_block, report_head, resampled_scores
 from train.evaluation.moments import SiteMoments
 from train.evaluation.predictions_file import METRICS_FILE, Predictions
 from train.evaluation.seen_stimuli import mark_of, seen_in, selected_on
@@ -52,9 +54,13 @@ def score_layers(job: ProbeJob, results: Mapping[str, LayerResult], ranks: int) 
         prediction[rows] = results[layer].prediction[rows]
     scored_ids = [job.stimulus_ids[position] for position in job.scored]
     metrics = report_head(scored_ids, job.rates[job.scored], job.manifest, job.split, ranks)
+    resampled = {layer: _resampled(job, result.prediction) for layer, result in results.items()}
+    layers = {layer: _layer_block(job, result, resampled[layer]) for layer, result in results.items()}
+    _add_standings(layers, resampled, len(job.scored))
+    of_all = resampled[chosen] if len(job.partitions) == 1 else _resampled(job, prediction)
     metrics |= {
-        "regression": _regression_block(job, prediction),
-        "layers": {layer: _layer_block(job, result) for layer, result in results.items()},
+        "regression": _regression_block(job, prediction, of_all),
+        "layers": layers,
         "chosen": chosen,
         "selected_on": selected_on([_selected_on(job)], job.split, job.seen),
         "seen": job.seen.content(),
@@ -81,16 +87,32 @@ def _selected_on(job: ProbeJob) -> str:
     return f"the other folds, {inner}" if job.split == "cv" else f"train, {inner}"
 
 
-def _regression_block(job: ProbeJob, prediction: np.ndarray) -> dict[str, Any]:
+def _resampled(job: ProbeJob, prediction: np.ndarray) -> ResampledScores:
+    return resampled_scores(prediction, job.rates[job.scored], job.manifest, job.noise)
+
+
+def _regression_block(job: ProbeJob, prediction: np.ndarray, resampled: ResampledScores) -> dict[str, Any]:
     rates = job.rates[job.scored]
     moments = SiteMoments.of(torch.from_numpy(prediction), torch.from_numpy(rates))
-    return regression_block(moments, prediction, rates, job.manifest, job.noise)
+    return regression_block(moments, prediction, rates, job.manifest, job.noise, resampled)
 
 
-def _layer_block(job: ProbeJob, result: LayerResult) -> dict[str, Any]:
+def _add_standings(layers: dict[str, dict[str, Any]], resampled: Mapping[str, ResampledScores], stimuli: int) -> None:
+    """Add to each layer how it stands among all by R2: what holds for one of many chosen by chance does not count."""
+    scores = {layer: block["regression"]["r2"]["mean"] for layer, block in layers.items()}
+    known = [layer for layer, score in scores.items() if score is not None and "r2" in resampled[layer].means]
+    values = {number: resampled[layer].means["r2"] for number, layer in enumerate(known)}
+    models = compared_models({number: scores[layer] for number, layer in enumerate(known)}, values, stimuli)
+    if models is None:
+        return
+    for layer, standing in zip(known, models.standings(), strict=True):
+        layers[layer]["standing"] = standing.content()
+
+
+def _layer_block(job: ProbeJob, result: LayerResult, resampled: ResampledScores) -> dict[str, Any]:
     block = {
         "features": result.features,
-        "regression": _regression_block(job, result.prediction),
+        "regression": _regression_block(job, result.prediction, resampled),
         "inner_r2": to_json_list([float(np.mean(result.inner_r2))])[0],
     }
     if result.penalty:

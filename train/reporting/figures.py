@@ -23,12 +23,13 @@ from train.evaluation.figures.figure_style import (
     new_figure,
     shorten,
 )
-from train.evaluation.figures.layer_figure import draw_layers
+from train.evaluation.figures.layer_figure import draw_layers, layer_label
 from train.evaluation.figures.prediction_figures import draw_confusion
 from train.evaluation.metrics import LOWER_IS_BETTER
 from train.reporting.data_efficiency import describe_gains, have_seeds
 from train.reporting.groups import METRICS, R2, Group
 from train.reporting.reported_run import ReportedRun, ScoredRun
+from train.reporting.run_files import Metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,8 +111,20 @@ def _layer_figure(group: Group, scored: ScoredRun, suffix: str) -> ReportFigure:
     name, metrics = scored.run.name, scored.metrics
     scores = {layer: block.regression.explained_variance.per_site for layer, block in metrics.layers.items()}
     figure = draw_layers(scores, metrics.chosen, name, group.ceiling.mean if group.ceiling else None)
-    caption = f"{name}: explained variance by layer, its distribution over sites. {group.title}."
+    caption = f"{name}: explained variance by layer, its distribution over sites. {_best_layers(metrics)}{group.title}."
     return report_figure(f"layers_{file_name(name)}{suffix}", caption, figure)
+
+
+def _best_layers(metrics: Metrics) -> str:
+    """The layers that may be the best by R2, in a sentence; empty where that is not known."""
+    standings = {name: layer.standing for name, layer in metrics.layers.items() if layer.standing is not None}
+    if not standings:
+        return ""
+    first = sorted(
+        (-standing.ranks.probability[0], name) for name, standing in standings.items() if standing.ranks.best == 1
+    )
+    names = [f"{layer_label(name)} (best on {-share:.0%} of resamples)" for share, name in first]
+    return f"Best by R2, adjusted for {len(standings)} layers: {' or '.join(names)}. "
 
 
 def draw_site_scores(group: Group) -> "Figure":

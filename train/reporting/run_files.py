@@ -89,12 +89,28 @@ class Classification(_FileContent):
     per_class: dict[Text, Number] = {}
 
 
+class Ranks(_FileContent):
+    """A layer's ranks among all by R2: how probable each is, and the best and the worst that is possible."""
+
+    probability: Annotated[list[Number], Field(min_length=1)]
+    best: Count
+    worst: Count
+
+
+class LayerStanding(_FileContent):
+    """A layer among all of a probe; its interval holds together with those of the others."""
+
+    adjusted: tuple[Number, Number]
+    ranks: Ranks
+
+
 class LayerScores(_FileContent):
     """One layer of a probe."""
 
     features: Count | None = None
     regression: Regression
     inner_r2: Number | None = None
+    standing: LayerStanding | None = None
 
 
 class Metrics(_FileContent):

@@ -169,6 +169,20 @@ def test_a_probe_shows_metrics_of_other_papers_of_every_layer(probed):
     assert f"Brain-Score of the chosen layer: {brain_score['score']:.3f} [{low:.3f}, {high:.3f}]" in text
 
 
+def test_layers_are_ranked_with_intervals_that_hold_together(probed, tmp_path):
+    scores = metrics(probed[1])
+    standings = {layer: block["standing"] for layer, block in scores["layers"].items()}
+    shares = np.array([standing["ranks"]["probability"] for standing in standings.values()])
+    np.testing.assert_allclose(shares.sum(axis=0), 1)
+    np.testing.assert_allclose(shares.sum(axis=1), 1)
+    for layer, standing in standings.items():
+        alone, together = scores["layers"][layer]["regression"]["r2"]["ci95"], standing["adjusted"]
+        assert together[1] - together[0] > 0.95 * (alone[1] - alone[0])
+        assert 1 <= standing["ranks"]["best"] <= standing["ranks"]["worst"] <= len(standings)
+    succeed_here("train/report.py", probed[1], "--out", tmp_path)
+    assert f"Best by R², adjusted for {len(standings)} layers: " in (tmp_path / "report.html").read_text()
+
+
 def test_the_report_names_a_run_without_scores(trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run", symlinks=True, ignore=shutil.ignore_patterns("eval"))
     done = succeed_here("train/report.py", tmp_path / "run", "--out", tmp_path / "report")

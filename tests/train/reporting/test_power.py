@@ -86,7 +86,7 @@ def test_a_report_says_what_it_would_take_to_tell_the_best_two_apart(reported, r
     needed = need(study, Design(195, 12), question)
     assert needed.stimuli > 195
     sentence = recording["sentence"]
-    assert sentence.startswith("To tell first from second with 80% power for other stimuli at these sites")
+    assert sentence.startswith("To tell first from second with 80 % power for other stimuli at these sites")
     assert "corrected for 3 comparisons" in sentence
     assert f"{needed.stimuli - 195:,} more scored stimuli ({needed.stimuli:,} in all)" in sentence
     assert sentence in output
@@ -183,7 +183,7 @@ def test_a_plan_answers_for_a_design(runs, study):
         rf"power +{power:.2f} for other stimuli at these sites, if it truly is {components.value:.4f}", text
     )
     smallest = question.smallest_difference(study, design)
-    assert f"{smallest:.4f} is found with 80% power" in text
+    assert f"{smallest:.4f} is found with 80 % power" in text
 
 
 def test_a_given_difference_shows_less_with_fewer_repetitions(runs, study):

@@ -145,11 +145,9 @@ def fewest(is_met: Callable[[int], bool], least: int, most: int) -> int | None:
     """The smallest number for which something holds that also holds for all larger ones; None if it never does."""
     if is_met(least):
         return least
-    low, high = least, least
-    while not is_met(high):
-        if high >= most:
-            return None
-        low, high = high, min(2 * high, most)
+    if not is_met(most):
+        return None
+    low, high = least, most
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if is_met(middle) else (middle, high)

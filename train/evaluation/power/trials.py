@@ -15,7 +15,7 @@ from data_prep.ceiling import TrialStatistics
 
 PARTS = (2, 3, 6)  # averages over a half, a third, a sixth of the trials
 DRAWS, SEED = 8, 0  # random parts of each size
-MOST_VALUES = 2**21  # stimuli x sites of an average; of more stimuli, some are taken
+MOST_VALUES = 2**19  # stimuli x sites of an average; of more stimuli, every second, third ... is taken
 
 
 @dataclass(frozen=True)

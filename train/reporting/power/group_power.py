@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from train.evaluation.power.influence import PlannedMetric
 from train.evaluation.power.learning import LearningCurve, fit_learning_curve
 from train.evaluation.power.study import JoinedStudies, Study
@@ -69,6 +71,16 @@ class GroupPower:
         """The number of pairs of models; 1 of a single one."""
         return max(len(self.models) * (len(self.models) - 1) // 2, 1)
 
+    @property
+    def left_out(self) -> list[str]:
+        """The titles of runs that have scores, but no predictions to plan from."""
+        parts = (self._is_part(scored) for scored in self.group.runs)
+        return [
+            scored.run.title
+            for index, (scored, is_part) in enumerate(zip(self.group.runs, parts, strict=True))
+            if index not in self.models and not is_part
+        ]
+
     def run(self, index: int) -> ReportedRun:
         """A run by its index."""
         return self.group.runs[index].run
@@ -82,7 +94,8 @@ class GroupPower:
     def _new_study(self, runs: Sequence[ScoredRun]) -> Study | None:
         predictions = [scored.run.predictions for scored in runs]
         known = [scored for scored in predictions if scored is not None]
-        if len(known) < len(runs):
+        arrays = [array for scored in known for array in (scored.prediction, scored.response)]
+        if len(known) < len(runs) or any(np.isinf(array).any() for array in arrays):
             return None
         first = known[0]
         try:

@@ -96,6 +96,8 @@ def _draw_widths(axes: "Axes", subject: Subject, design: Design, question: Quest
 
 def _round_numbers(low: float, high: float) -> list[float]:
     """1, 2 and 5 times powers of ten within bounds; over many powers, these alone."""
+    if not 0 < low < high < math.inf:
+        return []
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     factors = (1, 2, 5) if len(powers) <= MOST_POWERS else (1,)
     numbers = [factor * 10.0**power for power in powers for factor in factors]

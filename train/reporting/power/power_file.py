@@ -1,12 +1,13 @@
 """power.json: what a report's recordings can decide, in numbers; docs/power.md describes it."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
 from train.evaluation.power.components import POPULATIONS, Components, Design
-from train.evaluation.power.planning import Question, need
+from train.evaluation.power.planning import Planned, Question, need
 from train.reporting.groups import R2
 from train.reporting.power.group_power import GroupPower, JoinedPower
 from train.reporting.power.power_figure import numbers_of_repetitions, numbers_of_stimuli
@@ -14,6 +15,7 @@ from train.reporting.power.wording import Subject
 
 FORMAT_VERSION = 1
 GRID_STIMULI = 12
+DETAILED = 5  # differences, from the best two on, of which the file says what would be needed
 
 
 def group_facts(power: GroupPower, subject: Subject, design: Design, question: Question, sentence: str) -> dict:
@@ -31,8 +33,8 @@ def group_facts(power: GroupPower, subject: Subject, design: Design, question: Q
         "sentence": sentence,
         "models": [_model(power, index) for index in power.models],
         "differences": [
-            _difference(power, better, worse, question)
-            for better, worse in zip(power.models, power.models[1:], strict=False)
+            _difference(power, better, worse, question, is_detailed=number < DETAILED)
+            for number, (better, worse) in enumerate(itertools.pairwise(power.models))
         ],
         "designs": _designs(subject, design, question),
     }
@@ -48,6 +50,7 @@ def joined_facts(power: JoinedPower, subject: Subject, design: Design, question:
         "design": asdict(design),
         **_facts_of(subject.planned.components(), design),
         **(_power(subject.planned, design, question) if subject.is_difference else {}),
+        **({"needed": _needed(subject.planned, design, question)} if subject.is_difference else {}),
         "designs": _designs(subject, design, question),
     }
 
@@ -70,15 +73,18 @@ def _model(power: GroupPower, index: int) -> dict[str, Any]:
     facts: dict[str, Any] = {"model": power.run(index).title, "run": str(power.run(index).path)}
     facts |= _facts_of(study.components(), study.design)
     if standing is not None:
-        facts["adjusted"] = list(standing.interval)
-        facts["ranks"] = {"probability": standing.probabilities, "best": standing.best, "worst": standing.worst}
+        facts |= standing.content()
+    layers = power.group.runs[index].metrics.layers
+    standings = {name: layer.standing.model_dump() for name, layer in layers.items() if layer.standing}
+    if standings:
+        facts["layers"] = standings
     learning = power.learning(index)
     if learning is not None:
         facts["learning_curve"] = asdict(learning.curve) | {"training_stimuli": learning.stimuli}
     return facts
 
 
-def _difference(power: GroupPower, better: int, worse: int, question: Question) -> dict[str, Any]:
+def _difference(power: GroupPower, better: int, worse: int, question: Question, *, is_detailed: bool) -> dict[str, Any]:
     study = power.study(better, worse)
     facts: dict[str, Any] = {"better": power.run(better).title, "worse": power.run(worse).title}
     if study is None:
@@ -87,7 +93,10 @@ def _difference(power: GroupPower, better: int, worse: int, question: Question) 
     facts |= _facts_of(study.components(), study.design)
     if lead is not None and lead.worse == worse:
         facts |= {"ci95": lead.interval, "adjusted": lead.adjusted}
-    return facts | _power(study, study.design, question)
+    facts |= _power(study, study.design, question)
+    if is_detailed:
+        facts["needed"] = _needed(study, study.design, question)
+    return facts
 
 
 def _facts_of(components: Components, design: Design) -> dict[str, Any]:
@@ -98,15 +107,19 @@ def _facts_of(components: Components, design: Design) -> dict[str, Any]:
     }
 
 
-def _power(planned: Any, design: Design, question: Question) -> dict[str, Any]:
-    """For each population: the power, the smallest difference that is found, and what would be needed."""
-    facts: dict[str, dict[str, Any]] = {"power": {}, "smallest_difference": {}, "needed": {}}
+def _power(planned: Planned, design: Design, question: Question) -> dict[str, Any]:
+    """For each population: the power, and the smallest difference that is found."""
+    facts: dict[str, dict[str, Any]] = {"power": {}, "smallest_difference": {}}
     for population in POPULATIONS:
         of_population = replace(question, population=population)
         facts["power"][population] = of_population.power_of(planned, design)
         facts["smallest_difference"][population] = of_population.smallest_difference(planned, design)
-        facts["needed"][population] = asdict(need(planned, design, of_population))
     return facts
+
+
+def _needed(planned: Planned, design: Design, question: Question) -> dict[str, Any]:
+    """For each population: the numbers that would be enough."""
+    return {name: asdict(need(planned, design, replace(question, population=name))) for name in POPULATIONS}
 
 
 def _designs(subject: Subject, design: Design, question: Question) -> dict[str, Any]:

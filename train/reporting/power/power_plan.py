@@ -27,7 +27,8 @@ def plan_power(options: PowerPlan) -> None:
     Raises:
         BadInput: no run has predictions, or the design asks for what the runs cannot tell.
     """
-    groups = groups_of(read_runs(options.runs, options.split, {}))
+    runs = read_runs(options.runs, options.split, {})
+    groups = groups_of(runs)
     metric = PLANNED[options.metric]
     every = [GroupPower(group, trials_of(group, options.data), metric) for group in groups]
     powers = [power for power in every if power.models]
@@ -46,6 +47,9 @@ def plan_power(options: PowerPlan) -> None:
         title = f"{joined.title}: mean over these; numbers of stimuli and sites are those of each"
         comparisons = max(power.comparisons for power in joined.groups)
         pages.append(_page(_Asked(title, joined_subject(joined), gain, share, comparisons), options))
+    left_out = [run.title for run in runs if run.metrics is None] + [name for power in every for name in power.left_out]
+    if left_out:
+        pages.append(f"without predictions for the same stimuli of {options.split}: {', '.join(left_out)}")
     print("\n\n".join(pages))
 
 
@@ -190,7 +194,7 @@ def _expected(subject: Subject, design: Design, question: Question) -> list[str]
         rows["power"] += f"{difference:.4f}"
         smallest = question.smallest_difference(subject.planned, design)
         if smallest is not None:
-            rows["smallest difference"] = f"{smallest:.4f} is found with {question.power:.0%} power"
+            rows["smallest difference"] = f"{smallest:.4f} is found with {100 * question.power:.0f} % power"
     return lines_of(rows)
 
 

@@ -15,7 +15,7 @@ from train.evaluation.ensemble_record import shard_folders_of
 from train.evaluation.power.trials import Trials
 from train.reporting.groups import Group
 
-MOST_BYTES = 2**30  # of the trials that are read
+MOST_BYTES = 2**29  # of the trials that are read
 MOST_REPETITIONS = 10_000  # of a stimulus
 
 

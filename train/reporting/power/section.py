@@ -106,7 +106,9 @@ def _caption(power: GroupPower, subject: Subject, question: Question) -> str:
     if subject.is_difference:
         smallest = question.smallest_difference(subject.planned, subject.planned.design)
         if smallest is not None:
-            lines.append(f"The smallest difference that is found with {question.power:.0%} power: {smallest:.3f}.")
+            lines.append(
+                f"The smallest difference that is found with {100 * question.power:.0f} % power: {smallest:.3f}."
+            )
     if power.recorded.trials is None:
         lines.append(f"Stimuli and sites only: {power.recorded.source}.")
     return " ".join([*lines, f"{power.group.title}."])

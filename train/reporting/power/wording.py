@@ -52,7 +52,7 @@ def _telling_apart(subject: Subject, design: Design, question: Question) -> str:
         return f"{one} and {other} do not differ in {subject.metric}, so nothing tells them apart."
     origin = " as here" if question.difference is None else ""
     looks = f", corrected for {question.comparisons:,} comparisons" if question.comparisons > 1 else ""
-    aim = f"with {question.power:.0%} power {AT[question.population]}{looks}"
+    aim = f"with {100 * question.power:.0f} % power {AT[question.population]}{looks}"
     condition = f"if {subject.metric} truly differs by {abs(difference):.3f}{origin}"
     needed = need(subject.planned, design, question)
     if question.is_met(subject.planned, design):
