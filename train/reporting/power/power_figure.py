@@ -40,13 +40,13 @@ def numbers_of_stimuli(design: Design, points: int = POINTS) -> list[int]:
 def draw_power(subject: Subject, design: Design, question: Question) -> "Figure":
     """Half the width of the 95 % interval and, of a difference, the power, by stimuli, a line for each repetition."""
     figure = new_figure(7.0 if subject.is_difference else 4.4, 3.6)
-    panels: list[Axes] = list(np.atleast_1d(figure.subplots(1, 2 if subject.is_difference else 1)))
+    panels: list[Axes] = list(figure.subplots(1, 2 if subject.is_difference else 1, squeeze=False)[0])
     stimuli = numbers_of_stimuli(design)
     designs = [replace(design, repetitions=number) for number in numbers_of_repetitions(subject)] or [design]
     for colour, line in zip(COLOURS, designs, strict=False):
         label = "as recorded" if line.repetitions is None else f"{line.repetitions:g} repetitions"
-        style = {"color": colour, "linewidth": 1.5, "label": label}
-        panels[0].plot(stimuli, _half_widths(subject, line, stimuli, question.population), **style)
+        widths = _half_widths(subject, line, stimuli, question.population)
+        panels[0].plot(stimuli, widths, color=colour, linewidth=1.5, label=label)
         if subject.is_difference:
             powers = [question.power_of(subject.planned, replace(line, stimuli=number)) for number in stimuli]
             panels[1].plot(stimuli, powers, color=colour, linewidth=1.5)
