@@ -125,8 +125,9 @@ def _needed(planned: Planned, design: Design, question: Question) -> dict[str, A
 def _designs(subject: Subject, design: Design, question: Question) -> dict[str, Any]:
     """Half widths and power of other designs: a list over repetitions of lists over stimuli."""
     stimuli = numbers_of_stimuli(design, GRID_STIMULI)
-    repetitions = numbers_of_repetitions(subject)
-    designs = [[replace(design, stimuli=n, repetitions=k) for n in stimuli] for k in (repetitions or [None])]
+    repetitions: list[int] = numbers_of_repetitions(subject)
+    rows = [replace(design, repetitions=number) for number in repetitions] or [design]
+    designs = [[replace(row, stimuli=number) for number in stimuli] for row in rows]
     facts: dict[str, Any] = {
         "of": list(subject.models),
         "stimuli": stimuli,
