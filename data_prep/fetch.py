@@ -1,6 +1,6 @@
 """Download a public recording.
 
-    python data_prep/fetch.py {majaj2015,freemanziemba2013,tvsd,it-course} --out DIR
+    python data_prep/fetch.py {cowley2023,majaj2015,freemanziemba2013,tvsd,it-course} --out DIR
 
 An interrupted download resumes where it stopped when the command is run again.
 """
@@ -17,7 +17,7 @@ from data_prep.common.errors import run_command
 from data_prep.remote.datasets import DATASETS, Dataset, DatasetName
 
 EXAMPLES = (
-    "majaj2015 --out downloads/majaj2015",
+    "cowley2023 --out downloads/cowley2023",
     "tvsd --out downloads/tvsd --retries 20",
 )
 

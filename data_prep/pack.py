@@ -1,6 +1,6 @@
 """Pack a recording into a folder of WebDataset shards.
 
-    python data_prep/pack.py {simulated,folder,it-h5,brainio,nwb,tvsd,mbs-h5,joined} [SOURCE] --out DIR [...]
+    python data_prep/pack.py {simulated,folder,it-h5,brainio,nwb,tvsd,cowley2023,mbs-h5,joined} [SOURCE] --out DIR [...]
 
 `python data_prep/pack.py folder --help` lists the options of a source.
 """
@@ -17,6 +17,7 @@ from data_prep.common.errors import run_command
 from data_prep.common.worker_processes import usable_cores
 from data_prep.shards.image_rules import ImageRules
 from data_prep.sources.brainio import Brainio
+from data_prep.sources.cowley2023 import Cowley2023
 from data_prep.sources.folder import Folder
 from data_prep.sources.it_h5 import ItH5
 from data_prep.sources.joined import Joined
@@ -42,6 +43,7 @@ class Pack(SplitOptions, ImageRules):
         | Annotated[Brainio, tyro.conf.subcommand("brainio")]
         | Annotated[Nwb, tyro.conf.subcommand("nwb")]
         | Annotated[Tvsd, tyro.conf.subcommand("tvsd")]
+        | Annotated[Cowley2023, tyro.conf.subcommand("cowley2023")]
         | Annotated[MbsH5, tyro.conf.subcommand("mbs-h5")]
         | Annotated[Joined, tyro.conf.subcommand("joined")]
     )

@@ -255,6 +255,27 @@ def make_tvsd(folder: Path, train: int = 30, test: int = 5, repetitions: int = 4
     return Written(ids, images, objects, trials, regions, ["F"] * 1024)
 
 
+# ---- Cowley et al. 2023 --------------------------------------------------------------------------------------------
+
+
+def make_cowley2023(folder: Path, session: str = "210325", n: int = 12, sites: int = 3, trials: bool = True) -> Written:
+    """Write a session as the repository holds it: a zip of images in mixed order, averages and, if wanted, trials."""
+    images, label = make_images(n)
+    written = make_trials(images, 4, sites)
+    for kind in ("images", "responses_repeat_averaged", "responses_raw"):
+        (folder / kind).mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng(0).permutation(n)
+    write_images(
+        folder / f"images/images_{session}.zip", [f"image{k + 1:04d}.jpg" for k in order], images[order], "jpg"
+    )
+    averages = np.nanmean(written.astype(np.float64), axis=1)
+    np.save(folder / f"responses_repeat_averaged/responses_{session}.npy", averages.T)
+    if trials:
+        np.save(folder / f"responses_raw/responses_{session}.npy", written.transpose(2, 0, 1).astype(np.float64))
+    ids = [f"{session}_{k + 1:04d}" for k in range(n)]
+    return Written(ids, images, [OBJECTS[k] for k in label], written, ["V4"] * sites, ["PE"] * sites)
+
+
 # ---- model-brain comparisons ---------------------------------------------------------------------------------------
 
 
