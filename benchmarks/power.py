@@ -4,7 +4,7 @@ On the simulated recording the true scores are known: intervals for other stimul
 and again, and the power that pilots foretell is held beside how often a difference is found. On a folder with
 trials.npy (stimuli, repetitions, sites), stimuli.csv and images/, the widths of our bootstrap intervals on parts of the
 stimuli and of the trials are held beside those foretold from the whole, and from pilots. The models are ridge
-regressions on fixed image features: Gabor energies with brightness and colour, and brightness and colour alone.
+regressions on fixed image features (Gabor energies, brightness and colour), and on every other of these.
 
     python benchmarks/power.py [--stimuli 2400] [--draws 400]
     python benchmarks/power.py FOLDER [--draws 40]
@@ -32,12 +32,11 @@ from train.evaluation.power.trials import Trials
 
 R2 = PLANNED["r2"]
 SITES = 50  # that are drawn of the simulated ones
-SIMULATED_DESIGNS = ((50, 4), (100, 2), (100, 8), (400, 2), (400, 8))  # stimuli, repetitions
+SIMULATED_DESIGNS = ((50, 4), (100, 2), (100, 8), (200, 2), (200, 8), (400, 4))  # stimuli, repetitions
 PILOT, PILOTS = (200, 4), 20  # stimuli, repetitions
 RECORDED_DESIGNS = ((40, 2), (40, 6), (80, 2), (80, 4), (80, 6), (160, 2), (160, 4), (160, 6))
 RECORDED_PILOTS = ((80, 3), (160, 4))
 RESAMPLES = 400
-COLOUR_MAPS = 3  # the last ones of the image features
 
 
 @dataclass(frozen=True)
@@ -78,9 +77,9 @@ def ridge_predictions(features: np.ndarray, rates: np.ndarray, fit: np.ndarray, 
 def both_predictions(
     features: np.ndarray, rates: np.ndarray, fit: np.ndarray, scored: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Of the model on all image features, and of that on brightness and colour."""
-    colours = features.reshape(len(features), -1, model.FIELDS**2)[:, -COLOUR_MAPS:].reshape(len(features), -1)
-    return ridge_predictions(features, rates, fit, scored), ridge_predictions(colours, rates, fit, scored)
+    """Of the model on all maps of image features, and of that on every other map."""
+    half = features.reshape(len(features), -1, model.FIELDS**2)[:, ::2].reshape(len(features), -1)
+    return ridge_predictions(features, rates, fit, scored), ridge_predictions(half, rates, fit, scored)
 
 
 # --------------------------------------------------------------------------------------------------------- simulated

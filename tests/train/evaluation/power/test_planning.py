@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
-from scipy.stats import t
+from scipy.stats import nct, t
 
 from train.evaluation.power.components import Components, Design
 from train.evaluation.power.planning import Budget, Question, Shifted, best_offer, fewest, need, offers, power
@@ -38,11 +38,22 @@ def test_power_is_that_of_the_paired_t_test(effect, count, expected):
 
 
 def test_power_without_a_difference_is_the_level():
-    assert power(0, 0.1, 30, 0.95) == pytest.approx(0.05)
-    assert power(0, 0.1, 30, 0.99) == pytest.approx(0.01)
+    for freedom in (1, 2.5, 30, 1e7):
+        assert power(0, 0.1, freedom, 0.95) == pytest.approx(0.05, abs=1e-5)
+        assert power(0, 0.1, freedom, 0.99) == pytest.approx(0.01, abs=1e-5)
     assert power(0.1, 0, 30, 0.95) == 1
-    assert power(10, 0.1, 30, 0.95) == 1
-    assert power(0.3, 0.1, 2e5, 0.95) == pytest.approx(power(0.3, 0.1, 9e4, 0.95), abs=1e-4)
+
+
+@pytest.mark.parametrize("freedom", [1, 4, 39, 399, 1e6])
+def test_power_is_that_of_the_noncentral_t_distribution_and_defined_where_scipys_is_not(freedom):
+    shifts = np.array([0.5, 2, 4, 8])
+    critical = t.ppf(0.975, freedom)
+    expected = nct.sf(critical, freedom, shifts) + nct.cdf(-critical, freedom, shifts)
+    found = [power(shift, 1, freedom, 0.95) for shift in shifts]
+    known = np.isfinite(expected)
+    assert known[:2].all()
+    np.testing.assert_allclose(np.array(found)[known], expected[known], atol=2e-5)
+    assert power(60, 1, 399, 0.95) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("population", ["stimuli", "both"])
