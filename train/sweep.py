@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
+from data_prep.common.markdown import tables_as_columns
 from data_prep.common.option_fields import FolderLocation
 
 EXAMPLES = (
@@ -52,7 +53,8 @@ def main() -> None:
         )
         worker.work()
         worker.score_best(worker.publish())
-    print_line(f"\n{worker.folder.table.read_text(encoding='utf-8')}\nbest recipe: {worker.folder.best}")
+    results = tables_as_columns(worker.folder.table.read_text(encoding="utf-8"))
+    print_line(f"\n{results}\n\nbest recipe: {worker.folder.best}")
 
 
 if __name__ == "__main__":

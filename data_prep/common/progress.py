@@ -5,6 +5,11 @@ import time
 from types import TracebackType
 
 
+def rate_text(per_second: float) -> str:
+    """A rate with two digits at least: 1,234, 12, 1.2, 0.012."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
+
+
 class Progress:
     """Counts finished items out of a known total.
 
@@ -43,9 +48,10 @@ class Progress:
     def _print_line(self, note: str = "") -> None:
         self._last_line, self._printed = time.monotonic(), self.done
         elapsed = self._last_line - self._started
-        rate = self.done / elapsed if elapsed > 0 else 0.0
         total = "" if self.total is None else f"/{self.total}"
-        line = f"{self.label}: {self.done}{total} {self.unit}, {rate:,.0f}/s"
+        line = f"{self.label}: {self.done}{total} {self.unit}"
+        if self.done and elapsed > 0:
+            line += f", {rate_text(self.done / elapsed)}/s"
         if note:
             line += f", {note}"
         print(line, file=sys.stderr, flush=True)

@@ -221,7 +221,7 @@ def combine_members(out: Path, ensembles: Sequence[Ensemble], ranks: int) -> Non
     metrics_of_recordings = write_ensembles(out, ensembles, ranks)
     for ensemble, metrics in zip(ensembles, metrics_of_recordings, strict=True):
         name = ensemble.split if len(ensembles) == 1 else f"{ensemble.recording}, {ensemble.split}"
-        print(f"ensemble, {name}: {summary(metrics)}", flush=True)
+        print(f"ensemble {out}, {name}: {len(ensemble.stimuli):,} stimuli  {summary(metrics)}", flush=True)
         print_warnings(ensemble.bad_samples)
     print(f"written to {out}", flush=True)
 

@@ -19,6 +19,16 @@ from data_prep.recording import varies
 from train.evaluation.moments import SiteMoments
 
 LOWER_IS_BETTER = ("mse",)
+TITLES = {  # how people read the names of metrics.json, in logs, tables and figures
+    "r2": "R2",
+    "explained_variance": "EV",
+    "mse": "MSE",
+    "pearson_r": "Pearson r",
+    "ceiled_explained_variance": "ceiled EV",
+    "ceiled_pearson_r": "ceiled r",
+    "feve": "FEVE",
+    "top1": "top-1",
+}
 LEAST_RELIABILITY = 0.1
 POSSIBLE = {  # over endless stimuli; scores relative to an estimated ceiling can be above 1
     "r2": PossibleValues(most=1),

@@ -17,6 +17,7 @@ from train.distributed.launch_environment import cores_of_rank, this_process
 from train.distributed.runtime import Runtime
 from train.evaluation.evaluation_job import EvaluationJob
 from train.evaluation.figures.score_charts import chart_figures, chart_site_scores
+from train.evaluation.metrics import TITLES
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, metrics_report
 from train.evaluation.predictions_file import write_predictions
 from train.evaluation.scoring import RecordingScores, score
@@ -52,7 +53,8 @@ def run_job(job: EvaluationJob, runtime: Runtime) -> None:
         return
     folder, metrics = write_results(job, evaluated, runtime.ranks)
     _chart(job, evaluated.scores)
-    print(f"{job.title}: {len(job.stimuli):,} stimuli  {summary(metrics)}\nwritten to {folder}", flush=True)
+    name = f"{job.run.folder.path}, {job.title}"
+    print(f"{name}: {len(job.stimuli):,} stimuli  {summary(metrics)}\nwritten to {folder}", flush=True)
     _warn_of_unseen_classes(job, metrics)
     _warn_of_other_recording(job, evaluated)
     print_warnings(job.bad_samples)
@@ -223,7 +225,7 @@ def summary(metrics: Mapping[str, Any]) -> str:
     means = {name: regression[name]["mean"] for name in SUMMARISED if name in regression}
     if "classification" in metrics:
         means["top1"] = metrics["classification"]["top1"]
-    scores = [f"{name} {mean:.4f}" for name, mean in means.items() if mean is not None]
+    scores = [f"{TITLES[name]} {mean:.4f}" for name, mean in means.items() if mean is not None]
     if not metrics:
         return "no responses to compare with"
     mark = mark_of(seen_in(metrics))

@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from data_prep.common.progress import rate_text
 from data_prep.shards.manifest import to_json_list
+from train.evaluation.metrics import TITLES
 from train.evaluation.scoring import Scores
 from train.run.monitor import Monitor
 from train.run.progress import Progress
@@ -20,6 +22,7 @@ class TrainedEpoch:
         images_per_second: over all processes.
         seconds: that training took.
         data_wait_seconds: of these, spent waiting for images.
+        first_wait_seconds: of these, before the first step.
     """
 
     loss: float
@@ -28,6 +31,7 @@ class TrainedEpoch:
     images_per_second: float
     seconds: float
     data_wait_seconds: float
+    first_wait_seconds: float
 
 
 class EpochLog:
@@ -52,7 +56,7 @@ class EpochLog:
         """Write the scores after an epoch, and how it was trained."""
         self._monitor.log(
             f"epoch {self._progress.epoch:>3}/{self._epochs}  loss {trained.loss:.4f}  {self._described(scores)}  "
-            f"{trained.images_per_second:,.0f} images/s{'  *' if is_best else ''}"
+            f"{rate_text(trained.images_per_second)} images/s{'  *' if is_best else ''}"
         )
         self._chart(scores, trained.train_scores)
         facts = {
@@ -69,15 +73,17 @@ class EpochLog:
         reason = "stopped early" if stopped_early else "all epochs done"
         best = float("nan") if progress.best is None else progress.best
         when = f"after epoch {progress.best_epoch}" if progress.best_epoch else "at the start: no epoch improved on it"
-        self._monitor.log(f"{reason}: best {progress.selection_metric} {best:.4f} on {progress.selection_split} {when}")
+        self._monitor.log(
+            f"{reason}: best {TITLES[progress.selection_metric]} {best:.4f} on {progress.selection_split} {when}"
+        )
 
     def _described(self, scores: Scores) -> str:
         """Every metric; with several recordings, also the selection metric of each."""
         metric = self._progress.selection_metric
-        text = "  ".join(f"{name} {value:.4f}" for name, value in scores.means().items())
+        text = "  ".join(f"{TITLES[name]} {value:.4f}" for name, value in scores.means().items())
         if len(scores.by_recording) > 1:
             values = [f"{name} {scored.means()[metric]:.4f}" for name, scored in scores.by_recording.items()]
-            text += f"  ({metric}: {', '.join(values)})"
+            text += f"  ({TITLES[metric]}: {', '.join(values)})"
         return f"{self._progress.selection_split}: {text}"
 
     def _chart(self, scores: Scores, train_scores: Mapping[str, float]) -> None:

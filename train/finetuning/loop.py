@@ -112,7 +112,7 @@ class Training:
         """
         started, first_step = time.monotonic(), self.progress.step
         with self.runtime.cudnn_autotuning(self.recipe.deterministic):
-            data_wait = self._take_steps()
+            waited = self._take_steps()
             loss = self._epoch_loss.mean(self.loader.steps)
         seconds, steps = time.monotonic() - started, self.progress.step - first_step
         return TrainedEpoch(
@@ -121,21 +121,22 @@ class Training:
             steps=steps,
             images_per_second=steps * self.loader.global_size / seconds,
             seconds=seconds,
-            data_wait_seconds=data_wait,
+            data_wait_seconds=sum(waited),
+            first_wait_seconds=waited[0] if waited else 0.0,
         )
 
-    def _take_steps(self) -> float:
-        """The optimizer steps that are left of this epoch; returns the seconds spent waiting for images."""
+    def _take_steps(self) -> list[float]:
+        """The optimizer steps that are left of this epoch; returns the seconds that each waited for images."""
         self.network.train()
         self._epoch_loss.begin()
         drops = plateaus(self.recipe.schedule, self.progress.improved)
-        first_step, total_wait = self._steps_into_epoch, 0.0
+        first_step, waited = self._steps_into_epoch, list[float]()
         label = f"epoch {self.progress.epoch + 1}"
         with ProgressBar(self.loader.steps - first_step, label, "steps", silent=not self.runtime.is_main) as bar:
             step_began = time.monotonic()
             for micro_batches in self.loader.epoch(self.progress.epoch, first_step):
                 data_wait = time.monotonic() - step_began
-                total_wait += data_wait
+                waited.append(data_wait)
                 self.runtime.beat(data_wait + self.engine.clock.seconds.get("forward", 0.0))
                 losses = self.step(micro_batches, drops)
                 if self.progress.step % STEPS_BETWEEN_READS == 0:
@@ -147,7 +148,7 @@ class Training:
                     self._save_mid_epoch()
                 step_began = time.monotonic()
         self._read_losses()
-        return total_wait
+        return waited
 
     def step(self, micro_batches: Sequence[Batch], drops: int) -> dict[str, torch.Tensor]:
         """One optimizer step.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.common.markdown import tables_as_columns
 from train.distributed.runtime import Runtime
 from train.probing.layer_regressions import LayerRegressions
 from train.probing.layer_results import ResultFiles
@@ -45,7 +46,7 @@ def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> Non
         scores = score_layers(job, results, runtime.ranks)
         write_results(job, scores, monitor)
         monitor.add_epoch({"seconds": time.monotonic() - started})
-        monitor.log(layer_table(scores.metrics))
+        monitor.log(tables_as_columns(layer_table(scores.metrics)))
         monitor.log(f"written to {job.folder.evaluation(job.split)}")
     runtime.barrier()
     stored.clear()

@@ -131,7 +131,7 @@ def layer_table(metrics: Mapping[str, Any]) -> str:
     """The layers' scores as a Markdown table."""
     ceiled = {title: name for title, name in CEILED_COLUMNS.items() if name in metrics["regression"]}
     medians = {title: name for title, name in MEDIAN_COLUMNS.items() if name in metrics["regression"]}
-    titles = ["layer", "features", "R2", "EV", "r", *ceiled, *medians, "inner R2", "RSA", "CKA"]
+    titles = ["layer", "features", "R2", "EV", "Pearson r", *ceiled, *medians, "inner R2", "RSA", "CKA"]
     rows = []
     for layer, block in metrics["layers"].items():
         regression = block["regression"]

@@ -25,9 +25,9 @@ from train.evaluation.figures.figure_style import (
 )
 from train.evaluation.figures.layer_figure import draw_layers, layer_label
 from train.evaluation.figures.prediction_figures import draw_confusion
-from train.evaluation.metrics import LOWER_IS_BETTER
+from train.evaluation.metrics import LOWER_IS_BETTER, TITLES
 from train.reporting.data_efficiency import describe_gains, have_seeds
-from train.reporting.groups import METRICS, R2, Group
+from train.reporting.groups import R2, Group
 from train.reporting.reported_run import ReportedRun, ScoredRun
 from train.reporting.run_files import Metrics
 
@@ -43,7 +43,7 @@ MOST_CURVES = 12
 LOWEST_SHOWN = -0.5  # R2 has no lower bound: a hopeless site must not make all others look alike
 MOST_CLASSES = 80
 LEAST_GAP = 0.08  # between two ticks' labels, as a fraction of a logarithmic axis
-METRIC_LABELS = {metric.key: metric.title for metric in METRICS} | {"r2": "R²", "top1": "top-1"}
+METRIC_LABELS = TITLES | {"r2": "R²"}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from train.evaluation.comparison import Lead, compared_models, leads
+from train.evaluation.metrics import TITLES
 from train.evaluation.multiplicity import Standing
 from train.reporting.data_efficiency import Curve, curves_of
 from train.reporting.number_formats import interval, number
@@ -23,27 +24,30 @@ class Metric:
 
     Attributes:
         key: its name in metrics.json.
-        title: its name in tables.
         arrow: which way is better.
         ceiling: an ideal model's score of a site, from the site's reliability; None where it is not known.
         is_main: whether it is one of the study's metrics, or stands beside them on the page and in the terminal.
     """
 
     key: str
-    title: str
     arrow: str = "↑"
     ceiling: Callable[[float], float] | None = None
     is_main: bool = True
 
+    @property
+    def title(self) -> str:
+        """Its name in tables."""
+        return TITLES[self.key]
+
 
 METRICS = (
-    Metric("r2", "R2", ceiling=lambda reliability: reliability),
-    Metric("mse", "MSE", "↓"),
-    Metric("explained_variance", "EV", ceiling=lambda reliability: reliability),
-    Metric("pearson_r", "Pearson r", ceiling=lambda reliability: math.sqrt(max(reliability, 0))),
-    Metric("ceiled_explained_variance", "ceiled EV", ceiling=lambda _: 1.0),
-    Metric("ceiled_pearson_r", "ceiled r", ceiling=lambda _: 1.0, is_main=False),
-    Metric("feve", "FEVE", ceiling=lambda _: 1.0, is_main=False),
+    Metric("r2", ceiling=lambda reliability: reliability),
+    Metric("mse", "↓"),
+    Metric("explained_variance", ceiling=lambda reliability: reliability),
+    Metric("pearson_r", ceiling=lambda reliability: math.sqrt(max(reliability, 0))),
+    Metric("ceiled_explained_variance", ceiling=lambda _: 1.0),
+    Metric("ceiled_pearson_r", ceiling=lambda _: 1.0, is_main=False),
+    Metric("feve", ceiling=lambda _: 1.0, is_main=False),
 )
 R2 = METRICS[0]
 

@@ -7,6 +7,7 @@ script whose hash it names, and loads nothing; figures are images, in which brow
 import base64
 import hashlib
 import re
+from dataclasses import asdict
 from importlib.resources import files
 
 import yaml
@@ -64,7 +65,9 @@ def base64_text(data: bytes) -> str:
 
 
 def settings_text(run: ReportedRun) -> str:
-    """A run's recipe as it stands in its file."""
+    """A run's recipe as it stands in its file; of an ensemble its members and how they are combined."""
+    if run.ensemble is not None:
+        return yaml.safe_dump(asdict(run.ensemble), sort_keys=False, allow_unicode=True)
     return yaml.safe_dump(run.settings, sort_keys=False, allow_unicode=True) if run.settings else "no recipe.yaml"
 
 

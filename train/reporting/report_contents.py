@@ -20,6 +20,7 @@ from train.reporting.report_tables import (
     rank_table,
 )
 from train.reporting.reported_run import ReportedRun, ScoredClassifier, read_run, scored_classifiers, shortest_names
+from train.reporting.run_search import find_runs
 from train.reporting.study_table import StudyResults, is_study, read_study, runs_of_study
 from train.reporting.sweep_results import SweepResults, is_sweep, read_sweep
 from train.reporting.table import Table, escape_markdown, in_csv, in_markdown, in_terminal
@@ -53,6 +54,7 @@ class ReportContents:
         sweeps: searches.
         studies: the tables and figures of studies, whose runs are among the others.
         power: what the recordings can decide.
+        skipped: what was no run, or a damaged one, in the folders that were searched.
     """
 
     split: str
@@ -65,6 +67,7 @@ class ReportContents:
     sweeps: list[SweepResults]
     studies: list[StudyResults]
     power: ReportedPower
+    skipped: list[str]
 
     @property
     def unscored(self) -> list[ReportedRun]:
@@ -120,6 +123,7 @@ class ReportContents:
             parts.append("\n".join([in_terminal(section.comparison), *(["", *sentences] if sentences else [])]))
         if self.classifiers:
             parts.append(in_terminal(self.classifiers))
+        parts += [f"skipped: {sentence}" for sentence in self.skipped]
         parts += [f"{run.name}: not scored on {self.split} yet: {run.progress}" for run in self.unscored]
         return "\n\n".join(parts)
 
@@ -134,14 +138,16 @@ def compare(
     """Read what is compared, and compare it.
 
     Args:
-        folders: of runs, probes, ensembles, searches and studies.
+        folders: of runs, probes, ensembles, searches and studies, or folders that hold some.
         split: whose scores are compared.
-        pair: two of the folders, to be compared site by site; by default the two best.
+        pair: two of the runs' folders, to be compared site by site; by default the two best.
         data: shard folders with the trials of what was scored; by default those that the runs were made from.
 
     Raises:
         BadInput: a folder cannot be read, or is named twice, or the pair is not among them.
     """
+    found = find_runs(folders, split)
+    folders = found.folders
     studies = [read_study(folder) for folder in folders if is_study(folder)]
     folders = [run for folder in folders for run in (runs_of_study(folder) if is_study(folder) else [folder])]
     sweeps = {folder: read_sweep(folder) for folder in folders if is_sweep(folder)}
@@ -174,6 +180,7 @@ def compare(
         sweeps=list(sweeps.values()),
         studies=studies,
         power=power,
+        skipped=found.skipped,
     )
 
 

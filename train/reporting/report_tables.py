@@ -159,7 +159,7 @@ def _facts(run: ReportedRun, metrics: Metrics, anchor: str) -> dict[str, Cell]:
         "control": metrics.control,
         "git_commit": run.environment.git_commit,
         "data": run.environment.data,
-        "command": run.commands[0] if run.commands else None,
+        "command": run.command,
     }
     return {name: _csv_cell(value) for name, value in values.items()} | {
         "stimuli": Cell(f"{metrics.stimuli:,} of {metrics.split}", values=(metrics.stimuli,)),

@@ -3,7 +3,6 @@
 Facts that a run folder does not hold are None.
 """
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from data_prep.common.errors import BadInput
 from data_prep.common.terminal import printable
 from data_prep.shards.manifest import from_json_list
 from train.evaluation.comparison import ScoredPredictions
+from train.evaluation.ensemble_record import ENSEMBLE_FILE, EnsembleRecord, read_record
 from train.evaluation.figures.layer_figure import layer_label
 from train.evaluation.predictions_file import (
     PREDICTIONS_FILE,
@@ -25,6 +25,7 @@ from train.evaluation.predictions_file import (
     read_class_predictions,
     read_predictions,
 )
+from train.reporting.reproduction import commands_of
 from train.reporting.run_files import (
     Classification,
     Environment,
@@ -37,12 +38,13 @@ from train.reporting.run_files import (
 )
 from train.run.folder import RunFolder
 
-LINEAR, TASK_DRIVEN, DATA_DRIVEN, HYBRID, CLASSIFICATION, OTHER = FAMILIES = (
+LINEAR, TASK_DRIVEN, DATA_DRIVEN, HYBRID, CLASSIFICATION, ENSEMBLE, OTHER = FAMILIES = (
     "Linear regression",
     "Task-driven",
     "Data-driven",
     "Hybrid",
     "Classification",
+    "Ensemble",
     "Other",
 )
 FAMILY_OF_TASK = {"regression": DATA_DRIVEN, "hybrid": HYBRID, "classification": CLASSIFICATION}
@@ -71,6 +73,7 @@ class ReportedRun:
         history: one mapping per epoch.
         found_by: the sweep whose best trial this is.
         recording: whose scores these are, for a run on several.
+        ensemble: its members and how they are combined; None for a run or a probe.
     """
 
     path: Path
@@ -82,6 +85,7 @@ class ReportedRun:
     history: list[dict[str, Any]] = field(repr=False)
     found_by: str | None = None
     recording: str | None = None
+    ensemble: EnsembleRecord | None = None
 
     @property
     def title(self) -> str:
@@ -113,6 +117,8 @@ class ReportedRun:
     @property
     def family(self) -> str:
         """Which of the study's families it belongs to."""
+        if self.ensemble is not None:
+            return ENSEMBLE
         if self.is_probe:
             return LINEAR if self.settings["layers"] == ["pixels"] else TASK_DRIVEN
         return FAMILY_OF_TASK.get(str(self.setting("task.kind")), OTHER)
@@ -120,6 +126,9 @@ class ReportedRun:
     @property
     def description(self) -> str:
         """The system in a few words, e.g. "resnet50, random weights, linear readout"; empty where it is not known."""
+        if self.ensemble is not None:
+            members = ["+".join(shortest_names([Path(run) for run in runs])) for runs in self.ensemble.members]
+            return printable(f"{'stack' if self.ensemble.combine == 'stack' else 'mean'} of {', '.join(members)}")
         if self.family == LINEAR:
             return f"{self.setting('readout')} on pixels"
         if self.is_probe:
@@ -199,6 +208,8 @@ class ReportedRun:
     @property
     def progress(self) -> str:
         """How far a run that has not been scored is, and how to score it."""
+        if self.ensemble is not None:
+            return f"the ensemble was not scored on {self.split}; to score it: {self.command}"
         if self.is_probe:
             return f"the probe is not done, or was not scored on {self.split}"
         done = max((line["epoch"] for line in self.epochs), default=0)
@@ -226,16 +237,17 @@ class ReportedRun:
                 return f", last written {seconds / length:.0f} {unit} ago"
         return f", last written {seconds:.0f} s ago"
 
-    @property
+    @cached_property
     def commands(self) -> list[str]:
-        """The commands that trained and scored it; empty where they are not known."""
-        if not self.environment.command:
-            return []
-        script, *arguments = self.environment.command
-        commands = [f"launch/local.sh -n {self.environment.world_size} {shlex.join([f'train/{script}', *arguments])}"]
-        if not self.is_probe:
-            commands.append(shlex.join(["launch/local.sh", "train/evaluate.py", str(self.path), "--split", self.split]))
-        return commands
+        """The commands that made and scored it, of an ensemble's members too; empty where they are not known."""
+        return commands_of(self.path, self.split)
+
+    @property
+    def command(self) -> str | None:
+        """The command that made it, of an ensemble the one that combined its members; None where it is not known."""
+        if not self.commands:
+            return None
+        return self.commands[0 if self.ensemble is None else -1]
 
     @property
     def _predictions_file(self) -> Path:
@@ -347,9 +359,11 @@ def _read_recording(
 ) -> ReportedRun:
     folder = RunFolder(path)
     metrics_file = folder.evaluation(split, recording=recording) / "metrics.json"
-    if not path.is_dir() or not (folder.recipe.is_file() or metrics_file.is_file()):
+    is_ensemble = (path / ENSEMBLE_FILE).is_file()
+    if not path.is_dir() or not (folder.recipe.is_file() or metrics_file.is_file() or is_ensemble):
         raise BadInput(
-            f"{path} is not a run folder; give folders made by train/finetune.py, train/probe.py or train/sweep.py"
+            f"{path} is not a run folder; give folders made by train/finetune.py, train/probe.py, train/evaluate.py or "
+            "train/sweep.py"
         )
     return ReportedRun(
         path=path,
@@ -361,6 +375,7 @@ def _read_recording(
         history=[_scores_of(line, recording) for line in read_history(folder.history)],
         found_by=found_by,
         recording=recording,
+        ensemble=read_record(path) if is_ensemble else None,
     )
 
 

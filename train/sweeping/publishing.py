@@ -15,6 +15,7 @@ from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.markdown import markdown_table
 from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.shards.manifest import Manifest
+from train.evaluation.metrics import TITLES
 from train.evaluation.seen_stimuli import mark_of, seen_in
 from train.run.folder import RunFolder
 from train.sweeping.plan import Plan
@@ -24,7 +25,7 @@ from train.sweeping.standings import Standings, rank
 from train.sweeping.sweep_folder import SweepFolder
 
 REPORTED_SPLIT: Literal["val"] = "val"
-METRICS = {"R2": "r2", "EV": "explained_variance", "MSE": "mse", "Pearson r": "pearson_r"}
+METRICS = ("r2", "explained_variance", "mse", "pearson_r")
 
 
 def publish(folder: SweepFolder, plan: Plan, manifest: Manifest, study: Queue) -> Standings:
@@ -44,8 +45,8 @@ def publish(folder: SweepFolder, plan: Plan, manifest: Manifest, study: Queue) -
 # --------------------------------------------------------------------------------------------------------- tables
 
 
-def _columns(standings: Standings) -> list[str]:
-    columns = ["trial", *standings.plan.keys, f"{standings.plan.metric} on inner"]
+def _columns(standings: Standings, metric: str) -> list[str]:
+    columns = ["trial", *standings.plan.keys, f"{metric} on inner"]
     if standings.plan.seeds:
         columns.append(f"mean over {len(standings.plan.seeds)} seeds")
     return [*columns, "best epoch", "epochs", "seconds"]
@@ -60,7 +61,7 @@ def _cells(standings: Standings, trial: TrialStatus) -> list[Any]:
 
 def _results_text(folder: SweepFolder, standings: Standings, manifest: Manifest) -> str:
     """The search as a Markdown table, the best trial first, and how to read it."""
-    header = [*_columns(standings), "state"]
+    header = [*_columns(standings, TITLES[standings.plan.metric]), "state"]
     rows = []
     for trial in standings.trials:
         reason = f": {trial.reason.replace('|', '/')}" if trial.reason else ""
@@ -81,7 +82,7 @@ def _notes(standings: Standings, manifest: Manifest) -> list[str]:
     direction = "lower" if standings.lower_is_better else "higher"
     drawn = "drawn by each seed" if seeds else f"the same for all trials (seed {base.seed})"
     notes = [
-        f"Selected by {standings.plan.metric} ({direction} is better) on the inner split, "
+        f"Selected by {TITLES[standings.plan.metric]} ({direction} is better) on the inner split, "
         f"{100 * base.early_stopping.inner_fraction:g} % of train, {drawn}. No trial was fitted to these stimuli, and "
         "they are not reported: val and test selected nothing."
     ]
@@ -104,14 +105,14 @@ def _reported_scores(folder: SweepFolder, standings: Standings) -> list[str]:
         return []
     metrics = parse_json(read_regular_file(path))
     scores = []
-    for name, key in METRICS.items():
+    for key in METRICS:
         block = metrics.get("regression", {}).get(key)
         if block and block["mean"] is not None:
             interval = " [{:.4f}, {:.4f}]".format(*block["ci95"]) if block.get("ci95") else ""
-            scores.append(f"{name} {block['mean']:.4f}{interval}")
+            scores.append(f"{TITLES[key]} {block['mean']:.4f}{interval}")
     top1 = metrics.get("classification", {}).get("top1")
     if top1 is not None:
-        scores.append(f"top1 {top1:.4f}")
+        scores.append(f"{TITLES['top1']} {top1:.4f}")
     shown = ", ".join(scores) or "no score has a value"
     seen = f"(seen before: {mark_of(seen_in(metrics))})"
     return ["", f"Reported on {REPORTED_SPLIT}, which selected nothing: trial {standings.best.run}: {shown} {seen}"]
@@ -120,14 +121,14 @@ def _reported_scores(folder: SweepFolder, standings: Standings) -> list[str]:
 def _csv_table(folder: SweepFolder, standings: Standings) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*_columns(standings), "state", "reason", "run"])
+    writer.writerow([*_columns(standings, standings.plan.metric), "state", "reason", "run"])
     for trial in standings.trials:
         writer.writerow([*_cells(standings, trial), trial.state, trial.reason, folder.run(trial.run)])
     return text.getvalue()
 
 
 def _best_recipe(folder: SweepFolder, standings: Standings, best: TrialStatus) -> str:
-    value = f"{standings.plan.metric} {best.value:.4g} on inner after epoch {best.facts['best_epoch']}"
+    value = f"{TITLES[standings.plan.metric]} {best.value:.4g} on inner after epoch {best.facts['best_epoch']}"
     so_far = "" if standings.settled else ", of the trials so far"
     recipe = read_regular_file(folder.trial_recipe(best.run)).decode()
     return f"# The best trial of {folder.path.name}{so_far}: {best.run}, {value}.\n{recipe}"

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from train.evaluation.figures.figure_style import encode, new_figure
+from train.evaluation.metrics import TITLES
 from train.sweeping.plan import SEED, Plan, as_choice
 from train.sweeping.standings import Standings
 
@@ -270,8 +271,8 @@ def draw_search(standings: Standings) -> bytes:
     others = f"\nin each place the best over {', '.join(varying[2:])}" if varying[2:] else ""
     figure = SearchFigure(
         points=best_points(standings, x, y),
-        title=f"{plan.metric} on the inner split{mean}{others}",
-        label=f"{plan.metric} ({'lower' if standings.lower_is_better else 'higher'} is better)",
+        title=f"{TITLES[plan.metric]} on the inner split{mean}{others}",
+        label=f"{TITLES[plan.metric]} ({'lower' if standings.lower_is_better else 'higher'} is better)",
         lower_is_better=standings.lower_is_better,
     )
     return figure.draw(x, y)

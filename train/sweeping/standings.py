@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.evaluation.metrics import LOWER_IS_BETTER
+from train.evaluation.metrics import LOWER_IS_BETTER, TITLES
 from train.sweeping.plan import SEED, Plan, as_choice
 from train.sweeping.queue import TrialStatus
 
@@ -50,7 +50,7 @@ class Standings:
         phrases = [f"{ended} of {len(self.trials)} trials ended"]
         phrases += [f"{count[state]} {state}" for state in ("failed", "running", "waiting") if count[state]]
         if self.best and self.best.value is not None:
-            phrases.append(f"best {self.plan.metric} {self.best.value:.4f} ({self.best.run})")
+            phrases.append(f"best {TITLES[self.plan.metric]} {self.best.value:.4f} ({self.best.run})")
         return ", ".join(phrases)
 
 

@@ -10,6 +10,7 @@ from data_prep.common.safe_reading import parse_json_lines, read_regular_file
 from data_prep.remote.url import move_secrets_to_environment
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.storage import open_files
+from train.evaluation.metrics import TITLES
 from train.models.timm_networks import check_network_name
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
@@ -104,7 +105,7 @@ class Worker:
             value, facts = read_result(RunFolder(run))
             self.study.succeed(claim, value, facts)
             when = f"after epoch {facts['best_epoch']} of {facts['epochs']}, {facts['seconds']:.0f} s"
-            print_line(f"{claim.run} done: {self.plan.metric} {value:.4f} on inner {when} -> {run}")
+            print_line(f"{claim.run} done: {TITLES[self.plan.metric]} {value:.4f} on inner {when} -> {run}")
         elif outcome.kind == "bad input":
             self.study.release(claim, failed=False)
             raise BadInput(f"{outcome.reason} (trial {claim.run}, see {log}; fix it and start the sweep again)")

@@ -273,9 +273,15 @@ logging.FileHandler.flush = full
     assert len(losses(tmp_path / "run")) == 2
 
 
-def epoch_that_waited(seconds: float) -> TrainedEpoch:
+def epoch_that_waited(seconds: float, steps: int = 10, first: float = 0.0) -> TrainedEpoch:
     return TrainedEpoch(
-        loss=1.0, train_scores={}, steps=10, images_per_second=1.0, seconds=10.0, data_wait_seconds=seconds
+        loss=1.0,
+        train_scores={},
+        steps=steps,
+        images_per_second=1.0,
+        seconds=10.0,
+        data_wait_seconds=seconds,
+        first_wait_seconds=first,
     )
 
 
@@ -287,6 +293,19 @@ def test_each_bottleneck_is_reported_once():
     (loader,) = bottlenecks.notes(epoch_that_waited(4.0), [0.3, 0.9, 0.3], hosts)
     assert "40% of the time is spent waiting for images" in loader
     assert bottlenecks.notes(epoch_that_waited(4.0), [0.3, 0.9, 0.3], hosts) == []
+
+
+def test_the_loader_is_judged_once_it_has_started_and_there_were_enough_steps():
+    bottlenecks = Bottlenecks()
+    assert bottlenecks.notes(epoch_that_waited(9.8, steps=2, first=9.7), [1.0], ["one"]) == []
+    assert bottlenecks.notes(epoch_that_waited(0.1, steps=8, first=0.1), [1.0], ["one"]) == []
+    assert (
+        Bottlenecks().notes(epoch_that_waited(9.8, first=9.7), [1.0], ["one"]) != []
+    )  # 0.1 of the 0.3 s that are left
+    few = Bottlenecks()
+    notes = [few.notes(epoch_that_waited(5.0, steps=4), [1.0], ["one"]) for _ in range(3)]
+    assert notes[:2] == [[], []]
+    assert "50% of the time" in notes[2][0]
 
 
 def test_charts_show_where_the_time_of_a_step_goes(undisturbed):
