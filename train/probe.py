@@ -62,7 +62,10 @@ def main() -> None:
         facts = runtime.facts() | {"split": job.split, "parameters": {"all": job.extractor.parameters}}
         runtime.run_on_main(job.folder.lock if job.resume else lambda: job.folder.claim(job.recipe, [job.data], facts))
         runtime.run_on_main(lambda: job.record.write(job.folder.path))
-        with closing(Monitor(job.folder, runtime.is_main)) as monitor, job.folder.logging_failures(runtime.rank):
+        with (
+            closing(Monitor(job.folder, runtime.is_main, recipe.trackers)) as monitor,
+            job.folder.logging_failures(runtime.rank),
+        ):
             run(job, scratch_folder(options.scratch, options.out), runtime, monitor)
 
 

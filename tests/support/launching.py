@@ -146,7 +146,7 @@ def charts(run: Path) -> dict[str, float]:
     """The median of each chart `speed/NAME_seconds` of a run, by NAME."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "tensorboard"))
+    events = EventAccumulator(str(run))
     events.Reload()
     names = [name for name in events.Tags()["scalars"] if name.endswith("_seconds")]
     return {name[6:-8]: statistics.median(event.value for event in events.Scalars(name)) for name in names}

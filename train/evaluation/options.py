@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.option_fields import FolderLocation
 from train.run.recipe import MOST_RECORDINGS
+from train.run.settings import Tracking
 
 Combine = Literal["mean", "stack"]
 SeenPolicy = Literal["refuse", "drop", "keep"]
@@ -43,6 +44,8 @@ class Evaluate(BaseModel):
     seen: SeenPolicy = "refuse"
     """If stimuli of val or test were fitted, going by their images: refuse to score, drop them, or keep them. What is
     done is marked in metrics.json and tables."""
+    trackers: list[Tracking] | None = None
+    """Trackers that the scores of fine-tuned runs are added to; by default the recipe's. None without a name."""
 
 
 class Export(BaseModel):

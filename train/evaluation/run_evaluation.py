@@ -25,7 +25,7 @@ from train.evaluation.seen_stimuli import UNSEEN, mark_of, seen_in, selected_on
 from train.evaluation.training_facts import OTHER_SCALE, ResponseScale, other_scale, training_stimuli
 from train.models.network import Network
 from train.run.checkpoint import load_matching_tensors
-from train.run.tensorboard import TensorBoard
+from train.run.trackers import open_trackers
 
 SUMMARISED = ("r2", "explained_variance", "mse", "pearson_r", "ceiled_explained_variance", "feve")
 
@@ -209,8 +209,9 @@ def _run_facts(job: EvaluationJob) -> dict[str, Any]:
 
 
 def _chart(job: EvaluationJob, scores: RecordingScores) -> None:
-    """Add scores and figures to the run's TensorBoard, at the step of the checkpoint."""
-    board = TensorBoard(job.run.folder.tensorboard, lambda message: print(message, file=sys.stderr, flush=True))
+    """Add scores and figures to the run's trackers, at the step of the checkpoint."""
+    run, names = job.run.folder, job.recipe.trackers if job.options.trackers is None else job.options.trackers
+    board = open_trackers(names, run.path, run.tensorboard, lambda text: print(text, file=sys.stderr, flush=True))
     name = job.split if job.recording is None else f"{job.split}/{job.recording}"
     step = job.run.progress.step
     board.scalars({f"{name}/{metric}": value for metric, value in scores.means().items()}, step)

@@ -1,4 +1,4 @@
-"""TensorBoard during training: losses, learning rates, speed, train scores, sites, stimuli, objects.
+"""Charts during training: losses, learning rates, speed, train scores, sites, stimuli, objects.
 
 Charts cost next to nothing. Train scores come from the predictions that training makes anyway; figures are drawn while
 they take at most `SHARE` of the time trained so far, and once more by train/evaluate.py.
@@ -165,7 +165,7 @@ class TrainingCharts:
             seconds: that the epoch took.
         """
         self._trained_seconds += seconds
-        board, started = self._monitor.tensorboard, time.monotonic()
+        board, started = self._monitor.trackers, time.monotonic()
         if board is None:
             return
         names = chart_names(self._split, scores.by_recording)

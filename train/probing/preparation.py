@@ -36,6 +36,7 @@ from train.probing.seen_check import PARTS, ProbeCheck, images_of
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
 from train.run.recipe import ProbeRecipe, flat_settings
+from train.run.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
     check_network_name(recipe.backbone.name)
     if recipe.layers != [PIXELS]:
         check_weights(recipe.backbone.name, recipe.backbone.weights)
+    check_trackers(recipe.trackers)
     folder = RunFolder(out)
     if resume:
         folder.check_resumable(recipe)

@@ -23,6 +23,7 @@ from train.probing.preparation import ProbeJob
 from train.run.folder import LEFT_OUT
 from train.run.monitor import Monitor
 
+CHARTED = ("r2", "explained_variance", "mse", "pearson_r")
 CEILED_COLUMNS = {"ceiled EV": "ceiled_explained_variance", "FEVE": "feve"}
 MEDIAN_COLUMNS = {"median r²": "squared_pearson_r", "median r²_ER": "r2_er"}  # as other papers report them
 
@@ -181,8 +182,12 @@ def write_results(job: ProbeJob, scores: ProbeScores, monitor: Monitor) -> None:
             _write_predictions(job, job.folder.evaluation(LEFT_OUT), fit[left_out], scores.left_out[left_out])
     figure = layer_figure(scores.metrics)
     write_bytes(folder / "layers.png", figure)
-    if monitor.tensorboard is not None:
-        monitor.tensorboard.figure("explained variance by layer", figure, step=0)
+    if monitor.trackers is not None:
+        monitor.trackers.figure("explained variance by layer", figure, step=0)
+    monitor.describe(job.recipe, job.manifest.name, [job.split], "r2")
+    regression = scores.metrics["regression"]
+    means = {f"{job.split}/{name}": regression[name]["mean"] for name in CHARTED}
+    monitor.scalars({name: mean for name, mean in means.items() if mean is not None}, step=0)
     write_bytes(folder / "table.md", (layer_table(scores.metrics) + "\n").encode())
     # Last: its presence means that everything is written.
     write_json(folder / METRICS_FILE, scores.metrics | {"predictions": digest})

@@ -1,6 +1,7 @@
 """The folder of a run: its layout, who may write to it, and whether the run can be resumed.
 
-RUN/recipe.yaml  env.json  log.txt  history.jsonl  tensorboard/
+RUN/recipe.yaml  env.json  log.txt  history.jsonl
+RUN/events.out.tfevents.*  wandb/                      the trackers' files, see train/run/trackers.py
 RUN/seen.npz                                           the images that were seen, see train/data/seen.py
 RUN/checkpoints/{last,best} -> step_N/                 see train/run/checkpoint.py
 RUN/eval/<split>/{metrics.json,predictions.npz}        with several recordings: <split>/<recording>/
@@ -27,6 +28,7 @@ from train.run.field_rules import FREE_ON_RESUME
 from train.run.recipe import ProbeRecipe, Recipe, load_recipe, save_recipe
 from train.run.yaml_files import read_yaml
 
+WANDB = "wandb"  # the folder of W&B's files
 LOCK = ".lock"  # locked by the process that writes to the run
 SECONDS_TO_END = 10.0  # for a killed process to end
 LEFT_OUT = "left_out"  # as a split: training stimuli, each predicted by a model that was not fitted on it
@@ -41,9 +43,14 @@ class RunFolder:
         self.env = path / "env.json"
         self.log = path / "log.txt"
         self.history = path / "history.jsonl"
-        self.tensorboard = path / "tensorboard"
         self.checkpoints = path / "checkpoints"
         self._lock: int | None = None  # descriptor
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's files, which names the run there; of earlier versions a folder within it."""
+        within = self.path / "tensorboard"
+        return within if within.is_dir() else self.path
 
     def evaluation(self, split: str, checkpoint: str = "best", recording: str | None = None) -> Path:
         """Folder for the results on a split, with a subfolder for each recording if there are several."""
@@ -250,6 +257,9 @@ def check_no_links(path: Path) -> None:
         BadInput: naming the first.
     """
     for folder, folders, files in os.walk(path):
+        if Path(folder).parent == path / WANDB:
+            folders.clear()  # W&B links to its logs there, and never writes to such a folder again
+            continue
         for name in (*folders, *files):
             entry = Path(folder) / name
             if entry.parent == path / "checkpoints" and name in ("last", "best"):

@@ -1,41 +1,45 @@
-"""What a run writes as it proceeds: log.txt and the terminal, history.jsonl, TensorBoard."""
+"""What a run writes as it proceeds: log.txt and the terminal, history.jsonl, its trackers."""
 
 import json
 import logging
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+from pydantic import BaseModel
 
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import CannotWrite
 from train.run.folder import RunFolder, epoch_of
-from train.run.tensorboard import TensorBoard
+from train.run.settings import Tracking
+from train.run.trackers import Trackers, compared_settings, open_trackers
 
 
 class Monitor:
-    """Writes the log, history.jsonl and TensorBoard's files on the first rank; does nothing on the others.
+    """Writes the log, history.jsonl and what the trackers show on the first rank; does nothing on the others.
 
     Args:
         folder: of the run; it must exist on the first rank.
         is_main: whether this is the first rank.
+        trackers: that receive the curves.
 
     Attributes:
-        tensorboard: None on the other ranks.
+        trackers: None on the other ranks.
     """
 
-    def __init__(self, folder: RunFolder, is_main: bool):
+    def __init__(self, folder: RunFolder, is_main: bool, trackers: Sequence[Tracking]):
         self._folder, self._is_main = folder, is_main
         self._logger = logging.getLogger("spiketune")
         self._logger.handlers.clear()
         self._logger.propagate = False
         self._logger.setLevel(logging.INFO if is_main else logging.CRITICAL)
-        self.tensorboard: TensorBoard | None = None
+        self.trackers: Trackers | None = None
         if is_main:
             self._add_handler(logging.StreamHandler(sys.stdout), "%(message)s")
             self._add_handler(_LogFile(folder.log), "%(asctime)s %(message)s")
             threading.excepthook = _print_failure_of_thread
-            self.tensorboard = TensorBoard(folder.tensorboard, self.log)
+            self.trackers = open_trackers(trackers, folder.path, folder.tensorboard, self.log)
 
     def _add_handler(self, handler: logging.Handler, layout: str) -> None:
         handler.setFormatter(logging.Formatter(layout, datefmt="%Y-%m-%d %H:%M:%S"))
@@ -46,9 +50,24 @@ class Monitor:
         self._logger.info(message)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Add points to TensorBoard's charts."""
-        if self.tensorboard is not None:
-            self.tensorboard.scalars(values, step)
+        """Add points to the trackers' charts."""
+        if self.trackers is not None:
+            self.trackers.scalars(values, step)
+
+    def describe(self, recipe: BaseModel, recording: str, splits: Sequence[str], metric: str) -> None:
+        """Tell the trackers how the run differs from others.
+
+        Args:
+            recipe: with all its settings.
+            recording: name of the recording.
+            splits: whose scores the trackers compare runs by.
+            metric: by which they do so.
+        """
+        if self.trackers is None:
+            return
+        shown = {"recording": recording, **compared_settings(recipe)}
+        everything = {"recording": recording, **recipe.model_dump(mode="json")}
+        self.trackers.settings(shown, everything, [f"{split}/{metric}" for split in splits])
 
     def add_epoch(self, facts: Mapping[str, Any]) -> None:
         """Append a line to history.jsonl.
@@ -66,17 +85,17 @@ class Monitor:
 
     def rewind(self, epoch: int, step: int) -> None:
         """Remove what was written after an epoch and a step: the resumed run writes it again."""
-        if self.tensorboard is None:
+        if self.trackers is None:
             return
-        self.tensorboard.rewind(step)
+        self.trackers.rewind(step)
         if self._folder.history.exists():
             lines = [line for line in self._folder.epochs() if epoch_of(line, self._folder.history) <= epoch]
             write_bytes(self._folder.history, "".join(lines).encode())
 
     def close(self) -> None:
         """Write what is still in memory."""
-        if self.tensorboard is not None:
-            self.tensorboard.close()
+        if self.trackers is not None:
+            self.trackers.close()
         for handler in self._logger.handlers:
             handler.close()
 

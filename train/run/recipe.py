@@ -33,6 +33,7 @@ from train.run.settings import (
     Source,
     Task,
     Text,
+    Tracking,
 )
 from train.run.yaml_files import describe_error, read_yaml
 
@@ -85,6 +86,9 @@ class Recipe(Settings):
     """Use only kernels that are reproducible bit for bit on a GPU (slower); on a CPU runs always are."""
     epochs: Annotated[int, OFTEN_CHANGED] = Field(30, ge=1, le=1_000_000)
     """Maximum passes over the training stimuli; the schedule spans all of them."""
+    trackers: Annotated[list[Tracking], FREE_ON_RESUME] = Field(["tensorboard"], max_length=2)
+    """Where curves are shown: `tensorboard` (files in the run folder), `wandb` (Weights & Biases, an extra package),
+    both, or none (no name)."""
     seed: Annotated[int, OFTEN_CHANGED] = Field(0, ge=0, le=LARGEST_SEED)
     """Seed of the initial weights, the order of the stimuli, the subset and the inner split."""
 
@@ -198,6 +202,8 @@ class ProbeRecipe(Settings):
     loader: Loader = Loader()
     timeout: Annotated[float, FREE_ON_RESUME] = Field(1800.0, ge=1, le=WEEK)
     """Seconds that processes wait for each other: one decomposes a matrix while the others are idle."""
+    trackers: Annotated[list[Tracking], FREE_ON_RESUME] = Field(["tensorboard"], max_length=2)
+    """Where scores and figures are shown: `tensorboard`, `wandb` (Weights & Biases, an extra package), both, or none."""
     seed: Annotated[int, OFTEN_CHANGED] = Field(0, ge=0, le=LARGEST_SEED)
     """Seed of random weights, the subset and shuffled responses."""
 

@@ -13,6 +13,7 @@ from train.run.field_rules import FREE_ON_RESUME, TRAINING_ONLY, used_when
 LARGEST_SEED = 2**63 - 1  # accepted by every random number generator
 WEEK = 7 * 86400.0  # seconds
 
+Tracking = Literal["tensorboard", "wandb"]
 Text = Annotated[str, Field(max_length=4096, pattern=r"^[^\x00-\x1f]*$")]
 
 WITH_RESPONSES = used_when("task.kind", "regression", "hybrid")

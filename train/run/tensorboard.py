@@ -1,4 +1,4 @@
-"""TensorBoard's files of a run. A run continues without them if they cannot be written."""
+"""TensorBoard's files of a run, through accelerate's tracker. A run continues if they cannot be written."""
 
 import io
 from collections.abc import Callable, Mapping, Sequence
@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.tracking import TensorBoardTracker
 from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.writer import SummaryWriter
 
 Pages = dict[str, dict[str, list[Any]]]  # by page and chart, what SummaryWriter.add_custom_scalars takes
 SPLITS = ("train", "inner", "val")
@@ -15,7 +17,7 @@ STEP_PARTS = ("data_wait", "forward", "backward", "optimizer", "communication")
 
 
 class TensorBoard:
-    """Charts and figures of a run. The horizontal axis is always the number of optimizer steps done.
+    """Charts and figures of a run; see `train.run.trackers.Tracker`.
 
     Args:
         folder: for the files.
@@ -26,6 +28,17 @@ class TensorBoard:
         self._folder, self._warn = folder, warn
         self._writer: SummaryWriter | None = None
         self._open(purge_step=None)
+
+    def settings(self, shown: Mapping[str, str | float], everything: Mapping[str, Any], scores: Sequence[str]) -> None:
+        """Make a line of the page "HParams", whose columns are settings and the last values of some charts."""
+        experiment, run, _ = hparams(dict(shown), dict.fromkeys(scores, 0.0))
+
+        def add(writer: SummaryWriter) -> None:
+            files: Any = writer.file_writer  # declared as None, and open from the start
+            for summary in (experiment, run):
+                files.add_summary(summary)
+
+        self._write(add)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Add points to charts."""
@@ -60,8 +73,13 @@ class TensorBoard:
         self._write(lambda writer: writer.close())
 
     def _open(self, purge_step: int | None) -> None:
+        # Its files lie in the folder itself: TensorBoard names a run by the folder of its files.
+        tracker = TensorBoardTracker("", self._folder, purge_step=purge_step)
+        tracker.main_process_only = False  # which is known here without asking accelerate
         try:
-            self._writer = SummaryWriter(str(self._folder), purge_step=purge_step)
+            tracker.start()
+            # Not through its `log`, which waits for the disk each time.
+            self._writer = tracker.tracker
         except OSError as error:
             self._give_up(error)
 

@@ -311,7 +311,7 @@ def test_the_loader_is_judged_once_it_has_started_and_there_were_enough_steps():
 def test_charts_show_where_the_time_of_a_step_goes(undisturbed):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(undisturbed / "tensorboard"))
+    events = EventAccumulator(str(undisturbed))
     events.Reload()
     parts = ("data_wait", "forward", "backward", "optimizer", "communication")
     names = {"speed/images_per_second", *(f"speed/{part}_seconds" for part in parts)}

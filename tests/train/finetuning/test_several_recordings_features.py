@@ -116,7 +116,7 @@ def test_the_others_are_divided_as_all_would_be(two, tmp_path):
 
 
 def test_charts_show_each_recording_and_the_mean(folds, joined):
-    board = EventAccumulator(str(folds[0] / "tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    board = EventAccumulator(str(folds[0]), size_guidance={"scalars": 0, "images": 0})
     board.Reload()
     lines = history(folds[0])
 

@@ -132,6 +132,7 @@ def test_charts_and_log_that_cannot_be_written_do_not_end_a_run(recording, train
     with small_disk(disk, 16 * PAGE):
         (disk / "log.txt").write_bytes(bytes(PAGE))
         (disk / "tensorboard").mkdir()
+        (run / "tensorboard").mkdir()  # as in runs of earlier versions, which continue there
         fill(disk)
         with (
             mounted(run / "log.txt", "--bind", disk / "log.txt"),

@@ -1,5 +1,6 @@
 """TensorBoard's own server shows the charts of a real training, with consistent steps."""
 
+import errno
 import json
 import shutil
 
@@ -9,6 +10,9 @@ import torch
 from boards import tensorboard_on
 from helpers import run_here, succeed_here
 from launching import SMALL, metrics
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard import SummaryWriter
 
 from train.evaluation.figures.prediction_figures import mean_errors
 from train.finetuning import charts
@@ -34,7 +38,7 @@ def board(hybrid):
         yield ask
 
 
-RUN = "hybrid/tensorboard"
+RUN = "hybrid"
 
 
 def points(board, tag):
@@ -120,7 +124,7 @@ def test_train_scores_are_those_of_the_predictions_that_training_made(recording,
     target = torch.cat([batch.rates for *_, batch in recorded]).double()
     expected = 1 - ((target - prediction) ** 2).sum(0) / ((target - target.mean(0)) ** 2).sum(0)
     with tensorboard_on(tmp_path) as board:
-        ((_, r2),) = [point[1:] for point in board("plugin/scalars/scalars", run="run/tensorboard", tag="train/r2")]
+        ((_, r2),) = [point[1:] for point in board("plugin/scalars/scalars", run="run", tag="train/r2")]
     assert r2 == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
@@ -129,7 +133,7 @@ def test_a_probe_draws_its_layers(recording, tmp_path):
     network = ["--backbone.name", "test_convnext", "--backbone.weights", "random"]
     succeed_here("train/probe.py", "--data", recording, "--out", tmp_path / "probe", *network, *words)
     with tensorboard_on(tmp_path) as board:
-        assert list(board("plugin/images/tags")["probe/tensorboard"]) == ["explained variance by layer"]
+        assert list(board("plugin/images/tags")["probe"]) == ["explained variance by layer"]
 
 
 def test_a_short_training_draws_nothing_but_an_evaluation_does(trained, tmp_path):
@@ -137,17 +141,44 @@ def test_a_short_training_draws_nothing_but_an_evaluation_does(trained, tmp_path
     shutil.copytree(trained, run, symlinks=True)
     succeed_here("train/evaluate.py", run)
     with tensorboard_on(tmp_path) as board:
-        tags = board("plugin/images/tags")["run/tensorboard"]
+        tags = board("plugin/images/tags")["run"]
     assert {tag.partition("/")[0] for tag in tags} == {"val"}
 
 
-def test_a_folder_that_cannot_be_written_costs_an_evaluation_its_charts_alone(trained, tmp_path):
+def test_a_folder_that_cannot_be_written_costs_an_evaluation_its_charts_alone(trained, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    shutil.copytree(trained, run, symlinks=True, ignore=shutil.ignore_patterns("tensorboard"))
-    (run / "tensorboard").write_text("a file where a folder should be")
+    shutil.copytree(trained, run, symlinks=True)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(SummaryWriter, "add_scalar", full)
     done = succeed_here("train/evaluate.py", run)
     assert done.stderr.count("continuing without charts") == 1
     assert metrics(run)["stimuli"]
+
+
+def test_charts_of_a_run_of_an_earlier_version_stay_in_their_folder(trained, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run, symlinks=True, ignore=shutil.ignore_patterns("events.*"))
+    (run / "tensorboard").mkdir()
+    succeed_here("train/evaluate.py", run)
+    assert list((run / "tensorboard").glob("events.*"))
+    assert not list(run.glob("events.*"))
+
+
+def test_runs_can_be_compared_by_their_settings(hybrid):
+    """The page HParams has a line for the run: its settings, and the scores that runs are compared by."""
+    events = EventAccumulator(str(hybrid)).Reload()
+    tags = events.summary_metadata
+    content = {tag: HParamsPluginData.FromString(tags[tag].plugin_data.content) for tag in tags if "_hparams_" in tag}
+    settings = content["_hparams_/session_start_info"].session_start_info.hparams
+    assert settings["task.kind"].string_value == "hybrid"
+    assert settings["optimizer.lr"].number_value == pytest.approx(3e-3)
+    assert settings["recording"].string_value
+    scores = content["_hparams_/experiment"].experiment.metric_infos
+    assert {score.name.tag for score in scores} == {"inner/r2", "val/r2", "test/r2"}
+    assert {"inner/r2", "val/r2"} <= set(events.Tags()["scalars"])
 
 
 def test_an_error_is_in_standard_deviations_of_each_site():

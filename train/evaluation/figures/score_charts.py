@@ -1,4 +1,4 @@
-"""Charts of a scored split in TensorBoard: scores over sites, best and worst sites and stimuli, confusion matrix."""
+"""Charts of a scored split for TensorBoard or another tracker: scores over sites, best and worst sites and stimuli, confusion matrix."""
 
 import numpy as np
 
@@ -7,13 +7,13 @@ from train.evaluation.figures.figure_style import encode
 from train.evaluation.figures.prediction_figures import draw_confusion, draw_extremes, draw_sites, mean_errors
 from train.evaluation.metrics import site_scores
 from train.evaluation.scoring import RecordingScores
-from train.run.tensorboard import TensorBoard
+from train.run.trackers import Tracker
 
 MAX_PREDICTIONS = 4_000_000  # stimuli x sites; of more, no figures are drawn
 MAX_CLASSES = 100
 
 
-def chart_site_scores(board: TensorBoard, split: str, scores: RecordingScores, step: int) -> None:
+def chart_site_scores(board: Tracker, split: str, scores: RecordingScores, step: int) -> None:
     """Add a histogram of R2 over sites."""
     if scores.moments is None:
         return
@@ -22,9 +22,7 @@ def chart_site_scores(board: TensorBoard, split: str, scores: RecordingScores, s
         board.histogram(f"{split}/r2_of_sites", r2[np.isfinite(r2)], step)
 
 
-def chart_figures(
-    board: TensorBoard, split: str, scores: RecordingScores, stimuli: RecordingStimuli, step: int
-) -> None:
+def chart_figures(board: Tracker, split: str, scores: RecordingScores, stimuli: RecordingStimuli, step: int) -> None:
     """Add figures of the predictions of a split, if they were kept."""
     if scores.rates is not None and stimuli.rates is not None and scores.rates.size <= MAX_PREDICTIONS:
         _chart_sites(board, split, scores, scores.rates, stimuli.rates, stimuli, step)
@@ -36,7 +34,7 @@ def chart_figures(
 
 
 def _chart_sites(
-    board: TensorBoard,
+    board: Tracker,
     split: str,
     scores: RecordingScores,
     prediction: np.ndarray,
@@ -51,7 +49,7 @@ def _chart_sites(
         board.figure(f"{split}/best, median and worst site", encode(figure), step)
 
 
-def _chart_extremes(board: TensorBoard, split: str, errors: np.ndarray, stimuli: RecordingStimuli, step: int) -> None:
+def _chart_extremes(board: Tracker, split: str, errors: np.ndarray, stimuli: RecordingStimuli, step: int) -> None:
     """Show the most over- and underestimated stimuli; images of remote shards are not fetched for that."""
     if np.isfinite(errors).any() and not stimuli.split.is_remote:
         figure = draw_extremes(errors, lambda positions: stimuli.images(positions).numpy(), stimuli.names())

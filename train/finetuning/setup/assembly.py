@@ -45,10 +45,12 @@ def build(run: PreparedRun, start: StartingPoint, runtime: Runtime) -> Training:
         average.follow(engine)
     facts, seen = run_facts(run, size, runtime), list[str]()
     runtime.run_on_main(lambda: seen.extend(begin_folder(run, start, facts)))
-    monitor = Monitor(run.folder, runtime.is_main)
-    if monitor.tensorboard is not None:
+    monitor = Monitor(run.folder, runtime.is_main, recipe.trackers)
+    if monitor.trackers is not None:
         pages = training_pages(recipe.task.predicts_responses, recipe.task.predicts_classes, run.recording_names)
-        monitor.tensorboard.arrange(pages)
+        monitor.trackers.arrange(pages)
+    compared_on = dict.fromkeys((recipe.early_stopping.split, "val", "test"))
+    monitor.describe(recipe, run.targets.manifest.name, list(compared_on), recipe.selection_metric)
     introduce(run, network, size, ridge_scores, runtime, monitor)
     for note in seen:
         monitor.log(note)

@@ -24,6 +24,7 @@ from train.finetuning.setup.training_targets import TrainingTargets, set_targets
 from train.models.timm_networks import check_network_name, check_weights
 from train.run.folder import RunFolder
 from train.run.recipe import Recipe
+from train.run.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def prepare(recipe: Recipe, locations: Sequence[Path | str], out: Path, resume: 
     """
     process = this_process()
     check_network_name(recipe.backbone.name)
+    check_trackers(recipe.trackers)
     folder = RunFolder(out)
     if resume:
         folder.check_resumable(recipe)
