@@ -83,14 +83,25 @@ def parse(
     elif choices:
         before = f"{{{','.join(choices)}}}"
     usage_line = usage(program, options, before)
+    shown = [f"{_program()} {example}" for example in examples if chosen is None or example.split()[0] == chosen]
     if {"-h", "--help"} & set(words):
-        shown = [f"{_program()} {example}" for example in examples]
         print(help_page(usage_line, choices.get(chosen or "", model), options, shown, None if chosen else choices))
         raise SystemExit(0)
     if choices and chosen is None:
         raise BadInput(_unknown_subcommand(words, choices))
     _check_flags(words, options, usage_line)
-    return _parse_with_tyro(model, words, defaults, usage_line)
+    return _parse_with_tyro(model, words, defaults, _what_is_missing(options, usage_line, shown))
+
+
+def _what_is_missing(options: Sequence[Option], usage_line: str, examples: Sequence[str]) -> str:
+    """The sentence for a command line without its arguments."""
+    required = [option for option in options if option.positional and option.required]
+    if len(required) != 1:
+        return f"an argument is missing; usage: {usage_line}"
+    (argument,) = required
+    name, description = argument.usage.removesuffix(" ..."), " ".join((argument.field.description or "").split())
+    hint = f"for example: {examples[0]}" if examples else f"usage: {usage_line}"
+    return f"{name} is missing: {description.rstrip('.')}; {hint}"
 
 
 def _check_encoding(words: Sequence[str]) -> None:
@@ -145,6 +156,8 @@ def _check_flags(words: Sequence[str], options: Sequence[Option], usage_line: st
         if option.required and not option.positional and not {*map(_normal, option.flags)} & set(given)
     ]
     if missing:
+        if not words:
+            missing = [*(option.usage for option in options if option.required and option.positional), *missing]
         raise BadInput(f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing; usage: {usage_line}")
 
 
@@ -172,7 +185,7 @@ def _help_hint() -> str:
     return f"{_program()} --help lists the options"
 
 
-def _parse_with_tyro(model: type[Parsed], words: Sequence[str], defaults: Mapping[str, Any], usage_line: str) -> Parsed:
+def _parse_with_tyro(model: type[Parsed], words: Sequence[str], defaults: Mapping[str, Any], missing: str) -> Parsed:
     model_defaults = {name: declared_default(field) for name, field in model.model_fields.items()}
     default = model.model_construct(None, **(model_defaults | dict(defaults)))
     tyro_output = io.StringIO()
@@ -183,17 +196,22 @@ def _parse_with_tyro(model: type[Parsed], words: Sequence[str], defaults: Mappin
     except SystemExit as exit_request:
         if exit_request.code in (0, None):
             raise
-        raise BadInput(_sentence(tyro_output.getvalue(), usage_line)) from None
+        raise BadInput(_sentence(tyro_output.getvalue(), missing)) from None
 
 
-def _sentence(box: str, usage_line: str) -> str:
-    """tyro's framed error message as one sentence, without the frame, links and repeated help."""
+def _sentence(box: str, missing: str) -> str:
+    """tyro's framed error message as one sentence, without the frame, links and repeated help.
+
+    Args:
+        box: the message.
+        missing: the sentence for a missing argument.
+    """
     lines = [re.sub(r"[╭╮╰╯│─]|-{4,}", " ", line).strip() for line in box.splitlines()]
     text = re.sub(r"\[/?bold\]", "", " ".join(line for line in lines if line))
     text = re.split(r"Argument helptext:|Perhaps you meant:|For full helptext,|Got errors:", text)[0]
     text = " ".join(text.split())
     if "Missing from" in text or "List should have at least 1 item" in text:
-        return f"an argument is missing; usage: {usage_line}"
+        return missing
     if match := _OUT_OF_BOUNDS.search(text):
         section, name, fault, value = match.groups()
         where = f"{section}.{name}" if section[0].islower() else name

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shlex
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,6 +21,7 @@ from data_prep.recording import varies
 
 FORMAT_VERSION: Final = 1
 MOST_STIMULI, MOST_BYTES = 10**9, 2**50  # of a split, of a shard; a manifest that claims more is damaged or malicious
+STIMULUS_TABLE = "stimuli.csv"  # of a recording that is not packed yet
 LARGEST_SIDE = 2**16  # pixels
 
 
@@ -266,6 +268,12 @@ def load_manifest(folder: Path) -> Manifest:
     path = folder / "manifest.json"
     if not folder.is_dir():
         raise BadInput(f"{folder} is not a folder; give a shard folder made by data_prep/pack.py")
+    if not path.is_file() and (folder / STIMULUS_TABLE).is_file():
+        raise BadInput(
+            f"{folder} is not packed yet (it has {STIMULUS_TABLE} and no manifest.json); pack it, and give the folder "
+            f"that this makes: python data_prep/pack.py folder {shlex.quote(str(folder))} --out "
+            f"{shlex.quote(f'{folder}_packed')}"
+        )
     if not path.is_file():
         raise BadInput(
             f"{folder} has no manifest.json, so it is not a (finished) shard folder, and it contains no tars"

@@ -17,7 +17,12 @@ IMAGE_MEMBERS = ("jpg", "png", "image.npy")
 LABEL_FIELDS = ("object", "label", "class")  # of a JSON member that names the class, in order of preference
 
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)  # as WebDataset divides names into key and extension
-_NOT_A_SAMPLE = re.compile(r"__[^/]*__($|/)")  # members that WebDataset ignores, such as __index__
+_NOT_OF_A_STIMULUS = re.compile(
+    r"__[^/]*__($|/)"  # what WebDataset ignores, such as __index__
+    r"|(.*/)?(\._[^/]*|\.DS_Store)$"  # what macOS adds for itself
+    r"|(.*/)?[^./]+\.txt$",  # the captions of img2dataset
+    re.DOTALL | re.IGNORECASE,
+)
 _ALIASES = {"jpeg": "jpg"}
 BLOCK = 512  # bytes: of a header in a tar, and what members are padded to
 ABSENT = (-1, 0)  # offset and size of a member that a stimulus lacks
@@ -41,6 +46,11 @@ def key_and_kind(name: str) -> tuple[str, str] | None:
     key, kind = divided[1], divided[2].lower()
     kind = _ALIASES.get(kind, kind)
     return (key, kind) if kind in MEMBERS else None
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a member belongs to no stimulus and is passed over: an index, a caption, a file of macOS."""
+    return _NOT_OF_A_STIMULUS.match(name) is not None
 
 
 def not_plain(tar: Path | str, name: str) -> BadInput:
@@ -106,7 +116,7 @@ def _files(path: Path) -> Iterator[tuple[str, int, int]]:
         with _GuardedTar(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 _check_name(path, member.name)
-                if member.isdir() or _NOT_A_SAMPLE.match(member.name):
+                if member.isdir() or is_ignored(member.name):
                     continue
                 if not member.isreg() or member.issparse():
                     raise BadInput(f"{path}: {member.name}: a link, a device or a sparse file; pack it as a plain file")

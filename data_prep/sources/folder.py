@@ -1,7 +1,6 @@
 """Source `folder`: a table of stimuli, their image files, and responses as .npy, .csv or .parquet."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,8 +10,10 @@ import numpy as np
 import tyro
 
 from data_prep.common.errors import BadInput
+from data_prep.common.safe_reading import is_name
 from data_prep.recording import SPLITS, Recording, trial_average
 from data_prep.sources.files.held_out import HeldOut
+from data_prep.sources.files.ids import safe_ids, source_id
 from data_prep.sources.files.image_files import ImageFiles, is_inside, spelling
 from data_prep.sources.files.named_images_recording import NamedImagesRecording
 from data_prep.sources.files.tables import Table, parse_cells, read_table, row_facts, text_cells
@@ -24,8 +25,6 @@ from data_prep.sources.responses.trial_axes import TrialAxes, check_agreement, i
 from data_prep.splits import Dealt
 
 RATES_FILES = ("rates.npy", "rates.csv", "rates.parquet")
-
-_STIMULUS_ID = re.compile(r"[A-Za-z0-9_-]+")
 
 
 class Folder(HeldOut):
@@ -84,15 +83,16 @@ class Folder(HeldOut):
         if stimuli_path is None:
             raise BadInput(f"{self.source / 'stimuli.csv'}: no such file; name the table of stimuli with --stimuli")
         table = read_table(stimuli_path)
-        ids = _stimulus_ids(table)
+        names = _stimulus_names(table)
+        ids = safe_ids(names)
         images = _image_paths(table, ImageFiles(self.source))
         objects = self._objects(table)
         dealt = self._splits(table)
         site_table = self._site_table()
-        responses = self._responses(table, StimulusNames(stimuli_path.name, ids, images), site_table)
+        responses = self._responses(table, StimulusNames(stimuli_path.name, names, images), site_table)
         sites = self._sites(responses.primary, site_table)
-        recorded = responses.check_finite(ids, [site["id"] for site in sites])
-        responses.check_agreement(ids, [site["id"] for site in sites])
+        recorded = responses.check_finite(names, [site["id"] for site in sites])
+        responses.check_agreement(names, [site["id"] for site in sites])
         converted = _check_images(self.source, images, table)
         provenance = {
             "source": "folder",
@@ -120,7 +120,7 @@ class Folder(HeldOut):
             group_by=self.group_by,
             images=ImageFiles(self.source),
             image_names=images,
-            meta=_meta(table, objects),
+            meta=[source_id(*pair) | facts for *pair, facts in zip(names, ids, _meta(table, objects), strict=True)],
             files=responses,
             split_has_responses={
                 split: any(recorded[i] for i, other in enumerate(dealt.splits) if other == split) for split in SPLITS
@@ -325,17 +325,14 @@ class FolderRecording(NamedImagesRecording):
 # ---- stimuli -------------------------------------------------------------------------------------------------------
 
 
-def _stimulus_ids(table: Table) -> list[str]:
-    if "stimulus_id" not in table.columns:
-        raise table.missing_column("stimulus_id")
-    for i, name in enumerate(table.columns["stimulus_id"]):
-        if not _STIMULUS_ID.fullmatch(name):
-            raise BadInput(
-                f"{table.location(i)}: stimulus_id {name!r} must consist of the letters A-Z a-z, digits, _ and - "
-                "(it becomes a file name in a shard)"
-            )
+def _stimulus_names(table: Table) -> list[str]:
+    """The stimuli's ids as the table has them."""
+    names = table.complete_column("stimulus_id")
+    for i, name in enumerate(names):
+        if not is_name(name):
+            raise BadInput(f"{table.location(i)}: stimulus_id {name[:100]!r} is too long or not printable")
     table.check_unique("stimulus_id")
-    return list(table.columns["stimulus_id"])
+    return names
 
 
 def _image_paths(table: Table, files: ImageFiles) -> list[str]:

@@ -25,7 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from data_prep.common.errors import BadInput
-from data_prep.shards.members import BLOCK, IMAGE_MEMBERS, key_and_kind, not_plain
+from data_prep.shards.members import BLOCK, IMAGE_MEMBERS, is_ignored, key_and_kind, not_plain
 from train.data.batch_buffers import BatchBuffers
 from train.data.batches import Batch, BatchRequest
 from train.data.decoding import decode_into
@@ -164,6 +164,8 @@ def _images_of(members: Iterable[dict[str, Any]], tar: str) -> Iterator[dict[str
     for member in members:
         if not member:  # marks the end of a tar
             yield member
+            continue
+        if is_ignored(member["fname"]):
             continue
         name = key_and_kind(member["fname"])
         if name is None:

@@ -153,7 +153,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
     if resume:
         folder.check_resumable(recipe)
     else:
-        folder.check_free()
+        folder.check_free(recipe)
     shards = ShardFolder(data, recipe.loader.fetch)
     size = recipe.images.size or _image_size_of_run(Path(recipe.backbone.weights)) or shards.manifest.image.side
     bad_samples = BadSamples(recipe.loader)

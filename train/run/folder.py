@@ -78,8 +78,11 @@ class RunFolder:
             return {}
         return content if isinstance(content, dict) else {}
 
-    def check_free(self) -> None:
+    def check_free(self, recipe: Recipe | ProbeRecipe | None = None) -> None:
         """Refuse a folder that is not free for a new run.
+
+        Args:
+            recipe: of the run or the probe that is to begin; None for an ensemble.
 
         Raises:
             BadInput: it holds a run or other files, or cannot be written.
@@ -87,7 +90,12 @@ class RunFolder:
         if not self.recipe.exists() and self.belongs_to_this_job():
             return  # the job ended while `claim` was writing
         if self.recipe.exists():
-            raise BadInput(f"{self.path} already holds a run; choose another --out, or continue the run with --resume")
+            holds_probe = is_probe(self)
+            can_resume = isinstance(recipe, ProbeRecipe if holds_probe else Recipe)
+            resume = ", or continue it with --resume" if can_resume else ""
+            raise BadInput(
+                f"{self.path} already holds a {'probe' if holds_probe else 'run'}; choose another --out{resume}"
+            )
         if self.path.exists() and (not self.path.is_dir() or any(path.name != LOCK for path in self.path.iterdir())):
             raise BadInput(f"{self.path} exists and is not an empty folder; choose another --out")
         check_writable(self.path)
@@ -125,7 +133,7 @@ class RunFolder:
 
         self.path.mkdir(parents=True, exist_ok=True)
         self.lock(seconds=0)
-        self.check_free()
+        self.check_free(recipe)
         folders = [public_location(folder) for folder in data]
         recorded_data = folders if len(folders) > 1 else folders[0]
         write_json(self.env, environment() | {"data": recorded_data} | dict(facts))

@@ -203,7 +203,7 @@ class ProbeRecipe(Settings):
     timeout: Annotated[float, FREE_ON_RESUME] = Field(1800.0, ge=1, le=WEEK)
     """Seconds that processes wait for each other: one decomposes a matrix while the others are idle."""
     trackers: Annotated[list[Tracking], FREE_ON_RESUME] = Field(["tensorboard"], max_length=2)
-    """Where scores and figures are shown: `tensorboard`, `wandb` (Weights & Biases, an extra package), both, or none."""
+    """Where scores are shown: `tensorboard`, `wandb` (Weights & Biases, an extra package), both, or none."""
     seed: Annotated[int, OFTEN_CHANGED] = Field(0, ge=0, le=LARGEST_SEED)
     """Seed of random weights, the subset and shuffled responses."""
 

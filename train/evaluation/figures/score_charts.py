@@ -1,4 +1,4 @@
-"""Charts of a scored split for TensorBoard or another tracker: scores over sites, best and worst sites and stimuli, confusion matrix."""
+"""Charts of a scored split for its trackers: scores over sites, best and worst sites and stimuli, confusions."""
 
 import numpy as np
 

@@ -98,7 +98,7 @@ def prepare(recipe: Recipe, locations: Sequence[Path | str], out: Path, resume: 
         folder.check_resumable(recipe)
     else:
         check_weights(recipe.backbone.name, recipe.backbone.weights)
-        folder.check_free()
+        folder.check_free(recipe)
     data = open_data(recipe, locations)
     targets = set_targets(recipe, data.recordings.manifest, data.fit, data.selection)
     largest_batch = max(
