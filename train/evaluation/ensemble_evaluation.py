@@ -1,12 +1,14 @@
 """Evaluates an ensemble: opens its members, scores those that need it, combines them, writes the results.
 
 OUT/ensemble.json                      the members, and how they are combined
+OUT/env.json                           the command, versions and hardware
 OUT/eval/<split>/...                   as in a run folder; and `left_out`, for use as a teacher or a member
 OUT/seen.npz                           what the members have seen (train/data/seen.py)
 
 With several recordings, the predictions of each recording are combined on their own.
 """
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import torch
 
 from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput
+from data_prep.common.process_identity import speaks
 from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.remote.url import public_location
 from data_prep.shards.folder import ShardFolder
@@ -39,6 +42,7 @@ from train.evaluation.predictions_file import METRICS_FILE, Predictions, predict
 from train.evaluation.run_evaluation import print_warnings, summary
 from train.evaluation.seen_stimuli import NothingLeftOut, SeenRule, selected_on
 from train.evaluation.training_facts import OTHER_SCALE
+from train.run.environment import environment
 from train.run.folder import LEFT_OUT, RunFolder, open_run
 from train.run.recipe import Loader, Recipe
 
@@ -171,15 +175,27 @@ def _jobs(options: Evaluate, run: Path, recipe: Recipe) -> list[EvaluationJob]:
 
 
 def _check_free(out: Path, ensembles: Sequence[Ensemble]) -> None:
-    """Refuse a folder that contains anything but this ensemble.
+    """Refuse a folder that contains anything but this ensemble; say so where its scores will be replaced.
 
     Raises:
         BadInput: it does.
     """
     if not (out / ENSEMBLE_FILE).is_file():
         RunFolder(out).check_free()
-    elif not read_record(out).is_same_ensemble(_record(ensembles)):
+        return
+    if not read_record(out).is_same_ensemble(_record(ensembles)):
         raise BadInput(f"{out} contains another ensemble; choose another --out")
+    scored = [ensemble for ensemble in ensembles if _scores_of(out, ensemble).is_file()]
+    if scored and speaks():
+        print(
+            f"note: {out} already has scores on {scored[0].split}; they are replaced, as its members may have changed",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def _scores_of(out: Path, ensemble: Ensemble) -> Path:
+    return RunFolder(out).results_on(ensemble.split, ensemble.recording) / METRICS_FILE
 
 
 def _check_predictions(ensemble: Ensemble) -> None:
@@ -255,6 +271,9 @@ def write_ensembles(out: Path, ensembles: Sequence[Ensemble], ranks: int) -> lis
     # The weights for several recordings differ; they are in the metrics of each.
     weights = None if has_several_recordings else predictions[0].weights
     write_json(out / ENSEMBLE_FILE, _content(_record(ensembles), weights))
+    write_json(
+        RunFolder(out).env, environment() | {"world_size": ranks, "data": _content(_record(ensembles), None)["data"]}
+    )
     _seen_by(ensembles).write(out)
     return [
         _write(RunFolder(out), ensemble, predicted, ranks, ensemble.recording if has_several_recordings else None)

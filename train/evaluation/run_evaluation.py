@@ -17,6 +17,7 @@ from train.distributed.launch_environment import cores_of_rank, this_process
 from train.distributed.runtime import Runtime
 from train.evaluation.evaluation_job import EvaluationJob
 from train.evaluation.figures.score_charts import chart_figures, chart_site_scores
+from train.evaluation.frozen_rivals import frozen_ahead
 from train.evaluation.metrics import TITLES
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, metrics_report
 from train.evaluation.predictions_file import write_predictions
@@ -55,6 +56,8 @@ def run_job(job: EvaluationJob, runtime: Runtime) -> None:
     _chart(job, evaluated.scores)
     name = f"{job.run.folder.path}, {job.title}"
     print(f"{name}: {len(job.stimuli):,} stimuli  {summary(metrics)}\nwritten to {folder}", flush=True)
+    if rival := frozen_ahead(job.run.folder.path, job.split, job.manifest.name, metrics):
+        print(f"note: {rival}", flush=True)
     _warn_of_unseen_classes(job, metrics)
     _warn_of_other_recording(job, evaluated)
     print_warnings(job.bad_samples)

@@ -8,11 +8,20 @@ from functools import cached_property
 import numpy as np
 
 from train.evaluation.comparison import Lead, compared_models, leads
+from train.evaluation.frozen_rivals import ADVICE
 from train.evaluation.metrics import TITLES
 from train.evaluation.multiplicity import Standing
 from train.reporting.data_efficiency import Curve, curves_of
 from train.reporting.number_formats import interval, number
-from train.reporting.reported_run import FAMILIES, ReportedRun, ScoredRun, scored_runs
+from train.reporting.reported_run import (
+    DATA_DRIVEN,
+    FAMILIES,
+    HYBRID,
+    TASK_DRIVEN,
+    ReportedRun,
+    ScoredRun,
+    scored_runs,
+)
 from train.reporting.run_files import Metrics, Score
 
 RESAMPLES = 2000
@@ -233,12 +242,40 @@ class Group:
         return f"{begin}; its 95 % interval{adjusted} {interval(lead.adjusted)} {verdict}."
 
     @property
+    def frozen_ahead(self) -> str:
+        """That a frozen layer is ahead of every fine-tuned network, in a sentence; empty if none is."""
+        frozen, tuned = self._best_of(TASK_DRIVEN), self._best_of(DATA_DRIVEN, HYBRID)
+        if frozen is None or tuned is None:
+            return ""
+        ahead, behind = frozen.regression.r2.mean, tuned.regression.r2.mean
+        if ahead is None or behind is None or ahead <= behind:
+            return ""
+        return (
+            f"A frozen layer is ahead of every fine-tuned network here: {frozen.run.title}, R2 {number(ahead)} against "
+            f"{number(behind)} of {tuned.run.title}; {ADVICE}."
+        )
+
+    def _best_of(self, *families: str) -> ScoredRun | None:
+        """The best run of some families by R2, controls and scores of seen stimuli apart."""
+        runs = [self.runs[index] for index in self.ranking]
+        return next(
+            (
+                scored
+                for scored in runs
+                if scored.run.family in families
+                and scored.metrics.control is None
+                and not (scored.metrics.seen and scored.metrics.seen.leaks)
+            ),
+            None,
+        )
+
+    @property
     def finding(self) -> str:
         """The best run's score and lead, in sentences."""
         best = self.runs[self.ranking[0]]
         r2 = best.regression.r2
         score = f"{self.recording}: R2 {number(r2.mean)} {interval(r2.ci95)} with {best.run.title}."
-        return f"{score} {self.verdict}".rstrip()
+        return " ".join(sentence for sentence in (score, self.verdict, self.frozen_ahead) if sentence)
 
 
 def seen_notes(runs: Sequence[tuple[str, Metrics]]) -> list[str]:

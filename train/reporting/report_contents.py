@@ -118,7 +118,7 @@ class ReportContents:
         for section in self.sections:
             group = section.group
             power = section.power.sentence if section.power else ""
-            sentences = [group.verdict, power, *group.warnings, describe_gains(group.curves)]
+            sentences = [group.verdict, group.frozen_ahead, power, *group.warnings, describe_gains(group.curves)]
             sentences = [sentence for sentence in sentences if sentence]
             parts.append("\n".join([in_terminal(section.comparison), *(["", *sentences] if sentences else [])]))
         if self.classifiers:

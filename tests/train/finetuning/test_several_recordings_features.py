@@ -57,8 +57,8 @@ def joined(folds, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("joined") / "stack"
     output = succeed_here("train/evaluate.py", *folds, "--combine", "stack", "--out", out).stdout
     for name, stimuli in zip(NAMES, (12, 20), strict=True):
-        assert output.count(f"{name}, val: {stimuli} stimuli") == 2
-        assert f"ensemble, {name}, val: r2" in output
+        assert all(f"{run}, {name}, val: {stimuli} stimuli" in output for run in folds)
+        assert f"ensemble {out}, {name}, val: {stimuli} stimuli  R2" in output
     return out
 
 

@@ -1,0 +1,60 @@
+"""Whether a frozen layer, probed beside a fine-tuned run, predicts the same stimuli better."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from data_prep.common.safe_reading import parse_json, read_regular_file
+from data_prep.common.terminal import printable
+from train.run.folder import RunFolder
+from train.run.yaml_files import read_yaml
+
+PIXELS = "pixels"
+MOST_NEIGHBOURS = 200  # folders that are looked at
+ADVICE = "report the frozen one, or see docs/best.md for what makes fine-tuning win"
+
+
+def frozen_ahead(run: Path, split: str, recording: str, metrics: Mapping[str, Any]) -> str:
+    """A sentence if a probe in the same folder as a run has a higher R2 on the same stimuli; else empty.
+
+    Args:
+        run: folder of the run.
+        split: that was scored.
+        recording: that was scored.
+        metrics: of the run.
+    """
+    score = _r2(metrics)
+    if score is None or "control" in metrics:
+        return ""
+    best = max(_probes(run, split, recording, metrics), default=None)
+    if best is None or best[0] <= score:
+        return ""
+    r2, layer, probe = best
+    return f"a frozen layer is ahead of this run: {layer} of {probe}, R2 {r2:.4f} against {score:.4f}; {ADVICE}"
+
+
+def _probes(run: Path, split: str, recording: str, metrics: Mapping[str, Any]) -> Iterator[tuple[float, str, str]]:
+    """R2, chosen layer and folder of the probes beside a run that were scored on the same stimuli."""
+    neighbours = sorted(path for path in run.absolute().parent.iterdir() if path.is_dir() and not path.is_symlink())
+    for path in neighbours[:MOST_NEIGHBOURS]:
+        try:
+            content = parse_json(read_regular_file(RunFolder(path).results_on(split, recording) / "metrics.json"))
+            recipe = read_yaml(RunFolder(path).recipe)
+            is_frozen = isinstance(recipe, dict) and recipe.get("layers", [PIXELS]) != [PIXELS]
+            same = all(content.get(key) == metrics[key] for key in ("recording", "fingerprint"))
+            r2 = _r2(content)
+            if is_frozen and same and r2 is not None and "control" not in content and not _has_leaks(content):
+                yield r2, printable(str(content["chosen"])), printable(str(run.parent / path.name))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # no probe, or one that is not done or damaged
+
+
+def _has_leaks(metrics: Mapping[str, Any]) -> bool:
+    """Whether stimuli were scored that the probe or its network had been fitted on."""
+    seen = metrics.get("seen") or {}
+    return bool(seen.get("fitted") or seen.get("taught"))
+
+
+def _r2(metrics: Mapping[str, Any]) -> float | None:
+    mean = metrics.get("regression", {}).get("r2", {}).get("mean")
+    return float(mean) if isinstance(mean, int | float) else None
