@@ -65,6 +65,10 @@ def test_a_bad_command_line_imports_nothing_slow(words):
             ["train/sweep.py", "lr_x_optim.yaml", "--data", "d", "--out", "o"],
             ["did you mean train/recipes/sweeps/lr_x_"],
         ),
+        (["train/evaluate.py"], ["RUNS is missing: Run folder of train/finetune.py", "evaluate.py runs/a --split"]),
+        (["train/evaluate.py", "--split", "val"], ["RUNS is missing", "for example: ", "evaluate.py runs/a"]),
+        (["train/report.py", "--out", "o"], ["RUNS is missing: Folders made by", "report.py runs --out report"]),
+        (["train/report.py"], ["RUNS ... and --out PATH are missing; usage: "]),
         (["train/finetune.py", "resnet5.yaml"], ["no such recipe; did you mean train/recipes/resnet50.yaml?"]),
         (["train/probe.py", "resnet50"], ["no such recipe", "resnet50.yaml"]),
         (

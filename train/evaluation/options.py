@@ -44,7 +44,7 @@ class Evaluate(BaseModel):
     seen: SeenPolicy = "refuse"
     """If stimuli of val or test were fitted, going by their images: refuse to score, drop them, or keep them. What is
     done is marked in metrics.json and tables."""
-    trackers: list[Tracking] | None = None
+    trackers: Annotated[list[Tracking], Field(max_length=2)] | None = None
     """Trackers that the scores of fine-tuned runs are added to; by default the recipe's. None without a name."""
 
 

@@ -1,4 +1,4 @@
-"""Finds what a report compares: runs, probes, ensembles and searches, named one by one or by a folder of them."""
+"""Finds what a report compares: runs, probes, ensembles, searches and studies, each named or in a folder of them."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -9,6 +9,7 @@ from data_prep.common.errors import BadInput
 from data_prep.common.terminal import printable
 from train.evaluation.ensemble_record import ENSEMBLE_FILE
 from train.reporting.reported_run import read_run
+from train.reporting.study_table import is_study, read_study
 from train.reporting.sweep_results import is_sweep, read_sweep
 from train.run.folder import RunFolder
 
@@ -21,7 +22,7 @@ class FoundRuns:
     """What a report compares.
 
     Attributes:
-        folders: of runs, probes, ensembles and searches.
+        folders: of runs, probes, ensembles, searches and studies.
         skipped: of the folders that were searched: those that are none of these or cannot be read, and why.
     """
 
@@ -30,7 +31,7 @@ class FoundRuns:
 
 
 def find_runs(paths: Sequence[Path], split: str) -> FoundRuns:
-    """Find the runs, probes, ensembles and searches among some folders and in them.
+    """Find the runs, probes, ensembles, searches and studies among some folders and in them.
 
     What is named itself is not checked here; what is found in a folder is skipped if it cannot be read.
 
@@ -64,10 +65,10 @@ def _listed(skipped: Sequence[str]) -> str:
 
 
 def _is_predictor(path: Path) -> bool:
-    """Whether a folder is that of a run, a probe, an ensemble or a search, even a damaged one."""
+    """Whether a folder is that of a run, a probe, an ensemble, a search or a study, even a damaged one."""
     folder = RunFolder(path)
     is_run = folder.recipe.is_file() or (path / ENSEMBLE_FILE).is_file()
-    return is_run or is_sweep(path) or any(path.glob("eval/*/metrics.json"))
+    return is_run or is_sweep(path) or is_study(path) or any(path.glob("eval/*/metrics.json"))
 
 
 def _search(path: Path, split: str) -> tuple[list[Path], list[str]]:
@@ -80,7 +81,9 @@ def _search(path: Path, split: str) -> tuple[list[Path], list[str]]:
             skipped.append(f"{name}: no run")
             continue
         try:
-            if is_sweep(folder):
+            if is_study(folder):
+                read_study(folder)
+            elif is_sweep(folder):
                 read_sweep(folder)
             else:
                 read_run(folder, split, name)

@@ -373,7 +373,8 @@ def test_show_refuses_a_place_it_cannot_draw_to(packed):
 
 def test_show_refuses_a_folder_without_shards(source, tmp_path):
     assert_refused(run_here(SHOW, tmp_path / "nowhere"), tmp_path / "nowhere", "is not a folder")
-    assert_refused(run_here(SHOW, source.path), source.path, "no manifest.json")
+    command = f"data_prep/pack.py folder {source.path} --out {source.path}_packed"
+    assert_refused(run_here(SHOW, source.path), source.path, "no manifest.json", command)
 
 
 # ---- damage --------------------------------------------------------------------------------------------------------

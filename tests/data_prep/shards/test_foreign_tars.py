@@ -42,6 +42,27 @@ def pixels(split, position: int) -> np.ndarray:
 
 # ---- whoever wrote them --------------------------------------------------------------------------------------------
 
+
+def test_what_img2dataset_and_macos_add_is_passed_over(tmp_path):
+    """img2dataset writes captions beside its images, and tar on macOS a file of attributes before each file."""
+    members = []
+    for row in range(5):
+        caption = json.dumps({"caption": "a face", "status": "success", "key": f"{row:09d}"}).encode()
+        kinds = {"jpg": encode(IMAGES[row], "jpg"), "json": caption, "txt": b"a face", "cls": str(row % 2).encode()}
+        members += [
+            member
+            for kind, data in kinds.items()
+            for member in ((f"./._{row:09d}.{kind}", b"\0\5\x16\7"), (f"./{row:09d}.{kind}", data))
+        ]
+    extra = [("__MACOSX/._x.jpg", b"\0\5\x16\7"), ("./.DS_Store", b"Bud1")]
+    write_tar(tmp_path / "00000.tar", [*members, *extra])
+    folder = ShardFolder(tmp_path)
+    split = folder.split("train")
+    assert split.stimulus_ids == [f"{row:09d}" for row in range(5)]
+    assert folder.manifest.classes == ["0", "1"]
+    assert split.meta(3)["caption"] == "a face"
+
+
 LONG = "a_folder_whose_name_alone_is_so_long_that_no_old_tar_header_has_room_for_it/" * 2
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from recordings import pixels, read_all
 
 from data_prep.common.errors import BadInput
+from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from data_prep.splits import assign_splits
@@ -243,7 +244,8 @@ BAD_FOLDERS = {
     "ragged": (lambda f: (f / "stimuli.csv").write_text("stimulus_id,image\na,b,c\n"), {}, "line 2: 3 cells"),
     "no image column": (lambda f: edit_stimuli(f, image=None), {}, "no column 'image'"),
     "no id column": (lambda f: edit_stimuli(f, stimulus_id=None), {}, "no column 'stimulus_id'"),
-    "id with a dot": (lambda f: edit_stimuli(f, stimulus_id={4: "a.b"}), {}, r"line 6: stimulus_id 'a\.b'"),
+    "unprintable id": (lambda f: edit_stimuli(f, stimulus_id={4: "a\x07b"}), {}, r"line 6: stimulus_id 'a\\x07b'"),
+    "no id": (lambda f: edit_stimuli(f, stimulus_id={4: ""}), {}, "line 6: .*'stimulus_id' is empty"),
     "id twice": (lambda f: edit_stimuli(f, stimulus_id={4: "stim0001"}), {}, "line 6: .*line 3.*unique"),
     "absolute path": (lambda f: edit_stimuli(f, image={0: "/etc/passwd"}), {}, "line 2: .*inside"),
     "path outside": (lambda f: edit_stimuli(f, image={0: "images/../../x.png"}), {}, "line 2: .*inside"),
@@ -283,6 +285,27 @@ BAD_FOLDERS = {
     "site twice": (lambda f: write_csv(f / "sites.csv", {"id": ["a"] * 10}), {}, "id 'a' .*unique"),
     "site id": (lambda f: write_csv(f / "sites.csv", {"region": ["IT"] * 10}), {}, "no column 'id'"),
 }
+
+
+def test_ids_that_no_file_may_have_are_changed_and_their_rates_are_found_all_the_same(tmp_path):
+    written = make_folder(tmp_path / "source", n=12, splits=True)
+    names = [f"im {k}.v2/é" for k in range(12)]
+    edit_stimuli(tmp_path / "source", stimulus_id=dict(enumerate(names)))
+    rates = np.load(tmp_path / "source" / "rates.npy")
+    (tmp_path / "source" / "rates.npy").unlink()
+    order = np.random.default_rng(0).permutation(12)
+    columns = {"stimulus_id": [names[k] for k in order]}
+    write_csv(tmp_path / "source" / "rates.csv", columns | {f"n{k}": list(rates[order, k]) for k in range(10)})
+    folder = ShardFolder(pack(Folder(source=tmp_path / "source").open(), tmp_path / "shards", 50, 1).folder)
+    found = 0
+    for split in folder.manifest.splits:
+        opened = folder.split(split)
+        for position, (stimulus, of_stimulus) in enumerate(zip(opened.stimulus_ids, opened.rates(), strict=True)):
+            number = names.index(opened.meta(position)["source_id"])
+            assert stimulus == f"im_{number}_v2__"
+            np.testing.assert_allclose(of_stimulus, rates[number], rtol=1e-6)
+            found += 1
+    assert found == len(written.images)
 
 
 @pytest.mark.parametrize("case", BAD_FOLDERS)

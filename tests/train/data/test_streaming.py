@@ -108,6 +108,14 @@ def test_a_resumed_epoch_begins_a_repeatable_stream(stimuli):
     assert shown(broken_off) == shown(stream(stimuli))
 
 
+def test_captions_and_files_of_macos_are_passed_over(tmp_path):
+    members = members_of({f"s{row:02d}": sample(row, txt=b"a caption") for row in range(6)})
+    write_tar(tmp_path / "train.tar", [("._s00.png", b"\0\5\x16\7"), *members])
+    stimuli = RecordingStimuli(ShardFolder(tmp_path).split("train"), 24)
+    ((batch,),) = list(stream(stimuli, global_size=6).epoch(0))
+    assert set(batch.positions.tolist()) <= set(range(6))
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 

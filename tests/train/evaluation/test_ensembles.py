@@ -1,5 +1,6 @@
 """Ensembles of runs and probes, distillation from them, and a proof that held-out responses influence nothing."""
 
+import json
 import shutil
 
 import numpy as np
@@ -78,7 +79,15 @@ def test_stacking_weights_use_left_out_predictions(members, joined):
 
 
 def test_an_ensemble_can_be_joined_again_and_does_not_overwrite_another(members, joined, tmp_path):
-    succeed_here("train/evaluate.py", joined["stack"], members[0], "--out", tmp_path / "again")
+    words = [joined["stack"], members[0], "--out", tmp_path / "again"]
+    first, second = (succeed_here("train/evaluate.py", *words) for _ in range(2))
+    assert f"{members[0]}, val: 20 stimuli  R2" in first.stdout
+    assert f"ensemble {tmp_path / 'again'}, val: 20 stimuli  R2" in first.stdout
+    assert "already has scores" not in first.stderr
+    assert f"{tmp_path / 'again'} already has scores on val; they are replaced" in second.stderr
+    environment = json.loads((tmp_path / "again" / "env.json").read_text())
+    assert environment["command"] == ["evaluate.py", *map(str, words)]
+    assert environment["data"] == json.loads((tmp_path / "again" / "ensemble.json").read_text())["data"]
     done = run_here("train/evaluate.py", *members[:2], "--out", joined["mean"])
     assert_refused(done, "another ensemble", "--out")
     assert_refused(run_here("train/evaluate.py", *members[:2]), "--out")

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import re
 import shutil
+from html import unescape
 from html.parser import HTMLParser
 
 import numpy as np
@@ -51,7 +53,12 @@ def metrics(run):
 
 
 def lines(folder):
-    with (folder / "out" / "table.csv").open(newline="") as file:
+    return lines_of(folder / "out" / "table.csv")
+
+
+def lines_of(table):
+    """The lines of a table.csv by the names of their runs."""
+    with table.open(newline="") as file:
         return {line["run"].rsplit("/", 1)[-1]: line for line in csv.DictReader(file)}
 
 
@@ -347,3 +354,95 @@ def test_the_pair_that_is_compared_can_be_chosen(tmp_path):
     assert "site by site: c and a" in (tmp_path / "out" / "report.html").read_text()
     assert_refused(report(tmp_path / "out", *runs[:2], pair=(runs[2], runs[0])), "--pair", "c")
     assert_refused(report(tmp_path / "out", runs[0], runs[0]), "twice")
+
+
+def make_ensemble(path, target, prediction, members, combine="mean"):
+    """The folder of an ensemble that train/evaluate.py has scored on val."""
+    make_run(path, target, prediction, history=[])
+    for name in ("recipe.yaml", "history.jsonl", "env.json"):
+        (path / name).unlink()
+    facts = {"combine": combine, "members": [{"runs": runs} for runs in members], "data": "data/mine"}
+    (path / "ensemble.json").write_text(json.dumps(facts))
+    return path
+
+
+def test_the_row_of_an_ensemble_says_what_reproduces_it(tmp_path):
+    target = responses()
+    a, b = (make_run(tmp_path / name, target, guess(target, 0.5, k)) for k, name in enumerate("ab"))
+    inner = make_ensemble(tmp_path / "inner", target, guess(target, 0.4), [[str(b)]])
+    members = [[str(a)], [str(inner)], [str(tmp_path / "gone")]]
+    ensemble = make_ensemble(tmp_path / "all", target, guess(target, 0.3), members, "stack")
+    done = report(tmp_path / "out", a, ensemble)
+    assert done.returncode == 0, done.stderr
+    (read,) = read_run(ensemble, "val", "all")
+    assert read.commands == [
+        f"launch/local.sh -n 2 train/finetune.py --data data/mine --out {a}",
+        f"launch/local.sh -n 2 train/finetune.py --data data/mine --out {b}",
+        f"launch/local.sh train/evaluate.py {b} --combine mean --split val --out {inner}",
+        f"# {tmp_path / 'gone'}: how this member was made is not known here",
+        f"launch/local.sh train/evaluate.py {' '.join(run for runs in members for run in runs)} --combine stack "
+        f"--split val --out {ensemble}",
+    ]
+    line = lines(tmp_path)["all"]
+    assert (line["family"], line["what"]) == ("Ensemble", "stack of a, inner, gone")
+    assert line["command"] == read.commands[-1]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(str(escape(command)) in page for command in read.commands)
+    # The command on record says more, for the split that it scored.
+    recorded = ["evaluate.py", str(a), "--combine", "stack", "--out", str(ensemble), "--seen", "keep"]
+    (ensemble / "env.json").write_text(json.dumps({"command": recorded, "world_size": 3}))
+    (read,) = read_run(ensemble, "val", "all")
+    assert read.command == f"launch/local.sh -n 3 train/{' '.join(recorded)}"
+    (read,) = read_run(ensemble, "test", "all")
+    assert "--split test" in read.command
+    assert "the ensemble was not scored on test; to score it: launch/local.sh train/evaluate.py" in read.progress
+
+
+def test_a_folder_of_runs_is_searched(tmp_path):
+    target, runs = responses(), tmp_path / "runs"
+    for name in ("a", "project/b", "project/deeper/c"):
+        make_run(runs / name, target, guess(target, 0.5))
+    make_ensemble(runs / "ensemble", target, guess(target, 0.4), [["runs/a"]])
+    damaged = make_run(runs / "damaged", target, guess(target, 0.5))
+    (damaged / "eval/val/metrics.json").write_text("{")
+    (runs / "notes" / "old").mkdir(parents=True)
+    (runs / ".hidden").mkdir()
+    (runs / "readme.txt").write_text("no folder")
+    for _ in range(2):  # the second time beside the first report
+        done = report(runs, runs)
+        assert done.returncode == 0, done.stderr
+        assert {"a", "b", "c", "ensemble"} == set(lines_of(runs / "table.csv"))
+        skipped = [line for line in done.stdout.splitlines() if line.startswith("skipped: ")]
+        assert len(skipped) == 2
+        assert skipped[0].startswith("skipped: damaged: ")
+        assert "metrics.json is damaged" in skipped[0]
+        assert skipped[1] == "skipped: notes: no run"
+    assert "notes: no run" in (runs / "report.html").read_text()
+    named = report(tmp_path / "out", runs / "a", runs)  # a run that is named and found is one
+    assert named.returncode == 0, named.stderr
+    assert_refused(report(tmp_path / "none", runs / "notes"), "notes is not a run folder and holds none", "old: no run")
+    assert_refused(report(tmp_path / "none", damaged), "metrics.json is damaged")
+
+
+def test_a_frozen_layer_that_is_ahead_is_named(reported, tmp_path):
+    target = responses()
+    make_probe(tmp_path / "frozen", target, {"x": guess(target, 0.3), "y": guess(target, 0.9)}, "x")
+    make_run(tmp_path / "tuned", target, guess(target, 0.6))
+    done = report(tmp_path / "out", tmp_path / "frozen", tmp_path / "tuned")
+    sentence = "A frozen layer is ahead of every fine-tuned network here: frozen (x), R2 "
+    assert sentence in done.stdout
+    assert sentence.replace("R2", "R²") in (tmp_path / "out" / "report.html").read_text()
+    assert "A frozen layer" not in reported[1]
+
+
+def test_every_metric_on_the_page_is_explained(reported):
+    folder, _ = reported
+    page = Page(folder / "out" / "report.html")
+    text = (folder / "out" / "report.html").read_text()
+    headings = {facts.get("title") for tag, facts in page.tags if tag == "th" and "title" in facts}
+    for term in ("R²", "MSE", "EV", "Pearson r", "ceiled EV", "r²", "Brain-Score", "ceiling", "top-1", "seen"):
+        meaning = re.search(rf"<dt>{re.escape(term)}</dt><dd>(.*?)</dd>", text)
+        assert meaning, term
+        if term != "ceiling":  # which is a row
+            assert unescape(meaning[1]) in headings, term
+    assert "FEVE" not in text  # no run has it
