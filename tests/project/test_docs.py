@@ -21,6 +21,7 @@ import yaml
 from accelerate.commands.launch import launch_command_parser
 from documents import PAGES, Command, commands, fenced
 from helpers import ROOT, run_here, slow, succeed_here
+from make_runs import guess, make_run, responses
 from make_sources import make_folder
 from PIL import Image
 from tensorboard import program
@@ -237,6 +238,20 @@ def test_the_example_of_a_readout_learns(recording, monkeypatch):
     torch.testing.assert_close(head(features), features.amax((2, 3)) @ weight.T + bias)
     network(images)["rates"].square().sum().backward()
     assert head.sites.weight.grad.abs().sum() > 0
+
+
+def test_the_example_in_pandas_reads_what_is_written(desk):
+    pytest.importorskip("pandas")
+    (text,) = fenced("sharing.md", "python")
+    target = responses()
+    make_run(desk / "runs" / "mine", target, guess(target, 0.5))
+    succeed_here("train/report.py", "runs", "--out", "report")
+    scope: dict = {}
+    exec(compile(text, "sharing.md", "exec"), scope)
+    assert scope["table"]["model"].tolist() == ["mine"]
+    assert scope["epochs"]["loss"].tolist() == [1.0, 0.5]
+    assert scope["table"]["r2"][0] == pytest.approx(scope["sites"]["r2"].mean())
+    np.testing.assert_array_equal(scope["responses"], target)
 
 
 def test_the_example_of_a_recipe_trains(recording, tmp_path):

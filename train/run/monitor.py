@@ -65,6 +65,7 @@ class Monitor:
         """
         if self.trackers is None:
             return
+        recipe = recipe.model_copy(update={"data": None})  # whose URL may hold a secret
         shown = {"recording": recording, **compared_settings(recipe)}
         everything = {"recording": recording, **recipe.model_dump(mode="json")}
         self.trackers.settings(shown, everything, [f"{split}/{metric}" for split in splits])
