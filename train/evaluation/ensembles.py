@@ -69,7 +69,9 @@ def group_into_members(runs: Sequence[Path], recipes: Sequence[Recipe | None], r
     for run, recipe in zip(runs, recipes, strict=True):
         key = str(run)
         if recipe is not None:
-            settings = recipe.model_dump(mode="json", exclude={"seed": True, "early_stopping": {"fold"}})
+            settings = recipe.model_dump(
+                mode="json", exclude={"seed": True, "trackers": True, "early_stopping": {"fold"}}
+            )
             key = json.dumps(settings, sort_keys=True)
         groups.setdefault(key, []).append(run)
     return [Member(tuple(group), recording) for group in groups.values()]

@@ -17,7 +17,7 @@ from train.probing.results import layer_table, score_layers, write_results
 from train.probing.stored_layers import StoredLayers
 from train.run.monitor import Monitor
 
-UNRELATED = {"memory", "data", "timeout", "loader"}  # settings that results do not depend on
+UNRELATED = {"memory", "data", "timeout", "loader", "trackers"}  # settings that results do not depend on
 
 
 def scratch_folder(scratch: Path | None, out: Path) -> Path:
