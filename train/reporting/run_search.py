@@ -97,7 +97,11 @@ def _search(path: Path, split: str) -> tuple[list[Path], list[str]]:
 def _candidates(path: Path, levels: int) -> Iterator[Path]:
     """The predictors within a folder, and the folders in which there is none; hidden ones and links are passed over."""
     is_report = (path / PAGE_FILE).is_file()
-    for folder in sorted(path.iterdir()):
+    try:
+        folders = sorted(path.iterdir())
+    except OSError:  # it may not be read
+        return
+    for folder in folders:
         if folder.is_symlink() or not folder.is_dir() or folder.name.startswith("."):
             continue
         if is_report and folder.name == "figures":
