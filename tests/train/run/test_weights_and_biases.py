@@ -55,10 +55,11 @@ def test_an_evaluation_continues_the_same_run(recorded):
 
 
 @installed
-def test_a_recorded_run_can_be_resumed(recorded, tmp_path):
+def test_a_recorded_run_can_be_resumed_with_other_trackers(recorded, recording, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(recorded[0], run, symlinks=True)
-    done = succeed_here("train/finetune.py", "--out", run, "--resume", "--trackers", "tensorboard")
+    words = ["--data", recording, "--out", run, "--resume", "--trackers", "tensorboard"]
+    done = succeed_here("train/finetune.py", *words)
     assert "resumed after epoch 2" in done.stdout
     assert "Weights & Biases" not in done.stdout
 
