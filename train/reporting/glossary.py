@@ -42,6 +42,13 @@ MEANINGS = {
         "Lead of a model over the next best. Where its interval excludes 0, other stimuli would hardly "
         "reverse the order."
     ),
+    "adjusted": (
+        "The interval of a lead, widened so that those of all pairs of models hold together with 95 %: with many models "
+        "some lead looks certain by chance."
+    ),
+    "possible ranks": (
+        "The best and the worst rank that other stimuli would leave a model; those of all models hold together with 95 %."
+    ),
     "per doubling": "R2 gained when the training stimuli are doubled.",
     "top-1": "Share of stimuli whose class the network names first.",
     "top-5": "Share of stimuli whose class is among the five likeliest to the network.",

@@ -87,7 +87,7 @@ class ReportContents:
         of_groups = [
             table
             for section in self.sections
-            for table in (section.comparison, section.leads, section.papers_metrics, section.curves)
+            for table in (section.comparison, section.leads, section.ranks, section.papers_metrics, section.curves)
         ]
         return [table for table in (*of_groups, self.classifiers) if table is not None]
 
