@@ -43,11 +43,12 @@ MEANINGS = {
         "reverse the order."
     ),
     "adjusted": (
-        "The interval of a lead, widened so that those of all pairs of models hold together with 95 %: with many models "
-        "some lead looks certain by chance."
+        "The interval of a lead, widened so that those of all pairs of models hold together with 95 %: among many "
+        "models some lead looks certain by chance."
     ),
     "possible ranks": (
-        "The best and the worst rank that other stimuli would leave a model; those of all models hold together with 95 %."
+        "The best and the worst rank that other stimuli would leave a model; those of all models hold together "
+        "with 95 %."
     ),
     "per doubling": "R2 gained when the training stimuli are doubled.",
     "top-1": "Share of stimuli whose class the network names first.",
