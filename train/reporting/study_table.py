@@ -21,7 +21,7 @@ from train.reporting.sweep_results import read_sweep
 from train.reporting.table import CSV, EMPTY, MARKDOWN, PAGE, TERMINAL, Cell, Column, Table
 from train.run.folder import RunFolder
 from train.sweeping.study.folder import RowState, StudyFacts, StudyFolder
-from train.sweeping.study.rows import FIGURE_ROW, ROWS, Row
+from train.sweeping.study.rows import FAMILIES, FIGURE_ROW, ROWS, Row
 
 EVERYWHERE = frozenset({PAGE, MARKDOWN, CSV, TERMINAL})
 CSV_FIELDS = ("row", "family", "model", "r2", "mse", "explained_variance", "selected_on", "state", "reason")
@@ -224,7 +224,7 @@ def read_study(path: Path) -> StudyResults:
     for name, row in ROWS.items():
         if name not in states and name not in by_row:
             continue
-        run = _scored_run(folder, row)
+        run = _scored_run(folder, row, facts.random_weights)
         metrics_file = None if run is None else RunFolder(run).evaluation(SPLIT) / "metrics.json"
         rows.append(
             StudyResult(
@@ -237,15 +237,21 @@ def read_study(path: Path) -> StudyResults:
                 published=by_row.get(name),
             )
         )
-    order = list(by_row)
-    rows.sort(key=lambda result: order.index(result.row.name) if result.row.name in order else len(order))
+    printed = list(by_row)
+    rows.sort(
+        key=lambda result: (
+            (0, printed.index(result.row.name))
+            if result.published is not None
+            else (1, FAMILIES.index(result.row.family))
+        )
+    )
     return StudyResults(printable(path.absolute().name), facts, rows)
 
 
-def _scored_run(folder: StudyFolder, row: Row) -> Path | None:
+def _scored_run(folder: StudyFolder, row: Row, random_weights: Sequence[str]) -> Path | None:
     """The run folder whose scores a row shows: of a search its best trial."""
     last = row.steps[-1]
-    path = folder.run(last.run)
+    path = folder.run_of(row, last, random_weights)
     if last.script == "sweep.py":
         return read_sweep(path).best if path.is_dir() else None
     return path if RunFolder(path).recipe.is_file() else None
@@ -260,7 +266,12 @@ def _found(row: Row, run: Path | None) -> str:
 
 
 def runs_of_study(path: Path) -> list[Path]:
-    """The runs, probes and searches of a study, as far as they have begun."""
+    """The runs, probes and searches of a study, as far as they have begun.
+
+    Raises:
+        BadInput: a file is damaged.
+    """
     folder = StudyFolder(path)
-    folders = [folder.run(step.run) for row in ROWS.values() for step in row.steps]
+    known = folder.known().random_weights
+    folders = [folder.run_of(row, step, known) for row in ROWS.values() for step in row.steps]
     return [run for run in folders if RunFolder(run).recipe.is_file()]  # a search has one too

@@ -10,9 +10,10 @@ from make_runs import guess, make_probe, make_run
 
 from data_prep.common.atomic_writes import write_json
 from train.reporting.study_report import write_study_table
-from train.reporting.study_table import read_study
+from train.reporting.study_table import read_study, runs_of_study
 from train.run.recipe import ProbeRecipe
 from train.sweeping.study.folder import RowState, StudyFolder
+from train.sweeping.study.rows import ROWS
 
 COURSE, OTHER = (288, 168), (80, 12)  # stimuli and sites
 
@@ -23,9 +24,10 @@ def make_study(path: Path, shape: tuple[int, int], small: bool = False, random_w
     folder = StudyFolder(path)
     layers = {"layer2": guess(target, 0.5), "layer3": guess(target, 0.8), "layer4": guess(target, 0.9)}
     recipe = ProbeRecipe(layers=["all"], backbone={"name": "resnet50"})
-    make_probe(folder.run("resnet50_frozen"), target, layers, "layer2", recipe=recipe)
-    make_run(folder.run("resnet152_whole"), target, guess(target, 0.7))
-    make_run(folder.run("resnet18_head"), target, guess(target, 0.9, seed=2))
+    run_of = {name: folder.run_of(ROWS[name], ROWS[name].steps[-1], random_weights) for name in ROWS}
+    make_probe(run_of["resnet50_frozen"], target, layers, "layer2", recipe=recipe)
+    make_run(run_of["resnet152_whole"], target, guess(target, 0.7))
+    make_run(run_of["resnet18_head"], target, guess(target, 0.9, seed=2))
     states = {name: RowState("done") for name in ("resnet50_frozen", "resnet152_whole", "resnet18_head")}
     folder.write_states(states | {"cnn2": RowState("failed", "out of <b>memory</b>")})
     facts = {"study": "s", "recording": "f", "data": "made up", "small": small, "selects_on": "inner"}
@@ -91,6 +93,9 @@ def test_rows_with_random_weights_are_named_so(tmp_path):
     assert table["resnet18_head"]["model"].endswith("(RANDOM weights)")
     assert "RANDOM" not in table["resnet152_whole"]["model"]
     figure = read_study(study).figure
+    assert {path.name for path in runs_of_study(study)} == {
+        *("resnet50_frozen_RANDOM_WEIGHTS", "resnet152_whole", "resnet18_head_RANDOM_WEIGHTS")
+    }
     assert figure.caption.startswith("The study's Figure 1. SMALL, not the study: ResNet-50, RANDOM weights")
 
 

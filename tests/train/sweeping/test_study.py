@@ -120,12 +120,12 @@ def test_every_row_is_run_by_commands_that_understand_their_words(start, small, 
     assert len(recipes) == len(ROWS)  # with the classifier, without the search
     trained = {name: recipe for name, recipe in recipes.items() if not isinstance(recipe, ProbeRecipe)}
     assert {recipe.early_stopping.split for recipe in trained.values()} == {selects_on}
-    assert {name for name, recipe in trained.items() if recipe.backbone.trainable == "head"} == {
-        f"{network}_head" for network in NETWORKS
-    }
+    heads = {name for name, recipe in trained.items() if recipe.backbone.trainable == "head"}
+    assert {name.removesuffix("_RANDOM_WEIGHTS") for name in heads} == {f"{network}_head" for network in NETWORKS}
     assert {recipe.images.size for recipe in recipes.values()} == ({64} if small else {None})
     assert trained["cnn3"].epochs == (1 if small else 96)
-    assert trained["vgg16_whole"].backbone.weights == ("random" if small else "pretrained")
+    vgg16 = trained["vgg16_whole_RANDOM_WEIGHTS" if small else "vgg16_whole"]
+    assert vgg16.backbone.weights == ("random" if small else "pretrained")
     assert trained["resnet18_whole"].backbone.weights == "pretrained"
     assert Path(recipes["resnet50_retrained"].backbone.weights) == worker.folder.run("resnet50_classifier")
     (search,) = searches

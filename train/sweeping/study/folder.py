@@ -1,14 +1,15 @@
 """The folder of a study's replication.
 
 RUNS/study.json                    on which data, of which size, by which split epochs are selected
-RUNS/rows/NAME/  NAME.log          a row's run folder and output; a row may have a second run
+RUNS/rows/NAME/  NAME.log          a row's run folder and output; a row may have a second run, and runs with random
+                                   weights in place of pretrained ones have names that end in _RANDOM_WEIGHTS
 RUNS/rows.json                     how far each row is
 RUNS/table.md  table.csv           the study's table with our numbers
 RUNS/figure1.{png,svg,pdf}         its figure
 RUNS/report/                       the report on all rows
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from data_prep.common.validation_messages import first_fault
 from data_prep.shards.manifest import Manifest
 from train.run.folder import check_writable
 from train.sweeping.queue_folder import QueueFolder
+from train.sweeping.study.rows import Row, Step
 
 SelectsOn = Literal["inner", "val"]
 
@@ -71,6 +73,17 @@ class StudyFolder(QueueFolder):
     def figure(self, kind: str) -> Path:
         """The study's Figure 1 in a format: png, svg or pdf."""
         return self.path / f"figure1.{kind}"
+
+    def run_of(self, row: Row, step: Step, random_weights: Collection[str]) -> Path:
+        """The run folder of a row's step; its name says where random weights stand for pretrained ones.
+
+        Args:
+            row: the row.
+            step: of the row.
+            random_weights: networks whose weights could not be had.
+        """
+        is_random = any(network in random_weights for network in row.networks)
+        return self.run(f"{step.run}_RANDOM_WEIGHTS" if is_random else step.run)
 
     @property
     def is_study(self) -> bool:

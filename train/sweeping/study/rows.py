@@ -14,7 +14,7 @@ from train.sweeping.sweep_settings import SweepSettings
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 Script = Literal["finetune.py", "probe.py", "sweep.py"]
 
-LINEAR, TASK_DRIVEN, DATA_DRIVEN, HYBRID, OURS = (
+LINEAR, TASK_DRIVEN, DATA_DRIVEN, HYBRID, OURS = FAMILIES = (
     "Linear regression",
     "Task-driven",
     "Data-driven",
@@ -48,14 +48,14 @@ class Step:
         recipe: its file, below train/recipes.
         run: name of the folder it makes.
         settings: of the recipe, by dotted names, that the row changes.
-        weights_of: the run whose network it reads, if it needs one.
+        reads_network: whether it reads the network that the row's first step has trained.
     """
 
     script: Script
     recipe: str
     run: str
     settings: tuple[tuple[str, Any], ...] = ()
-    weights_of: str | None = None
+    reads_network: bool = False
 
     @property
     def path(self) -> Path:
@@ -142,7 +142,7 @@ def _head(network: str) -> Row:
 
 def _retrained() -> Row:
     classifier = Step("finetune.py", "classifier_resnet50.yaml", "resnet50_classifier")
-    probe = Step("probe.py", "probes/resnet50_classifier.yaml", "resnet50_retrained", weights_of=classifier.run)
+    probe = Step("probe.py", "probes/resnet50_classifier.yaml", "resnet50_retrained", reads_network=True)
     return Row(
         "resnet50_retrained",
         TASK_DRIVEN,

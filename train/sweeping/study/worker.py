@@ -134,43 +134,47 @@ class StudyWorker:
     def _run_steps(self, claim: Claim) -> Outcome:
         heartbeat = Heartbeat(self.folder.heartbeat(claim.run), claim.token, seconds_between_heartbeats(STALE_SECONDS))
         with hold_lock(heartbeat.path, self.stop.check) as lock:
-            for step in ROWS[claim.run].steps:
-                for script, words in self._commands(step):
+            row = ROWS[claim.run]
+            for step in row.steps:
+                for script, words in self._commands(row, step):
                     command, log = self._launched(script, words), self.folder.log(claim.run)
                     outcome = self.launcher.run(command, heartbeat, lock, log, self.stop.check)
                     if outcome.kind != "done":
                         return outcome
         return Outcome("done")
 
-    def _commands(self, step: Step) -> list[tuple[str, list[object]]]:
+    def _commands(self, row: Row, step: Step) -> list[tuple[str, list[object]]]:
         """The commands that a step still needs, each a script and its words."""
-        run = RunFolder(self.folder.run(step.run))
+        run = RunFolder(self._run_of(row, step))
         if step.script == "sweep.py":
-            return [("sweep.py", [self._search_file(step), "--data", self.data, "--out", run.path])]
+            return [("sweep.py", [self._search_file(row, step), "--data", self.data, "--out", run.path])]
         if (run.evaluation(REPORTED_SPLIT) / "metrics.json").is_file():
             return []
         resume = ["--resume"] if run.recipe.is_file() else []
         if not resume:  # an attempt was killed before the run had claimed its folder
             shutil.rmtree(run.path, ignore_errors=True)
-        words = [step.path, "--data", self.data, "--out", run.path, *resume, *as_flags(self._changed(step))]
+        words = [step.path, "--data", self.data, "--out", run.path, *resume, *as_flags(self._changed(row, step))]
         if step.script == "probe.py":
             return [("probe.py", words)]
         return [("finetune.py", words), ("evaluate.py", [run.path, "--split", REPORTED_SPLIT, "--data", self.data])]
 
-    def _changed(self, step: Step) -> dict[str, Any]:
+    def _run_of(self, row: Row, step: Step) -> Path:
+        return self.folder.run_of(row, step, self.facts.random_weights)
+
+    def _changed(self, row: Row, step: Step) -> dict[str, Any]:
         """The settings in which a step differs from its recipe."""
         facts = self.facts
         settings = step.changed(facts.small, facts.random_weights, facts.selects_on, self.training_stimuli)
-        if step.weights_of is not None:
-            settings["backbone.weights"] = str(self.folder.run(step.weights_of))
+        if step.reads_network:
+            settings["backbone.weights"] = str(self._run_of(row, row.steps[0]))
         return settings
 
-    def _search_file(self, step: Step) -> Path:
+    def _search_file(self, row: Row, step: Step) -> Path:
         """The search of a step as a file of its own, with what this study changes."""
         search = load_recipe(step.path, SweepSettings)
         content = search.model_dump(exclude_unset=True)
         content["recipe"] = str((step.path.parent / search.recipe).resolve())
-        content["set"] = search.set | self._changed(step)
+        content["set"] = search.set | self._changed(row, step)
         if self.facts.small:
             content["grid"] = SMALL_GRID
         path = self.folder.trials / f"{step.run}.sweep.yaml"
