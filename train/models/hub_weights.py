@@ -58,7 +58,10 @@ def hub_file(network: str) -> HubFile | None:
     Args:
         network: as timm knows it.
     """
-    settings = timm.get_pretrained_cfg(network, allow_unregistered=True)
+    try:
+        settings = timm.get_pretrained_cfg(network, allow_unregistered=True)
+    except RuntimeError:  # the network exists, but not with these weights
+        return None
     if settings is None or not settings.has_weights:
         return None
     if settings.hf_hub_id is None:

@@ -154,7 +154,8 @@ def missing_weights(name: str) -> str | None:
         return None
     file = hub_file(name)
     if file is None:
-        return f"{name} has no pretrained weights; use random, or a file"
+        known = timm.list_pretrained(f"{name.split('.')[0]}.*")
+        return f"{name} has no pretrained weights; use {', '.join([*known, 'random'])}, or a file"
     reason = None if file.cached() is not None else reason_not_to_ask(file)
     return None if reason is None else _missing(name, file, reason)
 

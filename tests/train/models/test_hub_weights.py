@@ -119,6 +119,13 @@ def test_a_proxy_is_what_must_be_reached(cache, monkeypatch):
     assert asked == [("proxy.invalid", 3128), ("hub.invalid", 443)]
 
 
+def test_weights_that_do_not_exist_are_answered_with_those_that_do(cache):
+    assert missing_weights("densenet169.tv") == (
+        "densenet169.tv has no pretrained weights; use densenet169.tv_in1k, random, or a file"
+    )
+    assert missing_weights("cnn2") == "cnn2 has no pretrained weights; use random, or a file"
+
+
 def test_weights_that_are_packages_are_never_missing(cache):
     assert missing_weights("tf_efficientnet_lite0") is None
 
