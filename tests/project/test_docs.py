@@ -1,7 +1,7 @@
 """The commands and examples in README.md and docs/ work as written.
 
-Every command goes through the parser of the program it calls, with and without what stands in brackets; those of
-README's way from a recording to a report are run. Examples of a source, a readout and a recipe are used as they stand.
+Every command goes through the parser of the program it calls, with and without what stands in brackets.
+test_first_hour.py runs those of README. Examples of a source, a readout and a recipe are used as they stand.
 """
 
 import ast
@@ -9,7 +9,6 @@ import importlib
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
@@ -20,9 +19,8 @@ import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
 from documents import PAGES, Command, commands, fenced
-from helpers import ROOT, run_here, slow, succeed_here
+from helpers import ROOT, run_here, succeed_here
 from make_runs import guess, make_run, responses
-from make_sources import make_folder
 from PIL import Image
 from tensorboard import program
 from torch.distributed.run import get_args_parser as torchrun_parser
@@ -41,8 +39,6 @@ SETS_UP = (
     "bash benchmarks/gpu_check.sh",
     "source .venv/bin/activate",
 )
-# Parts of README that are parsed and not run: they need weights from a hub, a file that is not ours, or minutes.
-ONLY_PARSED = ("resnet50.yaml", "sweep.py", "plan.py", "it-h5", "sbatch", "machines.sh", "DIR")
 # What an abbreviated command leaves to the reader.
 REQUIRED = {
     "train/finetune.py": ["--data", "DIR", "--out", "RUN"],
@@ -168,23 +164,6 @@ def test_the_documented_commands_are_found():
         "design.md",
         "private_apis.md",
     }
-
-
-@slow
-def test_readmes_way_from_a_recording_to_a_report(desk):
-    """Run in order, on one process each, in a folder that holds README's `my_recording`."""
-    make_folder(desk / "my_recording", n=60, sites=4, noise=0.5)
-    documented = [command for command in commands() if command.page.name == "README.md"]
-    documented = [command for command in documented if not command.text.startswith((*SETS_UP, "tensorboard"))]
-    documented = [command for command in documented if not any(word in command.text for word in ONLY_PARSED)]
-    for command in documented:
-        words = command.words()
-        script = next(k for k, word in enumerate(words) if word.endswith(".py"))
-        done = subprocess.run([sys.executable, *words[script:]], capture_output=True, text=True)
-        assert done.returncode == 0, (command.text, done.stderr)
-    assert len(documented) >= 7
-    assert (desk / "runs" / "report.html").is_file()
-    assert (desk / "data" / "mine" / "contact_sheet.png").is_file()
 
 
 # -------------------------------------------------------------------------------------------------------- examples

@@ -1,23 +1,18 @@
 """The source `cowley2023` on sessions laid out as in the repository, downloaded by fetch and packed as it says."""
 
-import functools
-import hashlib
-import http.server
 import re
 import shlex
-import threading
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import ROOT, assert_refused, run_here, succeed_here
 from make_field_files import make_cowley2023
+from mirrors import cowley_mirror
 from recordings import read_by_id, refused
 
 from data_prep.common.errors import BadInput
-from data_prep.remote import datasets
 from data_prep.remote.datasets import DATASETS
 from data_prep.shards.folder import ShardFolder
 from data_prep.sources.cowley2023 import Cowley2023
@@ -60,29 +55,9 @@ def test_the_date_tells_the_animal(tmp_path, session, animal):
 
 @pytest.fixture
 def mirror(tmp_path, monkeypatch):
-    """The URL of a server that has one small session; the catalogue lists its files with their checksums."""
-    folder = tmp_path / "repository"
-    make_cowley2023(folder, n=20)
-    known = DATASETS["cowley2023"]
-    files = tuple(
-        replace(file, url="https://example.invalid/", sha1=hashlib.sha1((folder / file.path).read_bytes()).hexdigest())
-        for file in known.files
-        if "210325" in file.path
-    )
-    assert len(files) == 3
-    monkeypatch.setitem(datasets.DATASETS, "cowley2023", replace(known, files=files))
-    handler = functools.partial(QuietHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}"
-        server.shutdown()
-
-
-class QuietHandler(http.server.SimpleHTTPRequestHandler):
-    """Serves a folder, and logs nothing."""
-
-    def log_message(self, *_):
-        pass
+    """The URL of a server that has one small session."""
+    with cowley_mirror(tmp_path / "repository", monkeypatch, images=20) as url:
+        yield url
 
 
 def test_what_fetch_downloads_is_packed_by_the_command_that_it_prints(mirror, tmp_path, monkeypatch):
