@@ -73,7 +73,7 @@ def test_from_a_download_to_a_score(desk):
 def test_every_row_of_the_table_of_results_has_its_commands():
     text = section("What scores what")
     rows = re.findall(r"^\| `(\w+)` \|", text, re.MULTILINE)
-    assert len(rows) == 7
+    assert len(rows) == 6
     made = {re.search(r"--out runs/(\w+)", command.text)[1] for command in documented("What scores what")[:-1]
             if "--out" in command.text}  # fmt: skip
     assert made - {"windows_1", "windows_2"} == set(rows)
@@ -87,7 +87,7 @@ def test_the_whole_of_readme(desk):
     for command in documented("A score on a real recording")[:2]:
         run(command)
     rows = documented("What scores what")
-    assert len(rows) == 12
+    assert len(rows) == 10
     printed = [run(command) for command in rows]
     assert "combined" in printed[-2] or "stack" in printed[-2]
     make_folder(desk / "my_recording", n=60, sites=4, noise=0.5)
