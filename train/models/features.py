@@ -71,6 +71,9 @@ class PixelFeatures(ImageFeatures):
 class LayerFeatures(ImageFeatures):
     """The activations of a frozen network's layers: one forward pass serves all of them.
 
+    Attributes:
+        backbone: the network.
+
     Args:
         backbone: network whose `net` holds the layers.
         layers: names of modules.
@@ -78,7 +81,7 @@ class LayerFeatures(ImageFeatures):
     """
 
     def __init__(self, backbone: Backbone, layers: Sequence[str], grid: int | None):
-        self._backbone, self._layers, self._grid = backbone, layers, grid
+        self.backbone, self._layers, self._grid = backbone, layers, grid
         self.parameters = sum(parameter.numel() for parameter in backbone.parameters())
 
     def __call__(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -95,22 +98,22 @@ class LayerFeatures(ImageFeatures):
 
     def only(self, layers: Sequence[str]) -> "LayerFeatures":
         """See `ImageFeatures`."""
-        return LayerFeatures(self._backbone, layers, self._grid)
+        return LayerFeatures(self.backbone, layers, self._grid)
 
     def describe(self) -> str:
         """See `ImageFeatures`."""
         maps = "whole maps" if self._grid is None else f"maps pooled to at most {self._grid} x {self._grid}"
-        return f"{self._backbone.name}, weights: {self._backbone.weights_from}; {maps}"
+        return f"{self.backbone.name}, weights: {self.backbone.weights_from}; {maps}"
 
     def to(self, device: torch.device) -> None:
         """See `ImageFeatures`."""
-        self._backbone.to(device).to(memory_format=torch.channels_last)
+        self.backbone.to(device).to(memory_format=torch.channels_last)
 
     def _pool(self, activation: torch.Tensor) -> torch.Tensor:
         """A map -> (b, channels, rows, columns), at most grid x grid; other activations as they are."""
         if activation.ndim != 4:
             return activation
-        activation = channels_first(activation, self._backbone.net)
+        activation = channels_first(activation, self.backbone.net)
         if self._grid is None:
             return activation
         rows, columns = activation.shape[-2:]
@@ -119,6 +122,6 @@ class LayerFeatures(ImageFeatures):
     def _record(
         self, images: torch.Tensor, transform: Callable[[torch.Tensor], torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        with record_outputs(self._backbone.net, self._layers, transform) as outputs:
-            self._backbone(images)
+        with record_outputs(self.backbone.net, self._layers, transform) as outputs:
+            self.backbone(images)
         return outputs

@@ -13,6 +13,7 @@ import numpy as np
 from train.distributed.runtime import Runtime
 from train.evaluation.metrics import mean_score
 from train.models.windows import WHOLE_MAP, Window, probe_windows
+from train.probing.dual_form import DualForm, DualTerm
 from train.probing.layer_results import LayerResult, ResultFiles, Similarity
 from train.probing.layer_window import LayerWindow
 from train.probing.product_store import ProductStore, Source
@@ -41,6 +42,19 @@ class Partition:
     held_out: np.ndarray
     inner_folds: list[np.ndarray]
     copies: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class WindowCombination:
+    """How the windows of a layer are combined: see `train/regression/stacking.py`.
+
+    Attributes:
+        weights: float64 (windows, sites).
+        mean: float64 (sites,).
+    """
+
+    weights: np.ndarray
+    mean: np.ndarray
 
 
 class LayerRegressions:
@@ -74,6 +88,7 @@ class LayerRegressions:
         self._scored = np.sort(held_out)
         self._reading = SourceReading(recipe, rates, held_out, runtime)
         self._windows = probe_windows() if recipe.field == "gaussian" else [WHOLE_MAP]
+        self._dual_forms: dict[str, DualForm] = {}
 
     def run(self) -> dict[str, LayerResult]:
         """The results of all layers, on the leading rank; every rank must take part."""
@@ -120,6 +135,9 @@ class LayerRegressions:
             rates = self._rates[partition.fit]
             fit = regress(opened.predictors(partition.fit, partition.held_out, partition.copies), rates, method)
             result.prediction[np.searchsorted(self._scored, partition.held_out)] = fit.prediction
+            if len(self._partitions) == 1:
+                result.dual.append(np.ascontiguousarray(fit.dual.T))
+                result.mean.append(fit.mean)
             if isinstance(fit, RidgeFit):
                 inner_r2 = fit.inner_r2
                 if recipe.field == "whole":
@@ -139,23 +157,33 @@ class LayerRegressions:
         by_window = {window: self._files.load(LayerWindow(layer, window)) for window in self._windows}
         whole = by_window[WHOLE_MAP]
         if len(by_window) == 1:
+            if whole.dual:
+                term = DualTerm(LayerWindow(layer, WHOLE_MAP), whole.dual[0], np.ones_like(whole.mean[0]))
+                self._dual_forms[layer] = DualForm(whole.mean[0], [term])
             return whole
         stacked = LayerResult(
             whole.features, np.full_like(whole.prediction, np.nan), whole.similarity, components=whole.components
         )
         for index, partition in enumerate(self._partitions):
-            self._stack_partition(stacked, by_window, index, partition)
+            combination = self._stack_partition(stacked, by_window, index, partition)
+            if whole.dual:
+                self._dual_forms[layer] = _dual_form(layer, by_window, combination)
         return stacked
+
+    def dual_form(self, layer: str) -> DualForm | None:
+        """How a layer predicts other stimuli, on the leading rank after `run`; None with several partitions."""
+        return self._dual_forms.get(layer)
 
     def _stack_partition(
         self, stacked: LayerResult, by_window: Mapping[Window, LayerResult], index: int, partition: Partition
-    ) -> None:
+    ) -> WindowCombination:
         rates, rows = self._rates[partition.fit], np.searchsorted(self._scored, partition.held_out)
         centres = np.array([(window.x, window.y) for window in by_window]).T
         is_bounded = np.array([window != WHOLE_MAP for window in by_window])
         bytes_of_site = STACK_COPIES * 8 * len(by_window) * (len(rates) + len(rows))
         sites = max(int(self._recipe.memory * 2**30 / bytes_of_site), 1)
         left_out, centre = np.empty(rates.shape, np.float32), np.empty((2, rates.shape[1]))
+        combination = WindowCombination(np.empty((len(by_window), rates.shape[1])), np.empty(rates.shape[1]))
         for start in range(0, rates.shape[1], sites):
             part = slice(start, start + sites)
             combined = stack(
@@ -166,14 +194,25 @@ class LayerRegressions:
             )
             stacked.prediction[rows, part] = combined.prediction
             left_out[:, part] = combined.left_out
+            combination.weights[:, part], combination.mean[part] = combined.weights, combined.mean
             weights = combined.weights * is_bounded[:, None]
             with np.errstate(invalid="ignore"):
                 centre[:, part] = centres @ weights / weights.sum(axis=0)
         stacked.left_out.append(left_out.T)
         stacked.inner_r2.append(mean_score(r2_per_site(left_out, rates)))
         stacked.window_centre.append(centre)
+        return combination
 
 
 def _fold_predictors(opened: OpenSource, stimuli: np.ndarray, fit: np.ndarray, held_out: np.ndarray) -> Predictors:
     """The predictors of a fold, from positions among some of the stimuli."""
     return opened.predictors(stimuli[fit], stimuli[held_out], None)
+
+
+def _dual_form(layer: str, by_window: Mapping[Window, LayerResult], combination: WindowCombination) -> DualForm:
+    """The windows' regressions, weighted per site."""
+    terms, intercept = [], combination.mean * (1 - combination.weights.sum(axis=0))
+    for (window, result), weights in zip(by_window.items(), combination.weights, strict=True):
+        terms.append(DualTerm(LayerWindow(layer, window), result.dual[0], weights))
+        intercept += weights * result.mean[0]
+    return DualForm(intercept, terms)

@@ -4,6 +4,7 @@ SCRATCH/0_of_<ranks>/results-<digest>/<name>/    of a layer through a window:
     facts.json, numbers.npz             what else is known
     prediction.npy                      float32 (scored, sites)
     left_out_<partition>.npy            float32 (sites, stimuli to fit); only for ridge
+    dual_<partition>.npy                float64 (sites, stimuli to fit)
 """
 
 import json
@@ -47,6 +48,9 @@ class LayerResult:
         inner_r2: of each partition, the mean over sites on stimuli left out of the fit.
         penalty: of each partition, float64 (sites,); only for ridge on the whole map.
         left_out: of each partition, float32 (sites, stimuli to fit), each predicted from the others; only for ridge.
+        dual: of each partition, float64 (sites, stimuli to fit), see `train/regression/fit.py`; none with several
+            partitions.
+        mean: of each partition, float64 (sites,), likewise.
         window_centre: of each partition, float64 (2, sites), the mean centre of the windows that a site reads through:
             right and down from the image's middle, in half sides; NaN for a site that reads the whole map. Only with
             windows.
@@ -60,6 +64,8 @@ class LayerResult:
     inner_r2: list[float] = field(default_factory=list)
     penalty: list[np.ndarray] = field(default_factory=list)
     left_out: list[Rows] = field(default_factory=list)
+    dual: list[Rows] = field(default_factory=list)
+    mean: list[np.ndarray] = field(default_factory=list)
     window_centre: list[np.ndarray] = field(default_factory=list)
     components: SpectrumFacts | None = None
 
@@ -98,9 +104,12 @@ class ResultFiles:
         np.save(temporary / PREDICTION, result.prediction)
         for partition, left_out in enumerate(result.left_out):
             np.save(temporary / _left_out_name(partition), left_out[:])
+        for partition, dual in enumerate(result.dual):
+            np.save(temporary / _dual_name(partition), dual[:])
         similarity = [result.similarity.rsa, result.similarity.cka]
         penalty = np.array(result.penalty) if result.penalty else np.empty((0, 0))
-        np.savez(temporary / NUMBERS, similarity=similarity, inner_r2=result.inner_r2, penalty=penalty)
+        mean = np.array(result.mean) if result.mean else np.empty((0, 0))
+        np.savez(temporary / NUMBERS, similarity=similarity, inner_r2=result.inner_r2, penalty=penalty, mean=mean)
         components = result.components and asdict(result.components)
         facts = {"features": result.features, "left_out": len(result.left_out), "components": components}
         (temporary / FACTS).write_text(json.dumps(facts))
@@ -117,6 +126,8 @@ class ResultFiles:
             inner_r2=numbers["inner_r2"].tolist(),
             penalty=list(numbers["penalty"]),
             left_out=[RowFile(folder / _left_out_name(partition)) for partition in range(facts["left_out"])],
+            dual=[RowFile(folder / _dual_name(partition)) for partition in range(len(numbers["mean"]))],
+            mean=list(numbers["mean"]),
             components=facts["components"] and SpectrumFacts(**facts["components"]),
         )
 
@@ -126,3 +137,7 @@ class ResultFiles:
 
 def _left_out_name(partition: int) -> str:
     return f"left_out_{partition}.npy"
+
+
+def _dual_name(partition: int) -> str:
+    return f"dual_{partition}.npy"

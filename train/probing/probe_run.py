@@ -14,6 +14,7 @@ from train.probing.layer_results import ResultFiles
 from train.probing.preparation import ProbeJob
 from train.probing.product_store import ProductStore
 from train.probing.results import layer_table, score_layers, write_results
+from train.probing.saved_predictor import save_predictor
 from train.probing.stored_layers import StoredLayers
 from train.run.monitor import Monitor
 
@@ -38,12 +39,13 @@ def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> Non
     stored.clear_if_settings_changed()
     products = ProductStore(job.recipe, stored, runtime, monitor)
     files = ResultFiles(stored.folder / f"results-{_digest(job)}")
-    results = LayerRegressions(
-        job.recipe, job.layers, job.partitions, job.rates, products, files, runtime, monitor
-    ).run()
+    regressions = LayerRegressions(job.recipe, job.layers, job.partitions, job.rates, products, files, runtime, monitor)
+    results = regressions.run()
     monitor.log("scores ...")
-    if runtime.is_main:
-        scores = score_layers(job, results, runtime.ranks)
+    scores = score_layers(job, results, runtime.ranks) if runtime.is_main else None
+    form = None if scores is None else regressions.dual_form(scores.metrics["chosen"])
+    save_predictor(job, form, stored, runtime, monitor)
+    if scores is not None:
         write_results(job, scores, monitor)
         monitor.add_epoch({"seconds": time.monotonic() - started})
         monitor.log(tables_as_columns(layer_table(scores.metrics)))

@@ -88,24 +88,20 @@ class ProductStore:
         if existing:
             self._monitor.log(f"{len(existing)} of {len(layer_windows)} matrices of inner products exist already")
         missing = {key.layer for key in layer_windows if key not in existing}
-        last_use = {
-            module: number
-            for number, group in enumerate(groups)
-            for key in group
-            for module in modules_of(key.layer)
-            if key.layer in missing
-        }
+        modules = list(
+            dict.fromkeys(
+                module for group in groups for key in group for module in modules_of(key.layer) if key.layer in missing
+            )
+        )
         activations = None
-        if last_use:
-            self._monitor.log(f"activations of {', '.join(last_use)} ...")
-            activations = self._layers.compute(list(last_use))
-        for number, group in enumerate(groups):
+        if modules:
+            self._monitor.log(f"activations of {', '.join(modules)} ...")
+            activations = self._layers.compute(modules)
+        for group in groups:
             yield self._sources(group, existing, activations)
             self._runtime.barrier()
             for key in group:
                 self._path(key).unlink(missing_ok=True)
-            for module in [module for module, last in last_use.items() if last == number]:
-                self._layers.delete(module)
 
     # ----------------------------------------------------------------------------------------- what is read, and when
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from data_prep.shards.image_identity import ImageIdentities
+from train.data.loader import rank_positions
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
 from train.models.features import ImageFeatures
@@ -104,12 +105,6 @@ class StoredLayers:
         counts = [len(stimuli) for stimuli in self._splits.values()]
         return StoredActivations(stores, counts, self._runtime, self._recipe.memory, self._recipe.products)
 
-    def delete(self, module: str) -> None:
-        """Free the space of a module's activations, when all ranks have used them."""
-        self._runtime.barrier()
-        for name in self._splits:
-            FeatureStore(self.folder / name, {module: self.widths[module]}).delete(module)
-
     def clear(self) -> None:
         """Free the scratch space of this rank."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -140,6 +135,8 @@ class StoredLayers:
 
     def _compute_split(self, name: str, stimuli: RecordingStimuli, widths: Mapping[str, int]) -> FeatureStore:
         store, batch_size = FeatureStore(self.folder / name, widths), self._recipe.batch_size
+        if store.complete_rows() == len(rank_positions(len(stimuli), self._runtime.rank, self._runtime.ranks)):
+            return store
         # Only whole batches are kept: the last digits of an activation may depend on the size of its batch.
         complete_batches = store.complete_rows() // batch_size
         store.truncate(complete_batches * batch_size)

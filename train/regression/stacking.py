@@ -24,11 +24,14 @@ class Stacked:
 
     Attributes:
         weights: float64 (members, sites), none negative; 0 for a site with too few responses.
+        mean: float64 (sites,); what is combined are the deviations of predictions from it. NaN for a site without
+            responses that all members predicted.
         prediction: float32 (stimuli, sites), of the stimuli to predict.
         left_out: float32 (n, sites), of the stimuli to learn from, each with weights learned on other folds.
     """
 
     weights: np.ndarray
+    mean: np.ndarray
     prediction: np.ndarray
     left_out: np.ndarray
 
@@ -77,7 +80,7 @@ def stack(
         others = np.setdiff1d(all_stimuli, fold)
         crossed[fold] = _learn(members[:, others], rates[others]).apply(members[:, fold])
     prediction = combination.apply(np.stack(predictions).astype(np.float64))
-    return Stacked(combination.weights, prediction.astype(np.float32), crossed.astype(np.float32))
+    return Stacked(combination.weights, combination.mean, prediction.astype(np.float32), crossed.astype(np.float32))
 
 
 def _learn(members: np.ndarray, rates: np.ndarray) -> _Combination:

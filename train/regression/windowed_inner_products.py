@@ -45,7 +45,7 @@ def windowed_inner_products(
         From top to bottom, float64 (windows, rows, stimuli): rows of the matrices, once summed over ranks.
     """
     weights = {
-        module: _position_weights(windows, module, map_sizes[module], activations, normalised=len(modules) > 1)
+        module: position_weights(windows, module, map_sizes[module], activations, normalised=len(modules) > 1)
         for module in modules
     }
     mixed = {module: module_weights.shape[1] <= len(windows) for module, module_weights in weights.items()}
@@ -62,14 +62,22 @@ def windowed_inner_products(
         yield total
 
 
-def _position_weights(
+def position_weights(
     windows: Sequence[Window],
     module: str,
     map_size: tuple[int, int],
     activations: StoredActivations,
     normalised: bool,
 ) -> torch.Tensor:
-    """g, float64 (windows, positions); divided by the mean square that the features then have where `normalised`."""
+    """How inner products through windows weigh each position of a module's map: g, float64 (windows, positions).
+
+    Args:
+        windows: over the map.
+        module: name.
+        map_size: (rows, columns) of positions.
+        activations: of all stimuli.
+        normalised: whether g is divided by the mean square that the features have through the window.
+    """
     device = activations.runtime.device
     weights = torch.from_numpy(np.stack([window.weights(*map_size) for window in windows])).to(device).double()
     if not normalised:
