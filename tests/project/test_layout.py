@@ -120,6 +120,22 @@ def test_data_prep_knows_nothing_of_train():
     assert wrong == []
 
 
+def test_neither_knows_the_public_package():
+    every = modules("data_prep") | modules("train")
+    wrong = [module for module, path in every.items() if any(n.split(".")[0] == "spiketune" for n in imports(path))]
+    assert wrong == []
+
+
+def test_the_public_package_knows_both_and_no_command():
+    wrong = [
+        f"{module} imports {name}"
+        for module, path in modules("spiketune").items()
+        for name in imports(path)
+        if is_command(name) or "distributed" in name
+    ]
+    assert wrong == []
+
+
 def test_sources_know_nothing_of_shards():
     wrong = [
         module
@@ -143,7 +159,7 @@ def test_no_module_imports_a_command():
 
 
 def test_no_modules_import_each_other():
-    every = modules("data_prep") | modules("train")
+    every = modules("data_prep") | modules("train") | modules("spiketune")
     TopologicalSorter({module: imports(path) & every.keys() for module, path in every.items()}).prepare()
 
 
@@ -163,7 +179,8 @@ def test_a_command_is_short(command):
 
 def test_every_package_is_installed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    packages = [path.parent for part in ("data_prep", "train") for path in ROOT.glob(f"{part}/**/__init__.py")]
+    parts = ("data_prep", "train", "spiketune")
+    packages = [path.parent for part in parts for path in ROOT.glob(f"{part}/**/__init__.py")]
     assert sorted(listed["packages"]) == sorted(".".join(path.relative_to(ROOT).parts) for path in packages)
     for package, patterns in listed["package-data"].items():
         for pattern in patterns:

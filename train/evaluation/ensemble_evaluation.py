@@ -1,6 +1,6 @@
 """Evaluates an ensemble: opens its members, scores those that need it, combines them, writes the results.
 
-OUT/ensemble.json                      the members, and how they are combined
+OUT/ensemble.json, weights.npz         the members, and how they are combined (train/evaluation/ensemble_record.py)
 OUT/env.json                           the command, versions and hardware
 OUT/eval/<split>/...                   as in a run folder; and `left_out`, for use as a teacher or a member
 OUT/seen.npz                           what the members have seen (train/data/seen.py)
@@ -29,9 +29,12 @@ from train.data.stimuli import RecordingStimuli
 from train.evaluation.ensemble_record import (
     ENSEMBLE_FILE,
     EnsembleRecord,
+    StackWeights,
+    facts_of_members,
     is_fine_tuned,
     read_record,
     shard_folders_of,
+    write_stack_weights,
 )
 from train.evaluation.ensembles import Ensemble, EnsemblePredictions, ScoredStimuli, group_into_members
 from train.evaluation.evaluation_job import PARTS, EvaluationJob, prepare
@@ -220,7 +223,7 @@ def _record(ensembles: Sequence[Ensemble]) -> EnsembleRecord:
     """The record of an ensemble of one or several recordings."""
     members = [[str(run) for run in member.runs] for member in ensembles[0].members]
     data = [public_location(ensemble.shards.folder) for ensemble in ensembles]
-    return EnsembleRecord(ensembles[0].combine, members, data)
+    return EnsembleRecord(ensembles[0].combine, members, data, [ensemble.recording for ensemble in ensembles])
 
 
 def combine_members(out: Path, ensembles: Sequence[Ensemble], ranks: int) -> None:
@@ -270,15 +273,29 @@ def write_ensembles(out: Path, ensembles: Sequence[Ensemble], ranks: int) -> lis
     has_several_recordings = len(ensembles) > 1
     # The weights for several recordings differ; they are in the metrics of each.
     weights = None if has_several_recordings else predictions[0].weights
-    write_json(out / ENSEMBLE_FILE, _content(_record(ensembles), weights))
+    record = _record(ensembles)
+    found_again = facts_of_members(out, record.members)
+    write_json(out / ENSEMBLE_FILE, _content(record, weights) | {"recordings": record.recordings} | found_again)
+    _write_weights(out, ensembles, predictions)
     write_json(
-        RunFolder(out).env, environment() | {"world_size": ranks, "data": _content(_record(ensembles), None)["data"]}
+        RunFolder(out).env, environment() | {"world_size": ranks, "data": _content(record, None)["data"]}
     )
     _seen_by(ensembles).write(out)
     return [
         _write(RunFolder(out), ensemble, predicted, ranks, ensemble.recording if has_several_recordings else None)
         for ensemble, predicted in zip(ensembles, predictions, strict=True)
     ]
+
+
+def _write_weights(out: Path, ensembles: Sequence[Ensemble], predictions: Sequence[EnsemblePredictions]) -> None:
+    """Keep what a stacked ensemble needs to predict other images."""
+    learned = []
+    for ensemble, predicted in zip(ensembles, predictions, strict=True):
+        if predicted.weights is not None and predicted.mean is not None:
+            site_ids = ensemble.manifest.site_ids
+            learned.append(StackWeights(ensemble.recording, site_ids, predicted.weights, predicted.mean))
+    if learned:
+        write_stack_weights(out, learned)
 
 
 def _seen_by(ensembles: Sequence[Ensemble]) -> SeenRecord:

@@ -85,11 +85,13 @@ class EnsemblePredictions:
         rates: of the split's stimuli, in order, float32 (stimuli, sites).
         left_out: of the training stimuli that no member was fitted on; None if a member has no such predictions.
         weights: learned, (members, sites); None for the mean.
+        mean: of the responses they were learned on, (sites,); None for the mean.
     """
 
     rates: np.ndarray
     left_out: Predictions | None
     weights: np.ndarray | None = None
+    mean: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,7 @@ class Ensemble:
                 left_out_of_run.check_responses(run, stimulus_ids, rates, str(self.shards.folder))
         stacked = stack(self._member_left_out(stimulus_ids), rates, predictions, self._train_copies(stimulus_ids))
         left_out = self._left_out_predictions(stimulus_ids, stacked.left_out)
-        return EnsemblePredictions(stacked.prediction, left_out, stacked.weights)
+        return EnsemblePredictions(stacked.prediction, left_out, stacked.weights, stacked.mean)
 
     def _left_out_predictions(self, stimulus_ids: list[str], rates: np.ndarray) -> Predictions:
         return Predictions(stimulus_ids, self.manifest.site_ids, rates, self._train_rates(stimulus_ids))

@@ -138,8 +138,7 @@ def read_saved_probe(folder: Path) -> tuple[SavedProbe, dict[str, torch.Tensor]]
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-        parse_json(metadata["probe"])
-        facts = SavedProbe.model_validate_json(metadata["probe"])
+        facts = SavedProbe.model_validate(parse_json(metadata["probe"]))
     except ValidationError as error:
         raise BadInput(f"{path} is damaged ({first_fault(error)}); probe again") from None
     except (OSError, ValueError, KeyError, SafetensorError) as error:

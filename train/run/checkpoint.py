@@ -206,6 +206,15 @@ def _checksums(checkpoint: Path) -> dict[str, str]:
     return checksums
 
 
+def network_checksum(checkpoint: Path) -> str:
+    """SHA-256 of a checkpoint's network, as it was written.
+
+    Raises:
+        BadInput: the checkpoint is not complete.
+    """
+    return str(_checksums(checkpoint).get("network.safetensors", ""))
+
+
 def _check_intact(path: Path) -> None:
     """Refuse a file that has changed since it was written.
 

@@ -24,6 +24,7 @@ class Progress(BaseModel):
         site_ids: sites, in the order of the outputs.
         recordings: by name, the number of sites of each recording, in the order of the outputs; empty in checkpoints of
             earlier versions.
+        units: by recording, of its responses; empty in checkpoints of earlier versions.
         classes: in the order of the outputs; None for a network without classes.
         image_size: side in pixels of the images the network was trained on.
     """
@@ -43,6 +44,7 @@ class Progress(BaseModel):
     selection_split: str
     site_ids: list[Name]
     recordings: dict[Name, Annotated[int, Field(ge=0)]] = {}
+    units: dict[Name, Name] = {}
     classes: list[Name] | None
     image_size: int = Field(ge=1, le=LARGEST_SIDE)
 

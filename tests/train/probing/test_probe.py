@@ -6,8 +6,10 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from helpers import run_here, start_command, succeed_here
 from launching import SMALL, metrics, predictions, succeed, succeed_on
+from safetensors.torch import load_file
 from sklearn.cross_decomposition import PLSRegression
 from sklearn.decomposition import PCA
 from sklearn.linear_model import LinearRegression, RidgeCV
@@ -15,6 +17,7 @@ from sklearn.linear_model import LinearRegression, RidgeCV
 from data_prep.shards.folder import ShardFolder
 from train.data.stimuli import RecordingStimuli
 from train.evaluation.figures.layer_figure import layer_label
+from train.models.saved_probe import SAVED_PROBE
 from train.regression.ridge import PENALTIES
 
 LAYERS = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
@@ -39,6 +42,15 @@ def test_a_probe_does_not_depend_on_the_process_count(probed, processes):
     for layer, block in one["layers"].items():
         expected = block["regression"]["r2"]["per_site"]
         assert more["layers"][layer]["regression"]["r2"]["per_site"] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_the_saved_predictor_does_not_depend_on_the_process_count(probed, processes):
+    one, more = (load_file(probed[count] / SAVED_PROBE) for count in (1, processes))
+    assert one.keys() == more.keys()
+    for name, tensor in one.items():
+        torch.testing.assert_close(more[name], tensor, rtol=1e-4, atol=float(1e-4 * tensor.std()))
+    assert not list(probed[processes].glob("**/.*.tmp"))
 
 
 def pixels_and_rates(recording, size):

@@ -16,6 +16,7 @@ from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
 from train.data.seen import FITTED, SEEN_FILE, SELECTED, TAUGHT, SeenRecord
+from train.evaluation.predicting.image_predictor import NetworkInUnits
 from train.models.inherited_record import metadata_of
 from train.models.network import Network
 from train.models.readouts import Linear
@@ -92,22 +93,6 @@ def load_trained(
     network = Network(recipe.for_evaluation(), manifest, progress.image_size)
     network.load_state_dict(load_matching_tensors(network, checkpoint, "network", rows))
     return TrainedNetwork(network.eval(), recipe, manifest, progress, record)
-
-
-class NetworkInUnits(nn.Module):
-    """Images, uint8 (b, 3, size, size) -> "rates" (b, sites) in the recording's units and/or "classes", logits."""
-
-    def __init__(self, network: Network):
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Predict, as described for the class."""
-        outputs = self.network(images)
-        responses = self.network.objective.responses
-        if responses is not None:
-            outputs["rates"] = responses.to_rates(outputs["rates"])
-        return outputs
 
 
 def _are_close(outputs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:

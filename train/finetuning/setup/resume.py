@@ -86,6 +86,7 @@ def starting_point(run: PreparedRun, runtime: Runtime) -> StartingPoint:
         selection_split=run.recipe.early_stopping.split,
         site_ids=manifest.site_ids,
         recordings=recordings.sites,
+        units={manifest.name: manifest.rates.units for manifest in recordings.manifests},
         classes=manifest.classes if run.recipe.task.predicts_classes else None,
         image_size=run.data.fit.size,
     )

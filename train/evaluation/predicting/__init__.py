@@ -1,0 +1,1 @@
+"""Predicts any images with a run, a probe or an ensemble."""
