@@ -1,49 +1,38 @@
-"""Score a fine-tuned run on a split, over all ranks; with several runs, score their ensemble.
+"""Score a run, a probe or an ensemble on a split, over all ranks; combine several into an ensemble; predict images.
 
 accelerate launch [...] train/evaluate.py RUN --split val
-launch/local.sh -n 2    train/evaluate.py RUN --split val
 launch/local.sh -n 2    train/evaluate.py RUN PROBE RUN ... --combine stack --out ENSEMBLE
+launch/local.sh -n 2    train/evaluate.py RUN --images FOLDER --out DIR
 """
 
 from data_prep.common.command_line import parse
-from data_prep.common.errors import BadInput, run_command
+from data_prep.common.errors import run_command
 from train.evaluation.options import Evaluate
-from train.run.recipe import Recipe
 
 EXAMPLES = (
     "runs/a --split test",
     "runs/a runs/b probes/c --combine stack --out runs/ensemble",
+    "runs/ensemble --images my_images --out predicted",
 )
 
 
 def main() -> None:
-    """Parse, check, score, write."""
+    """Parse, check, score or predict, write."""
     options = parse(Evaluate, examples=EXAMPLES)
-    is_ensemble = len(options.runs) > 1 or options.out is not None
-    if options.combine != "mean" and not is_ensemble:
-        raise BadInput("--combine needs several runs, and only one is given")
 
     from train.distributed.runtime import start_runtime
-    from train.evaluation.ensemble_evaluation import combine_members, prepare_ensembles
-    from train.evaluation.evaluation_job import prepare
-    from train.evaluation.run_evaluation import run_job
+    from train.evaluation.steps import prepare_evaluation
 
-    if is_ensemble:
-        jobs, ensembles = prepare_ensembles(options)
-    else:
-        jobs, ensembles = prepare(options, options.runs[0], options.split), []
-    recipe = jobs[0].recipe if jobs else Recipe()
+    evaluation = prepare_evaluation(options)
     with start_runtime(
         None,
         "fp32",
-        recipe.deterministic,
-        start_timeout=recipe.faults.start_timeout,
-        timeout=recipe.faults.timeout,
+        evaluation.recipe.deterministic,
+        start_timeout=evaluation.recipe.faults.start_timeout,
+        timeout=evaluation.recipe.faults.timeout,
     ) as runtime:
-        for job in jobs:
-            run_job(job, runtime)
-        if options.out is not None and runtime.is_main:
-            combine_members(options.out, ensembles, runtime.ranks)
+        for step in evaluation.steps:
+            step(runtime)
 
 
 if __name__ == "__main__":

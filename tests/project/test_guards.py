@@ -72,7 +72,10 @@ FORBIDDEN = {
         "train/sweeping/supervised_process.py",
         "train/distributed/launch_environment.py",  # the configuration of the user's own launcher
     ),
-    "read_bytes": ("train/evaluation/exporting/network_export.py",),  # a file of this package
+    "read_bytes": (
+        "train/evaluation/exporting/predictor_export.py",  # a file of this package
+        "train/run/predictor.py",
+    ),
     "model_validate_json": ("data_prep/shards/manifest.py", "train/run/checkpoint.py"),  # after parse_json
     "np.loadtxt": (),
     "np.genfromtxt": (),

@@ -10,6 +10,7 @@ With several recordings, the predictions of each recording are combined on their
 
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,24 +42,38 @@ from train.evaluation.evaluation_job import PARTS, EvaluationJob, prepare
 from train.evaluation.metrics_report import regression_block, report_head
 from train.evaluation.moments import SiteMoments
 from train.evaluation.options import Evaluate
-from train.evaluation.predictions_file import METRICS_FILE, Predictions, predictions_of
+from train.evaluation.predicting.split_job import SplitJob, prepare_split
+from train.evaluation.predictions_file import METRICS_FILE, PREDICTIONS_FILE, Predictions, predictions_of
 from train.evaluation.run_evaluation import print_warnings, summary
 from train.evaluation.seen_stimuli import NothingLeftOut, SeenRule, selected_on
 from train.evaluation.training_facts import OTHER_SCALE
 from train.run.environment import environment
+from train.models.saved_probe import SAVED_PROBE
 from train.run.folder import LEFT_OUT, RunFolder, open_run
 from train.run.recipe import Loader, Recipe
 
 # ----------------------------------------------------------------------------------------------------- preparation
 
 
-def prepare_ensembles(options: Evaluate) -> tuple[list[EvaluationJob], list[Ensemble]]:
+@dataclass(frozen=True)
+class PreparedEnsembles:
+    """What makes an ensemble.
+
+    Attributes:
+        jobs: evaluations of fine-tuned members, to run first.
+        splits: those of probes and ensembles that have no predictions of the split yet.
+        ensembles: one for each recording.
+    """
+
+    jobs: list[EvaluationJob]
+    splits: list[SplitJob]
+    ensembles: list[Ensemble]
+
+
+def prepare_ensembles(options: Evaluate) -> PreparedEnsembles:
     """Open the members of an ensemble, and check that they can be combined.
 
     The ensemble predicts the recordings of --data, by default those of the first run; every member must predict them.
-
-    Returns:
-        The evaluations to run first, and an ensemble for each recording.
 
     Raises:
         BadInput: options or members that do not go together.
@@ -81,9 +96,19 @@ def prepare_ensembles(options: Evaluate) -> tuple[list[EvaluationJob], list[Ense
         for shards in Recordings(folders).folders
     ]
     _check_free(out, ensembles)
+    unscored = [run for run in options.runs if not is_fine_tuned(run) and _is_unscored(run, ensembles)]
+    same_data = options.model_copy(update={"data": options.data or shard_folders_of(options.runs[0])})
+    splits = [job for run in unscored for job in prepare_split(same_data, run)]
     for ensemble in ensembles:
-        _check_predictions(ensemble)
-    return jobs, ensembles
+        _check_predictions(ensemble, unscored)
+    return PreparedEnsembles(jobs, splits, ensembles)
+
+
+def _is_unscored(run: Path, ensembles: Sequence[Ensemble]) -> bool:
+    """Whether a probe or an ensemble that can predict any split has no predictions of this one."""
+    folders = [RunFolder(run).results_on(ensemble.split, ensemble.recording) for ensemble in ensembles]
+    can_predict = (run / ENSEMBLE_FILE).is_file() or (run / SAVED_PROBE).is_file()
+    return can_predict and not any((folder / PREDICTIONS_FILE).exists() for folder in folders)
 
 
 def _all_left_out(runs: Sequence[Path], recipes: Sequence[Recipe | None], jobs: Sequence[EvaluationJob]) -> bool:
@@ -201,17 +226,18 @@ def _scores_of(out: Path, ensemble: Ensemble) -> Path:
     return RunFolder(out).results_on(ensemble.split, ensemble.recording) / METRICS_FILE
 
 
-def _check_predictions(ensemble: Ensemble) -> None:
+def _check_predictions(ensemble: Ensemble, unscored: Sequence[Path]) -> None:
     """Refuse probes and ensembles without predictions of the split or, to learn weights, of stimuli left out.
 
-    Fine-tuned runs are not checked: they are scored before they are combined.
+    Fine-tuned runs, and those that are `unscored`, are not checked: they are scored before they are combined.
 
     Raises:
         BadInput: naming the file.
     """
     for run in ensemble.runs:
         if not is_fine_tuned(run):
-            ensemble.check_predictions(run)
+            if run not in unscored:
+                ensemble.check_predictions(run)
             if ensemble.combine == "stack":
                 predictions_of(run, LEFT_OUT, ensemble.recording)
 

@@ -15,17 +15,24 @@ SeenPolicy = Literal["refuse", "drop", "keep"]
 
 
 class Evaluate(BaseModel):
-    """Score a fine-tuned run on a split, or combine several runs and probes into an ensemble and score it."""
+    """Score a run, a probe or an ensemble on a split; combine several into an ensemble; or predict images."""
 
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     runs: Annotated[list[Path], tyro.conf.Positional] = Field(min_length=1)
-    """Run folder of train/finetune.py. Several make an ensemble, which may also contain probes and ensembles."""
+    """Folder of a run, a probe or an ensemble. Several make an ensemble."""
     split: Literal["train", "val", "test", "left_out"] = "val"
     """Stimuli to predict; without responses, only the predictions are written. left_out: the training stimuli that the
     run was not fitted on, i.e. its inner split."""
     out: Path | None = None
-    """Folder for the ensemble; required with several runs."""
+    """Folder for the ensemble, or for the predictions of --images; required with either."""
+    images: FolderLocation | None = None
+    """Predict these images and score nothing: a folder of image files, or the --split of a shard folder, or its URL,
+    whatever its sites. Every image once, over all processes."""
+    format: Literal["npz", "netcdf"] = "npz"
+    """File of the predictions of --images: predictions.npz, or predictions.nc for xarray."""
+    recording: str | None = None
+    """For --images and a predictor of several recordings: the one whose responses to predict."""
     combine: Combine = "mean"
     """How an ensemble predicts: the mean over all runs, or per site a weighted sum learned on left_out."""
     checkpoint: Literal["best", "last"] = "best"
@@ -54,17 +61,17 @@ class Export(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     run: tyro.conf.Positional[Path]
-    """Run folder; for predictions, the folder of a probe will do too."""
+    """Folder of a run, a probe or an ensemble; timm needs a run."""
     out: Path
     """Folder for the files; existing files are never overwritten."""
     format: Annotated[list[Literal["netcdf", "mat", "timm", "predictor"]], Field(min_length=1)]
-    """One or more: the predictions as NetCDF (xarray, BrainIO) or MATLAB; the network as a timm checkpoint or as a
-    Python class that needs only torch."""
+    """One or more: the predictions as NetCDF (xarray, BrainIO) or MATLAB; the network as a timm checkpoint; or the
+    predictor as a Python class that needs torch, numpy and Pillow only."""
     split: Literal["train", "val", "test", "cv"] = "val"
     """Split whose predictions to export (netcdf, mat); it must have been scored before."""
     checkpoint: Literal["best", "last"] = "best"
     """Epoch to export."""
     recording: str | None = None
-    """For a run on several recordings: the one whose predictions or readout to export."""
+    """For a run or an ensemble on several recordings: the one whose predictions or readout to export."""
     data: Path | None = None
     """Shard folder; by default the one the run was trained on."""

@@ -1,7 +1,7 @@
 """Evaluates a fine-tuned run on a split: predicts, scores, writes the results."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,18 +117,26 @@ def _is_other_recording(job: EvaluationJob) -> bool:
 def _warn_of_other_recording(job: EvaluationJob, evaluated: Evaluated) -> None:
     run, where = job.run.folder.path, job.shards.folder
     if _is_other_recording(job):
-        names = " and ".join(job.run.progress.recordings)
-        print(
-            f"warning: {run} was trained on the recording {names} and is scored on {job.manifest.name}, whose sites "
-            "have the same names; if they are other neurons, the scores mean nothing",
-            file=sys.stderr,
-        )
+        print(other_recording_warning(run, list(job.run.progress.recordings), job.manifest.name), file=sys.stderr)
     if evaluated.other_scale:
-        print(
-            f"warning: the responses of {where} are on another scale than those that {run} was trained on: "
-            f"{evaluated.other_scale}; if the response window or the units differ, R2 and MSE mean nothing",
-            file=sys.stderr,
-        )
+        print(other_scale_warning(run, str(where), evaluated.other_scale), file=sys.stderr)
+
+
+def other_recording_warning(path: Path, trained_on: Sequence[str], scored: str) -> str:
+    """The warning about a predictor of some recordings that is scored on another one."""
+    names = " and ".join(trained_on)
+    return (
+        f"warning: {path} was trained on the recording {names} and is scored on {scored}, whose sites have the same "
+        "names; if they are other neurons, the scores mean nothing"
+    )
+
+
+def other_scale_warning(path: Path, where: str, difference: str) -> str:
+    """The warning about responses on another scale than those that a predictor was fitted on."""
+    return (
+        f"warning: the responses of {where} are on another scale than those that {path} was trained on: {difference}; "
+        "if the response window or the units differ, R2 and MSE mean nothing"
+    )
 
 
 def _unseen_classes(job: EvaluationJob) -> int:

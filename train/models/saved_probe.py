@@ -41,6 +41,7 @@ class SavedProbe(BaseModel):
         modules: of the network, in the order of the tensors; `pixels` stands for the pixels.
         site_ids: in the order of the predictions.
         units: of the predictions.
+        rate_mean, rate_std: of each site's responses over the train split; null where there were none.
         recording: that it was fitted on; `simulated` if no brain was recorded.
         image_size: side in pixels of the images.
         network: sha256 of the network's weights; None for pixels.
@@ -52,6 +53,8 @@ class SavedProbe(BaseModel):
     modules: list[Name] = Field(min_length=1, max_length=10_000)
     site_ids: list[Name]
     units: Name
+    rate_mean: list[float | None]
+    rate_std: list[float | None]
     recording: Name
     simulated: bool
     image_size: int = Field(ge=1, le=LARGEST_SIDE)
@@ -148,6 +151,8 @@ def read_saved_probe(folder: Path) -> tuple[SavedProbe, dict[str, torch.Tensor]]
 
 
 def _check(path: Path, facts: SavedProbe, tensors: Mapping[str, torch.Tensor]) -> None:
+    if not len(facts.rate_mean) == len(facts.rate_std) == len(facts.site_ids):
+        raise BadInput(f"{path} is damaged: its statistics are not those of {len(facts.site_ids)} sites; probe again")
     sites, expected = len(facts.site_ids), {"bias": (torch.float64, 1)}
     for number in range(len(facts.modules)):
         expected |= {f"weight.{number}": (torch.float32, 2), f"centre.{number}": (torch.float32, 1)}

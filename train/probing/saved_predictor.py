@@ -74,6 +74,8 @@ def _facts(job: ProbeJob, modules: list[str]) -> SavedProbe:
         modules=modules,
         site_ids=job.manifest.site_ids,
         units=job.manifest.rates.units,
+        rate_mean=job.manifest.rates.mean,
+        rate_std=job.manifest.rates.std,
         recording=job.manifest.name,
         simulated=job.manifest.simulated,
         image_size=next(iter(job.splits.values())).size,

@@ -1,4 +1,4 @@
-"""Predict responses to images with an exported network. Needs torch, numpy and Pillow, and no Spiketune.
+"""Predict responses to images with an exported run, probe or ensemble. Needs torch, numpy and Pillow, no Spiketune.
 
     from predictor import Predictor
 
@@ -6,16 +6,24 @@
     rates = predictor.predict(["a.jpg", "b.png"])  # (2, sites), in the recording's units
     predictor.site_ids, predictor.units
 
-train/export.py writes this file, `network.pt2` (the network, from torch.export) and `predictor.json` into one folder.
+train/export.py writes this file, `network.pt2` (all networks, from torch.export) and `predictor.json` into one folder.
+They may also lie in a zip archive on sys.path, as one file.
 Load networks only from people you trust: they are programs.
 """
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    import torch
+
+GREY = (128, 128, 128, 255)  # behind transparent parts of an image
 
 ImageLike = str | Path | Image.Image | np.ndarray
 
@@ -34,34 +42,42 @@ def fit(pixels: np.ndarray, size: int) -> np.ndarray:
     return np.asarray(Image.fromarray(pixels).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
+def _read(folder: str | Path | None, name: str) -> bytes:
+    """The content of a file in a folder; by default in that of this file, which may lie in a zip archive."""
+    if folder is not None:
+        return (Path(folder) / name).read_bytes()
+    return __loader__.get_data(str(Path(__file__).parent / name))
+
+
 class Predictor:
     """An exported network.
 
     Args:
-        folder: that holds `network.pt2` and `predictor.json`; by default the folder of this file.
+        folder: that holds `network.pt2` and `predictor.json`; by default the folder, or the zip archive, of this file.
         device: of torch, e.g. "cuda".
 
     Attributes:
         site_ids: sites, in the order of the predicted rates; None for a network without rates.
         classes: in the order of the probabilities; None for a network without classes.
         units: of the rates.
-        image_size: side in pixels of the images that the network sees.
+        image_sizes: sides in pixels of the images that the networks see.
     """
 
     def __init__(self, folder: str | Path | None = None, device: str = "cpu"):
         import torch
 
-        folder = Path(__file__).resolve().parent if folder is None else Path(folder)
-        facts = json.loads((folder / "predictor.json").read_text(encoding="utf-8"))
+        facts = json.loads(_read(folder, "predictor.json"))
         self.site_ids: list[str] | None = facts["site_ids"]
         self.classes: list[str] | None = facts["classes"]
         self.units: str = facts["units"]
-        self.image_size: int = facts["image_size"]
+        self.image_sizes: list[int] = facts["image_sizes"]
         self._torch, self._device = torch, device
-        self._network = torch.export.load(folder / "network.pt2").module().to(device)
+        self._network = torch.export.load(io.BytesIO(_read(folder, "network.pt2"))).module().to(device)
 
     def predict(self, images: Sequence[ImageLike] | np.ndarray, batch_size: int = 32) -> np.ndarray:
-        """Predict the rates of all sites.
+        """Predict the rates of all sites; NaN for a site that could not be fitted.
+
+        Images are turned as their EXIF data say, and transparent parts are grey.
 
         Args:
             images: file names, PIL images, or uint8 arrays (height, width, 3) of any size, or all in one array
@@ -86,19 +102,29 @@ class Predictor:
         """One of the network's outputs, float32 (images, columns)."""
         rows = [np.empty((0, columns), np.float32)]
         for start in range(0, len(images), batch_size):
-            batch = np.stack([self._pixels(image) for image in images[start : start + batch_size]])
-            pixels = self._torch.from_numpy(batch).permute(0, 3, 1, 2).to(self._device)
+            pixels = [self._pixels(image) for image in images[start : start + batch_size]]
+            batch = [self._batch(pixels, size) for size in self.image_sizes]
             with self._torch.no_grad():
-                rows.append(self._network(pixels)[output].cpu().numpy())
+                rows.append(self._network(batch)[output].cpu().numpy())
         return np.concatenate(rows)
 
+    def _batch(self, pixels: Sequence[np.ndarray], size: int) -> "torch.Tensor":
+        """Images as networks of a size take them, uint8 (images, 3, size, size)."""
+        fitted = np.stack([fit(image, size) for image in pixels])
+        return self._torch.from_numpy(fitted).permute(0, 3, 1, 2).to(self._device)
+
     def _pixels(self, image: ImageLike) -> np.ndarray:
-        """An image as the network takes it, uint8 (size, size, 3)."""
+        """An image as it is seen, uint8 (height, width, 3)."""
         if isinstance(image, str | Path):
             with Image.open(image) as opened:
-                image = opened.convert("RGB")
+                opened.load()
+                image = opened
         if isinstance(image, Image.Image):
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, GREY), rgba)
             image = np.asarray(image.convert("RGB"))
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be uint8 (height, width, 3), not {image.dtype} {image.shape}")
-        return fit(image, self.image_size)
+        return image

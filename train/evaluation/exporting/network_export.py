@@ -1,6 +1,5 @@
-"""Exports a fine-tuned network: as a predictor that needs torch only, or as a timm checkpoint."""
+"""Exports a fine-tuned network as a timm checkpoint."""
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +14,11 @@ from torch import nn
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.shards.manifest import Manifest
-from train.data.seen import FITTED, SEEN_FILE, SELECTED, TAUGHT, SeenRecord
+from train.data.seen import FITTED, SELECTED, TAUGHT, SeenRecord
 from train.evaluation.predicting.image_predictor import NetworkInUnits
 from train.models.inherited_record import metadata_of
 from train.models.network import Network
 from train.models.readouts import Linear
-from train.run import predictor
 from train.run.checkpoint import load_matching_tensors
 from train.run.progress import Progress
 from train.run.recipe import Recipe
@@ -65,11 +63,11 @@ class TrainedNetwork:
         is_linear = self.recipe.readout.kind == "linear" and self.recipe.loss.responses != "poisson"
         return "rates" if is_linear else None
 
-    def examples(self) -> torch.Tensor:
-        """Random images to try it on, uint8 (EXAMPLES, 3, size, size)."""
-        generator = torch.Generator().manual_seed(0)
-        shape = (EXAMPLES, 3, self.image_size, self.image_size)
-        return torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+
+def example_images(size: int) -> torch.Tensor:
+    """Random images to try a network on, uint8 (EXAMPLES, 3, size, size)."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (EXAMPLES, 3, size, size), dtype=torch.uint8, generator=generator)
 
 
 def load_trained(
@@ -95,12 +93,16 @@ def load_trained(
     return TrainedNetwork(network.eval(), recipe, manifest, progress, record)
 
 
-def _are_close(outputs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+def are_close(outputs: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> bool:
+    """Whether a network puts out what is expected, but for rounding; NaN where it is expected."""
     if outputs.keys() != expected.keys():
         return False
     for name, values in expected.items():
-        difference = (outputs[name] - values).abs().max()
-        if difference > TOLERANCE * values.std().clamp(min=1e-6):
+        known = ~values.isnan()
+        if not torch.equal(outputs[name].isnan(), ~known) or not known.any():
+            return False
+        difference = (outputs[name] - values)[known].abs().max()
+        if difference > TOLERANCE * values[known].std().clamp(min=1e-6):
             return False
     return True
 
@@ -109,60 +111,6 @@ def record_facts(record: SeenRecord) -> dict[str, Any]:
     """A record in a few numbers, for people; the images themselves are in seen.npz or the weights' metadata."""
     facts: dict[str, Any] = {role: record.count(role) for role in (FITTED, TAUGHT, SELECTED)}
     return facts | {"unknown": list(record.unknown), "pretrained": list(record.pretrained)}
-
-
-# ------------------------------------------------------------------------------------------------------- predictor
-
-
-def write_predictor(trained: TrainedNetwork, out: Path) -> list[Path]:
-    """Write `network.pt2`, `predictor.json`, `predictor.py` (`train/run/predictor.py`) and `seen.npz`.
-
-    Returns:
-        The files.
-
-    Raises:
-        BadInput: torch.export cannot export the network.
-    """
-    network = NetworkInUnits(trained.network).eval()
-    program = _exported(network, trained)
-    with torch.no_grad():
-        if not _are_close(program.module()(trained.examples()), network(trained.examples())):
-            raise RuntimeError("the exported network does not predict what the run predicts")
-    content = io.BytesIO()
-    torch.export.save(program, content)
-    progress = trained.progress
-    facts = {
-        "site_ids": progress.site_ids if "rates" in trained.network.heads else None,
-        "classes": progress.classes if "classes" in trained.network.heads else None,
-        "units": trained.manifest.rates.units,
-        "image_size": trained.image_size,
-        "recording": trained.manifest.name,
-        "simulated": trained.manifest.simulated,
-        "torch": torch.__version__,
-        "seen": record_facts(trained.record),
-    }
-    files = {
-        out / "network.pt2": content.getvalue(),
-        out / "predictor.json": json.dumps(facts, indent=1).encode(),
-        out / "predictor.py": Path(predictor.__file__).read_bytes(),
-        out / SEEN_FILE: trained.record.content(),
-    }
-    for path, data in files.items():
-        write_bytes(path, data)
-    return list(files)
-
-
-def _exported(network: NetworkInUnits, trained: TrainedNetwork) -> torch.export.ExportedProgram:
-    batch = torch.export.Dim("images", min=1, max=4096)
-    try:
-        with torch.no_grad():
-            return torch.export.export(network, (trained.examples(),), dynamic_shapes=({0: batch},), strict=False)
-    except Exception as error:  # torch.export raises many kinds
-        reason = str(error).splitlines()[0][:200]
-        raise BadInput(
-            f"--format predictor: torch.export cannot export {trained.recipe.backbone.name} "
-            f"({type(error).__name__}: {reason}); try --format timm"
-        ) from None
 
 
 # ------------------------------------------------------------------------------------------------------------ timm
@@ -253,9 +201,9 @@ def _timm_classifier(trained: TrainedNetwork, model_args: Mapping[str, Any]) -> 
             offset = responses.to_rates(offset)
         classifier.weight.copy_(readout.weight * scale[:, None])
         classifier.bias.copy_(readout.bias * scale + offset)
-        images = trained.examples()
+        images = example_images(trained.image_size)
         outputs = net((images.float() - network.backbone.mean) / network.backbone.std)
-        same = _are_close({name: outputs}, {name: NetworkInUnits(network)(images)[name]})
+        same = are_close({name: outputs}, {name: NetworkInUnits(network)(images)[name]})
     return net if same else None
 
 

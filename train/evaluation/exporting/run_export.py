@@ -6,10 +6,13 @@ from pathlib import Path
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
-from train.data.seen import SEEN_FILE, inherited_record
-from train.evaluation.exporting.network_export import TrainedNetwork, load_trained, write_predictor, write_timm
+from train.data.seen import inherited_record
+from train.evaluation.ensemble_record import ENSEMBLE_FILE, is_fine_tuned, read_record, shard_folders_of
+from train.evaluation.exporting.network_export import TrainedNetwork, load_trained, write_timm
 from train.evaluation.exporting.prediction_export import Assembly, assemble, mat_bytes, netcdf_bytes
+from train.evaluation.exporting.predictor_export import FILES, write_predictor
 from train.evaluation.options import Export
+from train.evaluation.predicting.opening import open_predictor
 from train.evaluation.predictions_file import PREDICTIONS_FILE, read_predictions
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder, check_writable, open_run
@@ -17,7 +20,7 @@ from train.run.folder import RunFolder, check_writable, open_run
 PREDICTION_SUFFIXES = {"netcdf": ".nc", "mat": ".mat"}
 NETWORK_FILES = {
     "timm": ("model.safetensors", "config.json"),
-    "predictor": ("network.pt2", "predictor.json", "predictor.py", SEEN_FILE),
+    "predictor": FILES,
 }
 
 
@@ -29,9 +32,12 @@ def export(options: Export) -> None:
     """
     _check_recording(options)
     _check_files(options)
-    # Both are loaded before anything is written.
+    # All are loaded before anything is written.
     assembly = _load_assembly(options) if set(options.format) & PREDICTION_SUFFIXES.keys() else None
-    network = _load_network(options) if set(options.format) & NETWORK_FILES.keys() else None
+    network = _load_network(options) if "timm" in options.format else None
+    opened = None
+    if "predictor" in options.format:
+        opened = open_predictor(options.run, options.recording, options.checkpoint)
     for name in options.format:
         if assembly is not None and name in PREDICTION_SUFFIXES:
             path = _prediction_file(options, name)
@@ -41,8 +47,8 @@ def export(options: Export) -> None:
             paths, loading = write_timm(network, options.out)
             _print_files(name, paths)
             print(f"  {loading}", flush=True)
-        elif network is not None:
-            _print_files(name, write_predictor(network, options.out))
+        elif opened is not None:
+            _print_files(name, write_predictor(opened, options.out))
 
 
 def _print_files(name: str, paths: list[Path]) -> None:
@@ -60,11 +66,19 @@ def _check_recording(options: Export) -> None:
     Raises:
         BadInput: naming the recordings.
     """
-    names = RunFolder(options.run).recordings()
+    names = _recordings(options.run)
     if names and options.recording not in names:
         raise BadInput(f"{options.run} was trained on {', '.join(names)}: name one of them with --recording")
     if not names and options.recording is not None:
         raise BadInput(f"--recording: {options.run} was not trained on several recordings; leave it out")
+
+
+def _recordings(run: Path) -> list[str]:
+    """The names of the recordings that a run or an ensemble predicts, if there are several; else empty."""
+    if not (run / ENSEMBLE_FILE).is_file():
+        return RunFolder(run).recordings()
+    names = read_record(run).recordings
+    return names if len(names) > 1 else []
 
 
 def _check_files(options: Export) -> None:
@@ -86,8 +100,8 @@ def _check_files(options: Export) -> None:
 
 def _load_assembly(options: Export) -> Assembly:
     folder = RunFolder(options.run)
-    if not folder.recipe.is_file():
-        raise BadInput(f"{options.run} is not a run folder (it has no recipe.yaml)")
+    if not folder.recipe.is_file() and not (options.run / ENSEMBLE_FILE).is_file():
+        raise BadInput(f"{options.run} is not the folder of a run, a probe or an ensemble")
     scored = folder.evaluation(options.split, options.checkpoint, options.recording)
     predictions = read_predictions(scored / PREDICTIONS_FILE)
     return assemble(predictions, _find_shards(options, folder), options.split)
@@ -105,6 +119,8 @@ def _find_shards(options: Export, folder: RunFolder) -> ShardFolder | None:
 
 
 def _load_network(options: Export) -> TrainedNetwork:
+    if not is_fine_tuned(options.run):
+        raise BadInput(f"--format timm: {options.run} has no network of its own; use --format predictor")
     folder, recipe = open_run(options.run)
     checkpoint = resolve_checkpoint(folder.checkpoints, options.checkpoint)
     progress = load_progress(checkpoint)
@@ -120,7 +136,7 @@ def _load_network(options: Export) -> TrainedNetwork:
 
 def _data_of(options: Export, folder: RunFolder) -> str:
     """The shard folder of the recording."""
-    folders = folder.data_folders()
+    folders = shard_folders_of(folder.path)
     if options.recording is None:
         return folders[0]
-    return folders[folder.recordings().index(options.recording)]
+    return folders[_recordings(folder.path).index(options.recording)]

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from train.data.seen import SeenRecord
+from train.evaluation.training_facts import ResponseScale
 from train.models.network import Network
 
 Kind = Literal["run", "probe", "ensemble"]
@@ -85,6 +86,7 @@ class ImagePredictor:
         networks: one, or all those of an ensemble.
         combination: of the rates of several networks; None for a single one.
         record: what it has seen; None if an earlier version made it.
+        scale: of the responses that it was fitted on; None for a classifier.
     """
 
     path: Path
@@ -96,6 +98,7 @@ class ImagePredictor:
     networks: tuple[SizedNetwork, ...]
     combination: Combination | None
     record: SeenRecord | None
+    scale: ResponseScale | None
 
     @property
     def image_sizes(self) -> list[int]:

@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
-from data_prep.shards.manifest import Manifest, Rates
+from data_prep.shards.manifest import Manifest, Rates, from_json_list
 from train.data.seen import record_of
 from train.evaluation.ensemble_record import (
     ENSEMBLE_FILE,
@@ -19,6 +19,7 @@ from train.evaluation.ensemble_record import (
     read_stack_weights,
 )
 from train.evaluation.predicting.image_predictor import Combination, ImagePredictor, NetworkInUnits, SizedNetwork
+from train.evaluation.training_facts import ResponseScale
 from train.models.network import Network
 from train.models.probe_network import load_probe_network
 from train.run.checkpoint import load_matching_tensors, load_progress, resolve_checkpoint
@@ -71,6 +72,7 @@ def _open_run(path: Path, recording: str | None, which: str) -> ImagePredictor:
         rows, progress = progress.rows_of(recording, str(path)), progress.for_recording(recording, str(path))
     network = Network(recipe.for_evaluation(), _outputs(progress), progress.image_size)
     network.load_state_dict(load_matching_tensors(network, checkpoint, "network", rows))
+    responses = network.objective.responses
     return ImagePredictor(
         path=path,
         kind="run",
@@ -81,6 +83,7 @@ def _open_run(path: Path, recording: str | None, which: str) -> ImagePredictor:
         networks=(SizedNetwork(NetworkInUnits(network).eval(), progress.image_size),),
         combination=None,
         record=record_of(path),
+        scale=None if responses is None else ResponseScale(responses.rate_mean.numpy(), responses.rate_std.numpy()),
     )
 
 
@@ -124,6 +127,7 @@ def _open_probe(path: Path) -> ImagePredictor:
         networks=(SizedNetwork(network, facts.image_size),),
         combination=None,
         record=record_of(path),
+        scale=ResponseScale(from_json_list(facts.rate_mean), from_json_list(facts.rate_std)),
     )
 
 
@@ -160,6 +164,7 @@ def _open_ensemble(path: Path, recording: str | None, depth: int) -> ImagePredic
         networks=tuple(network for member in members for network in member.networks),
         combination=_combination(path, record.members, name, members),
         record=record_of(path),
+        scale=first.scale,
     )
 
 
