@@ -65,8 +65,8 @@ class Predictor:
         self._opened = opened
         self.path, self.kind, self.recording, self.units = opened.path, opened.kind, opened.recording, opened.units
         self.site_ids, self.classes = list(opened.site_ids or []), list(opened.classes or [])
-        self.image_sizes, self.device = opened.image_sizes, device
-        opened.to(device)
+        self.image_sizes, self.device = opened.network.image_sizes, device
+        opened.network.to(device)
 
     def __repr__(self) -> str:
         outputs = f"{len(self.site_ids)} sites" if self.site_ids else f"{len(self.classes)} classes"
@@ -110,8 +110,8 @@ class Predictor:
     @torch.no_grad()
     def _outputs(self, images: Images, name: str, batch_size: int) -> Iterator[np.ndarray]:
         for batch in batches(images, self.image_sizes, batch_size):
-            on_device = {size: pixels.to(self.device) for size, pixels in batch.items()}
-            yield self._opened.outputs(on_device)[name].cpu().numpy()
+            on_device = [pixels.to(self.device) for pixels in batch.values()]
+            yield self._opened.network(on_device)[name].cpu().numpy()
 
     # ------------------------------------------------------------------------------------------------------ features
 
@@ -163,7 +163,7 @@ class Predictor:
         return LayerFeatures(backbone, [layer], pool)
 
     def _backbone(self) -> "Backbone | None":
-        match self._opened.networks[0].module:
+        match self._opened.network.networks[0]:
             case NetworkInUnits() as module:
                 return module.network.backbone
             case ProbeNetwork() as module:

@@ -1,5 +1,6 @@
 """Fixtures that the end-to-end tests share: a small packed recording, a trained run, shards behind a URL."""
 
+import shutil
 import signal
 from collections.abc import Iterator
 from dataclasses import replace
@@ -70,6 +71,22 @@ def trained(recording, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "trained"
     succeed_here("train/finetune.py", "--data", recording, "--out", out, *SMALL)
     return out
+
+
+@pytest.fixture(scope="session")
+def predictors(recording, trained, tmp_path_factory) -> Path:
+    """A folder with `run` (32 px), `probe` (48 px, through windows), `pixels`, `mean` and `stack` of run and probe."""
+    folder = tmp_path_factory.mktemp("predictors")
+    shutil.copytree(trained, folder / "run", symlinks=True)
+    succeed_here("train/evaluate.py", folder / "run")
+    probe, network = ["train/probe.py", "--data", recording, "--out"], ["--backbone.name", "test_convnext"]
+    network += ["--backbone.weights", "random", "--layers", "stages.0", "--field", "gaussian"]
+    succeed_here(*probe, folder / "probe", *network)
+    succeed_here(*probe, folder / "pixels", "--layers", "pixels", "--images.size", "16")
+    for combine in ("mean", "stack"):
+        members = [folder / "run", folder / "probe"]
+        succeed_here("train/evaluate.py", *members, "--combine", combine, "--out", folder / combine)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ EXAMPLES = (
 def main() -> None:
     """Parse, check, score or predict, write."""
     options = parse(Evaluate, examples=EXAMPLES)
+    options.check()
 
     from train.distributed.runtime import start_runtime
     from train.evaluation.steps import prepare_evaluation

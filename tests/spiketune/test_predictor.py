@@ -5,7 +5,6 @@ import json
 import shutil
 import struct
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -121,7 +120,7 @@ def test_features_are_the_activations_of_a_layer(predictors, files):
     """A probe's predictions follow from them."""
     predictor = spiketune.load(predictors / "probe")
     features = predictor.features("stages.0", files[:6], pool=7, batch_size=4)
-    module = predictor._opened.networks[0].module
+    module = predictor._opened.network.networks[0]
     by_hand = (features - module.centre_0.numpy()) @ module.weight_0.numpy().T + module.bias.numpy()
     same(by_hand.astype(np.float32), predictor.predict(files[:6]))
     whole = predictor.features("stages.0", files[:6])
@@ -239,12 +238,9 @@ def test_other_folders_are_refused(tmp_path, predictors):
 
 def test_predictions_are_computed_on_the_device_that_is_given(predictors, cuda_runtime):  # noqa: F811
     """A GPU without data; mixing it with tensors on the CPU is an error."""
-    opened = spiketune.load(predictors / "stack", device="cpu")._opened
-    networks = tuple(replace(network, module=fake_copy(network.module)) for network in opened.networks)
-    on_gpu = replace(opened, networks=networks)
-    with fake_gpu(may_wait=True), torch.no_grad():
-        on_gpu.to(CUDA)
-        images = {size: torch.zeros(2, 3, size, size, dtype=torch.uint8, device=CUDA) for size in (32, 48)}
-        rates = on_gpu.outputs(images)["rates"]
+    network = fake_copy(spiketune.load(predictors / "stack", device="cpu")._opened.network)
+    with fake_gpu(), torch.no_grad():
+        network.to(CUDA)
+        rates = network([torch.zeros(2, 3, size, size, dtype=torch.uint8, device=CUDA) for size in (32, 48)])["rates"]
     assert rates.shape == (2, 12)
     assert rates.device.type == "cuda"

@@ -16,7 +16,7 @@ from data_prep.sources.files.image_files import MAX_FILE_BYTES
 from train.data.batch_buffers import BatchBuffers
 from train.data.batches import SiteGroup
 from train.data.order import Layout
-from train.data.stimuli import RecordingStimuli, StimulusSet, fingerprint
+from train.data.stimuli import RecordingStimuli, StimulusSet
 from train.run.predictor import fit
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".gif", ".ppm", ".pgm")
@@ -89,10 +89,6 @@ class FileImages(StimulusSet):
     def __init__(self, folder: Path, names: list[str], size: int):
         self._folder, self.stimulus_ids, self.size = folder, names, size
         self._buffers = BatchBuffers()
-
-    def fingerprint(self) -> str:
-        """A hash of the names."""
-        return fingerprint(self.stimulus_ids, None)
 
     @property
     def recordings(self) -> tuple[RecordingStimuli, ...]:

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_prep.common.errors import BadInput
 from data_prep.common.option_fields import FolderLocation
 from train.run.recipe import MOST_RECORDINGS
 from train.run.settings import Tracking
@@ -53,6 +54,31 @@ class Evaluate(BaseModel):
     done is marked in metrics.json and tables."""
     trackers: Annotated[list[Tracking], Field(max_length=2)] | None = None
     """Trackers that the scores of fine-tuned runs are added to; by default the recipe's. None without a name."""
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether an ensemble is to be made."""
+        return self.images is None and (len(self.runs) > 1 or self.out is not None)
+
+    def check(self) -> None:
+        """Refuse options that do not go together.
+
+        Raises:
+            BadInput: naming one.
+        """
+        if self.combine != "mean" and not self.is_ensemble:
+            raise BadInput("--combine needs several runs, and only one is given")
+        if self.images is None:
+            for name in ("recording", "format"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise BadInput(f"--{name} needs --images; scores are of all recordings, in metrics.json")
+            return
+        if len(self.runs) > 1:
+            raise BadInput("--images: give one predictor; make an ensemble of several first (--out ENSEMBLE)")
+        if self.out is None:
+            raise BadInput("--images: name the folder for the predictions with --out")
+        if self.data is not None:
+            raise BadInput("--data: with --images nothing is scored; name only the images")
 
 
 class Export(BaseModel):

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from data_prep.common.errors import BadInput
 from train.distributed.runtime import Runtime
 from train.evaluation.ensemble_evaluation import combine_members, prepare_ensembles
 from train.evaluation.ensemble_record import is_fine_tuned
@@ -39,26 +38,15 @@ def prepare_evaluation(options: Evaluate) -> Evaluation:
     Raises:
         BadInput: options, folders or data that do not go together.
     """
-    _check_options(options)
     if options.images is not None:
         return Evaluation(Recipe(), [prepare_images(options).run])
-    if len(options.runs) > 1 or options.out is not None:
+    if options.is_ensemble:
         return _ensemble(options)
     path = options.runs[0]
     if not is_fine_tuned(path):
         return Evaluation(Recipe(), [job.run for job in prepare_split(options, path)])
     jobs = prepare(options, path, options.split)
     return Evaluation(jobs[0].recipe, [partial(run_job, job) for job in jobs])
-
-
-def _check_options(options: Evaluate) -> None:
-    is_ensemble = options.images is None and (len(options.runs) > 1 or options.out is not None)
-    if options.combine != "mean" and not is_ensemble:
-        raise BadInput("--combine needs several runs, and only one is given")
-    if options.images is None:
-        for name in ("recording", "format"):
-            if getattr(options, name) != Evaluate.model_fields[name].default:
-                raise BadInput(f"--{name} needs --images; scores are of all recordings, in metrics.json")
 
 
 def _ensemble(options: Evaluate) -> Evaluation:

@@ -24,22 +24,28 @@ class ProbeNetwork(nn.Module):
     """
 
     bias: torch.Tensor
+    curve: torch.Tensor | None
 
     def __init__(self, facts: SavedProbe, features: ImageFeatures, tensors: Mapping[str, torch.Tensor]):
         super().__init__()
         self.modules_read = list(facts.modules)
         self.features = features
         self.backbone = features.backbone if isinstance(features, LayerFeatures) else None
+        self.register_buffer("curve", None)
         for name, tensor in tensors.items():
             self.register_buffer(name.replace(".", "_"), tensor)
 
     def forward(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
         """Predict, as described for the class."""
         features = self.features(images)
-        rates = self.bias.expand(len(images), -1)
+        rates = self.bias.expand(images.shape[0], -1)
         for number, module in enumerate(self.modules_read):
             centred = features[module] - self.get_buffer(f"centre_{number}")
             rates = rates + (centred @ self.get_buffer(f"weight_{number}").T)
+        if self.curve is not None:
+            low, high, constant, slope, bend = self.curve
+            within = torch.clamp(rates, low, high)
+            rates = rates + (constant + within * (slope + within * bend))
         return {"rates": rates.float()}
 
 

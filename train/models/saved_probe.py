@@ -3,16 +3,19 @@
 weight.<k>   float32 (sites, features of module k)
 centre.<k>   float32 (features of module k,)
 bias         float64 (sites,), NaN for a site that could not be fitted
+curve        float64 (5, sites): low, high, constant, slope, bend; may be absent
 metadata     "probe": JSON, see `SavedProbe`
 
 prediction = bias + the sum over modules of (features - centre) @ weight', in the recording's units. The weights of all
-windows and components are merged into these.
+windows and components are merged into these. With a curve, constant + p (slope + p bend) is added, p being the
+prediction within low to high.
 """
 
 import json
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -22,13 +25,14 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from data_prep.common.errors import BadInput
+from data_prep.common.errors import BadInput, RunFailed
 from data_prep.common.safe_reading import parse_json
 from data_prep.common.validation_messages import first_fault
 from data_prep.shards.manifest import LARGEST_SIDE, Name
 
 SAVED_PROBE = "predictor.safetensors"
 VERSION = 1
+CURVE_ROWS = 5
 LARGEST_BYTES = 16 * 2**30  # of the weights: more would not be read for every prediction
 KINDS = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
@@ -73,13 +77,16 @@ class SavedProbeWriter:
         folder: of the probe.
         facts: for the metadata.
         widths: number of features of each module, in order.
+        has_curve: whether there is a curve.
     """
 
-    def __init__(self, folder: Path, facts: SavedProbe, widths: Sequence[int]):
+    def __init__(self, folder: Path, facts: SavedProbe, widths: Sequence[int], has_curve: bool = False):
         self._path = folder / SAVED_PROBE
         self._temporary = folder / f".{SAVED_PROBE}.tmp"
         self._sites = len(facts.site_ids)
         shapes: dict[str, tuple[str, list[int]]] = {"bias": ("F64", [self._sites])}  # first, to be aligned
+        if has_curve:
+            shapes["curve"] = ("F64", [CURVE_ROWS, self._sites])
         for number, width in enumerate(widths):
             shapes |= {f"weight.{number}": ("F32", [self._sites, width]), f"centre.{number}": ("F32", [width])}
         header: dict[str, object] = {"__metadata__": {"probe": facts.model_dump_json()}}
@@ -93,8 +100,10 @@ class SavedProbeWriter:
         self._start = 8 + len(content)
         self._temporary.unlink(missing_ok=True)
         self._file = self._temporary.open("xb")
-        self._file.write(struct.pack("<Q", len(content)) + content)
-        self._file.truncate(self._start + end)
+        with self._full_disk_explained():
+            self._file.write(struct.pack("<Q", len(content)) + content)
+            self._file.flush()
+            self._file.truncate(self._start + end)
 
     def write_weight(self, module: int, first_site: int, weight: np.ndarray) -> None:
         """Write the weights of some sites, float32 (sites, features), the first of which is `first_site`."""
@@ -108,17 +117,32 @@ class SavedProbeWriter:
         """Write the bias, float64 (sites,)."""
         self._write("bias", bias.astype(KINDS["F64"]), 0)
 
+    def write_curve(self, curve: np.ndarray) -> None:
+        """Write the curve, float64 (5, sites)."""
+        self._write("curve", curve.astype(KINDS["F64"]), 0)
+
     def _write(self, name: str, values: np.ndarray, first: int) -> None:
-        self._file.seek(self._start + self._offsets[name] + first * values.itemsize)
-        self._file.write(np.ascontiguousarray(values).data)
+        with self._full_disk_explained():
+            self._file.seek(self._start + self._offsets[name] + first * values.itemsize)
+            self._file.write(np.ascontiguousarray(values).data)
+            self._file.flush()
+
+    @contextmanager
+    def _full_disk_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunFailed(
+                f"{self._path.parent} has no room for the predictor ({error.strerror}); make room and continue with "
+                "--resume"
+            ) from None
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with self._file, suppress(OSError) if kind else self._full_disk_explained():
+            os.fsync(self._file.fileno())
         if kind is None:
             self._temporary.replace(self._path)
         else:
@@ -138,6 +162,8 @@ def read_saved_probe(folder: Path) -> tuple[SavedProbe, dict[str, torch.Tensor]]
             "an earlier version, or its weights were too large; probe again with --split val"
         )
     try:
+        if path.stat().st_size > 2 * LARGEST_BYTES:
+            raise ValueError(f"it has more than {2 * LARGEST_BYTES // 2**30} GiB")
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
@@ -153,19 +179,17 @@ def read_saved_probe(folder: Path) -> tuple[SavedProbe, dict[str, torch.Tensor]]
 def _check(path: Path, facts: SavedProbe, tensors: Mapping[str, torch.Tensor]) -> None:
     if not len(facts.rate_mean) == len(facts.rate_std) == len(facts.site_ids):
         raise BadInput(f"{path} is damaged: its statistics are not those of {len(facts.site_ids)} sites; probe again")
-    sites, expected = len(facts.site_ids), {"bias": (torch.float64, 1)}
+    sites, shapes = len(facts.site_ids), {"bias": (len(facts.site_ids),)}
+    if "curve" in tensors:
+        shapes["curve"] = (CURVE_ROWS, sites)
     for number in range(len(facts.modules)):
-        expected |= {f"weight.{number}": (torch.float32, 2), f"centre.{number}": (torch.float32, 1)}
-    if expected.keys() != tensors.keys():
+        width = tensors[f"weight.{number}"].shape[-1:] if f"weight.{number}" in tensors else ()
+        shapes |= {f"weight.{number}": (sites, *width), f"centre.{number}": tuple(width)}
+    if shapes.keys() != tensors.keys():
         raise BadInput(f"{path} is damaged: it does not have the tensors of {len(facts.modules)} modules; probe again")
-    for name, (dtype, dimensions) in expected.items():
-        tensor = tensors[name]
-        fits = tensor.dtype == dtype and tensor.ndim == dimensions
-        if name.startswith("centre"):
-            fits = fits and len(tensor) == tensors[name.replace("centre", "weight")].shape[-1]
-        else:
-            fits = fits and len(tensor) == sites
-        if not fits:
-            raise BadInput(f"{path} is damaged: {name} has the shape {tuple(tensor.shape)}; probe again")
-        if name != "bias" and not torch.isfinite(tensor).all():
+    for name, shape in shapes.items():
+        tensor, dtype = tensors[name], torch.float64 if name in ("bias", "curve") else torch.float32
+        if tensor.dtype != dtype or tuple(tensor.shape) != shape or not shape:
+            raise BadInput(f"{path} is damaged: {name} is {tensor.dtype} {tuple(tensor.shape)}; probe again")
+        if not (torch.isfinite(tensor).all() or (name == "bias" and not tensor.isinf().any())):
             raise BadInput(f"{path}: {name} contains NaN or infinity; probe again")

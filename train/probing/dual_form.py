@@ -34,16 +34,18 @@ class DualTerm:
 
 @dataclass(frozen=True)
 class DualForm:
-    """Prediction = intercept + the sum of all terms.
+    """Prediction = intercept + the sum of all terms, which a curve may bend.
 
     Attributes:
         intercept: float64 (sites,), the prediction at the mean features of a site's stimuli; NaN for a site that could
             not be fitted.
         terms: of layers and windows.
+        curve: float64 (5, sites), see `train/models/saved_probe.py`; None where predictions stay as they are.
     """
 
     intercept: np.ndarray
     terms: Sequence[DualTerm]
+    curve: np.ndarray | None = None
 
     @property
     def layer_windows(self) -> list[LayerWindow]:

@@ -57,7 +57,8 @@ def save_predictor(
     with ExitStack() as stack:
         writer = None
         if runtime.is_main:
-            writer = stack.enter_context(SavedProbeWriter(job.folder.path, _facts(job, modules), widths))
+            has_curve = form is not None and form.curve is not None
+            writer = stack.enter_context(SavedProbeWriter(job.folder.path, _facts(job, modules), widths, has_curve))
         offset, first = np.zeros(job.rates.shape[1]), 0
         for layer in layers:
             terms = None if form is None else [term for term in form.terms if term.layer_window.layer == layer]
@@ -66,6 +67,8 @@ def save_predictor(
                 first += 1
         if writer is not None and form is not None:
             writer.write_bias(form.intercept + offset)
+            if form.curve is not None:
+                writer.write_curve(form.curve)
 
 
 def _facts(job: ProbeJob, modules: list[str]) -> SavedProbe:

@@ -5,6 +5,7 @@ RUN/events.out.tfevents.*  wandb/                      the trackers' files, see 
 RUN/seen.npz                                           the images that were seen, see train/data/seen.py
 RUN/checkpoints/{last,best} -> step_N/                 see train/run/checkpoint.py
 RUN/eval/<split>/{metrics.json,predictions.npz}        with several recordings: <split>/<recording>/
+RUN/predictor.safetensors                              of a probe, see train/models/saved_probe.py
 RUN/eval/left_out/predictions.npz                      of training stimuli that the model was not fitted on
 RUN/failures/rank_N.txt                                tracebacks of unexpected failures
 """

@@ -2,11 +2,9 @@
 
 import io
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
@@ -18,34 +16,6 @@ from train.run import predictor
 FILES = ("network.pt2", "predictor.json", "predictor.py", SEEN_FILE)
 
 
-class PredictorNetwork(nn.Module):
-    """All networks of a predictor as one: a list of the same images by size -> "rates" and/or "classes", logits.
-
-    Args:
-        opened: the predictor.
-    """
-
-    def __init__(self, opened: ImagePredictor):
-        super().__init__()
-        self._sizes, self._size_of = opened.image_sizes, [network.image_size for network in opened.networks]
-        self.networks = nn.ModuleList(network.module for network in opened.networks)
-        self._combines = opened.combination is not None
-        if opened.combination is not None:
-            self.register_buffer("weights", torch.from_numpy(opened.combination.weights))
-            self.register_buffer("offset", torch.from_numpy(opened.combination.offset))
-
-    def forward(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Images, uint8 (b, 3, size, size) of each size of `ImagePredictor.image_sizes`."""
-        by_size = dict(zip(self._sizes, images, strict=True))
-        outputs = [network(by_size[size]) for network, size in zip(self.networks, self._size_of, strict=True)]
-        if not self._combines:
-            return outputs[0]
-        rates = self.get_buffer("offset").expand(len(images[0]), -1)
-        for output, weight in zip(outputs, self.get_buffer("weights"), strict=True):
-            rates = rates + output["rates"] * weight
-        return {"rates": rates.float()}
-
-
 def write_predictor(opened: ImagePredictor, out: Path) -> list[Path]:
     """Write `network.pt2`, `predictor.json`, `predictor.py` (`train/run/predictor.py`) and `seen.npz`.
 
@@ -55,12 +25,10 @@ def write_predictor(opened: ImagePredictor, out: Path) -> list[Path]:
     Raises:
         BadInput: torch.export cannot export a network.
     """
-    network = PredictorNetwork(opened).eval()
-    images = [example_images(size) for size in opened.image_sizes]
-    program = _exported(network, images, opened)
+    images = [example_images(size) for size in opened.network.image_sizes]
+    program = _exported(opened, images)
     with torch.no_grad():
-        expected = opened.outputs(dict(zip(opened.image_sizes, images, strict=True)))
-        if not are_close(program.module()(images), expected):
+        if not are_close(program.module()(images), opened.network(images)):
             raise RuntimeError(f"the exported network does not predict what {opened.path} predicts")
     content = io.BytesIO()
     torch.export.save(program, content)
@@ -70,7 +38,7 @@ def write_predictor(opened: ImagePredictor, out: Path) -> list[Path]:
         "site_ids": opened.site_ids,
         "classes": opened.classes,
         "units": opened.units,
-        "image_sizes": opened.image_sizes,
+        "image_sizes": opened.network.image_sizes,
         "recording": opened.recording,
         "torch": torch.__version__,
         "seen": record_facts(record),
@@ -87,13 +55,12 @@ def write_predictor(opened: ImagePredictor, out: Path) -> list[Path]:
     return paths
 
 
-def _exported(
-    network: PredictorNetwork, images: list[torch.Tensor], opened: ImagePredictor
-) -> torch.export.ExportedProgram:
+def _exported(opened: ImagePredictor, images: list[torch.Tensor]) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("images", min=1, max=4096)
     try:
         with torch.no_grad():
-            return torch.export.export(network, (images,), dynamic_shapes=([{0: batch} for _ in images],), strict=False)
+            shapes = ([{0: batch} for _ in images],)
+            return torch.export.export(opened.network, (images,), dynamic_shapes=shapes, strict=False)
     except Exception as error:  # torch.export raises many kinds
         reason = str(error).splitlines()[0][:200]
         raise BadInput(

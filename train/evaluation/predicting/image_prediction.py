@@ -49,7 +49,7 @@ def predict_images(
         Stopped: a process was asked to stop.
         RuntimeError: the ranks together did not see every image once.
     """
-    predictor.to(runtime.device)
+    predictor.network.to(runtime.device)
     batch_size = options.batch_size or BATCH_SIZE
     wanted = workers_per_rank(options.workers, cores_of_rank(this_process()))
     share = _Share(predictor, len(next(iter(stimuli.values()))), runtime)
@@ -79,7 +79,7 @@ class _Share:
     def __init__(self, predictor: ImagePredictor, images: int, runtime: Runtime):
         self._predictor, self._images, self._runtime = predictor, images, runtime
         rows = len(rank_positions(images, runtime.rank, runtime.ranks))
-        kind = torch.float32 if predictor.combination is None else torch.float64
+        kind = torch.float32 if not predictor.network.combines else torch.float64
         self._rates = torch.zeros(rows, len(predictor.site_ids or []), dtype=kind, device=runtime.device)
         self._classes = torch.empty(rows, dtype=torch.int64, device=runtime.device)
         self._seen = 0
@@ -92,10 +92,10 @@ class _Share:
         """Add a batch of a size; images after the first `count` are padding."""
         rows = slice(self._seen, self._seen + count)
         self._seen += count
-        if self._predictor.combination is not None:
-            self._rates[rows] += self._predictor.rates_of_size(size, images)[:count]
+        if self._predictor.network.combines:
+            self._rates[rows] += self._predictor.network.rates_of_size(size, images)[:count]
             return
-        outputs = self._predictor.outputs({size: images})
+        outputs = self._predictor.network([images])
         if self._predictor.site_ids is not None:
             self._rates[rows] = outputs["rates"][:count]
         if self._predictor.classes is not None:
@@ -114,8 +114,8 @@ class _Share:
     def over_ranks(self) -> Predicted:
         """The predictions of all ranks."""
         rates, predictor = self._rates, self._predictor
-        if predictor.combination is not None:
-            rates = predictor.complete(rates)
+        if predictor.network.combines:
+            rates = predictor.network.complete(rates)
         return Predicted(
             rates=None if predictor.site_ids is None else self._runtime.gather_rows(rates),
             classes=None if predictor.classes is None else self._runtime.gather_rows(self._classes),

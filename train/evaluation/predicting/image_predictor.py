@@ -1,6 +1,6 @@
 """What predicts responses to images: the networks of a run, a probe or an ensemble, and how they are combined."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -72,6 +72,70 @@ class Combination:
         return cls(np.concatenate(networks), offset + np.sum(offsets, axis=0))
 
 
+class PredictorNetwork(nn.Module):
+    """The networks of a predictor as one, in evaluation mode: images -> "rates" and/or "classes", as `SizedNetwork`.
+
+    Args:
+        networks: one, or several.
+        combination: of the rates of several; None for a single one.
+
+    Attributes:
+        image_sizes: sides in pixels of the images that they take, ascending.
+        networks: their modules.
+        combines: whether there is a combination.
+    """
+
+    weights: torch.Tensor
+    offset: torch.Tensor
+
+    def __init__(self, networks: Sequence[SizedNetwork], combination: Combination | None):
+        super().__init__()
+        self._size_of = [network.image_size for network in networks]
+        self.image_sizes = sorted(set(self._size_of))
+        self.networks = nn.ModuleList(network.module for network in networks)
+        self.combines = combination is not None
+        if combination is not None:
+            self.register_buffer("weights", torch.from_numpy(combination.weights))
+            self.register_buffer("offset", torch.from_numpy(combination.offset))
+        self.eval()
+
+    @property
+    def sized_networks(self) -> list[SizedNetwork]:
+        """The networks, each with its size."""
+        return [SizedNetwork(*pair) for pair in zip(self.networks, self._size_of, strict=True)]
+
+    def as_combination(self, sites: int) -> Combination:
+        """The combination, also of a single network that predicts so many sites."""
+        if not self.combines:
+            return Combination(np.ones((1, sites)), np.zeros(sites))
+        return Combination(self.weights.cpu().numpy(), self.offset.cpu().numpy())
+
+    def forward(self, images: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The same images in each size of `image_sizes`, uint8 (b, 3, size, size)."""
+        if not self.combines:
+            return self.networks[0](images[0])
+        parts = [self.rates_of_size(size, of_size) for size, of_size in zip(self.image_sizes, images, strict=True)]
+        return {"rates": self.complete(sum(parts[1:], start=parts[0]))}
+
+    def rates_of_size(self, size: int, images: torch.Tensor) -> torch.Tensor:
+        """What the networks of a size add to the rates, float64 (b, sites).
+
+        Args:
+            size: of some of the networks.
+            images: uint8 (b, 3, size, size).
+        """
+        parts = [
+            network(images)["rates"] * weight
+            for network, weight, size_of in zip(self.networks, self.weights, self._size_of, strict=True)
+            if size_of == size
+        ]
+        return sum(parts[1:], start=parts[0])
+
+    def complete(self, rates: torch.Tensor) -> torch.Tensor:
+        """The rates from the sum of `rates_of_size` over all sizes, float32 (b, sites)."""
+        return (rates + self.offset).float()
+
+
 @dataclass(frozen=True)
 class ImagePredictor:
     """A run, a probe or an ensemble that is ready to predict.
@@ -83,8 +147,7 @@ class ImagePredictor:
         units: of the rates.
         site_ids: in the order of the rates; None for a classifier.
         classes: in the order of the probabilities; None for a network without.
-        networks: one, or all those of an ensemble.
-        combination: of the rates of several networks; None for a single one.
+        network: what predicts.
         record: what it has seen; None if an earlier version made it.
         scale: of the responses that it was fitted on; None for a classifier.
     """
@@ -95,57 +158,6 @@ class ImagePredictor:
     units: str
     site_ids: list[str] | None
     classes: list[str] | None
-    networks: tuple[SizedNetwork, ...]
-    combination: Combination | None
+    network: PredictorNetwork
     record: SeenRecord | None
     scale: ResponseScale | None
-
-    @property
-    def image_sizes(self) -> list[int]:
-        """Sides in pixels of the images that its networks take, ascending."""
-        return sorted({network.image_size for network in self.networks})
-
-    def as_combination(self) -> Combination:
-        """Its networks as a combination, also of a single one."""
-        if self.combination is not None:
-            return self.combination
-        sites = len(self.site_ids or [])
-        return Combination(np.ones((1, sites)), np.zeros(sites))
-
-    def to(self, device: torch.device) -> None:
-        """Compute on `device` from now on."""
-        for network in self.networks:
-            network.module.to(device)
-
-    def outputs(self, images: Mapping[int, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Predict.
-
-        Args:
-            images: by size, the same images uint8 (b, 3, size, size).
-
-        Returns:
-            "rates", float32 (b, sites), and/or "classes", logits (b, classes).
-        """
-        if self.combination is None:
-            return self.networks[0].module(images[self.networks[0].image_size])
-        parts = [self.rates_of_size(size, images[size]) for size in self.image_sizes]
-        return {"rates": self.complete(sum(parts[1:], start=parts[0]))}
-
-    def rates_of_size(self, size: int, images: torch.Tensor) -> torch.Tensor:
-        """What the networks of a size add to the rates, float64 (b, sites).
-
-        Args:
-            size: of some of the networks.
-            images: uint8 (b, 3, size, size).
-        """
-        weights = torch.from_numpy(self.as_combination().weights).to(images.device)
-        parts = [
-            network.module(images)["rates"] * weight
-            for network, weight in zip(self.networks, weights, strict=True)
-            if network.image_size == size
-        ]
-        return sum(parts[1:], start=parts[0])
-
-    def complete(self, rates: torch.Tensor) -> torch.Tensor:
-        """The rates from the sum of `rates_of_size` over all sizes, float32 (b, sites)."""
-        return (rates + torch.from_numpy(self.as_combination().offset).to(rates.device)).float()

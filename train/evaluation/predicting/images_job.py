@@ -16,9 +16,9 @@ from data_prep.remote.url import is_url
 from data_prep.shards.folder import ShardFolder
 from train.data.bad_samples import BadSamples
 from train.data.image_files import FileImages, find_images
-from train.data.stimuli import RecordingStimuli, StimulusSet
+from train.data.stimuli import RecordingStimuli, StimulusSet, fingerprint
 from train.distributed.runtime import Runtime
-from train.evaluation.exporting.prediction_export import assemble, netcdf_bytes
+from train.evaluation.exporting.prediction_export import Assembly, assemble, netcdf_bytes
 from train.evaluation.options import Evaluate
 from train.evaluation.predicting.image_prediction import Predicted, check_enough_images, predict_images
 from train.evaluation.predicting.image_predictor import ImagePredictor
@@ -53,8 +53,7 @@ class ImagesJob:
 
     def run(self, runtime: Runtime) -> None:
         """Predict over all ranks; on the leading one, write the predictions and print where they are."""
-        ids = next(iter(self.stimuli.values())).fingerprint()[:12]
-        runtime.check_agreement({"the images to predict": ids, "the sites": str(self.predictor.site_ids)})
+        runtime.check_agreement({"the images to predict": fingerprint(self.stimulus_ids, None)[:12]})
         predicted = predict_images(self.predictor, self.stimuli, runtime, self.options, "predicting")
         if not runtime.is_main:
             return
@@ -68,8 +67,11 @@ class ImagesJob:
         if self.options.format == "netcdf":
             assert predicted.rates is not None
             predictions = Predictions(self.stimulus_ids, list(self.predictor.site_ids or []), predicted.rates)
-            assembly = assemble(predictions, self.shards, self.options.split)
-            assembly.facts |= {"recording": self.predictor.recording, "units": self.predictor.units}
+            # Only facts about the stimuli: the sites, units and window of their recording are not those predicted.
+            stimuli = assemble(predictions, self.shards, self.options.split).stimuli
+            facts = {"recording": self.predictor.recording, "units": self.predictor.units}
+            sites = {"neuroid_id": predictions.site_ids}
+            assembly = Assembly({"prediction": predictions.rates}, stimuli, sites, facts)
             path = self.options.out / "predictions.nc"
             write_bytes(path, netcdf_bytes(assembly))
             return path
@@ -94,23 +96,18 @@ def prepare_images(options: Evaluate) -> ImagesJob:
         BadInput: they do not, or options that do not go together.
     """
     assert options.images is not None
-    if len(options.runs) > 1:
-        raise BadInput("--images: give one predictor; make an ensemble of several first (--out ENSEMBLE)")
-    if options.out is None:
-        raise BadInput("--images: name the folder for the predictions with --out")
-    if options.data is not None:
-        raise BadInput("--data: with --images nothing is scored; name only the images")
+    assert options.out is not None
     RunFolder(options.out).check_free()
     predictor = open_predictor(options.runs[0], options.recording, options.checkpoint)
     if options.format == "netcdf" and predictor.site_ids is None:
         raise BadInput(f"--format netcdf: {options.runs[0]} predicts classes only; write npz")
     if not is_url(options.images) and _holds_files(Path(options.images)):
-        stimuli: Mapping[int, StimulusSet] = _files(options, Path(options.images), predictor.image_sizes)
+        stimuli: Mapping[int, StimulusSet] = _files(options, Path(options.images), predictor.network.image_sizes)
         shards, bad_samples = None, None
     else:
         loader = Loader(on_bad_sample=options.on_bad_sample or "stop", shard_cache=options.shard_cache)
         shards, bad_samples = ShardFolder(options.images, loader.fetch), BadSamples(loader)
-        stimuli = _of_shards(options, shards, bad_samples, predictor.image_sizes)
+        stimuli = _of_shards(options, shards, bad_samples, predictor.network.image_sizes)
     check_enough_images(len(next(iter(stimuli.values()))), options.images)
     return ImagesJob(options, predictor, stimuli, shards, bad_samples)
 

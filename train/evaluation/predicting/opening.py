@@ -11,14 +11,20 @@ from data_prep.shards.manifest import Manifest, Rates, from_json_list
 from train.data.seen import record_of
 from train.evaluation.ensemble_record import (
     ENSEMBLE_FILE,
-    StackWeights,
+    EnsembleRecord,
     check_unchanged,
     is_fine_tuned,
     member_folder,
     read_record,
     read_stack_weights,
 )
-from train.evaluation.predicting.image_predictor import Combination, ImagePredictor, NetworkInUnits, SizedNetwork
+from train.evaluation.predicting.image_predictor import (
+    Combination,
+    ImagePredictor,
+    NetworkInUnits,
+    PredictorNetwork,
+    SizedNetwork,
+)
 from train.evaluation.training_facts import ResponseScale
 from train.models.network import Network
 from train.models.probe_network import load_probe_network
@@ -80,8 +86,7 @@ def _open_run(path: Path, recording: str | None, which: str) -> ImagePredictor:
         units=_units(folder, whole, recording),
         site_ids=progress.site_ids if recipe.task.predicts_responses else None,
         classes=progress.classes if recipe.task.predicts_classes else None,
-        networks=(SizedNetwork(NetworkInUnits(network).eval(), progress.image_size),),
-        combination=None,
+        network=PredictorNetwork([SizedNetwork(NetworkInUnits(network), progress.image_size)], None),
         record=record_of(path),
         scale=None if responses is None else ResponseScale(responses.rate_mean.numpy(), responses.rate_std.numpy()),
     )
@@ -124,8 +129,7 @@ def _open_probe(path: Path) -> ImagePredictor:
         units=facts.units,
         site_ids=facts.site_ids,
         classes=None,
-        networks=(SizedNetwork(network, facts.image_size),),
-        combination=None,
+        network=PredictorNetwork([SizedNetwork(network, facts.image_size)], None),
         record=record_of(path),
         scale=ResponseScale(from_json_list(facts.rate_mean), from_json_list(facts.rate_std)),
     )
@@ -161,24 +165,26 @@ def _open_ensemble(path: Path, recording: str | None, depth: int) -> ImagePredic
         units=first.units,
         site_ids=first.site_ids,
         classes=None,
-        networks=tuple(network for member in members for network in member.networks),
-        combination=_combination(path, record.members, name, members),
+        network=PredictorNetwork(
+            [network for member in members for network in member.network.sized_networks],
+            _combination(path, record, name, members),
+        ),
         record=record_of(path),
         scale=first.scale,
     )
 
 
 def _combination(
-    path: Path, groups: Sequence[Sequence[str]], recording: str | None, members: Sequence[ImagePredictor]
+    path: Path, record: EnsembleRecord, recording: str | None, members: Sequence[ImagePredictor]
 ) -> Combination:
     """The mean over all runs, or the weights of the groups, each of which is the mean over its runs."""
     site_ids = members[0].site_ids or []
-    sites, runs = len(site_ids), [len(group) for group in groups]
+    sites, runs = len(site_ids), [len(group) for group in record.members]
     weights, offset = np.full((sum(runs), sites), 1 / sum(runs)), np.zeros(sites)
-    if read_record(path).combine == "stack":
-        stack: StackWeights = read_stack_weights(path, recording)
-        if stack.site_ids != site_ids or len(stack.weights) != len(groups):
+    if record.combine == "stack":
+        stack = read_stack_weights(path, recording)
+        if stack.site_ids != site_ids or len(stack.weights) != len(runs):
             raise BadInput(f"{path}: the weights are of other members or sites; make the ensemble again")
         weights = np.repeat(stack.weights / np.array(runs)[:, None], runs, axis=0)
         offset = stack.mean * (1 - stack.weights.sum(axis=0))
-    return Combination.of([member.as_combination() for member in members], weights, offset)
+    return Combination.of([member.network.as_combination(sites) for member in members], weights, offset)

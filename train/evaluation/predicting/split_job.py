@@ -150,7 +150,7 @@ def _job(options: Evaluate, path: Path, shards: ShardFolder, loader: Loader, has
             "predicts its images alone"
         )
     bad_samples, split = BadSamples(loader), shards.split(options.split)
-    size = max(predictor.image_sizes)
+    size = max(predictor.network.image_sizes)
     usable = bad_samples.usable_positions(split, size, responses=split.has_responses, classes=False)
     images = images_of_split(shards, split.name).at(usable)
     rule = SeenRule(str(path), options.split, options.seen, PARTS.get(options.split))
@@ -160,7 +160,7 @@ def _job(options: Evaluate, path: Path, shards: ShardFolder, loader: Loader, has
     caches = ImageCaches(loader, single_pass=True)
     stimuli = {
         size: RecordingStimuli(split, size, positions, responses=split.has_responses and first, caches=caches)
-        for first, size in _first_marked(predictor.image_sizes)
+        for first, size in _first_marked(predictor.network.image_sizes)
     }
     return SplitJob(options, predictor, recording, shards, stimuli, compared.seen, bad_samples)
 

@@ -5,6 +5,7 @@ import io
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -148,6 +149,58 @@ def test_a_cut_hybrid_is_exported_too(cut_hybrid, images, tmp_path):
     np.testing.assert_allclose(chances.sum(1), 1, rtol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def exported_all(predictors, tmp_path_factory):
+    """A probe and a stack, exported."""
+    out = tmp_path_factory.mktemp("exported_all")
+    for kind in ("probe", "stack"):
+        succeed_here("train/export.py", predictors / kind, "--out", out / kind, "--format", "predictor", "netcdf")
+    return out
+
+
+@pytest.fixture(scope="module")
+def val_files(recording, tmp_path_factory):
+    folder, val = tmp_path_factory.mktemp("val_files"), ShardFolder(recording).split("val")
+    paths = [folder / f"{number:03}.{val.image(number)[1]}" for number in range(len(val))]
+    for number, path in enumerate(paths):
+        path.write_bytes(val.image(number)[0])
+    return paths
+
+
+@pytest.mark.parametrize("kind", ["probe", "stack"])
+def test_probes_and_ensembles_are_exported_too(exported_all, predictors, val_files, kind):
+    """The members of the stack take images of different sizes."""
+    spec = importlib.util.spec_from_file_location(f"{kind}_predictor", exported_all / kind / "predictor.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    predictor = module.Predictor()
+    assert predictor.site_ids == predictions(predictors / kind)["site_id"].tolist()
+    same(predictor.predict(val_files, batch_size=7), predictors / kind)
+    assert (exported_all / kind / "predictions_val.nc").is_file()
+
+
+def test_one_archive_is_enough(exported_all, predictors, val_files, tmp_path):
+    """A zip archive on sys.path, in a program without this project."""
+    with zipfile.ZipFile(tmp_path / "stack.zip", "w") as archive:
+        for file in (exported_all / "stack").iterdir():
+            archive.write(file, file.name)
+    program = (
+        "import sys; sys.path.insert(0, 'stack.zip'); import numpy as np, predictor; "
+        "np.save('found.npy', predictor.Predictor().predict(sys.argv[1:])); "
+        "alien = {'train', 'data_prep', 'spiketune', 'timm'} & set(sys.modules); assert not alien, alien"
+    )
+    environment = {"PATH": "", "HOME": str(tmp_path)}
+    words = [sys.executable, "-c", program, *map(str, val_files)]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    same(np.load(tmp_path / "found.npy"), predictors / "stack")
+
+
+def test_only_a_run_becomes_a_timm_checkpoint(predictors, tmp_path):
+    done = run_here("train/export.py", predictors / "mean", "--out", tmp_path, "--format", "timm")
+    assert_refused(done, "no network of its own", "--format predictor")
+
+
 def test_nothing_is_overwritten(exported):
     run, out = exported
     assert_refused(run_here("train/export.py", run, "--out", out, "--format", "mat"), "already exists")
@@ -157,4 +210,5 @@ def test_predictions_have_to_be_there(exported, tmp_path):
     run, _ = exported
     done = run_here("train/export.py", run, "--out", tmp_path / "x", "--format", "mat", "--split", "test")
     assert_refused(done, "train/evaluate.py")
-    assert_refused(run_here("train/export.py", tmp_path, "--out", tmp_path / "x", "--format", "timm"), "run folder")
+    done = run_here("train/export.py", tmp_path, "--out", tmp_path / "x", "--format", "timm")
+    assert_refused(done, "not the folder of a run")
