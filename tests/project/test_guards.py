@@ -43,6 +43,7 @@ FORBIDDEN = {
         "data_prep/common/safe_reading.py",
         "data_prep/sources/files/image_files.py",
         "train/models/weights.py",
+        "train/evaluation/exporting/predictor_export.py",  # writes
     ),
     "Image.open": (
         "data_prep/common/image_decoding.py",

@@ -90,9 +90,9 @@ class Export(BaseModel):
     """Folder of a run, a probe or an ensemble; timm needs a run."""
     out: Path
     """Folder for the files; existing files are never overwritten."""
-    format: Annotated[list[Literal["netcdf", "mat", "timm", "predictor"]], Field(min_length=1)]
+    format: Annotated[list[Literal["netcdf", "mat", "timm", "predictor", "predictor-zip"]], Field(min_length=1)]
     """One or more: the predictions as NetCDF (xarray, BrainIO) or MATLAB; the network as a timm checkpoint; or the
-    predictor as a Python class that needs torch, numpy and Pillow only."""
+    predictor as a Python class that needs torch, numpy and Pillow only, in a folder or in one zip archive."""
     split: Literal["train", "val", "test", "cv"] = "val"
     """Split whose predictions to export (netcdf, mat); it must have been scored before."""
     checkpoint: Literal["best", "last"] = "best"

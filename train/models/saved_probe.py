@@ -158,8 +158,8 @@ def read_saved_probe(folder: Path) -> tuple[SavedProbe, dict[str, torch.Tensor]]
     path = folder / SAVED_PROBE
     if path.is_symlink() or not path.is_file():
         raise BadInput(
-            f"{folder} has no {SAVED_PROBE}, with which a probe predicts other images: it was cross-validated, made by "
-            "an earlier version, or its weights were too large; probe again with --split val"
+            f"{folder} has no {SAVED_PROBE}, with which a probe predicts other images: an earlier version made it, or "
+            "its weights were too large; probe again"
         )
     try:
         if path.stat().st_size > 2 * LARGEST_BYTES:

@@ -88,7 +88,7 @@ class LayerRegressions:
         self._scored = np.sort(held_out)
         self._reading = SourceReading(recipe, rates, held_out, runtime)
         self._windows = probe_windows() if recipe.field == "gaussian" else [WHOLE_MAP]
-        self._dual_forms: dict[str, DualForm] = {}
+        self._dual_forms: dict[str, list[DualForm]] = {}
 
     def run(self) -> dict[str, LayerResult]:
         """The results of all layers, on the leading rank; every rank must take part."""
@@ -135,9 +135,8 @@ class LayerRegressions:
             rates = self._rates[partition.fit]
             fit = regress(opened.predictors(partition.fit, partition.held_out, partition.copies), rates, method)
             result.prediction[np.searchsorted(self._scored, partition.held_out)] = fit.prediction
-            if len(self._partitions) == 1:
-                result.dual.append(np.ascontiguousarray(fit.dual.T))
-                result.mean.append(fit.mean)
+            result.dual.append(np.ascontiguousarray(fit.dual.T))
+            result.mean.append(fit.mean)
             if isinstance(fit, RidgeFit):
                 inner_r2 = fit.inner_r2
                 if recipe.field == "whole":
@@ -157,22 +156,23 @@ class LayerRegressions:
         by_window = {window: self._files.load(LayerWindow(layer, window)) for window in self._windows}
         whole = by_window[WHOLE_MAP]
         if len(by_window) == 1:
-            if whole.dual:
-                term = DualTerm(LayerWindow(layer, WHOLE_MAP), whole.dual[0], np.ones_like(whole.mean[0]))
-                self._dual_forms[layer] = DualForm(whole.mean[0], [term])
+            key = LayerWindow(layer, WHOLE_MAP)
+            self._dual_forms[layer] = [
+                DualForm(mean, [DualTerm(key, dual, np.ones_like(mean))])
+                for dual, mean in zip(whole.dual, whole.mean, strict=True)
+            ]
             return whole
         stacked = LayerResult(
             whole.features, np.full_like(whole.prediction, np.nan), whole.similarity, components=whole.components
         )
         for index, partition in enumerate(self._partitions):
             combination = self._stack_partition(stacked, by_window, index, partition)
-            if whole.dual:
-                self._dual_forms[layer] = _dual_form(layer, by_window, combination)
+            self._dual_forms.setdefault(layer, []).append(_dual_form(layer, by_window, combination, index))
         return stacked
 
-    def dual_form(self, layer: str) -> DualForm | None:
-        """How a layer predicts other stimuli, on the leading rank after `run`; None with several partitions."""
-        return self._dual_forms.get(layer)
+    def dual_form(self, layer: str, partition: int) -> DualForm:
+        """How a layer predicts other stimuli by the fit of a partition; on the leading rank, after `run`."""
+        return self._dual_forms[layer][partition]
 
     def _stack_partition(
         self, stacked: LayerResult, by_window: Mapping[Window, LayerResult], index: int, partition: Partition
@@ -209,10 +209,12 @@ def _fold_predictors(opened: OpenSource, stimuli: np.ndarray, fit: np.ndarray, h
     return opened.predictors(stimuli[fit], stimuli[held_out], None)
 
 
-def _dual_form(layer: str, by_window: Mapping[Window, LayerResult], combination: WindowCombination) -> DualForm:
-    """The windows' regressions, weighted per site."""
+def _dual_form(
+    layer: str, by_window: Mapping[Window, LayerResult], combination: WindowCombination, partition: int
+) -> DualForm:
+    """The windows' regressions of a partition, weighted per site."""
     terms, intercept = [], combination.mean * (1 - combination.weights.sum(axis=0))
     for (window, result), weights in zip(by_window.items(), combination.weights, strict=True):
-        terms.append(DualTerm(LayerWindow(layer, window), result.dual[0], weights))
-        intercept += weights * result.mean[0]
+        terms.append(DualTerm(LayerWindow(layer, window), result.dual[partition], weights))
+        intercept += weights * result.mean[partition]
     return DualForm(intercept, terms)

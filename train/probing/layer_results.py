@@ -48,8 +48,7 @@ class LayerResult:
         inner_r2: of each partition, the mean over sites on stimuli left out of the fit.
         penalty: of each partition, float64 (sites,); only for ridge on the whole map.
         left_out: of each partition, float32 (sites, stimuli to fit), each predicted from the others; only for ridge.
-        dual: of each partition, float64 (sites, stimuli to fit), see `train/regression/fit.py`; none with several
-            partitions.
+        dual: of each partition, float64 (sites, stimuli to fit), see `train/regression/fit.py`.
         mean: of each partition, float64 (sites,), likewise.
         window_centre: of each partition, float64 (2, sites), the mean centre of the windows that a site reads through:
             right and down from the image's middle, in half sides; NaN for a site that reads the whole map. Only with

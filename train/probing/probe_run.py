@@ -43,8 +43,9 @@ def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> Non
     results = regressions.run()
     monitor.log("scores ...")
     scores = score_layers(job, results, runtime.ranks) if runtime.is_main else None
-    form = None if scores is None else regressions.dual_form(scores.metrics["chosen"])
-    save_predictor(job, form, stored, runtime, monitor)
+    chosen = [] if scores is None else scores.chosen_by_fold
+    forms = [regressions.dual_form(layer, partition) for partition, layer in enumerate(chosen)]
+    save_predictor(job, forms, stored, runtime, monitor)
     if scores is not None:
         write_results(job, scores, monitor)
         monitor.add_epoch({"seconds": time.monotonic() - started})

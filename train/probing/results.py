@@ -34,6 +34,7 @@ class ProbeScores:
 
     Attributes:
         metrics: the content of metrics.json.
+        chosen_by_fold: the layer that each partition's inner folds chose.
         prediction: of the scored stimuli, each by the layer that its partition's inner folds chose: float32
             (stimuli, sites).
         left_out: predictions of the training stimuli by the chosen layer, each from the others: float32
@@ -41,6 +42,7 @@ class ProbeScores:
     """
 
     metrics: dict[str, Any]
+    chosen_by_fold: list[str]
     prediction: np.ndarray
     left_out: np.ndarray | None
 
@@ -76,7 +78,7 @@ def score_layers(job: ProbeJob, results: Mapping[str, LayerResult], ranks: int) 
             left_out = np.ascontiguousarray(results[chosen].left_out[0][:].T)
     if job.recipe.shuffle_responses:
         metrics["control"] = SHUFFLED_CONTROL
-    return ProbeScores(metrics, prediction, left_out)
+    return ProbeScores(metrics, chosen_by_fold, prediction, left_out)
 
 
 def _best_layer(results: Mapping[str, LayerResult], fold: int) -> str:

@@ -1,7 +1,8 @@
-"""Saves a probe's chosen layer as a predictor of any images: RUN/predictor.safetensors (`train/models/saved_probe.py`).
+"""Saves a probe as a predictor of any images: RUN/predictor.safetensors (`train/models/saved_probe.py`).
 
-The weights of the features are computed from the activations on disk, some sites at a time, so that they take a part of
-`--memory` whatever their number.
+It is the layer that was chosen; of a cross-validated probe the mean over the folds' fits, each of the layer that its
+fold chose. The weights of the features are computed from the activations on disk, some sites at a time, so that they
+take a part of `--memory` whatever their number.
 """
 
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from train.models.joined_layers import modules_of
 from train.models.probe_network import network_digest
 from train.models.saved_probe import LARGEST_BYTES, SavedProbe, SavedProbeWriter, weights_bytes
 from train.models.windows import WHOLE_MAP, Window
-from train.probing.dual_form import DualForm, DualTerm
+from train.probing.dual_form import DualForm
 from train.probing.layer_window import LayerWindow
 from train.probing.preparation import ProbeJob
 from train.probing.stored_layers import StoredLayers
@@ -29,21 +30,23 @@ SITES_SHARE = 4  # the part of --memory that the weights of the sites at hand ta
 
 
 def save_predictor(
-    job: ProbeJob, form: DualForm | None, stored: StoredLayers, runtime: Runtime, monitor: Monitor
+    job: ProbeJob, forms: Sequence[DualForm], stored: StoredLayers, runtime: Runtime, monitor: Monitor
 ) -> None:
     """Compute and write the weights of the features; every rank must take part.
 
     Args:
         job: the probe.
-        form: of its chosen layer, on the leading rank; None for a probe that predicts each fold by another fit.
+        forms: of each partition, the layer that it chose; on the leading rank.
         stored: the activations.
         runtime: this process.
         monitor: for the log.
     """
-    keys: list[LayerWindow] | None = runtime.gather_objects(form and form.layer_windows)[0]
-    if keys is None:
+    keys: list[list[LayerWindow]] = runtime.gather_objects([form.layer_windows for form in forms])[0]
+    has_curve: bool = runtime.gather_objects(any(form.curve is not None for form in forms))[0]
+    if has_curve and len(keys) > 1:
+        monitor.log("note: no predictor is saved: each fold bends its predictions by a curve of its own")
         return
-    layers = list(dict.fromkeys(key.layer for key in keys))
+    layers = list(dict.fromkeys(key.layer for of_partition in keys for key in of_partition))
     modules = [module for layer in layers for module in modules_of(layer)]
     widths = [stored.width(module) for module in modules]
     size = weights_bytes(widths, job.rates.shape[1])
@@ -53,22 +56,20 @@ def save_predictor(
         )
         return
     monitor.log("saving the predictor ...")
-    work = _Saving(job, keys, stored, stored.compute(list(dict.fromkeys(modules))), runtime)
+    work = _Saving(job, forms, keys, stored, stored.compute(list(dict.fromkeys(modules))), runtime)
     with ExitStack() as stack:
         writer = None
         if runtime.is_main:
-            has_curve = form is not None and form.curve is not None
             writer = stack.enter_context(SavedProbeWriter(job.folder.path, _facts(job, modules), widths, has_curve))
-        offset, first = np.zeros(job.rates.shape[1]), 0
+        offset, number = np.zeros(job.rates.shape[1]), 0
         for layer in layers:
-            terms = None if form is None else [term for term in form.terms if term.layer_window.layer == layer]
             for module in modules_of(layer):
-                offset += work.write_module(layer, module, first, terms, writer)
-                first += 1
-        if writer is not None and form is not None:
-            writer.write_bias(form.intercept + offset)
-            if form.curve is not None:
-                writer.write_curve(form.curve)
+                offset += work.write_module(layer, module, number, writer)
+                number += 1
+        if writer is not None:
+            writer.write_bias(np.mean([form.intercept for form in forms], axis=0) + offset)
+            if forms[0].curve is not None:
+                writer.write_curve(forms[0].curve)
 
 
 def _facts(job: ProbeJob, modules: list[str]) -> SavedProbe:
@@ -91,7 +92,8 @@ class _Saving:
 
     Args:
         job: the probe.
-        keys: layers and windows that it reads.
+        forms: of each partition, on the leading rank.
+        keys: layers and windows that each partition reads.
         stored, activations: of all stimuli.
         runtime: this process.
     """
@@ -99,59 +101,69 @@ class _Saving:
     def __init__(
         self,
         job: ProbeJob,
-        keys: Sequence[LayerWindow],
+        forms: Sequence[DualForm],
+        keys: Sequence[Sequence[LayerWindow]],
         stored: StoredLayers,
         activations: StoredActivations,
         runtime: Runtime,
     ):
-        self._keys, self._stored, self._activations, self._runtime = keys, stored, activations, runtime
-        self._rates = job.rates[job.partitions[0].fit]
-        self._fit = torch.from_numpy(job.partitions[0].fit).to(runtime.device)
+        self._job, self._forms, self._keys, self._stored = job, forms, keys, stored
+        self._activations, self._runtime = activations, runtime
 
-    def write_module(
-        self, layer: str, module: str, number: int, terms: Sequence[DualTerm] | None, writer: SavedProbeWriter | None
-    ) -> np.ndarray:
-        """Compute and write the weights of a module's features in a layer.
+    def write_module(self, layer: str, module: str, number: int, writer: SavedProbeWriter | None) -> np.ndarray:
+        """Compute and write the weights of a module's features in a layer, the mean over partitions.
 
         Args:
             layer: a layer.
             module: one of its modules.
             number: of the module in the file.
-            terms: of the layer, on the leading rank.
-            writer: likewise.
+            writer: of the leading rank.
 
         Returns:
             What it adds to the bias, float64 (sites,).
         """
-        windows = self._windows(layer, module)
-        offsets = []
-        for sites in self._site_blocks(len(windows), windows.shape[1], self._stored.width(module)):
-            weights = feature_weights(self._activations, module, windows, self._stimulus_weights(terms, windows, sites))
+        windows = {
+            partition: self._windows(layer, module, partition)
+            for partition, keys in enumerate(self._keys)
+            if any(key.layer == layer for key in keys)
+        }
+        width, offsets = self._stored.width(module), []
+        centre = np.zeros(width, np.float32)
+        for sites in self._site_blocks(max(map(len, windows.values())), next(iter(windows.values())).shape[1], width):
+            weight, offset = np.zeros((width, sites.stop - sites.start), np.float32), np.zeros(sites.stop - sites.start)
+            for partition, of_partition in windows.items():
+                stimuli = self._stimulus_weights(layer, of_partition, partition, sites)
+                part = feature_weights(self._activations, module, of_partition, stimuli)
+                weight += part.weight
+                offset += part.offset
+                centre = part.centre
             if writer is not None:
-                writer.write_weight(number, sites.start, np.ascontiguousarray(weights.weight.T))
-                writer.write_centre(number, weights.centre)
-            offsets.append(weights.offset)
+                writer.write_weight(number, sites.start, np.ascontiguousarray(weight.T))
+                writer.write_centre(number, centre)
+            offsets.append(offset)
         return np.concatenate(offsets)
 
-    def _windows(self, layer: str, module: str) -> torch.Tensor:
-        """How the layer's windows weigh the positions of a module's map, float64 (windows, positions)."""
-        windows: list[Window] = [key.window for key in self._keys if key.layer == layer]
+    def _windows(self, layer: str, module: str, partition: int) -> torch.Tensor:
+        """How a layer's windows weigh the positions of a module's map, float64 (windows, positions)."""
+        windows: list[Window] = [key.window for key in self._keys[partition] if key.layer == layer]
         map_size = (1, 1) if windows == [WHOLE_MAP] else self._stored.map_sizes[module]
         return position_weights(windows, module, map_size, self._activations, normalised=len(modules_of(layer)) > 1)
 
     def _site_blocks(self, windows: int, positions: int, width: int) -> list[slice]:
-        sites, n = self._rates.shape[1], len(self._rates)
+        n, sites = self._job.rates.shape
         bytes_of_site = 8 * n * (2 * windows + min(positions, windows) + 1) + 12 * width
         block = max(int(self._activations.memory_bytes / SITES_SHARE / bytes_of_site), 1)
         return [slice(start, min(start + block, sites)) for start in range(0, sites, block)]
 
-    def _stimulus_weights(
-        self, terms: Sequence[DualTerm] | None, windows: torch.Tensor, sites: slice
-    ) -> StimulusWeights:
-        recorded = ~np.isnan(self._rates[:, sites])
+    def _stimulus_weights(self, layer: str, windows: torch.Tensor, partition: int, sites: slice) -> StimulusWeights:
+        """The dual weights of a partition's fit, divided by the number of partitions; the same on every rank."""
+        fit = self._job.partitions[partition].fit
+        recorded = ~np.isnan(self._job.rates[fit, sites])
         means = torch.from_numpy(recorded / recorded.sum(axis=0).clip(min=1)).to(windows)
         dual = windows.new_zeros(len(windows), *means.shape)
-        if terms is not None:
+        if self._runtime.is_main:
+            terms = [term for term in self._forms[partition].terms if term.layer_window.layer == layer]
             for row, term in zip(dual, terms, strict=True):
-                row.copy_(torch.from_numpy(term.weighted(sites)))
-        return StimulusWeights(self._fit, self._runtime.broadcast(dual), means)
+                row.copy_(torch.from_numpy(term.weighted(sites) / len(self._keys)))
+        fit_on_device = torch.from_numpy(fit).to(windows.device)
+        return StimulusWeights(fit_on_device, self._runtime.broadcast(dual), means)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from train.evaluation.exporting.network_export import are_close, example_images,
 from train.evaluation.predicting.image_predictor import ImagePredictor
 from train.run import predictor
 
+ARCHIVE = "predictor.zip"
 FILES = ("network.pt2", "predictor.json", "predictor.py", SEEN_FILE)
 
 
@@ -25,6 +27,31 @@ def write_predictor(opened: ImagePredictor, out: Path) -> list[Path]:
     Raises:
         BadInput: torch.export cannot export a network.
     """
+    contents = _contents(opened)
+    for name, content in contents.items():
+        write_bytes(out / name, content)
+    return [out / name for name in contents]
+
+
+def write_archive(opened: ImagePredictor, out: Path) -> list[Path]:
+    """Write the same files as one, a zip archive without compression, from which Python imports `predictor`.
+
+    Returns:
+        The file.
+
+    Raises:
+        BadInput: torch.export cannot export a network.
+    """
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        for name, content in _contents(opened).items():
+            members.writestr(name, content)
+    write_bytes(out / ARCHIVE, archive.getvalue())
+    return [out / ARCHIVE]
+
+
+def _contents(opened: ImagePredictor) -> dict[str, bytes]:
+    """The files of a predictor by name."""
     images = [example_images(size) for size in opened.network.image_sizes]
     program = _exported(opened, images)
     with torch.no_grad():
@@ -49,10 +76,7 @@ def write_predictor(opened: ImagePredictor, out: Path) -> list[Path]:
         Path(predictor.__file__).read_bytes(),
         record.content(),
     )
-    paths = [out / name for name in FILES]
-    for path, data in zip(paths, contents, strict=True):
-        write_bytes(path, data)
-    return paths
+    return dict(zip(FILES, contents, strict=True))
 
 
 def _exported(opened: ImagePredictor, images: list[torch.Tensor]) -> torch.export.ExportedProgram:

@@ -10,7 +10,7 @@ from train.data.seen import inherited_record
 from train.evaluation.ensemble_record import ENSEMBLE_FILE, is_fine_tuned, read_record, shard_folders_of
 from train.evaluation.exporting.network_export import TrainedNetwork, load_trained, write_timm
 from train.evaluation.exporting.prediction_export import Assembly, assemble, mat_bytes, netcdf_bytes
-from train.evaluation.exporting.predictor_export import FILES, write_predictor
+from train.evaluation.exporting.predictor_export import ARCHIVE, FILES, write_archive, write_predictor
 from train.evaluation.options import Export
 from train.evaluation.predicting.opening import open_predictor
 from train.evaluation.predictions_file import PREDICTIONS_FILE, read_predictions
@@ -21,6 +21,7 @@ PREDICTION_SUFFIXES = {"netcdf": ".nc", "mat": ".mat"}
 NETWORK_FILES = {
     "timm": ("model.safetensors", "config.json"),
     "predictor": FILES,
+    "predictor-zip": (ARCHIVE,),
 }
 
 
@@ -36,7 +37,7 @@ def export(options: Export) -> None:
     assembly = _load_assembly(options) if set(options.format) & PREDICTION_SUFFIXES.keys() else None
     network = _load_network(options) if "timm" in options.format else None
     opened = None
-    if "predictor" in options.format:
+    if {"predictor", "predictor-zip"} & set(options.format):
         opened = open_predictor(options.run, options.recording, options.checkpoint)
     for name in options.format:
         if assembly is not None and name in PREDICTION_SUFFIXES:
@@ -48,7 +49,8 @@ def export(options: Export) -> None:
             _print_files(name, paths)
             print(f"  {loading}", flush=True)
         elif opened is not None:
-            _print_files(name, write_predictor(opened, options.out))
+            write = write_predictor if name == "predictor" else write_archive
+            _print_files(name, write(opened, options.out))
 
 
 def _print_files(name: str, paths: list[Path]) -> None:
