@@ -16,6 +16,7 @@ from make_recordings import pack_two
 from PIL import Image
 
 import spiketune
+from data_prep.common.safe_reading import read_npz
 from data_prep.shards.folder import ShardFolder
 from train.data.image_files import as_pixels, read_image
 from train.models.saved_probe import SAVED_PROBE
@@ -191,6 +192,28 @@ def test_an_ensemble_of_itself_ends(predictors, tmp_path):
     (loop / "ensemble.json").write_text(json.dumps(record))
     with pytest.raises(spiketune.BadInput, match="deeper"):
         spiketune.load(loop)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (None, "an earlier version made this ensemble"),
+        ({"recording": np.array(["another"])}, "is damaged"),
+        ({"0.weights": np.ones((3, 12))}, "other members or sites"),
+        ({"0.weights": np.ones((2, 11))}, "do not fit"),
+        ({"0.weights": np.full((2, 12), np.nan)}, "not finite"),
+        ({"0.site_id": np.array([f"site {k}" for k in range(12)])}, "other members or sites"),
+    ],
+)
+def test_weights_of_a_stack_that_do_not_fit_are_refused(predictors, tmp_path, change, words):
+    shutil.copytree(predictors, tmp_path / "all", symlinks=True)
+    file = tmp_path / "all/stack/weights.npz"
+    arrays = read_npz(file)
+    file.unlink()
+    if change is not None:
+        np.savez(file, **(arrays | change))
+    with pytest.raises(spiketune.BadInput, match=words):
+        spiketune.load(tmp_path / "all/stack")
 
 
 def damaged(content: bytes, how: str) -> bytes:
