@@ -1,10 +1,12 @@
 """A saved probe predicts bias + (features - centre) @ weights', bent by a curve."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from data_prep.common.errors import BadInput
+from data_prep.common.errors import BadInput, RunFailed
 from train.models.features import PIXELS
 from train.models.probe_network import load_probe_network
 from train.models.saved_probe import SAVED_PROBE, SavedProbe, SavedProbeWriter
@@ -71,3 +73,10 @@ def test_weights_of_other_features_are_refused(tmp_path):
         writer.write_bias(np.zeros(3))
     with pytest.raises(BadInput, match="48 features, the probe weighs 47"):
         load_probe_network(tmp_path, ProbeRecipe(layers=[PIXELS]))
+
+
+def test_a_full_disk_is_told_of(tmp_path):
+    with pytest.raises(RunFailed, match="no room for the predictor"), SavedProbeWriter(tmp_path, FACTS, [48]) as writer:
+        writer._file.close()
+        writer._file = Path("/dev/full").open("wb")
+        writer.write_bias(np.zeros(3))
