@@ -76,7 +76,9 @@ def test_weights_of_other_features_are_refused(tmp_path):
 
 
 def test_a_full_disk_is_told_of(tmp_path):
-    with pytest.raises(RunFailed, match="no room for the predictor"), SavedProbeWriter(tmp_path, FACTS, [48]) as writer:
-        writer._file.close()
-        writer._file = Path("/dev/full").open("wb")
-        writer.write_bias(np.zeros(3))
+    with SavedProbeWriter(tmp_path, FACTS, [48]) as writer, Path("/dev/full").open("wb") as full:
+        file, writer._file = writer._file, full
+        with pytest.raises(RunFailed, match="no room for the predictor"):
+            writer.write_bias(np.zeros(3))
+        writer._file = file
+        full.detach().close()  # without writing what is left in its buffer
