@@ -1,5 +1,6 @@
 """A run, a probe or an ensemble that predicts responses to any images."""
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from train.evaluation.predicting.image_predictor import ImagePredictor, NetworkI
 from train.evaluation.predicting.opening import open_predictor
 from train.evaluation.predictions_file import METRICS_FILE
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
+from train.models.layer_selection import readable_layers
 from train.models.probe_network import ProbeNetwork
 from train.run.folder import RunFolder
 
@@ -119,7 +121,7 @@ class Predictor:
     def layers(self) -> list[str]:
         """The modules of its network whose `features` can be read, and "pixels"."""
         backbone = self._backbone()
-        return [PIXELS] if backbone is None else [PIXELS, *(name for name, _ in backbone.net.named_modules() if name)]
+        return [PIXELS] if backbone is None else [PIXELS, *readable_layers(backbone, self.image_sizes[0])]
 
     @torch.no_grad()
     def features(self, layer: str, images: Images, *, pool: int | None = None, batch_size: int = 32) -> np.ndarray:
@@ -139,10 +141,7 @@ class Predictor:
         """
         extractor, rows = self._extractor(layer, pool), []
         for batch in batches(images, self.image_sizes, batch_size):
-            found = extractor(batch[self.image_sizes[0]].to(self.device))
-            if layer not in found:
-                raise BadInput(f"{layer} does not run in the forward pass, or returns no tensor; read another layer")
-            rows.append(found[layer].cpu().numpy())
+            rows.append(extractor(batch[self.image_sizes[0]].to(self.device))[layer].cpu().numpy())
         if not rows:
             raise BadInput("no images are given")
         return np.concatenate(rows)
@@ -153,13 +152,11 @@ class Predictor:
         if layer == PIXELS:
             return PixelFeatures()
         backbone = self._backbone()
-        if backbone is None or layer not in self.layers:
-            from train.models.truncation import check_module
-
-            if backbone is None:
-                raise BadInput(f"{self.path} reads the pixels; it has no layer {layer!r}")
-            check_module(backbone.net, layer)
-        assert backbone is not None
+        if backbone is None:
+            raise BadInput(f"{self.path} reads the pixels; it has no layer {layer!r}")
+        if layer not in self.layers:
+            near = difflib.get_close_matches(layer, self.layers, n=3) or self.layers[:3]
+            raise BadInput(f"{self.path} has no layer {layer!r} with an output; nearest are {', '.join(near)}")
         return LayerFeatures(backbone, [layer], pool)
 
     def _backbone(self) -> "Backbone | None":

@@ -262,8 +262,9 @@ def test_other_folders_are_refused(tmp_path, predictors):
 def test_predictions_are_computed_on_the_device_that_is_given(predictors, cuda_runtime):  # noqa: F811
     """A GPU without data; mixing it with tensors on the CPU is an error."""
     network = fake_copy(spiketune.load(predictors / "stack", device="cpu")._opened.network)
-    with fake_gpu(), torch.no_grad():
+    with fake_gpu(may_wait=True):
         network.to(CUDA)
+    with fake_gpu(), torch.no_grad():
         rates = network([torch.zeros(2, 3, size, size, dtype=torch.uint8, device=CUDA) for size in (32, 48)])["rates"]
     assert rates.shape == (2, 12)
     assert rates.device.type == "cuda"

@@ -46,14 +46,26 @@ def choose_layers(backbone: Backbone, patterns: list[str], image_size: int) -> l
     return [*single, *dict.fromkeys(joined)]
 
 
+def readable_layers(backbone: Backbone, image_size: int) -> list[str]:
+    """The modules that have an output of their own in the forward pass, in the order of the network.
+
+    Args:
+        backbone: with the modules.
+        image_size: side in pixels of the images.
+    """
+    net, device = backbone.net, backbone.mean.device
+    names = [name for name, _ in net.named_modules() if name]
+    image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8, device=device)
+    with torch.no_grad():
+        features = LayerFeatures(backbone, names, grid=1)(image)
+    return [name for name in names if name in features and not is_dropped(net.get_submodule(name))]
+
+
 class _LayerSelection:
     def __init__(self, backbone: Backbone, image_size: int):
         net = backbone.net
         self._names = [name for name, _ in net.named_modules() if name]
-        image = torch.zeros(1, 3, image_size, image_size, dtype=torch.uint8)
-        with torch.no_grad():
-            features = LayerFeatures(backbone, self._names, grid=1)(image)
-        self._readable = {name for name in features if not is_dropped(net.get_submodule(name))}
+        self._readable = set(readable_layers(backbone, image_size))
         self._stages = [name for name in stage_names(net) if name in self._readable]
         cuts = [] if backbone.cut is None else modules_of(backbone.cut)
         self._stages += [name for name in cuts if name not in self._stages]

@@ -12,7 +12,7 @@ from train.data.stimuli import RecordingStimuli
 from train.probing.preparation import held_out_folds
 from train.run.folder import open_probe
 
-SIDE, COMPONENTS = 8, 20
+SIDE, COMPONENTS = 16, 20
 
 
 def least_squares(features, rates, to_predict):
