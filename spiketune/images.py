@@ -38,7 +38,7 @@ def batches(images: Images, sizes: Sequence[int], batch_size: int) -> Iterator[d
     """
     if batch_size < 1:
         raise BadInput(f"batch_size must be at least 1, not {batch_size}")
-    remaining = iter([images] if _is_single(images) else images)
+    remaining = _each(images)
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_THREADS)) as pool:
         while batch := list(islice(remaining, batch_size)):
             yield _fitted(list(pool.map(pixels_of, batch)), sizes, pool.map)
@@ -54,10 +54,10 @@ def _fitted(
     return fitted
 
 
-def _is_single(images: Images) -> bool:
-    if isinstance(images, np.ndarray):
-        return images.ndim < 4
-    return isinstance(images, str | Path | Image.Image)
+def _each(images: Images) -> Iterator[ImageLike]:
+    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+        return iter([images])
+    return iter(images)
 
 
 def pixels_of(image: ImageLike) -> np.ndarray:

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 import numpy as np
 import torch
@@ -31,10 +31,10 @@ from data_prep.common.validation_messages import first_fault
 from data_prep.shards.manifest import LARGEST_SIDE, Name
 
 SAVED_PROBE = "predictor.safetensors"
-VERSION = 1
+VERSION: Final = 1
 CURVE_ROWS = 5
 LARGEST_BYTES = 16 * 2**30  # of the weights: more would not be read for every prediction
-KINDS = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
+KINDS: dict[str, np.dtype] = {"F32": np.dtype("<f4"), "F64": np.dtype("<f8")}
 
 
 class SavedProbe(BaseModel):
@@ -179,7 +179,8 @@ def read_saved_probe(folder: Path) -> tuple[SavedProbe, dict[str, torch.Tensor]]
 def _check(path: Path, facts: SavedProbe, tensors: Mapping[str, torch.Tensor]) -> None:
     if not len(facts.rate_mean) == len(facts.rate_std) == len(facts.site_ids):
         raise BadInput(f"{path} is damaged: its statistics are not those of {len(facts.site_ids)} sites; probe again")
-    sites, shapes = len(facts.site_ids), {"bias": (len(facts.site_ids),)}
+    sites = len(facts.site_ids)
+    shapes: dict[str, tuple[int, ...]] = {"bias": (sites,)}
     if "curve" in tensors:
         shapes["curve"] = (CURVE_ROWS, sites)
     for number in range(len(facts.modules)):

@@ -46,7 +46,7 @@ def _read(folder: str | Path | None, name: str) -> bytes:
     """The content of a file in a folder; by default in that of this file, which may lie in a zip archive."""
     if folder is not None:
         return (Path(folder) / name).read_bytes()
-    return __loader__.get_data(str(Path(__file__).parent / name))
+    return globals()["__loader__"].get_data(str(Path(__file__).parent / name))
 
 
 class Predictor:

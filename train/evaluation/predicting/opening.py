@@ -7,7 +7,7 @@ import numpy as np
 
 from data_prep.common.errors import BadInput
 from data_prep.shards.folder import ShardFolder
-from data_prep.shards.manifest import Manifest, Rates, from_json_list
+from data_prep.shards.manifest import Image, Manifest, Rates, from_json_list
 from train.data.seen import record_of
 from train.evaluation.ensemble_record import (
     ENSEMBLE_FILE,
@@ -95,10 +95,16 @@ def _open_run(path: Path, recording: str | None, which: str) -> ImagePredictor:
 def _outputs(progress: Progress) -> Manifest:
     """As much of a manifest as a network asks for whose weights, and with them each site's scale, are then loaded."""
     sites = len(progress.site_ids)
-    return Manifest.model_construct(
+    return Manifest(
+        name="unknown",
+        simulated=False,
+        provenance={},
+        splits={},
         sites=[{"id": site} for site in progress.site_ids],
         classes=progress.classes,
+        image=Image(width=progress.image_size, height=progress.image_size, mode="RGB"),
         rates=Rates(units=UNKNOWN_UNITS, mean=[0.0] * sites, std=[1.0] * sites),
+        response_window_ms=None,
     )
 
 
@@ -153,9 +159,9 @@ def _open_ensemble(path: Path, recording: str | None, depth: int) -> ImagePredic
             check_unchanged(path, record, run)
             members.append(_open(member_folder(path, record, run), name, "best", depth + 1))
     first = members[0]
-    for member in members[1:]:
-        if member.site_ids != first.site_ids:
-            raise BadInput(f"{path}: {member.path} and {first.path} predict different sites; make the ensemble again")
+    for other in members[1:]:
+        if other.site_ids != first.site_ids:
+            raise BadInput(f"{path}: {other.path} and {first.path} predict different sites; make the ensemble again")
     if first.site_ids is None:
         raise BadInput(f"{path}: {first.path} does not predict responses, which is what an ensemble combines")
     return ImagePredictor(
