@@ -47,8 +47,8 @@ from train.evaluation.predictions_file import METRICS_FILE, PREDICTIONS_FILE, Pr
 from train.evaluation.run_evaluation import print_warnings, summary
 from train.evaluation.seen_stimuli import NothingLeftOut, SeenRule, selected_on
 from train.evaluation.training_facts import OTHER_SCALE
-from train.run.environment import environment
 from train.models.saved_probe import SAVED_PROBE
+from train.run.environment import environment
 from train.run.folder import LEFT_OUT, RunFolder, open_run
 from train.run.recipe import Loader, Recipe
 
@@ -303,9 +303,7 @@ def write_ensembles(out: Path, ensembles: Sequence[Ensemble], ranks: int) -> lis
     found_again = facts_of_members(out, record.members)
     write_json(out / ENSEMBLE_FILE, _content(record, weights) | {"recordings": record.recordings} | found_again)
     _write_weights(out, ensembles, predictions)
-    write_json(
-        RunFolder(out).env, environment() | {"world_size": ranks, "data": _content(record, None)["data"]}
-    )
+    write_json(RunFolder(out).env, environment() | {"world_size": ranks, "data": _content(record, None)["data"]})
     _seen_by(ensembles).write(out)
     return [
         _write(RunFolder(out), ensemble, predicted, ranks, ensemble.recording if has_several_recordings else None)

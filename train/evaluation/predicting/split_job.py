@@ -76,7 +76,10 @@ class SplitJob:
         folder = RunFolder(self.predictor.path).evaluation(split, recording=self.recording)
         metrics = self._write(folder, predicted.rates, runtime.ranks)
         title = split if self.recording is None else f"{self.recording}, {split}"
-        print(f"{title}: {len(self._scored):,} stimuli  {summary(metrics)}\nwritten to {folder}", flush=True)
+        print(
+            f"{self.predictor.path}, {title}: {len(self._scored):,} stimuli  {summary(metrics)}\nwritten to {folder}",
+            flush=True,
+        )
         self._warn()
         print_warnings(self.bad_samples)
 
