@@ -173,7 +173,8 @@ def test_a_plan_answers_for_a_design(runs, study):
     text = plan(*runs[:2], "--scored", "800", "--repetitions", "12", "--sites", "40")
     design, question = Design(800, 40, 12), Question()
     components = study.components(12)
-    assert "design: 800 scored stimuli, 40 sites, 12 repetitions" in text
+    assert "design: 800 scored stimuli, 40 sites, 12 repetitions\n" in text
+    assert "13 repetitions (EXTRAPOLATED: more than twice" in plan(*runs[:2], "--repetitions", "13")
     assert re.search(rf"expected +{components.value:.4f}\n", text)
     for population, words in (("stimuli", "for other stimuli at these sites"), ("both", "for other stimuli and other")):
         half = components.half_width(design, population)
@@ -201,6 +202,7 @@ def test_presentations_are_divided_as_well_as_they_can_be(runs, study):
     (best,) = (row for row in rows if row[0] == "*")
     assert float(best[-1]) == max(powers.values())
     shown = 6000 // int(best[-6])
+    assert ("EXTRAPOLATED: it has more than twice" in text) == (int(best[-6]) > 12)
     assert (best[-5], best[-4]) == (f"{shown:,}", f"{shown // 4:,}")
     power = Question(difference=0.05).power_of(study, Design(shown // 4, 12, int(best[-6])))
     assert float(best[-1]) == pytest.approx(power, abs=0.006)

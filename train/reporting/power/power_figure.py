@@ -44,7 +44,7 @@ def draw_power(subject: Subject, design: Design, question: Question) -> "Figure"
     stimuli = numbers_of_stimuli(design)
     designs = [replace(design, repetitions=number) for number in numbers_of_repetitions(subject)] or [design]
     for colour, line in zip(COLOURS, designs, strict=False):
-        label = "as recorded" if line.repetitions is None else f"{line.repetitions:g} repetitions"
+        label = "as recorded" if line.repetitions is None else _repetitions(line.repetitions)
         widths = _half_widths(subject, line, stimuli, question.population)
         panels[0].plot(stimuli, widths, color=colour, linewidth=1.5, label=label)
         if subject.is_difference:
@@ -58,7 +58,7 @@ def draw_power(subject: Subject, design: Design, question: Question) -> "Figure"
     for axes in panels:
         axes.set_xscale("log")
         ticks = _round_numbers(stimuli[0], stimuli[-1])
-        axes.set_xticks(ticks, [f"{number:,.0f}" for number in ticks])
+        axes.set_xticks(ticks, [f"{number:,.0f}" for number in ticks], fontsize=8)
         axes.minorticks_off()
         axes.set_xlabel("scored stimuli")
         axes.grid(color="0.92")
@@ -68,6 +68,10 @@ def draw_power(subject: Subject, design: Design, question: Question) -> "Figure"
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8
     )
     return figure
+
+
+def _repetitions(count: float) -> str:
+    return "1 repetition" if count == 1 else f"{count:g} repetitions"
 
 
 def _half_widths(subject: Subject, design: Design, stimuli: Sequence[int], population: Population) -> list[float]:

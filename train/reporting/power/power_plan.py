@@ -14,7 +14,7 @@ from train.reporting.groups import groups_of
 from train.reporting.power.group_power import GroupPower, LearningRun, join
 from train.reporting.power.recorded_trials import trials_of
 from train.reporting.power.section import joined_subject, subject_of
-from train.reporting.power.wording import AT, Subject, finding, repetitions_of
+from train.reporting.power.wording import AT, Subject, finding, is_extrapolated, repetitions_of
 from train.reporting.report_contents import read_runs
 
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # of scored stimuli, where the learning curve is known
@@ -164,9 +164,11 @@ def _design(measured: Design, options: PowerPlan) -> Design:
 
 
 def _in_words(design: Design, planned: Planned) -> str:
-    repetitions = repetitions_of(design, planned)
+    repetitions, origin = repetitions_of(design, planned), ""
+    if is_extrapolated(repetitions, planned):
+        origin = " (EXTRAPOLATED: more than twice the recorded ones)"
     words = [f"{design.stimuli:,} scored stimuli", f"{design.sites:,} sites"]
-    return ", ".join([*words, *([] if repetitions is None else [f"{repetitions:.3g} repetitions"])])
+    return ", ".join([*words, *([] if repetitions is None else [f"{repetitions:.3g} repetitions{origin}"])])
 
 
 def _measured(asked: _Asked) -> list[str]:
@@ -227,6 +229,8 @@ def _cheapest(asked: _Asked, options: PowerPlan, question: Question, sites: int)
     if share is None and len(shares) == 1:
         lines[0] += " (how many stimuli were trained on is not known: only scored ones are counted)"
     lines += aligned(_offer_rows(shown, best))
+    if is_extrapolated(best.design.repetitions, asked.subject.planned):
+        lines.append("the best is EXTRAPOLATED: it has more than twice the recorded repetitions")
     if len(shares) > 1:
         lines.append("the share that is scored was chosen by the learning curves, which may be extrapolated")
     return lines

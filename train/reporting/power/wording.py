@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from train.evaluation.power.components import POPULATIONS, Design, Population
+from train.evaluation.power.components import POPULATIONS, Design
 from train.evaluation.power.planning import Need, Planned, Question, fewest, need
 
 AT = {  # populations as a sentence ends
@@ -11,6 +11,9 @@ AT = {  # populations as a sentence ends
     "sites": "for other sites with these stimuli",
     "both": "for other stimuli and other sites",
 }
+
+
+FAR = 2.05  # times the recorded repetitions, beyond which a plan says that it extrapolates
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,8 @@ def _more(needed: Need, design: Design, subject: Subject) -> tuple[list[str], li
         vain.append(f"what more repetitions would do is not known ({subject.repetitions_source})")
     elif needed.repetitions is not None:
         added = max(needed.repetitions - now, 0)
-        enough.append(f"{added:.0f} more repetitions of these ({needed.repetitions:,} in all)")
+        origin = ", extrapolated" if is_extrapolated(needed.repetitions, planned) else ""
+        enough.append(f"{added:.0f} more repetitions of these ({needed.repetitions:,} in all{origin})")
     else:
         vain.append("more repetitions alone would not be enough")
     if needed.sites is not None:
@@ -118,11 +122,12 @@ def _precision(subject: Subject, design: Design, question: Question) -> str:
     return f"{known}; half of that {AT[question.population]} takes {stimuli:,} scored stimuli."
 
 
+def is_extrapolated(repetitions: float | None, planned: Planned) -> bool:
+    """Whether a number of repetitions is far beyond those that were recorded."""
+    recorded = planned.repetitions
+    return repetitions is not None and recorded is not None and repetitions > FAR * recorded
+
+
 def repetitions_of(design: Design, planned: Planned) -> float | None:
     """The number of repetitions of a design, which is the recorded one by default; None where nothing is known."""
     return design.repetitions if design.repetitions is not None else planned.repetitions
-
-
-def population_words(population: Population) -> str:
-    """To which population an interval speaks."""
-    return AT[population]
