@@ -95,7 +95,10 @@ def _search(path: Path, split: str) -> tuple[list[Path], list[str]]:
 
 
 def _candidates(path: Path, levels: int) -> Iterator[Path]:
-    """The predictors within a folder, and the folders in which there is none; hidden ones and links are passed over."""
+    """The predictors within a folder, and the folders in which there is none.
+
+    Hidden folders, links and reports are passed over.
+    """
     is_report = (path / PAGE_FILE).is_file()
     try:
         folders = sorted(path.iterdir())
@@ -110,4 +113,7 @@ def _candidates(path: Path, levels: int) -> Iterator[Path]:
             yield folder
             continue
         inner = list(_candidates(folder, levels - 1))
-        yield from inner if any(map(_is_predictor, inner)) else [folder]
+        if any(map(_is_predictor, inner)):
+            yield from inner
+        elif not (folder / PAGE_FILE).is_file():
+            yield folder

@@ -407,6 +407,8 @@ def test_a_folder_of_runs_is_searched(tmp_path):
     (damaged / "eval/val/metrics.json").write_text("{")
     (runs / "notes" / "old").mkdir(parents=True)
     (runs / ".hidden").mkdir()
+    (runs / "earlier" / "figures").mkdir(parents=True)
+    (runs / "earlier" / "report.html").touch()  # a report is no run, and nothing that anybody misses
     (runs / "readme.txt").write_text("no folder")
     for _ in range(2):  # the second time beside the first report
         done = report(runs, runs)
