@@ -130,8 +130,11 @@ def test_some_components_of_many_stimuli_cost_less_than_all():
     assert searched < some < full / 10
 
 
-def test_scores_are_those_of_all_layers_and_of_the_chosen_one():
-    assert costs(ProbeRecipe()).scoring(2) == pytest.approx(3 * 100 * (1e-3 + 200 * 1e-6))
+def test_scores_are_those_of_all_layers_and_with_folds_of_the_chosen_ones():
+    """The chosen layer of a single fit is one of them."""
+    assert costs(ProbeRecipe()).scoring(2) == pytest.approx(2 * 100 * (1e-3 + 200 * 1e-6))
+    folds = replace(SIZES, fit=[900, 900], scored=[100, 100])
+    assert costs(ProbeRecipe(), folds).scoring(2) == pytest.approx(3 * 100 * (1e-3 + 200 * 1e-6))
 
 
 def test_a_measured_forward_pass_is_used_as_it_is():
