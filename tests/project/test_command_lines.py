@@ -65,7 +65,7 @@ def test_a_bad_command_line_imports_nothing_slow(words):
             ["train/sweep.py", "lr_x_optim.yaml", "--data", "d", "--out", "o"],
             ["did you mean train/recipes/sweeps/lr_x_"],
         ),
-        (["train/evaluate.py"], ["RUNS is missing: Folder of a run, a probe or an ensemble", "evaluate.py runs/a --split"]),
+        (["train/evaluate.py"], ["RUNS is missing: Folder of a run, a probe", "evaluate.py runs/a --split"]),
         (["train/evaluate.py", "--split", "val"], ["RUNS is missing", "for example: ", "evaluate.py runs/a"]),
         (["train/report.py", "--out", "o"], ["RUNS is missing: Folders made by", "report.py runs --out report"]),
         (["train/report.py"], ["RUNS ... and --out PATH are missing; usage: "]),
