@@ -25,6 +25,7 @@ METHODS = {
     "ols": Method("ols", 40),
     "pls": Method("pls", 5),
     "ridge on all": Method("ridge"),
+    "ridge of sites together": Method("ridge", 40, sites_together=True),
 }
 LEAST_STIMULI = 100  # for a search, here
 

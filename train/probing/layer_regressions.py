@@ -5,7 +5,7 @@ its map (`train/models/windows.py`); each window has a regression of its own, an
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -20,8 +20,9 @@ from train.probing.product_store import ProductStore, Source
 from train.probing.source_reading import OpenSource, SourceReading
 from train.regression.gram import Predictors
 from train.regression.methods import Method, folded_r2, r2_per_site, regress
+from train.regression.response_curve import crossed_curves, learn_curves
 from train.regression.ridge import RidgeFit
-from train.regression.stacking import stack
+from train.regression.stacking import LeftOutErrors, SiteTargets, stack
 from train.run.monitor import Monitor
 from train.run.recipe import ProbeRecipe
 
@@ -69,6 +70,7 @@ class LayerRegressions:
         files: for the results, of the leading rank.
         runtime: this process.
         monitor: for the log.
+        known_windows: what other recordings say of the windows of a site, float64 (windows,); None if nothing.
     """
 
     def __init__(
@@ -81,12 +83,14 @@ class LayerRegressions:
         files: ResultFiles,
         runtime: Runtime,
         monitor: Monitor,
+        known_windows: np.ndarray | None = None,
     ):
         self._recipe, self._layers, self._partitions, self._rates = recipe, layers, partitions, rates
         self._products, self._files, self._runtime, self._monitor = products, files, runtime, monitor
         held_out = np.concatenate([partition.held_out for partition in partitions])
         self._scored = np.sort(held_out)
         self._reading = SourceReading(recipe, rates, held_out, runtime)
+        self._known_windows = known_windows
         self._windows = probe_windows() if recipe.field == "gaussian" else [WHOLE_MAP]
         self._dual_forms: dict[str, list[DualForm]] = {}
 
@@ -107,7 +111,11 @@ class LayerRegressions:
                 self._regress_owned(owned[start : start + self._runtime.ranks])
         if not self._runtime.is_main:
             return {}
-        return {layer: self._stacked(layer) for layer in self._layers}
+        results = {layer: self._stacked(layer) for layer in self._layers}
+        if self._recipe.response == "curved":
+            for layer, result in results.items():
+                self._bend(layer, result)
+        return results
 
     def _regress_owned(self, sources: Sequence[Source]) -> None:
         """Regress on the matrices that this rank owns; the leading rank keeps the results of all."""
@@ -122,7 +130,8 @@ class LayerRegressions:
     def _regress(self, source: Source) -> LayerResult:
         """Regress on a layer through one window, in all partitions."""
         recipe = self._recipe
-        method = Method(recipe.readout, recipe.latent if recipe.readout == "pls" else recipe.components)
+        count = recipe.latent if recipe.readout == "pls" else recipe.components
+        method = Method(recipe.readout, count, recipe.sites == "together")
         opened = self._reading.open(source)
         whole = source.layer_window.window == WHOLE_MAP
         result = LayerResult(
@@ -130,7 +139,7 @@ class LayerRegressions:
             prediction=np.full((len(self._scored), self._rates.shape[1]), np.nan, np.float32),
             similarity=opened.similarity() if whole else Similarity(),
         )
-        keeps_left_out = len(self._partitions) == 1 or recipe.field != "whole"
+        keeps_left_out = len(self._partitions) == 1 or recipe.field != "whole" or recipe.response != "linear"
         for partition in self._partitions:
             rates = self._rates[partition.fit]
             fit = regress(opened.predictors(partition.fit, partition.held_out, partition.copies), rates, method)
@@ -182,15 +191,25 @@ class LayerRegressions:
         is_bounded = np.array([window != WHOLE_MAP for window in by_window])
         bytes_of_site = STACK_COPIES * 8 * len(by_window) * (len(rates) + len(rows))
         sites = max(int(self._recipe.memory * 2**30 / bytes_of_site), 1)
+        parts = [slice(start, start + sites) for start in range(0, rates.shape[1], sites)]
         left_out, centre = np.empty(rates.shape, np.float32), np.empty((2, rates.shape[1]))
         combination = WindowCombination(np.empty((len(by_window), rates.shape[1])), np.empty(rates.shape[1]))
-        for start in range(0, rates.shape[1], sites):
-            part = slice(start, start + sites)
+
+        def of_windows(part: slice) -> list[np.ndarray]:
+            return [np.ascontiguousarray(result.left_out[index][part].T) for result in by_window.values()]
+
+        targets = None
+        if self._recipe.sites == "together":
+            errors = [LeftOutErrors.of(of_windows(part), rates[:, part], partition.copies) for part in parts]
+            targets = SiteTargets.learned(LeftOutErrors.side_by_side(errors), self._known_windows)
+            stacked.window_prior.append(targets.prior)
+        for part in parts:
             combined = stack(
-                [np.ascontiguousarray(result.left_out[index][part].T) for result in by_window.values()],
+                of_windows(part),
                 rates[:, part],
                 [result.prediction[rows, part] for result in by_window.values()],
                 partition.copies,
+                None if targets is None else targets.of_sites(part),
             )
             stacked.prediction[rows, part] = combined.prediction
             left_out[:, part] = combined.left_out
@@ -202,6 +221,19 @@ class LayerRegressions:
         stacked.inner_r2.append(mean_score(r2_per_site(left_out, rates)))
         stacked.window_centre.append(centre)
         return combination
+
+    def _bend(self, layer: str, result: LayerResult) -> None:
+        """Pass the predictions of a layer through a curve of each site."""
+        for index, partition in enumerate(self._partitions):
+            rates, rows = self._rates[partition.fit], np.searchsorted(self._scored, partition.held_out)
+            left_out = np.ascontiguousarray(result.left_out[index][:].T)
+            curves = learn_curves(left_out, rates)
+            result.prediction[rows] = curves.apply(result.prediction[rows])
+            form = self._dual_forms[layer][index]
+            self._dual_forms[layer][index] = replace(form, curve=curves.rows)
+            curved = crossed_curves(left_out, rates, partition.copies)
+            result.left_out[index] = curved.T
+            result.inner_r2[index] = mean_score(r2_per_site(curved, rates))
 
 
 def _fold_predictors(opened: OpenSource, stimuli: np.ndarray, fit: np.ndarray, held_out: np.ndarray) -> Predictors:

@@ -18,7 +18,7 @@ from train.data.bad_samples import BadSamples
 from train.data.image_cache import ImageCaches
 from train.data.loader import workers_per_rank
 from train.data.order import nested_subset
-from train.data.seen import SeenRecord
+from train.data.seen import SeenRecord, inherited_record
 from train.data.stimuli import RecordingStimuli
 from train.data.worker_limits import workers_within_limits
 from train.distributed.launch_environment import cores_of_rank, this_process
@@ -33,6 +33,7 @@ from train.models.layer_selection import choose_layers
 from train.models.timm_networks import check_network_name, check_weights
 from train.probing.layer_regressions import Partition
 from train.probing.seen_check import PARTS, ProbeCheck, images_of
+from train.probing.window_prior import read_window_prior
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
 from train.run.recipe import ProbeRecipe, flat_settings
@@ -60,6 +61,7 @@ class ProbeJob:
         layers: names, in order.
         workers: decoding processes per rank.
         bad_samples: records which stimuli are left out.
+        known_windows: what the probes in `prior` say of the windows of a site, float64 (windows,); None without any.
     """
 
     recipe: ProbeRecipe
@@ -78,6 +80,7 @@ class ProbeJob:
     layers: list[str]
     workers: int
     bad_samples: BadSamples
+    known_windows: np.ndarray | None
 
     def describe(self) -> str:
         """What is probed, for the log."""
@@ -88,6 +91,12 @@ class ProbeJob:
             count, dimensions = recipe.latent, "latent dimensions"
         amount = "all" if count is None else f"at most {count:,}"
         windows = "" if recipe.field == "whole" else ", each site through windows of its own"
+        if recipe.sites == "together":
+            windows += "; sites learn from each other"
+        if recipe.prior:
+            windows += f", and from those of {', '.join(recipe.prior)}"
+        if recipe.response == "curved":
+            windows += "; responses are curves of that"
         lines = [
             f"{name}: {len(self.stimulus_ids):,} stimuli of {', '.join(self.splits)}, {len(self.scored):,} scored, "
             f"{len(self.manifest.sites)} sites, images of {size} px",
@@ -160,6 +169,10 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
     splits = _open_splits(shards, split, recipe, size, bad_samples)
     images = images_of(shards, splits)
     ancestry = SeenRecord() if recipe.layers == [PIXELS] else record_of_weights(recipe.backbone)
+    network_fitted = ancestry.overlap(images).fitted
+    known_windows = read_window_prior(recipe.prior)
+    for probe in recipe.prior:
+        ancestry = ancestry.inheriting(inherited_record(Path(probe)), f"prior {probe}")
     check = ProbeCheck(ancestry, images, _ids(splits), SeenRule(str(out), split, policy, PARTS.get(split)))
     partitions, seen = check.compare(_partition(shards, split, recipe, splits, images))
     for name, stimuli in splits.items():
@@ -179,11 +192,12 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
         partitions=partitions,
         record=check.record(shards.manifest.name, partitions),
         seen=seen,
-        network_fitted=ancestry.overlap(images).fitted,
+        network_fitted=network_fitted,
         extractor=extractor,
         layers=layers,
         workers=workers,
         bad_samples=bad_samples,
+        known_windows=known_windows,
     )
 
 

@@ -21,10 +21,12 @@ class Method:
         kind: ridge with a penalty per site by leave-one-out; ordinary least squares on principal components; or partial
             least squares.
         components: number of principal components (all where None), or of latent dimensions of pls.
+        sites_together: of ridge, whether the penalties of the other sites are the prior of a site's.
     """
 
     kind: Literal["ridge", "ols", "pls"]
     components: int | None = None
+    sites_together: bool = False
 
 
 def regress(predictors: Predictors, rates: np.ndarray, method: Method) -> Fit:
@@ -37,7 +39,7 @@ def regress(predictors: Predictors, rates: np.ndarray, method: Method) -> Fit:
     """
     match method.kind:
         case "ridge":
-            return ridge(predictors, rates, method.components)
+            return ridge(predictors, rates, method.components, method.sites_together)
         case "ols":
             return fit_site_groups(predictors, rates, method.components, least_squares, Fit)
         case "pls":

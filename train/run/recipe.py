@@ -175,6 +175,17 @@ class ProbeRecipe(Settings):
     readout: Annotated[Literal["ridge", "ols", "pls"], OFTEN_CHANGED] = "ridge"
     """Ridge regression with a penalty per site, chosen by leave-one-out, or least squares, both on principal
     components; or partial least squares (pls)."""
+    sites: Annotated[Literal["apart", "together"], OFTEN_CHANGED, used_when("readout", "ridge")] = "apart"
+    """How the penalty and the windows of a site are chosen: by its own responses alone, or together with what suits
+    the other sites as the prior, which helps most where stimuli are few (ridge only)."""
+    prior: Annotated[list[Text], used_when("sites", "together"), used_when("field", "gaussian")] = Field(
+        [], max_length=MOST_RECORDINGS
+    )
+    """Probes of other recordings of the same array, through windows and with sites together: which windows their sites
+    read is known of these sites beforehand."""
+    response: Annotated[Literal["linear", "curved"], OFTEN_CHANGED, used_when("readout", "ridge")] = "linear"
+    """What the prediction of a site is of its features: linear, or a quadratic curve of that, learned on left-out
+    predictions (ridge only)."""
     components: Annotated[int | None, OFTEN_CHANGED, used_when("readout", "ridge", "ols")] = Field(
         1000, ge=1, le=1_000_000
     )

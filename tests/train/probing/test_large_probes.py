@@ -1,14 +1,18 @@
 """A probe's results do not depend on how large matrices are kept, in which groups, or on where it was interrupted."""
 
+import json
+
 import numpy as np
 import pytest
 from helpers import run_here, succeed_here
 from launching import metrics, predictions
 
-from train.probing import product_store
+from data_prep.common.errors import BadInput
+from train.probing import layer_regressions, product_store
 from train.probing.layer_regressions import LayerRegressions
 from train.probing.product_store import ProductStore
 from train.probing.stored_layers import StoredLayers
+from train.probing.window_prior import read_window_prior
 from train.regression import krylov
 
 NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
@@ -20,6 +24,12 @@ def probe(recording, out, *options):
     """Probe in this process; the scores and the predictions."""
     succeed_here("train/probe.py", "--data", recording, "--out", out, *options)
     return metrics(out), predictions(out)["prediction"]
+
+
+def probe_split(recording, out, split, *options):
+    """The same of another split."""
+    succeed_here("train/probe.py", "--data", recording, "--out", out, *options)
+    return metrics(out, split), predictions(out, split)["prediction"]
 
 
 def of_layers(scores, name) -> np.ndarray:
@@ -59,9 +69,68 @@ def test_a_layer_of_few_features_is_regressed_on_them(recording, tmp_path, monke
 
 
 def test_windows_in_groups_give_the_results_of_all_at_once(recording, tmp_path, monkeypatch):
-    expected = probe(recording, tmp_path / "at_once", *WINDOWS)
+    """Also those of sites in blocks."""
+    options = [*WINDOWS, "--sites", "together", "--response", "curved"]
+    expected = probe(recording, tmp_path / "at_once", *options)
     monkeypatch.setattr(ProductStore, "_most_matrices", lambda self, key, free: 30)
-    assert_alike(probe(recording, tmp_path / "groups", *WINDOWS), expected, 1e-6)
+    monkeypatch.setattr(layer_regressions, "STACK_COPIES", 40_000)
+    assert_alike(probe(recording, tmp_path / "groups", *options), expected, 1e-6)
+
+
+def test_windows_that_other_recordings_know_of_are_preferred(recording, tmp_path):
+    """The prior of one probe is taken over from its folder; its images count as fitted, so --seen must allow them."""
+    options = [*WINDOWS, "--sites", "together"]
+    expected, _ = probe(recording, tmp_path / "first", *options)
+    prior = expected["layers"]["stages.2"]["window_prior"]
+    assert len(prior) == 76
+    assert sum(entry["share"] for entry in prior) == pytest.approx(1)
+    path = tmp_path / "first/eval/val/metrics.json"
+    for number, entry in enumerate(prior):
+        entry["share"] = float(number == 40)
+    path.write_text(json.dumps(expected))
+    options += ["--prior", tmp_path / "first"]
+    found, _ = probe(recording, tmp_path / "second", *options)
+    shares = [entry["share"] for entry in found["layers"]["stages.2"]["window_prior"]]
+    assert shares.index(max(shares)) == 40
+    assert shares[40] >= 10 / (10 + 168) - 1e-3
+    refused = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "cv", *options, "--split", "cv")
+    assert refused.returncode == 2
+    assert "prior" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (None, "has no results of a probe"),
+        ({"chosen": "a", "layers": {"a": {}}}, "does not tell which windows its sites share"),
+        ({"layers": {}}, "is not that of a probe, or damaged"),
+        ({"chosen": "a", "layers": {"a": {"window_prior": [{"x": 0}]}}}, "is damaged"),
+        ({"chosen": "a", "layers": {"a": {"window_prior": []}}}, "other windows"),
+    ],
+    ids=str,
+)
+def test_a_prior_that_is_none_is_refused(tmp_path, damage, expected):
+    if damage is not None:
+        (tmp_path / "eval/val").mkdir(parents=True)
+        (tmp_path / "eval/val/metrics.json").write_text(json.dumps(damage))
+    with pytest.raises(BadInput, match=expected):
+        read_window_prior([str(tmp_path)])
+
+
+@pytest.mark.parametrize("split", ["val", "cv"])
+def test_curves_and_sites_together_reach_the_scores(recording, tmp_path, split):
+    """In each fold too: what is scored, and what is said of the training stimuli, is after the curves."""
+    options = [*NETWORK, "--layers", "stages.2", "--split", split]
+    plain = probe_split(recording, tmp_path / "plain", split, *options)
+    together = probe_split(recording, tmp_path / "together", split, *options, "--sites", "together")
+    curved = probe_split(recording, tmp_path / "curved", split, *options, "--sites", "together", "--response", "curved")
+    changed = [np.abs(found[1] - plain[1]).max() / np.abs(plain[1]).max() for found in (together, curved)]
+    assert min(changed) > 1e-3
+    assert np.abs(together[1] - curved[1]).max() > 0
+    inner = [of_layers(found[0], "inner_r2")[0] for found in (plain, together, curved)]
+    assert len(set(inner)) == 3
+    penalties = [np.log(found[0]["layers"]["stages.2"]["penalty"][0]).std() for found in (plain, together)]
+    assert penalties[1] < penalties[0]
 
 
 def test_windows_over_few_features_need_no_products(recording, tmp_path, monkeypatch):

@@ -5,7 +5,15 @@ import pytest
 from scipy.optimize import nnls
 
 from data_prep.splits import folds
-from train.regression.stacking import FOLD_SEED, FOLDS, PENALTY, stack
+from train.regression.stacking import (
+    FOLD_SEED,
+    FOLDS,
+    PENALTY,
+    TARGET_STIMULI,
+    LeftOutErrors,
+    SiteTargets,
+    stack,
+)
 
 STIMULI, OTHERS, SITES = 200, 50, 3
 
@@ -88,3 +96,78 @@ def test_left_out_predictions_do_not_know_the_response_to_a_copy_of_the_image(me
     np.testing.assert_array_equal(after.left_out[both], before.left_out[both])
     before, after = stacked(rates, predictions), stacked(changed, predictions)
     assert np.abs(after.left_out[both] - before.left_out[both]).max() > 1
+
+
+def together(rates, predictions, copies=None, stimuli=STIMULI):
+    """The stack with targets that are learned over sites."""
+    left_out = [p[:stimuli] for p in predictions]
+    targets = SiteTargets.learned(LeftOutErrors.of(left_out, rates[:stimuli], copies))
+    return stack(left_out, rates[:stimuli], [p[STIMULI:] for p in predictions], copies, targets), targets
+
+
+def test_weights_are_pulled_towards_their_targets(members):
+    """By as much as responses that follow the targets, whose number does not grow with that of the stimuli."""
+    rates, predictions = members
+    result, targets = together(rates, predictions)
+    for site in range(SITES):
+        y = rates[:STIMULI, site] - rates[:STIMULI, site].mean()
+        x = np.stack([p[:STIMULI, site] for p in predictions], axis=1) - rates[:STIMULI, site].mean()
+        pull = np.sqrt(TARGET_STIMULI / STIMULI * np.square(y).sum())
+        extra, of_targets = pull * np.eye(len(predictions)), pull * targets.whole[:, site]
+        expected, _ = nnls(np.vstack([x, extra]), np.concatenate([y, of_targets]))
+        np.testing.assert_allclose(result.weights[:, site], expected, atol=1e-4)
+
+
+def test_few_stimuli_are_stacked_better_together():
+    """Members of equal quality at all sites, whose noise a site alone takes for more."""
+    generator = np.random.default_rng(2)
+    rates = generator.normal(size=(25 + OTHERS, 60))
+    predictions = [0.5 * rates + scale * generator.normal(size=rates.shape) for scale in (0.5, *[1.5] * 20)]
+    left_out, others = [p[:25] for p in predictions], [p[25:] for p in predictions]
+    targets = SiteTargets.learned(LeftOutErrors.of(left_out, rates[:25], None))
+    shared = stack(left_out, rates[:25], others, None, targets)
+    alone = stack(left_out, rates[:25], others)
+    assert targets.whole[0].mean() > 0.9
+    shared_error, own_error = (np.square(one.prediction - rates[25:]).mean() for one in (shared, alone))
+    assert shared_error < 0.9 * own_error
+
+
+def test_sites_in_parts_are_stacked_as_all_at_once(members):
+    rates, predictions = members
+    whole, targets = together(rates, predictions)
+    parts = [slice(0, 1), slice(1, SITES)]
+    errors = [LeftOutErrors.of([p[:STIMULI, part] for p in predictions], rates[:STIMULI, part], None) for part in parts]
+    found = SiteTargets.learned(LeftOutErrors.side_by_side(errors))
+    np.testing.assert_allclose(found.whole, targets.whole, rtol=1e-9)
+    np.testing.assert_allclose(found.without_fold, targets.without_fold, rtol=1e-9)
+    part = parts[1]
+    of_part = stack(
+        [p[:STIMULI, part] for p in predictions],
+        rates[:STIMULI, part],
+        [p[STIMULI:, part] for p in predictions],
+        None,
+        targets.of_sites(part),
+    )
+    np.testing.assert_allclose(of_part.prediction, whole.prediction[:, part], rtol=1e-6)
+    np.testing.assert_allclose(of_part.left_out, whole.left_out[:, part], rtol=1e-6)
+
+
+def test_left_out_predictions_do_not_know_their_own_response_through_the_other_sites(members):
+    """Targets are learned from the responses of all sites."""
+    rates, predictions = members
+    changed = rates.copy()
+    changed[17, 1:] += 1000
+    before, after = together(rates, predictions)[0], together(changed, predictions)[0]
+    np.testing.assert_array_equal(after.left_out[17], before.left_out[17])
+    assert np.abs(after.left_out - before.left_out).max() > 0.1
+
+
+def test_targets_of_a_site_without_responses_are_those_of_the_others(members):
+    rates, predictions = members
+    holey = rates.copy()
+    holey[:, 2] = np.nan
+    result, targets = together(holey, predictions)
+    assert np.isfinite(targets.whole).all()
+    assert (result.weights[:, 2] == 0).all()
+    expected, _ = together(rates[:, :2], [p[:, :2] for p in predictions])
+    np.testing.assert_allclose(result.prediction[:, :2], expected.prediction, rtol=1e-6)
