@@ -75,12 +75,13 @@ def trained(recording, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def predictors(recording, trained, tmp_path_factory) -> Path:
-    """A folder with `run` (32 px), `probe` (48 px, through windows), `pixels`, `mean` and `stack` of run and probe."""
+    """A folder with `run` (32 px), `probe` (48 px, through windows, with curves), `pixels`, `mean` and `stack` of run and probe."""
     folder = tmp_path_factory.mktemp("predictors")
     shutil.copytree(trained, folder / "run", symlinks=True)
     succeed_here("train/evaluate.py", folder / "run")
     probe, network = ["train/probe.py", "--data", recording, "--out"], ["--backbone.name", "test_convnext"]
     network += ["--backbone.weights", "random", "--layers", "stages.0", "--field", "gaussian"]
+    network += ["--sites", "together", "--response", "curved"]
     succeed_here(*probe, folder / "probe", *network)
     succeed_here(*probe, folder / "pixels", "--layers", "pixels", "--images.size", "16")
     for combine in ("mean", "stack"):
