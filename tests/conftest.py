@@ -75,7 +75,7 @@ def trained(recording, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def predictors(recording, trained, tmp_path_factory) -> Path:
-    """A folder with `run` (32 px), `probe` (48 px, windows and curves), `pixels`, `mean` and `stack` of run and probe."""
+    """A folder with `run` (32 px), `probe` (48 px, windows, curves), `pixels`, `mean` and `stack` of run and probe."""
     folder = tmp_path_factory.mktemp("predictors")
     shutil.copytree(trained, folder / "run", symlinks=True)
     succeed_here("train/evaluate.py", folder / "run")
