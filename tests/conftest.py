@@ -81,7 +81,7 @@ def predictors(recording, trained, tmp_path_factory) -> Path:
     succeed_here("train/evaluate.py", folder / "run")
     probe, network = ["train/probe.py", "--data", recording, "--out"], ["--backbone.name", "test_convnext"]
     network += ["--backbone.weights", "random", "--layers", "stages.0", "--field", "gaussian"]
-    network += ["--sites", "together", "--response", "curved"]
+    network += ["--sites-learn", "together", "--response", "curved"]
     succeed_here(*probe, folder / "probe", *network)
     succeed_here(*probe, folder / "pixels", "--layers", "pixels", "--images.size", "16")
     for combine in ("mean", "stack"):

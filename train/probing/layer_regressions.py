@@ -131,7 +131,7 @@ class LayerRegressions:
         """Regress on a layer through one window, in all partitions."""
         recipe = self._recipe
         count = recipe.latent if recipe.readout == "pls" else recipe.components
-        method = Method(recipe.readout, count, recipe.sites == "together")
+        method = Method(recipe.readout, count, recipe.sites_learn == "together")
         opened = self._reading.open(source)
         whole = source.layer_window.window == WHOLE_MAP
         result = LayerResult(
@@ -199,7 +199,7 @@ class LayerRegressions:
             return [np.ascontiguousarray(result.left_out[index][part].T) for result in by_window.values()]
 
         targets = None
-        if self._recipe.sites == "together":
+        if self._recipe.sites_learn == "together":
             errors = [LeftOutErrors.of(of_windows(part), rates[:, part], partition.copies) for part in parts]
             targets = SiteTargets.learned(LeftOutErrors.side_by_side(errors), self._known_windows)
             stacked.window_prior.append(targets.prior)

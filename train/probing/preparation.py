@@ -91,7 +91,7 @@ class ProbeJob:
             count, dimensions = recipe.latent, "latent dimensions"
         amount = "all" if count is None else f"at most {count:,}"
         windows = "" if recipe.field == "whole" else ", each site through windows of its own"
-        if recipe.sites == "together":
+        if recipe.sites_learn == "together":
             windows += "; sites learn from each other"
         if recipe.prior:
             windows += f", and from those of {', '.join(recipe.prior)}"

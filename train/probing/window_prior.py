@@ -13,7 +13,7 @@ from train.evaluation.predictions_file import METRICS_FILE
 from train.models.windows import Window, probe_windows
 
 WINDOW_PRIOR = "window_prior"
-HOW_TO_MAKE = "probe it with --field gaussian --sites together"
+HOW_TO_MAKE = "probe it with --field gaussian --sites-learn together"
 
 
 class WindowShare(BaseModel):

@@ -175,10 +175,10 @@ class ProbeRecipe(Settings):
     readout: Annotated[Literal["ridge", "ols", "pls"], OFTEN_CHANGED] = "ridge"
     """Ridge regression with a penalty per site, chosen by leave-one-out, or least squares, both on principal
     components; or partial least squares (pls)."""
-    sites: Annotated[Literal["apart", "together"], OFTEN_CHANGED, used_when("readout", "ridge")] = "apart"
+    sites_learn: Annotated[Literal["apart", "together"], OFTEN_CHANGED, used_when("readout", "ridge")] = "apart"
     """How the penalty and the windows of a site are chosen: by its own responses alone, or together with what suits
     the other sites as the prior, which helps most where stimuli are few (ridge only)."""
-    prior: Annotated[list[Text], used_when("sites", "together"), used_when("field", "gaussian")] = Field(
+    prior: Annotated[list[Text], used_when("sites_learn", "together"), used_when("field", "gaussian")] = Field(
         [], max_length=MOST_RECORDINGS
     )
     """Probes of other recordings of the same array, through windows and with sites together: which windows their sites

@@ -70,7 +70,7 @@ def test_a_layer_of_few_features_is_regressed_on_them(recording, tmp_path, monke
 
 def test_windows_in_groups_give_the_results_of_all_at_once(recording, tmp_path, monkeypatch):
     """Also those of sites in blocks."""
-    options = [*WINDOWS, "--sites", "together", "--response", "curved"]
+    options = [*WINDOWS, "--sites-learn", "together", "--response", "curved"]
     expected = probe(recording, tmp_path / "at_once", *options)
     monkeypatch.setattr(ProductStore, "_most_matrices", lambda self, key, free: 30)
     monkeypatch.setattr(layer_regressions, "STACK_COPIES", 40_000)
@@ -79,7 +79,7 @@ def test_windows_in_groups_give_the_results_of_all_at_once(recording, tmp_path, 
 
 def test_windows_that_other_recordings_know_of_are_preferred(recording, tmp_path):
     """The prior of one probe is taken over from its folder; its images count as fitted, so --seen must allow them."""
-    options = [*WINDOWS, "--sites", "together"]
+    options = [*WINDOWS, "--sites-learn", "together"]
     expected, _ = probe(recording, tmp_path / "first", *options)
     prior = expected["layers"]["stages.2"]["window_prior"]
     assert len(prior) == 76
@@ -122,8 +122,10 @@ def test_curves_and_sites_together_reach_the_scores(recording, tmp_path, split):
     """In each fold too: what is scored, and what is said of the training stimuli, is after the curves."""
     options = [*NETWORK, "--layers", "stages.2", "--split", split]
     plain = probe_split(recording, tmp_path / "plain", split, *options)
-    together = probe_split(recording, tmp_path / "together", split, *options, "--sites", "together")
-    curved = probe_split(recording, tmp_path / "curved", split, *options, "--sites", "together", "--response", "curved")
+    together = probe_split(recording, tmp_path / "together", split, *options, "--sites-learn", "together")
+    curved = probe_split(
+        recording, tmp_path / "curved", split, *options, "--sites-learn", "together", "--response", "curved"
+    )
     changed = [np.abs(found[1] - plain[1]).max() / np.abs(plain[1]).max() for found in (together, curved)]
     assert min(changed) > 1e-3
     assert np.abs(together[1] - curved[1]).max() > 0

@@ -30,7 +30,7 @@ def probed(recording, tmp_path_factory):
     for processes in (1, 2, 3):
         runs[processes] = tmp_path_factory.mktemp("probed") / f"run_{processes}"
         command = ["train/probe.py", "--data", recording, "--out", runs[processes], *LAYERS]
-        command += ["--sites", "together", "--response", "curved"]
+        command += ["--sites-learn", "together", "--response", "curved"]
         succeed_on(processes, *command)
     return runs
 
@@ -211,9 +211,9 @@ def test_the_report_names_a_run_without_scores(trained, tmp_path):
         (["--layers", "head.norm"], "no output of its own"),
         (["--split", "train"], "--split"),
         (["--readout", "pls", "--components", "5"], "only with readout ridge or ols"),
-        (["--readout", "ols", "--sites", "together"], "only with readout ridge"),
+        (["--readout", "ols", "--sites-learn", "together"], "only with readout ridge"),
         (["--readout", "pls", "--response", "curved"], "only with readout ridge"),
-        (["--field", "gaussian", "--prior", "runs/other"], "only with sites together"),
+        (["--field", "gaussian", "--prior", "runs/other"], "only with sites_learn together"),
         (["--split", "cv", "--cross-validation.folds", "1000"], "cannot fill 1000 folds"),
         (["--split", "cv", "--cross-validation.by", "grouped", "--cross-validation.key", "objct"], "objct"),
         (["--resume"], "not a probe that can be resumed"),
