@@ -14,6 +14,7 @@ from train.probing.product_store import ProductStore
 from train.probing.stored_layers import StoredLayers
 from train.probing.window_prior import read_window_prior
 from train.regression import krylov
+from train.regression.shared_prior import EVEN, KNOWN_SITES
 
 NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
 PIXELS = ["--layers", "pixels", "--images.size", "16"]  # more features than stimuli
@@ -92,7 +93,8 @@ def test_windows_that_other_recordings_know_of_are_preferred(recording, tmp_path
     found, _ = probe(recording, tmp_path / "second", *options)
     shares = [entry["share"] for entry in found["layers"]["stages.2"]["window_prior"]]
     assert shares.index(max(shares)) == 40
-    assert shares[40] >= 10 / (10 + 168) - 1e-3
+    sites = len(found["regression"]["r2"]["per_site"])
+    assert shares[40] >= KNOWN_SITES / (KNOWN_SITES + sites) - EVEN
     refused = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "cv", *options, "--split", "cv")
     assert refused.returncode == 2
     assert "prior" in refused.stderr
