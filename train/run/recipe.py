@@ -181,8 +181,8 @@ class ProbeRecipe(Settings):
     prior: Annotated[list[Text], used_when("sites_learn", "together"), used_when("field", "gaussian")] = Field(
         [], max_length=MOST_RECORDINGS
     )
-    """Probes of other recordings of the same array, through windows with sites_learn together: which windows their sites
-    read is known of these sites beforehand."""
+    """Probes of other recordings of the same array, through windows with sites_learn together: what windows their
+    sites read is known of these sites beforehand."""
     response: Annotated[Literal["linear", "curved"], OFTEN_CHANGED, used_when("readout", "ridge")] = "linear"
     """What the prediction of a site is of its features: linear, or a quadratic curve of that, learned on left-out
     predictions (ridge only)."""
