@@ -279,7 +279,7 @@ _SUMS = f"checkpoints/best/{checkpoint.CHECKSUMS}"
 _INFINITE = torch.tensor(float("inf"))
 
 RUNS: dict[str, Case] = {
-    "no run": (lambda kit: [EVALUATE, kit.folder], ("not a run folder",)),
+    "no run": (lambda kit: [EVALUATE, kit.folder], ("not the folder of a run",)),
     "a recipe with a tag": (
         _run(lambda run, kit: (run / "recipe.yaml").write_text(_execute(kit))),
         ("recipe.yaml", "python/object"),
