@@ -50,7 +50,7 @@ class Components:
 
     Attributes:
         value: the score or difference.
-        stimulus, site, rest: see above.
+        stimulus, site, rest: see above; `site` is NaN where a single site was measured.
         bias: of the value, as measured; it is taken off where an interval is centred.
     """
 
@@ -73,11 +73,11 @@ class Components:
         sites = len(per_site)
         value = float(np.mean(per_site))
         if sites == 1:
-            return cls(value, mean_influence, 0.0, 0.0)
+            return cls(value, mean_influence, math.nan, 0.0)
         rest = (site_influence - mean_influence) * sites / (sites - 1)
         rest = min(max(rest, 0.0), sites * mean_influence)
         site = float(np.var(per_site, ddof=1)) - rest / stimuli
-        return cls(value, mean_influence - rest / sites, max(site, 0.0), rest)
+        return cls(value, max(mean_influence - rest / sites, 0.0), max(site, 0.0), rest)
 
     def variance(self, design: Design, population: Population) -> float:
         """The variance of the mean over a design's stimuli and sites."""
@@ -94,10 +94,12 @@ class Components:
         if population == "stimuli":
             return float(stimuli)
         if population == "sites":
-            return float(sites)
+            return 0.0 if math.isnan(self.site) else float(sites)
+        if stimuli < 1 or sites < 1 or math.isnan(self.site):
+            return 0.0
         of_stimuli = design.sites * self.stimulus + self.rest
         of_sites = design.stimuli * self.site + self.rest
-        parts = (of_stimuli**2 / max(stimuli, 1), of_sites**2 / max(sites, 1), self.rest**2 / max(stimuli * sites, 1))
+        parts = (of_stimuli**2 / stimuli, of_sites**2 / sites, self.rest**2 / (stimuli * sites))
         total = of_stimuli + of_sites - self.rest
         return total**2 / sum(parts) if sum(parts) > 0 else float(min(stimuli, sites))
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from train.evaluation.power.components import Components, Design, Population
 
+LEAST_STIMULI = 10  # of fewer, a score is far from linear: nothing is planned from them, nor for them
 QUADRATURE = 200  # nodes
 MOST_STIMULI, MOST_REPETITIONS, MOST_SITES = 10_000_000, 1_000, 1_000_000
 
@@ -191,7 +192,7 @@ def need(planned: Planned, design: Design, question: Question) -> Need:
             lambda count: question.is_met(planned, replace(design, repetitions=count)), 1, MOST_REPETITIONS
         )
     return Need(
-        fewest(lambda count: question.is_met(planned, replace(design, stimuli=count)), 2, MOST_STIMULI),
+        fewest(lambda count: question.is_met(planned, replace(design, stimuli=count)), LEAST_STIMULI, MOST_STIMULI),
         repetitions,
         fewest(lambda count: question.is_met(planned, replace(design, sites=count)), 1, MOST_SITES),
     )
@@ -257,7 +258,7 @@ def offers(
     for repetitions in _numbers_of_repetitions(measured):
         shown = budget.presentations // repetitions
         scored = int(shown * budget.share + 1e-9)
-        if scored < 2:
+        if scored < LEAST_STIMULI:
             continue
         planned, design = trained(shown - scored), Design(scored, budget.sites, repetitions)
         components = planned.components(repetitions)

@@ -9,6 +9,7 @@ import numpy as np
 
 from train.evaluation.power.influence import PlannedMetric
 from train.evaluation.power.learning import LearningCurve, fit_learning_curve
+from train.evaluation.power.planning import LEAST_STIMULI
 from train.evaluation.power.study import JoinedStudies, Study
 from train.reporting.groups import R2, Group
 from train.reporting.power.recorded_trials import RecordedTrials
@@ -98,6 +99,8 @@ class GroupPower:
         if len(known) < len(runs) or any(np.isinf(array).any() for array in arrays):
             return None
         first = known[0]
+        if len(first.response) < LEAST_STIMULI:
+            return None
         try:
             return Study(
                 first.response,

@@ -9,7 +9,7 @@ import numpy as np
 
 from train.evaluation.figures.figure_style import BLUE, GREEN, PURPLE, SKY, VERMILLION, finish, new_figure
 from train.evaluation.power.components import Design, Population
-from train.evaluation.power.planning import Question
+from train.evaluation.power.planning import LEAST_STIMULI, Question
 from train.reporting.power.wording import Subject
 
 if TYPE_CHECKING:
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 COLOURS = (SKY, GREEN, BLUE, PURPLE)
 LESS, MORE, POINTS = 1 / 8, 16, 40  # stimuli, as parts of those that were scored
-LEAST_STIMULI = 5
 MOST_POWERS = 4  # of ten
 RING: dict[str, Any] = {"color": "white", "markeredgecolor": "black", "markersize": 6, "zorder": 4}
 

@@ -1,5 +1,6 @@
 """What train/plan.py --runs prints: what a design would show of models that were scored on a recording."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -7,7 +8,7 @@ from data_prep.common.errors import BadInput
 from data_prep.common.terminal import aligned
 from train.evaluation.power.components import POPULATIONS, Components, Design, Population
 from train.evaluation.power.influence import PLANNED
-from train.evaluation.power.planning import Budget, Offer, Planned, Question, Shifted, best_offer, offers
+from train.evaluation.power.planning import LEAST_STIMULI, Budget, Offer, Planned, Question, Shifted, best_offer, offers
 from train.planning.options import PowerPlan
 from train.planning.wording import lines_of
 from train.reporting.groups import groups_of
@@ -34,8 +35,8 @@ def plan_power(options: PowerPlan) -> None:
     powers = [power for power in every if power.models]
     if not powers:
         raise BadInput(
-            f"runs: none of these has predicted responses to {options.split} beside its scores; score them first "
-            "(train/evaluate.py), or name another --split"
+            f"runs: none of these has predicted responses to {options.split} beside its scores, of {LEAST_STIMULI} or more "
+            "stimuli; score them first (train/evaluate.py), or name another --split"
         )
     pages = [_page(_of_group(power, options), options) for power in powers]
     joined = join(powers)
@@ -178,11 +179,15 @@ def _measured(asked: _Asked) -> list[str]:
     rows = {
         "planned": asked.subject.name,
         "measured": f"{_in_words(planned.design, planned)}: {components.value:.4f}",
-        "varies by": ", ".join(f"{name} {value:.3g}" for name, value in parts.items()),
+        "varies by": ", ".join(f"{name} {_variance(value)}" for name, value in parts.items()),
     }
     if planned.repetitions is None:
         rows["trials"] = f"none, so stimuli and sites only ({asked.subject.repetitions_source})"
     return lines_of(rows)
+
+
+def _variance(value: float) -> str:
+    return "unknown" if math.isnan(value) else f"{value:.3g}"
 
 
 def _expected(subject: Subject, design: Design, question: Question) -> list[str]:
@@ -201,7 +206,8 @@ def _expected(subject: Subject, design: Design, question: Question) -> list[str]
 
 
 def _within(components: Components, design: Design, population: Population) -> str:
-    return f"95 % interval ± {components.half_width(design, population):.4f}"
+    half_width = components.half_width(design, population)
+    return f"95 % interval ± {half_width:.4f}" if math.isfinite(half_width) else "not known from a single one"
 
 
 def _training_line(gain: _Gain | _MeanGain, stimuli: int) -> str:
@@ -222,7 +228,7 @@ def _cheapest(asked: _Asked, options: PowerPlan, question: Question, sites: int)
     by_share = {one: _offers(asked, Budget(options.presentations, one, sites), question) for one in shares}
     best = best_offer([offer for of_share in by_share.values() for offer in of_share])
     if best is None:
-        raise BadInput("presentations: too few for two scored stimuli")
+        raise BadInput(f"presentations: too few for {LEAST_STIMULI} scored stimuli")
     chosen = next(one for one, of_share in by_share.items() if best in of_share)
     shown = [offer for offer in by_share[chosen] if offer is best or offer.design.repetitions in SHOWN_REPETITIONS]
     lines = [f"{options.presentations:,} presentations, {chosen:.0%} of the stimuli scored; best marked *"]

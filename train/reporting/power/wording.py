@@ -1,10 +1,11 @@
 """What a plan of power says, in sentences that the report and train/plan.py share."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.evaluation.power.components import POPULATIONS, Design
-from train.evaluation.power.planning import Need, Planned, Question, fewest, need
+from train.evaluation.power.planning import LEAST_STIMULI, Need, Planned, Question, fewest, need
 
 AT = {  # populations as a sentence ends
     "stimuli": "for other stimuli at these sites",
@@ -109,14 +110,17 @@ def _precision(subject: Subject, design: Design, question: Question) -> str:
     components = subject.planned.components(design.repetitions)
     half = {population: components.half_width(design, population, question.level) for population in POPULATIONS}
     known = f"{subject.name} is {components.value:.3f}, known to within {half['stimuli']:.3f} {AT['stimuli']}"
-    known += f" and to within {half['both']:.3f} {AT['both']}"
+    if math.isfinite(half["both"]):
+        known += f" and to within {half['both']:.3f} {AT['both']}"
     wanted = half[question.population] / 2
+    if not math.isfinite(wanted):
+        return f"{known}; one site alone tells nothing of others."
 
     def is_enough(stimuli: int) -> bool:
         other = Design(stimuli, design.sites, design.repetitions)
         return components.half_width(other, question.population, question.level) <= wanted
 
-    stimuli = fewest(is_enough, 2, 1000 * design.stimuli)
+    stimuli = fewest(is_enough, LEAST_STIMULI, 1000 * design.stimuli)
     if stimuli is None:
         return f"{known}; no number of stimuli halves the uncertainty {AT[question.population]}."
     return f"{known}; half of that {AT[question.population]} takes {stimuli:,} scored stimuli."

@@ -8,6 +8,7 @@ from site_scores import scores
 
 from train.evaluation.power.components import POPULATIONS, Components, Design
 from train.evaluation.power.influence import PLANNED, CentredPredictions
+from train.evaluation.power.planning import power
 from train.evaluation.power.study import JoinedStudies, Study
 from train.evaluation.power.trials import Trials
 
@@ -180,6 +181,15 @@ def test_more_sites_do_not_help_where_they_share_what_makes_stimuli_hard():
     assert components.variance(few, "both") == pytest.approx(0.4 / 100 + 0.2 / 10 + 1 / 1000)
     assert components.variance(many, "both") == pytest.approx(0.4 / 100, rel=0.01)
     assert components.half_width(replace(few, stimuli=1), "stimuli") == np.inf
+    assert components.half_width(replace(few, sites=1), "both") == np.inf
+
+
+def test_one_site_tells_nothing_of_others():
+    alone = components_of(crossed(np.random.default_rng(2), 50, 1))
+    design = Design(50, 20)
+    assert alone.half_width(Design(50, 1), "stimuli") == pytest.approx(2.0096 * np.sqrt(alone.stimulus / 50), rel=1e-3)
+    assert alone.half_width(design, "sites") == alone.half_width(design, "both") == np.inf
+    assert power(1.0, alone.standard_error(design, "both"), alone.freedom(design, "both"), 0.95) == 0
 
 
 # ----------------------------------------------------------------------------------------------------- recordings
