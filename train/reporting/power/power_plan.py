@@ -35,8 +35,8 @@ def plan_power(options: PowerPlan) -> None:
     powers = [power for power in every if power.models]
     if not powers:
         raise BadInput(
-            f"runs: none of these has predicted responses to {options.split} beside its scores, of {LEAST_STIMULI} or more "
-            "stimuli; score them first (train/evaluate.py), or name another --split"
+            f"runs: none of these has predicted responses to {options.split}, {LEAST_STIMULI} stimuli or more, beside "
+            "its scores; score them first (train/evaluate.py), or name another --split"
         )
     pages = [_page(_of_group(power, options), options) for power in powers]
     joined = join(powers)
