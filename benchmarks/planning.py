@@ -101,25 +101,32 @@ def predicted_training(words: Sequence[str], data: Path, processes: int, rates_f
     ddp = next(one for one in estimate_strategies(recipe, cost, processes, memory) if one.strategy == "ddp")
     work = training_work(options, recipe, manifest, training_stimuli(options, recipe, manifest), cost, ddp)
     planned = training_time(work, nearest(work, [rates]))
-    steps = work.steps
-    return {
-        "first epoch": steps * (planned.step + planned.decoding),
-        "later epoch": steps * (planned.step + planned.images),
-        "evaluation": planned.evaluation,
-        "whole": planned.whole,
-    }
+    epochs = [planned.first_steps, *[work.steps * (planned.step + planned.images)] * (recipe.epochs - 1)]
+    return parts_of_training(epochs, [planned.evaluation] * recipe.epochs, planned.whole)
 
 
 def measured_training(words: Sequence[str], data: Path, processes: int, out: Path) -> dict[str, float]:
     """The seconds of a real training."""
     whole = launched(processes, "train/finetune.py", *words, "--data", data, "--out", out)
-    lines = [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
+    lines = history_of(out)
+    evaluations = [line["score_seconds"] for line in lines]
+    return parts_of_training([line["train_seconds"] for line in lines], evaluations, whole)
+
+
+def parts_of_training(epochs: Sequence[float], evaluations: Sequence[float], whole: float) -> dict[str, float]:
+    """The seconds of the steps of each epoch and of each evaluation, and what the whole run takes besides."""
     return {
-        "first epoch": lines[0]["train_seconds"],
-        "later epoch": statistics.median(line["train_seconds"] for line in lines[1:]),
-        "evaluation": statistics.median(line["score_seconds"] for line in lines[1:]),
+        "first epoch": epochs[0],
+        "later epoch": statistics.median(epochs[1:]),
+        "evaluation": statistics.median(evaluations),
+        "start, checkpoints, end": whole - sum(epochs) - sum(evaluations),
         "whole": whole,
     }
+
+
+def history_of(out: Path) -> list[dict[str, float]]:
+    """The lines of a run's history.jsonl."""
+    return [json.loads(line) for line in (out / "history.jsonl").read_text().splitlines()]
 
 
 def predicted_probe(words: Sequence[str], data: Path, processes: int, rates_file: Path) -> dict[str, float]:
@@ -127,15 +134,23 @@ def predicted_probe(words: Sequence[str], data: Path, processes: int, rates_file
     options, recipe = parse_probe([*words, "--data", str(data), "--gpus", str(processes), "--rates", str(rates_file)])
     stimuli = probed_stimuli(options, recipe, manifest_of(options))
     work = probe_work(recipe, probed_network(recipe, stimuli.images.side), stimuli)
-    forward = forward_pass(work, [load_rates(rates_file)])
+    rates = load_rates(rates_file)
+    forward = forward_pass(work, [rates])
     assert forward is not None, "the check has measured this probe"
     planned = probe_time(work, forward)
-    return {**planned.parts(), "start": planned.start, "whole": planned.whole}
+    outside = planned.start + rates.place.end_seconds
+    return {**planned.parts(), **parts_of_probe(planned.whole - outside, planned.whole)}
 
 
 def measured_probe(words: Sequence[str], data: Path, processes: int, out: Path) -> dict[str, float]:
     """The seconds of a real probe."""
-    return {"whole": launched(processes, "train/probe.py", *words, "--data", data, "--out", out)}
+    whole = launched(processes, "train/probe.py", *words, "--data", data, "--out", out)
+    return parts_of_probe(history_of(out)[0]["seconds"], whole)
+
+
+def parts_of_probe(inside: float, whole: float) -> dict[str, float]:
+    """The seconds from the activations to the results, and what the whole run takes besides."""
+    return {"activations to results": inside, "start and end": whole - inside, "whole": whole}
 
 
 PREDICT = {"training": predicted_training, "probe": predicted_probe}

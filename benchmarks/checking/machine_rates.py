@@ -4,6 +4,7 @@ Each takes a fraction of a second to a few seconds; on a GPU sizes are those tha
 """
 
 import io
+import math
 import os
 import time
 from collections.abc import Callable
@@ -17,7 +18,7 @@ from synthetic import finish
 
 from train.data.decoding import decode_into
 from train.distributed.runtime import Runtime
-from train.evaluation.confidence_intervals import bootstrap_means
+from train.evaluation.confidence_intervals import bootstrap_scores
 from train.evaluation.similarity import cka, rsa
 from train.planning.rates import Decoding, Decomposition, MachineRates
 from train.regression.decomposition import eigh_on
@@ -28,12 +29,13 @@ LEAST_SECONDS = 0.3  # that something is repeated for
 JPEG_SIDE, JPEG_QUALITY = 256, 90
 PRECISIONS: tuple[ProductPrecision, ...] = ("float32", "float64", "tf32", "bf16")
 PRODUCT = {True: (4096, 16384), False: (1024, 4096)}  # stimuli and features, on a GPU and without
-DECOMPOSED = {True: (1024, 4096), False: (512, 1024)}  # stimuli
+DECOMPOSED = {True: (1024, 4096), False: (512, 2048)}  # stimuli
 WRITTEN = {True: 2**28, False: 2**26}  # bytes
 COLUMNS = 1024  # that are read at a time
 SITES, FEW, MANY = 64, 50, 400  # of the scores whose intervals are computed; stimuli
 COMPARED = 400  # stimuli of RSA and CKA
-MULTIPLIED, PASSED = 1024, 2**22  # rows of a product in float64; numbers of an array that is passed over
+MULTIPLIED = (2048, 1024, 128)  # stimuli, components and sites of a product in float64, as ridge computes it
+PASSED = 2**22  # numbers of an array that is passed over
 
 
 def seconds_of(work: Callable[[], object], device: torch.device | None = None) -> float:
@@ -82,7 +84,7 @@ def measure_machine(runtime: Runtime, folder: Path, decoding: Decoding, bandwidt
         decompositions=[
             Decomposition(stimuli=n, seconds=slowest[f"decompose {n}"]) for n in DECOMPOSED[runtime.on_gpu]
         ],
-        multiplication=2 * MULTIPLIED**3 / slowest["multiplication"],
+        multiplication=2 * math.prod(MULTIPLIED) / slowest["multiplication"],
         passes=8 * PASSED / slowest["passes"],
         bootstrap_site=max(slowest["bootstrap of few"] / SITES - FEW * per_response, 0),
         bootstrap_response=per_response,
@@ -172,17 +174,20 @@ def figure_seconds() -> float:
 def host_seconds() -> dict[str, float]:
     """Seconds of numpy's work in float64: a product, a pass, intervals of scores, RSA and CKA."""
     draw = np.random.default_rng(0)
-    square, numbers = draw.normal(size=(MULTIPLIED, MULTIPLIED)), draw.normal(size=PASSED)
+    stimuli, components, sites = MULTIPLIED
+    vectors, weights = draw.normal(size=(stimuli, components)), draw.normal(size=(components, sites))
+    numbers, reliability = draw.normal(size=PASSED), np.full(SITES, 0.5)
     scored = {count: draw.normal(size=(count, SITES)).astype(np.float32) for count in (FEW, MANY)}
-    similar = square[:COMPARED] @ square[:COMPARED].T
+    similar, other = vectors[:COMPARED] @ vectors[:COMPARED].T, vectors[:COMPARED, :COMPARED]
 
-    def bootstrap(stimuli: int) -> float:
-        return seconds_of(lambda: bootstrap_means(scored[stimuli], scored[stimuli][::-1].copy()))
+    def bootstrap(count: int) -> float:
+        predicted, noise = scored[count], np.full((count, SITES), 0.5)
+        return seconds_of(lambda: bootstrap_scores(predicted, predicted[::-1].copy(), reliability, noise))
 
     return {
-        "multiplication": seconds_of(lambda: square @ square),
+        "multiplication": seconds_of(lambda: vectors @ weights),
         "passes": seconds_of(lambda: numbers - 1.0),
         "bootstrap of few": bootstrap(FEW),
         "bootstrap of many": bootstrap(MANY),
-        "similarity": seconds_of(lambda: (rsa(similar, square[:COMPARED, :COMPARED]), cka(similar, similar))),
+        "similarity": seconds_of(lambda: (rsa(similar, other), cka(similar, similar))),
     }

@@ -85,9 +85,11 @@ def measure_training(run: Training, strategy: str, recording: str | None, second
     loader, runtime, recipe = run.loader, run.runtime, run.recipe
     workers, steps = run.scoring.workers, loader.steps
     ahead = 1 + PREFETCHED * workers
+    began = time.perf_counter()
     epoch = iter(loader.epoch(0))
     first = next(epoch)
     seconds_for(run, [first])
+    first_step = max(of_all_ranks(run, time.perf_counter() - began))
     started = max(of_all_ranks(run, since_start()))
     fixed = resident_share(run, first)
     step = timed_steps(run, repeat(fixed), WARM_UP, 10**9, seconds)
@@ -108,6 +110,7 @@ def measure_training(run: Training, strategy: str, recording: str | None, second
         flops=training_flops(recipe, manifest),
         workers=workers,
         start_seconds=started,
+        first_step_seconds=first_step,
         recording=recording,
         strategy=strategy,
         share=-(-loader.global_size // runtime.ranks),

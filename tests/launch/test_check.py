@@ -138,6 +138,7 @@ def test_a_recipe_is_measured_as_it_trains(recording, tmp_path, monkeypatch):
     assert rates.recording == ShardFolder(recording).manifest.name
     assert rates.step_seconds <= rates.cached_seconds
     assert rates.step_seconds <= rates.decoded_seconds
+    assert rates.step_seconds < rates.first_step_seconds < rates.start_seconds
     files = sum(file.stat().st_size for file in (tmp_path / "run_recipe/checkpoints/last/").iterdir())
     assert rates.checkpoint_bytes == files
     recipe = Recipe.model_validate({"images": {"size": 32}, "precision": "fp32"})

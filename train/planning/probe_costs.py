@@ -24,7 +24,8 @@ numbers, a power law through those measured, cubic beyond them. Seconds of a lay
 
 | then                   |                                                                                             |
 | ---------------------- | ------------------------------------------------------------------------------------------- |
-| ridge                  | 2 n k s (PENALTIES + 5) / multiplication + 6 * 8 n s PENALTIES / passes; / R where shared   |
+| ridge                  | (PENALTIES + 5) (2 n k s / multiplication + (6 * 8 n s + VECTORS * 8 n k) / passes);        |
+|                        | / R where shared                                                                            |
 | least squares          | 6 n k s / multiplication                                                                    |
 | partial least squares  | 2 n^2 s / multiplication + latent (8 n^2 / passes + 2 n s^2 / multiplication + D(s))        |
 | inner folds            | ols and pls: each as above, of the other stimuli                                            |
@@ -47,7 +48,8 @@ from train.regression.ridge import PENALTIES
 from train.run.recipe import ProbeRecipe
 
 FLOAT32, FLOAT64 = 4, 8
-PASSES = 12  # over a matrix of N x N numbers: written, read, converted, centred, compared
+PASSES = 26  # over a matrix of N x N numbers: written, read, converted, centred, compared, into memory that is new
+VECTORS = 1.5  # passes over the eigenvectors for each penalty: turned into an order that BLAS reads, and squared
 READINGS = 5  # of features that are regressed on: means, covariance, components, weights, predictions
 SEARCHED = 3  # products with the matrix for each of the leading eigenvectors
 
@@ -199,8 +201,8 @@ class ProbeCosts:
         found = self._components(layer, kind, fit, components)
         if self.recipe.readout == "ols":
             return found + 3 * product
-        grid = product * (len(PENALTIES) + 5) + 6 * FLOAT64 * fit * sites * len(PENALTIES) / passes
-        return found + grid / ranks
+        passed = FLOAT64 * fit * (6 * sites + VECTORS * components) / passes
+        return found + (len(PENALTIES) + 5) * (product + passed) / ranks
 
     def _components(self, layer: Layer, kind: Kind, fit: int, components: int) -> float:
         """Seconds until the components are found."""

@@ -10,6 +10,7 @@ from train.planning.probe_costs import ProbeSizes, probe_space, windows_of
 from train.planning.probe_time import ProbeTime, ProbeWork, forward_pass, probe_time
 from train.planning.rates import Rates, load_rates
 from train.planning.recording_sizes import ProbedStimuli, manifest_of, probed_stimuli
+from train.planning.training_time import has_cores_to_decode
 from train.planning.wording import LARGE, SMALL, duration, extrapolation, lines_of, origin
 from train.run.recipe import ProbeRecipe
 
@@ -100,7 +101,7 @@ def probe_page(time: ProbeTime) -> str:
     lines = [f"How long (rates of {origin(time.forward.rates.place)})", *lines_of(rows)]
     name, seconds = max(parts.items(), key=lambda part: part[1])
     if seconds > LARGE * time.whole:
-        lines.append(f"what limits: {name}; what would help: {probe_remedies(time, name)}")
+        lines.append(f"what limits: {name}; what helps: {probe_remedies(time, name)}")
     lines += extrapolation(time.forward.differences)
     largest = max(one.stimuli for one in time.forward.rates.machine.decompositions)
     if max(time.work.sizes.fit) > 2 * largest:
@@ -116,13 +117,21 @@ def probe_remedies(time: ProbeTime, part: str) -> str:
             return "a smaller images.size, more processes"
         case "decoding and writing":
             narrower = "a smaller pool, " if recipe.pool is None else ""
-            return f"more decoding processes (loader.workers), {narrower}fewer layers, a faster disk for --scratch"
+            sizes, place = time.work.sizes, time.forward.rates.place
+            has_cores = has_cores_to_decode(recipe.loader.workers, place, sizes.processes, sizes.machines)
+            return f"{'more loader.workers, ' * has_cores}{narrower}fewer layers, a faster disk for --scratch"
         case "reading features":
             return "a smaller pool, fewer layers, a larger --memory, a faster disk for --scratch"
         case "exchange":
             return "a smaller pool, fewer layers, a faster network between processes"
         case "inner products":
-            return "a smaller pool, products tf32 or bf16 where the hardware has them, more processes"
+            return "a smaller pool, products tf32 or bf16, more processes"
         case "decompositions and regressions":
-            return "fewer components, subset, field whole, more processes than one where there are several layers"
+            return f"{_fewer_regressions(time)}more processes"
     return "fewer layers"
+
+
+def _fewer_regressions(time: ProbeTime) -> str:
+    """What a probe could leave out, each followed by a comma."""
+    windows = "field whole, " if time.work.recipe.field != "whole" else ""
+    return f"fewer layers, fewer components, a subset, {windows}"

@@ -179,6 +179,7 @@ class TrainingRates(RunRates):
         strategy: its name.
         share: stimuli of a process in an optimizer step.
         micro_batches: into which it is cut.
+        first_step_seconds: of start_seconds, those of the first step, for which decoding processes start.
         weights, trainable: bytes of all weights, and of those that are trained.
         step_seconds: of an optimizer step with a batch that is on the device.
         decoded_seconds: of one whose images are decoded for it.
@@ -194,6 +195,7 @@ class TrainingRates(RunRates):
     micro_batches: Count
     weights: PerSecond
     trainable: Some
+    first_step_seconds: Seconds
     step_seconds: Seconds
     decoded_seconds: Seconds
     cached_seconds: Seconds | None

@@ -13,7 +13,7 @@ from train.planning.rates import Rates, load_rates
 from train.planning.recommendation import StrategyEstimate, estimate_strategies, recommend
 from train.planning.recording_sizes import TrainingStimuli, manifest_of, training_stimuli
 from train.planning.step_cost import StepCost, measure_step
-from train.planning.training_time import TrainingTime, TrainingWork, nearest, training_time
+from train.planning.training_time import TrainingTime, TrainingWork, has_cores_to_decode, nearest, training_time
 from train.planning.wording import LARGE, duration, extrapolation, lines_of, origin, shares
 from train.run.recipe import Recipe
 
@@ -21,6 +21,8 @@ HEADER = [
     *("strategy", "weights", "gradients", "optimizer", "activations", "buffers", "total", "host"),
     *("sent/step", "per_device", "micro-batches", "fits up to"),
 ]
+
+MOST_REMEDIES = 4  # that are named
 
 
 def plan(options: Plan, recipe: Recipe, words: list[str]) -> None:
@@ -197,7 +199,7 @@ def training_page(time: TrainingTime, largest_batch: int | None) -> str:
     rows["of an epoch"] = shares(time.parts())
     place = time.measurement.rates.place
     lines = [f"How long under {work.strategy} (rates of {origin(place)})", *lines_of(rows)]
-    lines += [f"what limits: {sentence}" for sentence in training_limits(time, largest_batch)]
+    lines += [f"what limits: {phrase}" for phrase in training_limits(time, largest_batch)]
     lines += extrapolation(time.measurement.differences)
     if time.unmeasured:
         lines.append(f"not counted: {'; '.join(time.unmeasured)}")
@@ -209,67 +211,61 @@ def training_limits(time: TrainingTime, largest_batch: int | None) -> list[str]:
     work, parts = time.work, time.parts()
     total = sum(parts.values())
     largest = sorted(parts, key=lambda name: parts[name], reverse=True)
-    sentences = [_limit(name, time, largest_batch) for name in largest if parts[name] >= LARGE * total]
+    phrases = [_limit(name, time, largest_batch) for name in largest if parts[name] >= LARGE * total]
     if time.start > LARGE * time.whole:
-        sentences.append(f"starting: {duration(time.start)} of {duration(time.whole)}")
+        phrases.append(f"starting: {duration(time.start)} of {duration(time.whole)}")
     decodes = work.steps * time.decoding > LARGE * time.first_epoch and not time.starts_in_closed_form
     if work.recipe.epochs > 1 and decodes and parts["images"] < LARGE * total:
-        sentences.append(
-            f"decoding, in the first epoch only; a process can decode {time.decoded_images:,.0f} images a second"
-        )
-    return sentences
+        phrases.append(f"decoding, in the first epoch only, {time.decoded_images:,.0f} images/s a process")
+    return phrases
 
 
 def _limit(part: str, time: TrainingTime, largest_batch: int | None) -> str:
     work = time.work
     match part:
         case "computing":
-            return f"computing; {computing_remedies(time, largest_batch)}"
+            return f"computing; what helps: {computing_remedies(time, largest_batch)}"
         case "images":
-            return f"images, of which a process can decode {time.decoded_images:,.0f} a second; {_images(time)}"
+            return f"images, decoded at {time.decoded_images:,.0f}/s a process{_images(time)}"
         case "exchange":
-            larger = "a larger batch.global_size (as many bytes for more images), " * (work.micro_batches == 1)
-            return (
-                f"the exchange of gradients; what would help: {larger}a faster network between processes, "
-                "backbone.trainable head"
-            )
+            larger = "a larger batch.global_size, " * (work.micro_batches == 1)
+            return f"exchange of gradients; what helps: {larger}a faster network, backbone.trainable head"
         case "evaluation":
             return (
-                f"the evaluation of {work.selection:,} stimuli in float32 after each epoch; what would help: a smaller "
+                f"evaluation of {work.selection:,} stimuli; what helps: a smaller "
                 "early_stopping.inner_fraction, a larger batch.per_device"
             )
     every = work.recipe.checkpoint.every_steps
-    steps = f" and every {every} steps (checkpoint.every_steps)" if every else ""
-    return (
-        f"checkpoints of {work.checkpoint_bytes / GIB:.2g} GiB after each epoch{steps}; what would help: a faster disk"
-    )
+    rarer = ", a larger checkpoint.every_steps" if every else ""
+    return f"checkpoints of {work.checkpoint_bytes / GIB:.2g} GiB; what helps: a faster disk{rarer}"
 
 
 def computing_remedies(time: TrainingTime, largest_batch: int | None) -> str:
-    """What makes a step cheaper."""
+    """What makes a step cheaper, the best first."""
     work, recipe = time.work, time.work.recipe
     pass_size = -(-work.share // work.micro_batches)
-    remedies = ["a smaller images.size", "backbone.cut (fewer layers)"]
-    if recipe.precision == "fp32":
-        remedies.insert(0, "precision bf16")
-    if recipe.backbone.gradient_checkpointing:
-        remedies.insert(0, "no backbone.gradient_checkpointing (a third of the time)")
-    if recipe.backbone.trainable == "all":
-        remedies.append("backbone.trainable head")
-    if largest_batch is not None and largest_batch > pass_size and time.measurement.rates.place.on_gpu:
-        remedies.append(f"a larger pass, of {pass_size} images now where {largest_batch:,} fit")
-    remedies.append("more processes")
-    return f"what would help: {', '.join(remedies)}"
+    larger = largest_batch is not None and largest_batch > pass_size and time.measurement.rates.place.on_gpu
+    remedies = {
+        "no backbone.gradient_checkpointing": recipe.backbone.gradient_checkpointing,
+        "precision bf16": recipe.precision == "fp32",
+        f"larger passes ({largest_batch} images fit, {pass_size} now)": larger,
+        "more processes": True,
+        "a smaller images.size": True,
+        "backbone.cut": True,
+        "backbone.trainable head": recipe.backbone.trainable == "all",
+    }
+    return ", ".join([name for name, helps in remedies.items() if helps][:MOST_REMEDIES])
 
 
 def _images(time: TrainingTime) -> str:
-    loader, place = time.work.recipe.loader, time.measurement.rates.place
-    needed = -(-time.work.share / max(time.step, 1e-9) // time.decoded_images)
-    workers = f"{needed:.0f} times as many decoding processes (loader.workers, on cores of their own) would keep up"
-    if time.cached < 1 and loader.engine == "indexed":
-        size = (time.work.fit + time.work.selection) * time.work.side**2 * 3 / GIB
-        memory = f"keep all decoded images, {size:.3g} GiB (loader.cache, loader.cache_gib, or a smaller images.size)"
-        return f"what would help: {workers}; {memory}"
-    if place.on_gpu:
-        return f"what would help: {workers}"
-    return "they are copied from memory; on a CPU this shares the cores with computing"
+    work, place = time.work, time.measurement.rates.place
+    remedies = []
+    if has_cores_to_decode(work.recipe.loader.workers, place, work.processes, work.machines):
+        needed = -(-work.share / max(time.step, 1e-9) // time.decoded_images)
+        remedies.append(f"{needed:.0f} times the loader.workers, on cores of their own")
+    if time.cached < 1 and work.recipe.loader.engine == "indexed":
+        size = (work.fit + work.selection) * work.side**2 * 3 / GIB
+        remedies.append(f"{size:.3g} GiB for decoded ones (loader.cache_gib), a smaller images.size")
+    if not remedies:
+        return ", on the cores that compute; what helps: a smaller images.size"
+    return f"; what helps: {', '.join(remedies)}"

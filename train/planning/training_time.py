@@ -10,10 +10,13 @@ where `cores` counts on a CPU only: cores of a measured process / cores of a pla
 the computing; where it is hidden behind it, as on GPUs, the measured step has it hidden too. What images cost beside a
 step goes with their number and size, and is at least b * (decoding of an image) / workers where workers decode.
 
-    first epoch  = steps * (step while images are decoded) + evaluation + checkpoint
+    first epoch  = warm-up + steps * (step while images are decoded) + evaluation + checkpoint
     later epochs = steps * (step while images are read from the cache, as many as fit into it) + evaluation + checkpoint
     evaluation   = ceil(stimuli / (processes * batch)) * (batch in float32) + what it takes besides
     checkpoint   = measured, times bytes / (bytes of the measured one)
+    warm-up      = first measured step - a later one, as decoding processes start
+
+The time until the first step is done has this step in it, which the whole run does not count twice.
 """
 
 import math
@@ -132,6 +135,7 @@ class TrainingTime:
     Attributes:
         work, measurement: what it follows from.
         start: until the first step is done, the launcher's included where it was measured.
+        warm_up: by which the first step takes longer than others.
         computing, exchange: of a step.
         decoding, reading: what images cost a step beside these, decoded for it, or read from the cache.
         decoded_images: of a process and second, that its decoding could deliver.
@@ -147,6 +151,7 @@ class TrainingTime:
     work: TrainingWork
     measurement: Measurement
     start: float
+    warm_up: float
     computing: float
     exchange: float
     decoding: float
@@ -179,8 +184,13 @@ class TrainingTime:
     def first_epoch(self) -> float:
         """Its steps, evaluation and checkpoints."""
         if self.starts_in_closed_form:  # which has decoded the images
-            return self.later_epoch
-        return self.work.steps * (self.step + self.decoding) + self.first_evaluation + self.saving
+            return self.warm_up + self.later_epoch
+        return self.first_steps + self.first_evaluation + self.saving
+
+    @property
+    def first_steps(self) -> float:
+        """The steps of the first epoch, whose images are decoded for them."""
+        return self.warm_up + self.work.steps * (self.step + self.decoding)
 
     @property
     def first_evaluation(self) -> float:
@@ -202,7 +212,8 @@ class TrainingTime:
     def after(self, epochs: int) -> float:
         """From the command until `epochs` are done."""
         first = self.first_evaluation + self.checkpoint if self.starts_in_closed_form else 0.0
-        return self.start + first + self.first_epoch + (epochs - 1) * self.later_epoch + self.end
+        first_step = self.warm_up + self.step + self.decoding
+        return max(self.start - first_step, 0.0) + first + self.first_epoch + (epochs - 1) * self.later_epoch + self.end
 
     @property
     def whole(self) -> float:
@@ -253,6 +264,7 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
         work=work,
         measurement=measurement,
         start=run.start_seconds + (place.launch_seconds or 0.0),
+        warm_up=max(run.first_step_seconds - run.decoded_seconds, 0.0),
         computing=computing,
         exchange=exchange,
         decoding=_decoding(work, measurement, decode, workers, computing + exchange),
@@ -271,6 +283,12 @@ def training_time(work: TrainingWork, measurement: Measurement) -> TrainingTime:
 def planned_workers(setting: int | None, place: Place, processes: int, machines: int) -> int:
     """Decoding processes of a rank, as `train.data.loader.workers_per_rank` counts them."""
     return workers_per_rank(setting, max(int(place.cores_of(processes, machines)), 1))
+
+
+def has_cores_to_decode(setting: int | None, place: Place, processes: int, machines: int) -> bool:
+    """Whether more decoding processes would have cores; on a CPU, those that the rank itself does not compute on."""
+    workers = planned_workers(setting, place, processes, machines)
+    return place.on_gpu or place.cores_of(processes, machines) > 1 + workers
 
 
 def _measured_exchange(run: TrainingRates, rates: Rates) -> float:

@@ -379,7 +379,7 @@ def test_with_rates_a_plan_says_how_long_and_what_memory_there_is(recording, tmp
     assert "measured: this recipe on this many processes" in done.stdout
     (divided,) = Recordings([ShardFolder(recording)]).divide(recipe)
     decoding = 1e-3 * (1 + (32 / 64) ** 2) / 2
-    first = 0.12 * (len(divided.fit) // 32) + 0.05 + 0.3 + len(divided.selection) / 2 * decoding + 0.5
+    first = 3.0 + 0.12 * (len(divided.fit) // 32) + 0.05 + 0.3 + len(divided.selection) / 2 * decoding + 0.5
     assert f"first epoch       {duration(first)}" in done.stdout
     on_paper = run_here("train/plan.py", *CNN2, "--gpus", 2, "--rates", rates)
     assert_refused(on_paper, "--data DIR or --stimuli N")

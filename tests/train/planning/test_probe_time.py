@@ -79,22 +79,27 @@ def test_windows_share_the_products_at_positions_unless_there_are_more_of_these(
 
 def windowed_regression(windows: int) -> float:
     """Of one window: 800 of 1,000 stimuli are fitted."""
-    one = 12 * 8 * 1000**2 / 1e10 + 200**2 * 1e-7 / windows + decomposition_seconds(800, RATES.decompositions)
-    return one + 54 * 2 * 800 * 800 * 100 / 1e11 + 6 * 8 * 800 * 100 * 49 / 1e10
+    one = 26 * 8 * 1000**2 / 1e10 + 200**2 * 1e-7 / windows + decomposition_seconds(800, RATES.decompositions)
+    return one + grid_seconds(800, 800)
+
+
+def grid_seconds(stimuli: int, components: int) -> float:
+    """Of all penalties for 100 sites."""
+    passes = 8 * stimuli * (6 * 100 + 1.5 * components) / 1e10
+    return 54 * (2 * stimuli * components * 100 / 1e11 + passes)
 
 
 def test_every_readout_costs_its_decompositions():
     ridge, ols = (ProbeRecipe(readout=readout, components=500) for readout in ("ridge", "ols"))
     pls = ProbeRecipe(readout="pls", latent=10)
-    shared = 12 * 8 * 1000**2 / 1e10 + 200**2 * 1e-7
+    shared = 26 * 8 * 1000**2 / 1e10 + 200**2 * 1e-7
     product = 2 * 800 * 500 * 100 / 1e11
-    passes = 6 * 8 * 800 * 100 * 49 / 1e10
     whole, folds = (decomposition_seconds(count, RATES.decompositions) for count in (800, 640))
 
     def seconds(recipe: ProbeRecipe, sizes: ProbeSizes = SIZES) -> float:
         return costs(recipe, sizes).of_layer(LAYERS[0]).regressions
 
-    assert seconds(ridge) == pytest.approx(shared + whole + 54 * product + passes)
+    assert seconds(ridge) == pytest.approx(shared + whole + grid_seconds(800, 500))
     assert seconds(ols) == pytest.approx(shared + whole + 3 * product + 5 * (folds + 3 * product * 640 / 800))
     responses = decomposition_seconds(100, RATES.decompositions)
     expected = shared
@@ -114,8 +119,7 @@ def test_few_features_are_regressed_on_as_they_are():
     assert cost.reading == pytest.approx(5 * 4 * 1000 * 300 / 2 / 1e9)
     found = (2 * 800 * 300**2 / 2 + 2 * 800 * 300 * 300 / 2 + 6 * 800 * 300**2) / 1e11
     found += decomposition_seconds(300, RATES.decompositions)
-    grid = 54 * 2 * 800 * 300 * 100 / 1e11 + 6 * 8 * 800 * 100 * 49 / 1e10
-    assert cost.regressions == pytest.approx(found + grid / 2 + 200**2 * 1e-7)
+    assert cost.regressions == pytest.approx(found + grid_seconds(800, 300) / 2 + 200**2 * 1e-7)
 
 
 def test_some_components_of_many_stimuli_cost_less_than_all():
@@ -164,6 +168,18 @@ def test_more_processes_on_a_cpu_share_its_cores():
         forward_pass(work, [made_rates(features=[made_features(recipe)], **place)]) for place in ({}, ON_CPU)
     )
     assert on_cpu.computing == pytest.approx(2 * on_gpu.computing)
+
+
+def test_more_decoding_processes_are_suggested_only_where_they_have_cores():
+    recipe = ProbeRecipe(loader={"workers": 0})
+    slow = made_features(recipe, image_seconds=1.0)
+    for place, suggested in (({}, True), (ON_CPU, False)):
+        page = probe_page(
+            probe_time(work_of(recipe), forward_pass(work_of(recipe), [made_rates(features=[slow], **place)]))
+        )
+        assert "what limits: decoding and writing; what helps: " in page
+        assert ("loader.workers" in page) == suggested
+        assert max(len(line) for line in page.splitlines() if line.startswith("what limits")) < 130
 
 
 def test_without_a_measured_probe_the_evaluation_of_a_training_tells():

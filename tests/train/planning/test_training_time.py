@@ -48,17 +48,19 @@ def test_what_was_measured_is_used_as_it_is():
     assert time.measurement.differences == []
     assert (time.computing, time.exchange, time.start) == pytest.approx((0.09, 0.01, 25.0))
     assert time.first_evaluation == pytest.approx(10 * 0.05 + 0.3 + 320 * 1e-3 / 7)
-    first = 100 * 0.12 + time.first_evaluation + 0.5
+    assert time.warm_up == pytest.approx(3.0)
+    first = 3.0 + 100 * 0.12 + time.first_evaluation + 0.5
     later = 100 * 0.101 + 10 * 0.05 + 0.3 + 0.5
     assert (time.first_epoch, time.later_epoch) == pytest.approx((first, later))
-    assert time.whole == pytest.approx(25 + first + 4 * later + 2)
+    assert time.whole == pytest.approx(25 + first - 3.12 + 4 * later + 2)  # the first step counts once
     assert sum(time.parts().values()) == pytest.approx(time.later_epoch)
 
 
 def test_a_start_in_closed_form_decodes_all_images_and_is_scored_and_saved_too():
     usual, ridge = (time_of(work_of(recipe_of(readout={"start": start}))) for start in ("zero", "ridge"))
-    assert ridge.first_epoch == ridge.later_epoch == usual.later_epoch
-    assert ridge.after(1) == pytest.approx(25 + ridge.first_evaluation + 0.5 + ridge.later_epoch + 2)
+    assert ridge.later_epoch == usual.later_epoch
+    assert ridge.first_epoch == pytest.approx(3.0 + ridge.later_epoch)
+    assert ridge.after(1) == pytest.approx(25 - 3.12 + ridge.first_evaluation + 0.5 + ridge.first_epoch + 2)
 
 
 def test_the_best_match_of_several_files_counts():
@@ -168,14 +170,29 @@ def test_early_stopping_is_named_where_it_can_end_the_run():
 
 def test_what_limits_is_named_with_what_helps():
     page = training_page(time_of(work_of(recipe_of(precision="fp32"))), largest_batch=512)
-    assert "what limits: computing; what would help: precision bf16" in page
-    assert "a larger pass, of 16 images now where 512 fit" in page
+    assert "what limits: computing; what helps: precision bf16" in page
+    assert "larger passes (512 images fit, 16 now)" in page
     slow_network = time_of(work_of(recipe_of()), run={"trainable": 1e12})
-    assert "the exchange of gradients; what would help: a larger batch.global_size" in training_page(slow_network, None)
+    assert "exchange of gradients; what helps: a larger batch.global_size" in training_page(slow_network, None)
     large_selection = time_of(work_of(recipe_of(), selection=64_000))
-    assert "the evaluation of 64,000 stimuli" in training_page(large_selection, None)
+    assert "evaluation of 64,000 stimuli" in training_page(large_selection, None)
     slow_disk = time_of(work_of(recipe_of()), run={"checkpoint_seconds": 60})
     assert "checkpoints of" in training_page(slow_disk, None)
+    often = time_of(work_of(recipe_of(checkpoint={"every_steps": 10})), run={"checkpoint_seconds": 60})
+    assert "a larger checkpoint.every_steps" in training_page(often, None)
+    pages = (page, *(training_page(time, 512) for time in (large_selection, often)))
+    assert max(len(line) for shown in pages for line in shown.splitlines() if line.startswith("what limits")) < 130
+
+
+def test_decoding_processes_are_suggested_only_where_they_have_cores():
+    slow = {"decoded_seconds": 0.4, "workers": 0}
+    recipe = recipe_of(loader={"cache": "off", "workers": 0})
+    for place, suggested in (({}, True), ({**ON_CPU, "cores": 4}, True), (ON_CPU, False)):
+        page = training_page(time_of(work_of(recipe), run=slow, **place), None)
+        assert ("loader.workers" in page) == suggested
+        assert "for decoded ones (loader.cache_gib)" in page
+    kept = time_of(work_of(recipe_of(loader={"workers": 0})), run={"cached_seconds": 0.4, "workers": 0}, **ON_CPU)
+    assert "on the cores that compute; what helps: a smaller images.size" in training_page(kept, None)
 
 
 def test_checkpoints_within_an_epoch_are_counted():
