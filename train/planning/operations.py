@@ -6,6 +6,7 @@ A training step is counted on torch's fake tensors, so without data or time; a p
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
@@ -17,6 +18,7 @@ from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFea
 from train.models.joined_layers import modules_of
 from train.models.layer_selection import choose_layers
 from train.models.network import Network
+from train.models.population import read_population, with_population
 from train.planning.step_cost import LiveBytes, empty_batch, forward_and_backward
 from train.run.recipe import ProbeRecipe, Recipe
 
@@ -27,7 +29,7 @@ STEP_SETTINGS = (
     *("backbone.gradient_checkpointing", "readout.kind", "readout.rank", "loss.responses", "optimizer.name"),
     *("precision", "compile", "deterministic", "loader.engine", "loader.workers", "loader.cache"),
 )
-PROBE_SETTINGS = ("layers", "pool", "backbone.name", "backbone.cut", "batch_size", "loader.workers")
+PROBE_SETTINGS = ("layers", "pool", "population", "backbone.name", "backbone.cut", "batch_size", "loader.workers")
 SWITCHES = ("optimizer.clip_norm", "ema")  # it matters whether they are set, not to what
 
 
@@ -116,7 +118,13 @@ def probed_network(recipe: ProbeRecipe, side: int) -> ProbedNetwork:
         backbone = Backbone(source, side).eval()
         names = choose_layers(backbone, recipe.layers, side)
         modules = dict.fromkeys(module for name in names for module in modules_of(name))
-        extractor = LayerFeatures(backbone, list(modules), recipe.pool)
+        features = LayerFeatures(backbone, list(modules), recipe.pool)
+        extractor = features
+        if recipe.population is not None:
+            population = read_population(Path(recipe.population))
+            population.check_layers(names, side, recipe.pool)
+            extractor = features.joined_by(population)
+            names = [with_population(name) for name in names]
     image = torch.zeros(1, 3, side, side, dtype=torch.uint8)
     with torch.no_grad(), FlopCounterMode(display=False) as counted, LiveBytes([]) as held:
         widths = {name: features.shape[1] for name, features in extractor(image).items()}

@@ -30,6 +30,8 @@ from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFea
 from train.models.inherited_record import record_of_weights
 from train.models.joined_layers import modules_of
 from train.models.layer_selection import choose_layers
+from train.models.population import Population, read_population, with_population
+from train.models.probe_network import network_digest
 from train.models.timm_networks import check_network_name, check_weights
 from train.probing.layer_regressions import Partition
 from train.probing.seen_check import PARTS, ProbeCheck, images_of
@@ -56,7 +58,8 @@ class ProbeJob:
         partitions: of the stimuli, into those to fit and those held out.
         record: what the probe has seen once it is done.
         seen: which of the stimuli that are scored were fitted.
-        network_fitted: which of all stimuli the network was fitted on, bool (stimuli,).
+        network_fitted: which of all stimuli the network or the population was fitted on, bool (stimuli,).
+        population_fitted: those that the population was.
         extractor: from images to activations.
         layers: names, in order.
         workers: decoding processes per rank.
@@ -76,6 +79,7 @@ class ProbeJob:
     record: SeenRecord
     seen: Seen
     network_fitted: np.ndarray
+    population_fitted: np.ndarray
     extractor: ImageFeatures
     layers: list[str]
     workers: int
@@ -103,6 +107,12 @@ class ProbeJob:
             self.extractor.describe(),
             f"{recipe.readout} on {amount} {dimensions}{windows}",
         ]
+        known = self.population_fitted[np.unique(np.concatenate([partition.fit for partition in self.partitions]))]
+        if known.any():
+            lines.append(
+                f"note: {known.sum():,} of the {len(known):,} stimuli to fit are among those that the population was "
+                "fitted on; its maps look better there than on new images, so penalties may be too low"
+            )
         if self.seen.mark != UNSEEN:
             lines.append(f"seen before, of the stimuli that are scored: {self.seen.mark}")
         return "\n".join([*lines, *self.bad_samples.warnings()])
@@ -110,7 +120,8 @@ class ProbeJob:
     def plan(self) -> dict[str, str]:
         """What a rank is about to do, which all must agree on."""
         stimuli = {f"the stimuli of {name}": split.fingerprint()[:12] for name, split in self.splits.items()}
-        return {**flat_settings(self.recipe), "the layers": ", ".join(self.layers), **stimuli}
+        layers = {"the layers": ", ".join(self.layers), "the population": str(self.extractor.population)}
+        return {**flat_settings(self.recipe), **layers, **stimuli}
 
     @cached_property
     def scored(self) -> np.ndarray:
@@ -169,6 +180,9 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
     splits = _open_splits(shards, split, recipe, size, bad_samples)
     images = images_of(shards, splits)
     ancestry = SeenRecord() if recipe.layers == [PIXELS] else record_of_weights(recipe.backbone)
+    population = None if recipe.population is None else read_population(Path(recipe.population))
+    of_population = SeenRecord() if population is None else inherited_record(population.folder)
+    ancestry = ancestry.inheriting(of_population, f"population {recipe.population}")
     network_fitted = ancestry.overlap(images).fitted
     known_windows = read_window_prior(recipe.prior)
     for probe in recipe.prior:
@@ -179,7 +193,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
         check_enough_stimuli(stimuli, process.world_size, name)
     wanted = workers_per_rank(recipe.loader.workers, cores_of_rank(process))
     workers = workers_within_limits(wanted, recipe.batch_size, size)
-    extractor, layers = _build_extractor(recipe, size)
+    extractor, layers = _build_extractor(recipe, size, population)
     return ProbeJob(
         recipe=recipe,
         data=data,
@@ -193,6 +207,7 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
         record=check.record(shards.manifest.name, partitions),
         seen=seen,
         network_fitted=network_fitted,
+        population_fitted=of_population.overlap(images).fitted,
         extractor=extractor,
         layers=layers,
         workers=workers,
@@ -210,7 +225,7 @@ def _image_size_of_run(weights: Path) -> int | None:
     return load_progress(resolve_checkpoint(weights / "checkpoints", "best")).image_size if weights.is_dir() else None
 
 
-def _build_extractor(recipe: ProbeRecipe, size: int) -> tuple[ImageFeatures, list[str]]:
+def _build_extractor(recipe: ProbeRecipe, size: int, population: Population | None) -> tuple[ImageFeatures, list[str]]:
     """What extracts the features, and the layers in order."""
     if recipe.layers == [PIXELS]:
         return PixelFeatures(), [PIXELS]
@@ -218,7 +233,12 @@ def _build_extractor(recipe: ProbeRecipe, size: int) -> tuple[ImageFeatures, lis
     backbone = Backbone(recipe.backbone, size).eval()
     layers = choose_layers(backbone, recipe.layers, size)
     modules = dict.fromkeys(module for layer in layers for module in modules_of(layer))
-    return LayerFeatures(backbone, list(modules), recipe.pool), layers
+    features = LayerFeatures(backbone, list(modules), recipe.pool)
+    if population is None:
+        return features, layers
+    population.check_layers(layers, size, recipe.pool)
+    population.check_network(network_digest(backbone))
+    return features.joined_by(population), [with_population(layer) for layer in layers]
 
 
 def _open_splits(

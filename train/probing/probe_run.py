@@ -60,7 +60,8 @@ def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> Non
 def _digest(job: ProbeJob) -> str:
     """Of what regressions depend on, beside what they read."""
     settings = job.recipe.model_dump(mode="json", exclude=UNRELATED)
-    digest = hashlib.sha256(json.dumps([job.split, settings], sort_keys=True).encode())
+    depends_on = [job.split, settings, job.extractor.population]
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode())
     digest.update(np.ascontiguousarray(job.rates).data)
     for partition in job.partitions:
         for positions in (partition.fit, partition.held_out, partition.copies, *partition.inner_folds):

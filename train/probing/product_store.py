@@ -19,6 +19,7 @@ import numpy as np
 
 from train.distributed.runtime import Runtime
 from train.models.joined_layers import modules_of
+from train.models.population import mean_squares_of
 from train.models.windows import WHOLE_MAP
 from train.probing.layer_window import LayerWindow
 from train.probing.stored_layers import StoredLayers
@@ -185,7 +186,8 @@ class ProductStore:
     # ---------------------------------------------------------------------------------------------------- features
 
     def _feature_sources(self, keys: Sequence[LayerWindow], activations: StoredActivations) -> list[Source]:
-        modules = modules_of(keys[0].layer)
+        squares = mean_squares_of(keys[0].layer)
+        modules = list(squares)
         rows = FeatureRows(activations, modules)
         variance = np.ones(rows.shape[1])
         if len(modules) > 1:
@@ -195,7 +197,7 @@ class ProductStore:
         for key in keys:
             of_window = rows
             if key.window != WHOLE_MAP or len(modules) > 1:
-                of_window = rows.scaled(window_scale(key.window, self._layers.map_sizes, widths, variance))
+                of_window = rows.scaled(window_scale(key.window, self._layers.map_sizes, widths, variance, squares))
             sources.append(Source(key, rows.shape[1], of_window))
         return sources
 
@@ -220,7 +222,7 @@ class ProductStore:
         """Compute and write matrices of one layer."""
         rank, stimuli, keys = self._runtime.rank, self._layers.stimuli, list(missing)
         bounds = {key: self._bounds(owner) for key, owner in missing.items()}
-        modules = modules_of(keys[0].layer)
+        modules = mean_squares_of(keys[0].layer)
         with ExitStack() as stack:
             writers: dict[LayerWindow, RowWriter | None] = {}
             for key in keys:

@@ -5,15 +5,17 @@ fold chose. The weights of the features are computed from the activations on dis
 take a part of `--memory` whatever their number.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from train.distributed.runtime import Runtime
 from train.models.features import LayerFeatures
-from train.models.joined_layers import modules_of
+from train.models.joined_layers import GRID, modules_of
+from train.models.population import POPULATION, SiteMaps, mean_squares_of
 from train.models.probe_network import network_digest
 from train.models.saved_probe import LARGEST_BYTES, SavedProbe, SavedProbeWriter, weights_bytes
 from train.models.windows import WHOLE_MAP, Window
@@ -23,9 +25,12 @@ from train.probing.preparation import ProbeJob
 from train.probing.stored_layers import StoredLayers
 from train.regression.feature_slices import StoredActivations
 from train.regression.feature_weights import StimulusWeights, feature_weights
+from train.regression.row_writer import RowWriter
+from train.regression.rows import RowFile, Rows
 from train.regression.windowed_inner_products import position_weights
 from train.run.monitor import Monitor
 
+SITE_MAPS_FILE = "site_maps.npy"
 SITES_SHARE = 4  # the part of --memory that the weights of the sites at hand take
 
 
@@ -47,7 +52,7 @@ def save_predictor(
         monitor.log("note: no predictor is saved: each fold bends its predictions by a curve of its own")
         return
     layers = list(dict.fromkeys(key.layer for of_partition in keys for key in of_partition))
-    modules = [module for layer in layers for module in modules_of(layer)]
+    modules = [module for layer in layers for module in _modules_of_network(layer)]
     widths = [stored.width(module) for module in modules]
     size = weights_bytes(widths, job.rates.shape[1])
     if size > LARGEST_BYTES:
@@ -56,20 +61,30 @@ def save_predictor(
         )
         return
     monitor.log("saving the predictor ...")
-    work = _Saving(job, forms, keys, stored, stored.compute(list(dict.fromkeys(modules))), runtime)
+    read = dict.fromkeys(module for layer in layers for module in modules_of(layer))
+    work = _Saving(job, forms, keys, stored, stored.compute(list(read)), runtime)
     with ExitStack() as stack:
         writer = None
         if runtime.is_main:
             writer = stack.enter_context(SavedProbeWriter(job.folder.path, _facts(job, modules), widths, has_curve))
         offset, number = np.zeros(job.rates.shape[1]), 0
         for layer in layers:
-            for module in modules_of(layer):
-                offset += work.write_module(layer, module, number, writer)
+            site_maps = None
+            if POPULATION in modules_of(layer):
+                site_maps = work.site_map_weights(layer)
+                offset += site_maps.offset
+            for module in _modules_of_network(layer):
+                offset += work.write_module(layer, module, number, writer, site_maps)
                 number += 1
         if writer is not None:
             writer.write_bias(np.mean([form.intercept for form in forms], axis=0) + offset)
             if forms[0].curve is not None:
                 writer.write_curve(forms[0].curve)
+
+
+def _modules_of_network(layer: str) -> list[str]:
+    """The modules of a layer but a population's maps, whose weights become weights of the others."""
+    return [module for module in modules_of(layer) if module != POPULATION]
 
 
 def _facts(job: ProbeJob, modules: list[str]) -> SavedProbe:
@@ -85,6 +100,45 @@ def _facts(job: ProbeJob, modules: list[str]) -> SavedProbe:
         image_size=next(iter(job.splits.values())).size,
         network=network_digest(backbone),
     )
+
+
+@dataclass(frozen=True)
+class _SiteMapWeights:
+    """The weights of a population's maps in a layer.
+
+    Attributes:
+        maps: what makes the maps.
+        rows: float32 (sites, features of the maps), on the leading rank's disk; None on the others.
+        offset: what they add to the bias, float64 (sites,).
+    """
+
+    maps: SiteMaps
+    rows: Rows | None
+    offset: np.ndarray
+
+    def of_module(self, module: str, sites: slice) -> np.ndarray | None:
+        """As weights of a module's features, float32 (sites, features); None where there are none."""
+        if self.rows is None:
+            return None
+        weights = torch.from_numpy(self.rows[sites]).view(-1, self.maps.sites, GRID, GRID)
+        return self.maps.of_module(module, weights).flatten(1).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The weights of a module's features for some sites, the mean over partitions.
+
+    Attributes:
+        sites: which.
+        weight: float32 (sites, features).
+        centre: float32 (features,).
+        offset: what they add to the bias, float64 (sites,).
+    """
+
+    sites: slice
+    weight: np.ndarray
+    centre: np.ndarray
+    offset: np.ndarray
 
 
 class _Saving:
@@ -110,7 +164,32 @@ class _Saving:
         self._job, self._forms, self._keys, self._stored = job, forms, keys, stored
         self._activations, self._runtime = activations, runtime
 
-    def write_module(self, layer: str, module: str, number: int, writer: SavedProbeWriter | None) -> np.ndarray:
+    def site_map_weights(self, layer: str) -> _SiteMapWeights:
+        """Compute the weights of a population's maps in a layer; they wait on the disk of the leading rank."""
+        features = self._job.extractor
+        assert isinstance(features, LayerFeatures)
+        assert features.site_maps is not None
+        path, shape = self._stored.folder / SITE_MAPS_FILE, (self._job.rates.shape[1], self._stored.width(POPULATION))
+        offsets = []
+        with ExitStack() as stack:
+            writer = None
+            if self._runtime.is_main:
+                writer = stack.enter_context(RowWriter(path, shape, np.dtype(np.float32)))
+            for block in self._blocks(layer, POPULATION):
+                if writer is not None:
+                    writer.write(block.sites.start, 0, block.weight)
+                offsets.append(block.offset - block.weight @ block.centre.astype(np.float64))
+        rows = RowFile(path) if self._runtime.is_main else None
+        return _SiteMapWeights(features.site_maps, rows, np.concatenate(offsets))
+
+    def write_module(
+        self,
+        layer: str,
+        module: str,
+        number: int,
+        writer: SavedProbeWriter | None,
+        site_maps: _SiteMapWeights | None = None,
+    ) -> np.ndarray:
         """Compute and write the weights of a module's features in a layer, the mean over partitions.
 
         Args:
@@ -118,18 +197,37 @@ class _Saving:
             module: one of its modules.
             number: of the module in the file.
             writer: of the leading rank.
+            site_maps: weights of maps that are made of the module, which are added.
 
         Returns:
             What it adds to the bias, float64 (sites,).
         """
+        offsets = []
+        for block in self._blocks(layer, module):
+            weight, offset = block.weight, block.offset
+            added = None if site_maps is None else site_maps.of_module(module, block.sites)
+            if added is not None:
+                # The maps are centred on their own mean (`site_map_weights`), the module's features on theirs.
+                offset = offset + added @ block.centre.astype(np.float64)
+                weight = weight + added
+            if writer is not None:
+                writer.write_weight(number, block.sites.start, weight)
+                writer.write_centre(number, block.centre)
+            offsets.append(offset)
+        return np.concatenate(offsets)
+
+    def _blocks(self, layer: str, module: str) -> Iterator[_Block]:
+        """The weights of a module's features in a layer, some sites at a time; every rank must take part."""
         windows = {
             partition: self._windows(layer, module, partition)
             for partition, keys in enumerate(self._keys)
             if any(key.layer == layer for key in keys)
         }
-        width, offsets = self._stored.width(module), []
+        width = self._stored.width(module)
+        in_memory = 3 * width + (5 * self._stored.width(POPULATION) if POPULATION in modules_of(layer) else 0)
         centre = np.zeros(width, np.float32)
-        for sites in self._site_blocks(max(map(len, windows.values())), next(iter(windows.values())).shape[1], width):
+        most_windows, positions = max(map(len, windows.values())), next(iter(windows.values())).shape[1]
+        for sites in self._site_blocks(most_windows, positions, 4 * in_memory):
             weight, offset = np.zeros((width, sites.stop - sites.start), np.float32), np.zeros(sites.stop - sites.start)
             for partition, of_partition in windows.items():
                 stimuli = self._stimulus_weights(layer, of_partition, partition, sites)
@@ -137,21 +235,19 @@ class _Saving:
                 weight += part.weight
                 offset += part.offset
                 centre = part.centre
-            if writer is not None:
-                writer.write_weight(number, sites.start, np.ascontiguousarray(weight.T))
-                writer.write_centre(number, centre)
-            offsets.append(offset)
-        return np.concatenate(offsets)
+            yield _Block(sites, np.ascontiguousarray(weight.T), centre, offset)
 
     def _windows(self, layer: str, module: str, partition: int) -> torch.Tensor:
         """How a layer's windows weigh the positions of a module's map, float64 (windows, positions)."""
         windows: list[Window] = [key.window for key in self._keys[partition] if key.layer == layer]
         map_size = (1, 1) if windows == [WHOLE_MAP] else self._stored.map_sizes[module]
-        return position_weights(windows, module, map_size, self._activations, normalised=len(modules_of(layer)) > 1)
+        mean_squares = mean_squares_of(layer)
+        mean_square = mean_squares[module] if len(mean_squares) > 1 else None
+        return position_weights(windows, module, map_size, self._activations, mean_square)
 
-    def _site_blocks(self, windows: int, positions: int, width: int) -> list[slice]:
+    def _site_blocks(self, windows: int, positions: int, weight_bytes: int) -> list[slice]:
         n, sites = self._job.rates.shape
-        bytes_of_site = 8 * n * (2 * windows + min(positions, windows) + 1) + 12 * width
+        bytes_of_site = 8 * n * (2 * windows + min(positions, windows) + 1) + weight_bytes
         block = max(int(self._activations.memory_bytes / SITES_SHARE / bytes_of_site), 1)
         return [slice(start, min(start + block, sites)) for start in range(0, sites, block)]
 

@@ -131,6 +131,7 @@ class StoredLayers:
             "splits": {name: [stimuli.size, stimuli.fingerprint()] for name, stimuli in self._splits.items()},
             "images": hashlib.sha256(self._images.pixels.tobytes()).hexdigest(),
             "widths": self.widths,
+            "population": self._extractor.population,
         }
 
     def _compute_split(self, name: str, stimuli: RecordingStimuli, widths: Mapping[str, int]) -> FeatureStore:

@@ -1,6 +1,6 @@
 """The features of this rank's stimuli, row after row, where a layer has few enough of them to be regressed on directly.
 
-They stay on disk as they are, and are scaled as they are read: each module of several to the same mean square, and by
+They stay on disk as they are, and are scaled as they are read: each module of several to a mean square, and by
 the root of a window over the map.
 """
 
@@ -90,16 +90,18 @@ def window_scale(
     map_sizes: Mapping[str, tuple[int, int]],
     widths: Mapping[str, int],
     variance: np.ndarray,
+    modules: Mapping[str, float],
 ) -> np.ndarray:
     """The scale of each feature through a window, float64 (features,): the root of the window at its position.
 
-    With several modules each is also divided by the root mean square that its features then have.
+    Several modules are each also brought to a mean square.
 
     Args:
         window: over the map.
         map_sizes: (rows, columns) of positions of each module, which vary fastest among its features.
         widths: number of features of each module, in order.
         variance: of each feature, float64 (features,).
+        modules: the mean square of each.
     """
     scales, start = [], 0
     for module, width in widths.items():
@@ -107,6 +109,7 @@ def window_scale(
         of_features = np.tile(weights, width // len(weights))
         if len(widths) > 1:
             of_features /= (of_features @ variance[start : start + width]) or 1.0
+            of_features *= modules[module]
         scales.append(np.sqrt(of_features))
         start += width
     return np.concatenate(scales)

@@ -26,16 +26,16 @@ CHUNK_BYTES = 2**22  # that the ranks add up at a time
 
 
 def write_inner_products(
-    activations: StoredActivations, modules: Sequence[str], bounds: Sequence[int], writer: RowWriter | None
+    activations: StoredActivations, modules: Mapping[str, float], bounds: Sequence[int], writer: RowWriter | None
 ) -> None:
     """Compute the inner products of the features of one or more modules together, and write them to disk.
 
-    They are centred on the mean of all stimuli. The features of several modules are each brought to the same mean
-    square; otherwise the module with the largest activations would dominate.
+    They are centred on the mean of all stimuli. The features of several modules are each brought to a mean square;
+    otherwise the module with the largest activations would dominate. A single module stays as it is.
 
     Args:
         activations: of all stimuli.
-        modules: names of the modules.
+        modules: the mean square of each module, by name.
         bounds: where the rows of each rank begin, and where those of the last end: (ranks + 1,). A rank may have none.
         writer: takes the rows of this rank; None if it has none.
     """
@@ -45,8 +45,9 @@ def write_inner_products(
     scales = _scales(activations, modules, block_bytes)
     centres: dict[str, dict[int, torch.Tensor]] = {module: {} for module in modules}
     for columns in parts:
-        total = _part(activations, modules[0], columns, block_bytes, centres[modules[0]], scales)
-        for module in modules[1:]:
+        first, *others = modules
+        total = _part(activations, first, columns, block_bytes, centres[first], scales)
+        for module in others:
             total += _part(activations, module, columns, block_bytes, centres[module], scales)
         _hand_out(total, columns, bounds, runtime, writer)
         del total  # before the next part is made
@@ -82,16 +83,17 @@ def parts_of(stimuli: int, memory_bytes: float) -> list[range]:
     return parts
 
 
-def _scales(activations: StoredActivations, modules: Sequence[str], block_bytes: float) -> dict[str, float]:
-    """The mean square of each module's features; empty for a single module, which is not scaled."""
+def _scales(activations: StoredActivations, modules: Mapping[str, float], block_bytes: float) -> dict[str, float]:
+    """What the products of each module are divided by; empty for a single module, which is not scaled."""
     if len(modules) == 1:
         return {}
     scales = {}
-    for module in modules:
+    for module, mean_square in modules.items():
         total = torch.zeros((), dtype=torch.float64, device=activations.runtime.device)
         for features in activations.slices(module, block_bytes=block_bytes):
             total += torch.linalg.vector_norm(features, dim=0, dtype=torch.float64).square().sum()
         scales[module] = float(activations.runtime.sum(total)) / activations.stimuli or 1.0
+        scales[module] /= mean_square
     return scales
 
 

@@ -26,18 +26,18 @@ POSITION_BYTES = 12
 
 def windowed_inner_products(
     windows: Sequence[Window],
-    modules: Sequence[str],
+    modules: Mapping[str, float],
     map_sizes: Mapping[str, tuple[int, int]],
     activations: StoredActivations,
 ) -> Iterator[torch.Tensor]:
     """Inner products of the features of one or more modules together, centred on the mean of all stimuli.
 
-    The features of several modules are each scaled to the same mean square, through each window; otherwise the module
-    with the largest activations would dominate.
+    The features of several modules are each scaled to a mean square, through each window; otherwise the module with the
+    largest activations would dominate. A single module stays as it is.
 
     Args:
         windows: over the map.
-        modules: names of the modules.
+        modules: the mean square of each module, by name.
         map_sizes: (rows, columns) of positions of each module.
         activations: of all stimuli.
 
@@ -45,8 +45,10 @@ def windowed_inner_products(
         From top to bottom, float64 (windows, rows, stimuli): rows of the matrices, once summed over ranks.
     """
     weights = {
-        module: position_weights(windows, module, map_sizes[module], activations, normalised=len(modules) > 1)
-        for module in modules
+        module: position_weights(
+            windows, module, map_sizes[module], activations, mean_square if len(modules) > 1 else None
+        )
+        for module, mean_square in modules.items()
     }
     mixed = {module: module_weights.shape[1] <= len(windows) for module, module_weights in weights.items()}
     stimuli, device = activations.stimuli, activations.runtime.device
@@ -67,7 +69,7 @@ def position_weights(
     module: str,
     map_size: tuple[int, int],
     activations: StoredActivations,
-    normalised: bool,
+    mean_square: float | None,
 ) -> torch.Tensor:
     """How inner products through windows weigh each position of a module's map: g, float64 (windows, positions).
 
@@ -76,18 +78,18 @@ def position_weights(
         module: name.
         map_size: (rows, columns) of positions.
         activations: of all stimuli.
-        normalised: whether g is divided by the mean square that the features have through the window.
+        mean_square: that the features are scaled to through each window; None leaves them as they are.
     """
     device = activations.runtime.device
     weights = torch.from_numpy(np.stack([window.weights(*map_size) for window in windows])).to(device).double()
-    if not normalised:
+    if mean_square is None:
         return weights
     squares = torch.zeros(weights.shape[1], dtype=torch.float64, device=device)
     for features in activations.slices(module, len(squares), block_bytes=activations.memory_bytes / 2):
         lengths = torch.linalg.vector_norm(features, dim=0, dtype=torch.float64)
         squares += lengths.square().view(-1, len(squares)).sum(0)
-    mean_square = weights @ activations.runtime.sum(squares) / activations.stimuli
-    return weights / torch.where(mean_square > 0, mean_square, 1.0)[:, None]
+    found = weights @ activations.runtime.sum(squares) / activations.stimuli
+    return weights / torch.where(found > 0, found, 1.0)[:, None] * mean_square
 
 
 def _add_mixed_positions(

@@ -183,6 +183,9 @@ class ProbeRecipe(Settings):
     )
     """Probes of other recordings of the same array, through windows with sites_learn together: what windows their
     sites read is known of these sites beforehand."""
+    population: Annotated[Text | None, OFTEN_CHANGED] = None
+    """Folder that train/population.py made of probes of other recordings: the layer is read together with maps of what
+    their sites respond to. It needs one layer, of the modules that those probes read."""
     response: Annotated[Literal["linear", "curved"], OFTEN_CHANGED, used_when("readout", "ridge")] = "linear"
     """What the prediction of a site is of its features: linear, or a quadratic curve of that, learned on left-out
     predictions (ridge only)."""
@@ -226,6 +229,8 @@ class ProbeRecipe(Settings):
         """
         if "pixels" in self.layers and len(self.layers) > 1:
             raise BadInput("layers: pixels are not a layer of a network; probe them in a run of their own")
+        if "pixels" in self.layers and self.population is not None:
+            raise BadInput("population: its sites read a network, not pixels; name the layer that they read (--layers)")
         if self.field != "whole" and self.readout != "ridge":
             raise BadInput(f"field: {self.field} weighs windows by leave-one-out, which only readout ridge has")
         check_no_training_settings(self)

@@ -19,6 +19,7 @@ from train.regression.windowed_inner_products import windowed_inner_products
 
 COUNTS = (700, 90)  # stimuli of two splits
 WIDTHS = {"first": 36, "second": 20}
+MEAN_SQUARES = {"first": 1.0, "second": 3.0}  # of the features together
 MAPS = {"first": (2, 3), "second": (2, 2)}
 SOME_MEMORY = 2**-10  # GiB; enough for 256 columns of the matrix, and for a few features at a time
 
@@ -56,7 +57,9 @@ def expected_products(features, modules) -> np.ndarray:
         centred = features[module].astype(np.float64)
         centred -= centred.mean(0)
         products = centred @ centred.T
-        total += products / (np.trace(products) / len(products) if len(modules) > 1 else 1)
+        total += (
+            products * MEAN_SQUARES[module] / (np.trace(products) / len(products)) if len(modules) > 1 else products
+        )
     return total - total.mean(0) - total.mean(1)[:, None] + total.mean()
 
 
@@ -82,14 +85,15 @@ def test_products_in_parts_over_ranks_are_those_of_the_features(tmp_path, featur
 
     def work(runtime):
         activations = stored(tmp_path, features, runtime, readable=readable)
+        squares = {module: MEAN_SQUARES[module] for module in modules}
         bounds = rows_of_all(stimuli, ranks) if keeps == "all" else rows_of_owner(stimuli, ranks - 1, ranks)
         rows = bounds[runtime.rank + 1] - bounds[runtime.rank]
         if not rows:
-            write_inner_products(activations, modules, bounds, None)
+            write_inner_products(activations, squares, bounds, None)
             return np.empty((0, stimuli))
         path = tmp_path / f"{runtime.rank}.npy"
         with RowWriter(path, (rows, stimuli), np.dtype(np.float64)) as writer:
-            write_inner_products(activations, modules, bounds, writer)
+            write_inner_products(activations, squares, bounds, writer)
         return np.load(path)
 
     products = np.concatenate(on_ranks(ranks, work))
@@ -118,7 +122,7 @@ def large_products(folder, memory):
     def work():
         activations = StoredActivations([[on_disk]], [stimuli], ThreadRuntime(Meeting(1), 0), memory, "float32")
         with RowWriter(Path(folder) / "products.npy", (stimuli, stimuli), np.dtype(np.float32)) as writer:
-            write_inner_products(activations, ["layer"], [0, stimuli], writer)
+            write_inner_products(activations, {"layer": 1.0}, [0, stimuli], writer)
 
     work()  # libraries take memory of their own when they are first used
     return work
@@ -133,10 +137,11 @@ def test_features_read_row_by_row_through_a_window_have_its_inner_products(tmp_p
         activations = stored(tmp_path, features, runtime)
         rows = FeatureRows(activations, modules)
         variance = mean_squares(rows, runtime, activations.stimuli, 2**12)
-        stripes = torch.cat(list(windowed_inner_products(windows, modules, MAPS, activations)), 1)
+        squares = {module: MEAN_SQUARES[module] for module in modules}
+        stripes = torch.cat(list(windowed_inner_products(windows, squares, MAPS, activations)), 1)
         products = runtime.sum(stripes).numpy()
         widths = {module: WIDTHS[module] for module in modules}
-        through = [rows.scaled(window_scale(window, MAPS, widths, variance)) for window in windows]
+        through = [rows.scaled(window_scale(window, MAPS, widths, variance, squares)) for window in windows]
         return rows.positions, variance, [part[:] for part in through], products
 
     per_rank = on_ranks(ranks, work)

@@ -50,7 +50,7 @@ def test_products_through_windows_are_mixed_on_the_gpu(cuda_runtime, precision):
     )
     sizes = {"small": (2, 2), "large": (10, 10)}
     with fake_gpu(may_wait=True):
-        stripes = list(windowed_inner_products(gaussian_windows(), list(sizes), sizes, activations))
+        stripes = list(windowed_inner_products(gaussian_windows(), dict.fromkeys(sizes, 1.0), sizes, activations))
     assert {stripe.device for stripe in stripes} == {CUDA}
 
 
