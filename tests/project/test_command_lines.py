@@ -10,6 +10,7 @@ from train.finetune import parse_command_line
 
 COMMANDS = [f"data_prep/{name}.py" for name in ("pack", "show", "fetch")]
 COMMANDS += [f"train/{name}.py" for name in ("finetune", "evaluate", "probe", "sweep", "report", "plan", "export")]
+COMMANDS += [f"train/{name}.py" for name in ("population", "foundation")]
 SLOW = ("torch", "timm", "accelerate", "deepspeed", "webdataset", "h5py", "pyarrow", "scipy", "matplotlib", "optuna")
 IMPORTS = """
 import runpy, sys

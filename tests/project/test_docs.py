@@ -120,8 +120,9 @@ def check(words: list[str]) -> None:
         assert (ROOT / words[script]).is_file()
         check_script(BATCH_SCRIPTS[Path(words[script]).stem], words[script + 1 :])
     elif first == "bash":
-        assert words[0] == "launch/study.sh"
-        check_script("train/study.py", words[1:])
+        check_script(
+            {"launch/study.sh": "train/study.py", "launch/foundation.sh": "train/foundation.py"}[words[0]], words[1:]
+        )
     elif first == "launch/check.sh":
         text = "".join((ROOT / "launch" / name).read_text() for name in ("check.sh", "processes.py"))
         assert all(word in text for word in words if word.startswith("-"))

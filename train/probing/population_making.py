@@ -221,8 +221,8 @@ def _card_text(facts: PopulationFacts, card: Mapping[str, Any]) -> str:
 - Licence: {card["licence"]}
 
 `{POPULATION_FILE}` has one weight for each site and channel of the network. Weights that were derived from recordings
-are all there is: no responses, no images, and no weights of the network. `seen.npz` has the stimulus ids and 16 bytes of
-a hash of each of the {card["images"]:,} images that the sites were fitted on, so that scores on these are refused.
+are all there is: no responses, no images, and no weights of the network. `seen.npz` has the stimulus ids and 16 bytes
+of a hash of each of the {card["images"]:,} images that the sites were fitted on, so that scores on these are refused.
 {unknown if card["seen"]["unknown"] else ""}
 Use: `train/probe.py ... --population FOLDER`, with the same network, modules and image size (docs/foundation.md).
 """
