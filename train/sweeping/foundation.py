@@ -30,6 +30,7 @@ from train.probing.population_making import make_population
 from train.run.folder import RunFolder, check_writable
 from train.run.recipe import ProbeRecipe, load_recipe
 from train.sweeping.queue_worker import print_line
+from train.sweeping.study.worker import LAUNCHER
 from train.sweeping.trial import COMMANDS, Launcher, outcome
 
 FACTS_FILE, TABLE = "foundation.json", "table.md"
@@ -169,9 +170,9 @@ class Foundation:
 
     def _run(self, words: Sequence[object], log: Path) -> tuple[int, str]:
         """Run train/probe.py; returns its exit code and what it printed."""
-        command = [sys.executable, str(COMMANDS / "probe.py"), *map(str, words)]
-        if self._launcher.processes > 1:
-            command = self._launcher.command(log.with_suffix(".launch.yaml"), "probe.py", *words)
+        processes = self._launcher.processes
+        launch: list[object] = [LAUNCHER, "local", "-n", processes] if processes > 1 else []
+        command = [sys.executable, *map(str, [*launch, COMMANDS / "probe.py", *words])]
         start = log.stat().st_size if log.exists() else 0
         code = run_logged(command, log, self._launcher.environment())
         return code, log.read_bytes()[start:].decode(errors="replace")

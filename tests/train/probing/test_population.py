@@ -29,7 +29,7 @@ SIDE, GRID = 32, 7
 MODULES = ["stages.0", "stages.1"]
 NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", SIDE]
 PROBE = [*NETWORK, "--layers", "+".join(MODULES)]
-WINDOWS = ["--field", "gaussian", "--sites", "together", "--response", "curved"]
+WINDOWS = ["--field", "gaussian", "--sites-learn", "together", "--response", "curved"]
 
 
 @pytest.fixture(scope="module")
