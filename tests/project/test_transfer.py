@@ -34,7 +34,7 @@ def test_sessions_are_read_with_those_that_share_no_image(transfer, tmp_path, mo
         make_folder(tmp_path / name, n=60, sites=3 + seed, seed=seed)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     out, others = tmp_path / "out", ["--others", tmp_path / "again", tmp_path / "v4_pe_x"]
-    words = [tmp_path / "new", "--out", out, *others, "--sizes", 20, 40, "all", "--recipe", tmp_path / "recipe.yaml"]
+    words = [tmp_path / "new", "--out", out, *others, "--sizes", 20, 40, "--recipe", tmp_path / "recipe.yaml"]
     monkeypatch.setattr(sys, "argv", ["transfer.py", *map(str, words)])
     module.main()
     results = json.loads((out / "results.json").read_text())
@@ -42,8 +42,6 @@ def test_sessions_are_read_with_those_that_share_no_image(transfer, tmp_path, mo
     assert found == [
         ("alone", "20", 20, 30, 0),
         ("with the population", "20", 20, 30, 4),
-        ("alone", "all", 30, 30, 0),
-        ("with the population", "all", 30, 30, 4),
     ]
     metrics = json.loads((out / "new" / "new" / "alone_20" / "eval" / "test" / "metrics.json").read_text())
     assert results[0]["r2"] == metrics["regression"]["r2"]["mean"]
