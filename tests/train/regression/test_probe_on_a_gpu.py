@@ -10,6 +10,7 @@ from fake_cuda import CUDA, Event, cuda_runtime, fake_copy, fake_gpu  # noqa: F4
 from networks import backbone
 
 from train.models.features import LayerFeatures, PixelFeatures
+from train.models.population import POPULATION, SiteMaps
 from train.models.windows import gaussian_windows
 from train.regression import decomposition, sliced_ridge
 from train.regression.decomposition import GpuDecomposition, eigh_on
@@ -138,11 +139,18 @@ def test_a_batch_is_handed_out_when_the_next_is_under_way(streams):
 
 
 def test_activations_leave_the_gpu_without_blocking_it(cuda_runtime, streams):  # noqa: F811
-    layers = LayerFeatures(fake_copy(backbone("test_resnet")), ["layer1", "layer4"], 2)
+    net, names = backbone("test_resnet"), ["layer1", "layer4"]
+    with torch.no_grad():
+        features = LayerFeatures(net, names, 2)(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
+    weights = {name: torch.ones(3, features[name].shape[1] // 4) for name in names}
+    site_maps = SiteMaps(weights, dict.fromkeys(names, (2, 2)), "")
+    layers = LayerFeatures(fake_copy(net), names, 2)
+    joined = LayerFeatures(fake_copy(net), [*names, POPULATION], 2, fake_copy(site_maps))
     with fake_gpu(may_wait=True), torch.no_grad():
         layers.to(CUDA)
+        joined.to(CUDA)
         batch = torch.zeros(2, 3, 64, 64, dtype=torch.uint8, device=CUDA)
-    for extractor in (PixelFeatures(), layers):
+    for extractor in (PixelFeatures(), layers, joined):
         with fake_gpu(), torch.no_grad():
             (copied,) = copied_to_host([extractor(batch)], CUDA)
         assert {tensor.device.type for tensor in copied.values()} == {"cpu"}
