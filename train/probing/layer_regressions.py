@@ -70,7 +70,6 @@ class LayerRegressions:
         files: for the results, of the leading rank.
         runtime: this process.
         monitor: for the log.
-        known_windows: what other recordings say of the windows of a site, float64 (windows,); None if nothing.
     """
 
     def __init__(
@@ -83,14 +82,12 @@ class LayerRegressions:
         files: ResultFiles,
         runtime: Runtime,
         monitor: Monitor,
-        known_windows: np.ndarray | None = None,
     ):
         self._recipe, self._layers, self._partitions, self._rates = recipe, layers, partitions, rates
         self._products, self._files, self._runtime, self._monitor = products, files, runtime, monitor
         held_out = np.concatenate([partition.held_out for partition in partitions])
         self._scored = np.sort(held_out)
         self._reading = SourceReading(recipe, rates, held_out, runtime)
-        self._known_windows = known_windows
         self._windows = probe_windows() if recipe.field == "gaussian" else [WHOLE_MAP]
         self._dual_forms: dict[str, list[DualForm]] = {}
 
@@ -201,8 +198,7 @@ class LayerRegressions:
         targets = None
         if self._recipe.sites_learn == "together":
             errors = [LeftOutErrors.of(of_windows(part), rates[:, part], partition.copies) for part in parts]
-            targets = SiteTargets.learned(LeftOutErrors.side_by_side(errors), self._known_windows)
-            stacked.window_prior.append(targets.prior)
+            targets = SiteTargets.learned(LeftOutErrors.side_by_side(errors))
         for part in parts:
             combined = stack(
                 of_windows(part),

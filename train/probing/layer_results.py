@@ -53,8 +53,6 @@ class LayerResult:
         window_centre: of each partition, float64 (2, sites), the mean centre of the windows that a site reads through:
             right and down from the image's middle, in half sides; NaN for a site that reads the whole map. Only with
             windows.
-        window_prior: of each partition, float64 (windows,), the probability of each window for a site of which nothing
-            is known, in the order of `probe_windows`; only where sites learn together.
         components: how principal components were found (`train/regression/spectrum.py`), of the least exact of the
             regressions; None if none were needed.
     """
@@ -68,7 +66,6 @@ class LayerResult:
     dual: list[Rows] = field(default_factory=list)
     mean: list[np.ndarray] = field(default_factory=list)
     window_centre: list[np.ndarray] = field(default_factory=list)
-    window_prior: list[np.ndarray] = field(default_factory=list)
     components: SpectrumFacts | None = None
 
 

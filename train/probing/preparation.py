@@ -35,7 +35,6 @@ from train.models.probe_network import network_digest
 from train.models.timm_networks import check_network_name, check_weights
 from train.probing.layer_regressions import Partition
 from train.probing.seen_check import PARTS, ProbeCheck, images_of
-from train.probing.window_prior import read_window_prior
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
 from train.run.recipe import ProbeRecipe, flat_settings
@@ -64,7 +63,6 @@ class ProbeJob:
         layers: names, in order.
         workers: decoding processes per rank.
         bad_samples: records which stimuli are left out.
-        known_windows: what the probes in `prior` say of the windows of a site, float64 (windows,); None without any.
     """
 
     recipe: ProbeRecipe
@@ -84,7 +82,6 @@ class ProbeJob:
     layers: list[str]
     workers: int
     bad_samples: BadSamples
-    known_windows: np.ndarray | None
 
     def describe(self) -> str:
         """What is probed, for the log."""
@@ -97,8 +94,6 @@ class ProbeJob:
         windows = "" if recipe.field == "whole" else ", each site through windows of its own"
         if recipe.sites_learn == "together":
             windows += "; sites learn from each other"
-        if recipe.prior:
-            windows += f", and from those of {', '.join(recipe.prior)}"
         if recipe.response == "curved":
             windows += "; responses are curves of that"
         lines = [
@@ -184,9 +179,6 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
     of_population = SeenRecord() if population is None else inherited_record(population.folder)
     ancestry = ancestry.inheriting(of_population, f"population {recipe.population}")
     network_fitted = ancestry.overlap(images).fitted
-    known_windows = read_window_prior(recipe.prior)
-    for probe in recipe.prior:
-        ancestry = ancestry.inheriting(inherited_record(Path(probe)), f"prior {probe}")
     check = ProbeCheck(ancestry, images, _ids(splits), SeenRule(str(out), split, policy, PARTS.get(split)))
     partitions, seen = check.compare(_partition(shards, split, recipe, splits, images))
     for name, stimuli in splits.items():
@@ -212,7 +204,6 @@ def prepare(recipe: ProbeRecipe, data: Path | str, out: Path, split: str, policy
         layers=layers,
         workers=workers,
         bad_samples=bad_samples,
-        known_windows=known_windows,
     )
 
 

@@ -39,9 +39,7 @@ def run(job: ProbeJob, scratch: Path, runtime: Runtime, monitor: Monitor) -> Non
     stored.clear_if_settings_changed()
     products = ProductStore(job.recipe, stored, runtime, monitor)
     files = ResultFiles(stored.folder / f"results-{_digest(job)}")
-    regressions = LayerRegressions(
-        job.recipe, job.layers, job.partitions, job.rates, products, files, runtime, monitor, job.known_windows
-    )
+    regressions = LayerRegressions(job.recipe, job.layers, job.partitions, job.rates, products, files, runtime, monitor)
     results = regressions.run()
     monitor.log("scores ...")
     scores = score_layers(job, results, runtime.ranks) if runtime.is_main else None

@@ -20,7 +20,6 @@ from train.evaluation.predictions_file import METRICS_FILE, Predictions
 from train.evaluation.seen_stimuli import mark_of, seen_in, selected_on
 from train.probing.layer_results import LayerResult
 from train.probing.preparation import ProbeJob
-from train.probing.window_prior import WINDOW_PRIOR, window_prior_block
 from train.run.folder import LEFT_OUT
 from train.run.monitor import Monitor
 
@@ -123,8 +122,6 @@ def _layer_block(job: ProbeJob, result: LayerResult, resampled: ResampledScores)
         block["penalty"] = [to_json_list(penalty) for penalty in result.penalty]
     if result.window_centre:
         block["field_centre"] = [[to_json_list(axis) for axis in centre] for centre in result.window_centre]
-    if result.window_prior:
-        block[WINDOW_PRIOR] = window_prior_block(result.window_prior)
     if result.components:
         block["components"] = asdict(result.components)
     for name, value in (("rsa", result.similarity.rsa), ("cka", result.similarity.cka)):

@@ -14,7 +14,6 @@ import numpy as np
 TEMPER = 0.3  # power of the likelihood: errors are not independent, as each left-out fit shares the other stimuli
 ITERATIONS = 10  # of expectation maximisation; a prior that has converged is as narrow as the sample of sites
 EVEN = 1e-4  # of the prior is spread over all options, so that none becomes impossible
-KNOWN_SITES = 10  # that a prior from other recordings counts for
 
 
 @dataclass(frozen=True)
@@ -30,28 +29,24 @@ class SharedPrior:
     posterior: np.ndarray
 
 
-def shared_prior(squares: np.ndarray, counts: np.ndarray, known: np.ndarray | None = None) -> SharedPrior:
+def shared_prior(squares: np.ndarray, counts: np.ndarray) -> SharedPrior:
     """Learn the prior and the posteriors.
 
     Args:
         squares: float64 (options, sites), sums of squared errors for stimuli that were left out; NaN where there are
             none.
         counts: (sites,), number of stimuli that these are of.
-        known: float64 (options,), what other recordings say of the prior, sums to 1; it counts as `KNOWN_SITES` more
-            sites would.
     """
     usable = np.isfinite(squares).all(axis=0) & (squares > 0).all(axis=0) & (counts > 0)
     likelihood = np.ones_like(squares)
     relative = squares[:, usable] / squares[:, usable].min(axis=0)
     likelihood[:, usable] = np.exp(-TEMPER / 2 * counts[usable] * np.log(relative))
     options, sites = len(squares), int(usable.sum())
-    prior = np.full(options, 1 / options) if known is None else (known + EVEN / options) / (1 + EVEN)
+    prior = np.full(options, 1 / options)
     posterior = _posterior(prior, likelihood)
     if sites:
         for _ in range(ITERATIONS):
             shares = posterior[:, usable].sum(axis=1)
-            if known is not None:
-                shares = (shares + KNOWN_SITES * known) * sites / (sites + KNOWN_SITES)
             prior = (shares / sites + EVEN / options) / (1 + EVEN)
             posterior = _posterior(prior, likelihood)
     return SharedPrior(prior, posterior)

@@ -95,33 +95,30 @@ class SiteTargets:
     Attributes:
         whole: float64 (members, sites), given all stimuli.
         without_fold: float64 (folds, members, sites), given those outside each fold.
-        prior: float64 (members,), of a site of which nothing is known yet, given all stimuli.
     """
 
     whole: np.ndarray
     without_fold: np.ndarray
-    prior: np.ndarray
 
     @classmethod
-    def learned(cls, errors: LeftOutErrors, known: np.ndarray | None = None) -> "SiteTargets":
+    def learned(cls, errors: LeftOutErrors) -> "SiteTargets":
         """The posterior probability of each member, with what suits all sites as the prior.
 
         Args:
             errors: of the members.
-            known: float64 (members,), what other recordings say of the prior.
         """
 
         def given(parts: list[int]) -> SharedPrior:
-            return shared_prior(errors.squares[parts].sum(axis=0), errors.counts[parts].sum(axis=0), known)
+            return shared_prior(errors.squares[parts].sum(axis=0), errors.counts[parts].sum(axis=0))
 
         every = range(len(errors.counts))
         of_all = given(list(every))
         without_fold = [given([other for other in every if other != fold]).posterior for fold in every]
-        return cls(of_all.posterior, np.stack(without_fold), of_all.prior)
+        return cls(of_all.posterior, np.stack(without_fold))
 
     def of_sites(self, sites: slice) -> "SiteTargets":
         """Those of some sites."""
-        return SiteTargets(self.whole[:, sites], self.without_fold[..., sites], self.prior)
+        return SiteTargets(self.whole[:, sites], self.without_fold[..., sites])
 
 
 def stacking_folds(stimuli: int, copies: np.ndarray | None) -> list[np.ndarray]:

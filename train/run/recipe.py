@@ -178,11 +178,6 @@ class ProbeRecipe(Settings):
     sites_learn: Annotated[Literal["apart", "together"], OFTEN_CHANGED, used_when("readout", "ridge")] = "apart"
     """How the penalty and the windows of a site are chosen: by its own responses alone, or together with what suits
     the other sites as the prior, which helps most where stimuli are few (ridge only)."""
-    prior: Annotated[list[Text], used_when("sites_learn", "together"), used_when("field", "gaussian")] = Field(
-        [], max_length=MOST_RECORDINGS
-    )
-    """Probes of other recordings of the same array, through windows with sites_learn together: what windows their
-    sites read is known of these sites beforehand."""
     population: Annotated[Text | None, OFTEN_CHANGED] = None
     """Folder that train/population.py made of probes of other recordings: the layer is read together with maps of what
     their sites respond to. It needs one layer, of the modules that those probes read."""

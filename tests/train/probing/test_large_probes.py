@@ -1,20 +1,15 @@
 """A probe's results do not depend on how large matrices are kept, in which groups, or on where it was interrupted."""
 
-import json
-
 import numpy as np
 import pytest
 from helpers import run_here, succeed_here
 from launching import metrics, predictions
 
-from data_prep.common.errors import BadInput
 from train.probing import layer_regressions, product_store
 from train.probing.layer_regressions import LayerRegressions
 from train.probing.product_store import ProductStore
 from train.probing.stored_layers import StoredLayers
-from train.probing.window_prior import read_window_prior
 from train.regression import krylov
-from train.regression.shared_prior import EVEN, KNOWN_SITES
 
 NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", "32"]
 PIXELS = ["--layers", "pixels", "--images.size", "16"]  # more features than stimuli
@@ -76,47 +71,6 @@ def test_windows_in_groups_give_the_results_of_all_at_once(recording, tmp_path, 
     monkeypatch.setattr(ProductStore, "_most_matrices", lambda self, key, free: 30)
     monkeypatch.setattr(layer_regressions, "STACK_COPIES", 40_000)
     assert_alike(probe(recording, tmp_path / "groups", *options), expected, 1e-6)
-
-
-def test_windows_that_other_recordings_know_of_are_preferred(recording, tmp_path):
-    """The prior of one probe is taken over from its folder; its images count as fitted, so --seen must allow them."""
-    options = [*WINDOWS, "--sites-learn", "together"]
-    expected, _ = probe(recording, tmp_path / "first", *options)
-    prior = expected["layers"]["stages.2"]["window_prior"]
-    assert len(prior) == 76
-    assert sum(entry["share"] for entry in prior) == pytest.approx(1)
-    path = tmp_path / "first/eval/val/metrics.json"
-    for number, entry in enumerate(prior):
-        entry["share"] = float(number == 40)
-    path.write_text(json.dumps(expected))
-    options += ["--prior", tmp_path / "first"]
-    found, _ = probe(recording, tmp_path / "second", *options)
-    shares = [entry["share"] for entry in found["layers"]["stages.2"]["window_prior"]]
-    assert shares.index(max(shares)) == 40
-    sites = len(found["regression"]["r2"]["per_site"])
-    assert shares[40] >= KNOWN_SITES / (KNOWN_SITES + sites) - EVEN
-    refused = run_here("train/probe.py", "--data", recording, "--out", tmp_path / "cv", *options, "--split", "cv")
-    assert refused.returncode == 2
-    assert "prior" in refused.stderr
-
-
-@pytest.mark.parametrize(
-    ("damage", "expected"),
-    [
-        (None, "has no results of a probe"),
-        ({"chosen": "a", "layers": {"a": {}}}, "does not tell which windows its sites share"),
-        ({"layers": {}}, "is not that of a probe, or damaged"),
-        ({"chosen": "a", "layers": {"a": {"window_prior": [{"x": 0}]}}}, "is damaged"),
-        ({"chosen": "a", "layers": {"a": {"window_prior": []}}}, "other windows"),
-    ],
-    ids=str,
-)
-def test_a_prior_that_is_none_is_refused(tmp_path, damage, expected):
-    if damage is not None:
-        (tmp_path / "eval/val").mkdir(parents=True)
-        (tmp_path / "eval/val/metrics.json").write_text(json.dumps(damage))
-    with pytest.raises(BadInput, match=expected):
-        read_window_prior([str(tmp_path)])
 
 
 @pytest.mark.parametrize("split", ["val", "cv"])

@@ -213,7 +213,6 @@ def test_the_report_names_a_run_without_scores(trained, tmp_path):
         (["--readout", "pls", "--components", "5"], "only with readout ridge or ols"),
         (["--readout", "ols", "--sites-learn", "together"], "only with readout ridge"),
         (["--readout", "pls", "--response", "curved"], "only with readout ridge"),
-        (["--field", "gaussian", "--prior", "runs/other"], "only with sites_learn together"),
         (["--split", "cv", "--cross-validation.folds", "1000"], "cannot fill 1000 folds"),
         (["--split", "cv", "--cross-validation.by", "grouped", "--cross-validation.key", "objct"], "objct"),
         (["--resume"], "not a probe that can be resumed"),

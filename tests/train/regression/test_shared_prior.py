@@ -8,7 +8,7 @@ import pytest
 from train.regression import ridge as ridge_module
 from train.regression.gram import centred_gram
 from train.regression.ridge import PENALTIES, ridge
-from train.regression.shared_prior import EVEN, KNOWN_SITES, TEMPER, shared_prior
+from train.regression.shared_prior import EVEN, TEMPER, shared_prior
 
 
 def test_a_single_round_is_bayes_rule():
@@ -54,19 +54,6 @@ def test_a_site_without_errors_has_the_prior_and_no_say():
     np.testing.assert_allclose(found.posterior[:, :6], expected.posterior)
     for site in (6, 7, 8):
         np.testing.assert_allclose(found.posterior[:, site], found.prior)
-
-
-def test_what_other_recordings_know_counts_as_more_sites_would():
-    """Sites that are sure of the first two options, beside others that are known to be of the third."""
-    squares = np.full((3, 20), 1e9)
-    squares[0, :15], squares[1, 15:] = 1, 1
-    known = np.array([0, 0, 1.0])
-    found = shared_prior(squares, np.full(20, 100), known)
-    expected = np.array([15, 5, KNOWN_SITES]) / (20 + KNOWN_SITES)
-    np.testing.assert_allclose(found.prior, (expected + EVEN / 3) / (1 + EVEN))
-    np.testing.assert_allclose(found.posterior[0, :15], 1)
-    nothing = shared_prior(np.full((3, 2), np.nan), np.zeros(2), known)
-    np.testing.assert_allclose(nothing.posterior[:, 0], (known + EVEN / 3) / (1 + EVEN))
 
 
 def test_no_site_at_all_leaves_the_options_even():
