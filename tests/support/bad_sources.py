@@ -110,7 +110,6 @@ FOLDERS: dict[str, Case] = {
     "a huge JPEG": (_image(large_jpeg(_jpeg())), ("stim0000", "megapixels")),
     "a JPEG of endless scans": (_image(many_scans(_jpeg(progressive=True))), ("stim0000", "scans")),
     "a program as an image": (_image(b"%!PS-Adobe-3.0 EPSF\n(touch canary) run"), ("stim0000", "readable image")),
-    "an id that is a path": (_cell("stim0000,", "../stim,"), ("line 2", "stimulus_id")),
     "an id that steers the terminal": (_cell("stim0000,", "\x1b[2J,"), ("line 2", "stimulus_id")),
     "an object that steers the terminal": (_cell("apple", "\x1b[2J"), ("an object", "printable")),
     "a name that steers the terminal": (

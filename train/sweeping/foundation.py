@@ -175,7 +175,7 @@ class Foundation:
         command = [sys.executable, *map(str, [*launch, COMMANDS / "probe.py", *words])]
         start = log.stat().st_size if log.exists() else 0
         code = run_logged(command, log, self._launcher.environment())
-        return code, log.read_bytes()[start:].decode(errors="replace")
+        return code, read_regular_file(log)[start:].decode(errors="replace")
 
     def _table(self) -> str:
         kinds: list[Kind] = ["alone", "new"] if self._options.compare else ["new"]

@@ -274,7 +274,7 @@ def test_a_poisson_run_predicts_positive_rates(data, tmp_path):
 def test_a_correlation_run_is_calibrated_on_the_fitted_stimuli(data, tmp_path, ema):
     options = ["--loss.responses", "correlation", "--early-stopping.split", "val", "--epochs", "3"]
     run = trained(tmp_path / "run", data, *options, *ema)
-    assert "best pearson_r" in (run / "log.txt").read_text()
+    assert "best Pearson r" in (run / "log.txt").read_text()
     arrays = evaluated(run, "train")
     for site in range(SITES):
         line = np.polyfit(arrays["prediction"][:, site], arrays["target"][:, site], 1)
