@@ -255,6 +255,7 @@ def in_this_process(monkeypatch):
     monkeypatch.setattr(Launcher, "run", run)
 
 
+@slow
 @pytest.mark.usefixtures("in_this_process")
 def test_a_small_study_trains_scores_and_compares(recording, tmp_path):
     """Two rows of it."""
