@@ -87,7 +87,7 @@ def both_predictions(
 
 @dataclass(frozen=True)
 class Simulated(Source):
-    """The simulated recording as an endless one: its held-out stimuli are drawn with replacement, trials anew.
+    """The simulated recording as an endless one: held-out stimuli are drawn with replacement, trials simulated again.
 
     Attributes:
         rates: noise-free, float (stimuli, sites).

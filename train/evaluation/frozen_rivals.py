@@ -1,6 +1,7 @@
 """Whether a frozen layer, probed beside a fine-tuned run, predicts the same stimuli better."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,21 @@ from train.run.yaml_files import read_yaml
 PIXELS = "pixels"
 MOST_NEIGHBOURS = 200  # folders that are looked at
 ADVICE = "report the frozen one, or see docs/best.md for what makes fine-tuning win"
+
+
+@dataclass(frozen=True)
+class FrozenLayer:
+    """The chosen layer of a probe.
+
+    Attributes:
+        r2: the mean over sites.
+        name: of the layer.
+        probe: folder, for people.
+    """
+
+    r2: float
+    name: str
+    probe: str
 
 
 def frozen_ahead(run: Path, split: str, recording: str, metrics: Mapping[str, Any]) -> str:
@@ -26,15 +42,15 @@ def frozen_ahead(run: Path, split: str, recording: str, metrics: Mapping[str, An
     score = _r2(metrics)
     if score is None or "control" in metrics:
         return ""
-    best = max(_probes(run, split, recording, metrics), default=None)
-    if best is None or best[0] <= score:
+    best = max(_layers(run, split, recording, metrics), key=lambda layer: layer.r2, default=None)
+    if best is None or best.r2 <= score:
         return ""
-    r2, layer, probe = best
-    return f"a frozen layer is ahead of this run: {layer} of {probe}, R2 {r2:.4f} against {score:.4f}; {ADVICE}"
+    ahead = f"{best.name} of {best.probe}, R2 {best.r2:.4f} against {score:.4f}"
+    return f"a frozen layer is ahead of this run: {ahead}; {ADVICE}"
 
 
-def _probes(run: Path, split: str, recording: str, metrics: Mapping[str, Any]) -> Iterator[tuple[float, str, str]]:
-    """R2, chosen layer and folder of the probes beside a run that were scored on the same stimuli."""
+def _layers(run: Path, split: str, recording: str, metrics: Mapping[str, Any]) -> Iterator[FrozenLayer]:
+    """The chosen layers of the probes beside a run that were scored on the same stimuli."""
     neighbours = sorted(path for path in run.absolute().parent.iterdir() if path.is_dir() and not path.is_symlink())
     for path in neighbours[:MOST_NEIGHBOURS]:
         try:
@@ -44,7 +60,7 @@ def _probes(run: Path, split: str, recording: str, metrics: Mapping[str, Any]) -
             same = all(content.get(key) == metrics[key] for key in ("recording", "fingerprint"))
             r2 = _r2(content)
             if is_frozen and same and r2 is not None and "control" not in content and not _has_leaks(content):
-                yield r2, printable(str(content["chosen"])), printable(str(run.parent / path.name))
+                yield FrozenLayer(r2, printable(str(content["chosen"])), printable(str(run.parent / path.name)))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # no probe, or one that is not done or damaged
 

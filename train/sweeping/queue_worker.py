@@ -9,6 +9,7 @@ from typing import Any
 
 from train.sweeping.queue import Claim, Queue
 from train.sweeping.supervised_process import POLL_SECONDS
+from train.sweeping.trial import Outcome
 
 HEARTBEATS_UNTIL_STALE = 6
 LONGEST_HEARTBEAT = 10.0  # seconds between two
@@ -84,6 +85,23 @@ def take_trials(
             print_line("waiting for the trials of other workers")
         is_waiting = True
         _pause(heartbeat_seconds, stop)
+
+
+def record_failure(queue: Queue, claim: Claim, outcome: Outcome, log: str = "") -> None:
+    """Leave a trial that did not end well to be tried again, or for good where that would not help.
+
+    Args:
+        queue: of the trial.
+        claim: of this worker.
+        outcome: of the trial.
+        log: its file, where the outcome's reason does not name it.
+    """
+    if outcome.kind == "failed" and claim.failures + 1 < TRIES:
+        queue.release(claim, failed=True)
+        print_line(f"{claim.run} failed and will be tried again: {outcome.reason}")
+        return
+    queue.fail(claim, outcome.reason, diverged=outcome.kind == "diverged")
+    print_line(f"{claim.run} failed: {outcome.reason}{f' -> {log}' if log else ''}")
 
 
 def _pause(seconds: float, stop: StopRequest) -> None:

@@ -18,7 +18,7 @@ from train.run.recipe import save_recipe
 from train.sweeping.plan import Plan, load_plan
 from train.sweeping.publishing import REPORTED_SPLIT, publish
 from train.sweeping.queue import Claim, Queue, open_study
-from train.sweeping.queue_worker import TRIES, StopRequest, print_line, seconds_between_heartbeats, take_trials
+from train.sweeping.queue_worker import StopRequest, print_line, record_failure, seconds_between_heartbeats, take_trials
 from train.sweeping.standings import Standings
 from train.sweeping.supervised_process import Heartbeat, hold_lock
 from train.sweeping.sweep_folder import SweepFolder
@@ -109,12 +109,8 @@ class Worker:
         elif outcome.kind == "bad input":
             self.study.release(claim, failed=False)
             raise BadInput(f"{outcome.reason} (trial {claim.run}, see {log}; fix it and start the sweep again)")
-        elif outcome.kind == "failed" and claim.failures + 1 < TRIES:
-            self.study.release(claim, failed=True)
-            print_line(f"{claim.run} failed and will be tried again: {outcome.reason}")
         else:
-            self.study.fail(claim, outcome.reason, diverged=outcome.kind == "diverged")
-            print_line(f"{claim.run} failed: {outcome.reason} -> {log}")
+            record_failure(self.study, claim, outcome, str(log))
 
     def score_best(self, standings: Standings) -> Standings:
         """Score the best run on the reported split, once; of several workers the first does it.

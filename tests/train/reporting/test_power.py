@@ -194,6 +194,13 @@ def test_a_given_difference_shows_less_with_fewer_repetitions(runs, study):
     assert f"if it truly is {shown:.4f}" in text
 
 
+def test_how_few_would_do_is_said_only_as_far_as_plans_hold(runs):
+    """A lead that a handful of stimuli and a site or two would show."""
+    printed = one_line(plan(runs[0], runs[2], "--scored", "200"))
+    assert "fewer than 80 of the 200 scored stimuli" in printed
+    assert not re.search(r"\b[1-9] of the \d+ sites", printed)
+
+
 def test_presentations_are_divided_as_well_as_they_can_be(runs, study):
     text = plan(*runs[:2], "--presentations", "6000", "--difference", "0.05")
     assert "6,000 presentations, 25% of the stimuli scored" in text  # 195 of 780

@@ -408,7 +408,7 @@ def test_a_folder_of_runs_is_searched(tmp_path):
     (runs / "notes" / "old").mkdir(parents=True)
     (runs / ".hidden").mkdir()
     (runs / "earlier" / "figures").mkdir(parents=True)
-    (runs / "earlier" / "report.html").touch()  # a report is no run, and nothing that anybody misses
+    (runs / "earlier" / "report.html").touch()  # a report is not a run, and nobody misses it in the list
     (runs / "readme.txt").write_text("no folder")
     for _ in range(2):  # the second time beside the first report
         done = report(runs, runs)

@@ -13,8 +13,9 @@ AT = {  # populations as a sentence ends
     "both": "for other stimuli and other sites",
 }
 
-
 FAR = 2.05  # times the recorded repetitions, beyond which a plan says that it extrapolates
+# Of fewer, plans were not found to hold (docs/power.md), so how many fewer would do is not said.
+FEWEST_STIMULI, FEWEST_SITES = 80, 10
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,20 @@ def _spare(needed: Need, design: Design, planned: Planned) -> str:
     """What would have done as well."""
     words = []
     if needed.stimuli is not None and needed.stimuli < design.stimuli:
-        words.append(f"{needed.stimuli:,} of the {design.stimuli:,} scored stimuli")
+        words += _of_those(needed.stimuli, design.stimuli, FEWEST_STIMULI, "scored stimuli")
     now = repetitions_of(design, planned)
     if now is not None and needed.repetitions is not None and needed.repetitions < round(now):
         words.append(f"{needed.repetitions} of the {now:.0f} repetitions")
     if needed.sites is not None and needed.sites < design.sites:
-        words.append(f"{needed.sites:,} of the {design.sites:,} sites")
+        words += _of_those(needed.sites, design.sites, FEWEST_SITES, "sites")
     return f"{' or '.join(words)} would have been enough" if words else ""
+
+
+def _of_those(needed: int, there: int, fewest: int, what: str) -> list[str]:
+    """So many of what is there; below the fewest of which plans hold, only that it is fewer."""
+    if needed >= fewest:
+        return [f"{needed:,} of the {there:,} {what}"]
+    return [f"fewer than {fewest} of the {there:,} {what}"] if there > fewest else []
 
 
 def _precision(subject: Subject, design: Design, question: Question) -> str:

@@ -21,7 +21,7 @@ from train.run.folder import RunFolder
 from train.run.recipe import load_recipe
 from train.sweeping.publishing import REPORTED_SPLIT
 from train.sweeping.queue import Claim, Queue, QueueContents, open_queue
-from train.sweeping.queue_worker import TRIES, StopRequest, print_line, seconds_between_heartbeats, take_trials
+from train.sweeping.queue_worker import StopRequest, print_line, record_failure, seconds_between_heartbeats, take_trials
 from train.sweeping.study.folder import RowState, SelectsOn, StudyFacts, StudyFolder
 from train.sweeping.study.rows import ROWS, SMALL_GRID, Row, Step
 from train.sweeping.supervised_process import Heartbeat, hold_lock
@@ -124,12 +124,8 @@ class StudyWorker:
             seconds = round(time.monotonic() - started, 1)
             self.queue.succeed(claim, 0.0, {"seconds": seconds})
             print_line(f"{claim.run} done in {seconds:.0f} s")
-        elif outcome.kind == "failed" and claim.failures + 1 < TRIES:
-            self.queue.release(claim, failed=True)
-            print_line(f"{claim.run} failed and will be tried again: {outcome.reason}")
         else:
-            self.queue.fail(claim, outcome.reason, diverged=outcome.kind == "diverged")
-            print_line(f"{claim.run} failed: {outcome.reason}")
+            record_failure(self.queue, claim, outcome)
 
     def _run_steps(self, claim: Claim) -> Outcome:
         heartbeat = Heartbeat(self.folder.heartbeat(claim.run), claim.token, seconds_between_heartbeats(STALE_SECONDS))

@@ -161,7 +161,7 @@ def test_variance_components_are_unbiased():
 
 @pytest.mark.parametrize("population", POPULATIONS)
 def test_an_interval_holds_for_the_population_that_it_speaks_of(population):
-    """Drawn anew: stimuli, sites, or both; the truth is the mean over endless ones of these."""
+    """Stimuli, sites or both are drawn again and again; the truth is the mean over endless ones of these."""
     rng, design, held, draws = np.random.default_rng(1), Design(40, 15), 0, 600
     for _ in range(draws):
         stimulus, site = np.sqrt(0.4) * rng.normal(size=(40, 1)), np.sqrt(0.2) * rng.normal(size=15)
