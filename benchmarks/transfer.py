@@ -1,24 +1,27 @@
 """Make the table of docs/foundation.md: what the sites of other sessions are worth to a new one.
 
     python benchmarks/transfer.py SESSION [SESSION ...] --out OUT [--others SESSION ...] [--left-out {session,animal}]
+                                  [--rounds 2] [--sizes 50 100 200 400 all]
 
 A SESSION is a folder as `pack.py folder` takes it. Each in turn is the new one: 50, 100, 200, 400 and all stimuli of
 its first half, in the order of its table, fit train/recipes/probes/best.yaml, and the second half is scored; alone, and
 with a population of all others (`--others` adds sessions that are never new). Sessions that share an image with the
-new one are left out of its population, with `--left-out animal` also all of its animal. Everything is done by the real
-commands; what is done is not done again, so the command goes on where it was stopped.
+new one are left out of its population, with `--left-out animal` also all of its animal. With two rounds, each session
+of a population has been read together with the sites of the others. Everything is done by the real commands; what is
+done is not done again, so the command goes on where it was stopped, and several of it share the work of one OUT.
 
 OUT/table.md  transfer.png  results.json     the scores, and the minutes of each probe
 OUT/shards/  sites/  populations/  new/      what the commands made
 """
 
 import argparse
+import fcntl
+import hashlib
 import json
-import re
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,8 @@ sys.path.insert(0, str(ROOT))
 
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.image_identity import ImageIdentities
-from train.data.seen import images_of_split, is_among, joined
+from train.data.seen import is_among
+from train.sweeping.foundation import images_of
 
 RECIPE = ROOT / "train/recipes/probes/best.yaml"
 SIZES = ("50", "100", "200", "400", "all")
@@ -72,6 +76,12 @@ def animal_of(session: str) -> str:
     return next((animal for start, animal in ANIMALS.items() if session.startswith(start)), session)
 
 
+def short_name(sessions: Sequence[str], rounds: int) -> str:
+    """A name for the folder of a population."""
+    digest = hashlib.sha256(" ".join(sorted(sessions)).encode()).hexdigest()[:8]
+    return f"{len(sessions)}_sessions_{digest}_round_{rounds}"
+
+
 class Transfer:
     """The commands, and what they have made.
 
@@ -87,12 +97,14 @@ class Transfer:
     def _command(self, out: Path, *words: object) -> float:
         """Run a command that makes a folder, unless it has; returns the minutes that it took."""
         seconds = out.with_name(f"{out.name}.seconds.json")
-        if not seconds.exists():
-            print(f"{time.strftime('%H:%M:%S')} {out.relative_to(self._out)}", file=sys.stderr, flush=True)
-            resume = ["--resume"] if (out / "recipe.yaml").exists() else []
-            started = time.monotonic()
-            run_checked([sys.executable, *words, "--out", out, *resume], PYTHONPATH=str(ROOT))
-            seconds.write_text(json.dumps(time.monotonic() - started))
+        with out.with_name(f"{out.name}.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not seconds.exists():
+                print(f"{time.strftime('%H:%M:%S')} {out.relative_to(self._out)}", file=sys.stderr, flush=True)
+                resume = ["--resume"] if (out / "recipe.yaml").exists() else []
+                started = time.monotonic()
+                run_checked([sys.executable, *words, "--out", out, *resume], PYTHONPATH=str(ROOT))
+                seconds.write_text(json.dumps(time.monotonic() - started))
         return float(json.loads(seconds.read_text())) / 60
 
     def shards(self, session: str, kind: str) -> Path:
@@ -105,46 +117,55 @@ class Transfer:
 
     def images(self, session: str) -> ImageIdentities:
         """All images of a session."""
-        shards = ShardFolder(self.shards(session, "halves"))
-        return joined([images_of_split(shards, split) for split in shards.manifest.splits])
+        return images_of(ShardFolder(self.shards(session, "halves")))
+
+    def apart(self, session: str, sessions: Iterable[str]) -> list[str]:
+        """The other sessions that share no image with one."""
+        images = self.images(session)
+        return [other for other in sessions if other != session and not is_among(self.images(other), images).any()]
 
     def others(self, session: str) -> list[str]:
         """The sessions whose sites a new one is read with."""
-        images, others = self.images(session), []
-        for other in self._folders:
-            same = other == session if self._options.left_out == "session" else animal_of(other) == animal_of(session)
-            if not same and other != session and not is_among(self.images(other), images).any():
-                others.append(other)
+        others = self.apart(session, self._folders)
+        if self._options.left_out == "animal":
+            others = [other for other in others if animal_of(other) != animal_of(session)]
+        if not others:
+            raise SystemExit(f"no other session can be read with {session}: name more, or --left-out session")
         return others
 
-    def population(self, session: str) -> Path:
-        """The population that a new session is read with."""
-        probes = []
-        for other in self.others(session):
-            probes.append(self._out / "sites" / other)
-            probes[-1].parent.mkdir(exist_ok=True)
-            words = ("--data", self.shards(other, "most"))
-            self._command(probes[-1], "train/probe.py", self._options.recipe, *words)
-        if not probes:
-            raise SystemExit(f"no other session can be read with {session}: name more, or --left-out session")
-        out = self._out / "populations" / f"{session}_without_{self._options.left_out}"
+    def site_probe(self, session: str, others: Sequence[str]) -> Path:
+        """A probe of a whole session, together with the sites of others if there are any."""
+        words: list[object] = ["--data", self.shards(session, "most")]
+        out = self._out / "sites" / session
+        if others:
+            words += ["--population", self.population_of(others, 1)]
+            out = out.with_name(f"{session}_with_{short_name(others, 1)}")
+        out.parent.mkdir(exist_ok=True)
+        self._command(out, "train/probe.py", self._options.recipe, *words)
+        return out
+
+    def population_of(self, sessions: Sequence[str], rounds: int) -> Path:
+        """The population of some sessions."""
+        read_with = {session: self.apart(session, sessions) if rounds == 2 else [] for session in sessions}
+        probes = [self.site_probe(session, others) for session, others in read_with.items()]
+        out = self._out / "populations" / short_name(sessions, rounds)
         out.parent.mkdir(exist_ok=True)
         self._command(out, "train/population.py", *probes)
         return out
 
     def result(self, session: str, system: str, size: str) -> Result:
         """Probe a new session."""
-        out = self._out / "new" / session / f"{re.sub('[^a-z]+', '_', system)}_{self._options.left_out}_{size}"
-        if system == ALONE:
-            out = out.with_name(f"alone_{size}")
-        out.parent.mkdir(parents=True, exist_ok=True)
+        out = self._out / "new" / session / f"alone_{size}"
         words: list[object] = ["--data", self.shards(session, "halves"), "--split", "test"]
         words += [] if size == "all" else ["--subset", size]
         sites = 0
         if system == JOINED:
-            population = self.population(session)
+            others, rounds = self.others(session), self._options.rounds
+            out = out.with_name(f"{short_name(others, rounds)}_{size}")
+            population = self.population_of(others, rounds)
             words += ["--population", population]
             sites = json.loads((population / "card.json").read_text())["sites"]
+        out.parent.mkdir(parents=True, exist_ok=True)
         minutes = self._command(out, "train/probe.py", self._options.recipe, *words)
         metrics = json.loads((out / "eval" / "test" / "metrics.json").read_text())
         regression = metrics["regression"]
@@ -210,6 +231,9 @@ def main() -> None:
     parser.add_argument("--others", nargs="*", default=[], help="which are only read for the populations")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--left-out", choices=("session", "animal"), default="session")
+    parser.add_argument(
+        "--rounds", type=int, choices=(1, 2), default=2, help="how often the sessions of a population are read"
+    )
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), help="stimuli to fit; `all` is the first half")
     parser.add_argument("--recipe", type=Path, default=RECIPE, help="of all probes")
     options = parser.parse_args()

@@ -16,6 +16,7 @@ from data_prep.common.errors import run_command
 
 EXAMPLES = (
     "data/monkey_a data/monkey_b --new data/monkey_c --out runs/foundation --compare",
+    "data/sessions/* --new data/today --networks tf_efficientnet_lite0 tf_efficientnet_lite1 --out runs/stacked",
     "data/sessions/* --out runs/foundation --licence CC-BY-4.0",
 )
 BEST = Path(__file__).parent / "recipes" / "probes" / "best.yaml"
@@ -39,6 +40,10 @@ class FoundationCommand(BaseModel):
     """Also read the new recordings without the population, for the table."""
     recipe: Path = BEST
     """Of all probes: one layer, whose modules are read together."""
+    networks: list[str] = Field([], max_length=100)
+    """Networks to read instead of the recipe's, by their timm names; probes of several are stacked."""
+    rounds: int = Field(2, ge=1, le=2)
+    """How often each of DATA is read: alone, and once more with the sites of the others."""
     split: Literal["val", "test"] = "val"
     """Stimuli to score; the probes are fitted on train."""
     licence: str | None = Field(None, min_length=1, max_length=1000)
@@ -58,6 +63,8 @@ def main() -> None:
         new=options.new,
         out=options.out,
         recipe=options.recipe,
+        networks=options.networks,
+        rounds=options.rounds,
         split=options.split,
         compare=options.compare,
         licence=options.licence,

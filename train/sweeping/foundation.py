@@ -1,40 +1,41 @@
 """Probes several recordings, makes a population of their sites, and reads new recordings with it.
 
 RUNS/foundation.json              of which recordings, by which recipe
-RUNS/sites/NAME/  NAME.log        a probe of each recording, and its output
-RUNS/population/                  what their sites read (train/models/population.py)
-RUNS/new/NAME/  NAME.log          a probe of each new recording, with the population
-RUNS/alone/NAME/  NAME.log        the same without it, to compare
+RUNS/sites/NAME/                  a probe of each recording
+RUNS/others/NAME/                 with two rounds: the population of all the other recordings
+RUNS/again/NAME/                  and a probe of each recording together with that
+RUNS/population/                  what the sites read in the last round (train/models/population.py)
+RUNS/new/NAME/                    a probe of each new recording, with the population
+RUNS/alone/NAME/                  the same without it, to compare
 RUNS/table.md                     scores of the new recordings
+
+Of several networks each has a folder RUNS/NETWORK/ of these, and the probes of a new recording are stacked in
+RUNS/new/NAME/ and RUNS/alone/NAME/. What a command printed is in NAME.log, beside its folder.
 """
 
-import shutil
-import subprocess
-import sys
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data_prep.common.atomic_writes import write_bytes, write_json
-from data_prep.common.errors import BadInput, RunFailed
+from data_prep.common.errors import BadInput
 from data_prep.common.markdown import markdown_table
 from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.shards.folder import ShardFolder
-from train.evaluation.predictions_file import METRICS_FILE
+from data_prep.shards.image_identity import ImageIdentities
+from train.data.seen import images_of_split, is_among, joined
 from train.evaluation.seen_stimuli import mark_of, seen_in
-from train.models.population import POPULATION_FILE
-from train.probing.population_making import make_population
-from train.run.folder import RunFolder, check_writable
+from train.run.folder import check_writable
 from train.run.recipe import ProbeRecipe, load_recipe
-from train.sweeping.queue_worker import print_line
-from train.sweeping.study.worker import LAUNCHER
-from train.sweeping.trial import COMMANDS, Launcher, outcome
+from train.sweeping.foundation_commands import FoundationCommands
 
 FACTS_FILE, TABLE = "foundation.json", "table.md"
-Kind = Literal["sites", "new", "alone"]
+NEW, ALONE = "new", "alone"  # folders of the new recordings' probes
+TITLES = {ALONE: "without", NEW: "with the population"}
 
 
 class FoundationFacts(BaseModel):
@@ -43,12 +44,16 @@ class FoundationFacts(BaseModel):
     Attributes:
         recordings: fingerprint of each, by name.
         recipe: settings of the probes.
+        networks: that are read.
+        rounds: 1 or 2.
     """
 
     model_config = ConfigDict(extra="forbid")
 
     recordings: dict[str, str]
     recipe: dict[str, Any]
+    networks: list[str] = Field(min_length=1)
+    rounds: int = Field(ge=1, le=2)
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,8 @@ class FoundationOptions:
         new: those of the recordings that are read with it.
         out: folder.
         recipe: of the probes.
+        networks: to read instead of the recipe's.
+        rounds: 1 or 2; in the second each recording is read with the sites of the others.
         split: that is scored.
         compare: whether new recordings are also read without the population.
         licence: of the recordings, for the population's card.
@@ -70,6 +77,8 @@ class FoundationOptions:
     new: Sequence[str]
     out: Path
     recipe: Path
+    networks: Sequence[str]
+    rounds: int
     split: str
     compare: bool
     licence: str | None
@@ -87,116 +96,156 @@ class Foundation:
     """
 
     def __init__(self, options: FoundationOptions):
-        self._options, self._launcher = options, Launcher(options.processes)
+        self._options = options
+        self._commands = FoundationCommands(options.split, options.licence, options.processes)
         self._data, self._new = _by_name(options.data, options.new)
         recipe = load_recipe(options.recipe, ProbeRecipe)
         if recipe.population is not None:
             raise BadInput(f"{options.recipe}: this command sets population itself; leave it out")
-        recordings = {name: ShardFolder(location).manifest.fingerprint for name, location in self._data.items()}
-        for location in self._new.values():
-            ShardFolder(location)
-        self._begin(FoundationFacts(recordings=recordings, recipe=recipe.model_dump(mode="json")))
+        shards = {name: ShardFolder(location) for name, location in (self._data | self._new).items()}
+        networks = list(options.networks) or [recipe.backbone.name]
+        facts = FoundationFacts(
+            recordings={name: shards[name].manifest.fingerprint for name in self._data},
+            recipe=recipe.model_dump(mode="json"),
+            networks=networks,
+            rounds=options.rounds,
+        )
+        _begin(options.out, facts)
+        self._apart = _without_common_images({name: shards[name] for name in self._data}) if options.rounds == 2 else {}
+        self._folders = _folders_of(networks, options.out)
 
     def run(self) -> str:
         """Do what is missing; returns the table of the new recordings, in Markdown."""
-        for name, location in self._data.items():
-            self._probe("sites", name, location)
-        population = self._options.out / "population"
-        if not (population / POPULATION_FILE).is_file():
-            facts = make_population(
-                [self._folder("sites", name) for name in self._data], population, self._options.licence
-            )
-            print_line(f"population of {facts.sites:,} sites -> {population}")
-        for name, location in self._new.items():
-            if self._options.compare:
-                self._probe("alone", name, location)
-            self._probe("new", name, location, "--population", population)
+        populations = [self._read(network, folder) for network, folder in self._folders.items()]
         if not self._new:
-            return f"{population} is made; read a new recording with train/probe.py ... --population {population}"
+            named = ", ".join(map(str, populations))
+            return f"{named} is made; read a new recording with train/probe.py ... --population {populations[0]}"
+        if len(self._folders) > 1:
+            self._stack()
         table = self._table()
         write_bytes(self._options.out / TABLE, table.encode())
         return table
 
-    def _begin(self, facts: FoundationFacts) -> None:
-        out, path = self._options.out, self._options.out / FACTS_FILE
-        if path.is_file():
-            try:
-                known = FoundationFacts.model_validate(parse_json(read_regular_file(path)))
-            except (OSError, ValueError, ValidationError):
-                raise BadInput(f"{path} is damaged; choose another --out") from None
-            if known.recordings != facts.recordings:
-                raise BadInput(
-                    f"{out} was begun on other recordings ({', '.join(known.recordings)}); choose another --out"
-                )
-            if known.recipe != facts.recipe:
-                raise BadInput(f"{out} was begun with another recipe; choose another --out")
-            return
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise BadInput(f"{out} exists and is not an empty folder; choose another --out")
-        check_writable(out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, facts.model_dump())
+    @property
+    def _kinds(self) -> list[str]:
+        return [ALONE, NEW] if self._options.compare else [NEW]
 
-    def _folder(self, kind: Kind, name: str) -> Path:
-        return self._options.out / kind / name
+    def _read(self, network: str, folder: Path) -> Path:
+        """Read all recordings from a network; returns the population."""
+        probes = {name: self._probe(folder / "sites" / name, network, data) for name, data in self._data.items()}
+        if self._options.rounds == 2:
+            probes = {name: self._read_again(name, network, folder, probes) for name in self._data}
+        population = self._commands.population(folder / "population", list(probes.values()))
+        for name, data in self._new.items():
+            if self._options.compare:
+                self._probe(folder / ALONE / name, network, data)
+            self._probe(folder / NEW / name, network, data, "--population", population)
+        return population
 
-    def _metrics(self, kind: Kind, name: str) -> Path:
-        return RunFolder(self._folder(kind, name)).evaluation(self._options.split) / METRICS_FILE
+    def _read_again(self, name: str, network: str, folder: Path, probes: Mapping[str, Path]) -> Path:
+        """Probe a recording with the sites of those that share no image with it, if there are any.
 
-    def _probe(self, kind: Kind, name: str, location: str, *words: object) -> None:
-        """Probe a recording, unless that is done.
+        A third round would read it with sites that have read its own, whose responses would then tell of themselves.
 
-        Raises:
-            BadInput, RunFailed: the probe ended with an error.
+        Args:
+            name: of the recording.
+            network: that is read.
+            folder: of the network.
+            probes: of the first round, by recording.
+
+        Returns:
+            The folder of its last probe.
         """
-        folder = self._folder(kind, name)
-        if self._metrics(kind, name).is_file():
-            return
-        resume = ["--resume"] if RunFolder(folder).recipe.is_file() else []
-        if not resume:  # an attempt was killed before the probe had claimed its folder
-            shutil.rmtree(folder, ignore_errors=True)
-        folder.parent.mkdir(exist_ok=True)
-        options = self._options
-        words = (options.recipe, "--data", location, "--out", folder, "--split", options.split, *words, *resume)
-        log = folder.with_name(f"{name}.log")
-        print_line(f"probing {name} -> {log}")
-        code, printed = self._run(words, log)
-        ended = outcome(code, printed, log)
-        if ended.kind == "done":
-            return
-        if ended.kind == "bad input":
-            raise BadInput(ended.reason)
-        raise RunFailed(f"the probe of {name} ended: {ended.reason}; run the same command again to go on")
+        others = [probes[other] for other in self._apart[name]]
+        if not others:
+            return probes[name]
+        population = self._commands.population(folder / "others" / name, others)
+        return self._probe(folder / "again" / name, network, self._data[name], "--population", population)
 
-    def _run(self, words: Sequence[object], log: Path) -> tuple[int, str]:
-        """Run train/probe.py; returns its exit code and what it printed."""
-        processes = self._launcher.processes
-        launch: list[object] = [LAUNCHER, "local", "-n", processes] if processes > 1 else []
-        command = [sys.executable, *map(str, [*launch, COMMANDS / "probe.py", *words])]
-        start = log.stat().st_size if log.exists() else 0
-        code = run_logged(command, log, self._launcher.environment())
-        return code, read_regular_file(log)[start:].decode(errors="replace")
+    def _probe(self, folder: Path, network: str, data: str, *words: object) -> Path:
+        words = (self._options.recipe, "--data", data, *words)
+        return self._commands.probe(folder, *words, *(("--backbone.name", network) if self._options.networks else ()))
+
+    def _stack(self) -> None:
+        """Stack what was read from each network."""
+        for kind in self._kinds:
+            for name in self._new:
+                members = [folder / kind / name for folder in self._folders.values()]
+                self._commands.stack(self._options.out / kind / name, members)
 
     def _table(self) -> str:
-        kinds: list[Kind] = ["alone", "new"] if self._options.compare else ["new"]
-        titles = {"alone": "without", "new": "with the population"}
-        header = ["recording", "sites", "fitted on", *(f"R2 {titles[kind]}" for kind in kinds)]
-        header += [*(f"median r² {titles[kind]}" for kind in kinds), "seen"]
+        several = len(self._folders) > 1
+        header = ["recording", *(["network"] if several else []), "sites", "fitted on"]
+        header += [f"{score} {TITLES[kind]}" for score in ("R2", "median r²") for kind in self._kinds]
+        systems = self._folders | ({"stack": self._options.out} if several else {})
         rows = []
         for name in self._new:
-            found = {kind: _read_metrics(self._metrics(kind, name)) for kind in kinds}
-            metrics = found["new"]
-            cells = [name, str(len(metrics["regression"]["r2"]["per_site"])), f"{metrics['training_stimuli']:,}"]
-            cells += [_number(found[kind]["regression"]["r2"]["mean"]) for kind in kinds]
-            cells += [_number(found[kind]["regression"]["squared_pearson_r"]["median"]) for kind in kinds]
-            rows.append([*cells, mark_of(seen_in(metrics))])
-        return markdown_table(header, rows) + "\n"
+            fitted = self._metrics(next(iter(self._folders.values())), NEW, name)["training_stimuli"]
+            for network, folder in systems.items():
+                found = {kind: self._metrics(folder, kind, name) for kind in self._kinds}
+                cells = [name, *([network] if several else [])]
+                cells += [str(len(found[NEW]["regression"]["r2"]["per_site"])), f"{fitted:,}"]
+                cells += [_number(found[kind]["regression"]["r2"]["mean"]) for kind in self._kinds]
+                cells += [_number(found[kind]["regression"]["squared_pearson_r"]["median"]) for kind in self._kinds]
+                rows.append([*cells, mark_of(seen_in(found[NEW]))])
+        return markdown_table([*header, "seen"], rows) + "\n"
+
+    def _metrics(self, folder: Path, kind: str, name: str) -> Mapping[str, Any]:
+        path = self._commands.metrics_of(folder / kind / name)
+        try:
+            metrics: Mapping[str, Any] = parse_json(read_regular_file(path))
+        except (OSError, ValueError):
+            raise BadInput(f"{path} is damaged; remove its folder and run the same command again") from None
+        return metrics
 
 
-def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-    """Run a command whose output is added to a file; returns its exit code."""
-    with log.open("ab") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+def images_of(shards: ShardFolder) -> ImageIdentities:
+    """All images of a recording."""
+    return joined([images_of_split(shards, split) for split in shards.manifest.splits])
+
+
+def _without_common_images(shards: Mapping[str, ShardFolder]) -> dict[str, list[str]]:
+    """For each recording the others that share no image with it."""
+    images = {name: images_of(folder) for name, folder in shards.items()}
+    return {
+        name: [other for other in images if other != name and not is_among(images[other], images[name]).any()]
+        for name in images
+    }
+
+
+def _folders_of(networks: Sequence[str], out: Path) -> dict[str, Path]:
+    """Where the probes of each network are."""
+    if len(networks) == 1:
+        return {networks[0]: out}
+    return {network: out / re.sub(r"[^\w.-]+", "-", network) for network in networks}
+
+
+def _begin(out: Path, facts: FoundationFacts) -> None:
+    """Make the folder, or make sure that it is one of the same work.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    path = out / FACTS_FILE
+    if path.is_file():
+        try:
+            known = FoundationFacts.model_validate(parse_json(read_regular_file(path)))
+        except (OSError, ValueError, ValidationError):
+            raise BadInput(f"{path} is damaged; choose another --out") from None
+        if known.recordings != facts.recordings:
+            raise BadInput(f"{out} was begun on other recordings ({', '.join(known.recordings)}); choose another --out")
+        if known.recipe != facts.recipe:
+            raise BadInput(f"{out} was begun with another recipe; choose another --out")
+        if known.networks != facts.networks:
+            raise BadInput(f"{out} was begun with --networks {' '.join(known.networks)}; choose another --out")
+        if known.rounds != facts.rounds:
+            raise BadInput(f"{out} was begun with --rounds {known.rounds}; choose another --out")
+        return
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out} exists and is not an empty folder; choose another --out")
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, facts.model_dump())
 
 
 def _by_name(data: Sequence[str], new: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
@@ -209,14 +258,6 @@ def _by_name(data: Sequence[str], new: Sequence[str]) -> tuple[dict[str, str], d
         known[name] = location
     named = list(known.items())
     return dict(named[: len(data)]), dict(named[len(data) :])
-
-
-def _read_metrics(path: Path) -> Mapping[str, Any]:
-    try:
-        metrics: Mapping[str, Any] = parse_json(read_regular_file(path))
-    except (OSError, ValueError):
-        raise BadInput(f"{path} is damaged; remove its folder and run the same command again") from None
-    return metrics
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from helpers import assert_refused, run_here, succeed_here
@@ -11,7 +12,7 @@ from make_sources import make_folder
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from train.models.population import read_population
-from train.sweeping import foundation
+from train.sweeping import foundation_commands
 
 SETTINGS = {
     "layers": ["stages.0+stages.1"],
@@ -22,9 +23,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def recordings(tmp_path_factory):
-    """Shard folders a, b and c."""
+    """Shard folders a, b, c, and twin with the images of a."""
     path = tmp_path_factory.mktemp("foundation")
-    for seed, name in enumerate("abc"):
+    for name, seed in {"a": 0, "b": 1, "c": 2, "twin": 0}.items():
         make_folder(path / "src" / name, n=50, sites=4, splits=True, seed=seed)
         pack(Folder(source=path / "src" / name).open(), path / name, stimuli_per_shard=50, workers=1)
     (path / "probe.yaml").write_text(yaml.safe_dump(SETTINGS))
@@ -43,13 +44,14 @@ def started(monkeypatch):
         log.write_text(done.stdout + done.stderr)
         return done.returncode
 
-    monkeypatch.setattr(foundation, "run_logged", run)
+    monkeypatch.setattr(foundation_commands, "run_logged", run)
     return commands
 
 
-def words(recordings, out, *options):
-    data = [recordings / "a", recordings / "b"]
-    return ["train/foundation.py", *data, "--out", out, "--recipe", recordings / "probe.yaml", *options]
+def words(recordings, out, *options, names="ab", rounds=1):
+    data = [recordings / name for name in names]
+    settings = ["--recipe", recordings / "probe.yaml", "--rounds", rounds]
+    return ["train/foundation.py", *data, "--out", out, *settings, *options]
 
 
 def test_new_recordings_are_read_with_the_sites_of_others(recordings, tmp_path, started):
@@ -67,15 +69,51 @@ def test_new_recordings_are_read_with_the_sites_of_others(recordings, tmp_path, 
     assert len(started) == 4
 
 
+def test_probes_of_several_networks_are_stacked(recordings, tmp_path, started):
+    networks = ["test_convnext", "test_convnext2"]
+    options = ["--new", recordings / "c", "--compare", "--networks", *networks]
+    command = words(recordings, tmp_path / "runs", *options)
+    table = succeed_here(*command).stdout
+    assert len(started) == 10  # of each network four probes, and two stacks
+    folders = [tmp_path / "runs" / network / "new" / "c" for network in networks]
+    recipes = [yaml.safe_load((folder / "recipe.yaml").read_text()) for folder in folders]
+    assert [recipe["backbone"]["name"] for recipe in recipes] == networks
+    members = [metrics(folder) for folder in folders]
+    stack = metrics(tmp_path / "runs" / "new" / "c")
+    for scores in (*members, stack):
+        assert f"{scores['regression']['r2']['mean']:.3f}" in table
+    succeed_here(*command)
+    assert len(started) == 10
+    assert_refused(run_here(*command[:-1]), "begun with --networks test_convnext test_convnext2")
+
+
+def test_in_the_second_round_each_recording_is_read_with_the_sites_of_the_others(recordings, tmp_path, started):
+    out = tmp_path / "runs"
+    succeed_here(*words(recordings, out, rounds=2))
+    assert len(started) == 4
+    succeed_here("train/population.py", out / "sites" / "b", "--out", tmp_path / "b")
+    by_hand = ["train/probe.py", recordings / "probe.yaml", "--data", recordings / "a", "--population", tmp_path / "b"]
+    succeed_here(*by_hand, "--out", tmp_path / "a")
+    succeed_here("train/population.py", tmp_path / "a", out / "again" / "b", "--out", tmp_path / "both")
+    found, expected = (read_population(folder).weights for folder in (out / "population", tmp_path / "both"))
+    for module, weights in expected.items():
+        np.testing.assert_allclose(found[module], weights, rtol=1e-6)
+
+
+def test_a_recording_is_not_read_with_the_sites_of_one_that_shows_its_images(recordings, tmp_path, started):
+    succeed_here(*words(recordings, tmp_path / "runs", names=["a", "twin"], rounds=2))
+    assert len(started) == 2
+
+
 def test_bad_input_is_refused_before_anything_runs(recordings, tmp_path, started):
     out = tmp_path / "runs"
     assert_refused(run_here(*words(recordings, out, "--new", recordings / "a")), "have the same name, a")
     assert_refused(run_here(*words(recordings, out, "--new", tmp_path / "nowhere")), "nowhere")
     assert not out.exists()
     succeed_here(*words(recordings, out))
-    other = ["train/foundation.py", recordings / "a", "--out", out, "--recipe", recordings / "probe.yaml"]
-    assert_refused(run_here(*other), "begun on other recordings (a, b)")
-    assert_refused(run_here(*words(recordings, out)[:-1], tmp_path / "missing.yaml"), "missing.yaml")
+    assert_refused(run_here(*words(recordings, out, names="a")), "begun on other recordings (a, b)")
+    assert_refused(run_here(*words(recordings, out, rounds=2)), "begun with --rounds 1")
+    assert_refused(run_here(*words(recordings, out, "--recipe", tmp_path / "missing.yaml")), "missing.yaml")
     assert len(started) == 2
 
 
