@@ -25,6 +25,7 @@ from train.evaluation.predictions_file import (
     read_class_predictions,
     read_predictions,
 )
+from train.models.saved_probe import SAVED_PROBE
 from train.reporting.reproduction import commands_of
 from train.reporting.run_files import (
     Classification,
@@ -210,11 +211,13 @@ class ReportedRun:
         """How far a run that has not been scored is, and how to score it."""
         if self.ensemble is not None:
             return f"the ensemble was not scored on {self.split}; to score it: {self.command}"
+        command = f"train/evaluate.py {self.path} --split {self.split}"
+        if self.is_probe and (self.path / SAVED_PROBE).is_file():
+            return f"the probe is done; to score it: {command}"
         if self.is_probe:
             return f"the probe is not done, or was not scored on {self.split}"
         done = max((line["epoch"] for line in self.epochs), default=0)
         epochs = f"{done} of {self.setting('epochs')} epochs done" if done else "no epoch done yet"
-        command = f"train/evaluate.py {self.path} --split {self.split}"
         return f"{epochs}{self._best_so_far()}{self._last_written()}; to score it: {command}"
 
     def _best_so_far(self) -> str:

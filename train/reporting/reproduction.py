@@ -23,10 +23,13 @@ def commands_of(path: Path, split: str) -> list[str]:
     """
     if (path / ENSEMBLE_FILE).is_file():
         return list(dict.fromkeys(_of_ensemble(path, split, DEEPEST)))
-    commands = list(_of_run(path))
-    if commands and not is_probe(RunFolder(path)):
-        commands.append(shlex.join(["launch/local.sh", "train/evaluate.py", str(path), "--split", split]))
-    return commands
+    environment = read_environment(RunFolder(path).env)
+    if not environment.command:
+        return []
+    if is_probe(RunFolder(path)) and _split_of(environment.command) == split:
+        return [_launched(environment)]
+    scoring = shlex.join(["launch/local.sh", "train/evaluate.py", str(path), "--split", split])
+    return [_launched(environment), scoring]
 
 
 def _of_run(path: Path) -> Iterator[str]:
@@ -67,7 +70,7 @@ def _launched(environment: Environment) -> str:
 
 
 def _split_of(command: list[str]) -> str:
-    """The split that a command of train/evaluate.py scored."""
+    """The split that a command of train/evaluate.py or train/probe.py scored."""
     for word, following in zip(command, [*command[1:], ""], strict=True):
         if word == "--split":
             return following

@@ -13,7 +13,9 @@ from helpers import assert_refused, run_here
 from make_runs import SITES, epoch_line, guess, make_classifier, make_probe, make_run, responses
 from markupsafe import escape
 
+from train.models.saved_probe import SAVED_PROBE
 from train.reporting.reported_run import read_run
+from train.reporting.reproduction import commands_of
 from train.run.recipe import ProbeRecipe, Recipe
 
 NASTY = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
@@ -396,6 +398,18 @@ def test_the_row_of_an_ensemble_says_what_reproduces_it(tmp_path):
     (read,) = read_run(ensemble, "test", "all")
     assert "--split test" in read.command
     assert "the ensemble was not scored on test; to score it: launch/local.sh train/evaluate.py" in read.progress
+
+
+def test_a_probe_that_was_scored_on_another_split_says_how(tmp_path):
+    target, command = responses(), ["probe.py", "--data", "data/mine", "--out", str(tmp_path / "probe")]
+    probe = make_probe(tmp_path / "probe", target, {"blocks.1": guess(target, 0.5)}, "blocks.1", command=command)
+    made = f"launch/local.sh -n 2 train/{' '.join(command)}"
+    assert commands_of(probe, "val") == [made]
+    assert commands_of(probe, "test") == [made, f"launch/local.sh train/evaluate.py {probe} --split test"]
+    (read,) = read_run(probe, "test", "probe")
+    assert read.progress == "the probe is not done, or was not scored on test"
+    (probe / SAVED_PROBE).touch()  # it can predict any split
+    assert read.progress == f"the probe is done; to score it: train/evaluate.py {probe} --split test"
 
 
 def test_a_folder_of_runs_is_searched(tmp_path):
