@@ -15,7 +15,8 @@ from train.evaluation.predicting.image_predictor import ImagePredictor
 from train.run import predictor
 
 ARCHIVE = "predictor.zip"
-FILES = ("network.pt2", "predictor.json", "predictor.py", SEEN_FILE)
+NETWORK, FACTS, PROGRAM = "network.pt2", "predictor.json", "predictor.py"
+FILES = (NETWORK, FACTS, PROGRAM, SEEN_FILE)
 
 
 def write_predictor(opened: ImagePredictor, out: Path) -> list[Path]:
@@ -70,13 +71,12 @@ def _contents(opened: ImagePredictor) -> dict[str, bytes]:
         "torch": torch.__version__,
         "seen": record_facts(record),
     }
-    contents = (
-        content.getvalue(),
-        json.dumps(facts, indent=1).encode(),
-        Path(predictor.__file__).read_bytes(),
-        record.content(),
-    )
-    return dict(zip(FILES, contents, strict=True))
+    return {
+        NETWORK: content.getvalue(),
+        FACTS: json.dumps(facts, indent=1).encode(),
+        PROGRAM: Path(predictor.__file__).read_bytes(),
+        SEEN_FILE: record.content(),
+    }
 
 
 def _exported(opened: ImagePredictor, images: list[torch.Tensor]) -> torch.export.ExportedProgram:

@@ -5,6 +5,7 @@ import io
 import shutil
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -44,6 +45,14 @@ def images(recording):
     return np.stack([fit(np.asarray(image), SIZE) for image in decoded])
 
 
+def loaded(folder, **options):
+    """The predictor of a folder, by the folder's own program."""
+    spec = importlib.util.spec_from_file_location("exported_predictor", folder / "predictor.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Predictor(**options)
+
+
 def same(exported, run):
     expected = predictions(run)["prediction"]
     assert expected.std() > 0
@@ -76,10 +85,7 @@ def test_matlab_files_hold_the_same(exported, recording):
 
 def test_the_predictor_predicts_the_same(exported, images):
     run, out = exported
-    spec = importlib.util.spec_from_file_location("exported_predictor", out / "predictor.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    predictor = module.Predictor()
+    predictor = loaded(out)
     assert predictor.site_ids == predictions(run)["site_id"].tolist()
     for batch_size in (1, 7, 64):
         same(predictor.predict(images, batch_size), run)
@@ -138,10 +144,7 @@ def cut_hybrid(recording, tmp_path_factory):
 def test_a_cut_hybrid_is_exported_too(cut_hybrid, images, tmp_path):
     done = succeed_here("train/export.py", cut_hybrid, "--out", tmp_path, "--format", "predictor", "timm")
     assert "cut at stages.0+stages.1" in done.stdout
-    spec = importlib.util.spec_from_file_location("cut_predictor", tmp_path / "predictor.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    predictor = module.Predictor()
+    predictor = loaded(tmp_path)
     same(predictor.predict(images), cut_hybrid)
     chances = predictor.predict_classes(images)
     assert chances.shape == (len(images), len(predictor.classes))
@@ -168,12 +171,42 @@ def val_files(recording, tmp_path_factory):
 
 
 def test_a_probe_is_exported_too(exported_all, predictors, val_files):
-    spec = importlib.util.spec_from_file_location("probe_predictor", exported_all / "probe/predictor.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    predictor = module.Predictor()
+    predictor = loaded(exported_all / "probe")
     assert predictor.site_ids == predictions(predictors / "probe")["site_id"].tolist()
     same(predictor.predict(val_files, batch_size=7), predictors / "probe")
+
+
+def test_an_exported_predictor_takes_what_spiketune_takes(exported_all, val_files, tmp_path):
+    """Single images, grey ones, and nothing that would be clipped."""
+    predictor = loaded(exported_all / "probe")
+    expected = predictor.predict(val_files[:1])
+    np.testing.assert_array_equal(predictor.predict(val_files[0]), expected)
+    np.testing.assert_array_equal(predictor.predict(str(val_files[0])), expected)
+    image = Image.open(val_files[0])
+    np.testing.assert_array_equal(predictor.predict(image), expected)
+    np.testing.assert_array_equal(predictor.predict(np.asarray(image.convert("RGB"))), expected)
+    grey = image.convert("L")
+    np.testing.assert_array_equal(predictor.predict(np.asarray(grey)), predictor.predict(grey))
+    deep = tmp_path / "deep.png"
+    Image.fromarray(np.full((48, 48), 40_000, np.uint16)).save(deep)
+    for refused in (deep, Image.open(deep)):
+        with pytest.raises(ValueError, match="8 bits a channel"):
+            predictor.predict([refused])
+
+
+@pytest.mark.parametrize("kind", ["probe", "stack"])
+def test_an_exported_predictor_runs_on_another_device(exported_all, tmp_path, kind):
+    """What torch.export wrote down names the CPU. The device `meta` holds no numbers, and mixes with no other."""
+    folder = exported_all / kind
+    if kind == "stack":
+        with zipfile.ZipFile(folder / "predictor.zip") as archive:
+            archive.extractall(tmp_path)
+        folder = tmp_path
+    predictor = loaded(folder, device="meta")
+    images = [torch.zeros(2, 3, size, size, dtype=torch.uint8, device="meta") for size in predictor.image_sizes]
+    rates = predictor._network(images)["rates"]
+    assert rates.device.type == "meta"
+    assert rates.shape == (2, len(predictor.site_ids))
 
 
 def test_an_ensemble_is_one_file(exported_all, predictors, val_files, tmp_path):
