@@ -55,9 +55,10 @@ def _fitted(
 
 
 def _each(images: Images) -> Iterator[ImageLike]:
-    if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
-        return iter([images])
-    return iter(images)
+    is_image = isinstance(images, str | Path | Image.Image)
+    if isinstance(images, np.ndarray):
+        is_image = images.ndim < 4 and images.dtype.kind not in "OU"  # arrays of paths
+    return iter([images]) if is_image else iter(images)
 
 
 def pixels_of(image: ImageLike) -> np.ndarray:

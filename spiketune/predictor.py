@@ -19,6 +19,7 @@ from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFea
 from train.models.layer_selection import readable_layers
 from train.models.probe_network import ProbeNetwork
 from train.run.folder import RunFolder
+from train.run.predictor import float32_convolutions
 
 if TYPE_CHECKING:
     from train.models.backbone import Backbone
@@ -46,7 +47,9 @@ def load(
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    return Predictor(open_predictor(Path(path), recording, checkpoint), torch.device(device))
+    with torch.random.fork_rng(devices=[]):  # networks begin with random weights, which change no draw of the program
+        opened = open_predictor(Path(path), recording, checkpoint)
+    return Predictor(opened, torch.device(device), checkpoint)
 
 
 class Predictor:
@@ -63,8 +66,8 @@ class Predictor:
         device: where it computes.
     """
 
-    def __init__(self, opened: ImagePredictor, device: torch.device):
-        self._opened = opened
+    def __init__(self, opened: ImagePredictor, device: torch.device, checkpoint: str):
+        self._opened, self._checkpoint = opened, checkpoint
         self.path, self.kind, self.recording, self.units = opened.path, opened.kind, opened.recording, opened.units
         self.site_ids, self.classes = list(opened.site_ids or []), list(opened.classes or [])
         self.image_sizes, self.device = opened.network.image_sizes, device
@@ -113,13 +116,17 @@ class Predictor:
     def _outputs(self, images: Images, name: str, batch_size: int) -> Iterator[np.ndarray]:
         for batch in batches(images, self.image_sizes, batch_size):
             on_device = [pixels.to(self.device) for pixels in batch.values()]
-            yield self._opened.network(on_device)[name].cpu().numpy()
+            with float32_convolutions():
+                outputs = self._opened.network(on_device)[name]
+            yield outputs.cpu().numpy()
 
     # ------------------------------------------------------------------------------------------------------ features
 
     @property
     def layers(self) -> list[str]:
-        """The modules of its network whose `features` can be read, and "pixels"."""
+        """The modules of its network whose `features` can be read, and "pixels"; none for an ensemble."""
+        if self.kind == "ensemble":
+            return []
         backbone = self._backbone()
         return [PIXELS] if backbone is None else [PIXELS, *readable_layers(backbone, self.image_sizes[0])]
 
@@ -141,7 +148,10 @@ class Predictor:
         """
         extractor, rows = self._extractor(layer, pool), []
         for batch in batches(images, self.image_sizes, batch_size):
-            rows.append(extractor(batch[self.image_sizes[0]].to(self.device))[layer].cpu().numpy())
+            pixels = batch[self.image_sizes[0]].to(self.device)
+            with float32_convolutions():
+                activations = extractor(pixels)[layer]
+            rows.append(activations.cpu().numpy())
         if not rows:
             raise BadInput("no images are given")
         return np.concatenate(rows)
@@ -154,8 +164,9 @@ class Predictor:
         backbone = self._backbone()
         if backbone is None:
             raise BadInput(f"{self.path} reads the pixels; it has no layer {layer!r}")
-        if layer not in self.layers:
-            near = difflib.get_close_matches(layer, self.layers, n=3) or self.layers[:3]
+        layers = self.layers
+        if layer not in layers:
+            near = difflib.get_close_matches(layer, layers, n=3) or layers[:3]
             raise BadInput(f"{self.path} has no layer {layer!r} with an output; nearest are {', '.join(near)}")
         return LayerFeatures(backbone, [layer], pool)
 
@@ -182,12 +193,15 @@ class Predictor:
         Raises:
             BadInput: the split has not been scored.
         """
-        path = RunFolder(self.path).results_on(split, self.recording) / METRICS_FILE
+        path = RunFolder(self.path).results_on(split, self.recording, self._checkpoint) / METRICS_FILE
         try:
             regression = parse_json(read_regular_file(path))["regression"]
             rows = _rows(regression, self.site_ids)
         except FileNotFoundError:
-            raise BadInput(f"{path} is missing; score the split first (train/evaluate.py --split {split})") from None
+            other = "" if self._checkpoint == "best" else f" --checkpoint {self._checkpoint}"
+            raise BadInput(
+                f"{path} is missing; score the split first (train/evaluate.py {self.path} --split {split}{other})"
+            ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise BadInput(f"{path} has no scores of its {len(self.site_ids)} sites ({error})") from None
         try:

@@ -59,6 +59,7 @@ def test_paths_pillow_and_arrays_are_the_same_images(predictors, files):
     same(predictor.predict(images), expected)
     same(predictor.predict(arrays, batch_size=2), expected)
     same(predictor.predict(str(file) for file in files[:5]), expected)
+    same(predictor.predict(np.array([str(file) for file in files[:5]])), expected)
     same(predictor.predict(files[0]), expected[:1])
     same(predictor.predict(arrays[0]), expected[:1])
     assert predictor.predict([]).shape == (0, 12)
@@ -103,6 +104,13 @@ def test_what_is_no_image_is_refused(predictors, image, words):
     assert words in str(refusal.value)
 
 
+def test_a_damaged_image_of_pillow_is_refused(predictors, files):
+    cut = files[0].read_bytes()
+    image = Image.open(io.BytesIO(cut[: len(cut) // 2]))  # Pillow notices when it decodes
+    with pytest.raises(spiketune.BadInput, match="cannot be decoded"):
+        spiketune.load(predictors / "pixels").predict(image)
+
+
 def test_the_scores_are_those_of_the_report(predictors, monkeypatch):
     block = metrics(predictors / "probe")["regression"]
     table = spiketune.load(predictors / "probe").scores("val")
@@ -115,6 +123,16 @@ def test_the_scores_are_those_of_the_report(predictors, monkeypatch):
         assert list(table.columns) == list(rows[0])
     with pytest.raises(spiketune.BadInput, match="score the split first"):
         spiketune.load(predictors / "probe").scores("test")
+
+
+def test_the_scores_are_those_of_the_checkpoint(predictors, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(predictors / "run", run, symlinks=True)
+    predictor = spiketune.load(run, checkpoint="last")
+    with pytest.raises(spiketune.BadInput, match="--split val --checkpoint last"):
+        predictor.scores("val")
+    shutil.copytree(run / "eval/val", run / "eval/val_last")
+    assert len(predictor.scores("val")) == 12
 
 
 def test_features_are_the_activations_of_a_layer(predictors, files):
@@ -133,8 +151,27 @@ def test_features_are_the_activations_of_a_layer(predictors, files):
     assert pixels.shape == (1, 3 * 48 * 48)
     with pytest.raises(spiketune.BadInput, match="nearest are"):
         predictor.features("stage.0", files[:1])
+    ensemble = spiketune.load(predictors / "mean")
+    assert ensemble.layers == []
     with pytest.raises(spiketune.BadInput, match="ensemble"):
-        spiketune.load(predictors / "mean").features("stages.0", files[:1])
+        ensemble.features("stages.0", files[:1])
+
+
+def test_a_program_keeps_its_random_numbers_and_its_settings(predictors, files):
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    predictor = spiketune.load(predictors / "probe")  # its network has random weights of a seed of its own
+    assert torch.equal(torch.rand(3), expected)
+    rounded = []
+    predictor._opened.network.register_forward_hook(lambda *_: rounded.append(torch.backends.cudnn.allow_tf32))
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
+    try:
+        predictor.predict(files[:3], batch_size=2)
+        assert rounded == [False, False], "convolutions must not be rounded to TF32, as in train/evaluate.py"
+        assert torch.backends.cudnn.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def test_a_recording_is_chosen_by_name(tmp_path):

@@ -1,12 +1,14 @@
 """Several ranks in one process, a thread each, for code that takes its runtime as an argument."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
+
+from train.distributed.roll_call import check_agreement
 
 
 class Meeting:
@@ -39,6 +41,9 @@ class ThreadRuntime:
 
     def gather_objects(self, value: Any) -> list[Any]:
         return self._meeting.exchange(self.rank, value)
+
+    def check_agreement(self, plan: Mapping[str, str]) -> None:
+        check_agreement(self.gather_objects(dict(plan)), [f"rank {rank}" for rank in range(self.ranks)])
 
     def sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._meeting.exchange(self.rank, tensor)).sum(0)

@@ -44,15 +44,18 @@ def as_pixels(image: Image.Image) -> np.ndarray:
     """An image of Pillow as `read_image` would read it: uint8 (height, width, 3).
 
     Raises:
-        BadInput: it has more than 8 bits a channel.
+        BadInput: it is damaged, or has more than 8 bits a channel.
     """
     if image.mode not in MODES:
         raise BadInput(f"an image of mode {image.mode} does not convert losslessly; give an 8-bit RGB or grey image")
-    image = ImageOps.exif_transpose(image)
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*DEFAULT_RULES.background_rgb, 255)), rgba)
-    return np.asarray(image.convert("RGB"))
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", rgba.size, (*DEFAULT_RULES.background_rgb, 255)), rgba)
+        return np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow decodes late, and raises errors of any kind for damaged images
+        raise BadInput(f"an image of Pillow cannot be decoded ({error})") from None
 
 
 def find_images(folder: Path) -> list[str]:

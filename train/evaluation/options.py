@@ -70,15 +70,20 @@ class Evaluate(BaseModel):
             raise BadInput("--combine needs several runs, and only one is given")
         if self.images is None:
             for name in ("recording", "format"):
-                if getattr(self, name) != type(self).model_fields[name].default:
+                if self._differs(name):
                     raise BadInput(f"--{name} needs --images; scores are of all recordings, in metrics.json")
             return
         if len(self.runs) > 1:
             raise BadInput("--images: give one predictor; make an ensemble of several first (--out ENSEMBLE)")
         if self.out is None:
             raise BadInput("--images: name the folder for the predictions with --out")
-        if self.data is not None:
-            raise BadInput("--data: with --images nothing is scored; name only the images")
+        for name in ("data", "seen", "trackers"):
+            if self._differs(name):
+                raise BadInput(f"--{name}: with --images nothing is scored; leave it out")
+
+    def _differs(self, name: str) -> bool:
+        """Whether an option is not the default."""
+        return getattr(self, name) != type(self).model_fields[name].default
 
 
 class Export(BaseModel):

@@ -73,7 +73,7 @@ def load_probe_network(folder: Path, recipe: ProbeRecipe) -> tuple[ProbeNetwork,
     facts, tensors = read_saved_probe(folder)
     features: ImageFeatures = PixelFeatures()
     if facts.modules != [PIXELS]:
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)  # of random weights
         backbone = Backbone(recipe.backbone, facts.image_size).eval()
         if network_digest(backbone) != facts.network:
             raise BadInput(

@@ -58,10 +58,10 @@ class RunFolder:
         folder = self.path / "eval" / (split if checkpoint == "best" else f"{split}_{checkpoint}")
         return folder if recording is None else folder / recording
 
-    def results_on(self, split: str, recording: str) -> Path:
+    def results_on(self, split: str, recording: str, checkpoint: str = "best") -> Path:
         """Folder of the results on a recording: its own, or that of the split if the run has a single recording."""
-        folder = self.evaluation(split, recording=recording)
-        return folder if is_folder_name(recording) and folder.is_dir() else self.evaluation(split)
+        folder = self.evaluation(split, checkpoint, recording)
+        return folder if is_folder_name(recording) and folder.is_dir() else self.evaluation(split, checkpoint)
 
     def belongs_to_this_job(self) -> bool:
         """Whether an earlier start of this process's job made the folder.

@@ -143,6 +143,7 @@ class ImagePredictor:
     Attributes:
         path: its folder.
         kind: what it is.
+        checkpoint: of a run, its name, such as step_120; else "".
         recording: that it predicts; "" where an earlier version has not kept its name.
         units: of the rates.
         site_ids: in the order of the rates; None for a classifier.
@@ -154,6 +155,7 @@ class ImagePredictor:
 
     path: Path
     kind: Kind
+    checkpoint: str
     recording: str
     units: str
     site_ids: list[str] | None

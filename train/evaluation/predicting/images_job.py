@@ -53,7 +53,12 @@ class ImagesJob:
 
     def run(self, runtime: Runtime) -> None:
         """Predict over all ranks; on the leading one, write the predictions and print where they are."""
-        runtime.check_agreement({"the images to predict": fingerprint(self.stimulus_ids, None)[:12]})
+        runtime.check_agreement(
+            {
+                "the images to predict": fingerprint(self.stimulus_ids, None)[:12],
+                f"the checkpoint of {self.predictor.path} (is it still training?)": self.predictor.checkpoint,
+            }
+        )
         predicted = predict_images(self.predictor, self.stimuli, runtime, self.options, "predicting")
         if not runtime.is_main:
             return

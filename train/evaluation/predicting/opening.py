@@ -82,6 +82,7 @@ def _open_run(path: Path, recording: str | None, which: str) -> ImagePredictor:
     return ImagePredictor(
         path=path,
         kind="run",
+        checkpoint=checkpoint.name,
         recording=next(iter(progress.recordings), ""),
         units=_units(folder, whole, recording),
         site_ids=progress.site_ids if recipe.task.predicts_responses else None,
@@ -131,6 +132,7 @@ def _open_probe(path: Path) -> ImagePredictor:
     return ImagePredictor(
         path=path,
         kind="probe",
+        checkpoint="",
         recording=facts.recording,
         units=facts.units,
         site_ids=facts.site_ids,
@@ -153,20 +155,12 @@ def _open_ensemble(path: Path, recording: str | None, depth: int) -> ImagePredic
     if name is None and len(record.recordings) > 1:
         raise BadInput(f"{path} predicts several recordings; say which one: {', '.join(record.recordings)}")
     name = name or next(iter(record.recordings), None)
-    members = []
-    for member in record.members:
-        for run in member:
-            check_unchanged(path, record, run)
-            members.append(_open(member_folder(path, record, run), name, "best", depth + 1))
+    members = _open_members(path, record, name, depth + 1)
     first = members[0]
-    for other in members[1:]:
-        if other.site_ids != first.site_ids:
-            raise BadInput(f"{path}: {other.path} and {first.path} predict different sites; make the ensemble again")
-    if first.site_ids is None:
-        raise BadInput(f"{path}: {first.path} does not predict responses, which is what an ensemble combines")
     return ImagePredictor(
         path=path,
         kind="ensemble",
+        checkpoint="",
         recording=name or first.recording,
         units=first.units,
         site_ids=first.site_ids,
@@ -178,6 +172,22 @@ def _open_ensemble(path: Path, recording: str | None, depth: int) -> ImagePredic
         record=record_of(path),
         scale=first.scale,
     )
+
+
+def _open_members(path: Path, record: EnsembleRecord, recording: str | None, depth: int) -> list[ImagePredictor]:
+    """The runs of all members, which predict the same sites."""
+    runs = [run for member in record.members for run in member]
+    members = []
+    for run in runs:
+        check_unchanged(path, record, run)
+        members.append(_open(member_folder(path, record, run), recording, "best", depth))
+    first = members[0]
+    if first.site_ids is None:
+        raise BadInput(f"{path}: {first.path} does not predict responses, which is what an ensemble combines")
+    for other in members[1:]:
+        if other.site_ids != first.site_ids:
+            raise BadInput(f"{path}: {other.path} and {first.path} predict different sites; make the ensemble again")
+    return members
 
 
 def _combination(

@@ -1,7 +1,7 @@
 """Scores a probe or an ensemble on a split that it was not scored on when it was made."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from train.evaluation.training_facts import OTHER_SCALE, ResponseScale, other_sc
 from train.run.folder import LEFT_OUT, RunFolder, check_writable
 from train.run.recipe import Loader
 
-INHERITED = ("selected_on", "training_stimuli", "control", "ensemble")  # in metrics.json, whatever the split
+INHERITED = ("selected_on", "training_stimuli", "control", "ensemble", "chosen")  # in metrics.json, whatever the split
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class SplitJob:
 
     @property
     def _scored(self) -> RecordingStimuli:
-        """The stimuli, with their responses."""
+        """The stimuli of the first size, which alone have the responses."""
         return next(iter(self.stimuli.values()))
 
     def run(self, runtime: Runtime) -> None:
@@ -133,7 +133,10 @@ def prepare_split(options: Evaluate, path: Path) -> list[SplitJob]:
         BadInput: they do not, or stimuli were fitted that --seen does not allow.
     """
     if options.split == LEFT_OUT:
-        raise BadInput(f"--split: {path} has its predictions of what was left out already (eval/{LEFT_OUT}), or cannot")
+        raise BadInput(
+            f"--split {LEFT_OUT} is for runs; a probe or an ensemble that can predict those stimuli has done so, in "
+            f"{path / 'eval' / LEFT_OUT}"
+        )
     if options.checkpoint != "best":
         raise BadInput(f"--checkpoint: {path} is a probe or an ensemble, which has no {options.checkpoint} checkpoint")
     check_writable(path)
@@ -160,17 +163,14 @@ def _job(options: Evaluate, path: Path, shards: ShardFolder, loader: Loader, has
     compared = rule.compare(record_of(path), images, [split.stimulus_ids[position] for position in usable.tolist()])
     positions = usable[compared.scored]
     check_enough_images(len(positions), options.split)
-    caches = ImageCaches(loader, single_pass=True)
+    caches, sizes = ImageCaches(loader, single_pass=True), predictor.network.image_sizes
     stimuli = {
-        size: RecordingStimuli(split, size, positions, responses=split.has_responses and first, caches=caches)
-        for first, size in _first_marked(predictor.network.image_sizes)
+        size: RecordingStimuli(
+            split, size, positions, responses=split.has_responses and size == sizes[0], caches=caches
+        )
+        for size in sizes
     }
     return SplitJob(options, predictor, recording, shards, stimuli, compared.seen, bad_samples)
-
-
-def _first_marked(sizes: Sequence[int]) -> list[tuple[bool, int]]:
-    """Whether each is the first: only its stimuli need their responses."""
-    return [(number == 0, size) for number, size in enumerate(sizes)]
 
 
 def _check_not_its_own(path: Path, split: str, recording: str | None) -> None:

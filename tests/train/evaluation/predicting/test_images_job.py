@@ -1,14 +1,20 @@
 """evaluate.py PREDICTOR --images: every image once, whatever the number of processes."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from helpers import assert_refused, run_here, succeed_here
 from launching import predictions, succeed_on
 from make_recordings import pack_recording
 from PIL import Image
+from thread_ranks import on_ranks
 
+from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import read_npz
 from data_prep.shards.folder import ShardFolder
+from train.evaluation.options import Evaluate
+from train.evaluation.predicting.images_job import prepare_images
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +80,8 @@ def test_a_run_predicts_what_evaluate_scores(predictors, recording, tmp_path):
         (["{run}", "--images", "{new}", "--out", "{new}"], ["is not a folder"]),
         (["{run}", "--images", "{images}", "--out", "{new}", "--split", "test"], ["have no splits"]),
         (["{run}", "--images", "{images}", "--out", "{new}", "--data", "{data}"], ["--data"]),
+        (["{run}", "--images", "{images}", "--out", "{new}", "--seen", "keep"], ["--seen", "nothing is scored"]),
+        (["{run}", "--images", "{images}", "--out", "{new}", "--trackers", "wandb"], ["--trackers"]),
         (["{run}", "--images", "{images}", "--out", "{new}", "--combine", "stack"], ["--combine"]),
         (["{run}", "--images", "{images}", "--out", "{new}", "--on-bad-sample", "skip"], ["not skipped"]),
         (["{run}", "--images", "{images}", "--out", "{new}", "--recording", "else"], ["predicts the recording"]),
@@ -88,6 +96,16 @@ def test_what_does_not_go_together_is_refused(predictors, images, recording, tmp
     words = [word.format(**places, new=tmp_path / "new") for word in words]
     assert_refused(run_here("train/evaluate.py", *words), *expected)
     assert not (tmp_path / "new").exists()
+
+
+def test_processes_that_opened_different_checkpoints_do_not_mix_them(predictors, images, tmp_path):
+    """The best epoch of a run that is still training may change while they start."""
+    job = prepare_images(Evaluate(runs=[predictors / "run"], images=str(images), out=tmp_path / "out"))
+    assert job.predictor.checkpoint.startswith("step_")
+    later = replace(job, predictor=replace(job.predictor, checkpoint="step_9999"))
+    with pytest.raises(BadInput, match=r"the checkpoint of .*/run .*step_9999"):
+        on_ranks(2, lambda runtime: (job, later)[runtime.rank].run(runtime))
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_image_that_cannot_be_read_is_named(predictors, tmp_path):

@@ -31,6 +31,7 @@ def test_a_probe_is_scored_like_a_run(scored, recording):
     np.testing.assert_allclose(block["regression"]["r2"]["per_site"], r2, rtol=1e-4, atol=1e-4)
     own = metrics(scored / "probe", "val")
     assert block["selected_on"] == own["selected_on"]
+    assert block["chosen"] == own["chosen"]
     assert block["training_stimuli"] == own["training_stimuli"]
     assert block["seen"]["fitted"] == 0
     assert block["regression"]["ceiling"] == own["regression"]["ceiling"]
