@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_prep.common.command_line import parse
 from data_prep.common.errors import run_command
+from data_prep.common.markdown import tables_as_columns
 
 EXAMPLES = (
     "data/monkey_a data/monkey_b --new data/monkey_c --out runs/foundation --compare",
@@ -57,6 +58,7 @@ def main() -> None:
     options = parse(FoundationCommand, examples=EXAMPLES)
 
     from train.sweeping.foundation import Foundation, FoundationOptions
+    from train.sweeping.queue_worker import StopRequest
 
     settings = FoundationOptions(
         data=options.data,
@@ -70,7 +72,8 @@ def main() -> None:
         licence=options.licence,
         processes=options.processes,
     )
-    print(f"\n{Foundation(settings).run()}")
+    with StopRequest() as stop:
+        print(f"\n{tables_as_columns(Foundation(settings, stop).run())}")
 
 
 if __name__ == "__main__":

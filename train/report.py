@@ -28,8 +28,8 @@ class Report(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     runs: Annotated[list[Path], tyro.conf.Positional] = Field(min_length=1)
-    """Folders made by train/finetune.py, train/probe.py, train/evaluate.py and train/sweep.py, or a folder that holds
-    some; a search stands for its best trial."""
+    """Folders made by train/finetune.py, train/probe.py, train/evaluate.py, train/sweep.py and train/study.py, or a
+    folder that holds some; a search stands for its best trial."""
     out: Path
     """Folder for report.html, table.md, table.csv, power.json and figures/."""
     split: Literal["train", "val", "test", "cv"] = "val"

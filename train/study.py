@@ -1,8 +1,6 @@
 """Run every system of the study, score it, and put our numbers beside the published ones.
 
 bash launch/study.sh --data DIR --out RUNS [--small] [-n N]
-
-Run the same command again, on this machine or another one, to join the study or to go on where it was stopped.
 """
 
 from pathlib import Path
@@ -41,11 +39,11 @@ class StudyCommand(BaseModel):
     rows: list[str] = Field([], max_length=100)
     """Rows to run (docs/study.md lists them); all by default."""
     at_most: int | None = Field(None, ge=1, le=1000)
-    """Number of rows that this worker runs, e.g. 1 in each of several jobs; by default all that are left."""
+    """Number of rows that this worker runs at most, e.g. 1 in each of several jobs; by default all that are left."""
     select_on: Literal["inner", "val"] = "inner"
     """The split that selects the epoch of what is trained: part of train, or val, as the study did."""
     retry_failed: bool = False
-    """Run rows again that have failed."""
+    """Run rows again that have failed; of the search, its failed trials."""
     processes: Annotated[int | None, tyro.conf.arg(aliases=("-n",))] = Field(None, ge=1, le=1024)
     """Processes per command; by default one per GPU, or one without GPUs."""
 
@@ -59,14 +57,20 @@ def main() -> None:
     from train.sweeping.study.rows import find_rows
     from train.sweeping.study.worker import StudyOptions, open_study
 
+    settings = StudyOptions(
+        data=options.data,
+        out=options.out,
+        rows=find_rows(options.rows),
+        small=options.small,
+        selects_on=options.select_on,
+        processes=options.processes,
+        retries_failed=options.retry_failed,
+    )
     with StopRequest() as stop:
-        rows, size, how = find_rows(options.rows), options.small, options.select_on
-        settings = StudyOptions(options.data, options.out, rows, size, how, options.processes, options.retry_failed)
         worker = open_study(settings, stop)
         print_line(worker.describe())
-        worker.work(lambda: write_study_table(worker.folder), options.at_most)
+        failed = worker.work(lambda: write_study_table(worker.folder), options.at_most)
         print_line(f"\n{write_study_report(worker.folder)}")
-    failed = [name for name, state in worker.folder.read_states().items() if state.state == "failed"]
     if failed:
         raise RunFailed(f"{', '.join(failed)} failed (see {worker.folder.states}); --retry-failed runs them again")
 

@@ -37,6 +37,8 @@ class SweepCommand(BaseModel):
     """Folder of the search to create or join."""
     processes: int | None = Field(None, ge=1, le=1024)
     """Processes per trial; by default one per GPU, or one without GPUs."""
+    retry_failed: bool = False
+    """Run trials again that have failed, from their last completed epoch."""
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
     from train.sweeping.worker import open_worker
 
     with StopRequest() as stop:
-        worker = open_worker(options.sweep, options.data, options.out, options.processes, stop)
+        worker = open_worker(options.sweep, options.data, options.out, options.processes, stop, options.retry_failed)
         print_line(
             f"{len(worker.plan.runs)} trials over {', '.join(worker.plan.keys)}; {worker.launcher.describe()} each"
         )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data_prep.common.errors import BadInput
 from data_prep.common.terminal import printable
-from train.evaluation.ensemble_record import ENSEMBLE_FILE, read_record
+from train.evaluation.ensemble_record import ENSEMBLE_FILE, EnsembleRecord, member_folder, read_record
 from train.reporting.run_files import Environment, read_environment
 from train.run.folder import RunFolder, is_probe
 
@@ -17,8 +17,7 @@ def commands_of(path: Path, split: str) -> list[str]:
     """The commands that make a predictor and score it; empty where they are not known.
 
     Args:
-        path: of a run, a probe or an ensemble. Members of an ensemble are looked for where its ensemble.json says;
-            relative paths start at the working folder.
+        path: of a run, a probe or an ensemble.
         split: that is scored.
     """
     if (path / ENSEMBLE_FILE).is_file():
@@ -42,26 +41,27 @@ def _of_run(path: Path) -> Iterator[str]:
 def _of_ensemble(path: Path, split: str, levels: int) -> Iterator[str]:
     """The commands of all members, then that of the ensemble, which also scores those members that need it."""
     record = read_record(path)
-    for member in (Path(run) for runs in record.members for run in runs):
-        yield from _of_member(member, split, levels - 1)
+    runs = [run for member in record.members for run in member]
+    for run in runs:
+        yield from _of_member(path, record, run, split, levels - 1)
     environment = read_environment(RunFolder(path).env)
     if environment.command and _split_of(environment.command) == split:
         yield _launched(environment)
         return
-    runs = [run for runs in record.members for run in runs]
     words = ["train/evaluate.py", *runs, "--combine", record.combine, "--split", split, "--out", str(path)]
     yield printable(shlex.join(["launch/local.sh", *words]))
 
 
-def _of_member(path: Path, split: str, levels: int) -> Iterator[str]:
+def _of_member(ensemble: Path, record: EnsembleRecord, run: str, split: str, levels: int) -> Iterator[str]:
     try:
+        path = member_folder(ensemble, record, run)
         if levels and (path / ENSEMBLE_FILE).is_file():
             yield from _of_ensemble(path, split, levels)
             return
         commands = list(_of_run(path))
     except BadInput:
         commands = []
-    yield from commands or [printable(f"# {path}: how this member was made is not known here")]
+    yield from commands or [printable(f"# {run}: how this member was made is not known here")]
 
 
 def _launched(environment: Environment) -> str:

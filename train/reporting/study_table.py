@@ -4,7 +4,7 @@ Published numbers stand beside ours only where these are of the same recording a
 beside rows of reduced size, and never beside random weights that stand for pretrained ones.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,20 +12,22 @@ from pathlib import Path
 from data_prep.common.terminal import printable
 from train.evaluation.figures.figure_style import encode
 from train.evaluation.figures.layer_figure import draw_layers
+from train.evaluation.metrics import LOWER_IS_BETTER
 from train.reporting import published
 from train.reporting.figures import FORMATS, ReportFigure, file_name
 from train.reporting.number_formats import number
 from train.reporting.report_tables import selected_on
 from train.reporting.run_files import Metrics, Regression, read_metrics, read_settings
-from train.reporting.sweep_results import read_sweep
+from train.reporting.sweep_results import SweepResults, is_sweep, read_sweep
 from train.reporting.table import CSV, EMPTY, MARKDOWN, PAGE, TERMINAL, Cell, Column, Table
 from train.run.folder import RunFolder
 from train.sweeping.study.folder import RowState, StudyFacts, StudyFolder
 from train.sweeping.study.rows import FAMILIES, FIGURE_ROW, ROWS, Row
 
 EVERYWHERE = frozenset({PAGE, MARKDOWN, CSV, TERMINAL})
-CSV_FIELDS = ("row", "family", "model", "r2", "mse", "explained_variance", "selected_on", "state", "reason")
-PUBLISHED_FIELDS = ("published_r2", "published_mse", "published_explained_variance")
+METRICS = ("r2", "mse", "explained_variance")
+CSV_FIELDS = ("row", "family", "model", *METRICS, "selected_on", "state", "reason")
+PUBLISHED_FIELDS = tuple(f"published_{metric}" for metric in METRICS)
 SPLIT = "val"
 
 
@@ -36,7 +38,6 @@ class StudyResult:
     Attributes:
         row: the system.
         state: how far it is.
-        run: folder of the run that is scored; None where there is none yet.
         metrics: its scores; None where it has none.
         found: of a search, the settings that it found best.
         has_random_weights: whether they stand for pretrained ones.
@@ -45,7 +46,6 @@ class StudyResult:
 
     row: Row
     state: RowState
-    run: Path | None
     metrics: Metrics | None
     found: str
     has_random_weights: bool
@@ -134,10 +134,10 @@ class StudyResults:
             Column("Model", fields=("model",), formats=EVERYWHERE, is_text=True),
             Column("R2", "↑", ("r2",), EVERYWHERE),
             Column("MSE", "↓", ("mse",), EVERYWHERE, ascending=True),
-            Column("Exp. var.", "↑", ("explained_variance",), EVERYWHERE),
+            Column("EV", "↑", ("explained_variance",), EVERYWHERE),
         ]
         if has_published:
-            headings = ("published R2", "published MSE", "published exp. var.")
+            headings = ("published R2", "published MSE", "published EV")
             columns += [
                 Column(heading, fields=(field,), formats=EVERYWHERE, style="published")
                 for heading, field in zip(headings, PUBLISHED_FIELDS, strict=True)
@@ -146,7 +146,7 @@ class StudyResults:
             Column("selected on", fields=("selected_on",), formats=frozenset({PAGE, MARKDOWN, CSV}), is_text=True),
             Column("state", fields=("state", "reason"), formats=EVERYWHERE, is_text=True),
         ]
-        best = max((mean for result in rows if (mean := _mean(result.regression, "r2")) is not None), default=None)
+        best = {} if self.facts.small else {metric: _best(rows, metric) for metric in METRICS}
         cells = [_cells(result, best, has_published) for result in rows]
         return Table(title, columns, cells, notes=self._notes(rows, has_published))
 
@@ -159,6 +159,8 @@ class StudyResults:
             notes.append(f"Ours: {first.recording}, {first.stimuli:,} stimuli of {SPLIT}.{simulated}")
         if self.facts.small:
             notes.append("Rows at reduced size (--small): that they run is all that they say.")
+        else:
+            notes.append("Bold: the best of a column, whether or not other stimuli would reverse the order.")
         if any(result.has_random_weights for result in rows):
             notes.append(
                 "RANDOM weights: pretrained ones could not be had; such a row is not the system it is named after."
@@ -178,10 +180,18 @@ def _is_published_recording(metrics: Metrics) -> bool:
     return metrics.regression is None or metrics.regression.sites == published.SITES
 
 
-def _cells(result: StudyResult, best: float | None, has_published: bool) -> list[Cell]:
-    means = [_mean(result.regression, key) for key in ("r2", "mse", "explained_variance")]
-    is_best = best is not None and means[0] == best
-    scores = [Cell("-" if mean is None else number(mean), values=(mean,), is_best=is_best) for mean in means]
+def _best(rows: Sequence[StudyResult], metric: str) -> float | None:
+    """The best score of some rows by a metric; None where none is scored."""
+    means = [mean for result in rows if (mean := _mean(result.regression, metric)) is not None]
+    return (min if metric in LOWER_IS_BETTER else max)(means, default=None)
+
+
+def _cells(result: StudyResult, best: Mapping[str, float | None], has_published: bool) -> list[Cell]:
+    means = {metric: _mean(result.regression, metric) for metric in METRICS}
+    scores = [
+        Cell(number(mean), values=(mean,), is_best=mean is not None and mean == best.get(metric))
+        for metric, mean in means.items()
+    ]
     beside = [EMPTY] * len(PUBLISHED_FIELDS)
     if has_published and result.published is not None and not result.has_random_weights:
         numbers = (result.published.r2, result.published.mse, result.published.explained_variance)
@@ -220,49 +230,37 @@ def read_study(path: Path) -> StudyResults:
     folder = StudyFolder(path)
     facts, states = folder.known(), folder.read_states()
     by_row = {numbers.row: numbers for numbers in published.TABLE}
-    rows = []
-    for name, row in ROWS.items():
-        if name not in states and name not in by_row:
-            continue
-        run = _scored_run(folder, row, facts.random_weights)
-        metrics_file = None if run is None else RunFolder(run).evaluation(SPLIT) / "metrics.json"
-        rows.append(
-            StudyResult(
-                row=row,
-                state=states.get(name, RowState("not asked for")),
-                run=run,
-                metrics=read_metrics(metrics_file) if metrics_file is not None and metrics_file.is_file() else None,
-                found=_found(row, run),
-                has_random_weights=any(network in facts.random_weights for network in row.networks),
-                published=by_row.get(name),
-            )
-        )
-    printed = list(by_row)
-    rows.sort(
-        key=lambda result: (
-            (0, printed.index(result.row.name))
-            if result.published is not None
-            else (1, FAMILIES.index(result.row.family))
-        )
+    others = [row for name, row in ROWS.items() if name in states and name not in by_row]
+    rows = [*(ROWS[name] for name in by_row), *sorted(others, key=lambda row: FAMILIES.index(row.family))]
+    not_asked = RowState("not asked for")
+    results = [_result(folder, facts, row, states.get(row.name, not_asked), by_row.get(row.name)) for row in rows]
+    return StudyResults(printable(path.absolute().name), facts, results)
+
+
+def _result(
+    folder: StudyFolder, facts: StudyFacts, row: Row, state: RowState, numbers: published.Published | None
+) -> StudyResult:
+    path = folder.run_of(row, row.steps[-1], facts)
+    search = read_sweep(path) if is_sweep(path) else None
+    run = path if search is None else search.best
+    metrics_file = None if run is None else RunFolder(run).evaluation(SPLIT) / "metrics.json"
+    return StudyResult(
+        row=row,
+        state=state,
+        metrics=read_metrics(metrics_file) if metrics_file is not None and metrics_file.is_file() else None,
+        found="" if search is None else _found(search),
+        has_random_weights=facts.has_random_weights(row),
+        published=numbers,
     )
-    return StudyResults(printable(path.absolute().name), facts, rows)
 
 
-def _scored_run(folder: StudyFolder, row: Row, random_weights: Sequence[str]) -> Path | None:
-    """The run folder whose scores a row shows: of a search its best trial."""
-    last = row.steps[-1]
-    path = folder.run_of(row, last, random_weights)
-    if last.script == "sweep.py":
-        return read_sweep(path).best if path.is_dir() else None
-    return path if RunFolder(path).recipe.is_file() else None
-
-
-def _found(row: Row, run: Path | None) -> str:
-    """The settings that a search has found best; empty for other rows."""
-    if run is None or row.steps[-1].script != "sweep.py":
+def _found(search: SweepResults) -> str:
+    """The settings that a search has found best, and the number of trials that could not be compared."""
+    if search.best is None:
         return ""
-    optimizer = read_settings(RunFolder(run).recipe).get("optimizer", {})
-    return ", ".join(f"{key} {printable(str(optimizer[key]))}" for key in ("name", "lr") if key in optimizer)
+    optimizer = read_settings(RunFolder(search.best).recipe).get("optimizer", {})
+    words = [f"{key} {printable(str(optimizer[key]))}" for key in ("name", "lr") if key in optimizer]
+    return ", ".join([*words, *([f"{search.failed} trials failed"] if search.failed else [])])
 
 
 def runs_of_study(path: Path) -> list[Path]:
@@ -272,6 +270,6 @@ def runs_of_study(path: Path) -> list[Path]:
         BadInput: a file is damaged.
     """
     folder = StudyFolder(path)
-    known = folder.known().random_weights
-    folders = [folder.run_of(row, step, known) for row in ROWS.values() for step in row.steps]
+    facts = folder.known()
+    folders = [folder.run_of(row, step, facts) for row in ROWS.values() for step in row.steps]
     return [run for run in folders if RunFolder(run).recipe.is_file()]  # a search has one too

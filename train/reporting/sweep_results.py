@@ -22,6 +22,7 @@ class SweepResults:
         summary: its progress, in a sentence.
         figure: heatmap.png; None before it is drawn.
         best: run folder of the best trial; None before a trial has ended.
+        failed: the number of trials that failed.
     """
 
     name: str
@@ -30,6 +31,7 @@ class SweepResults:
     summary: str
     figure: bytes | None
     best: Path | None
+    failed: int
 
 
 def is_sweep(path: Path) -> bool:
@@ -46,7 +48,7 @@ def read_sweep(path: Path) -> SweepResults:
     folder = SweepFolder(path)
     name = printable(path.absolute().name)
     if not folder.csv.is_file():
-        return SweepResults(name, ["trial"], [], "No trial has ended yet.", None, None)
+        return SweepResults(name, ["trial"], [], "No trial has ended yet.", None, None, 0)
     try:
         table = [row for _, row in csv_lines(folder.csv)]
     except (OSError, ValueError) as error:
@@ -68,6 +70,7 @@ def read_sweep(path: Path) -> SweepResults:
         f"{ended} of {len(lines)} trials ended; the best comes first.{more}",
         figure if figure.startswith(_PNG) else None,
         best if best is not None and best.is_dir() else None,
+        sum(line[state] == "failed" for line in lines),
     )
 
 

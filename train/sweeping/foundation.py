@@ -8,6 +8,7 @@ RUNS/population/                  what the sites read in the last round (train/m
 RUNS/new/NAME/                    a probe of each new recording, with the population
 RUNS/alone/NAME/                  the same without it, to compare
 RUNS/table.md                     scores of the new recordings
+RUNS/foundation.beat              touched while a command runs, see train/sweeping/supervised_process.py
 
 Of several networks each has a folder RUNS/NETWORK/ of these, and the probes of a new recording are stacked in
 RUNS/new/NAME/ and RUNS/alone/NAME/. What a command printed is in NAME.log, beside its folder.
@@ -25,6 +26,7 @@ from data_prep.common.atomic_writes import write_bytes, write_json
 from data_prep.common.errors import BadInput
 from data_prep.common.markdown import markdown_table
 from data_prep.common.safe_reading import parse_json, read_regular_file
+from data_prep.remote.url import move_secrets_to_environment, parse_location
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.image_identity import ImageIdentities
 from train.data.seen import images_of_split, is_among, joined
@@ -32,6 +34,7 @@ from train.evaluation.seen_stimuli import mark_of, seen_in
 from train.run.folder import check_writable
 from train.run.recipe import ProbeRecipe, load_recipe
 from train.sweeping.foundation_commands import FoundationCommands
+from train.sweeping.queue_worker import StopRequest
 
 FACTS_FILE, TABLE = "foundation.json", "table.md"
 NEW, ALONE = "new", "alone"  # folders of the new recordings' probes
@@ -46,6 +49,7 @@ class FoundationFacts(BaseModel):
         recipe: settings of the probes.
         networks: that are read.
         rounds: 1 or 2.
+        new: fingerprints of the recordings that are read with their sites.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -54,6 +58,7 @@ class FoundationFacts(BaseModel):
     recipe: dict[str, Any]
     networks: list[str] = Field(min_length=1)
     rounds: int = Field(ge=1, le=2)
+    new: dict[str, str] = {}
 
 
 @dataclass(frozen=True)
@@ -90,14 +95,15 @@ class Foundation:
 
     Args:
         options: what is to be done.
+        stop: whether this command was asked to end.
 
     Raises:
         BadInput: a recording cannot be read, two have the same name, or the folder is that of others.
     """
 
-    def __init__(self, options: FoundationOptions):
+    def __init__(self, options: FoundationOptions, stop: StopRequest):
         self._options = options
-        self._commands = FoundationCommands(options.split, options.licence, options.processes)
+        self._commands = FoundationCommands(options.split, options.licence, options.processes, stop)
         self._data, self._new = _by_name(options.data, options.new)
         recipe = load_recipe(options.recipe, ProbeRecipe)
         if recipe.population is not None:
@@ -109,13 +115,22 @@ class Foundation:
             recipe=recipe.model_dump(mode="json"),
             networks=networks,
             rounds=options.rounds,
+            new={name: shards[name].manifest.fingerprint for name in self._new},
         )
         _begin(options.out, facts)
         self._apart = _without_common_images({name: shards[name] for name in self._data}) if options.rounds == 2 else {}
         self._folders = _folders_of(networks, options.out)
 
     def run(self) -> str:
-        """Do what is missing; returns the table of the new recordings, in Markdown."""
+        """Do what is missing, once no other command works on the folder.
+
+        Returns:
+            The table of the new recordings, in Markdown.
+        """
+        with self._commands.alone_in(self._options.out):
+            return self._run()
+
+    def _run(self) -> str:
         populations = [self._read(network, folder) for network, folder in self._folders.items()]
         if not self._new:
             named = ", ".join(map(str, populations))
@@ -163,7 +178,7 @@ class Foundation:
         return self._probe(folder / "again" / name, network, self._data[name], "--population", population)
 
     def _probe(self, folder: Path, network: str, data: str, *words: object) -> Path:
-        words = (self._options.recipe, "--data", data, *words)
+        words = (self._options.recipe, "--data", move_secrets_to_environment(data), *words)
         return self._commands.probe(folder, *words, *(("--backbone.name", network) if self._options.networks else ()))
 
     def _stack(self) -> None:
@@ -183,12 +198,14 @@ class Foundation:
             fitted = self._metrics(next(iter(self._folders.values())), NEW, name)["training_stimuli"]
             for network, folder in systems.items():
                 found = {kind: self._metrics(folder, kind, name) for kind in self._kinds}
-                cells = [name, *([network] if several else [])]
+                simulated = " (SIMULATED)" if found[NEW].get("simulated") else ""
+                cells = [f"{name}{simulated}", *([network] if several else [])]
                 cells += [str(len(found[NEW]["regression"]["r2"]["per_site"])), f"{fitted:,}"]
                 cells += [_number(found[kind]["regression"]["r2"]["mean"]) for kind in self._kinds]
                 cells += [_number(found[kind]["regression"]["squared_pearson_r"]["median"]) for kind in self._kinds]
                 rows.append([*cells, mark_of(seen_in(found[NEW]))])
-        return markdown_table([*header, "seen"], rows) + "\n"
+        scored = f"R2 (mean over sites) and r² on {self._options.split}."
+        return f"{markdown_table([*header, 'seen'], rows)}\n\n{scored}\n"
 
     def _metrics(self, folder: Path, kind: str, name: str) -> Mapping[str, Any]:
         path = self._commands.metrics_of(folder / kind / name)
@@ -232,27 +249,34 @@ def _begin(out: Path, facts: FoundationFacts) -> None:
             known = FoundationFacts.model_validate(parse_json(read_regular_file(path)))
         except (OSError, ValueError, ValidationError):
             raise BadInput(f"{path} is damaged; choose another --out") from None
-        if known.recordings != facts.recordings:
-            raise BadInput(f"{out} was begun on other recordings ({', '.join(known.recordings)}); choose another --out")
-        if known.recipe != facts.recipe:
-            raise BadInput(f"{out} was begun with another recipe; choose another --out")
-        if known.networks != facts.networks:
-            raise BadInput(f"{out} was begun with --networks {' '.join(known.networks)}; choose another --out")
-        if known.rounds != facts.rounds:
-            raise BadInput(f"{out} was begun with --rounds {known.rounds}; choose another --out")
-        return
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        _check_same(out, known, facts)
+        facts = facts.model_copy(update={"new": known.new | facts.new})
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out} exists and is not an empty folder; choose another --out")
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, facts.model_dump())
 
 
+def _check_same(out: Path, known: FoundationFacts, now: FoundationFacts) -> None:
+    if known.recordings != now.recordings:
+        raise BadInput(f"{out} was begun on other recordings ({', '.join(known.recordings)}); choose another --out")
+    if known.recipe != now.recipe:
+        raise BadInput(f"{out} was begun with another recipe; choose another --out")
+    if known.networks != now.networks:
+        raise BadInput(f"{out} was begun with --networks {' '.join(known.networks)}; choose another --out")
+    if known.rounds != now.rounds:
+        raise BadInput(f"{out} was begun with --rounds {known.rounds}; choose another --out")
+    for name, fingerprint in now.new.items():
+        if known.new.get(name, fingerprint) != fingerprint:
+            raise BadInput(f"{out} has read other data called {name}; rename the new folder, or choose another --out")
+
+
 def _by_name(data: Sequence[str], new: Sequence[str]) -> tuple[dict[str, str], dict[str, str]]:
     """Recordings by the names of their folders."""
     known: dict[str, str] = {}
     for location in (*data, *new):
-        name = Path(location.rstrip("/")).name
+        name = Path(str(parse_location(location))).name
         if name in known:
             raise BadInput(f"{known[name]} and {location} have the same name, {name}; rename one of the folders")
         known[name] = location

@@ -1,33 +1,46 @@
 """The commands of train/ that a foundation consists of, each in a folder of its own, done once."""
 
 import shutil
-import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from data_prep.common import locks
 from data_prep.common.errors import BadInput, RunFailed
-from data_prep.common.safe_reading import read_regular_file
 from train.evaluation.predictions_file import METRICS_FILE
 from train.models.population import POPULATION_FILE
 from train.probing.population_making import make_population
 from train.run.folder import RunFolder
-from train.sweeping.queue_worker import print_line
-from train.sweeping.study.worker import LAUNCHER
-from train.sweeping.trial import COMMANDS, Launcher, outcome
+from train.sweeping.queue_worker import LONGEST_HEARTBEAT, StopRequest, print_line
+from train.sweeping.supervised_process import Heartbeat, hold_lock
+from train.sweeping.trial import Launcher, resuming
+
+BEAT_FILE = "foundation.beat"
 
 
 class FoundationCommands:
-    """Runs commands whose results are not there yet.
+    """Runs commands whose results are not there yet, each of which ends when this process ends.
 
     Args:
         split: that is scored.
         licence: of the recordings, for the cards of populations.
         processes: per command; by default one per GPU, or one.
+        stop: whether this process was asked to end.
     """
 
-    def __init__(self, split: str, licence: str | None, processes: int | None):
-        self._split, self._licence, self._launcher = split, licence, Launcher(processes)
+    def __init__(self, split: str, licence: str | None, processes: int | None, stop: StopRequest):
+        self._split, self._licence, self._launcher, self._stop = split, licence, Launcher(processes), stop
+
+    @contextmanager
+    def alone_in(self, out: Path) -> Iterator[None]:
+        """Keep others out of the folder of a foundation, in which commands can be run meanwhile; waits for them."""
+        beat = out / BEAT_FILE
+        beat.touch()
+        if locks.is_locked(beat):
+            print_line(f"another command works on {out}; waiting for it")
+        with hold_lock(beat, self._stop.check) as self._lock:
+            self._heartbeat = Heartbeat(beat, "", LONGEST_HEARTBEAT)
+            yield
 
     def metrics_of(self, folder: Path) -> Path:
         """The scores in the folder of a probe or a stack."""
@@ -44,10 +57,7 @@ class FoundationCommands:
         """
         if self.metrics_of(folder).is_file():
             return folder
-        resume = ["--resume"] if RunFolder(folder).recipe.is_file() else []
-        if not resume:  # an attempt was killed before the probe had claimed its folder
-            shutil.rmtree(folder, ignore_errors=True)
-        self._run("probe.py", folder, *words, *resume)
+        self._run("probe.py", folder, *words, *resuming(RunFolder(folder)))
         return folder
 
     def stack(self, folder: Path, members: Sequence[Path]) -> Path:
@@ -73,21 +83,9 @@ class FoundationCommands:
         log = folder.with_name(f"{folder.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         print_line(f"{command} -> {log}")
-        processes = self._launcher.processes
-        launch: list[object] = [LAUNCHER, "local", "-n", processes] if processes > 1 else []
-        options = ["--out", folder, "--split", self._split]
-        started = [sys.executable, *map(str, [*launch, COMMANDS / command, *words, *options])]
-        start = log.stat().st_size if log.exists() else 0
-        code = run_logged(started, log, self._launcher.environment())
-        printed = read_regular_file(log)[start:].decode(errors="replace")
-        ended = outcome(code, printed, log)
+        launched = self._launcher.local_command(command, *words, "--out", folder, "--split", self._split)
+        ended = self._launcher.run(launched, self._heartbeat, self._lock, log, self._stop.check)
         if ended.kind == "bad input":
             raise BadInput(ended.reason)
         if ended.kind != "done":
             raise RunFailed(f"{command} for {folder} ended: {ended.reason}; run the same command again to go on")
-
-
-def run_logged(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-    """Run a command whose output is added to a file; returns its exit code."""
-    with log.open("ab") as file:
-        return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode

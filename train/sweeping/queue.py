@@ -4,9 +4,11 @@ Every trial waits in an Optuna study; those of a sampled search get their settin
 that is run again is a new Optuna trial with the same run folder, of which the last one counts.
 """
 
+import os
 import uuid
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -154,15 +156,26 @@ class Queue:
     def __init__(self, folder: QueueFolder, contents: QueueContents, study: optuna.Study):
         self._folder, self._contents, self._study = folder, contents, study
         self._distributions = contents.distributions()
+        self.stale_seconds = contents.stale_seconds
 
-    def claim(self) -> Claim | None:
-        """Claim the next waiting trial, after queueing those again whose workers are gone; None where none waits."""
+    def claim(self, runs: Collection[str] | None = None) -> Claim | None:
+        """Claim the next waiting trial, after queueing those again whose workers are gone; None where none waits.
+
+        Args:
+            runs: to choose from; by default all.
+        """
         with locks.exclusive(self._folder.lock):
             self._requeue_stale()
-            waiting = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
-            if not waiting:
+            trials = self._study.get_trials(deepcopy=False, states=(TrialState.WAITING,))
+            waiting = [trial.user_attrs["run"] for trial in trials]
+            position = next((number for number, run in enumerate(waiting) if runs is None or run in runs), None)
+            if position is None:
                 return None
-            self._study.sampler = self._sampler(waiting[0].user_attrs["run"])
+            self._folder.trials.mkdir(exist_ok=True)
+            for _ in range(position):  # Optuna gives the first that waits: those before move to the end
+                passed = self._study.ask(self._distributions)
+                self._requeue(passed, passed.user_attrs["failures"])
+            self._study.sampler = self._sampler(waiting[position])
             trial = self._study.ask(self._distributions)
             run = trial.user_attrs["run"]
             claim = Claim(
@@ -172,7 +185,6 @@ class Queue:
                 token=f"{trial.number} {uuid.uuid4().hex}",
                 trial=trial,
             )
-            self._folder.trials.mkdir(exist_ok=True)
             self._folder.heartbeat(run).write_text(claim.token)
             return claim
 
@@ -186,7 +198,7 @@ class Queue:
         running = self._study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
         silence = seconds_since([self._folder.heartbeat(trial.user_attrs["run"]) for trial in running])
         for trial, seconds in zip(running, silence, strict=True):
-            if seconds > self._contents.stale_seconds:
+            if seconds > self.stale_seconds:
                 self._requeue(trial, trial.user_attrs["failures"])
 
     def _requeue(self, trial: FrozenTrial | optuna.Trial, failures: int) -> None:
@@ -267,8 +279,14 @@ class Queue:
         )
 
 
-def open_study(folder: SweepFolder, plan: Plan, manifest: Manifest) -> Queue:
+def open_study(folder: SweepFolder, plan: Plan, manifest: Manifest, again: bool = False) -> Queue:
     """Begin a search in a folder, or join the one that is in progress; its trials are queued once.
+
+    Args:
+        folder: of the search.
+        plan: what is searched.
+        manifest: of the data.
+        again: queue those again that have failed.
 
     Raises:
         BadInput: the folder holds something else, or the storage cannot be used.
@@ -279,6 +297,7 @@ def open_study(folder: SweepFolder, plan: Plan, manifest: Manifest) -> Queue:
         plan.runs,
         check=lambda: folder.check(plan, manifest),
         begin=lambda name: folder.begin(plan, manifest, name),
+        again=again,
     )
 
 
@@ -323,10 +342,29 @@ def open_queue(
         return queue
 
 
+class _Journal(JournalFileBackend):
+    """Optuna's journal, in which a full disk leaves no half line: it would make all others unreadable.
+
+    All writers hold the folder's lock.
+    """
+
+    def __init__(self, path: Path):
+        super().__init__(str(path))
+        self._path = path
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        before = self._path.stat().st_size
+        try:
+            super().append_logs(logs)
+        except OSError:
+            os.truncate(self._path, before)
+            raise
+
+
 def _storage(folder: QueueFolder, url: str | None) -> BaseStorage:
     if url is None:
         # Absolute, because its lock is a link to it: a dangling one of a killed worker would be waited for forever.
-        return JournalStorage(JournalFileBackend(str(folder.journal.resolve())))
+        return JournalStorage(_Journal(folder.journal.resolve()))
     waits = {"connect_args": {"timeout": SECONDS_FOR_SQLITE_LOCK}} if url.startswith("sqlite") else {}
     try:
         return RDBStorage(url, engine_kwargs=waits)

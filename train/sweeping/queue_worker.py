@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from types import FrameType
 from typing import Any
 
+from data_prep.common.errors import RunFailed
 from train.sweeping.queue import Claim, Queue
 from train.sweeping.supervised_process import POLL_SECONDS
 from train.sweeping.trial import Outcome
@@ -56,35 +57,59 @@ def take_trials(
     queue: Queue,
     stop: StopRequest,
     run: Callable[[Claim], None],
-    heartbeat_seconds: float,
     runs: Collection[str] | None = None,
     at_most: int | None = None,
-) -> None:
+) -> list[str]:
     """Run trials until none is left, including those of workers that die meanwhile.
 
     Args:
         queue: of the trials.
         stop: whether this worker was asked to end.
         run: runs a trial and records how it ended.
-        heartbeat_seconds: of all workers; how often to look again at the trials of others.
-        runs: the trials that must have ended; by default all.
-        at_most: trials to run.
+        runs: the trials to run; by default all.
+        at_most: trials to run to their end; what other workers run is not waited for then.
+
+    Returns:
+        The trials that this worker has run to their end.
+
+    Raises:
+        RunFailed: the queue, or a trial's files, cannot be written.
     """
-    is_waiting, taken = False, 0
-    while not queue.settled(runs) and taken != at_most:
+    try:
+        return _take_trials(queue, stop, run, runs, at_most)
+    except OSError as error:
+        reason = f"{error.filename or 'the folder of the queue'} cannot be written ({error.strerror})"
+        raise RunFailed(f"{reason}; make room, and run the same command again to go on") from None
+
+
+def _take_trials(
+    queue: Queue,
+    stop: StopRequest,
+    run: Callable[[Claim], None],
+    runs: Collection[str] | None,
+    at_most: int | None,
+) -> list[str]:
+    is_waiting = False
+    ended: list[str] = []
+    while not queue.settled(runs) and len(ended) != at_most:
         stop.check()
-        claim = queue.claim()
+        claim = queue.claim(runs)
         if claim is not None:
             is_waiting = False
-            taken += 1
             run(claim)
+            if queue.settled([claim.run]):  # else it will be tried again
+                ended.append(claim.run)
             continue
         if at_most is not None:
-            return  # what is left belongs to others
+            break
         if not is_waiting:
-            print_line("waiting for the trials of other workers")
+            print_line(
+                "waiting for other workers; what one that was killed has left is taken over after "
+                f"{queue.stale_seconds:g} s"
+            )
         is_waiting = True
-        _pause(heartbeat_seconds, stop)
+        _pause(seconds_between_heartbeats(queue.stale_seconds), stop)
+    return ended
 
 
 def record_failure(queue: Queue, claim: Claim, outcome: Outcome, log: str = "") -> None:

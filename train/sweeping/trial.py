@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -16,9 +17,11 @@ from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import DIVERGED, BadInput
 from data_prep.common.process_identity import ADDRESS_VARIABLES, RANK_VARIABLES
 from train.distributed.launch_environment import announced_process, uses_gpu
+from train.run.folder import RunFolder
 from train.sweeping.supervised_process import Heartbeat, run_supervised
 
 COMMANDS = Path(__file__).resolve().parents[1]
+LOCAL_LAUNCHER = COMMANDS.parent / "launch" / "processes.py"
 # Variables that would make a trial believe that it belongs to the job of a launcher above the worker.
 LAUNCHER_PREFIXES = ("SLURM_", "OMPI_", "PMI_", "PMIX_", "MV2_", "ACCELERATE_", "TORCHELASTIC_")
 LAUNCHER_VARIABLES = (*RANK_VARIABLES, "GROUP_RANK", *ADDRESS_VARIABLES)
@@ -99,15 +102,28 @@ class Launcher:
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
         return [*launch, str(COMMANDS / script), *map(str, words)]
 
+    def local_command(self, script: str, *words: object) -> list[str]:
+        """The command that starts a script of train/ as launch/local.sh does; a single process needs no launcher."""
+        launch = [LOCAL_LAUNCHER, "local", "-n", self.processes] if self.processes > 1 else []
+        return [sys.executable, *map(str, [*launch, COMMANDS / script, *words])]
+
     def run(
         self, command: Sequence[str], heartbeat: Heartbeat, lock: int, log: Path, check: Callable[[], None]
     ) -> Outcome:
-        """Run what `command` returned and report how it ended; see `run_supervised`."""
+        """Run a command and report how it ended; see `run_supervised`."""
         before = log.stat().st_size if log.exists() else 0
         code = run_supervised(command, heartbeat, lock, log, self.environment(), check)
         with log.open("rb") as file:
             file.seek(before)
             return outcome(code, file.read().decode(errors="replace"), log)
+
+
+def resuming(run: RunFolder) -> list[str]:
+    """The option with which a run goes on that has begun; what an attempt has left that has not is removed."""
+    if run.recipe.is_file():
+        return ["--resume"]
+    shutil.rmtree(run.path, ignore_errors=True)  # it was killed before it had claimed its folder
+    return []
 
 
 def outcome(code: int, printed: str, log: Path) -> Outcome:

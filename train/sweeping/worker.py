@@ -1,6 +1,5 @@
 """A worker of a search: claims trials, trains them, and scores the best."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from train.sweeping.queue_worker import StopRequest, print_line, record_failure,
 from train.sweeping.standings import Standings
 from train.sweeping.supervised_process import Heartbeat, hold_lock
 from train.sweeping.sweep_folder import SweepFolder
-from train.sweeping.trial import Launcher, Outcome
+from train.sweeping.trial import Launcher, Outcome, resuming
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Worker:
         Raises:
             BadInput: a trial was given input that cannot be used.
         """
-        take_trials(self.study, self.stop, self._run_and_publish, self._heartbeat_seconds)
+        take_trials(self.study, self.stop, self._run_and_publish)
 
     def _run_and_publish(self, claim: Claim) -> None:
         self.run_trial(claim)
@@ -92,10 +91,7 @@ class Worker:
         recipe, run = self.folder.trial_recipe(claim.run), RunFolder(self.folder.run(claim.run))
         with hold_lock(heartbeat.path, self.stop.check) as lock:
             save_recipe(self.plan.recipe(claim.settings), recipe)
-            resume = ["--resume"] if run.recipe.is_file() else []
-            if not resume:  # an attempt was killed before the run had claimed its folder
-                shutil.rmtree(run.path, ignore_errors=True)
-            arguments = [recipe, "--data", self.data, "--out", run.path, *resume]
+            arguments = [recipe, "--data", self.data, "--out", run.path, *resuming(run)]
             command = self.launcher.command(self.folder.launch(claim.run), "finetune.py", *arguments)
             return self.launcher.run(command, heartbeat, lock, self.folder.log(claim.run), self.stop.check)
 
@@ -171,8 +167,18 @@ def check_networks(sweep: Path, plan: Plan) -> None:
             raise BadInput(f"{sweep}: {error}") from None
 
 
-def open_worker(sweep: Path, data: str, out: Path, processes: int | None, stop: StopRequest) -> Worker:
+def open_worker(
+    sweep: Path, data: str, out: Path, processes: int | None, stop: StopRequest, retries_failed: bool = False
+) -> Worker:
     """Check a search and every recipe it may ask for, and begin or join it.
+
+    Args:
+        sweep: file of the search.
+        data: shard folder, or its URL.
+        out: folder of the search.
+        processes: per trial; by default one per GPU, or one.
+        stop: whether this worker was asked to end.
+        retries_failed: whether trials that have failed are run again.
 
     Raises:
         BadInput: something cannot be used; nothing has been written then.
@@ -183,5 +189,5 @@ def open_worker(sweep: Path, data: str, out: Path, processes: int | None, stop: 
     if smallest < launcher.processes:
         raise BadInput(f"{launcher.processes} processes cannot share a global batch of {smallest} (batch.global_size)")
     folder = SweepFolder(out)
-    study = open_study(folder, plan, manifest)
+    study = open_study(folder, plan, manifest, again=retries_failed)
     return Worker(move_secrets_to_environment(data), plan, manifest, folder, study, launcher, stop)

@@ -237,19 +237,22 @@ def test_what_cannot_be_planned_is_refused(runs, words, message):
 
 
 def test_several_recordings_are_planned_each_and_joined(shards, recording, tmp_path):
-    """A run on two recordings, here with the same stimuli and other responses, and a second such run."""
+    """Three runs on two recordings, here with the same stimuli and other responses; one is a control on one of them."""
     other = shards.rates()[:, ::-1].copy()
-    pair = []
-    for seed, name in enumerate(("one", "two")):
+    runs = []
+    for seed, name in enumerate(("one", "two", "three")):
         run = scored(tmp_path / name, shards, 0.8 + 0.05 * seed, seed)
-        second = scored(tmp_path / f"{name}_b", shards, 0.9 + 0.05 * seed, seed + 5, target=other, recording="other")
+        more = {"control": "shuffled"} if name == "one" else {}
+        second = scored(
+            tmp_path / f"{name}_b", shards, 0.9 + 0.05 * seed, seed + 5, target=other, recording="other", **more
+        )
         for recorded, source in (("made_up", run), ("other", second)):
             (source / "eval/val").rename(tmp_path / f"{name}_{recorded}")
         (run / "eval/val").mkdir()
         for recorded in ("made_up", "other"):
             (tmp_path / f"{name}_{recorded}").rename(run / "eval/val" / recorded)
-        pair.append(run)
-    text = plan(*pair)
+        runs.append(run)
+    text = plan(*runs)
     titles = [line for line in text.splitlines() if line.startswith(("made_up", "other"))]
     assert titles[0].startswith("made_up: 12 sites")
     assert titles[1].startswith("other: 12 sites")
@@ -257,10 +260,12 @@ def test_several_recordings_are_planned_each_and_joined(shards, recording, tmp_p
     values = [float(value) for value in re.findall(r"expected +(-?\d\.\d+)", text)]
     assert values[2] == pytest.approx((values[0] + values[1]) / 2, abs=2e-4)
     out = tmp_path / "report"
-    succeed_here("train/report.py", *pair, "--out", out)
-    content = json.loads((out / "power.json").read_text())
-    assert content["joined"]["recordings"] == ["made_up", "other"]
-    assert "Mean over made_up + other, numbers in each: " in content["joined"]["sentence"]
+    succeed_here("train/report.py", *runs, "--out", out)
+    joined = json.loads((out / "power.json").read_text())["joined"]
+    assert joined["recordings"] == ["made_up", "other"]
+    assert joined["comparisons"] == 3
+    assert "Mean over made_up + other, numbers in each: " in joined["sentence"]
+    assert all(part in joined["sentence"] for part in ("one (CONTROL: shuffled)", "corrected for 3 comparisons"))
 
 
 # --------------------------------------------------------------------------------------------------- learning curves

@@ -390,6 +390,15 @@ def test_the_row_of_an_ensemble_says_what_reproduces_it(tmp_path):
     assert line["command"] == read.commands[-1]
     page = (tmp_path / "out" / "report.html").read_text()
     assert all(str(escape(command)) in page for command in read.commands)
+    # Members are found beside an ensemble that was moved with them.
+    moved = tmp_path / "moved"
+    facts = json.loads((inner / "ensemble.json").read_text()) | {"relative": {str(b): "../b"}}
+    (inner / "ensemble.json").write_text(json.dumps(facts))
+    for name in ("b", "inner"):
+        shutil.copytree(tmp_path / name, moved / name)
+    shutil.rmtree(b)
+    (read,) = read_run(moved / "inner", "val", "inner")
+    assert read.commands[0] == f"launch/local.sh -n 2 train/finetune.py --data data/mine --out {b}"
     # The command on record says more, for the split that it scored.
     recorded = ["evaluate.py", str(a), "--combine", "stack", "--out", str(ensemble), "--seen", "keep"]
     (ensemble / "env.json").write_text(json.dumps({"command": recorded, "world_size": 3}))

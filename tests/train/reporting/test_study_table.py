@@ -1,6 +1,7 @@
 """The study's table and figure with our numbers: published ones stand only beside what they can be compared with."""
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from data_prep.common.atomic_writes import write_json
 from train.reporting.study_report import write_study_table
 from train.reporting.study_table import read_study, runs_of_study
 from train.run.recipe import ProbeRecipe
-from train.sweeping.study.folder import RowState, StudyFolder
+from train.sweeping.study.folder import RowState, StudyFacts, StudyFolder
 from train.sweeping.study.rows import ROWS
 
 COURSE, OTHER = (288, 168), (80, 12)  # stimuli and sites
@@ -24,14 +25,16 @@ def make_study(path: Path, shape: tuple[int, int], small: bool = False, random_w
     folder = StudyFolder(path)
     layers = {"layer2": guess(target, 0.5), "layer3": guess(target, 0.8), "layer4": guess(target, 0.9)}
     recipe = ProbeRecipe(layers=["all"], backbone={"name": "resnet50"})
-    run_of = {name: folder.run_of(ROWS[name], ROWS[name].steps[-1], random_weights) for name in ROWS}
+    facts = StudyFacts(
+        study="s", recording="f", data="made up", small=small, selects_on="inner", random_weights=list(random_weights)
+    )
+    run_of = {name: folder.run_of(ROWS[name], ROWS[name].steps[-1], facts) for name in ROWS}
     make_probe(run_of["resnet50_frozen"], target, layers, "layer2", recipe=recipe)
     make_run(run_of["resnet152_whole"], target, guess(target, 0.7))
     make_run(run_of["resnet18_head"], target, guess(target, 0.9, seed=2))
     states = {name: RowState("done") for name in ("resnet50_frozen", "resnet152_whole", "resnet18_head")}
     folder.write_states(states | {"cnn2": RowState("failed", "out of <b>memory</b>")})
-    facts = {"study": "s", "recording": "f", "data": "made up", "small": small, "selects_on": "inner"}
-    write_json(folder.study, facts | {"random_weights": list(random_weights)})
+    write_json(folder.study, facts.model_dump())
     return path
 
 
@@ -86,6 +89,25 @@ def test_published_numbers_never_stand_beside_what_they_cannot_be_compared_with(
     assert text.startswith("### SMALL, not the study: Table I" if options.get("small") else "### Table I")
 
 
+def test_the_best_of_each_column_is_bold_but_not_at_reduced_size(tmp_path):
+    """The row with the best R2 need not have the least error: errors of quiet sites cost more R2."""
+    target = np.random.default_rng(0).normal(5, [1] * 6 + [9] * 6, (80, 12)).astype(np.float32)
+    quiet, loud = target[:, :6], target[:, 6:]
+    study = make_study(tmp_path / "study", OTHER)
+    for name, parts in (
+        ("resnet152_whole", [guess(quiet, 0.9), loud]),
+        ("cnn2", [quiet, guess(loud, 3.0)]),
+    ):
+        shutil.rmtree(study / "rows" / name, ignore_errors=True)
+        make_run(study / "rows" / name, target, np.concatenate(parts, axis=1))
+    shutil.rmtree(study / "rows" / "resnet50_frozen")
+    bold = {cells[1].text: [cell.is_best for cell in cells[2:5]] for cells in read_study(study).tables[0].rows}
+    assert bold["ResNet-152, fine-tuned whole"] == [False, True, False]
+    assert bold["2-layers CNN"] == [True, False, True]
+    small = read_study(make_study(tmp_path / "small", OTHER, small=True)).tables[0]
+    assert not any(cell.is_best for cells in small.rows for cell in cells)
+
+
 def test_rows_with_random_weights_are_named_so(tmp_path):
     study = make_study(tmp_path / "study", OTHER, small=True, random_weights=("resnet50", "resnet18"))
     table = rows(study)
@@ -94,7 +116,7 @@ def test_rows_with_random_weights_are_named_so(tmp_path):
     assert "RANDOM" not in table["resnet152_whole"]["model"]
     figure = read_study(study).figure
     assert {path.name for path in runs_of_study(study)} == {
-        *("resnet50_frozen_RANDOM_WEIGHTS", "resnet152_whole", "resnet18_head_RANDOM_WEIGHTS")
+        *("resnet50_frozen_SMALL_RANDOM_WEIGHTS", "resnet152_whole_SMALL", "resnet18_head_SMALL_RANDOM_WEIGHTS")
     }
     assert figure.caption.startswith("The study's Figure 1. SMALL, not the study: ResNet-50, RANDOM weights")
 

@@ -1,6 +1,6 @@
 """One command probes recordings, makes a population of their sites, and reads new recordings with it."""
 
-import sys
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +9,14 @@ from helpers import assert_refused, run_here, succeed_here
 from launching import metrics
 from make_sources import make_folder
 
+from data_prep.common import locks
+from data_prep.common.markdown import tables_as_columns
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from train.models.population import read_population
-from train.sweeping import foundation_commands
+from train.sweeping.foundation import Foundation, FoundationOptions
+from train.sweeping.foundation_commands import BEAT_FILE
+from train.sweeping.queue_worker import StopRequest
 
 SETTINGS = {
     "layers": ["stages.0+stages.1"],
@@ -32,22 +36,6 @@ def recordings(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def started(monkeypatch):
-    """The commands that are started, which run in this process instead."""
-    commands = []
-
-    def run(command, log, _):
-        assert command[0] == sys.executable
-        commands.append(command[1:])
-        done = run_here(*command[1:])
-        log.write_text(done.stdout + done.stderr)
-        return done.returncode
-
-    monkeypatch.setattr(foundation_commands, "run_logged", run)
-    return commands
-
-
 def words(recordings, out, *options, names="ab", rounds=1):
     data = [recordings / name for name in names]
     settings = ["--recipe", recordings / "probe.yaml", "--rounds", rounds]
@@ -58,15 +46,20 @@ def test_new_recordings_are_read_with_the_sites_of_others(recordings, tmp_path, 
     out, new = tmp_path / "runs", ["--new", recordings / "c", "--compare"]
     assert "is made" in succeed_here(*words(recordings, out)).stdout
     assert read_population(out / "population").facts.sites == 8
-    table = succeed_here(*words(recordings, out, *new)).stdout
+    shown = succeed_here(*words(recordings, out, *new)).stdout
     assert len(started) == 4  # the first two were done
-    assert (out / "table.md").read_text() in table
+    table = (out / "table.md").read_text()
+    assert tables_as_columns(table) in shown
+    assert "on val" in table
     with_sites, without = (metrics(out / kind / "c") for kind in ("new", "alone"))
     for scores in (with_sites, without):
         assert f"{scores['regression']['r2']['mean']:.3f}" in table
     assert [layer.endswith("+population") for layer in (with_sites["chosen"], without["chosen"])] == [True, False]
     succeed_here(*words(recordings, out, *new))
     assert len(started) == 4
+    other = tmp_path / "others" / "c"  # of the same name
+    shutil.copytree(recordings / "a", other)
+    assert_refused(run_here(*words(recordings, out, "--new", other)), "has read other data called c")
 
 
 def test_probes_of_several_networks_are_stacked(recordings, tmp_path, started):
@@ -124,3 +117,27 @@ def test_a_probe_that_ends_with_an_error_ends_the_command_with_its_sentence(reco
     done = run_here(*words(recordings, tmp_path / "runs", "--new", shards))
     assert_refused(done, "were fitted before")
     assert "Traceback" not in (tmp_path / "runs" / "new" / "mixed.log").read_text()
+
+
+def test_two_commands_do_not_work_on_a_folder_at_once(recordings, tmp_path, started, capsys):
+    class AskedToEnd(StopRequest):
+        def check(self):
+            raise KeyboardInterrupt
+
+    options = FoundationOptions(
+        data=[str(recordings / "a")],
+        new=[],
+        out=tmp_path / "runs",
+        recipe=recordings / "probe.yaml",
+        networks=[],
+        rounds=1,
+        split="val",
+        compare=False,
+        licence=None,
+        processes=1,
+    )
+    second = Foundation(options, AskedToEnd())
+    with locks.exclusive(options.out / BEAT_FILE), pytest.raises(KeyboardInterrupt):
+        second.run()
+    assert "another command works on" in capsys.readouterr().out
+    assert started == []

@@ -1,9 +1,9 @@
 """The study runs each of its rows once, goes on where it was stopped, and names what is not as published."""
 
+import errno
 import json
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,12 +13,12 @@ import yaml
 from helpers import ROOT, assert_refused, run_here, slow
 from make_runs import make_probe, make_run
 
-from data_prep.common.errors import BadInput
+from data_prep.common.errors import BadInput, RunFailed
 from data_prep.shards.manifest import load_manifest
 from train import finetune, probe
 from train.run.recipe import ProbeRecipe, load_recipe
 from train.sweeping.plan import load_plan
-from train.sweeping.queue_worker import StopRequest
+from train.sweeping.queue_worker import StopRequest, take_trials
 from train.sweeping.study.rows import NETWORKS, ROWS, find_rows
 from train.sweeping.study.worker import StudyOptions, StudyWorker, open_study
 from train.sweeping.trial import Launcher, Outcome
@@ -121,13 +121,15 @@ def test_every_row_is_run_by_commands_that_understand_their_words(start, small, 
     trained = {name: recipe for name, recipe in recipes.items() if not isinstance(recipe, ProbeRecipe)}
     assert {recipe.early_stopping.split for recipe in trained.values()} == {selects_on}
     heads = {name for name, recipe in trained.items() if recipe.backbone.trainable == "head"}
-    assert {name.removesuffix("_RANDOM_WEIGHTS") for name in heads} == {f"{network}_head" for network in NETWORKS}
+    endings = ("_SMALL", "_SMALL_RANDOM_WEIGHTS") if small else ("", "")
+    assert heads == {f"{network}_head{endings[network == 'vgg16']}" for network in NETWORKS}
     assert {recipe.images.size for recipe in recipes.values()} == ({64} if small else {None})
-    assert trained["cnn3"].epochs == (1 if small else 96)
-    vgg16 = trained["vgg16_whole_RANDOM_WEIGHTS" if small else "vgg16_whole"]
-    assert vgg16.backbone.weights == ("random" if small else "pretrained")
-    assert trained["resnet18_whole"].backbone.weights == "pretrained"
-    assert Path(recipes["resnet50_retrained"].backbone.weights) == worker.folder.run("resnet50_classifier")
+    plain, random = endings
+    assert trained[f"cnn3{plain}"].epochs == (1 if small else 96)
+    assert trained[f"vgg16_whole{random}"].backbone.weights == ("random" if small else "pretrained")
+    assert trained[f"resnet18_whole{plain}"].backbone.weights == "pretrained"
+    retrained = recipes[f"resnet50_retrained{plain}"]
+    assert Path(retrained.backbone.weights) == worker.folder.run(f"resnet50_classifier{plain}")
     (search,) = searches
     assert len(search.points) == (4 if small else 20)
     assert search.base.backbone.name == "densenet169"
@@ -151,7 +153,10 @@ def test_rows_that_learn_objects_are_left_out_where_there_are_none(start, record
     assert "resnet50_hybrid is left out: it learns to name objects" in worker.describe()
     assert "column `object`" in worker.describe()
     worker.work(lambda: None)
-    assert states(worker) == {"cnn2": "done", "resnet50_retrained": "left out", "resnet50_hybrid": "left out"}
+    expected = {"cnn2": "done", "resnet50_retrained": "left out", "resnet50_hybrid": "left out"}
+    assert states(worker) == expected
+    start("cnn2").work(lambda: None)
+    assert states(worker) == expected
 
 
 # --------------------------------------------------------------------------------------------------------- the queue
@@ -163,14 +168,15 @@ def test_a_study_goes_on_where_it_was_stopped(start):
     first.launcher.ends = {"--split": [KeyboardInterrupt()]}
     with pytest.raises(KeyboardInterrupt):
         first.work(lambda: None)
-    assert first.launcher.scripts("cnn2") == ["finetune.py", "evaluate.py"]
-    first.folder.run("cnn2").mkdir()
-    (first.folder.run("cnn2") / "recipe.yaml").write_text("epochs: 1\n")
+    assert first.launcher.scripts("cnn2_SMALL") == ["finetune.py", "evaluate.py"]
+    begun = first.folder.run("cnn2_SMALL")
+    begun.mkdir()
+    (begun / "recipe.yaml").write_text("epochs: 1\n")
     second = start("pixels_ridge", "cnn2", "cnn3")
     second.work(lambda: None)
-    assert second.launcher.scripts("pixels_ridge") == []
+    assert second.launcher.scripts("pixels_ridge_SMALL") == []
     resumed = [words for script, *words in second.launcher.ran if script == "finetune.py" and "--resume" in words]
-    assert [Path(words[words.index("--out") + 1]).name for words in resumed] == ["cnn2"]
+    assert [Path(words[words.index("--out") + 1]).name for words in resumed] == ["cnn2_SMALL"]
     assert states(second) == dict.fromkeys(("pixels_ridge", "cnn2", "cnn3"), "done")
 
 
@@ -185,32 +191,99 @@ def test_a_worker_of_a_batch_job_runs_one_row(start):
     assert published == [1, 2]
 
 
+def test_a_worker_of_a_batch_job_leaves_no_row_to_be_tried_again_by_nobody(start):
+    worker = start("cnn2", "cnn3")
+    worker.launcher.ends = {"cnn2_SMALL": [Outcome("failed", "a node died"), Outcome("done")]}
+    other = start("cnn2", "cnn3").queue.claim(["cnn3"])
+    assert other is not None
+    assert worker.work(lambda: None, at_most=1) == []
+    assert states(worker) == {"cnn2": "done", "cnn3": "running"}
+
+
+def test_a_worker_runs_the_rows_that_it_was_asked_for(start):
+    """Although others wait before them in the same folder, which keep what they have gone through."""
+    queue = start("pixels_ridge", "cnn2", "cnn3").queue
+    queue.release(queue.claim(["cnn2"]), failed=True)
+    one = start("cnn3")
+    one.work(lambda: None)
+    assert states(one) == {"pixels_ridge": "waiting", "cnn2": "waiting", "cnn3": "done"}
+    assert queue.claim(["cnn3"]) is None
+    claims = [queue.claim([name]) for name in ("pixels_ridge", "cnn2")]
+    assert [(claim.run, claim.failures) for claim in claims] == [("pixels_ridge", 0), ("cnn2", 1)]
+
+
+def test_a_full_disk_leaves_a_queue_that_can_be_gone_on_with(start, monkeypatch):
+    worker = start("cnn2")
+    before = worker.folder.journal.read_bytes()
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(RunFailed, match=r"cannot be written \(No space left on device\); make room"):
+            take_trials(worker.queue, worker.stop, worker.run_row)
+    assert worker.folder.journal.read_bytes() == before
+    start("cnn2").work(lambda: None)
+    assert states(worker) == {"cnn2": "done"}
+
+
+def test_only_the_rows_that_were_asked_for_make_the_command_fail(start):
+    worker = start("cnn2", "cnn3")
+    worker.launcher.ends = {"cnn2_SMALL": [Outcome("bad input", "no such thing")]}
+    assert worker.work(lambda: None) == ["cnn2"]
+    assert start("cnn3").work(lambda: None) == []
+    assert start("cnn2", "cnn3").work(lambda: None) == ["cnn2"]
+    assert start("cnn2", "cnn3").work(lambda: None, at_most=1) == []  # it ran none
+
+
 def test_more_rows_can_be_asked_for_later(start):
     start("cnn2").work(lambda: None)
     worker = start("cnn2", "cnn3")
     worker.work(lambda: None)
-    assert worker.launcher.scripts("cnn2") == []
-    assert worker.launcher.scripts("cnn3") == ["finetune.py", "evaluate.py"]
+    assert worker.launcher.scripts("cnn2_SMALL") == []
+    assert worker.launcher.scripts("cnn3_SMALL") == ["finetune.py", "evaluate.py"]
 
 
 def test_a_row_that_fails_stops_no_other_and_is_run_again_when_asked_for(start):
     worker = start("cnn2", "cnn3", "pixels_ridge")
     worker.launcher.ends = {
-        "cnn2": [Outcome("failed", "out of memory")],
-        "cnn3": [Outcome("failed", "a node died"), Outcome("done")],
-        "pixels_ridge": [Outcome("bad input", "no such thing")],
+        "cnn2_SMALL": [Outcome("failed", "out of memory")],
+        "cnn3_SMALL": [Outcome("failed", "a node died"), Outcome("done")],
+        "pixels_ridge_SMALL": [Outcome("bad input", "no such thing")],
     }
     worker.work(lambda: None)
     assert states(worker) == {"pixels_ridge": "failed", "cnn2": "failed", "cnn3": "done"}
     assert worker.folder.read_states()["cnn2"].reason == "out of memory"
-    assert worker.launcher.scripts("cnn2") == ["finetune.py", "finetune.py"]
-    assert worker.launcher.scripts("pixels_ridge") == ["probe.py"]  # another try would not help
+    assert worker.launcher.scripts("cnn2_SMALL") == ["finetune.py", "finetune.py"]
+    assert worker.launcher.scripts("pixels_ridge_SMALL") == ["probe.py"]  # another try would not help
     again = start("cnn2", "cnn3", "pixels_ridge")
     again.work(lambda: None)
     assert again.launcher.ran == []
     retrying = start("cnn2", "cnn3", "pixels_ridge", retries_failed=True)
     retrying.work(lambda: None)
     assert states(retrying) == dict.fromkeys(("pixels_ridge", "cnn2", "cnn3"), "done")
+
+
+def test_a_search_that_is_run_again_retries_its_trials(start):
+    worker = start("lr_x_optimizer")
+    worker.launcher.ends = {"--processes": [Outcome("failed", "every trial failed")]}
+    worker.work(lambda: None)
+    assert not any("--retry-failed" in words for words in worker.launcher.ran)
+    retrying = start("lr_x_optimizer", retries_failed=True)
+    retrying.work(lambda: None)
+    assert ["--retry-failed" in words for words in retrying.launcher.ran] == [True]
+    assert states(retrying) == {"lr_x_optimizer": "done"}
+
+
+def test_damaged_states_can_be_written_again(start):
+    worker = start("cnn2", small=False)
+    worker.folder.states.write_text("{")
+    with pytest.raises(BadInput, match=r"is damaged .* remove it and run the study's command again"):
+        start("cnn2", small=False)
+    worker.folder.states.unlink()
+    start("cnn2", small=False).work(lambda: None)
+    assert states(worker) == {"cnn2": "done"}
 
 
 def test_a_folder_holds_one_study(start, tmp_path, packed):
@@ -242,21 +315,8 @@ def test_weights_that_are_missing_stop_the_whole_study_before_it_begins(start, t
 # ------------------------------------------------------------------------------------------------------ the command
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Commands of rows run in this process, which saves the seconds that new ones take to start."""
-
-    def run(self, command, heartbeat, lock, log, check):
-        assert command[0] == sys.executable
-        done = run_here(*command[1:])
-        log.write_text(done.stdout + done.stderr)
-        return Outcome("done") if done.returncode == 0 else Outcome("failed", done.stderr)
-
-    monkeypatch.setattr(Launcher, "run", run)
-
-
 @slow
-@pytest.mark.usefixtures("in_this_process")
+@pytest.mark.usefixtures("started")
 def test_a_small_study_trains_scores_and_compares(recording, tmp_path):
     """Two rows of it."""
     out = tmp_path / "study"
@@ -268,11 +328,12 @@ def test_a_small_study_trains_scores_and_compares(recording, tmp_path):
     assert "### SMALL, not the study: Table I" in table
     assert "0.440" not in table  # published for ResNet-152
     for row in ("pixels_ridge", "cnn2"):
-        metrics = json.loads((out / "rows" / row / "eval/val/metrics.json").read_text())
+        metrics = json.loads((out / "rows" / f"{row}_SMALL" / "eval/val/metrics.json").read_text())
         assert f"{metrics['regression']['r2']['mean']:.3f}" in table
-    assert load_recipe(out / "rows/pixels_ridge/recipe.yaml", ProbeRecipe).components == 64
+    assert load_recipe(out / "rows/pixels_ridge_SMALL/recipe.yaml", ProbeRecipe).components == 64
     page = (out / "report" / "report.html").read_text()
     assert "SMALL, not the study: Table I" in page
+    assert "The rows of study were run at reduced size (--small)" in page
     assert yaml.safe_load((out / "rows.json").read_text()) == {"pixels_ridge": ["done", ""], "cnn2": ["done", ""]}
     again = run_here("train/study.py", *words)
     assert again.returncode == 0

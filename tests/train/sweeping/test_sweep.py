@@ -335,6 +335,16 @@ def test_settings_are_ranked_by_their_mean_over_seeds(worker, tmp_path):
     assert "ranked by their mean over the seeds 0, 1" in (tmp_path / "out" / "table.md").read_text()
 
 
+def test_trials_that_have_failed_are_run_again_when_asked_for(worker):
+    diverged = Outcome("diverged", "the training diverged: step 1")
+    solo = worker(GRID, lambda recipe: diverged if recipe.optimizer.name == "sgd" else 0.5)
+    solo.work()
+    again = open_study(solo.folder, solo.plan, solo.manifest)
+    assert [entry.state for entry in again.trials()] == ["done", "failed", "done", "failed"]
+    again = open_study(solo.folder, solo.plan, solo.manifest, again=True)
+    assert [entry.state for entry in again.trials()] == ["done", "waiting", "done", "waiting"]
+
+
 def test_a_metric_that_is_better_when_lower_is_minimised(worker):
     solo = worker(GRID | {"set": {"early_stopping.metric": "mse"}})
     solo.work()

@@ -35,6 +35,11 @@ class LearningRun:
         return self.curve.at(stimuli) - self.curve.at(self.stimuli)
 
 
+def pairs_of(models: int) -> int:
+    """The number of pairs of models; 1 of a single one."""
+    return max(models * (models - 1) // 2, 1)
+
+
 class GroupPower:
     """The models of a group that can be planned from, and studies of them.
 
@@ -70,7 +75,7 @@ class GroupPower:
     @property
     def comparisons(self) -> int:
         """The number of pairs of models; 1 of a single one."""
-        return max(len(self.models) * (len(self.models) - 1) // 2, 1)
+        return pairs_of(len(self.models))
 
     @property
     def left_out(self) -> list[str]:
@@ -143,16 +148,24 @@ class JoinedPower:
         groups: of the recordings.
         runs: the folders of the two best by the mean over recordings, or of the only one.
         study: of their difference, or of the score.
+        comparisons: the number of pairs of models that were scored on all; 1 of a single one.
     """
 
     groups: list[GroupPower]
     runs: list[Path]
     study: JoinedStudies
+    comparisons: int
 
     @property
     def title(self) -> str:
         """The recordings."""
         return " + ".join(power.group.recording for power in self.groups)
+
+    def title_of(self, path: Path) -> str:
+        """A run's title without a recording, from the one where it has most to beware of: seen images, say."""
+        runs = [power.run(index) for power in self.groups for index in power.models]
+        titles = [run.title.replace(f": {run.recording}", "", 1) for run in runs if run.path.resolve() == path]
+        return max(titles, key=len)
 
 
 def join(groups: Sequence[GroupPower]) -> JoinedPower | None:
@@ -174,4 +187,6 @@ def join(groups: Sequence[GroupPower]) -> JoinedPower | None:
     best = sorted(shared, key=mean_score, reverse=True)[:2]
     studies = [power.study(*(by_path[path] for path in best)) for power, by_path in zip(groups, indices, strict=True)]
     known = [study for study in studies if study is not None]
-    return JoinedPower(list(groups), best, JoinedStudies(known)) if len(known) == len(studies) else None
+    if len(known) < len(studies):
+        return None
+    return JoinedPower(list(groups), best, JoinedStudies(known), pairs_of(len(shared)))

@@ -46,6 +46,7 @@ def joined_facts(power: JoinedPower, subject: Subject, design: Design, question:
         "recordings": [group.group.recording for group in power.groups],
         "runs": [str(run) for run in power.runs],
         "repetitions": subject.planned.repetitions,
+        "comparisons": question.comparisons,
         "sentence": sentence,
         "design": asdict(design),
         **_facts_of(subject.planned.components(), design),

@@ -46,8 +46,7 @@ def plan_power(options: PowerPlan) -> None:
         shares = [power.share(power.models[:2]) for power in joined.groups]
         share = None if None in shares else sum(one for one in shares if one is not None) / len(shares)
         title = f"{joined.title}: mean over these; numbers of stimuli and sites are those of each"
-        comparisons = max(power.comparisons for power in joined.groups)
-        pages.append(_page(_Asked(title, joined_subject(joined), gain, share, comparisons), options))
+        pages.append(_page(_Asked(title, joined_subject(joined), gain, share, joined.comparisons), options))
     left_out = [run.title for run in runs if run.metrics is None] + [name for power in every for name in power.left_out]
     if left_out:
         pages.append(f"without predictions for the same stimuli of {options.split}: {', '.join(left_out)}")

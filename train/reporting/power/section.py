@@ -61,7 +61,7 @@ def report_power(groups: Sequence[Group], data: Sequence[str] | None) -> Reporte
     joined_content, sentence = None, ""
     if joined is not None:
         subject, design = joined_subject(joined), joined.study.design
-        question = Question()
+        question = Question(comparisons=joined.comparisons)
         sentence = f"Mean over {joined.title}, numbers in each: {finding(subject, design, question)}"
         joined_content = joined_facts(joined, subject, design, question, sentence)
     content = file_content([section.facts for section in sections.values()], joined_content, Question())
@@ -82,11 +82,9 @@ def subject_of(power: GroupPower) -> Subject:
 
 def joined_subject(joined: JoinedPower) -> Subject:
     """The two best models of several recordings, or the only one."""
-    first = joined.groups[0]
-    runs = [next(first.run(i) for i in first.models if first.run(i).path.resolve() == path) for path in joined.runs]
-    titles = [run.name.removesuffix(f": {run.recording}") if run.recording else run.title for run in runs]
+    titles = [joined.title_of(path) for path in joined.runs]
     without = [power.recorded.source for power in joined.groups if power.recorded.trials is None]
-    return Subject(titles, first.metric.title, joined.study, "; ".join(without))
+    return Subject(titles, joined.groups[0].metric.title, joined.study, "; ".join(without))
 
 
 def _section(power: GroupPower, suffix: str) -> PowerSection:

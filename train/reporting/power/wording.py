@@ -131,7 +131,7 @@ def _precision(subject: Subject, design: Design, question: Question) -> str:
     stimuli = fewest(is_enough, LEAST_STIMULI, 1000 * design.stimuli)
     if stimuli is None:
         return f"{known}; no number of stimuli halves the uncertainty {AT[question.population]}."
-    return f"{known}; half of that {AT[question.population]} takes {stimuli:,} scored stimuli."
+    return f"{known}; {stimuli:,} scored stimuli would halve that {AT[question.population]}."
 
 
 def is_extrapolated(repetitions: float | None, planned: Planned) -> bool:

@@ -1,15 +1,15 @@
 """The folder of a study's replication.
 
 RUNS/study.json                    on which data, of which size, by which split epochs are selected
-RUNS/rows/NAME/  NAME.log          a row's run folder and output; a row may have a second run, and runs with random
-                                   weights in place of pretrained ones have names that end in _RANDOM_WEIGHTS
+RUNS/rows/NAME/  NAME.log          a row's run folder and output; a row may have a second run. NAME_SMALL is a run of
+                                   reduced size, NAME_SMALL_RANDOM_WEIGHTS one without its pretrained weights
 RUNS/rows.json                     how far each row is
 RUNS/table.md  table.csv           the study's table with our numbers
 RUNS/figure1.{png,svg,pdf}         its figure
 RUNS/report/                       the report on all rows
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +46,10 @@ class StudyFacts(BaseModel):
     random_weights: list[str]
     """Networks that begin with random weights, because theirs could not be had."""
 
+    def has_random_weights(self, row: Row) -> bool:
+        """Whether random weights stand for pretrained ones in a row."""
+        return any(network in self.random_weights for network in row.networks)
+
 
 @dataclass(frozen=True)
 class RowState:
@@ -74,16 +78,10 @@ class StudyFolder(QueueFolder):
         """The study's Figure 1 in a format: png, svg or pdf."""
         return self.path / f"figure1.{kind}"
 
-    def run_of(self, row: Row, step: Step, random_weights: Collection[str]) -> Path:
-        """The run folder of a row's step; its name says where random weights stand for pretrained ones.
-
-        Args:
-            row: the row.
-            step: of the row.
-            random_weights: networks whose weights could not be had.
-        """
-        is_random = any(network in random_weights for network in row.networks)
-        return self.run(f"{step.run}_RANDOM_WEIGHTS" if is_random else step.run)
+    def run_of(self, row: Row, step: Step, facts: StudyFacts) -> Path:
+        """The run folder of a row's step; its name says what of it is not as in the study."""
+        small = "_SMALL" if facts.small else ""
+        return self.run(f"{step.run}{small}{'_RANDOM_WEIGHTS' if facts.has_random_weights(row) else ''}")
 
     @property
     def is_study(self) -> bool:
@@ -142,13 +140,17 @@ class StudyFolder(QueueFolder):
         write_json(self.states, {name: [state.state, state.reason] for name, state in states.items()})
 
     def read_states(self) -> dict[str, RowState]:
-        """How far each row is.
+        """How far each row is; nothing before the study has begun.
 
         Raises:
             BadInput: the file is damaged.
         """
+        if not self.states.exists():
+            return {}
         try:
             content: Any = parse_json(read_regular_file(self.states))
             return {str(name): RowState(str(state), str(reason)) for name, (state, reason) in content.items()}
         except (OSError, ValueError, TypeError, AttributeError) as error:
-            raise BadInput(f"{self.states} is damaged ({error}); run the study's command again to rewrite it") from None
+            raise BadInput(
+                f"{self.states} is damaged ({error}); remove it and run the study's command again, which rewrites it"
+            ) from None

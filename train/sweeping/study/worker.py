@@ -1,9 +1,9 @@
 """A worker of the study: takes rows, runs their commands one after the other, and goes on where one was stopped."""
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,9 @@ from train.sweeping.study.folder import RowState, SelectsOn, StudyFacts, StudyFo
 from train.sweeping.study.rows import ROWS, SMALL_GRID, Row, Step
 from train.sweeping.supervised_process import Heartbeat, hold_lock
 from train.sweeping.sweep_settings import SweepSettings
-from train.sweeping.trial import COMMANDS, Launcher, Outcome
+from train.sweeping.trial import COMMANDS, Launcher, Outcome, resuming
 
 STALE_SECONDS = 120.0
-LAUNCHER = COMMANDS.parent / "launch" / "processes.py"
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class StudyOptions:
         small: whether they run at reduced size.
         selects_on: the split that selects the epoch of what is trained.
         processes: per command; by default one per GPU, or one.
-        retries_failed: whether rows that have failed are run again.
+        retries_failed: whether rows that have failed are run again; of the search, its failed trials.
     """
 
     data: str
@@ -69,6 +68,7 @@ class StudyWorker:
         left_out: why rows are, by name.
         launcher: starts the processes of a command.
         stop: whether this worker was asked to end.
+        retries_failed: see `StudyOptions`.
     """
 
     data: str
@@ -80,6 +80,7 @@ class StudyWorker:
     left_out: dict[str, str]
     launcher: Launcher
     stop: StopRequest
+    retries_failed: bool
 
     def describe(self) -> str:
         """What is going to be run, for the terminal."""
@@ -92,12 +93,15 @@ class StudyWorker:
         sentences += [f"{name} is left out: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(sentences)
 
-    def work(self, publish: Callable[[], object], at_most: int | None = None) -> None:
-        """Run rows until those of this worker have ended, whoever ran them.
+    def work(self, publish: Callable[[], object], at_most: int | None = None) -> list[str]:
+        """Run rows until those that were asked for have ended, whoever ran them.
 
         Args:
             publish: called after each row.
-            at_most: rows to run.
+            at_most: rows to run; then those of other workers are not waited for.
+
+        Returns:
+            The rows that have failed: of those asked for, or with `at_most` of those that this worker ran.
         """
 
         def run(claim: Claim) -> None:
@@ -106,8 +110,10 @@ class StudyWorker:
             publish()
 
         self.write_states()
-        names = [row.name for row in self.rows]
-        take_trials(self.queue, self.stop, run, seconds_between_heartbeats(STALE_SECONDS), names, at_most)
+        asked = [row.name for row in self.rows]
+        ran = take_trials(self.queue, self.stop, run, asked, at_most)
+        failed = {trial.run for trial in self.queue.trials() if trial.state == "failed"}
+        return [name for name in (asked if at_most is None else ran) if name in failed]
 
     def run_row(self, claim: Claim) -> None:
         """Run the commands of a row and record how they ended."""
@@ -132,30 +138,30 @@ class StudyWorker:
         with hold_lock(heartbeat.path, self.stop.check) as lock:
             row = ROWS[claim.run]
             for step in row.steps:
-                for script, words in self._commands(row, step):
-                    command, log = self._launched(script, words), self.folder.log(claim.run)
-                    outcome = self.launcher.run(command, heartbeat, lock, log, self.stop.check)
+                for command in self._commands(row, step):
+                    outcome = self.launcher.run(command, heartbeat, lock, self.folder.log(claim.run), self.stop.check)
                     if outcome.kind != "done":
                         return outcome
         return Outcome("done")
 
-    def _commands(self, row: Row, step: Step) -> list[tuple[str, list[object]]]:
-        """The commands that a step still needs, each a script and its words."""
-        run = RunFolder(self._run_of(row, step))
-        if step.script == "sweep.py":
-            return [("sweep.py", [self._search_file(row, step), "--data", self.data, "--out", run.path])]
+    def _commands(self, row: Row, step: Step) -> list[list[str]]:
+        """The commands that a step still needs."""
+        run, launched = RunFolder(self._run_of(row, step)), self.launcher.local_command
+        data: list[object] = ["--data", self.data]
+        if step.script == "sweep.py":  # it goes on by itself, and launches its trials itself
+            words = [*data, "--out", run.path, "--processes", self.launcher.processes]
+            words += ["--retry-failed"] if self.retries_failed else []
+            return [[sys.executable, *map(str, [COMMANDS / "sweep.py", self._search_file(row, step), *words])]]
         if (run.evaluation(REPORTED_SPLIT) / "metrics.json").is_file():
             return []
-        resume = ["--resume"] if run.recipe.is_file() else []
-        if not resume:  # an attempt was killed before the run had claimed its folder
-            shutil.rmtree(run.path, ignore_errors=True)
-        words = [step.path, "--data", self.data, "--out", run.path, *resume, *as_flags(self._changed(row, step))]
-        if step.script == "probe.py":
-            return [("probe.py", words)]
-        return [("finetune.py", words), ("evaluate.py", [run.path, "--split", REPORTED_SPLIT, "--data", self.data])]
+        words = [*data, "--out", run.path, *resuming(run), *as_flags(self._changed(row, step))]
+        commands = [launched(step.script, step.path, *words)]
+        if step.script == "finetune.py":  # a probe scores its layers itself
+            commands.append(launched("evaluate.py", run.path, *data, "--split", REPORTED_SPLIT))
+        return commands
 
     def _run_of(self, row: Row, step: Step) -> Path:
-        return self.folder.run_of(row, step, self.facts.random_weights)
+        return self.folder.run_of(row, step, self.facts)
 
     def _changed(self, row: Row, step: Step) -> dict[str, Any]:
         """The settings in which a step differs from its recipe."""
@@ -177,18 +183,12 @@ class StudyWorker:
         write_bytes(path, yaml.safe_dump(content, sort_keys=False).encode())
         return path
 
-    def _launched(self, script: str, words: list[object]) -> list[str]:
-        """The command line of a script: under launch/local.sh's launcher where it has several processes."""
-        processes = self.launcher.processes
-        if script == "sweep.py":  # it launches its trials itself
-            words = [*words, "--processes", processes]
-        launch: list[object] = [LAUNCHER, "local", "-n", processes] if processes > 1 and script != "sweep.py" else []
-        return [sys.executable, *map(str, [*launch, COMMANDS / script, *words])]
-
     def write_states(self) -> None:
         """Write how far each row is."""
         with locks.exclusive(self.folder.results_lock):
-            states = {trial.run: RowState(trial.state, trial.reason) for trial in self.queue.trials()}
+            before = self.folder.read_states()  # of workers that were asked for other rows
+            states = {name: state for name, state in before.items() if state.state == "left out"}
+            states |= {trial.run: RowState(trial.state, trial.reason) for trial in self.queue.trials()}
             states |= {name: RowState("left out", reason) for name, reason in self.left_out.items()}
             self.folder.write_states({name: states[name] for name in ROWS if name in states})
 
@@ -205,7 +205,7 @@ def open_study(options: StudyOptions, stop: StopRequest) -> StudyWorker:
         BadInput: something cannot be used; nothing has been written then.
     """
     manifest, folder = open_files(options.data).manifest(), StudyFolder(options.out)
-    _check_scored(options.data, manifest)
+    _check_scored(manifest)
     launcher = Launcher(options.processes)
     folder.check(manifest, options.small, options.selects_on)
     left_out = _left_out(options.rows, manifest)
@@ -221,13 +221,26 @@ def open_study(options: StudyOptions, stop: StopRequest) -> StudyWorker:
     )
     folder.trials.mkdir(exist_ok=True)
     data, stimuli = move_secrets_to_environment(options.data), manifest.splits["train"].stimuli
-    return StudyWorker(data, stimuli, rows, folder, folder.known(), queue, left_out, launcher, stop)
+    return StudyWorker(
+        data=data,
+        training_stimuli=stimuli,
+        rows=rows,
+        folder=folder,
+        facts=folder.known(),
+        queue=queue,
+        left_out=left_out,
+        launcher=launcher,
+        stop=stop,
+        retries_failed=options.retries_failed,
+    )
 
 
-def _check_scored(data: str, manifest: Manifest) -> None:
+def _check_scored(manifest: Manifest) -> None:
     scored = manifest.splits.get(REPORTED_SPLIT)
     if scored is None or not scored.responses:
-        raise BadInput(f"{data} has no responses in its {REPORTED_SPLIT} split, on which the study scores its models")
+        raise BadInput(
+            f"data: {manifest.name} has no responses in its {REPORTED_SPLIT} split, on which the study scores models"
+        )
 
 
 def _left_out(rows: Sequence[Row], manifest: Manifest) -> dict[str, str]:
@@ -246,11 +259,13 @@ def _random_weights(rows: Sequence[Row], folder: StudyFolder, small: bool) -> li
     """
     if small and folder.study.is_file():
         return folder.known().random_weights
-    done = {name for name, state in folder.read_states().items() if state.state == "done"} if folder.is_study else set()
+    done = {name for name, state in folder.read_states().items() if state.state == "done"}
     networks = dict.fromkeys(name for row in rows if row.name not in done for name in row.networks)
     if small:
         networks = dict.fromkeys(name for row in ROWS.values() for name in row.networks)
-    missing = {name: reason for name in networks if (reason := missing_weights(name)) is not None}
+    with ThreadPoolExecutor() as pool:  # each may wait some seconds for a hub that cannot be reached
+        reasons = zip(networks, pool.map(missing_weights, networks), strict=True)
+        missing = {name: reason for name, reason in reasons if reason is not None}
     if missing and not small:
         raise BadInput(
             f"the study needs pretrained weights that cannot be had ({', '.join(missing)}); --small begins with random "
