@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blank_figures import blank_figures, drawn_figures
+from forked_python import share_forked_python
 from helpers import succeed_here, unchanged_environment
 from launching import SMALL, succeed_on
 from make_sources import make_folder
@@ -18,6 +20,7 @@ from data_prep.remote.url import SIGNED
 from data_prep.shards import remote_files
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
+from train.data import loader
 
 # A shell makes background jobs ignore Ctrl-C, which the commands that tests interrupt would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -30,6 +33,12 @@ def fresh_identity():
     own_identity.cache_clear()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """In the parent of several processes that run tests, start what they share."""
+    if config.getoption("numprocesses", None):
+        share_forked_python()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the files that start processes first: they are the slowest."""
     starters = {"launch", "start", "start_group", "succeed"}
@@ -39,6 +48,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _unchanged_environment() -> Iterator[None]:
     with unchanged_environment():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _runs_are_cheap() -> Iterator[None]:
+    """Runs within this process decode images in it too, unless a test asks for more; their figures are blank."""
+    with pytest.MonkeyPatch.context() as patch, blank_figures():
+        patch.setattr(loader, "MAX_WORKERS", 0)
+        yield
+
+
+@pytest.fixture
+def figures() -> Iterator[None]:
+    """For tests that look at figures: they are drawn."""
+    with drawn_figures():
         yield
 
 

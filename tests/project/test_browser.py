@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blank_figures import drawn_figures
 from boards import tensorboard_on
 from chromium import PROGRAM, Chromium
 from helpers import succeed_here
@@ -21,6 +22,12 @@ pytestmark = pytest.mark.skipif(
     reason="pages are opened in a browser by launch/test.sh --browser, which installs Chromium",
 )
 DESKTOP, PHONE = 1280, 390
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _figures():
+    with drawn_figures():
+        yield
 
 
 @pytest.fixture(scope="module")

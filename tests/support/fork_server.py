@@ -30,9 +30,15 @@ LIBRARIES = (
     *("torch", "torch.distributed.run", "torch.utils.tensorboard", "timm", "timm.optim"),
     *("accelerate", "deepspeed", "transformers", "scipy.stats"),
 )
+ROOT = Path(__file__).resolve().parents[2]
+# What the commands that tests start import of this repository. It keeps no state that depends on who imports it.
+OWN = (
+    *("train.finetune", "train.finetuning.setup.assembly", "train.finetuning.setup.resume"),
+    *("train.probe", "train.probing.probe_run", "train.evaluate", "train.evaluation.steps"),
+)
 # Environment variables that no library reads while it is imported. A change of any other gives a fresh interpreter.
 READ_LATER = {
-    *("PYTHON", "PYTHON_EXEC", "PYTHONPATH", "PWD", "OLDPWD", "SHLVL", "_", "XDG_CACHE_HOME"),
+    *("PYTHON", "PYTHON_EXEC", "PYTHONPATH", "PWD", "OLDPWD", "SHLVL", "_", "XDG_CACHE_HOME", "COLUMNS", "LINES"),
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
     *("GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
     *("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "TORCH_NCCL_ASYNC_ERROR_HANDLING", "TOKENIZERS_PARALLELISM"),
@@ -301,6 +307,10 @@ def main() -> None:
     for library in LIBRARIES:
         with contextlib.suppress(ImportError):  # optional ones
             importlib.import_module(library)
+    sys.path.insert(0, str(ROOT))
+    for module in OWN:
+        importlib.import_module(module)
+    sys.path.remove(str(ROOT))
     del os.environ["DS_ACCELERATOR"]
     set_by_imports = dict(os.environ.items() - environment.items())
     assert len(os.listdir("/proc/self/task")) == 1, "an import has started a thread; take it out of LIBRARIES"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from cached_images import memory_of_images
+from forked_python import forked_python
 from helpers import ROOT, wait_for
 from make_sources import make_folder
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks at what p
 
 # Holds a batch that lies in shared memory, waits, goes on for ever where nobody stops it, or does as it is told.
 RANK = """
-import sys
+import os, sys
 from data_prep.common.errors import run_command
 from data_prep.shards.folder import ShardFolder
 from train.data.loader import TrainLoader
@@ -38,7 +39,7 @@ def main():
     loader = TrainLoader(stimuli, seed=0, global_size=4, per_device=None, rank=0, ranks=1, workers=2, pin=False)
     steps = loader.epoch(0)
     held = next(steps)
-    print("ready", flush=True)
+    print(os.getpid(), flush=True)
     told = sys.stdin.readline().strip()
     for epoch in range(1, 2 if told == "leave" else 10**9):
         if told == "raise":
@@ -74,7 +75,7 @@ def ranks(shards, tmp_path_factory) -> dict[str, SimpleNamespace]:
     started = {}
     for end in ENDS:
         process = subprocess.Popen(
-            [sys.executable, script, shards.folder],
+            [forked_python(), script, shards.folder],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -83,8 +84,8 @@ def ranks(shards, tmp_path_factory) -> dict[str, SimpleNamespace]:
         )
         started[end] = SimpleNamespace(process=process)
     for rank in started.values():
-        assert rank.process.stdout.readline() == "ready\n"
-        rank.helpers = psutil.Process(rank.process.pid).children(recursive=True)
+        rank.pid = int(rank.process.stdout.readline())
+        rank.helpers = psutil.Process(rank.pid).children(recursive=True)
     return started
 
 
@@ -99,21 +100,21 @@ def workers_of(rank) -> list[psutil.Process]:
 
 def segments_of(rank) -> list[str]:
     """Named segments of shared memory, which outlive their process."""
-    pids = {str(process.pid) for process in (rank.process, *rank.helpers)}
+    pids = {str(pid) for pid in (rank.pid, *(helper.pid for helper in rank.helpers))}
     return [path.name for path in Path("/dev/shm").iterdir() if pids & set(path.name.split("_"))]
 
 
 @pytest.mark.parametrize("end", ENDS)
 def test_nothing_of_a_rank_is_left(shards, ranks, end):
     rank, (instruction, sent_signal, code) = ranks[end], ENDS[end]
-    pid = rank.process.pid
+    pid = rank.pid
     workers = workers_of(rank)
     assert len(workers) == 2
     assert "/torch_" in Path(f"/proc/{pid}/maps").read_text()  # the batch it holds
     rank.process.stdin.write(f"{instruction}\n")
     rank.process.stdin.flush()
     if sent_signal is not None:
-        rank.process.send_signal(sent_signal)
+        os.kill(pid, sent_signal)
     if "worker" in end:
         workers[0].kill()
     _, errors = rank.process.communicate(timeout=60)

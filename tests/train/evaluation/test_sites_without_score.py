@@ -52,6 +52,7 @@ def check(regression: dict) -> None:
     assert regression["sites_without_r2"] == ["site_001", "site_002", "site_003"]
 
 
+@pytest.mark.usefixtures("figures")
 def test_they_have_no_score_in_finetune_evaluate_probe_and_report(packed):
     run, probe = packed / "run", packed / "probe"
     words = ("--data", packed / "packed")

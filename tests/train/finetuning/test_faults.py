@@ -2,7 +2,9 @@
 
 import json
 import signal
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,6 +35,7 @@ from train.finetuning.non_finite_steps import NonFiniteSteps
 from train.finetuning.setup import preparation
 from train.models.losses import SquaredError
 from train.run.checkpoint import load_progress
+from train.run.progress import Progress
 
 EPOCHS = 12
 OPTIONS = [*SMALL, "--epochs", EPOCHS]
@@ -63,24 +66,33 @@ def assert_same(run: Path, other: Path) -> None:
     assert largest_difference(weights(run), weights(other)) == 0
 
 
-@pytest.mark.parametrize("whom", [pytest.param("rank 0", marks=slow), "rank 1", "launcher"])
-def test_a_preempted_job_saves_and_resumes_when_restarted(recording, undisturbed, tmp_path, whom):
-    run, command = tmp_path / "run", ["train/finetune.py", "--data", recording, "--out", tmp_path / "run", *OPTIONS]
+def preempted(run: Path, command: list, preempt: Callable[[subprocess.Popen], object]) -> Progress:
+    """Start a job and preempt it after an epoch; returns how far it was when it stopped."""
     started = start(2, *command, SPIKETUNE_JOB="mine")
     wait_for_epochs(run)
-    if whom == "launcher":
-        started.send_signal(signal.SIGUSR1)
-    else:
-        ranks_of(run)[int(whom[-1])].send_signal(signal.SIGTERM)
+    preempt(started)
     done = finish(started)
     assert done.returncode == STOPPED, done.stderr
     assert done.stderr.count("stopped by SIG") == 1
     assert "Traceback" not in done.stderr
     stopped = load_progress(run / "checkpoints" / "last")
     assert stopped.epoch < EPOCHS
+    return stopped
+
+
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=slow), 1])
+def test_a_preempted_job_saves_and_resumes_when_restarted(recording, undisturbed, tmp_path, rank):
+    run, command = tmp_path / "run", ["train/finetune.py", "--data", recording, "--out", tmp_path / "run", *OPTIONS]
+    stopped = preempted(run, command, lambda _: ranks_of(run)[rank].send_signal(signal.SIGTERM))
     output = succeed(2, *command, SPIKETUNE_JOB="mine")
     assert f"(step {stopped.step})" in output
     assert_same(run, undisturbed)
+
+
+def test_a_signal_to_the_launcher_stops_the_job_too(recording, tmp_path):
+    run = tmp_path / "run"
+    command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS]
+    preempted(run, command, lambda launcher: launcher.send_signal(signal.SIGUSR1))
 
 
 def test_another_job_does_not_resume_the_run(recording, undisturbed, monkeypatch):

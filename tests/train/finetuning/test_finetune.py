@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_refused, run_here, succeed_here
+from helpers import assert_refused, run_here, slow, succeed_here
 from launching import (
     SMALL,
     kill_after_an_epoch,
@@ -73,7 +73,10 @@ def test_one_step_follows_the_gradient_of_the_global_batch(recording, one_step, 
     assert any(float(value.abs().max()) > 1e-3 for value in gradient.values())
 
 
-@pytest.mark.parametrize(("processes", "per_device"), [(1, 16), (2, None), (3, None), (2, 30), (3, 16)])
+@pytest.mark.parametrize(
+    ("processes", "per_device"),
+    [(1, 16), (2, None), (3, 16), *(pytest.param(*both, marks=slow) for both in ((3, None), (2, 30)))],
+)
 def test_gradients_are_those_of_one_process(one_step, processes, per_device):
     """175 stimuli divide neither by 2 nor by 3; tolerance: float32 sums in another order."""
     assert largest_difference(one_step(processes, per_device), one_step(1, None)) < 2e-6
@@ -100,6 +103,7 @@ def six_epochs(recording, tmp_path_factory):
     return out, options
 
 
+@slow  # test_faults.py kills one process, test_remote_shards.py all of them
 def test_a_killed_run_resumes_bit_for_bit(six_epochs, recording, tmp_path):
     undisturbed, options = six_epochs
     kill_after_an_epoch(2, tmp_path / "run", *options, "--loader.workers", "1")  # which must end with their rank

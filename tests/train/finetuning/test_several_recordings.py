@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from helpers import assert_refused, run_here, succeed_here
+from helpers import assert_refused, run_here, slow, succeed_here
 from launching import SMALL, history, largest_difference, losses, succeed, weights
 from make_recordings import pack_two
 from sklearn.metrics import r2_score
@@ -84,7 +84,9 @@ def results(run: Path, recording: str) -> tuple[dict, dict[str, np.ndarray]]:
 # ---- training ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("processes", "strategy"), [(2, "ddp"), (3, "ddp"), (2, "zero3")])
+@pytest.mark.parametrize(
+    ("processes", "strategy"), [pytest.param(2, "ddp", marks=slow), (3, "ddp"), pytest.param(2, "zero3", marks=slow)]
+)
 def test_the_run_does_not_depend_on_processes_or_strategy(run_on, processes, strategy):
     assert_close(run_on(processes, strategy), run_on(1))
 

@@ -138,6 +138,7 @@ def test_charts_show_each_recording_and_the_mean(folds, joined):
         assert board.Histograms(f"inner/{name}/r2_of_sites")[-1].histogram_value.num == sites
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_report_has_each_recording_in_its_table(folds, joined, two, tmp_path):
     succeed_here("train/finetune.py", "--data", two[0], "--out", tmp_path / "alone", *SMALL)
     succeed_here("train/evaluate.py", tmp_path / "alone")

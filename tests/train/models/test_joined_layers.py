@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import succeed_here
+from helpers import slow, succeed_here
 from launching import SMALL, STOP_WHILE_SCORING, largest_difference, losses, run_patched, succeed, weights
 from networks import backbone, images, refusal
 
@@ -114,7 +114,7 @@ def test_layers_vary_alike_over_the_stimuli_to_fit(run):
     assert float(scales[0] / scales[1]) == pytest.approx(spread[1] / spread[0], rel=0.5)
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=slow)])
 def test_joined_layers_train_the_same_on_any_number_of_processes(words, run, tmp_path, processes):
     succeed(processes, *words, "--out", tmp_path / "run")
     np.testing.assert_allclose(losses(tmp_path / "run"), losses(run), rtol=1e-4)

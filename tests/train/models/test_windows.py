@@ -23,16 +23,24 @@ from train.regression.stacking import stack
 from train.run.recipe import Source
 
 SIZE, STAGES = 32, ["stages.0", "stages.1"]
-COUNTS = {"train": 180, "val": 60}
 PLACES = np.array([[-4 / 7, -4 / 7], [4 / 7, 0.0], [0.0, 4 / 7]])  # right and down, in half sides
 NETWORK = ["--backbone.name", "test_convnext", "--backbone.weights", "random", "--images.size", SIZE]
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """300 images; each site responds to the contrast between two halves of a patch, plus noise."""
-    path = tmp_path_factory.mktemp("fields")
-    written = make_folder(path / "src", n=300, splits=True, sites=len(PLACES), size=SIZE)
+    return make_data(tmp_path_factory.mktemp("fields"), 300)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Where sites see is not to be found in them."""
+    return make_data(tmp_path_factory.mktemp("few"), 100)
+
+
+def make_data(path, images):
+    """Images; each site responds to the contrast between two halves of a patch, plus noise. 3 in 5 are for training."""
+    written = make_folder(path / "src", n=images, splits=True, sites=len(PLACES), size=SIZE)
     rates = []
     for x, y in PLACES:
         column, row = (round((coordinate + 1) / 2 * SIZE) for coordinate in (x, y))
@@ -87,12 +95,12 @@ def test_predictions_of_the_stimuli_left_out_are_kept(on_pixels, data):
         assert 0.1 < np.corrcoef(left_out["prediction"][:, 0], left_out["target"][:, 0])[0, 1] < 0.9
 
 
-def test_a_sum_of_layers_is_ridge_on_features_of_one_size(data, tmp_path):
-    probed(tmp_path / "run", data, *NETWORK, "--layers", "stages.0+stages.1")
+def test_a_sum_of_layers_is_ridge_on_features_of_one_size(few, tmp_path):
+    probed(tmp_path / "run", few, *NETWORK, "--layers", "stages.0+stages.1")
     products = 0
-    for features in centred_features(data).values():
+    for features in centred_features(few).values():
         products = products + features @ features.T / np.square(features).sum()
-    gram, rates = gram_and_rates(products, data, ROUNDING["float32"])
+    gram, rates = gram_and_rates(products, few, ROUNDING["float32"])
     expected = ridge(gram, rates, 1000).prediction
     np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], expected, atol=1e-3)
 
@@ -100,16 +108,16 @@ def test_a_sum_of_layers_is_ridge_on_features_of_one_size(data, tmp_path):
 @pytest.mark.parametrize(
     ("layers", "processes"), [pytest.param("stages.1+stages.0", 1, marks=slow), ("stages.1+stages.0", 3), ("pixels", 1)]
 )
-def test_each_window_is_a_ridge_on_features_weighed_by_it(data, tmp_path, layers, processes):
+def test_each_window_is_a_ridge_on_features_weighed_by_it(few, tmp_path, layers, processes):
     """On any number of processes, in stripes of a few rows; a map of few positions and one of many (pixels)."""
     run, own_words = tmp_path / "run", NETWORK if layers != "pixels" else ["--images.size", SIZE]
     words = [*own_words, "--layers", layers, "--field", "gaussian", "--products", "float64", "--memory", "0.002"]
     if processes == 1:
-        probed(run, data, *words)
+        probed(run, few, *words)
     else:
-        succeed(processes, "train/probe.py", "--data", data, "--out", run, "--loader.workers", 0, *words)
+        succeed(processes, "train/probe.py", "--data", few, "--out", run, "--loader.workers", 0, *words)
     assert list(metrics(run)["layers"]) == ["pixels" if layers == "pixels" else "stages.0+stages.1"]
-    stacked = ridge_on_weighed_features(data, layers)
+    stacked = ridge_on_weighed_features(few, layers)
     np.testing.assert_allclose(predictions(run)["prediction"], stacked.prediction, atol=1e-4)
     np.testing.assert_allclose(predictions(run, "left_out")["prediction"], stacked.left_out, atol=1e-4)
 
@@ -134,7 +142,8 @@ def centred_features(data, layers=""):
     shards = ShardFolder(data)
     torch.manual_seed(0)
     extract = LayerFeatures(Backbone(Source(name="test_convnext", weights="random"), SIZE).eval(), STAGES, 7)
-    images = [RecordingStimuli(shards.split(name), SIZE).images(np.arange(count)) for name, count in COUNTS.items()]
+    stimuli = [RecordingStimuli(shards.split(name), SIZE) for name in ("train", "val")]
+    images = [of_split.images(of_split.subset) for of_split in stimuli]
     with torch.no_grad():
         features = (PixelFeatures() if layers == "pixels" else extract)(torch.cat(images).permute(0, 3, 1, 2))
     return {layer: (values.double() - values.double().mean(0)).numpy() for layer, values in features.items()}
@@ -142,19 +151,20 @@ def centred_features(data, layers=""):
 
 def gram_and_rates(products, data, rounding):
     """For the regression from train to val."""
-    fit, held_out = np.split(np.arange(len(products)), [COUNTS["train"]])
-    return centred_gram(products, fit, held_out, rounding), ShardFolder(data).split("train").rates()
+    train = ShardFolder(data).split("train")
+    fit, held_out = np.split(np.arange(len(products)), [len(train)])
+    return centred_gram(products, fit, held_out, rounding), train.rates()
 
 
-def test_windows_need_leave_one_out(data, tmp_path):
+def test_windows_need_leave_one_out(few, tmp_path):
     words = ["--layers", "pixels", "--readout", "ols", "--field", "gaussian"]
-    done = run_here("train/probe.py", "--data", data, "--out", tmp_path / "run", *words)
+    done = run_here("train/probe.py", "--data", few, "--out", tmp_path / "run", *words)
     assert_refused(done, "field", "ridge")
 
 
-def test_a_layer_may_join_more_modules_than_a_file_name_holds(data, tmp_path):
+def test_a_layer_may_join_more_modules_than_a_file_name_holds(few, tmp_path):
     run = tmp_path / "run"
-    probed(run, data, *NETWORK, "--layers", "stages.*.blocks.*.*+stages.*.blocks.*.mlp.*")
+    probed(run, few, *NETWORK, "--layers", "stages.*.blocks.*.*+stages.*.blocks.*.mlp.*")
     (layer,) = metrics(run)["layers"]
     assert len(layer) > 255
     (line,) = [line for line in (run / "eval" / "val" / "table.md").read_text().splitlines() if "(chosen)" in line]

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers import assert_refused, run_here, succeed_here
+from helpers import assert_refused, run_here, slow, succeed_here
 from launching import metrics, predictions, succeed_on
 from make_sources import make_folder
 from safetensors.torch import load_file, save_file
@@ -151,7 +151,7 @@ def test_the_saved_predictor_needs_no_population(made, windowed, tmp_path):
     assert f"{'+'.join(MODULES)}+population" in metrics(windowed)["layers"]
 
 
-@pytest.mark.parametrize("processes", [2, 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=slow)])
 def test_a_probe_with_a_population_does_not_depend_on_the_process_count(made, windowed, processes):
     out = made / f"on_{processes}"
     command = ["train/probe.py", "--data", made / "data" / "c", "--out", out, *PROBE, *WINDOWS]

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from blank_figures import drawn_figures
 from helpers import assert_refused, run_here, succeed_here
 from make_runs import SITES, guess, make_probe, make_run, responses
 from sklearn.metrics import r2_score
@@ -69,7 +70,8 @@ def reported(tmp_path_factory):
         frozen = probe(folder / f"runs_{size}" / "frozen", size, noise, told=size < 400)
         pair = [tuned(folder / f"runs_{size}" / f"tuned_{seed}", size, noise - 0.2, seed) for seed in (0, 1)]
         runs += [frozen, *pair, joined(folder / f"runs_{size}" / "both", frozen, *pair, stimuli=size)]
-    done = succeed_here("train/report.py", *runs, "--out", folder / "out")
+    with drawn_figures():
+        done = succeed_here("train/report.py", *runs, "--out", folder / "out")
     return folder, done.stdout
 
 

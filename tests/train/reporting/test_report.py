@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from blank_figures import drawn_figures
 from helpers import assert_refused, run_here
 from make_runs import SITES, epoch_line, guess, make_classifier, make_probe, make_run, responses
 from markupsafe import escape
@@ -45,7 +46,8 @@ def reported(tmp_path_factory):
     shown = np.arange(30) % 3
     make_classifier(folder / "classes", shown, np.where(np.arange(30) < 24, shown, 0), ["cat", "dog", "<b>egg"])
     runs = sorted(path for path in folder.iterdir())
-    done = report(folder / "out", *runs)
+    with drawn_figures():
+        done = report(folder / "out", *runs)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -184,6 +186,7 @@ def test_figures_lie_beside_the_page_in_three_formats(reported):
     assert all(image["src"].startswith("data:image/svg+xml;base64,") and image["alt"] for image in images)
 
 
+@pytest.mark.usefixtures("figures")
 def test_the_same_report_is_the_same_file(reported, tmp_path):
     folder, _ = reported
     runs = [folder / name for name in ("classes", "frozen", "nearly", "pixels", "whole")]
@@ -203,6 +206,7 @@ def test_the_page_needs_no_network_and_lets_no_other_script_run(reported):
     assert sum(tag == "script" for tag, _ in page.tags) == 1
 
 
+@pytest.mark.usefixtures("figures")
 def test_the_text_of_a_foreign_run_is_escaped(tmp_path):
     target = responses()
     layers = {NASTY: guess(target, 0.5), "b": guess(target, 1)}

@@ -121,6 +121,7 @@ def test_rows_with_random_weights_are_named_so(tmp_path):
     assert figure.caption.startswith("The study's Figure 1. SMALL, not the study: ResNet-50, RANDOM weights")
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_report_on_a_study_shows_its_table_figure_and_rows(tmp_path):
     study = make_study(tmp_path / "study", COURSE)
     done = run_here("train/report.py", study, "--out", tmp_path / "report")

@@ -7,8 +7,9 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from blank_figures import drawn_figures
 from boards import tensorboard_on
-from helpers import run_here, succeed_here
+from helpers import succeed_here
 from launching import SMALL, metrics
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -24,11 +25,10 @@ HYBRID = ["--task.kind", "hybrid", "--epochs", "2"]
 def hybrid(recording, tmp_path_factory):
     """A hybrid that draws its images after every epoch, evaluated on val."""
     out = tmp_path_factory.mktemp("boards") / "hybrid"
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, drawn_figures():
         patch.setattr(charts, "SHARE", 1e9)
-        done = run_here("train/finetune.py", "--data", recording, "--out", out, *SMALL, *HYBRID)
-    assert done.returncode == 0, done.stderr
-    succeed_here("train/evaluate.py", out)
+        succeed_here("train/finetune.py", "--data", recording, "--out", out, *SMALL, *HYBRID)
+        succeed_here("train/evaluate.py", out)
     return out
 
 
@@ -128,6 +128,7 @@ def test_train_scores_are_those_of_the_predictions_that_training_made(recording,
     assert r2 == pytest.approx(float(expected.mean()), abs=1e-5)
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_probe_draws_its_layers(recording, tmp_path):
     words = ["--layers", "stages.1", "stages.2", "--images.size", "32", "--loader.workers", "0"]
     network = ["--backbone.name", "test_convnext", "--backbone.weights", "random"]

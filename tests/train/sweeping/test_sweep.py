@@ -217,6 +217,7 @@ def worker(recording, tmp_path, monkeypatch):
     return make
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_sampled_search_runs_as_many_points_as_were_asked_for(worker, tmp_path):
     content = SPACE | {"storage": f"sqlite:///{tmp_path}/study.db"}
     first, second = worker(content), worker(content)
@@ -351,6 +352,7 @@ def test_a_metric_that_is_better_when_lower_is_minimised(worker):
     assert [entry.value for entry in solo.publish().trials] == [1e-3, 1e-3, 3e-3, 3e-3]
 
 
+@pytest.mark.usefixtures("figures")
 @pytest.mark.parametrize(
     "grid",
     [
