@@ -28,7 +28,7 @@ from fork_client import REFUSED
 # What takes seconds to import. Not pyarrow: it starts a thread, and only the thread that forks lives on in a fork.
 LIBRARIES = (
     *("torch", "torch.distributed.run", "torch.utils.tensorboard", "timm", "timm.optim"),
-    *("accelerate", "deepspeed", "transformers", "scipy.stats"),
+    *("accelerate", "deepspeed", "transformers", "scipy.stats", "matplotlib.backends.backend_agg"),
 )
 ROOT = Path(__file__).resolve().parents[2]
 # What the commands that tests start import of this repository. It keeps no state that depends on who imports it.

@@ -14,6 +14,7 @@ import psutil
 import pytest
 import torch
 from cached_images import memory_of_images
+from forked_python import forked_python
 from helpers import ROOT, succeed_here, wait_for
 from launching import SMALL, losses, succeed
 from make_sources import make_folder
@@ -321,10 +322,10 @@ def test_resident_memory_stays_flat(shards):
     assert psutil.Process().memory_info().rss - before < 40e6
 
 
-# A rank of a run: joins the cache, sees to it that all images are there, and then does as it is told. Without torch,
-# which takes seconds to import; a worker gets the cache in the way in which a DataLoader's workers do.
+# A rank of a run: joins the cache, sees to it that all images are there, and then does as it is told. A worker gets the
+# cache in the way in which a DataLoader's workers do, but without torch, which takes seconds to import.
 RANK = """
-import multiprocessing, sys, time
+import multiprocessing, os, sys, time
 import numpy as np
 from data_prep.common.worker_processes import serve_parent
 from data_prep.shards.folder import ShardFolder
@@ -354,7 +355,7 @@ if __name__ == "__main__":
         context.Process(target=work, args=(split, cache, done), daemon=True).start()
         done.wait()
     fill(split, cache)
-    print("ready", flush=True)
+    print(os.getpid(), flush=True)
     sys.stdin.readline()
     if end == "raise":
         raise SystemError("as told")
@@ -368,7 +369,7 @@ class Rank:
         script = tmp_path / "rank.py"
         script.write_text(RANK)
         self.process = subprocess.Popen(
-            [sys.executable, script, shards.folder, str(workers), end],
+            [forked_python(), script, shards.folder, str(workers), end],
             env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -377,11 +378,11 @@ class Rank:
         )
 
     def wait_until_ready(self) -> None:
-        assert self.process.stdout.readline() == "ready\n"
+        self.pid = int(self.process.stdout.readline())
 
     def end(self, sent_signal: int | None) -> None:
         if sent_signal is not None:
-            self.process.send_signal(sent_signal)
+            os.kill(self.pid, sent_signal)
         self.process.communicate("\n", timeout=60)
 
 
@@ -419,7 +420,7 @@ def test_however_ranks_end_their_memory_is_freed_at_once(shards, tmp_path, end, 
 def test_a_killed_worker_costs_nothing(shards, tmp_path):
     rank = Rank(shards, tmp_path, 1)
     rank.wait_until_ready()
-    (worker,) = memory_of_images(shards)[1] - {rank.process.pid}
+    (worker,) = memory_of_images(shards)[1] - {rank.pid}
     os.kill(worker, signal.SIGKILL)
     rank.end(None)
     wait_for(lambda: memory_of_images(shards) == (0, set()))
