@@ -15,7 +15,7 @@ AT = {  # populations as a sentence ends
 
 FAR = 2.05  # times the recorded repetitions, beyond which a plan says that it extrapolates
 # Of fewer, plans were not found to hold (docs/power.md), so how many fewer would do is not said.
-FEWEST_STIMULI, FEWEST_SITES = 80, 10
+FEWEST_STIMULI, FEWEST_REPETITIONS, FEWEST_SITES = 80, 2, 10
 
 
 @dataclass(frozen=True)
@@ -74,20 +74,22 @@ def _more(needed: Need, design: Design, subject: Subject) -> tuple[list[str], li
     """What would be enough by itself, and what would not."""
     planned, enough, vain = subject.planned, [], []
     if needed.stimuli is not None:
-        enough.append(f"{needed.stimuli - design.stimuli:,} more scored stimuli ({needed.stimuli:,} in all)")
+        added = needed.stimuli - design.stimuli
+        enough.append(f"{added:,} more scored {'stimuli' if added > 1 else 'stimulus'} ({needed.stimuli:,} in all)")
     else:
         vain.append("more stimuli alone would not be enough")
     now = repetitions_of(design, planned)
     if now is None:
         vain.append(f"what more repetitions would do is not known ({subject.repetitions_source})")
     elif needed.repetitions is not None:
-        added = max(needed.repetitions - now, 0)
+        added = max(round(needed.repetitions - now), 1)  # of an average of 6.6, 7 is one more
         origin = ", extrapolated" if is_extrapolated(needed.repetitions, planned) else ""
-        enough.append(f"{added:.0f} more repetitions of these ({needed.repetitions:,} in all{origin})")
+        enough.append(f"{added:,} more repetition{'s' * (added > 1)} of these ({needed.repetitions:,} in all{origin})")
     else:
         vain.append("more repetitions alone would not be enough")
     if needed.sites is not None:
-        enough.append(f"{needed.sites - design.sites:,} more sites like these ({needed.sites:,} in all)")
+        added = needed.sites - design.sites
+        enough.append(f"{added:,} more site{'s' * (added > 1)} like these ({needed.sites:,} in all)")
     else:
         vain.append("more sites alone would not be enough")
     return enough, vain
@@ -99,18 +101,19 @@ def _spare(needed: Need, design: Design, planned: Planned) -> str:
     if needed.stimuli is not None and needed.stimuli < design.stimuli:
         words += _of_those(needed.stimuli, design.stimuli, FEWEST_STIMULI, "scored stimuli")
     now = repetitions_of(design, planned)
-    if now is not None and needed.repetitions is not None and needed.repetitions < round(now):
-        words.append(f"{needed.repetitions} of the {now:.0f} repetitions")
+    if now is not None and needed.repetitions is not None:
+        fewer = max(needed.repetitions, FEWEST_REPETITIONS)  # "fewer than 2" would say that one is enough
+        words += [f"{fewer} of the {now:.0f} repetitions"] if fewer < round(now) else []
     if needed.sites is not None and needed.sites < design.sites:
         words += _of_those(needed.sites, design.sites, FEWEST_SITES, "sites")
     return f"{' or '.join(words)} would have been enough" if words else ""
 
 
-def _of_those(needed: int, there: int, fewest: int, what: str) -> list[str]:
-    """So many of what is there; below the fewest of which plans hold, only that it is fewer."""
-    if needed >= fewest:
+def _of_those(needed: int, there: int, least: int, what: str) -> list[str]:
+    """So many of what is there; below the least for which plans hold, only that it is fewer."""
+    if needed >= least:
         return [f"{needed:,} of the {there:,} {what}"]
-    return [f"fewer than {fewest} of the {there:,} {what}"] if there > fewest else []
+    return [f"fewer than {least} of the {there:,} {what}"] if there > least else []
 
 
 def _precision(subject: Subject, design: Design, question: Question) -> str:
