@@ -52,7 +52,10 @@ def trials_of(group: Group, data: Sequence[str] | None = None) -> RecordedTrials
     reasons = []
     for location in _locations(group) if data is None else data:
         try:
-            return RecordedTrials(Trials.of(_read(location, scored)), printable(str(location)))
+            trials = Trials.of(_read(location, scored))
+            if trials is None:
+                raise _Unusable(printable(f"{location} has one trial of most stimuli, or none of some"))
+            return RecordedTrials(trials, printable(str(location)))
         except _Unusable as reason:
             reasons.append(str(reason))
         except (BadInput, OSError) as error:
@@ -116,6 +119,4 @@ def _checked(by_stimulus: Sequence[np.ndarray], location: str, scored: ScoredPre
     fitted = ~np.isnan(scored.response)
     if not np.isclose(average[fitted], scored.response[fitted], rtol=1e-4, atol=1e-5).all():
         raise _Unusable(printable(f"what was scored is not the average of the trials in {location}"))
-    if np.median(recorded.any(axis=2).sum(axis=1)) < 2:
-        raise _Unusable(printable(f"{location} has one trial of most stimuli"))
     return trials
