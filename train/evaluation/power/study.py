@@ -1,5 +1,6 @@
 """A score, or the difference between two, as measured on a recording: what other designs would show of it."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -74,10 +75,12 @@ class Study:
             self._known[repetitions] = self._components(repetitions)
         return self._known[repetitions]
 
-    @cached_property
-    def influence(self) -> np.ndarray:
-        """Of each stimulus on the mean over sites, less its mean: float64 (stimuli,)."""
-        return self._weighted(self._influence(self._moments(None), self._models[0].response)).mean(axis=1)
+    def influence(self, repetitions: float | None) -> np.ndarray:
+        """Of each stimulus on the mean over sites with a number of repetitions, less its mean: float64 (stimuli,).
+
+        With the noise of the trials that were recorded.
+        """
+        return self._weighted(self._influence(self._moments(repetitions), self._models[0].response)).mean(axis=1)
 
     def shrinkage(self, repetitions: float | None) -> float:
         """How a difference that is the same at every site changes with the number of repetitions."""
@@ -148,9 +151,7 @@ class JoinedStudies:
 
     def __init__(self, studies: Sequence[Study]):
         self.studies = list(studies)
-        self._shared = sum(
-            _shared_covariance(one, other) for one in self.studies for other in self.studies if one is not other
-        )
+        self._known: dict[float | None, Components] = {}
 
     @property
     def design(self) -> Design:
@@ -167,15 +168,23 @@ class JoinedStudies:
 
     def components(self, repetitions: float | None = None) -> Components:
         """See `Study.components`."""
-        return joined([study.components(repetitions) for study in self.studies], self._shared)
+        if repetitions not in self._known:
+            parts = [study.components(repetitions) for study in self.studies]
+            pairs = itertools.combinations(self.studies, 2)
+            shared = 2 * sum(_shared_covariance(one, other, repetitions) for one, other in pairs)
+            self._known[repetitions] = joined(parts, shared)
+        return self._known[repetitions]
 
     def shrinkage(self, repetitions: float | None) -> float:
         """See `Study.shrinkage`."""
         return float(np.mean([study.shrinkage(repetitions) for study in self.studies]))
 
 
-def _shared_covariance(one: Study, other: Study) -> float:
-    """The covariance over shared stimuli of the influences on two means, times the share of stimuli that are shared."""
+def _shared_covariance(one: Study, other: Study, repetitions: float | None) -> float:
+    """The covariance over shared stimuli of the influences on two means, times the share of stimuli that are shared.
+
+    The noise of different recordings does not covary, so that of the recorded trials does not matter.
+    """
     if one.stimulus_ids is None or other.stimulus_ids is None:
         return 0.0
     row_of = {stimulus: row for row, stimulus in enumerate(other.stimulus_ids)}
@@ -183,5 +192,5 @@ def _shared_covariance(one: Study, other: Study) -> float:
     if not pairs:
         return 0.0
     rows, other_rows = np.array(pairs).T
-    products = one.influence[rows] * other.influence[other_rows]
+    products = one.influence(repetitions)[rows] * other.influence(repetitions)[other_rows]
     return float(products.sum() / np.sqrt(one.stimuli * other.stimuli))

@@ -211,6 +211,22 @@ def test_two_recordings_of_the_same_stimuli_count_as_one_with_the_sites_of_both(
     assert error == pytest.approx(whole.standard_error(Design(200, 12), "stimuli"), rel=0.01)
 
 
+def test_stimuli_that_recordings_share_count_with_as_few_repetitions_as_are_planned():
+    """What two recordings of 8 repetitions foretell for 1 is what their first trials show."""
+    rng, ids = np.random.default_rng(10), [f"s{k}" for k in range(3000)]
+    signal, models = Brain(noise=0).draw(rng, 3000, 8)
+    parts = [signal + 1.5 * rng.normal(size=signal.shape) for _ in range(2)]
+
+    def joined(repetitions):
+        taken = [part[:, :repetitions] for part in parts]
+        return JoinedStudies(
+            [Study(part.mean(axis=1), models, PLANNED["r2"], Trials.of(part), stimulus_ids=ids) for part in taken]
+        )
+
+    foretold, seen = joined(8).components(1), joined(1).components()
+    assert foretold.stimulus == pytest.approx(seen.stimulus, rel=0.1)
+
+
 def test_recordings_of_other_stimuli_are_independent():
     studies = []
     for seed in (8, 9):
