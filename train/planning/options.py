@@ -72,8 +72,8 @@ class PowerPlan(BaseModel):
     difference, more for that of the two best; runs on parts of train (--subset) tell how scores grow."""
     split: Annotated[Literal["val", "test", "cv"], OFTEN_CHANGED] = "val"
     """Stimuli that they were scored on."""
-    scored: Annotated[int | None, OFTEN_CHANGED] = Field(None, ge=2, le=MOST_STIMULI)
-    """Scored stimuli of the design; by default as many as in the runs."""
+    scored: Annotated[int | None, OFTEN_CHANGED] = Field(None, ge=10, le=MOST_STIMULI)
+    """Scored stimuli of the design; by default as many as in the runs. Nothing is planned for fewer than ten."""
     repetitions: Annotated[int | None, OFTEN_CHANGED] = Field(None, ge=1, le=MOST_REPETITIONS)
     """Presentations of each stimulus in the design; needs single trials. By default as many as were recorded."""
     sites: Annotated[int | None, OFTEN_CHANGED] = Field(None, ge=1, le=MOST_SITES)

@@ -10,7 +10,7 @@ from make_runs import guess, make_run
 
 from data_prep.common.atomic_writes import write_json, write_npz
 from data_prep.shards.folder import ShardFolder
-from train.evaluation.power.components import Design
+from train.evaluation.power.components import Components, Design
 from train.evaluation.power.influence import PLANNED
 from train.evaluation.power.learning import fit_learning_curve
 from train.evaluation.power.planning import Question, need
@@ -18,6 +18,7 @@ from train.evaluation.power.study import Study
 from train.evaluation.power.trials import Trials
 from train.reporting.groups import groups_of
 from train.reporting.power.recorded_trials import trials_of
+from train.reporting.power.wording import Subject, finding
 from train.reporting.reported_run import read_run
 from train.run.recipe import Recipe
 
@@ -150,6 +151,15 @@ def test_trials_are_read_only_where_they_are_those_that_were_scored(shards, runs
     assert trials_of(group_of(gone), [str(tmp_path)]).trials is None
 
 
+def test_trials_that_tell_nothing_are_said_to(shards, runs, recording, monkeypatch):
+    trials = shards.trials()
+    trials[3] = np.nan
+    monkeypatch.setattr("train.reporting.power.recorded_trials._read", lambda *_: trials)
+    found = trials_of(group_of(runs[0]))
+    assert found.trials is None
+    assert found.source == f"{recording} has one trial of most stimuli, or none of some"
+
+
 def test_addresses_in_a_run_folder_are_not_followed(shards, tmp_path, monkeypatch):
     run = scored(tmp_path / "run", shards, 0.8, data="https://example.org/shards")
     monkeypatch.setattr("train.reporting.power.recorded_trials.ShardFolder", lambda *_: pytest.fail("it was opened"))
@@ -198,7 +208,26 @@ def test_how_few_would_do_is_said_only_as_far_as_plans_hold(runs):
     """A lead that a handful of stimuli and a site or two would show."""
     printed = one_line(plan(runs[0], runs[2], "--scored", "200"))
     assert "fewer than 80 of the 200 scored stimuli" in printed
+    assert "2 of the 6 repetitions" in printed  # where one would do
     assert not re.search(r"\b[1-9] of the \d+ sites", printed)
+
+
+class Noisy:
+    """A difference whose noise falls with the repetitions, of which 6.6 were recorded on average."""
+
+    design, repetitions = Design(100, 20), 6.6
+
+    def components(self, repetitions=None):
+        return Components(0.05, stimulus=0.1 / (repetitions or 6.6), site=0.01, rest=0.3)
+
+    def shrinkage(self, repetitions):
+        return 1.0
+
+
+def test_a_part_of_a_repetition_is_one_more():
+    planned, subject = Noisy(), Subject(["a", "b"], "R2", Noisy(), "")
+    difference = Question().smallest_difference(planned, Design(100, 20, 6.8))
+    assert "1 more repetition of these (7 in all)" in finding(subject, planned.design, Question(difference=difference))
 
 
 def test_presentations_are_divided_as_well_as_they_can_be(runs, study):
@@ -219,7 +248,9 @@ def test_one_run_alone_is_planned_for_its_score(runs):
     text = plan(runs[0], "--population", "both")
     assert re.search(r"R2 of first is 0\.\d+, known to within 0\.\d+ for other stimuli at these sites", text)
     assert "power" not in text
-    assert_refused(run_here(PLAN, "--runs", runs[0], "--difference", "0.1"), "difference: one run alone has none")
+    for option, value in (("difference", 0.1), ("comparisons", 3), ("power", 0.9)):
+        refused = run_here(PLAN, "--runs", runs[0], f"--{option}", value)
+        assert_refused(refused, f"{option}: one run alone has none")
 
 
 @pytest.mark.parametrize(
@@ -229,6 +260,7 @@ def test_one_run_alone_is_planned_for_its_score(runs):
         (["--held_out", "0.5"], "held_out: it divides --presentations"),
         (["--split", "test"], "runs: none of these has predicted responses to test"),
         (["--repetitions", "0"], "repetitions: "),
+        (["--scored", "9"], "scored: "),
         (["--scord", "9"], "did you mean --scored?"),
     ],
 )
@@ -236,22 +268,24 @@ def test_what_cannot_be_planned_is_refused(runs, words, message):
     assert_refused(run_here(PLAN, "--runs", *runs[:2], *words), message)
 
 
-def test_several_recordings_are_planned_each_and_joined(shards, recording, tmp_path):
-    """Three runs on two recordings, here with the same stimuli and other responses; one is a control on one of them."""
-    other = shards.rates()[:, ::-1].copy()
+def scored_on_two(path, shards, noises, seed=1, on_second=None, **more):
+    """A run on two recordings, here with the same stimuli and other responses, with `noises` on each."""
+    scored(path, shards, noises[0], seed, **more)
+    other, target = path.with_name(f"{path.name}_other"), shards.rates()[:, ::-1].copy()
+    scored(other, shards, noises[1], seed + 5, target=target, recording="other", **more, **(on_second or {}))
+    (path / "eval/val").rename(path / "first")
+    (path / "eval/val").mkdir()
+    (path / "first").rename(path / "eval/val/made_up")
+    (other / "eval/val").rename(path / "eval/val/other")
+    return path
+
+
+def test_several_recordings_are_planned_each_and_joined(shards, tmp_path):
+    """Three runs on two recordings; one is a control on one of them."""
     runs = []
     for seed, name in enumerate(("one", "two", "three")):
-        run = scored(tmp_path / name, shards, 0.8 + 0.05 * seed, seed)
-        more = {"control": "shuffled"} if name == "one" else {}
-        second = scored(
-            tmp_path / f"{name}_b", shards, 0.9 + 0.05 * seed, seed + 5, target=other, recording="other", **more
-        )
-        for recorded, source in (("made_up", run), ("other", second)):
-            (source / "eval/val").rename(tmp_path / f"{name}_{recorded}")
-        (run / "eval/val").mkdir()
-        for recorded in ("made_up", "other"):
-            (tmp_path / f"{name}_{recorded}").rename(run / "eval/val" / recorded)
-        runs.append(run)
+        noises, control = (0.8 + 0.05 * seed, 0.9 + 0.05 * seed), {"control": "shuffled"} if name == "one" else {}
+        runs.append(scored_on_two(tmp_path / name, shards, noises, seed, on_second=control))
     text = plan(*runs)
     titles = [line for line in text.splitlines() if line.startswith(("made_up", "other"))]
     assert titles[0].startswith("made_up: 12 sites")
@@ -263,6 +297,7 @@ def test_several_recordings_are_planned_each_and_joined(shards, recording, tmp_p
     succeed_here("train/report.py", *runs, "--out", out)
     joined = json.loads((out / "power.json").read_text())["joined"]
     assert joined["recordings"] == ["made_up", "other"]
+    assert joined["runs"] == [str(run) for run in runs[:2]]
     assert joined["comparisons"] == 3
     assert "Mean over made_up + other, numbers in each: " in joined["sentence"]
     assert all(part in joined["sentence"] for part in ("one (CONTROL: shuffled)", "corrected for 3 comparisons"))
@@ -300,3 +335,20 @@ def test_training_stimuli_are_planned_by_the_learning_curves(shards, tmp_path):
     assert values[1] - values[0] == pytest.approx(gain, abs=2e-4)
     divided = plan(*runs, "--presentations", "6000")
     assert "chosen by the learning curves" in divided
+
+
+def test_learning_curves_of_several_recordings_are_those_of_the_same_two_systems(shards, tmp_path):
+    """Of which the better on the first recording is the worse on the second."""
+    runs, noise = [], {"deep": ((0.6, 0.6), (0.9, 0.3)), "flat": ((1.0, 0.2), (0.8, 0.2))}
+    for seed, (system, on_each) in enumerate(noise.items()):
+        for size in (100, 200, 400):
+            recipe = Recipe.model_validate({"subset": size, "epochs": 3 + seed})
+            noises = [least + gap * (100 / size) ** 0.5 for least, gap in on_each]
+            path = tmp_path / f"{system}_{size}"
+            runs.append(scored_on_two(path, shards, noises, seed, recipe=recipe, training_stimuli=size))
+    text = plan(*runs, "--stimuli", "800")
+    planned = re.findall(r"planned +R2 of (\w+)_400.* less that of (\w+)_400", text)
+    assert planned == [("deep", "flat"), ("flat", "deep"), ("deep", "flat")]
+    on_first, on_second, mean = (float(gain) for gain in re.findall(r"800 stimuli change it by ([+-]\d\.\d+)", text))
+    assert mean == pytest.approx((on_first - on_second) / 2, abs=2e-4)
+    assert abs(on_second) > 0.001

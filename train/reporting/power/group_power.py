@@ -68,6 +68,11 @@ class GroupPower:
                 scores[index] = score.mean
         return sorted(scores, key=lambda index: -scores[index])
 
+    @property
+    def best(self) -> list[int]:
+        """The two best of `models`, or the only one that can be studied."""
+        return self.models[:2] if self.study(*self.models[:2]) is not None else self.models[:1]
+
     def _is_part(self, scored: ScoredRun) -> bool:
         """Whether another run of its system was trained on more stimuli."""
         return any(scored in point.runs for curve in self.group.curves for point in curve.points[:-1])
@@ -146,26 +151,34 @@ class JoinedPower:
 
     Attributes:
         groups: of the recordings.
-        runs: the folders of the two best by the mean over recordings, or of the only one.
+        best: of each group, the indices of the two best by the mean over recordings, or of the only one.
         study: of their difference, or of the score.
         comparisons: the number of pairs of models that were scored on all; 1 of a single one.
     """
 
     groups: list[GroupPower]
-    runs: list[Path]
+    best: list[list[int]]
     study: JoinedStudies
     comparisons: int
+
+    @property
+    def runs(self) -> list[Path]:
+        """The folders of the best."""
+        return [self.groups[0].run(index).path.resolve() for index in self.best[0]]
+
+    @property
+    def titles(self) -> list[str]:
+        """Of the best, without a recording, from the one where a run has most to beware of: seen images, say."""
+        of_groups = [[power.run(index) for index in best] for power, best in zip(self.groups, self.best, strict=True)]
+        return [
+            max((run.title.replace(f": {run.recording}", "", 1) for run in of_model), key=len)
+            for of_model in zip(*of_groups, strict=True)
+        ]
 
     @property
     def title(self) -> str:
         """The recordings."""
         return " + ".join(power.group.recording for power in self.groups)
-
-    def title_of(self, path: Path) -> str:
-        """A run's title without a recording, from the one where it has most to beware of: seen images, say."""
-        runs = [power.run(index) for power in self.groups for index in power.models]
-        titles = [run.title.replace(f": {run.recording}", "", 1) for run in runs if run.path.resolve() == path]
-        return max(titles, key=len)
 
 
 def join(groups: Sequence[GroupPower]) -> JoinedPower | None:
@@ -184,8 +197,9 @@ def join(groups: Sequence[GroupPower]) -> JoinedPower | None:
         studies = [power.study(by_path[path]) for power, by_path in zip(groups, indices, strict=True)]
         return sum(study.components().value for study in studies if study is not None) / len(groups)
 
-    best = sorted(shared, key=mean_score, reverse=True)[:2]
-    studies = [power.study(*(by_path[path] for path in best)) for power, by_path in zip(groups, indices, strict=True)]
+    paths = sorted(shared, key=mean_score, reverse=True)[:2]
+    best = [[by_path[path] for path in paths] for by_path in indices]
+    studies = [power.study(*of_group) for power, of_group in zip(groups, best, strict=True)]
     known = [study for study in studies if study is not None]
     if len(known) < len(studies):
         return None

@@ -12,7 +12,7 @@ from train.evaluation.power.planning import LEAST_STIMULI, Budget, Offer, Planne
 from train.planning.options import PowerPlan
 from train.planning.wording import lines_of
 from train.reporting.groups import groups_of
-from train.reporting.power.group_power import GroupPower, LearningRun, join
+from train.reporting.power.group_power import GroupPower, JoinedPower, LearningRun, join
 from train.reporting.power.recorded_trials import trials_of
 from train.reporting.power.section import joined_subject, subject_of
 from train.reporting.power.wording import AT, Subject, finding, is_extrapolated, repetitions_of
@@ -38,15 +38,13 @@ def plan_power(options: PowerPlan) -> None:
             f"runs: none of these has predicted responses to {options.split}, {LEAST_STIMULI} stimuli or more, beside "
             "its scores; score them first (train/evaluate.py), or name another --split"
         )
-    pages = [_page(_of_group(power, options), options) for power in powers]
+    asked = [_of_group(power, options) for power in powers]
     joined = join(powers)
     if joined is not None:
-        learning = [_learning(power, options) for power in joined.groups]
-        gain = None if None in learning else _MeanGain([one for one in learning if one is not None])
-        shares = [power.share(power.models[:2]) for power in joined.groups]
-        share = None if None in shares else sum(one for one in shares if one is not None) / len(shares)
-        title = f"{joined.title}: mean over these; numbers of stimuli and sites are those of each"
-        pages.append(_page(_Asked(title, joined_subject(joined), gain, share, joined.comparisons), options))
+        asked.append(_of_joined(joined, options))
+    if not any(one.subject.is_difference for one in asked):
+        _check_single(options)
+    pages = [_page(one, options) for one in asked]
     left_out = [run.title for run in runs if run.metrics is None] + [name for power in every for name in power.left_out]
     if left_out:
         pages.append(f"without predictions for the same stimuli of {options.split}: {', '.join(left_out)}")
@@ -105,12 +103,30 @@ class _Asked:
 
 
 def _of_group(power: GroupPower, options: PowerPlan) -> _Asked:
-    share = power.share(power.models[:2])
-    return _Asked(power.group.title, subject_of(power), _learning(power, options), share, power.comparisons)
+    gain, share = _learning(power, power.best, options), power.share(power.best)
+    return _Asked(power.group.title, subject_of(power), gain, share, power.comparisons)
 
 
-def _learning(power: GroupPower, options: PowerPlan) -> _Gain | None:
-    runs = [power.learning(index) for index in power.models[:2]]
+def _of_joined(joined: JoinedPower, options: PowerPlan) -> _Asked:
+    of_groups = list(zip(joined.groups, joined.best, strict=True))
+    learning = [_learning(power, best, options) for power, best in of_groups]
+    gain = None if None in learning else _MeanGain([one for one in learning if one is not None])
+    shares = [power.share(best) for power, best in of_groups]
+    share = None if None in shares else sum(one for one in shares if one is not None) / len(shares)
+    title = f"{joined.title}: mean over these; numbers of stimuli and sites are those of each"
+    return _Asked(title, joined_subject(joined), gain, share, joined.comparisons)
+
+
+def _check_single(options: PowerPlan) -> None:
+    """Refuse what only a difference has."""
+    for name in ("difference", "comparisons", "power"):
+        if getattr(options, name) != PowerPlan.model_fields[name].default:
+            raise BadInput(f"{name}: one run alone has none; name two or more")
+
+
+def _learning(power: GroupPower, best: Sequence[int], options: PowerPlan) -> _Gain | None:
+    """Of the models of a group that are planned for."""
+    runs = [power.learning(index) for index in best]
     known = [run for run in runs if run is not None]
     if len(known) == len(runs):
         return _Gain(known)
@@ -129,7 +145,7 @@ def _page(asked: _Asked, options: PowerPlan) -> str:
     subject = asked.subject
     _check(subject, options)
     design = _design(subject.planned.design, options)
-    comparisons = options.comparisons or (asked.comparisons if subject.is_difference else 1)
+    comparisons = options.comparisons or asked.comparisons if subject.is_difference else 1
     question = Question(options.population, options.power, comparisons, options.difference)
     lines = [asked.title, *_measured(asked)]
     planned = subject.planned
@@ -145,7 +161,7 @@ def _page(asked: _Asked, options: PowerPlan) -> str:
 
 
 def _check(subject: Subject, options: PowerPlan) -> None:
-    """Refuse to plan repetitions without trials, a difference of a single model, and options without their partner."""
+    """Refuse to plan repetitions without trials, and options without their partner."""
     if subject.planned.repetitions is None:
         asked = [name for name in ("repetitions", "presentations") if getattr(options, name) is not None]
         if asked:
@@ -155,8 +171,6 @@ def _check(subject: Subject, options: PowerPlan) -> None:
             )
     if options.held_out is not None and options.presentations is None:
         raise BadInput("held_out: it divides --presentations; give these too, or leave it out")
-    if options.difference is not None and not subject.is_difference:
-        raise BadInput("difference: one run alone has none; name two or more")
 
 
 def _design(measured: Design, options: PowerPlan) -> Design:

@@ -70,21 +70,16 @@ def report_power(groups: Sequence[Group], data: Sequence[str] | None) -> Reporte
 
 def subject_of(power: GroupPower) -> Subject:
     """The two best models of a group, or its only one."""
-    best = power.models[:2]
-    study = power.study(*best)
-    if study is None:
-        best = best[:1]
-        study = power.study(*best)
+    study = power.study(*power.best)
     assert study is not None, "a model has one"
-    titles = [power.run(index).title for index in best]
+    titles = [power.run(index).title for index in power.best]
     return Subject(titles, power.metric.title, study, power.recorded.source)
 
 
 def joined_subject(joined: JoinedPower) -> Subject:
     """The two best models of several recordings, or the only one."""
-    titles = [joined.title_of(path) for path in joined.runs]
     without = [power.recorded.source for power in joined.groups if power.recorded.trials is None]
-    return Subject(titles, joined.groups[0].metric.title, joined.study, "; ".join(without))
+    return Subject(joined.titles, joined.groups[0].metric.title, joined.study, "; ".join(without))
 
 
 def _section(power: GroupPower, suffix: str) -> PowerSection:
