@@ -12,6 +12,7 @@ from train.run.yaml_files import read_yaml
 
 PIXELS = "pixels"
 MOST_NEIGHBOURS = 200  # folders that are looked at
+UNTUNED = ("pretrained", "random")  # other weights may be those of a fine-tuned run
 ADVICE = "report the frozen one, or see docs/best.md for what makes fine-tuning win"
 
 
@@ -51,12 +52,15 @@ def frozen_ahead(run: Path, split: str, recording: str, metrics: Mapping[str, An
 
 def _layers(run: Path, split: str, recording: str, metrics: Mapping[str, Any]) -> Iterator[FrozenLayer]:
     """The chosen layers of the probes beside a run that were scored on the same stimuli."""
-    neighbours = sorted(path for path in run.absolute().parent.iterdir() if path.is_dir() and not path.is_symlink())
+    try:
+        neighbours = sorted(path for path in run.absolute().parent.iterdir() if path.is_dir() and not path.is_symlink())
+    except OSError:  # the folder around a run may not be ours to list
+        return
     for path in neighbours[:MOST_NEIGHBOURS]:
         try:
             content = parse_json(read_regular_file(RunFolder(path).results_on(split, recording) / "metrics.json"))
             recipe = read_yaml(RunFolder(path).recipe)
-            is_frozen = isinstance(recipe, dict) and recipe.get("layers", [PIXELS]) != [PIXELS]
+            is_frozen = recipe["layers"] != [PIXELS] and recipe["backbone"]["weights"] in UNTUNED
             same = all(content.get(key) == metrics[key] for key in ("recording", "fingerprint"))
             r2 = _r2(content)
             if is_frozen and same and r2 is not None and "control" not in content and not _has_leaks(content):

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from train.evaluation.comparison import Lead, compared_models, leads
-from train.evaluation.frozen_rivals import ADVICE
+from train.evaluation.frozen_rivals import ADVICE, UNTUNED
 from train.evaluation.metrics import TITLES
 from train.evaluation.multiplicity import Standing
 from train.reporting.data_efficiency import Curve, curves_of
@@ -244,7 +244,8 @@ class Group:
     @property
     def frozen_ahead(self) -> str:
         """That a frozen layer is ahead of every fine-tuned network, in a sentence; empty if none is."""
-        frozen, tuned = self._best_of(TASK_DRIVEN), self._best_of(DATA_DRIVEN, HYBRID)
+        frozen = self._best_of(lambda run: run.family == TASK_DRIVEN and run.setting("backbone.weights") in UNTUNED)
+        tuned = self._best_of(lambda run: run.family in (DATA_DRIVEN, HYBRID))
         if frozen is None or tuned is None:
             return ""
         ahead, behind = frozen.regression.r2.mean, tuned.regression.r2.mean
@@ -255,14 +256,14 @@ class Group:
             f"{number(behind)} of {tuned.run.title}; {ADVICE}."
         )
 
-    def _best_of(self, *families: str) -> ScoredRun | None:
-        """The best run of some families by R2, controls and scores of seen stimuli apart."""
+    def _best_of(self, is_meant: Callable[[ReportedRun], bool]) -> ScoredRun | None:
+        """The best of some runs by R2, controls and scores of seen stimuli apart."""
         runs = [self.runs[index] for index in self.ranking]
         return next(
             (
                 scored
                 for scored in runs
-                if scored.run.family in families
+                if is_meant(scored.run)
                 and scored.metrics.control is None
                 and not (scored.metrics.seen and scored.metrics.seen.leaks)
             ),

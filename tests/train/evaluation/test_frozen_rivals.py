@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 from helpers import succeed_here
 from make_runs import guess, make_probe, make_run, responses
 
 from train.evaluation.frozen_rivals import frozen_ahead
-from train.run.recipe import ProbeRecipe
+from train.run.recipe import ProbeRecipe, save_recipe
 
 
 @pytest.fixture
@@ -56,6 +57,17 @@ def test_the_best_probe_is_named(runs):
 )
 def test_probes_that_say_nothing_of_these_stimuli_do_not_count(runs, facts):
     change(runs / "better", **facts)
+    assert said(runs) == ""
+
+
+def test_probes_of_fine_tuned_networks_are_not_frozen_layers(runs):
+    recipe = ProbeRecipe.model_validate({"layers": ["x"], "backbone": {"weights": str(runs / "tuned")}})
+    save_recipe(recipe, runs / "better" / "recipe.yaml")
+    assert said(runs) == ""
+
+
+def test_a_folder_that_may_not_be_listed_has_no_rivals(runs, monkeypatch):
+    monkeypatch.setattr("pathlib.Path.iterdir", Mock(side_effect=PermissionError))
     assert said(runs) == ""
 
 

@@ -15,6 +15,7 @@ from make_runs import SITES, epoch_line, guess, make_classifier, make_probe, mak
 from markupsafe import escape
 
 from train.models.saved_probe import SAVED_PROBE
+from train.reporting.groups import groups_of
 from train.reporting.reported_run import read_run
 from train.reporting.reproduction import commands_of
 from train.run.recipe import ProbeRecipe, Recipe
@@ -462,6 +463,10 @@ def test_a_frozen_layer_that_is_ahead_is_named(reported, tmp_path):
     assert sentence in done.stdout
     assert sentence.replace("R2", "R²") in (tmp_path / "out" / "report.html").read_text()
     assert "A frozen layer" not in reported[1]
+    recipe = ProbeRecipe.model_validate({"layers": ["x"], "backbone": {"weights": "runs/tuned"}})
+    make_probe(tmp_path / "of_tuned", target, {"x": guess(target, 0.3)}, "x", recipe=recipe)
+    runs = [run for name in ("of_tuned", "tuned") for run in read_run(tmp_path / name, "val", name)]
+    assert groups_of(runs)[0].frozen_ahead == ""
 
 
 def test_every_metric_on_the_page_is_explained(reported):
