@@ -242,7 +242,7 @@ class ProbeSpace:
     Attributes:
         products: of memory, while inner products are computed.
         regressions: of memory, while a layer is regressed on.
-        disk: of activations and matrices together, of all processes of a machine.
+        disk: of activations, matrices and results together, of all processes of the machine with the leading one.
     """
 
     products: float
@@ -272,12 +272,14 @@ def probe_space(recipe: ProbeRecipe, layers: Sequence[Layer], features: int, siz
         matrices = matrix * min(sizes.processes, kinds.count("owned products"))
     elif has_products:
         matrices = matrix * windows_of(recipe) / (1 if recipe.products == "float64" else 2)
+    of_response = FLOAT64 + (FLOAT32 if recipe.readout == "ridge" else 0)  # dual weights, left-out predictions
+    results = of_response * sum(sizes.fit) * sizes.sites * windows_of(recipe) * len(layers)
     return ProbeSpace(
         products=min(bound, matrix * 1.25 + block) if has_products else min(bound, block),
         regressions=max(
             _regression_bytes(recipe, layer, kind, sizes) for layer, kind in zip(layers, kinds, strict=True)
         ),
-        disk=(FLOAT32 * sizes.stimuli * features + matrices) / sizes.machines,
+        disk=(FLOAT32 * sizes.stimuli * features + matrices) / sizes.machines + results,
     )
 
 

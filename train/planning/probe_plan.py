@@ -80,7 +80,7 @@ def needs(recipe: ProbeRecipe, network: ProbedNetwork, sizes: ProbeSizes, rates:
         "forward passes": f"{(PROGRAM + forward) / GIB:.2f} GiB with a batch of {recipe.batch_size}",
         "inner products": f"{(PROGRAM + space.products) / GIB:.2f} GiB; --memory bounds the blocks of features",
         "regressions": f"{(PROGRAM + space.regressions) / GIB:.2f} GiB",
-        "disk": f"{space.disk / GIB:.2f} GiB in --scratch on each machine, until the layers are done",
+        "disk": f"{space.disk / GIB:.2f} GiB in --scratch on each machine, until the probe is done",
     }
     lines = ["Estimates of each process's memory, and of disk space", *lines_of(rows)]
     lines.append(f"the most: {most / GIB:.2f} GiB a process, {per_machine * most / GIB:.2f} GiB a machine")

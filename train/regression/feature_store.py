@@ -86,7 +86,3 @@ class FeatureStore:
             for row, features in enumerate(out, start=first_row):
                 if os.preadv(descriptor, [features.data], row * stride + start * FLOAT32_BYTES) != features.nbytes:
                     raise RunFailed(f"{self._path(layer)} has changed or was cut while the probe ran; start it again")
-
-    def delete(self, layer: str) -> None:
-        """Free the space of a layer."""
-        self._path(layer).unlink(missing_ok=True)
