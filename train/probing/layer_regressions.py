@@ -22,7 +22,7 @@ from train.regression.gram import Predictors
 from train.regression.methods import Method, folded_r2, r2_per_site, regress
 from train.regression.response_curve import crossed_curves, learn_curves
 from train.regression.ridge import RidgeFit
-from train.regression.stacking import LeftOutErrors, SiteTargets, stack
+from train.regression.stacking import Combination, LeftOutErrors, SiteTargets, stack
 from train.run.monitor import Monitor
 from train.run.recipe import ProbeRecipe
 
@@ -43,19 +43,6 @@ class Partition:
     held_out: np.ndarray
     inner_folds: list[np.ndarray]
     copies: np.ndarray | None = None
-
-
-@dataclass(frozen=True)
-class WindowCombination:
-    """How the windows of a layer are combined: see `train/regression/stacking.py`.
-
-    Attributes:
-        weights: float64 (windows, sites).
-        mean: float64 (sites,).
-    """
-
-    weights: np.ndarray
-    mean: np.ndarray
 
 
 class LayerRegressions:
@@ -182,7 +169,7 @@ class LayerRegressions:
 
     def _stack_partition(
         self, stacked: LayerResult, by_window: Mapping[Window, LayerResult], index: int, partition: Partition
-    ) -> WindowCombination:
+    ) -> Combination:
         rates, rows = self._rates[partition.fit], np.searchsorted(self._scored, partition.held_out)
         centres = np.array([(window.x, window.y) for window in by_window]).T
         is_bounded = np.array([window != WHOLE_MAP for window in by_window])
@@ -190,7 +177,7 @@ class LayerRegressions:
         sites = max(int(self._recipe.memory * 2**30 / bytes_of_site), 1)
         parts = [slice(start, start + sites) for start in range(0, rates.shape[1], sites)]
         left_out, centre = np.empty(rates.shape, np.float32), np.empty((2, rates.shape[1]))
-        combination = WindowCombination(np.empty((len(by_window), rates.shape[1])), np.empty(rates.shape[1]))
+        combination = Combination(np.empty((len(by_window), rates.shape[1])), np.empty(rates.shape[1]))
 
         def of_windows(part: slice) -> list[np.ndarray]:
             return [np.ascontiguousarray(result.left_out[index][part].T) for result in by_window.values()]
@@ -238,7 +225,7 @@ def _fold_predictors(opened: OpenSource, stimuli: np.ndarray, fit: np.ndarray, h
 
 
 def _dual_form(
-    layer: str, by_window: Mapping[Window, LayerResult], combination: WindowCombination, partition: int
+    layer: str, by_window: Mapping[Window, LayerResult], combination: Combination, partition: int
 ) -> DualForm:
     """The windows' regressions of a partition, weighted per site."""
     terms, intercept = [], combination.mean * (1 - combination.weights.sum(axis=0))

@@ -56,21 +56,11 @@ def learn_curves(left_out: np.ndarray, rates: np.ndarray) -> ResponseCurves:
     mean, mean_rate = p.sum(axis=0) / n, y.sum(axis=0) / n
     deviation, y = np.where(usable, p - mean, 0), np.where(usable, y - mean_rate, 0)
     spread = np.sqrt(np.square(deviation).sum(axis=0) / n)
-    z = np.divide(deviation, spread, out=np.zeros_like(deviation), where=spread > 0)
+    safe = np.where(spread > 0, spread, 1)
+    z = deviation / safe
     skew = (z**3).sum(axis=0) / n
     bent = np.where(usable, z**2 - 1 - skew * z, 0)  # uncorrelated with a constant and with z
-    linear = (z * y).sum(axis=0) / n
-    leverage = np.square(bent).sum(axis=0)
-    scale = np.sqrt(np.square(y).sum(axis=0) / n)
-    measured = (count >= MIN_STIMULI) & (linear > LEAST_SLOPE * scale) & (leverage > 0)
-    bend = np.zeros(len(count))
-    if measured.any():
-        z, y, bent, linear, leverage = (values[..., measured] for values in (z, y, bent, linear, leverage))
-        slopes = (bent * y).sum(axis=0) / leverage
-        noise = np.square(y - linear * z - slopes * bent).sum(axis=0) / (count[measured] - 3)
-        # In units of the slope, in which sites can be compared.
-        bend[measured] = linear * _shrunk(slopes / linear, noise / leverage / linear**2)
-    safe = np.where(spread > 0, spread, 1)
+    bend = _bends(z, bent, y, count)
     observed = np.where(usable, left_out, np.nan)
     observed[:, count == 0] = 0
     # bend * (z^2 - 1 - skew z) with z = (p - mean) / spread, in powers of p.
@@ -81,6 +71,29 @@ def learn_curves(left_out: np.ndarray, rates: np.ndarray) -> ResponseCurves:
         slope=bend * (-2 * mean / safe**2 - skew / safe),
         bend=bend / safe**2,
     )
+
+
+def _bends(z: np.ndarray, bent: np.ndarray, y: np.ndarray, count: np.ndarray) -> np.ndarray:
+    """The slope of responses on `bent`, shrunk towards that of the other sites; 0 where it cannot be measured.
+
+    Args:
+        z: standardised predictions, float64 (n, sites); 0 where there are none, as in the others.
+        bent: what is quadratic in these.
+        y: responses less their mean.
+        count: usable stimuli, (sites,).
+    """
+    n = np.maximum(count, 1)
+    linear, leverage = (z * y).sum(axis=0) / n, np.square(bent).sum(axis=0)
+    scale = np.sqrt(np.square(y).sum(axis=0) / n)
+    measured = (count >= MIN_STIMULI) & (linear > LEAST_SLOPE * scale) & (leverage > 0)
+    bends = np.zeros(len(count))
+    if measured.any():
+        z, y, bent, linear, leverage = (values[..., measured] for values in (z, y, bent, linear, leverage))
+        slopes = (bent * y).sum(axis=0) / leverage
+        noise = np.square(y - linear * z - slopes * bent).sum(axis=0) / (count[measured] - 3)
+        # In units of the slope, in which sites can be compared.
+        bends[measured] = linear * _shrunk(slopes / linear, noise / leverage / linear**2)
+    return bends
 
 
 def crossed_curves(left_out: np.ndarray, rates: np.ndarray, copies: np.ndarray | None) -> np.ndarray:

@@ -42,7 +42,7 @@ class Stacked:
 
 
 @dataclass(frozen=True)
-class _Combination:
+class Combination:
     """mean + sum_m w_m (prediction_m - mean) for each site.
 
     Attributes:
@@ -165,7 +165,7 @@ def _usable(members: np.ndarray, rates: np.ndarray) -> np.ndarray:
     return ~np.isnan(rates) & ~np.isnan(members).any(axis=0)
 
 
-def _learn(members: np.ndarray, rates: np.ndarray, target: np.ndarray | None) -> _Combination:
+def _learn(members: np.ndarray, rates: np.ndarray, target: np.ndarray | None) -> Combination:
     """Weights from members (members, n, sites), pulled towards `target` (members, sites) if there is one."""
     usable = _usable(members, rates)
     count = usable.sum(axis=0)
@@ -181,7 +181,7 @@ def _learn(members: np.ndarray, rates: np.ndarray, target: np.ndarray | None) ->
     if target is not None:
         correlation += penalty[:, None] * target.T
     weights = _non_negative_least_squares(products, correlation)
-    return _Combination(np.where(count >= MIN_STIMULI, weights.T, 0), mean)
+    return Combination(np.where(count >= MIN_STIMULI, weights.T, 0), mean)
 
 
 def _non_negative_least_squares(products: np.ndarray, target: np.ndarray) -> np.ndarray:
