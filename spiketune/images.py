@@ -55,10 +55,11 @@ def _fitted(
 
 
 def _each(images: Images) -> Iterator[ImageLike]:
-    is_image = isinstance(images, str | Path | Image.Image)
     if isinstance(images, np.ndarray):
-        is_image = images.ndim < 4 and images.dtype.kind not in "OU"  # arrays of paths
-    return iter([images]) if is_image else iter(images)
+        is_single = images.ndim < 4 and images.dtype.kind not in "OU"  # arrays of paths
+    else:
+        is_single = isinstance(images, str | Path) or not isinstance(images, Iterable)
+    return iter([images]) if is_single else iter(images)
 
 
 def pixels_of(image: ImageLike) -> np.ndarray:

@@ -5,6 +5,7 @@ import json
 import shutil
 import struct
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,13 +96,15 @@ def test_images_look_as_they_would_when_packed(tmp_path):
         (np.zeros((4, 4, 3)), "uint8"),
         (np.zeros((4, 4, 4), np.uint8), "(height, width, 3)"),
         (Image.new("I;16", (4, 4)), "I;16"),
+        (Path(__file__).parent, "is a folder"),
         (3, "not a int"),
     ],
 )
 def test_what_is_no_image_is_refused(predictors, image, words):
-    with pytest.raises(spiketune.BadInput) as refusal:
-        spiketune.load(predictors / "pixels").predict([image])
-    assert words in str(refusal.value)
+    for images in ([image], image):
+        with pytest.raises(spiketune.BadInput) as refusal:
+            spiketune.load(predictors / "pixels").predict(images)
+        assert words in str(refusal.value)
 
 
 def test_a_damaged_image_of_pillow_is_refused(predictors, files):
@@ -293,6 +296,10 @@ def test_a_damaged_probe_is_refused(predictors, tmp_path, how):
 def test_other_folders_are_refused(tmp_path, predictors):
     with pytest.raises(spiketune.BadInput, match="not the folder of a run, a probe or an ensemble"):
         spiketune.load(tmp_path)
+    with pytest.raises(spiketune.BadInput, match="there is no such folder"):
+        spiketune.load(tmp_path / "nowhere")
+    with pytest.raises(spiketune.BadInput, match="it holds mean, pixels, probe, run, stack, of which"):
+        spiketune.load(predictors)
     with pytest.raises(spiketune.BadInput, match="no last checkpoint"):
         spiketune.load(predictors / "probe", checkpoint="last")
     with pytest.raises(spiketune.BadInput, match="predicts the recording"):

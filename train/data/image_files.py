@@ -32,6 +32,8 @@ def read_image(path: Path) -> np.ndarray:
     """
     try:
         pixels = as_shown(read_regular_file(path, MAX_FILE_BYTES), "", DEFAULT_RULES).pixels
+    except IsADirectoryError:
+        raise BadInput(f"{path} is a folder, not an image; give the paths of its images") from None
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror})") from None
     except ValueError as error:

@@ -24,6 +24,7 @@ from train.run.folder import RunFolder, is_probe
 
 ENSEMBLE_FILE = "ensemble.json"
 WEIGHTS_FILE = "weights.npz"
+MOST_NAMED = 5  # predictors in a folder of them
 
 
 def is_fine_tuned(run: Path) -> bool:
@@ -35,8 +36,21 @@ def is_fine_tuned(run: Path) -> bool:
     if (run / ENSEMBLE_FILE).is_file():
         return False
     if not RunFolder(run).recipe.is_file():
-        raise BadInput(f"{run} is not the folder of a run, a probe or an ensemble")
+        raise BadInput(f"{run} is not the folder of a run, a probe or an ensemble{_what_it_is(run)}")
     return not is_probe(RunFolder(run))
+
+
+def _what_it_is(folder: Path) -> str:
+    """The end of a sentence about a folder that is no predictor."""
+    if not folder.is_dir():
+        return "; there is no such folder"
+    within = sorted(path.name for path in folder.iterdir() if _is_predictor(path))
+    more = ", ..." if len(within) > MOST_NAMED else ""
+    return f"; it holds {', '.join(within[:MOST_NAMED])}{more}, of which you may name one" if within else ""
+
+
+def _is_predictor(folder: Path) -> bool:
+    return RunFolder(folder).recipe.is_file() or (folder / ENSEMBLE_FILE).is_file()
 
 
 def shard_folders_of(run: Path) -> list[str]:
@@ -133,7 +147,7 @@ def member_folder(ensemble: Path, record: EnsembleRecord, run: str) -> Path:
     """
     places = [ensemble / record.relative[run]] if run in record.relative else []
     for place in [*places, Path(run)]:
-        if RunFolder(place).recipe.is_file() or (place / ENSEMBLE_FILE).is_file():
+        if _is_predictor(place):
             return place
     raise BadInput(f"{ensemble} needs its member {run}, which is not there; copy it beside the ensemble as it was")
 
