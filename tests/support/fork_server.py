@@ -29,6 +29,7 @@ from fork_client import REFUSED
 LIBRARIES = (
     *("torch", "torch.distributed.run", "torch.utils.tensorboard", "timm", "timm.optim"),
     *("accelerate", "deepspeed", "transformers", "scipy.stats", "matplotlib.backends.backend_agg"),
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # every ZeRO imports it, and it torch's compiler
 )
 ROOT = Path(__file__).resolve().parents[2]
 # What the commands that tests start import of this repository. It keeps no state that depends on who imports it.
