@@ -20,7 +20,6 @@ from data_prep.remote.url import SIGNED
 from data_prep.shards import remote_files
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
-from train.data import loader
 
 # A shell makes background jobs ignore Ctrl-C, which the commands that tests interrupt would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -52,10 +51,8 @@ def _unchanged_environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _runs_are_cheap() -> Iterator[None]:
-    """Runs within this process decode images in it too, unless a test asks for more; their figures are blank."""
-    with pytest.MonkeyPatch.context() as patch, blank_figures():
-        patch.setattr(loader, "MAX_WORKERS", 0)
+def _blank_figures() -> Iterator[None]:
+    with blank_figures():
         yield
 
 

@@ -57,12 +57,31 @@ def unchanged_environment() -> Iterator[None]:
         os.environ.update(before)
 
 
+@contextlib.contextmanager
+def decoding_here(script: str) -> Iterator[None]:
+    """Let a command of train/ start no decoding processes unless it is told to; a plan is of what others start."""
+    path = Path(script)
+    if path.parent.name != "train" or path.name == "plan.py":
+        yield
+        return
+    from train.data import loader
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "MAX_WORKERS", 0)
+        yield
+
+
 def run_here(script: str, *args) -> CompletedProcess:
     """Run a script as `__main__` in this process, which saves the seconds that a new Python takes to start."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     own_identity.cache_clear()  # a new process reads its own environment
     before, sys.argv = sys.argv, [script, *map(str, args)]
-    with unchanged_environment(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with (
+        unchanged_environment(),
+        decoding_here(script),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
         try:
             runpy.run_path(str(ROOT / script), run_name="__main__")
         except SystemExit as end:

@@ -242,8 +242,7 @@ def test_a_damaged_image_is_named_in_one_sentence(recording, tmp_path, workers):
     assert "\n" not in message
 
 
-def test_cores_are_shared_out_as_workers(monkeypatch):
-    monkeypatch.setattr("train.data.loader.MAX_WORKERS", 16)  # conftest.py has set it to 0
+def test_cores_are_shared_out_as_workers():
     assert workers_per_rank(None, cores=4) == 3
     assert workers_per_rank(None, cores=1) == 0
     assert workers_per_rank(None, cores=256) == 16
