@@ -168,6 +168,7 @@ def test_a_study_goes_on_where_it_was_stopped(start):
     first.launcher.ends = {"--split": [KeyboardInterrupt()]}
     with pytest.raises(KeyboardInterrupt):
         first.work(lambda: None)
+    assert states(first) == {"pixels_ridge": "done", "cnn2": "waiting", "cnn3": "waiting"}
     assert first.launcher.scripts("cnn2_SMALL") == ["finetune.py", "evaluate.py"]
     begun = first.folder.run("cnn2_SMALL")
     begun.mkdir()

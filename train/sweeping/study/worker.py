@@ -105,8 +105,11 @@ class StudyWorker:
         """
 
         def run(claim: Claim) -> None:
-            self.run_row(claim)
             self.write_states()
+            try:
+                self.run_row(claim)
+            finally:
+                self.write_states()
             publish()
 
         self.write_states()
