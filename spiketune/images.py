@@ -56,10 +56,11 @@ def _fitted(
 
 def _each(images: Images) -> Iterator[ImageLike]:
     if isinstance(images, np.ndarray):
-        is_single = images.ndim < 4 and images.dtype.kind not in "OU"  # arrays of paths
-    else:
-        is_single = isinstance(images, str | Path) or not isinstance(images, Iterable)
-    return iter([images]) if is_single else iter(images)
+        are_several = images.ndim == 4 or images.dtype.kind in "OU"  # an array of paths
+        return iter(images) if are_several else iter([images])
+    if isinstance(images, str | Path | Image.Image) or not isinstance(images, Iterable):
+        return iter([images])
+    return iter(images)
 
 
 def pixels_of(image: ImageLike) -> np.ndarray:
