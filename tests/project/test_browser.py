@@ -90,8 +90,15 @@ def luminance(colour: str) -> float:
 
 
 HINT = "getComputedStyle(document.querySelector('.hint')).display"
-MOVE = "new Promise(done => { const s = document.querySelector('.scroll'); s.scrollLeft = s.scrollWidth; \
-setTimeout(() => done([s.scrollLeft, s.parentElement.hasAttribute('data-more')]), 300) })"
+MOVE = """new Promise(done => {
+  const scroll = document.querySelector(".scroll"), end = Date.now() + 20000;  // a busy machine is slow
+  const look = () => {
+    const more = scroll.parentElement.hasAttribute("data-more");
+    if (more && Date.now() < end) setTimeout(look, 50); else done([scroll.scrollLeft, more]);
+  };
+  scroll.scrollLeft = scroll.scrollWidth;
+  look();
+})"""
 
 
 def test_a_table_that_is_cut_off_says_so_until_its_end_is_reached(browser, page):
