@@ -76,7 +76,7 @@ def pixels_of(image: ImageLike) -> np.ndarray:
             return as_pixels(image)
         case np.ndarray():
             return _checked(image)
-    raise BadInput(f"an image must be a path, an image of Pillow or a uint8 array, not a {type(image).__name__}")
+    raise BadInput(f"an image must be a path, an image of Pillow or a uint8 array, not {type(image).__name__}")
 
 
 def _checked(array: np.ndarray) -> np.ndarray:

@@ -97,7 +97,7 @@ def test_images_look_as_they_would_when_packed(tmp_path):
         (np.zeros((4, 4, 4), np.uint8), "(height, width, 3)"),
         (Image.new("I;16", (4, 4)), "I;16"),
         (Path(__file__).parent, "is a folder"),
-        (3, "not a int"),
+        (3, "array, not int"),
     ],
 )
 def test_what_is_no_image_is_refused(predictors, image, words):
