@@ -223,8 +223,7 @@ def measure_features(
     store = FeatureStore(folder / f"features_{runtime.rank}", widths)
     store.truncate(0)
     activations = measure_activations(job, runtime, store, seconds)
-    for name in widths:
-        store.delete(name)
+    store.truncate(0)
     forward = forward_seconds(job, runtime, recipe.batch_size, stimuli.size)
     own = activations | {"forward": forward}
     slowest = {name: max(of_rank[name] for of_rank in runtime.gather_objects(own)) for name in own}
