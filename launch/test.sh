@@ -40,10 +40,10 @@ else
     types=$!
 fi
 unset PYTHONDONTWRITEBYTECODE  # as set in containers: the hundreds of processes would each compile what they import
-# Most tests start processes that compute little and wait for one another: one file more at a time than there are cores,
-# up to four, with one thread each.
+# Most tests start processes that compute little: as many files at a time as there are cores, up to four, with one thread
+# each.
 cores=$(env -u OMP_NUM_THREADS nproc)  # which would count threads instead
-workers=$((cores < 3 ? cores + 1 : 4))
+workers=$((cores < 4 ? cores : 4))
 failed=
 OMP_NUM_THREADS=1 "$python" -m pytest \
     --numprocesses "$workers" --dist loadfile --no-loadscope-reorder --durations 25 "$@" || failed=tests

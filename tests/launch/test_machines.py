@@ -62,7 +62,8 @@ def test_a_slow_link_shows_as_communication(recording, on_one_machine, tmp_path)
         assert slow[part] < quick[part] + 0.05
 
 
-@pytest.mark.parametrize("accident", ["killed", pytest.param("cut off", marks=slow)])
+@slow
+@pytest.mark.parametrize("accident", ["killed", "cut off"])
 def test_the_remaining_machine_continues_alone(recording, on_one_machine, tmp_path, accident):
     run = tmp_path / "run"
     command = ["train/finetune.py", "--data", recording, "--out", run, *OPTIONS]

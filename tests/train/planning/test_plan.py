@@ -185,7 +185,9 @@ def test_an_optimizers_step_is_counted_where_it_needs_more_than_the_activations(
     assert estimate_memory(DDP, small, 1, 1, 1).buffers == cost.optimizer_temporary - 1
 
 
-@pytest.mark.parametrize("name", ["bf16", pytest.param("fp32", marks=slow), "bf16 recomputed"])
+@pytest.mark.parametrize(
+    "name", ["bf16", pytest.param("fp32", marks=slow), pytest.param("bf16 recomputed", marks=slow)]
+)
 def test_the_total_is_the_peak_of_whole_steps_from_an_empty_memory(name):
     recipe, _ = made(dict(STEPS[name]))
     manifest = paper_manifest(SITES, CLASSES, SIDE)

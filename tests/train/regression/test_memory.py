@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import slow
 from peak_memory import peak_of
 
 from train.regression import krylov
@@ -65,7 +66,7 @@ RIDGE, UNBOUNDED, BOUNDED = Method("ridge", COMPONENTS), 2**30, 8 * STIMULI * 25
 
 @pytest.mark.parametrize(
     ("method", "memory"),
-    [(RIDGE, UNBOUNDED), (RIDGE, BOUNDED), (Method("pls", 10), UNBOUNDED)],
+    [pytest.param(RIDGE, UNBOUNDED, marks=slow), (RIDGE, BOUNDED), (Method("pls", 10), UNBOUNDED)],
     ids=["ridge", "ridge, bounded", "pls"],
 )
 def test_products_on_disk_are_never_copied(problem, method, memory):

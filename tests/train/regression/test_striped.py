@@ -103,7 +103,7 @@ def test_rows_on_disk_are_fitted_as_a_matrix_in_memory(monkeypatch, tmp_path, dt
     assert all(facts.error <= TOLERANCE for fit in fits.values() for facts in fit.spectra)
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=slow), 3])
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=slow)])
 def test_fits_do_not_depend_on_the_number_of_processes(searching, on_disk, processes):
     """Each holds its own rows of the products, and the features of its own stimuli; all get the same result."""
     succeed(processes, ROOT / "tests" / "support" / "striped_problems.py", on_disk, PYTHONPATH=str(ROOT))

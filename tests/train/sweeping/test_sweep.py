@@ -16,7 +16,7 @@ import psutil
 import pytest
 import yaml
 from forked_python import forked_python
-from helpers import ROOT, assert_refused, finish, run_here, start_group, started_as, wait_for
+from helpers import ROOT, assert_refused, finish, run_here, slow, start_group, started_as, wait_for
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -120,6 +120,7 @@ def test_two_workers_run_each_point_of_a_grid_once(recording, tmp_path):
     assert "started" not in again.stdout
 
 
+@slow
 def test_the_trial_of_a_killed_worker_is_resumed_by_another(recording, tmp_path):
     """In the same run folder, from the last epoch; no process of the killed worker is left."""
     sweep = {
