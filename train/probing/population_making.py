@@ -122,6 +122,8 @@ def _read(folder: Path) -> ReadProbe:
     facts, tensors = read_saved_probe(folder)
     if facts.modules == [PIXELS]:
         raise BadInput(f"{folder} reads pixels; a population is made of probes of a network")
+    if recipe.shuffle_responses:
+        raise BadInput(f"{folder} is a control, fitted to shuffled responses; leave this probe out")
     weights: dict[str, torch.Tensor] = {}
     for number, module in enumerate(facts.modules):  # folds that chose different layers may share a module
         of_module = tensors[f"weight.{number}"]

@@ -218,10 +218,12 @@ def test_probes_that_do_not_fit_together_make_no_population(made, tmp_path):
     succeed_here(*probe, tmp_path / "other", "--layers", "stages.0")
     succeed_here(*probe, tmp_path / "seeded", "--layers", "stages.0", "--seed", 1)
     succeed_here(*probe, tmp_path / "pixels", "--layers", "pixels")
+    succeed_here(*probe, tmp_path / "control", "--layers", "stages.0", "--shuffle-responses")
     for probes, words in (
         ([made / "a", tmp_path / "other"], ["different modules"]),
         ([tmp_path / "other", tmp_path / "seeded"], ["different weights"]),
         ([tmp_path / "pixels"], ["reads pixels"]),
+        ([tmp_path / "control"], ["shuffled responses"]),
         ([made / "a", made / "a"], ["same recording"]),
         ([made / "data" / "a"], ["is not a probe"]),
     ):
