@@ -33,7 +33,7 @@ from train.models.joined_layers import GRID, JOIN, averages, modules_of
 
 POPULATION = "population"  # the module of a layer that has the maps
 POPULATION_FILE = "population.safetensors"
-# The mean square of the maps in a layer, relative to all of its modules together. On two V4 recordings read with the
+# The mean square of the maps in a layer, relative to all of its modules together. On three V4 recordings read with the
 # sites of six others, 3 scored best or nearly so with 100 to 600 stimuli, and 1 a little better with 100.
 SHARE = 3.0
 LARGEST_BYTES = 16 * 2**30  # of a file

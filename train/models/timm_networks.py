@@ -15,13 +15,12 @@ import train.models.small_cnns  # noqa: F401  (registers its networks with timm)
 from data_prep.common.errors import BadInput
 from train.models.hub_weights import HubFile, hub_file, reason_not_to_ask
 
-# Packages on the package index that carry ImageNet weights: timm name -> (module, class that knows the file).
-# Their state dicts use other layer names than timm, but the same order.
-
 
 @dataclass(frozen=True)
 class WeightPackage:
-    """A package that has the ImageNet weights of a network.
+    """A package of the package index that has the ImageNet weights of a network of timm.
+
+    Its state dict names the layers differently than timm does, in the same order.
 
     Attributes:
         name: to install it by.

@@ -110,6 +110,7 @@ class Foundation:
             raise BadInput(f"{options.recipe}: this command sets population itself; leave it out")
         shards = {name: ShardFolder(location) for name, location in (self._data | self._new).items()}
         networks = list(options.networks) or [recipe.backbone.name]
+        self._folders = _folders_of(networks, options.out)
         facts = FoundationFacts(
             recordings={name: shards[name].manifest.fingerprint for name in self._data},
             recipe=recipe.model_dump(mode="json"),
@@ -119,7 +120,6 @@ class Foundation:
         )
         _begin(options.out, facts)
         self._apart = _without_common_images({name: shards[name] for name in self._data}) if options.rounds == 2 else {}
-        self._folders = _folders_of(networks, options.out)
 
     def run(self) -> str:
         """Do what is missing, once no other command works on the folder.
@@ -231,10 +231,17 @@ def _without_common_images(shards: Mapping[str, ShardFolder]) -> dict[str, list[
 
 
 def _folders_of(networks: Sequence[str], out: Path) -> dict[str, Path]:
-    """Where the probes of each network are."""
+    """Where the probes of each network are.
+
+    Raises:
+        BadInput: a network is named twice.
+    """
     if len(networks) == 1:
         return {networks[0]: out}
-    return {network: out / re.sub(r"[^\w.-]+", "-", network) for network in networks}
+    folders = {network: out / re.sub(r"[^\w.-]+", "-", network) for network in networks}
+    if len(set(folders.values())) < len(networks):
+        raise BadInput(f"--networks {' '.join(networks)}: name each network once")
+    return folders
 
 
 def _begin(out: Path, facts: FoundationFacts) -> None:

@@ -78,6 +78,7 @@ def test_probes_of_several_networks_are_stacked(recordings, tmp_path, started):
     succeed_here(*command)
     assert len(started) == 10
     assert_refused(run_here(*command[:-1]), "begun with --networks test_convnext test_convnext2")
+    assert_refused(run_here(*command, networks[0]), "name each network once")
 
 
 def test_in_the_second_round_each_recording_is_read_with_the_sites_of_the_others(recordings, tmp_path, started):

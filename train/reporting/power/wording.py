@@ -110,7 +110,7 @@ def _spare(needed: Need, design: Design, planned: Planned) -> str:
 
 
 def _of_those(needed: int, there: int, least: int, what: str) -> list[str]:
-    """So many of what is there; below the least for which plans hold, only that it is fewer."""
+    """How many of those that are there would do; "fewer than" the least for which plans hold, if it is below that."""
     if needed >= least:
         return [f"{needed:,} of the {there:,} {what}"]
     return [f"fewer than {least} of the {there:,} {what}"] if there > least else []
