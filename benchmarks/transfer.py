@@ -34,7 +34,8 @@ sys.path.insert(0, str(ROOT))
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.image_identity import ImageIdentities
 from train.data.seen import is_among
-from train.sweeping.foundation import images_of
+from train.run.recipe import ProbeRecipe, load_recipe
+from train.sweeping.foundation import images_of, words_of_population
 
 RECIPE = ROOT / "train/recipes/probes/best.yaml"
 SIZES = ("50", "100", "200", "400", "all")
@@ -93,6 +94,7 @@ class Transfer:
         self._options, self._out = options, options.out.resolve()
         folders = [Path(folder).resolve() for folder in (*options.sessions, *options.others)]
         self._folders = {folder.name: folder for folder in folders}
+        self._recipe = load_recipe(options.recipe, ProbeRecipe)
 
     def _command(self, out: Path, *words: object) -> float:
         """Run a command that makes a folder, unless it has; returns the minutes that it took."""
@@ -135,7 +137,7 @@ class Transfer:
 
     def site_probe(self, session: str, others: Sequence[str]) -> Path:
         """A probe of a whole session, together with the sites of others if there are any."""
-        words: list[object] = ["--data", self.shards(session, "most")]
+        words: list[object] = ["--data", self.shards(session, "most"), *words_of_population(self._recipe)]
         out = self._out / "sites" / session
         if others:
             words += ["--population", self.population_of(others, 1)]

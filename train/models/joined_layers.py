@@ -10,17 +10,12 @@ import torch
 from torch import nn
 
 from data_prep.common.errors import BadInput
+from train.models.layer_names import JOIN
 from train.models.timm_networks import TimmNetwork
 from train.models.tracing import no_output, record_outputs
 from train.models.truncation import check_module, truncate
 
-JOIN = "+"  # between the names of modules that are read together
 GRID = 7  # rows and columns of the joined map
-
-
-def modules_of(layer: str) -> list[str]:
-    """The modules whose features a layer has: one, or those that `+` joins."""
-    return layer.split(JOIN)
 
 
 class LayerOutputs:

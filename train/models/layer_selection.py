@@ -9,7 +9,7 @@ import torch
 from data_prep.common.errors import BadInput
 from train.models.backbone import Backbone
 from train.models.features import LayerFeatures
-from train.models.joined_layers import JOIN, modules_of
+from train.models.layer_names import JOIN, modules_of
 from train.models.timm_networks import TimmNetwork
 from train.models.truncation import is_dropped
 

@@ -29,7 +29,8 @@ from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json
 from data_prep.common.validation_messages import first_fault
 from data_prep.shards.manifest import LARGEST_SIDE, Name
-from train.models.joined_layers import GRID, JOIN, averages, modules_of
+from train.models.joined_layers import GRID, averages
+from train.models.layer_names import JOIN, modules_of
 
 POPULATION = "population"  # the module of a layer that has the maps
 POPULATION_FILE = "population.safetensors"
@@ -218,11 +219,17 @@ def with_population(layer: str) -> str:
     return JOIN.join([layer, POPULATION])
 
 
-def mean_squares_of(layer: str) -> dict[str, float]:
-    """The mean square that the features of each module of a layer are scaled to."""
-    modules = modules_of(layer)
-    others = sum(module != POPULATION for module in modules)
-    return {module: SHARE * others if module == POPULATION else 1.0 for module in modules}
+def mean_squares_of(channels: Mapping[str, int], joined: Literal["alike", "by_channels"]) -> dict[str, float]:
+    """The mean square that the features of each module of a layer are scaled to; 1 in the mean over its modules.
+
+    Args:
+        channels: number of each module's channels, or of a population's sites.
+        joined: whether all modules count alike, or as many times as they have channels.
+    """
+    of_network = {module: count for module, count in channels.items() if module != POPULATION}
+    modules, total = len(of_network), sum(of_network.values())
+    squares = {module: 1.0 if joined == "alike" else count * modules / total for module, count in of_network.items()}
+    return {module: SHARE * modules if module == POPULATION else squares[module] for module in channels}
 
 
 def write_population(folder: Path, facts: PopulationFacts, weights: Sequence[np.ndarray]) -> None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_prep.shards.manifest import Manifest
 from train.models.backbone import Backbone
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
-from train.models.joined_layers import modules_of
+from train.models.layer_names import modules_of
 from train.models.layer_selection import choose_layers
 from train.models.network import Network
 from train.models.population import read_population, with_population

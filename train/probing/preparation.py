@@ -28,7 +28,7 @@ from train.evaluation.seen_stimuli import UNSEEN, Seen, SeenRule
 from train.models.backbone import Backbone
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
 from train.models.inherited_record import record_of_weights
-from train.models.joined_layers import modules_of
+from train.models.layer_names import modules_of
 from train.models.layer_selection import choose_layers
 from train.models.population import Population, read_population, with_population
 from train.models.probe_network import network_digest

@@ -18,8 +18,7 @@ from typing import Literal
 import numpy as np
 
 from train.distributed.runtime import Runtime
-from train.models.joined_layers import modules_of
-from train.models.population import mean_squares_of
+from train.models.layer_names import modules_of
 from train.models.windows import WHOLE_MAP
 from train.probing.layer_window import LayerWindow
 from train.probing.stored_layers import StoredLayers
@@ -186,7 +185,7 @@ class ProductStore:
     # ---------------------------------------------------------------------------------------------------- features
 
     def _feature_sources(self, keys: Sequence[LayerWindow], activations: StoredActivations) -> list[Source]:
-        squares = mean_squares_of(keys[0].layer)
+        squares = self._layers.mean_squares(keys[0].layer)
         modules = list(squares)
         rows = FeatureRows(activations, modules)
         variance = np.ones(rows.shape[1])
@@ -222,7 +221,7 @@ class ProductStore:
         """Compute and write matrices of one layer."""
         rank, stimuli, keys = self._runtime.rank, self._layers.stimuli, list(missing)
         bounds = {key: self._bounds(owner) for key, owner in missing.items()}
-        modules = mean_squares_of(keys[0].layer)
+        modules = self._layers.mean_squares(keys[0].layer)
         with ExitStack() as stack:
             writers: dict[LayerWindow, RowWriter | None] = {}
             for key in keys:

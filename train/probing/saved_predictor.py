@@ -14,8 +14,9 @@ import torch
 
 from train.distributed.runtime import Runtime
 from train.models.features import LayerFeatures
-from train.models.joined_layers import GRID, modules_of
-from train.models.population import POPULATION, SiteMaps, mean_squares_of
+from train.models.joined_layers import GRID
+from train.models.layer_names import modules_of
+from train.models.population import POPULATION, SiteMaps
 from train.models.probe_network import network_digest
 from train.models.saved_probe import LARGEST_BYTES, SavedProbe, SavedProbeWriter, weights_bytes
 from train.models.windows import WHOLE_MAP, Window
@@ -241,7 +242,7 @@ class _Saving:
         """How a layer's windows weigh the positions of a module's map, float64 (windows, positions)."""
         windows: list[Window] = [key.window for key in self._keys[partition] if key.layer == layer]
         map_size = (1, 1) if windows == [WHOLE_MAP] else self._stored.map_sizes[module]
-        mean_squares = mean_squares_of(layer)
+        mean_squares = self._stored.mean_squares(layer)
         mean_square = mean_squares[module] if len(mean_squares) > 1 else None
         return position_weights(windows, module, map_size, self._activations, mean_square)
 

@@ -7,6 +7,7 @@ SCRATCH/<rank>_of_<ranks>/<split>/                activations of the rank's stim
 import contextlib
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,8 @@ from train.data.loader import rank_positions
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
 from train.models.features import ImageFeatures
-from train.models.joined_layers import modules_of
+from train.models.layer_names import modules_of
+from train.models.population import mean_squares_of
 from train.regression.activations import activation_batches
 from train.regression.feature_slices import StoredActivations
 from train.regression.feature_store import FeatureStore
@@ -79,6 +81,11 @@ class StoredLayers:
         with torch.no_grad():
             return self._extractor.map_sizes(self._example)
 
+    def mean_squares(self, layer: str) -> dict[str, float]:
+        """The mean square that the features of each module of a layer are scaled to."""
+        channels = {module: self.widths[module] // math.prod(self.map_sizes[module]) for module in modules_of(layer)}
+        return mean_squares_of(channels, self._recipe.joined)
+
     def clear_if_settings_changed(self) -> None:
         """Start over if what is on disk was computed with other settings, or by another number of processes."""
         for folder in self._scratch.glob("*_of_*"):
@@ -128,6 +135,7 @@ class StoredLayers:
             "batch_size": self._recipe.batch_size,
             "products": self._recipe.products,
             "field": self._recipe.field,
+            "joined": self._recipe.joined,
             "splits": {name: [stimuli.size, stimuli.fingerprint()] for name, stimuli in self._splits.items()},
             "images": hashlib.sha256(self._images.pixels.tobytes()).hexdigest(),
             "widths": self.widths,

@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.common.option_fields import OFTEN_CHANGED
+from train.models.layer_names import JOIN
 from train.run.field_rules import FREE_ON_RESUME, check_no_training_settings, check_nothing_is_ignored, used_when
 from train.run.settings import (
     LARGEST_SEED,
@@ -168,6 +169,9 @@ class ProbeRecipe(Settings):
     layers: Annotated[list[Text], OFTEN_CHANGED] = Field(["all"], min_length=1, max_length=10_000)
     """`pixels`, `all` (every stage), or names of the network's modules, also with wildcards; `a+b` reads two together.
     """
+    joined: Annotated[Literal["alike", "by_channels"], OFTEN_CHANGED] = "alike"
+    """How much each of the modules that `+` joins counts: all alike, which predicts best, or each as many times as it
+    has channels, which is better for the probes that a population is made of."""
     pool: int | None = Field(7, ge=1, le=4096)
     """Average-pool each layer's map to at most this many rows and columns; None keeps it whole."""
     field: Annotated[Literal["whole", "gaussian"], OFTEN_CHANGED] = "whole"
@@ -226,6 +230,8 @@ class ProbeRecipe(Settings):
             raise BadInput("layers: pixels are not a layer of a network; probe them in a run of their own")
         if "pixels" in self.layers and self.population is not None:
             raise BadInput("population: its sites read a network, not pixels; name the layer that they read (--layers)")
+        if self.joined != "alike" and not any(JOIN in layer for layer in self.layers):
+            raise BadInput(f"joined: {self.joined} weighs modules that are read together (--layers a{JOIN}b)")
         if self.field != "whole" and self.readout != "ridge":
             raise BadInput(f"field: {self.field} weighs windows by leave-one-out, which only readout ridge has")
         check_no_training_settings(self)

@@ -31,6 +31,7 @@ from data_prep.shards.folder import ShardFolder
 from data_prep.shards.image_identity import ImageIdentities
 from train.data.seen import images_of_split, is_among, joined
 from train.evaluation.seen_stimuli import mark_of, seen_in
+from train.models.layer_names import JOIN
 from train.run.folder import check_writable
 from train.run.recipe import ProbeRecipe, load_recipe
 from train.sweeping.foundation_commands import FoundationCommands
@@ -110,6 +111,7 @@ class Foundation:
             raise BadInput(f"{options.recipe}: this command sets population itself; leave it out")
         shards = {name: ShardFolder(location) for name, location in (self._data | self._new).items()}
         networks = list(options.networks) or [recipe.backbone.name]
+        self._joined = words_of_population(recipe)
         self._folders = _folders_of(networks, options.out)
         facts = FoundationFacts(
             recordings={name: shards[name].manifest.fingerprint for name in self._data},
@@ -147,7 +149,10 @@ class Foundation:
 
     def _read(self, network: str, folder: Path) -> Path:
         """Read all recordings from a network; returns the population."""
-        probes = {name: self._probe(folder / "sites" / name, network, data) for name, data in self._data.items()}
+        probes = {
+            name: self._probe(folder / "sites" / name, network, data, *self._joined)
+            for name, data in self._data.items()
+        }
         if self._options.rounds == 2:
             probes = {name: self._read_again(name, network, folder, probes) for name in self._data}
         population = self._commands.population(folder / "population", list(probes.values()))
@@ -175,7 +180,8 @@ class Foundation:
         if not others:
             return probes[name]
         population = self._commands.population(folder / "others" / name, others)
-        return self._probe(folder / "again" / name, network, self._data[name], "--population", population)
+        words = ("--population", population, *self._joined)
+        return self._probe(folder / "again" / name, network, self._data[name], *words)
 
     def _probe(self, folder: Path, network: str, data: str, *words: object) -> Path:
         words = (self._options.recipe, "--data", move_secrets_to_environment(data), *words)
@@ -214,6 +220,14 @@ class Foundation:
         except (OSError, ValueError):
             raise BadInput(f"{path} is damaged; remove its folder and run the same command again") from None
         return metrics
+
+
+def words_of_population(recipe: ProbeRecipe) -> list[str]:
+    """Settings of the probes that a population is made of, other than those of the recipe.
+
+    Where modules count by their channels, a probe predicts a little worse, but its sites are worth more to others.
+    """
+    return ["--joined", "by_channels"] if any(JOIN in layer for layer in recipe.layers) else []
 
 
 def images_of(shards: ShardFolder) -> ImageIdentities:

@@ -117,15 +117,19 @@ def test_a_population_has_the_saved_weights_summed_over_positions(made):
     assert record_of(made / "sites").count(FITTED) == 120
 
 
-def test_a_probe_with_a_population_is_ridge_on_the_sum_of_kernels(made, tmp_path):
-    options = ["--components", "None", "--products", "float64", "--population", made / "sites"]
+@pytest.mark.parametrize("joined", ["alike", "by_channels"])
+def test_a_probe_with_a_population_is_ridge_on_the_sum_of_kernels(made, tmp_path, joined):
+    options = ["--components", "None", "--products", "float64", "--population", made / "sites", "--joined", joined]
     succeed_here("train/probe.py", "--data", made / "data" / "c", "--out", tmp_path / "run", *PROBE, *options)
     parts = images_and_rates(made, "c")
     features = features_of(torch.cat([images for images, _ in parts.values()]))
     weights = expected_weights(made, features)
     site_maps = sum(on_grid(np.einsum("sc,bcij->bsij", weights[m], features[m].astype(np.float64))) for m in MODULES)
     kernel = np.zeros((80, 80))
-    for maps, share in [*((features[m], 1) for m in MODULES), (site_maps, SHARE * len(MODULES))]:
+    channels = np.array([features[m].shape[1] for m in MODULES])
+    shares = channels / channels.mean() if joined == "by_channels" else np.ones(len(MODULES))
+    every_map = [*(features[m] for m in MODULES), site_maps]
+    for maps, share in zip(every_map, [*shares, SHARE * len(MODULES)], strict=True):
         rows = maps.reshape(80, -1).astype(np.float64)
         products = (rows - rows.mean(0)) @ (rows - rows.mean(0)).T
         kernel += share * products / (np.trace(products) / 80)
@@ -136,6 +140,8 @@ def test_a_probe_with_a_population_is_ridge_on_the_sum_of_kernels(made, tmp_path
     sites = parts["train"][1].T
     expected = [RidgeCV(alphas=PENALTIES * unit, gcv_mode="eigen").fit(train, y).predict(val) for y in sites]
     np.testing.assert_allclose(predictions(tmp_path / "run")["prediction"], np.array(expected).T, rtol=1e-3, atol=1e-3)
+    by_itself = spiketune.load(tmp_path / "run").predict(parts["val"][0].permute(0, 2, 3, 1).numpy())
+    np.testing.assert_allclose(by_itself, np.array(expected).T, rtol=1e-3, atol=1e-3)
 
 
 def test_the_saved_predictor_needs_no_population(made, windowed, tmp_path):

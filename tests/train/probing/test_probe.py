@@ -220,6 +220,7 @@ def test_the_report_names_a_run_without_scores(trained, tmp_path):
         (["--layers", "stages.9"], "stages"),
         (["--layers", "pixels", "all"], "pixels are not a layer"),
         (["--layers", "head.norm"], "no output of its own"),
+        (["--layers", "stages.0", "stages.1", "--joined", "by_channels"], "read together (--layers a+b)"),
         (["--split", "train"], "--split"),
         (["--readout", "pls", "--components", "5"], "only with readout ridge or ols"),
         (["--readout", "ols", "--sites-learn", "together"], "only with readout ridge"),

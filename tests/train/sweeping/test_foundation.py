@@ -14,6 +14,7 @@ from data_prep.common.markdown import tables_as_columns
 from data_prep.shards.packing import pack
 from data_prep.sources.folder import Folder
 from train.models.population import read_population
+from train.run.folder import open_probe
 from train.sweeping.foundation import Foundation, FoundationOptions
 from train.sweeping.foundation_commands import BEAT_FILE
 from train.sweeping.queue_worker import StopRequest
@@ -57,6 +58,8 @@ def test_new_recordings_are_read_with_the_sites_of_others(recordings, tmp_path, 
     assert [layer.endswith("+population") for layer in (with_sites["chosen"], without["chosen"])] == [True, False]
     succeed_here(*words(recordings, out, *new))
     assert len(started) == 4
+    joined = [open_probe(out / kind).joined for kind in ("sites/a", "sites/b", "new/c", "alone/c")]
+    assert joined == ["by_channels", "by_channels", "alike", "alike"]
     other = tmp_path / "others" / "c"  # of the same name
     shutil.copytree(recordings / "a", other)
     assert_refused(run_here(*words(recordings, out, "--new", other)), "has read other data called c")
@@ -87,7 +90,7 @@ def test_in_the_second_round_each_recording_is_read_with_the_sites_of_the_others
     assert len(started) == 4
     succeed_here("train/population.py", out / "sites" / "b", "--out", tmp_path / "b")
     by_hand = ["train/probe.py", recordings / "probe.yaml", "--data", recordings / "a", "--population", tmp_path / "b"]
-    succeed_here(*by_hand, "--out", tmp_path / "a")
+    succeed_here(*by_hand, "--joined", "by_channels", "--out", tmp_path / "a")
     succeed_here("train/population.py", tmp_path / "a", out / "again" / "b", "--out", tmp_path / "both")
     found, expected = (read_population(folder).weights for folder in (out / "population", tmp_path / "both"))
     for module, weights in expected.items():
