@@ -14,9 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness import ROOT, options_of, table, write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.harness import options_of, table, write_json
+sys.path.insert(0, str(ROOT))
+
 from data_prep.confidence_interval import confidence_interval
 from train.evaluation.confidence_intervals import bootstrap_means
 from train.evaluation.metrics import mean_score, site_scores

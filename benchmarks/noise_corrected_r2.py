@@ -8,13 +8,13 @@ are draws of the same experiment, so the spread over them gives the standard err
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
+from harness import ROOT, options_of, table, write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.harness import options_of, table, write_json
+sys.path.insert(0, str(ROOT))
+
 from data_prep.ceiling import TrialStatistics
 from train.evaluation.metrics import all_scores
 from train.evaluation.moments import SiteMoments

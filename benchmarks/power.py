@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from harness import ROOT, options_of, table, write_json
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.harness import options_of, table, write_json
+sys.path.insert(0, str(ROOT))
+
 from data_prep.confidence_interval import confidence_interval
 from data_prep.sources.simulation import population as model
 from train.evaluation.confidence_intervals import bootstrap_means

@@ -12,9 +12,9 @@ import torch
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json, read_regular_file
 from spiketune.images import Images, batches
+from train.evaluation.metrics_file import METRICS_FILE
 from train.evaluation.predicting.image_predictor import ImagePredictor, NetworkInUnits
 from train.evaluation.predicting.opening import open_predictor
-from train.evaluation.predictions_file import METRICS_FILE
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
 from train.models.layer_selection import readable_layers
 from train.models.probe_network import ProbeNetwork

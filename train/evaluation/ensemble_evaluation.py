@@ -20,7 +20,6 @@ import torch
 from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput
 from data_prep.common.process_identity import speaks
-from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.remote.url import public_location
 from data_prep.shards.folder import ShardFolder
 from train.data.bad_samples import BadSamples
@@ -39,11 +38,12 @@ from train.evaluation.ensemble_record import (
 )
 from train.evaluation.ensembles import Ensemble, EnsemblePredictions, ScoredStimuli, group_into_members
 from train.evaluation.evaluation_job import PARTS, EvaluationJob, prepare
+from train.evaluation.metrics_file import METRICS_FILE, metrics_content
 from train.evaluation.metrics_report import regression_block, report_head
 from train.evaluation.moments import SiteMoments
 from train.evaluation.options import Evaluate
 from train.evaluation.predicting.split_job import SplitJob, prepare_split
-from train.evaluation.predictions_file import METRICS_FILE, PREDICTIONS_FILE, Predictions, predictions_of
+from train.evaluation.predictions_file import PREDICTIONS_FILE, Predictions, predictions_of
 from train.evaluation.run_evaluation import print_warnings, summary
 from train.evaluation.seen_stimuli import NothingLeftOut, SeenRule, selected_on
 from train.evaluation.training_facts import OTHER_SCALE
@@ -345,7 +345,7 @@ def _write(
     metrics = report_head(stimuli.stimulus_ids, stimuli.rates, manifest, ensemble.split, ranks)
     metrics["predictions"] = digest
     metrics["regression"] = regression_block(moments, predicted.rates, stimuli.rates, manifest, noise)
-    metrics |= _facts_of_members(_read_metrics(run, ensemble.split, ensemble.recording) for run in ensemble.runs)
+    metrics |= _facts_of_members(_metrics_of(run, ensemble.split, ensemble.recording) for run in ensemble.runs)
     metrics["selected_on"] = selected_on(metrics["selected_on"], ensemble.split, ensemble.seen)
     if predicted.weights is not None:
         metrics["selected_on"].append("train, left out")
@@ -356,14 +356,11 @@ def _write(
     return metrics
 
 
-def _read_metrics(run: Path, split: str, recording: str) -> dict[str, Any]:
-    path = RunFolder(run).results_on(split, recording) / METRICS_FILE
-    try:
-        metrics = parse_json(read_regular_file(path))
-        if not isinstance(metrics, dict) or not isinstance(metrics.get("selected_on"), list):
-            raise ValueError("it has no `selected_on`")
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is missing or damaged ({error}); score the run again") from None
+def _metrics_of(run: Path, split: str, recording: str) -> dict[str, Any]:
+    path, advice = RunFolder(run).results_on(split, recording) / METRICS_FILE, "score the run again"
+    metrics = metrics_content(path, advice)
+    if not isinstance(metrics.get("selected_on"), list):
+        raise BadInput(f"{path} is damaged (it has no `selected_on`); {advice}")
     return metrics
 
 

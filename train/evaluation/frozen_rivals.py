@@ -7,6 +7,7 @@ from typing import Any
 
 from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.common.terminal import printable
+from train.evaluation.metrics_file import METRICS_FILE
 from train.run.folder import RunFolder
 from train.run.yaml_files import read_yaml
 
@@ -58,7 +59,7 @@ def _layers(run: Path, split: str, recording: str, metrics: Mapping[str, Any]) -
         return
     for path in neighbours[:MOST_NEIGHBOURS]:
         try:
-            content = parse_json(read_regular_file(RunFolder(path).results_on(split, recording) / "metrics.json"))
+            content = parse_json(read_regular_file(RunFolder(path).results_on(split, recording) / METRICS_FILE))
             recipe = read_yaml(RunFolder(path).recipe)
             is_frozen = recipe["layers"] != [PIXELS] and recipe["backbone"]["weights"] in UNTUNED
             same = all(content.get(key) == metrics[key] for key in ("recording", "fingerprint"))

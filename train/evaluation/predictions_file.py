@@ -10,10 +10,10 @@ import numpy as np
 from data_prep.common.atomic_writes import write_npz
 from data_prep.common.errors import BadInput
 from data_prep.common.safe_reading import parse_json, read_npz, read_regular_file
+from train.evaluation.metrics_file import METRICS_FILE
 from train.run.folder import LEFT_OUT, RunFolder
 
 PREDICTIONS_FILE = "predictions.npz"
-METRICS_FILE = "metrics.json"
 SCORE_FIRST = "score the run on that split first (train/evaluate.py)"
 
 

@@ -19,6 +19,7 @@ from train.evaluation.evaluation_job import EvaluationJob
 from train.evaluation.figures.score_charts import chart_figures, chart_site_scores
 from train.evaluation.frozen_rivals import frozen_ahead
 from train.evaluation.metrics import TITLES
+from train.evaluation.metrics_file import METRICS_FILE
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, metrics_report
 from train.evaluation.predictions_file import write_predictions
 from train.evaluation.scoring import RecordingScores, score
@@ -180,7 +181,7 @@ def write_results(job: EvaluationJob, evaluated: Evaluated, ranks: int) -> tuple
         unseen = _unseen_classes(job)
         if unseen:
             metrics["classification"]["classes_not_in_train"] = unseen
-        write_json(folder / "metrics.json", metrics)
+        write_json(folder / METRICS_FILE, metrics)
     return folder, metrics
 
 

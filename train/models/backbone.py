@@ -12,11 +12,11 @@ from torch import nn
 from data_prep.common.errors import BadInput
 from train.models.batch_norm import BATCH_NORMS
 from train.models.joined_layers import JoinedMap, LayerOutputs
-from train.models.layer_names import modules_of
 from train.models.timm_networks import TimmNetwork, create_network
 from train.models.tracing import ForwardPass
 from train.models.truncation import truncate
 from train.models.weights import fits, load_into, read_weights
+from train.run.layer_names import modules_of
 from train.run.recipe import Source
 
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from data_prep.common.errors import BadInput
-from train.models.layer_names import JOIN
 from train.models.timm_networks import TimmNetwork
 from train.models.tracing import no_output, record_outputs
 from train.models.truncation import check_module, truncate
+from train.run.layer_names import JOIN
 
 GRID = 7  # rows and columns of the joined map
 

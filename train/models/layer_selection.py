@@ -9,9 +9,9 @@ import torch
 from data_prep.common.errors import BadInput
 from train.models.backbone import Backbone
 from train.models.features import LayerFeatures
-from train.models.layer_names import JOIN, modules_of
 from train.models.timm_networks import TimmNetwork
 from train.models.truncation import is_dropped
+from train.run.layer_names import JOIN, modules_of
 
 STAGE_PATTERNS = (r"blocks\.\d+", r"stages\.\d+", r"layer\d+")  # names of the stages in most of timm's networks
 

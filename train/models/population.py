@@ -30,7 +30,7 @@ from data_prep.common.safe_reading import parse_json
 from data_prep.common.validation_messages import first_fault
 from data_prep.shards.manifest import LARGEST_SIDE, Name
 from train.models.joined_layers import GRID, averages
-from train.models.layer_names import JOIN, modules_of
+from train.run.layer_names import JOIN, modules_of
 
 POPULATION = "population"  # the module of a layer that has the maps
 POPULATION_FILE = "population.safetensors"

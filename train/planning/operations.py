@@ -15,11 +15,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_prep.shards.manifest import Manifest
 from train.models.backbone import Backbone
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
-from train.models.layer_names import modules_of
 from train.models.layer_selection import choose_layers
 from train.models.network import Network
 from train.models.population import read_population, with_population
 from train.planning.step_cost import LiveBytes, empty_batch, forward_and_backward
+from train.run.layer_names import modules_of
 from train.run.recipe import ProbeRecipe, Recipe
 
 COUNTED = 2  # stimuli in the step whose operations are counted

@@ -12,9 +12,8 @@ import torch
 from data_prep.common.atomic_writes import write_bytes, write_json
 from data_prep.common.errors import BadInput
 from data_prep.common.markdown import markdown_table
-from data_prep.common.safe_reading import parse_json, read_regular_file
 from train.data.seen import FITTED, SeenRecord, inherited_record
-from train.evaluation.predictions_file import METRICS_FILE
+from train.evaluation.metrics_file import METRICS_FILE, metrics_content
 from train.models.features import PIXELS
 from train.models.population import POPULATION_FILE, PopulationFacts, PopulationRecording, write_population
 from train.models.probe_network import load_probe_network
@@ -23,6 +22,7 @@ from train.run.folder import check_writable, open_probe
 from train.run.recipe import ProbeRecipe
 
 CARD, CARD_FILE = "card.md", "card.json"
+PROBE_AGAIN = "probe again"
 NO_LICENCE = "not stated; ask those who recorded the data"
 
 
@@ -167,7 +167,7 @@ def _recording(probe: ReadProbe) -> PopulationRecording:
         inner_r2 = metrics["layers"][metrics["chosen"]]["inner_r2"]
         stimuli = metrics.get("training_stimuli", metrics["stimuli"])
     except (KeyError, TypeError, AttributeError):
-        raise BadInput(f"{probe.folder} has damaged results; probe again") from None
+        raise BadInput(f"{probe.folder} has damaged results; {PROBE_AGAIN}") from None
     site_ids = [site for site, usable in zip(probe.facts.site_ids, probe.usable.tolist(), strict=True) if usable]
     return PopulationRecording(
         name=probe.facts.recording,
@@ -181,13 +181,10 @@ def _recording(probe: ReadProbe) -> PopulationRecording:
 def _metrics(folder: Path) -> Mapping[str, Any]:
     """The results of a probe's own split."""
     for path in sorted((folder / "eval").glob(f"*/{METRICS_FILE}")):
-        try:
-            metrics = parse_json(read_regular_file(path))
-        except (OSError, ValueError):
-            raise BadInput(f"{path} is damaged; probe again") from None
-        if isinstance(metrics, Mapping) and "layers" in metrics:
+        metrics = metrics_content(path, PROBE_AGAIN)
+        if "layers" in metrics:
             return metrics
-    raise BadInput(f"{folder} has no results of a probe; probe again")
+    raise BadInput(f"{folder} has no results of a probe; {PROBE_AGAIN}")
 
 
 def _card(facts: PopulationFacts, record: SeenRecord, licence: str | None) -> dict[str, Any]:

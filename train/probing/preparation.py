@@ -28,7 +28,6 @@ from train.evaluation.seen_stimuli import UNSEEN, Seen, SeenRule
 from train.models.backbone import Backbone
 from train.models.features import PIXELS, ImageFeatures, LayerFeatures, PixelFeatures
 from train.models.inherited_record import record_of_weights
-from train.models.layer_names import modules_of
 from train.models.layer_selection import choose_layers
 from train.models.population import Population, read_population, with_population
 from train.models.probe_network import network_digest
@@ -37,6 +36,7 @@ from train.probing.layer_regressions import Partition
 from train.probing.seen_check import PARTS, ProbeCheck, images_of
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
+from train.run.layer_names import modules_of
 from train.run.recipe import ProbeRecipe, flat_settings
 from train.run.trackers import check_trackers
 

@@ -18,7 +18,6 @@ from typing import Literal
 import numpy as np
 
 from train.distributed.runtime import Runtime
-from train.models.layer_names import modules_of
 from train.models.windows import WHOLE_MAP
 from train.probing.layer_window import LayerWindow
 from train.probing.stored_layers import StoredLayers
@@ -29,6 +28,7 @@ from train.regression.krylov import LEAST_STIMULI
 from train.regression.row_writer import RowWriter
 from train.regression.rows import RowFile
 from train.regression.windowed_inner_products import windowed_inner_products
+from train.run.layer_names import modules_of
 from train.run.monitor import Monitor
 from train.run.recipe import ProbeRecipe
 

@@ -14,9 +14,10 @@ from data_prep.shards.manifest import to_json_list
 from train.evaluation.comparison import compared_models
 from train.evaluation.confidence_intervals import ResampledScores
 from train.evaluation.figures.layer_figure import layer_figure, layer_label
+from train.evaluation.metrics_file import METRICS_FILE
 from train.evaluation.metrics_report import SHUFFLED_CONTROL, regression_block, report_head, resampled_scores
 from train.evaluation.moments import SiteMoments
-from train.evaluation.predictions_file import METRICS_FILE, Predictions
+from train.evaluation.predictions_file import Predictions
 from train.evaluation.seen_stimuli import mark_of, seen_in, selected_on
 from train.probing.layer_results import LayerResult
 from train.probing.preparation import ProbeJob

@@ -15,7 +15,6 @@ import torch
 from train.distributed.runtime import Runtime
 from train.models.features import LayerFeatures
 from train.models.joined_layers import GRID
-from train.models.layer_names import modules_of
 from train.models.population import POPULATION, SiteMaps
 from train.models.probe_network import network_digest
 from train.models.saved_probe import LARGEST_BYTES, SavedProbe, SavedProbeWriter, weights_bytes
@@ -29,6 +28,7 @@ from train.regression.feature_weights import StimulusWeights, feature_weights
 from train.regression.row_writer import RowWriter
 from train.regression.rows import RowFile, Rows
 from train.regression.windowed_inner_products import position_weights
+from train.run.layer_names import modules_of
 from train.run.monitor import Monitor
 
 SITE_MAPS_FILE = "site_maps.npy"

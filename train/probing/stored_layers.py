@@ -22,11 +22,11 @@ from train.data.loader import rank_positions
 from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
 from train.models.features import ImageFeatures
-from train.models.layer_names import modules_of
 from train.models.population import mean_squares_of
 from train.regression.activations import activation_batches
 from train.regression.feature_slices import StoredActivations
 from train.regression.feature_store import FeatureStore
+from train.run.layer_names import modules_of
 from train.run.recipe import ProbeRecipe
 
 

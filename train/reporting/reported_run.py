@@ -18,6 +18,7 @@ from data_prep.shards.manifest import from_json_list
 from train.evaluation.comparison import ScoredPredictions
 from train.evaluation.ensemble_record import ENSEMBLE_FILE, EnsembleRecord, read_record
 from train.evaluation.figures.layer_figure import layer_label
+from train.evaluation.metrics_file import METRICS_FILE
 from train.evaluation.predictions_file import (
     PREDICTIONS_FILE,
     ClassPredictions,
@@ -348,7 +349,7 @@ def read_run(path: Path, split: str, name: str, found_by: str | None = None) -> 
         BadInput: it is not a run folder, or a file in it is damaged.
     """
     evaluation = RunFolder(path).evaluation(split)
-    scored = [] if (evaluation / "metrics.json").is_file() else sorted(evaluation.glob("*/metrics.json"))
+    scored = [] if (evaluation / METRICS_FILE).is_file() else sorted(evaluation.glob(f"*/{METRICS_FILE}"))
     if not scored:
         return [_read_recording(path, split, name, found_by)]
     recordings = [metrics.parent.name for metrics in scored]
@@ -361,7 +362,7 @@ def _read_recording(
     path: Path, split: str, name: str, found_by: str | None, recording: str | None = None
 ) -> ReportedRun:
     folder = RunFolder(path)
-    metrics_file = folder.evaluation(split, recording=recording) / "metrics.json"
+    metrics_file = folder.evaluation(split, recording=recording) / METRICS_FILE
     is_ensemble = (path / ENSEMBLE_FILE).is_file()
     if not path.is_dir() or not (folder.recipe.is_file() or metrics_file.is_file() or is_ensemble):
         raise BadInput(

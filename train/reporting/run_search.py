@@ -8,6 +8,7 @@ from pathlib import Path
 from data_prep.common.errors import BadInput
 from data_prep.common.terminal import printable
 from train.evaluation.ensemble_record import ENSEMBLE_FILE
+from train.evaluation.metrics_file import METRICS_FILE
 from train.reporting.reported_run import read_run
 from train.reporting.study_table import is_study, read_study
 from train.reporting.sweep_results import is_sweep, read_sweep
@@ -68,7 +69,7 @@ def _is_predictor(path: Path) -> bool:
     """Whether a folder is that of a run, a probe, an ensemble, a search or a study, even a damaged one."""
     folder = RunFolder(path)
     is_run = folder.recipe.is_file() or (path / ENSEMBLE_FILE).is_file()
-    return is_run or is_sweep(path) or is_study(path) or any(path.glob("eval/*/metrics.json"))
+    return is_run or is_sweep(path) or is_study(path) or any(path.glob(f"eval/*/{METRICS_FILE}"))
 
 
 def _search(path: Path, split: str) -> tuple[list[Path], list[str]]:

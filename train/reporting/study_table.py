@@ -13,6 +13,7 @@ from data_prep.common.terminal import printable
 from train.evaluation.figures.figure_style import encode
 from train.evaluation.figures.layer_figure import draw_layers
 from train.evaluation.metrics import LOWER_IS_BETTER
+from train.evaluation.metrics_file import METRICS_FILE
 from train.reporting import published
 from train.reporting.figures import FORMATS, ReportFigure, file_name
 from train.reporting.number_formats import number
@@ -243,7 +244,7 @@ def _result(
     path = folder.run_of(row, row.steps[-1], facts)
     search = read_sweep(path) if is_sweep(path) else None
     run = path if search is None else search.best
-    metrics_file = None if run is None else RunFolder(run).evaluation(SPLIT) / "metrics.json"
+    metrics_file = None if run is None else RunFolder(run).evaluation(SPLIT) / METRICS_FILE
     return StudyResult(
         row=row,
         state=state,

@@ -12,8 +12,8 @@ from pydantic import BaseModel, Field, ValidationError
 from data_prep.common.atomic_writes import write_bytes
 from data_prep.common.errors import BadInput
 from data_prep.common.option_fields import OFTEN_CHANGED
-from train.models.layer_names import JOIN
 from train.run.field_rules import FREE_ON_RESUME, check_no_training_settings, check_nothing_is_ignored, used_when
+from train.run.layer_names import JOIN
 from train.run.settings import (
     LARGEST_SEED,
     WEEK,

@@ -30,11 +30,12 @@ from data_prep.remote.url import move_secrets_to_environment, parse_location
 from data_prep.shards.folder import ShardFolder
 from data_prep.shards.image_identity import ImageIdentities
 from train.data.seen import images_of_split, is_among, joined
+from train.evaluation.metrics_file import metrics_content
 from train.evaluation.seen_stimuli import mark_of, seen_in
-from train.models.layer_names import JOIN
 from train.run.folder import check_writable
+from train.run.layer_names import JOIN
 from train.run.recipe import ProbeRecipe, load_recipe
-from train.sweeping.foundation_commands import FoundationCommands
+from train.sweeping.foundation_commands import BEAT_FILE, FoundationCommands
 from train.sweeping.queue_worker import StopRequest
 
 FACTS_FILE, TABLE = "foundation.json", "table.md"
@@ -113,14 +114,16 @@ class Foundation:
         networks = list(options.networks) or [recipe.backbone.name]
         self._joined = words_of_population(recipe)
         self._folders = _folders_of(networks, options.out)
-        facts = FoundationFacts(
+        self._facts = FoundationFacts(
             recordings={name: shards[name].manifest.fingerprint for name in self._data},
             recipe=recipe.model_dump(mode="json"),
             networks=networks,
             rounds=options.rounds,
             new={name: shards[name].manifest.fingerprint for name in self._new},
         )
-        _begin(options.out, facts)
+        _known(options.out, self._facts)
+        check_writable(options.out)
+        options.out.mkdir(parents=True, exist_ok=True)
         self._apart = _without_common_images({name: shards[name] for name in self._data}) if options.rounds == 2 else {}
 
     def run(self) -> str:
@@ -129,7 +132,10 @@ class Foundation:
         Returns:
             The table of the new recordings, in Markdown.
         """
-        with self._commands.alone_in(self._options.out):
+        out = self._options.out
+        with self._commands.alone_in(out):
+            facts = self._facts.model_copy(update={"new": _known(out, self._facts) | self._facts.new})
+            write_json(out / FACTS_FILE, facts.model_dump())
             return self._run()
 
     def _run(self) -> str:
@@ -215,11 +221,7 @@ class Foundation:
 
     def _metrics(self, folder: Path, kind: str, name: str) -> Mapping[str, Any]:
         path = self._commands.metrics_of(folder / kind / name)
-        try:
-            metrics: Mapping[str, Any] = parse_json(read_regular_file(path))
-        except (OSError, ValueError):
-            raise BadInput(f"{path} is damaged; remove its folder and run the same command again") from None
-        return metrics
+        return metrics_content(path, "remove its folder and run the same command again")
 
 
 def words_of_population(recipe: ProbeRecipe) -> list[str]:
@@ -258,25 +260,23 @@ def _folders_of(networks: Sequence[str], out: Path) -> dict[str, Path]:
     return folders
 
 
-def _begin(out: Path, facts: FoundationFacts) -> None:
-    """Make the folder, or make sure that it is one of the same work.
+def _known(out: Path, facts: FoundationFacts) -> dict[str, str]:
+    """Fingerprints of the new recordings that a folder has read already.
 
     Raises:
-        BadInput: it is something else.
+        BadInput: the folder is that of other work, or of something else.
     """
     path = out / FACTS_FILE
-    if path.is_file():
-        try:
-            known = FoundationFacts.model_validate(parse_json(read_regular_file(path)))
-        except (OSError, ValueError, ValidationError):
-            raise BadInput(f"{path} is damaged; choose another --out") from None
-        _check_same(out, known, facts)
-        facts = facts.model_copy(update={"new": known.new | facts.new})
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out} exists and is not an empty folder; choose another --out")
-    check_writable(out)
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, facts.model_dump())
+    if not path.is_file():
+        if out.exists() and (not out.is_dir() or any(file.name != BEAT_FILE for file in out.iterdir())):
+            raise BadInput(f"{out} exists and is not an empty folder; choose another --out")
+        return {}
+    try:
+        known = FoundationFacts.model_validate(parse_json(read_regular_file(path)))
+    except (OSError, ValueError, ValidationError):
+        raise BadInput(f"{path} is damaged; choose another --out") from None
+    _check_same(out, known, facts)
+    return known.new
 
 
 def _check_same(out: Path, known: FoundationFacts, now: FoundationFacts) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from data_prep.common import locks
 from data_prep.common.errors import BadInput, RunFailed
-from train.evaluation.predictions_file import METRICS_FILE
+from train.evaluation.metrics_file import METRICS_FILE
 from train.models.population import POPULATION_FILE
 from train.probing.population_making import make_population
 from train.run.folder import RunFolder

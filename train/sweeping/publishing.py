@@ -16,6 +16,7 @@ from data_prep.common.markdown import markdown_table
 from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.shards.manifest import Manifest
 from train.evaluation.metrics import TITLES
+from train.evaluation.metrics_file import METRICS_FILE
 from train.evaluation.seen_stimuli import mark_of, seen_in
 from train.run.folder import RunFolder
 from train.sweeping.plan import Plan
@@ -100,7 +101,7 @@ def _reported_scores(folder: SweepFolder, standings: Standings) -> list[str]:
     """The best run's scores on the reported split, once the search is over and it has been scored."""
     if not standings.settled or standings.best is None:
         return []
-    path = RunFolder(folder.run(standings.best.run)).evaluation(REPORTED_SPLIT) / "metrics.json"
+    path = RunFolder(folder.run(standings.best.run)).evaluation(REPORTED_SPLIT) / METRICS_FILE
     if not path.is_file():
         return []
     metrics = parse_json(read_regular_file(path))

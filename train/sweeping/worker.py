@@ -10,6 +10,7 @@ from data_prep.remote.url import move_secrets_to_environment
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.storage import open_files
 from train.evaluation.metrics import TITLES
+from train.evaluation.metrics_file import METRICS_FILE
 from train.models.timm_networks import check_network_name
 from train.run.checkpoint import load_progress, resolve_checkpoint
 from train.run.folder import RunFolder
@@ -122,7 +123,7 @@ class Worker:
         heartbeat = Heartbeat(self.folder.heartbeat(REPORTED_SPLIT), REPORTED_SPLIT, self._heartbeat_seconds)
         heartbeat.path.write_text(heartbeat.token)
         with hold_lock(heartbeat.path, self.stop.check) as lock:
-            if not (run.evaluation(REPORTED_SPLIT) / "metrics.json").is_file():
+            if not (run.evaluation(REPORTED_SPLIT) / METRICS_FILE).is_file():
                 print_line(f"scoring {standings.best.run} on {REPORTED_SPLIT}")
                 arguments = [run.path, "--split", REPORTED_SPLIT, "--data", self.data]
                 command = self.launcher.command(self.folder.launch(REPORTED_SPLIT), "evaluate.py", *arguments)

@@ -11,7 +11,6 @@ import torch
 
 from data_prep.common.atomic_writes import write_json
 from data_prep.common.errors import BadInput
-from data_prep.common.safe_reading import parse_json, read_regular_file
 from data_prep.shards.folder import ShardFolder
 from train.data.bad_samples import BadSamples
 from train.data.image_cache import ImageCaches
@@ -21,13 +20,14 @@ from train.data.stimuli import RecordingStimuli
 from train.distributed.runtime import Runtime
 from train.evaluation.ensemble_record import ENSEMBLE_FILE, shard_folders_of
 from train.evaluation.evaluation_job import PARTS
+from train.evaluation.metrics_file import METRICS_FILE, metrics_content
 from train.evaluation.metrics_report import regression_block, report_head
 from train.evaluation.moments import SiteMoments
 from train.evaluation.options import Evaluate
 from train.evaluation.predicting.image_prediction import check_enough_images, predict_images
 from train.evaluation.predicting.image_predictor import ImagePredictor
 from train.evaluation.predicting.opening import open_predictor
-from train.evaluation.predictions_file import METRICS_FILE, Predictions
+from train.evaluation.predictions_file import Predictions
 from train.evaluation.run_evaluation import other_recording_warning, other_scale_warning, print_warnings, summary
 from train.evaluation.seen_stimuli import Seen, SeenRule, selected_on
 from train.evaluation.training_facts import OTHER_SCALE, ResponseScale, other_scale
@@ -188,13 +188,7 @@ def _check_not_its_own(path: Path, split: str, recording: str | None) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     """A metrics.json; empty if there is none."""
-    try:
-        content = parse_json(read_regular_file(path))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{path} is damaged ({error}); remove it, or score into another folder") from None
-    return content if isinstance(content, dict) else {}
+    return metrics_content(path, "remove it, or score into another folder") if path.exists() else {}
 
 
 def _inherited(path: Path, recording: str | None) -> dict[str, Any]:

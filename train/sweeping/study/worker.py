@@ -16,6 +16,7 @@ from data_prep.common.errors import BadInput
 from data_prep.remote.url import move_secrets_to_environment
 from data_prep.shards.manifest import Manifest
 from data_prep.shards.storage import open_files
+from train.evaluation.metrics_file import METRICS_FILE
 from train.models.timm_networks import missing_weights
 from train.run.folder import RunFolder
 from train.run.recipe import load_recipe
@@ -155,7 +156,7 @@ class StudyWorker:
             words = [*data, "--out", run.path, "--processes", self.launcher.processes]
             words += ["--retry-failed"] if self.retries_failed else []
             return [[sys.executable, *map(str, [COMMANDS / "sweep.py", self._search_file(row, step), *words])]]
-        if (run.evaluation(REPORTED_SPLIT) / "metrics.json").is_file():
+        if (run.evaluation(REPORTED_SPLIT) / METRICS_FILE).is_file():
             return []
         words = [*data, "--out", run.path, *resuming(run), *as_flags(self._changed(row, step))]
         commands = [launched(step.script, step.path, *words)]

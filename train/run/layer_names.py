@@ -1,4 +1,4 @@
-"""The names of layers: a module of the network, or several that are read together, `blocks.3+blocks.4`."""
+"""The names of layers in a recipe: a module of the network, or several that are read together, `blocks.3+blocks.4`."""
 
 JOIN = "+"
 
