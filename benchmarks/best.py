@@ -151,7 +151,7 @@ def pack(recording: str, folder: Path, division: str, folds: int) -> Path:
     if division == GIVEN:
         words = [] if recording == SIMULATED else ["--val-fraction", "0.2", "--test-fraction", "0"]
     else:
-        words = ["--split", "k-fold", "--folds", folds, "--fold", division.partition("_")[2]]
+        words = ["--split", "k-fold", "--folds", str(folds), "--fold", division.partition("_")[2]]
     command(["data_prep/pack.py", *source, "--out", shards, *words])
     return shards
 

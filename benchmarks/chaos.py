@@ -48,7 +48,8 @@ class Job:
     """
 
     def __init__(self, folder: Path, name: str, data: Path, options: argparse.Namespace):
-        self.run, self.struck = folder / name, []
+        self.run = folder / name
+        self.struck: list[str] = []
         self._environment = {**os.environ, "OMP_NUM_THREADS": "1", "SPIKETUNE_JOB": name, "PYTHON": sys.executable}
         launcher = ["bash", "launch/local.sh", "-n", str(options.processes), "--max-restarts", "5"]
         finetune = ["train/finetune.py", "--data", data, "--out", self.run, *NETWORK]
@@ -116,7 +117,8 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--timeout", type=float, default=10, help="seconds until a process that hangs is given up")
     options = parser.parse_args()
-    draw, outcomes, struck = random.Random(options.seed), [], Counter()
+    draw, outcomes = random.Random(options.seed), []
+    struck: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         data = pack_simulated(folder / "data", 48)

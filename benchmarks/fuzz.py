@@ -48,6 +48,7 @@ from data_prep.shards.members import read_array, read_json
 from data_prep.shards.packing import pack
 from data_prep.shards.response_table import load_response_table
 from data_prep.shards.shown_images import as_shown
+from data_prep.shards.storage import LocalFiles
 from data_prep.sources.files.image_files import ImageFiles
 from data_prep.sources.folder import Folder
 from data_prep.sources.responses.response_arrays import open_npy
@@ -105,16 +106,19 @@ def small_recording(folder: Path) -> Path:
     (folder / "stimuli.csv").write_text("\n".join(lines))
     np.save(folder / "trials.npy", draw.normal(size=(12, 2, 3)).astype(np.float32))
     source = Folder(source=folder, trial_axes="repetitions-sites")
-    return pack(source.open(), folder / "shards", stimuli_per_shard=4, workers=1).folder
+    pack(source.open(), folder / "shards", stimuli_per_shard=4, workers=1)
+    return folder / "shards"
 
 
-class _Table:
-    """Stands in for a folder's files: one table, whose bytes are the input."""
+class _Table(LocalFiles):
+    """A folder's files of which one table is read, whose bytes are the input."""
 
-    def __init__(self, data: bytes):
+    def __init__(self, folder: Path, data: bytes):
+        super().__init__(folder)
         self._data = data
 
-    def table(self, *_: object) -> io.BytesIO:
+    def table(self, file: str, manifest: Manifest) -> io.BytesIO:
+        """The input, whichever table is asked for."""
         return io.BytesIO(self._data)
 
 
@@ -174,13 +178,23 @@ def targets(folder: Path) -> dict[str, Target]:
         newest_intact(scratch)
 
     def image(data: bytes) -> None:
-        readers = [partial(decode, encoding="jpg"), partial(decode, encoding="png")]
-        for read in (image_size, partial(as_shown, encoding="other", rules=DEFAULT_RULES), *readers):
+        readers: list[Callable[[bytes], Any]] = [
+            image_size,
+            partial(as_shown, encoding="other", rules=DEFAULT_RULES),
+            partial(decode, encoding="jpg"),
+            partial(decode, encoding="png"),
+        ]
+        for read in readers:
             with suppress(ValueError):
                 read(data)
 
     def array(data: bytes) -> None:
-        for read in (lambda data: read_array(data, "x"), raw_pixels, in_file("rates.npy", open_npy)):
+        readers: list[Callable[[bytes], Any]] = [
+            partial(read_array, location="x"),
+            raw_pixels,
+            in_file("rates.npy", open_npy),
+        ]
+        for read in readers:
             with suppress(ValueError, BadInput):
                 read(data)
 
@@ -192,7 +206,8 @@ def targets(folder: Path) -> dict[str, Target]:
     return {
         "manifest": Target(lambda data: parse_manifest(data, "m"), [manifest_bytes, _without_sums(manifest)]),
         "index": Target(
-            lambda data: load_index(folder, _Table(data), manifest), [index, _npz(**read_index), _npz(a=objects), code]
+            lambda data: load_index(folder, _Table(folder, data), manifest),
+            [index, _npz(**read_index), _npz(a=objects), code],
         ),
         "targets": Target(
             lambda data: load_response_table(io.BytesIO(data), "targets.npz", manifest),

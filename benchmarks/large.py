@@ -125,9 +125,8 @@ def resident_memory(root: int) -> list[int]:
                 continue  # it has ended
             parents[int(folder.name)] = int(status["PPid"])
             sizes[int(folder.name)] = int(status.get("VmRSS", "0").split()[0]) * 1024
-    family, found = [root], True
-    while found:
-        found = [child for child, parent in parents.items() if parent in family and child not in family]
+    family = [root]
+    while found := [child for child, parent in parents.items() if parent in family and child not in family]:
         family += found
     return [sizes[process] for process in family if process in sizes]
 

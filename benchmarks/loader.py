@@ -65,7 +65,7 @@ class Ours:
 
     def forget(self) -> None:
         """Start over with an empty cache."""
-        self._loader = None  # first, or the new loader would share the old one's images
+        del self._loader  # first, or the new loader would share the old one's images
         self._loader = self._new()
 
     def __call__(self) -> int:
@@ -73,14 +73,15 @@ class Ours:
         return count(batch.images for step in self._loader.epoch(self._epoch) for batch in step)
 
 
-def ours_and_limits(folder: Path, shards: ShardFolder, size: int, batch: int) -> dict[str, Read]:
-    """Our loader and the two limits; each reads all images once and returns their number."""
+def ours_and_limits(packed: Path, size: int, batch: int) -> dict[str, Read]:
+    """Our loader and the two limits on a shard folder; each reads all images once and returns their number."""
+    shards = ShardFolder(packed)
     split = shards.split("train")
     encoded = [bytes(split.image(position)[0]) for position in range(len(split))]
     decoded = np.ones((len(split), size, size, 3), np.uint8)
     room = np.empty((batch, size, size, 3), np.uint8)
     # Other files, as far as our loader can tell: or it would find the images that `warm` keeps.
-    filling = Ours(ShardFolder(shutil.copytree(shards.folder, folder / "again")), size, batch, "ram")
+    filling = Ours(ShardFolder(shutil.copytree(packed, packed.with_name("again"))), size, batch, "ram")
 
     def copy() -> int:
         whole = len(decoded) // batch * batch
@@ -159,11 +160,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         write_images(folder, options.stimuli, options.size)
-        shards = pack(Folder(source=folder).open(), folder / "shards", stimuli_per_shard=1000, workers=1)
+        packed = folder / "shards"
+        pack(Folder(source=folder).open(), packed, stimuli_per_shard=1000, workers=1)
         if hasattr(os, "sched_setaffinity"):
             os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-        sides = ours_and_limits(folder, shards, options.size, options.batch)
-        others, missing = rivals(folder / "images", sorted(shards.folder.glob("*.tar")), folder, options.batch)
+        sides = ours_and_limits(packed, options.size, options.batch)
+        others, missing = rivals(folder / "images", sorted(packed.glob("*.tar")), folder, options.batch)
         measured = measure_in_turns({name: timed(read) for name, read in (sides | others).items()}, options.repeats)
         speeds = measured["images/s"]
     print(f"load average {os.getloadavg()[0]:.1f}, {versions()}")

@@ -36,6 +36,7 @@ import torch
 from harness import options_of, read_results, run_alone, table, write_json
 from synthetic import STRATEGIES, first_step, pack_simulated, recipe_of, setting_of, training
 
+from train.distributed.engine import StepOutcome
 from train.finetuning.loop import Training
 
 KINDS = ("weights", "gradients", "master", "state")
@@ -115,19 +116,24 @@ def watch(run: Training) -> dict[str, dict[str, int]]:
     moments: dict[str, dict[str, int]] = {}
     step = run.engine.step
 
-    def counted_step() -> None:
+    def counted_step() -> StepOutcome:
         moments.clear()
         moments[BEFORE] = bytes_by_kind(run)
-        step()
+        return step()
 
     def counted_within(*_: object) -> None:
         now, most = bytes_by_kind(run), moments.get(WITHIN)
         if most is None or sum(now.values()) > sum(most.values()):
             moments[WITHIN] = now
 
-    run.engine.step = counted_step
+    run.engine.step = counted_step  # type: ignore[method-assign]  # of this engine alone, whatever its class
     run.engine.optimizer.register_step_pre_hook(counted_within)
     return moments
+
+
+def size_of(parameter: torch.nn.Parameter) -> int:
+    """Number of weights over all ranks; ZeRO-3 leaves none of them in the parameter itself."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -137,8 +143,8 @@ def measure(options: argparse.Namespace) -> None:
         moments, micros = watch(run), first_step(run)
         for _ in range(3):
             run.step(micros, 0)
-        sizes = [getattr(each, "ds_numel", each.numel()) for each in run.network.parameters()]
-        whole = [each.ds_numel for each in run.network.parameters() if getattr(each, "ds_persist", False)]
+        sizes = [size_of(each) for each in run.network.parameters()]
+        whole = [size_of(each) for each in run.network.parameters() if getattr(each, "ds_persist", False)]
         everyones = run.runtime.gather_objects(moments)
     if run.runtime.is_main:
         most = {
@@ -152,8 +158,8 @@ def measure(options: argparse.Namespace) -> None:
 def run_strategy(strategy: str, processes: int, data: Path, options: argparse.Namespace) -> dict:
     """Measure a strategy on some processes of their own."""
     result = data.parent / f"{strategy}_{processes}.json"
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", __file__]
-    words += ["--one", strategy, "--data", data, "--json", result, "--network", options.network]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    words = [*launcher, __file__, "--one", strategy, "--data", data, "--json", result, "--network", options.network]
     code, output = run_alone(words, TIMEOUT, OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true")
     if code != 0:
         sys.exit(f"{strategy} on {processes} ended with {code}:\n{output}")

@@ -63,7 +63,6 @@ PAIRS = {
 }
 SHOWN = ("ours", "same", "bare", "unfused", "lean")
 HEARTBEAT_PAIRS = {"heartbeat": ("with the heartbeat", "without"), NOISE: ("without again", "without")}
-DDP_SETTINGS = {"broadcast_buffers": False, "gradient_as_bucket_view": True}  # as train/distributed/accelerator.py
 Step = Callable[[], object]
 
 
@@ -80,10 +79,10 @@ def ours(run: Training, batch: Batch) -> Step:
 
 
 def in_ddp(network: nn.Module) -> nn.Module:
-    """The network in DDP."""
+    """The network in DDP, with the settings of train/distributed/accelerator.py."""
     with warnings.catch_warnings():  # torch is renaming `broadcast_buffers`
         warnings.simplefilter("ignore", FutureWarning)
-        return nn.parallel.DistributedDataParallel(network, **DDP_SETTINGS)
+        return nn.parallel.DistributedDataParallel(network, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def under_ddp(run: Training) -> Training:
@@ -148,11 +147,14 @@ def bare_deepspeed(run: Training, batch: Batch) -> Step:
 
 def lean(run: Training, batch: Batch) -> Step:
     """The shortest possible loop."""
+    responses = run.network.objective.responses
+    assert responses is not None
+    assert batch.rates is not None
     net = timm.create_model(run.recipe.backbone.name, num_classes=batch.rates.shape[1])
     net = net.to(memory_format=torch.channels_last).train()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3, fused=True)
     images = (batch.images.float() / 255 - 0.5).contiguous(memory_format=torch.channels_last)
-    target = run.network.objective.responses.target(batch.rates)
+    target = responses.target(batch.rates)
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16):
@@ -291,9 +293,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        measured = measure_variant(options)
+        milliseconds = measure_variant(options)
         if this_process().rank == 0:
-            write_json(options, measured)
+            write_json(options, milliseconds)
         return
     with tempfile.TemporaryDirectory() as folder:
         data = pack_simulated(Path(folder) / "data", side=(LARGE if options.large else SMALL)[1])

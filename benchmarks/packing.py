@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,7 @@ def in_this_process(recording: Recording, out: Path, rules: ImageRules = DEFAULT
         packing.write_one_shard(out, job)
 
 
-def side_of(write: Callable[[Path], None], stimuli: int, out: Path) -> Side:
+def side_of(write: Callable[[Path], object], stimuli: int, out: Path) -> Side:
     """A side of the comparison: images per second, by the clock, of writing to a new folder."""
 
     def side() -> dict[str, float]:
@@ -75,16 +76,16 @@ def side_of(write: Callable[[Path], None], stimuli: int, out: Path) -> Side:
     return side
 
 
-def writers(source: Path, workers: list[int]) -> dict[str, Callable[[Path], None]]:
+def writers(source: Path, workers: list[int]) -> dict[str, Callable[[Path], object]]:
     """The sides of the comparison, by name."""
     recording = Folder(source=source, name="images").open()
-    sides: dict[str, Callable[[Path], None]] = {
+    sides: dict[str, Callable[[Path], object]] = {
         RIVAL: lambda out: by_webdataset(source, out),
         "ours, one process": lambda out: in_this_process(recording, out),
         "ours, one process, --no-decode": lambda out: in_this_process(recording, out, ImageRules(decode=False)),
     }
     for count in workers:
-        sides[f"ours, workers: {count}"] = lambda out, n=count: pack(recording, out, PER_SHARD, n)
+        sides[f"ours, workers: {count}"] = partial(pack, recording, stimuli_per_shard=PER_SHARD, workers=count)
     return sides
 
 

@@ -123,7 +123,7 @@ FORMATS: dict[str, Callable[[Path, float], list[str]]] = {
 def pack(folder: Path, words: list[str], workers: int) -> tuple[float, float]:
     """Pack by the command; returns its peak in bytes, of the process that held most, and its time in seconds."""
     script = Path(__file__).parents[1] / "data_prep" / "pack.py"
-    command = [sys.executable, script, *words, "--out", "shards", "--workers", str(workers)]
+    command = [sys.executable, str(script), *words, "--out", "shards", "--workers", str(workers)]
     started = time.perf_counter()
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)  # of the process and all descendants it has waited for

@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT))
 from data_prep.confidence_interval import confidence_interval
 from data_prep.sources.simulation import population as model
 from train.evaluation.confidence_intervals import bootstrap_means
-from train.evaluation.power.components import POPULATIONS, Design
+from train.evaluation.power.components import POPULATIONS, Design, Population
 from train.evaluation.power.influence import PLANNED
 from train.evaluation.power.planning import Question
 from train.evaluation.power.study import Study
@@ -38,6 +38,7 @@ PILOT, PILOTS = (200, 4), 20  # stimuli, repetitions
 RECORDED_DESIGNS = ((40, 2), (40, 6), (80, 2), (80, 4), (80, 6), (160, 2), (160, 4), (160, 6))
 RECORDED_PILOTS = ((80, 3), (160, 4))
 RESAMPLES = 400
+FORETOLD: tuple[Population, ...] = ("stimuli", "both")  # to which pilots generalise
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def simulated_rows(source: Simulated, draws: int) -> Iterator[dict]:
             for models in (1, 2):
                 components = source.study(response[:, sites], rows, sites, models).components()
                 these_stimuli = source.study(response, rows, every, models).components().value
-                of_population = {
+                of_population: dict[Population, float] = {
                     "stimuli": truths[models - 1][sites].mean(),
                     "sites": these_stimuli,
                     "both": truths[models - 1].mean(),
@@ -160,7 +161,7 @@ def simulated_rows(source: Simulated, draws: int) -> Iterator[dict]:
                     for pilot in pilots
                 ]
             )
-            for population in ("stimuli", "both")
+            for population in FORETOLD
         }
         yield {
             "stimuli": stimuli,
@@ -185,12 +186,12 @@ def pilot_studies(source: Simulated) -> Iterator[Study]:
 def simulated_table(rows: Sequence[dict]) -> str:
     header = ["stimuli, repetitions"]
     header += [f"{what}: {population}" for what in ("score", "difference") for population in POPULATIONS]
-    header += [f"found: {population} (foretold)" for population in ("stimuli", "both")]
+    header += [f"found: {population} (foretold)" for population in FORETOLD]
     lines = [header]
     for row in rows:
         cells = [f"{row['stimuli']}, {row['repetitions']}"]
         cells += [f"{row[what][population]:.3f}" for what in ("score", "difference") for population in POPULATIONS]
-        cells += [f"{row['found'][name]:.2f} ({row['foretold'][name]:.2f})" for name in ("stimuli", "both")]
+        cells += [f"{row['found'][name]:.2f} ({row['foretold'][name]:.2f})" for name in FORETOLD]
         lines.append(cells)
     return table(lines)
 

@@ -18,6 +18,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -40,87 +41,26 @@ def make_problem(folder: Path, stimuli: int, features: int, sites: int) -> None:
     np.save(folder / "rates.npy", rates.astype(np.float32))
 
 
-class StoredProblem:
-    """The features as a probe has them on disk, each process's share in a folder of its own; stands for `StoredLayers`.
-
-    Args:
-        folder: of the problem.
-        counts: stimuli to fit and held out.
-        layers: names; all have the same features.
-        runtime: this process.
-        memory: GiB, as `--memory` of a probe.
-    """
-
-    def __init__(self, folder: Path, counts: tuple[int, int], layers: list[str], runtime, memory: float):
-        self._root, self._counts, self._layers = folder / f"stores_{runtime.ranks}", counts, layers
-        self._runtime, self._memory, self.stimuli = runtime, memory, sum(counts)
-        self._source = folder / "features.f32"
-        self._width = self._source.stat().st_size // (4 * self.stimuli)
-        self.folder = self._root / str(runtime.rank)
-        self.folder.mkdir(parents=True)
-
-    def width(self, layer: str) -> int:
-        """Number of features."""
-        return self._width
-
-    def store(self) -> None:
-        """Copy this process's share from the file of all."""
-        import os
-
-        import torch
-
-        from train.data.order import share
-
-        for stores, first in zip(self._stores(self._runtime.rank), (0, self._counts[0]), strict=True):
-            count = self._counts[0] if first == 0 else self._counts[1]
-            stores.truncate(0)
-            for position in share(np.arange(first, first + count), self._runtime.rank, self._runtime.ranks):
-                # Not through a map: its pages would count as this process's memory.
-                row = np.fromfile(self._source, np.float32, self._width, offset=int(position) * self._width * 4)
-                stores.append({self._layers[0]: torch.from_numpy(row[None])})
-        for split in ("fit", "held_out"):
-            for other in self._layers[1:]:
-                (self.folder / split / f"{other}.f32").unlink(missing_ok=True)
-                os.link(self.folder / split / f"{self._layers[0]}.f32", self.folder / split / f"{other}.f32")
-
-    def extract(self, modules: list[str]):
-        """The activations, which are stored already."""
-        from train.regression.feature_slices import StoredActivations
-
-        self._runtime.barrier()
-        stores = [self._stores(rank) for rank in range(self._runtime.ranks)]
-        return StoredActivations(stores, self._counts, self._runtime, self._memory, "float32")
-
-    def delete(self, module: str) -> None:
-        """Free the space of a layer."""
-        self._runtime.barrier()
-        for split in ("fit", "held_out"):
-            (self.folder / split / f"{module}.f32").unlink()
-
-    def _stores(self, rank: int) -> list:
-        from train.regression.feature_store import FeatureStore
-
-        widths = dict.fromkeys(self._layers, self._width)
-        return [FeatureStore(self._root / str(rank) / split, widths) for split in ("fit", "held_out")]
-
-
 def ours(folder: Path, options: argparse.Namespace) -> None:
     """What train/probe.py does once the activations are on disk, over all processes."""
-    from types import SimpleNamespace
+    from stored_problem import StoredProblem
 
     from train.distributed.runtime import start_runtime
     from train.probing.layer_regressions import LayerRegressions, Partition
     from train.probing.layer_results import ResultFiles
     from train.probing.product_store import ProductStore
+    from train.run.folder import RunFolder
+    from train.run.monitor import Monitor
     from train.run.recipe import ProbeRecipe
 
-    counts, silent = counts_of(options), SimpleNamespace(log=lambda text: None)
+    counts = counts_of(options)
     recipe = ProbeRecipe(components=options.components, memory=options.memory)
     layers = [f"layer{number}" for number in range(options.layers)]
     everyone = np.arange(sum(counts))
     partition = Partition(everyone[: counts[0]], everyone[counts[0] :], [])
     with start_runtime(None, "fp32") as runtime:
-        stored = StoredProblem(folder, counts, layers, runtime, options.memory)
+        silent = Monitor(RunFolder(folder), is_main=False, trackers=[])
+        stored = StoredProblem(folder, counts, layers, recipe, runtime)
         stored.store()
         rates = np.load(folder / "rates.npy")
         imported = peak_memory()
@@ -148,6 +88,7 @@ def scikit_learn(folder: Path, options: argparse.Namespace, solver: str = "auto"
 
     started_at, cpu_before, fit = time.monotonic(), time.process_time(), options.stimuli
     rates = np.load(folder / "rates.npy")
+    prediction = np.empty(0)  # of the last layer
     for _ in range(options.layers if solver == "auto" else 1):
         features = np.fromfile(folder / "features.f32", np.float32).reshape(len(rates), -1)
         pca = PCA(options.components, svd_solver=solver, random_state=0)
@@ -171,6 +112,7 @@ def himalaya(folder: Path, options: argparse.Namespace) -> None:
     backend = set_backend("torch_cuda" if options.gpu else "torch")
     started_at, cpu_before, fit = time.monotonic(), time.process_time(), options.stimuli
     rates = np.load(folder / "rates.npy")
+    prediction = np.empty(0)  # of the last layer
     for _ in range(options.layers):
         features = np.fromfile(folder / "features.f32", np.float32).reshape(len(rates), -1)
         mean, mean_rates = features[:fit].mean(axis=0), rates[:fit].mean(axis=0)
@@ -260,7 +202,11 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        sides = {"scikit-learn": scikit_learn, "himalaya": himalaya, "exact": partial(scikit_learn, solver="full")}
+        sides: dict[str, Callable[[Path, argparse.Namespace], None]] = {
+            "scikit-learn": scikit_learn,
+            "himalaya": himalaya,
+            "exact": partial(scikit_learn, solver="full"),
+        }
         sides.get(options.one, ours)(options.folder, options)
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -71,8 +71,9 @@ def main() -> None:
     lines = []
     for name in options.only:
         scores = [run(data, out, name, seed, options.size) for seed in options.seeds]
-        if None not in scores:
-            lines.append(row(name, scores))
+        complete = [of_seed for of_seed in scores if of_seed is not None]
+        if len(complete) == len(scores):
+            lines.append(row(name, complete))
             print(lines[-1], file=sys.stderr, flush=True)
     print("| system | R2: mean over seeds (range) | 95 % over stimuli, first seed | EV | r |\n|---|---|---|---|---|")
     print("\n".join(lines))

@@ -13,6 +13,7 @@ import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -30,6 +31,8 @@ TO_NETWORK = transforms.Compose(
 
 Read = Callable[[], int]
 Decode = Callable[[bytes], torch.Tensor]
+Prepare = Callable[[list[Path], Path, int, Any], Read]
+"""Of the images' files, a folder for what the library writes, the batch, and what the variant needs."""
 
 
 def by_pillow(data: bytes) -> torch.Tensor:
@@ -140,7 +143,7 @@ def of_ffcv(files: list[Path], folder: Path, batch: int, mode: str) -> Read:
     return lambda: count(images for (images,) in loader)
 
 
-LIBRARIES = {
+LIBRARIES: dict[str, tuple[str, Prepare, dict[str, Any]]] = {  # module, how to read, variants
     "MosaicML streaming": ("streaming", of_mosaicml, DECODERS),
     "LitData": ("litdata", of_litdata, DECODERS),
     "FFCV": ("ffcv", of_ffcv, {"jpg": "jpg", "raw": "raw"}),

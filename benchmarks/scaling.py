@@ -103,7 +103,8 @@ def measured(strategy: str, processes: int, data: Path, options: argparse.Namesp
         started = []
         for rank, host in enumerate(hosts):
             machine = ["--machine", json.dumps(asdict(host))] if processes > 1 else []
-            environment = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+            environment: dict[str, object] = {"RANK": rank, "WORLD_SIZE": processes}
+            environment |= {"LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
             environment |= {"MASTER_ADDR": hosts[0].address, "MASTER_PORT": PORT, "GLOO_SOCKET_IFNAME": "eth0"}
             environment |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": ROOT}
             started.append(host.start(*words, *machine, **{key: str(value) for key, value in environment.items()}))
@@ -347,7 +348,7 @@ def measure_all(options: argparse.Namespace) -> dict:
     """Every strategy on every number of processes."""
     if reason := reason_against():
         sys.exit(reason)
-    results = {}
+    results: dict[str, dict[str, dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         data = pack_simulated(Path(folder) / "data", SIDE)
         for strategy in options.strategies:

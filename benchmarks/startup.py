@@ -81,7 +81,7 @@ def work(options: argparse.Namespace) -> None:
         training.step(batch, 0)
         parts.end("first step")
         memory = {"after the first step": own_memory()}
-        steps.close()
+        del steps  # ends the reading of its epoch
         training.progress.step = 0
         epoch = training._train_epoch()
         parts.end("epoch")
@@ -120,7 +120,8 @@ def measured(processes: int, options: argparse.Namespace, folder: Path) -> dict:
         words += [f"--{name}", getattr(options, name)]
     started = []
     for rank in range(processes):
-        environment = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": processes}
+        environment: dict[str, object] = {"RANK": rank, "LOCAL_RANK": rank}
+        environment |= {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": PORT, "ACCELERATE_USE_CPU": "true"}
         environment |= {"PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1}
         texts = {name: str(value) for name, value in environment.items()}

@@ -51,7 +51,9 @@ def pack_jpegs(out: Path, images: int, stimuli: int, side: int = 256) -> Path:
     source, draw = out.with_name(f"{out.name}_source"), np.random.default_rng(0)
     source.mkdir()
     for index in range(images):
-        coarse = Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).resize((side, side), Image.BICUBIC)
+        coarse = Image.fromarray(draw.integers(0, 256, (32, 32, 3), np.uint8)).resize(
+            (side, side), Image.Resampling.BICUBIC
+        )
         noisy = np.asarray(coarse, np.float32) + draw.normal(0, 3, (side, side, 3))
         Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(source / f"{index}.jpg", quality=90)
     rows = [f"s{index},{index % images}.jpg,o{index % 8}" for index in range(stimuli)]

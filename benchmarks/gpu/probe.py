@@ -76,9 +76,10 @@ def products(place: Place) -> Finding:
     features = made_up_features(form.probed, form.features, device)
     exact = gram_of(features, "float64")
     largest = spectral_norm(exact)
-    values, faults = {"stimuli": form.probed, "features": form.features}, []
+    values: dict[str, float] = {"stimuli": form.probed, "features": form.features}
+    faults = []
     for precision, most in ROUNDING.items():
-        seconds = median_seconds(lambda precision=precision: gram_of(features, precision), device, repeats=3)
+        seconds = median_seconds(partial(gram_of, features, precision), device, repeats=3)
         error = spectral_norm(gram_of(features, precision) - exact) / largest
         values[f"{precision} s"] = seconds
         values[f"{precision} TFLOP/s"] = form.probed * (form.probed + 1) * form.features / seconds / 1e12

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 
 from harness import last_line
@@ -86,14 +87,14 @@ class OwnProcess:
         log.write_text("")
         # Counts GPUs without starting CUDA, after which a process must not be forked.
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        self._method = "forkserver"
-        multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+        self._context: ForkServerContext | SpawnContext = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
 
     def __call__(self, part: Part, entry: Entry, place: Place, seconds: float) -> Result:
         """Run an entry; it and all that it started are killed when its time is up."""
         result = self._run(part, entry, place, seconds)
-        if self._method == "forkserver" and FORKED_TOO_LATE in result.message:
-            self._method = "spawn"  # seconds slower for each entry
+        if isinstance(self._context, ForkServerContext) and FORKED_TOO_LATE in result.message:
+            self._context = multiprocessing.get_context("spawn")  # seconds slower for each entry
             result = self._run(part, entry, place, seconds)
         return result
 
@@ -102,12 +103,12 @@ class OwnProcess:
         answer, log = place.folder / f"{name}.answer", place.folder / f"{name}.log"
         answer.unlink(missing_ok=True)
         log.write_text("")
-        context = multiprocessing.get_context(self._method)
-        process = context.Process(
+        process = self._context.Process(
             target=answer_in_file, args=(part.made_by or f"gpu.{part.name}:part", entry.name, place, answer, log)
         )
         started = time.monotonic()
         process.start()
+        assert process.pid is not None
         deadline = started + seconds
         while process.is_alive() and (left := deadline - time.monotonic()) > 0:
             process.join(min(left, 0.1))

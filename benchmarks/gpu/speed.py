@@ -269,7 +269,8 @@ def vary(variant: Variant, place: Place) -> Finding:
 def decode(place: Place) -> Finding:
     """Images per second of the loader alone, cold, by the number of decoding processes."""
     case = place.form.cases[0]
-    recipe, values = Variant("decoding", case).recipe(DECODED), {"cores": usable_cores()}
+    recipe = Variant("decoding", case).recipe(DECODED)
+    values: dict[str, float] = {"cores": usable_cores()}
     for workers in place.form.workers:
         loader = loader_of(recipe, place.jpegs, "off", workers=workers, pin=place.form.on_gpu)
         values[f"{workers} workers images/s"] = loader_rate(loader, place.form.seconds / 2, workers)

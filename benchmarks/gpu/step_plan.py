@@ -14,7 +14,7 @@ from train.run.recipe import Recipe
 TERA = 1e12
 # Dense tensor-core rates in TFLOP/s by precision, from NVIDIA's data sheets; fp32 is without tensor cores. The first
 # name that a GPU's name contains counts.
-DATA_SHEETS = {
+DATA_SHEETS: dict[str, dict[str, float]] = {
     "H100 PCIe": {"bf16": 756, "fp16": 756, "tf32": 378, "fp32": 51},
     "H100 NVL": {"bf16": 835, "fp16": 835, "tf32": 417, "fp32": 60},
     "H100": {"bf16": 989, "fp16": 989, "tf32": 495, "fp32": 67},

@@ -28,7 +28,7 @@ NETWORK, BATCH, STEPS, WATCHED = "test_convnext", 32, 12, 4
 TOLERANCE = {(False, "fp32"): 1e-5, (True, "fp32"): 1e-3, (True, "bf16"): 2e-2, (True, "fp16"): 5e-2}
 AUGMENT = {"shift": 0.1, "zoom": 0.1, "brightness": 0.2, "contrast": 0.2, "flip": True}
 # What a step may consist of under DDP. None of it may make the host wait.
-STEPS_OF = {
+STEPS_OF: dict[str, dict[str, Any]] = {
     "adam": {"optimizer": {"name": "adam"}},
     "radam": {"optimizer": {"name": "radam"}},
     "lion, correlation loss": {"optimizer": {"name": "lion", "lr": 1e-4}, "loss": {"responses": "correlation"}},

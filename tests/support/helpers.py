@@ -33,8 +33,10 @@ def start_command(args: Sequence, **kw) -> subprocess.Popen:
 
 def start_group(words: Sequence, **kw) -> subprocess.Popen:
     """Start any command in the root of the repository, in its own process group."""
-    piped = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*map(str, words)], cwd=ROOT, start_new_session=True, **piped, **kw)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [*map(str, words)], cwd=ROOT, start_new_session=True, stdout=pipe, stderr=pipe, text=True, **kw
+    )
 
 
 def finish(process: subprocess.Popen, timeout: float = 300) -> CompletedProcess:
@@ -73,7 +75,8 @@ def decoding_here(script: str) -> Iterator[None]:
 
 def run_here(script: str, *args) -> CompletedProcess:
     """Run a script as `__main__` in this process, which saves the seconds that a new Python takes to start."""
-    out, err, code = io.StringIO(), io.StringIO(), 0
+    out, err = io.StringIO(), io.StringIO()
+    code: str | int | None = 0
     own_identity.cache_clear()  # a new process reads its own environment
     before, sys.argv = sys.argv, [script, *map(str, args)]
     with (
