@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
@@ -76,7 +77,7 @@ def decoding_here(script: str) -> Iterator[None]:
 def run_here(script: str, *args) -> CompletedProcess:
     """Run a script as `__main__` in this process, which saves the seconds that a new Python takes to start."""
     out, err = io.StringIO(), io.StringIO()
-    code: str | int | None = 0
+    code: Any = 0  # of SystemExit, which may be a message
     own_identity.cache_clear()  # a new process reads its own environment
     before, sys.argv = sys.argv, [script, *map(str, args)]
     with (
