@@ -255,12 +255,14 @@ class _Saving:
     def _stimulus_weights(self, layer: str, windows: torch.Tensor, partition: int, sites: slice) -> StimulusWeights:
         """The dual weights of a partition's fit, divided by the number of partitions; the same on every rank."""
         fit = self._job.partitions[partition].fit
-        recorded = ~np.isnan(self._job.rates[fit, sites])
+        # Nearly always all sites were recorded for the same stimuli, whose mean features are then computed once.
+        recorded, group = np.unique(~np.isnan(self._job.rates[fit, sites]), axis=1, return_inverse=True)
         means = torch.from_numpy(recorded / recorded.sum(axis=0).clip(min=1)).to(windows)
-        dual = windows.new_zeros(len(windows), *means.shape)
+        dual = windows.new_zeros(len(windows), len(fit), len(group))
         if self._runtime.is_main:
             terms = [term for term in self._forms[partition].terms if term.layer_window.layer == layer]
             for row, term in zip(dual, terms, strict=True):
                 row.copy_(torch.from_numpy(term.weighted(sites) / len(self._keys)))
         fit_on_device = torch.from_numpy(fit).to(windows.device)
-        return StimulusWeights(fit_on_device, self._runtime.broadcast(dual), means)
+        group_on_device = torch.from_numpy(group.reshape(-1)).to(windows.device)
+        return StimulusWeights(fit_on_device, self._runtime.broadcast(dual), means, group_on_device)

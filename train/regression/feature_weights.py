@@ -20,12 +20,15 @@ class StimulusWeights:
     Attributes:
         fit: int64 (n,), positions of the stimuli among all.
         dual: float64 (windows, n, sites).
-        means: float64 (n, sites): multiplied with the features it gives their mean over a site's stimuli.
+        means: float64 (n, groups): multiplied with the features it gives their mean over the stimuli of a group of
+            sites, those that were recorded for the same stimuli.
+        group: int64 (sites,), the group of each site.
     """
 
     fit: torch.Tensor
     dual: torch.Tensor
     means: torch.Tensor
+    group: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def feature_weights(
             block = (by_position @ mixed).transpose(0, 1).flatten(0, 1)
         else:
             block = _window_by_window(of_fit, windows, stimuli.dual)
-        offset -= ((of_fit.T @ stimuli.means) * block).sum(0)
+        offset -= ((of_fit.T @ stimuli.means)[:, stimuli.group] * block).sum(0)
         weights.append(runtime.gather_rows(block.float()))
         centre.append(runtime.gather_rows(list(centres.values())[number]))
     return FeatureWeights(np.concatenate(weights), np.concatenate(centre), runtime.sum(offset).cpu().numpy())
