@@ -220,7 +220,7 @@ def with_population(layer: str) -> str:
 
 
 def mean_squares_of(channels: Mapping[str, int], joined: Literal["alike", "by_channels"]) -> dict[str, float]:
-    """The mean square that the features of each module of a layer are scaled to; 1 in the mean over its modules.
+    """The mean square that each module of a layer is scaled to; 1 in the mean over the modules of the network.
 
     Args:
         channels: number of each module's channels, or of a population's sites.
