@@ -19,7 +19,8 @@ from train.reporting.report_tables import (
     lead_table,
     rank_table,
 )
-from train.reporting.reported_run import ReportedRun, ScoredClassifier, read_run, scored_classifiers, shortest_names
+from train.reporting.reported_run import ReportedRun, ScoredClassifier, scored_classifiers, shortest_names
+from train.reporting.run_reading import read_run
 from train.reporting.run_search import find_runs
 from train.reporting.study_table import StudyResults, is_study, read_study, runs_of_study
 from train.reporting.sweep_results import SweepResults, is_sweep, read_sweep

@@ -9,7 +9,7 @@ from data_prep.common.errors import BadInput
 from data_prep.common.terminal import printable
 from train.evaluation.ensemble_record import ENSEMBLE_FILE
 from train.evaluation.metrics_file import METRICS_FILE
-from train.reporting.reported_run import read_run
+from train.reporting.run_reading import read_run
 from train.reporting.study_table import is_study, read_study
 from train.reporting.sweep_results import is_sweep, read_sweep
 from train.run.folder import RunFolder

@@ -6,6 +6,7 @@ those that are sites.
 
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -185,11 +186,9 @@ def _add_row(columns: list[_CsvColumn], cells: list[str], numbers: np.ndarray, p
     numeric = [k for k, column in enumerate(columns) if not column.is_text]
     chosen = [cells[k] for k in numeric]
     if _PLAIN_NUMBERS.fullmatch("\x00".join(chosen)):
-        try:
+        with suppress(ValueError):  # of a cell such as "-" or "1e", which is named where they are read one by one
             numbers[numeric] = [float(cell or "nan") for cell in chosen]
             return
-        except ValueError:
-            pass  # a cell such as "-" or "1e": read one by one below, which names it
     numbers[numeric] = [columns[k].number(cells[k], place) for k in numeric]
 
 

@@ -12,7 +12,7 @@ from data_prep.shards.folder import ShardFolder
 from data_prep.shards.packing import pack
 from data_prep.shards.summary import summary
 from data_prep.sources.folder import Folder
-from train.reporting.reported_run import read_run
+from train.reporting.run_reading import read_run
 
 SITES = 6
 CONSTANT, MISSING, SILENT_IN_VAL = 1, 2, 3  # over train, over train, over val

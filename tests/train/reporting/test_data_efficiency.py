@@ -12,7 +12,7 @@ from sklearn.metrics import r2_score
 
 from data_prep.common.atomic_writes import write_json
 from train.reporting.groups import groups_of
-from train.reporting.reported_run import read_run
+from train.reporting.run_reading import read_run
 from train.run.recipe import ProbeRecipe, Recipe
 
 TARGET = responses()

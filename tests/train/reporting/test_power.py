@@ -19,7 +19,7 @@ from train.evaluation.power.trials import Trials
 from train.reporting.groups import groups_of
 from train.reporting.power.recorded_trials import trials_of
 from train.reporting.power.wording import Subject, finding
-from train.reporting.reported_run import read_run
+from train.reporting.run_reading import read_run
 from train.run.recipe import Recipe
 
 PLAN = "train/plan.py"

@@ -16,8 +16,8 @@ from markupsafe import escape
 
 from train.models.saved_probe import SAVED_PROBE
 from train.reporting.groups import groups_of
-from train.reporting.reported_run import read_run
 from train.reporting.reproduction import commands_of
+from train.reporting.run_reading import read_run
 from train.run.recipe import ProbeRecipe, Recipe
 
 NASTY = '<script>alert(1)</script>"><img src=x onerror=alert(2)>'
