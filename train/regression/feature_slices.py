@@ -21,7 +21,9 @@ from train.regression.feature_store import FLOAT32_BYTES, FeatureStore
 from train.regression.host_copies import Uploads
 from train.regression.precision import ProductPrecision
 
-COPIES_OF_BLOCK = 4  # in memory at a time: read, packed or sorted, received, and held by the allocator
+# Of a block in memory at a time: read, packed or sorted, received, and held by the allocator. Where this process alone
+# reads it, on a CPU: read, and what is made of it.
+COPIES_OF_BLOCK, COPIES_IF_READ = 4, 2
 
 
 def exchange_features(features: torch.Tensor, runtime: Runtime, rows: Sequence[int], unit: int = 1) -> torch.Tensor:
@@ -143,7 +145,9 @@ class StoredActivations:
         """
         ranks, width = self.runtime.ranks, self.width(layer)
         bound = self.memory_bytes if block_bytes is None else block_bytes
-        units = max(int(bound / (FLOAT32_BYTES * COPIES_OF_BLOCK * self.stimuli * unit)), 1)
+        is_read = None not in self.stores and self.runtime.device.type == "cpu"
+        copies = COPIES_IF_READ if is_read else COPIES_OF_BLOCK
+        units = max(int(bound / (FLOAT32_BYTES * copies * self.stimuli * unit)), 1)
         block = units * unit * ranks
         uploads = Uploads(self.runtime.device)
         for start in range(0, width, block):

@@ -16,7 +16,7 @@ import torch
 
 from train.distributed.runtime import Runtime
 from train.regression.feature_slices import StoredActivations
-from train.regression.precision import COLUMNS_PER_PRODUCT, MIN_STRIPE_ROWS, SymmetricSum
+from train.regression.precision import ALIGNMENT, COLUMNS_PER_PRODUCT, MIN_STRIPE_ROWS, SymmetricSum
 from train.regression.row_writer import RowWriter
 from train.regression.rows import stripe
 
@@ -76,7 +76,7 @@ def parts_of(stimuli: int, memory_bytes: float) -> list[range]:
     """
     parts, start = [], 0
     while start < stimuli:
-        width = int(memory_bytes / (WORK_SHARE * SUM_BYTES * (stimuli - start)))
+        width = int(memory_bytes / (WORK_SHARE * SUM_BYTES * (stimuli - start))) // ALIGNMENT * ALIGNMENT
         stop = min(start + max(width, MIN_STRIPE_ROWS), stimuli)
         parts.append(range(start, stop))
         start = stop
