@@ -40,6 +40,7 @@ import numpy as np
 import torch
 
 from train.regression.decomposition import Decomposition, eigh_on_cpu
+from train.regression.precision import aligned
 from train.regression.symmetric_rows import SymmetricRows
 
 EPSILON = float(np.finfo(np.float64).eps)
@@ -156,10 +157,10 @@ class _Search:
         self._matrix, self._components, self._decompose = matrix, components, decompose
         self._floor = max(matrix.size * EPSILON, rounding)
         self._ranks, self._own_rows = matrix.ranks, matrix.own.stop - matrix.own.start
-        self._block = max(-(-components // BLOCKS_PER_COMPONENTS), LEAST_BLOCK)
+        self._block = max(aligned(-(-components // BLOCKS_PER_COMPONENTS)), LEAST_BLOCK)
         self._generator = np.random.default_rng(SEED)
         self._capacity = self._vectors_in(memory_bytes)
-        # Stored vector by vector, so that those so far are one stretch of memory.
+        # Here and in blocks a vector is a row: those so far are one stretch of memory, and products are faster.
         rows = self._capacity + PROBE_BLOCK * PROBE_STEPS
         self._basis = torch.empty(rows, self._own_rows, dtype=torch.float64, device=self._ranks.device)
         self._projected = np.zeros((rows, rows) if self._is_main else (0, 0))  # T
@@ -200,7 +201,7 @@ class _Search:
     # ------------------------------------------------------------------------------------------------------ the basis
 
     def _extend(self, block: torch.Tensor) -> torch.Tensor:
-        """Add a block (own rows, block) to the basis; returns the next."""
+        """Add a block (block, own rows) to the basis; returns the next."""
         first, self._count = self._count, self._count + self._block
         next_block, coefficients, self._coupling = self._step(block, first)
         if self._is_main:
@@ -210,11 +211,10 @@ class _Search:
 
     def _step(self, block: torch.Tensor, first: int) -> tuple[torch.Tensor, np.ndarray, np.ndarray]:
         """Put a block into the basis behind `first` vectors: the next block, the block's column of T, and R."""
-        stop = first + block.shape[1]
-        self._basis[first:stop] = block.T
-        product = self._matrix.multiply(block)
-        self._multiplied += block.shape[1]
-        lengths = self._sum(product.square().sum(0)).sqrt()
+        stop = first + len(block)
+        self._basis[first:stop] = block
+        product = self._multiply(block)
+        lengths = self._sum(product.square().sum(1)).sqrt()
         self._largest = max(self._largest, float(lengths.max()))
         coefficients = self._project_out(product, stop)
         next_block, coupling = self._orthonormal(product, self._largest * self._matrix.size * EPSILON)
@@ -222,42 +222,47 @@ class _Search:
         next_block, again = self._orthonormal(next_block)
         return next_block, coefficients, again @ coupling
 
+    def _multiply(self, block: torch.Tensor) -> torch.Tensor:
+        """The matrix times the vectors of a block."""
+        self._multiplied += len(block)
+        return self._matrix.multiply(block.T).T
+
     def _project_out(self, block: torch.Tensor, count: int) -> np.ndarray:
         """Subtract from a block what lies in the first `count` vectors: float64 (count, block), how much it was."""
         basis = self._basis[:count]
-        coefficients = self._ranks.sum(basis @ block)
-        block -= basis.T @ coefficients
-        return coefficients.cpu().numpy()
+        coefficients = self._ranks.sum(block @ basis.T)
+        block.addmm_(coefficients, basis, alpha=-1)
+        return coefficients.T.cpu().numpy()
 
     def _orthonormal(self, block: torch.Tensor, floor: float = 0.0) -> tuple[torch.Tensor, np.ndarray]:
-        """A block Z with orthonormal columns, and R, with block = Z R (Stathopoulos and Wu 2002).
+        """Orthonormal vectors Z, and R, with block = Z R if vectors are columns (Stathopoulos and Wu 2002).
 
-        Columns no longer than `floor` are rounding errors: the space can grow no further that way. Random ones take
+        Vectors no longer than `floor` are rounding errors: the space can grow no further that way. Random ones take
         their place, and R is 0 there.
         """
-        coupling = np.eye(block.shape[1])
-        gram = self._sum(block.T @ block).cpu().numpy()
+        coupling = np.eye(len(block))
+        gram = self._sum(block @ block.T).cpu().numpy()
         gone = gram.diagonal() <= floor**2
         if gone.any():
-            block[:, torch.from_numpy(gone).to(block.device)] = self._random(int(gone.sum()))
+            block[torch.from_numpy(gone).to(block.device)] = self._random(int(gone.sum()))
             coupling[:, gone] = 0
-            gram = self._sum(block.T @ block).cpu().numpy()
+            gram = self._sum(block @ block.T).cpu().numpy()
         for _ in range(4):
             scale = np.sqrt(gram.diagonal())
             values, vectors = np.linalg.eigh(gram / np.outer(scale, scale))
             roots = np.sqrt(np.maximum(values, len(values) * EPSILON * values[-1]))
             transform = self._agreed(vectors / scale[:, None] / roots)
-            block = block @ torch.from_numpy(transform).to(block.device)
+            block = torch.from_numpy(transform).to(block.device).T @ block
             coupling = (roots[:, None] * vectors.T * scale) @ coupling
-            gram = self._sum(block.T @ block).cpu().numpy()
+            gram = self._sum(block @ block.T).cpu().numpy()
             if np.abs(gram - np.eye(len(gram))).max() < 100 * EPSILON:
                 break
         return block, coupling
 
     def _random(self, count: int) -> torch.Tensor:
-        """This rank's rows of random vectors, (own rows, count)."""
-        whole = self._generator.standard_normal((self._matrix.size, count))
-        return torch.from_numpy(whole[self._matrix.own].copy()).to(self._ranks.device)
+        """This rank's rows of random vectors, (count, own rows)."""
+        whole = self._generator.standard_normal((count, self._matrix.size))
+        return torch.from_numpy(whole[:, self._matrix.own].copy()).to(self._ranks.device)
 
     def _sum(self, tensor: torch.Tensor) -> torch.Tensor:
         return self._ranks.broadcast(self._ranks.sum(tensor))
@@ -340,11 +345,9 @@ class _Search:
 
     def _measured_residual(self, values: np.ndarray) -> float:
         """|R1| of the leading vectors in the basis, from random combinations of them."""
-        vectors = self._basis[: len(values)].T
-        weights = torch.from_numpy(self._generator.standard_normal((len(values), PROBED))).to(self._ranks.device)
-        product = self._matrix.multiply(vectors @ weights)
-        self._multiplied += PROBED
-        residual = product - vectors @ (torch.from_numpy(values).to(self._ranks.device)[:, None] * weights)
+        vectors, device = self._basis[: len(values)], self._ranks.device
+        weights = torch.from_numpy(self._generator.standard_normal((PROBED, len(values)))).to(device)
+        residual = self._multiply(weights @ vectors) - (weights * torch.from_numpy(values).to(device)) @ vectors
         return float((self._sum(residual.square().sum()) / PROBED).sqrt())
 
 

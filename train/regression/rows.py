@@ -94,10 +94,46 @@ class RowFile:
     def __getitem__(self, rows: slice, /) -> np.ndarray:
         """Rows, read from the file."""
         start, stop, _ = rows.indices(self.shape[0])
-        columns = self.shape[1]
-        offset = self._offset + start * columns * self.dtype.itemsize
-        count = max(stop - start, 0)
-        return np.fromfile(self._path, self.dtype, count * columns, offset=offset).reshape(count, columns)
+        values = np.empty((max(stop - start, 0), self.shape[1]), self.dtype)
+        self.read_into(values, start)
+        return values
+
+    def read_into(self, out: np.ndarray, first: int) -> None:
+        """Fill an array (rows, columns) of the matrix's type with rows from the `first` on.
+
+        Raises:
+            OSError: the file ends early.
+        """
+        with self._path.open("rb", buffering=0) as file:
+            file.seek(self._offset + first * self.shape[1] * self.dtype.itemsize)
+            unread = out.data.cast("B") if out.size else memoryview(b"")
+            while unread:
+                count = file.readinto(unread)
+                if not count:
+                    raise OSError(f"{self._path} ends early")
+                unread = unread[count:]
+
+
+class RowReader:
+    """Reads rows again and again into the same memory: fresh memory costs more than to read from the disk's cache.
+
+    Args:
+        rows: of the matrix.
+    """
+
+    def __init__(self, rows: Rows):
+        self._rows, self._memory = rows, np.empty(0, rows.dtype)
+
+    def __call__(self, first: int, stop: int) -> np.ndarray:
+        """Rows `first` to `stop`; valid until the next are read."""
+        if not isinstance(self._rows, RowFile):
+            return self._rows[first:stop]
+        size = (stop - first) * self._rows.shape[1]
+        if len(self._memory) < size:
+            self._memory = np.empty(size, self._rows.dtype)
+        values = self._memory[:size].reshape(stop - first, self._rows.shape[1])
+        self._rows.read_into(values, first)
+        return values
 
 
 def stripe(count: int, rank: int, ranks: int) -> slice:

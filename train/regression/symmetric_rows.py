@@ -7,7 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from train.regression.rows import Ranks, Rows, block_rows
+from train.regression.rows import Ranks, RowReader, Rows, block_rows
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,11 @@ class _Block:
 
     Attributes:
         where: which of this rank's rows they are.
-        values: (rows, N), on the device, as they are stored.
+        columns: float64 (rows, n), on the device; valid until the next block.
     """
 
     where: slice
-    values: torch.Tensor
+    columns: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,9 @@ class SymmetricRows:
     def _row_means_and_diagonal(self) -> torch.Tensor:
         both = torch.empty(self.own.stop - self.own.start, 2, dtype=torch.float64, device=self.ranks.device)
         for block in self._blocks():
-            columns = self._columns(block.values)
-            both[block.where, 0] = columns.mean(1)
+            both[block.where, 0] = block.columns.mean(1)
             start = self.own.start + block.where.start
-            both[block.where, 1] = columns.diagonal(start)[: len(columns)]
+            both[block.where, 1] = block.columns.diagonal(start)[: len(block.columns)]
         return torch.from_numpy(self.ranks.gather_rows(both)).to(self.ranks.device)
 
     def multiply(self, vectors: torch.Tensor) -> torch.Tensor:
@@ -91,14 +90,14 @@ class SymmetricRows:
 
     def multiply_whole(self, vectors: torch.Tensor) -> torch.Tensor:
         """Times vectors of which each rank has all rows, float64 (n, columns); returns this rank's rows."""
-        if self.centred:
-            vectors = vectors - vectors.mean(0)
-        product = vectors.new_empty(self.own.stop - self.own.start, vectors.shape[1])
+        # With a vector in each row, as it is faster to have more columns than rows in a product.
+        across = (vectors - vectors.mean(0) if self.centred else vectors).T.contiguous()
+        product = across.new_empty(len(across), self.own.stop - self.own.start)
         for block in self._blocks():
-            product[block.where] = self._columns(block.values) @ vectors
+            torch.mm(across, block.columns.T, out=product[:, block.where])
         if self.centred:
-            product -= self.column_mean @ vectors
-        return product
+            product -= (across @ self.column_mean)[:, None]
+        return product.T
 
     def dense(self) -> np.ndarray | None:
         """The n x n matrix before it is centred, float64, on the main rank; None on the others."""
@@ -111,7 +110,7 @@ class SymmetricRows:
                 rows = torch.empty(stop - first, self.size, dtype=torch.float64, device=self.ranks.device)
                 if rank == self.ranks.rank:
                     for block in self._blocks(slice(first, stop)):
-                        rows[block.where.start - first : block.where.stop - first] = self._columns(block.values)
+                        rows[block.where.start - first : block.where.stop - first] = block.columns
                 rows = self.ranks.broadcast(rows, rank)
                 if whole is not None:
                     whole[start + first : start + stop] = rows.cpu().numpy()
@@ -133,7 +132,7 @@ class SymmetricRows:
         product = vectors.new_empty(len(own), vectors.shape[1])
         for start in range(0, len(own), block_rows(self.rows, self.memory_bytes)):
             chosen = own[start : start + block_rows(self.rows, self.memory_bytes)]
-            values = self._on_device(np.concatenate([self.rows[row : row + 1] for row in chosen.tolist()]))
+            values = np.concatenate([self.rows[row : row + 1] for row in chosen.tolist()])
             product[start : start + len(chosen)] = self._columns(values) @ centred
         return product - self.column_mean @ centred
 
@@ -154,15 +153,22 @@ class SymmetricRows:
         start, stop = int(self.kept[0]), int(self.kept[-1]) + 1
         return slice(start, stop) if stop - start == self.size else None
 
-    def _columns(self, values: torch.Tensor) -> torch.Tensor:
-        """The n columns of some rows, float64."""
-        if self._span is not None:
-            return values[:, self._span].double()
-        return values[:, torch.from_numpy(self.kept).to(values.device)].double()
+    @cached_property
+    def _read(self) -> RowReader:
+        return RowReader(self.rows)
 
-    def _on_device(self, values: np.ndarray) -> torch.Tensor:
-        writable = values if values.flags.writeable else values.copy()
-        return torch.from_numpy(writable).to(self.ranks.device, non_blocking=True)
+    @cached_property
+    def _memory(self) -> torch.Tensor:
+        """For the columns of a block."""
+        height = block_rows(self.rows, self.memory_bytes)
+        return torch.empty(height, self.size, dtype=torch.float64, device=self.ranks.device)
+
+    def _columns(self, values: np.ndarray) -> torch.Tensor:
+        """The n columns of some rows, on the device; valid until it is called again."""
+        kept = values[:, self.kept] if self._span is None else values[:, self._span]
+        writable = kept if kept.flags.writeable else kept.copy()
+        on_device = torch.from_numpy(writable).to(self.ranks.device, non_blocking=True)
+        return on_device if on_device.dtype == torch.float64 else self._memory[: len(values)].copy_(on_device)
 
     def _blocks(self, of_own: slice | None = None) -> Iterator[_Block]:
         """This rank's rows of the n, or some of them, block after block."""
@@ -173,8 +179,8 @@ class SymmetricRows:
             # As many of the n as lie within `height` rows, which are read in one stretch.
             stop = min(int(np.searchsorted(local, local[start] + height)), end)
             first, chosen = int(local[start]), local[start:stop]
-            values = self.rows[first : int(chosen[-1]) + 1]
+            values = self._read(first, int(chosen[-1]) + 1)
             if len(values) > len(chosen):
                 values = values[chosen - first]
-            yield _Block(slice(start, stop), self._on_device(values))
+            yield _Block(slice(start, stop), self._columns(values))
             start = stop
