@@ -75,8 +75,12 @@ def fit_site_groups(
         fit_type: of the result.
     """
     fit = fit_type.empty(predictors.held_out_count, len(rates), rates.shape[1])
-    patterns, pattern_of_site = np.unique(~np.isnan(rates), axis=1, return_inverse=True)
-    for index, recorded in enumerate(patterns.T):
+    is_recorded = ~np.isnan(rates)
+    # Packed, as eight times fewer numbers are compared.
+    _, sites_of_patterns, pattern_of_site = np.unique(
+        np.packbits(is_recorded, axis=0), axis=1, return_index=True, return_inverse=True
+    )
+    for index, recorded in enumerate(is_recorded[:, sites_of_patterns].T):
         if recorded.sum() < MIN_STIMULI:
             continue
         sites = np.flatnonzero(pattern_of_site == index)

@@ -17,7 +17,8 @@ from train.regression.shared_prior import shared_prior
 from train.regression.spectrum import Spectrum
 
 LEAST_FREEDOM = 1e-9  # of a stimulus that alone decides its prediction
-SITES_BYTES = 2**24
+SITES_BYTES = 2**25
+ROWS_AT_A_TIME = 4096  # of the eigenvectors that are squared
 PENALTIES = np.logspace(-6, 6, 49)  # in units of the Gram matrix's mean eigenvalue
 
 
@@ -75,7 +76,7 @@ def ridge(
 def _fit_group(predictors: Predictors, rates: np.ndarray, components: int | None, sites_together: bool) -> RidgeFit:
     """Several ranks share out the sites."""
     spectrum, ranks = predictors.leading(components), predictors.ranks
-    search = _Search(spectrum, predictors.trace / len(rates) or 1.0, predictors.copies)
+    search = _Search(spectrum, predictors.trace / len(rates) or 1.0, predictors.copies, ranks.device)
     own = stripe(rates.shape[1], ranks.rank, ranks.ranks)
     blocks = _site_blocks(rates[:, own])
     squares = [search.squares(block) for block in blocks]
@@ -148,80 +149,129 @@ def _most_probable(squares: np.ndarray, stimuli: int, ranks: Ranks) -> np.ndarra
 
 
 @dataclass(frozen=True)
-class _Search:
-    """What the penalties of some sites are chosen by, from float64 responses (n, sites).
-
-    The leave-one-out residual of stimulus i is e_i / (1 - H_ii), with H the hat matrix (PRESS, Allen 1974), so every
-    penalty of a wide grid costs one product. Stimuli with the same image are left out together (`_left_out_errors`).
+class _Responses:
+    """Responses of some sites.
 
     Attributes:
+        mean: float64 (sites,).
+        centred: float64 (sites, n), on the device of the search.
+        rotated: these times the eigenvectors, float64 (sites, components).
+    """
+
+    mean: np.ndarray
+    centred: torch.Tensor
+    rotated: torch.Tensor
+
+
+class _Search:
+    """What the penalties of sites are chosen by.
+
+    The leave-one-out residual of stimulus i is e_i / (1 - H_ii), with H the hat matrix (PRESS, Allen 1974), so every
+    penalty of a wide grid costs one product. m stimuli with the same image are left out together; if only one was, its
+    copies would tell its response. They have the same features, so their block of the hat matrix is h 1 1', and leaving
+    out all of them gives (I - h 1 1')^-1 e = e + h / (1 - m h) 1 1' e.
+
+    Args:
         spectrum: of the Gram matrix.
         mean_eigenvalue: the unit of penalties.
         copies: see `GramMatrix`.
+        device: that computes.
     """
 
-    spectrum: Spectrum
-    mean_eigenvalue: float
-    copies: np.ndarray | None
+    def __init__(self, spectrum: Spectrum, mean_eigenvalue: float, copies: np.ndarray | None, device: torch.device):
+        self._vectors = torch.from_numpy(np.ascontiguousarray(spectrum.vectors)).to(device)
+        eigenvalues = torch.from_numpy(np.ascontiguousarray(spectrum.values)).to(device)
+        self._shifted = eigenvalues + torch.from_numpy(PENALTIES).to(device)[:, None] * mean_eigenvalue
+        self._shrinkage = eigenvalues / self._shifted
+        self._images = _Images.of(copies, device)
+        hat_diagonal = self._hat_diagonal()
+        counts = 1 if self._images is None else self._images.counts
+        self._freedom = (1 - counts * hat_diagonal).clamp_(min=LEAST_FREEDOM)
+        self._of_copies = hat_diagonal / self._freedom  # how much of the errors for its copies adds to a stimulus's own
 
     def squares(self, rates: np.ndarray) -> np.ndarray:
-        """The sum of squared errors with each penalty, float64 (penalties, sites)."""
-        centred_rates = rates - rates.mean(axis=0)
-        rotated, squared = self.spectrum.vectors.T @ centred_rates, self.spectrum.vectors**2
-        errors = partial(self._left_out_errors, centred_rates, rotated, squared)
-        return np.stack([np.square(errors(np.array([penalty]))).sum(axis=0) for penalty in PENALTIES])
+        """The sum of squared errors with each penalty, float64 (penalties, sites), of responses float64 (n, sites)."""
+        responses = self._responses(rates)
+        memory = torch.empty_like(responses.centred)  # fresh memory for each penalty would cost as much as its product
+        squares = memory.new_empty(len(PENALTIES), len(memory))
+        for penalty in range(len(PENALTIES)):
+            errors = self._left_out_errors(responses, torch.tensor([penalty], device=memory.device), memory)
+            squares[penalty] = torch.linalg.vector_norm(errors, dim=1).square_()
+        return squares.cpu().numpy()
 
     def choice(self, rates: np.ndarray, squares: np.ndarray, chosen: np.ndarray) -> _Choice:
         """What follows from the penalties that were chosen.
 
         Args:
-            rates: (n, sites).
+            rates: float64 (n, sites).
             squares: of these sites.
             chosen: (sites,), positions of the penalties.
         """
-        eigenvalues, vectors = self.spectrum.values[:, None], self.spectrum.vectors
-        mean, penalty = rates.mean(axis=0), PENALTIES[chosen]
-        centred_rates = rates - mean
-        rotated = vectors.T @ centred_rates
-        errors = self._left_out_errors(centred_rates, rotated, vectors**2, penalty)
-        variance = np.square(centred_rates).sum(axis=0)
+        responses = self._responses(rates)
+        penalties = torch.from_numpy(chosen).to(self._vectors.device)
+        errors = self._left_out_errors(responses, penalties, torch.empty_like(responses.centred))
+        variance = responses.centred.square().sum(1).cpu().numpy()
         press = np.take_along_axis(squares, chosen[None], axis=0)[0]
         with np.errstate(invalid="ignore", divide="ignore"):
-            inner_r2 = np.where(varies(np.array(len(rates)), variance, mean), 1 - press / variance, np.nan)
+            inner_r2 = np.where(varies(np.array(len(rates)), variance, responses.mean), 1 - press / variance, np.nan)
+        dual = (responses.rotated / self._shifted[penalties]) @ self._vectors.T
         return _Choice(
-            penalty=penalty,
-            mean=mean,
+            penalty=PENALTIES[chosen],
+            mean=responses.mean,
             inner_r2=inner_r2,
-            dual=vectors @ (rotated / (eigenvalues + penalty * self.mean_eigenvalue)),
-            left_out=(rates - errors).astype(np.float32),
+            dual=dual.cpu().numpy().T,
+            left_out=(rates - errors.cpu().numpy().T).astype(np.float32),
         )
 
-    def _left_out_errors(
-        self, centred_rates: np.ndarray, rotated: np.ndarray, squared: np.ndarray, penalties: np.ndarray
-    ) -> np.ndarray:
-        """The errors for stimuli that are left out, float64 (n, sites), with one penalty or one for each site."""
-        eigenvalues, vectors = self.spectrum.values[:, None], self.spectrum.vectors
-        shrinkage = eigenvalues / (eigenvalues + penalties * self.mean_eigenvalue)
-        hat_diagonal = 1 / len(centred_rates) + squared @ shrinkage
-        return _left_out_errors(centred_rates - vectors @ (shrinkage * rotated), hat_diagonal, self.copies)
+    def _responses(self, rates: np.ndarray) -> _Responses:
+        mean = rates.mean(axis=0)
+        centred = torch.from_numpy(np.ascontiguousarray((rates - mean).T)).to(self._vectors.device)
+        return _Responses(mean, centred, centred @ self._vectors)
+
+    def _hat_diagonal(self) -> torch.Tensor:
+        """Of each penalty, float64 (penalties, n)."""
+        parts = [self._shrinkage @ rows.square().T for rows in self._vectors.split(ROWS_AT_A_TIME)]
+        return torch.cat(parts, dim=1) + 1 / len(self._vectors)
+
+    def _left_out_errors(self, responses: _Responses, penalties: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """The errors for stimuli that are left out, float64 (sites, n), in `out`.
+
+        Args:
+            responses: of the sites.
+            penalties: positions in the grid, one for all sites or one for each.
+            out: (sites, n).
+        """
+        weights = self._shrinkage[penalties] * responses.rotated
+        errors = torch.addmm(responses.centred, weights, self._vectors.T, alpha=-1, out=out)
+        if self._images is None:
+            return errors.div_(self._freedom[penalties])
+        return errors.add_(self._of_copies[penalties] * self._images.sums(errors))
 
 
-def _left_out_errors(errors: np.ndarray, hat_diagonal: np.ndarray, copies: np.ndarray | None) -> np.ndarray:
-    """The errors for stimuli that are left out, from those of the fit to all of them.
+@dataclass(frozen=True)
+class _Images:
+    """Which stimuli show the same image.
 
-    m stimuli with the same image have the same features, so their block of the hat matrix is h 1 1', and leaving out
-    all of them gives (I - h 1 1')^-1 e = e + h / (1 - m h) 1 1' e; with m = 1, e / (1 - h). If only one was left out,
-    its copies would tell its response.
-
-    Args:
-        errors: (n, sites).
-        hat_diagonal: (n, sites) or (n, 1).
-        copies: see `GramMatrix`.
+    Attributes:
+        image: int64 (n,), of each stimulus.
+        counts: int64 (n,), stimuli with that image.
+        number: of different images.
     """
-    if copies is None:
-        return errors / np.clip(1 - hat_diagonal, LEAST_FREEDOM, None)
-    _, image, counts = np.unique(copies, return_inverse=True, return_counts=True)
-    sums = np.zeros((len(counts), errors.shape[1]))
-    np.add.at(sums, image, errors)
-    freedom = np.clip(1 - counts[image][:, None] * hat_diagonal, LEAST_FREEDOM, None)
-    return errors + hat_diagonal / freedom * sums[image]
+
+    image: torch.Tensor
+    counts: torch.Tensor
+    number: int
+
+    @classmethod
+    def of(cls, copies: np.ndarray | None, device: torch.device) -> "_Images | None":
+        """From `copies` of `GramMatrix`."""
+        if copies is None:
+            return None
+        _, image, counts = np.unique(copies, return_inverse=True, return_counts=True)
+        on_device = torch.from_numpy(image).to(device)
+        return cls(on_device, torch.from_numpy(counts).to(device)[on_device], len(counts))
+
+    def sums(self, errors: torch.Tensor) -> torch.Tensor:
+        """Over the stimuli with the image of each, (sites, n)."""
+        of_images = errors.new_zeros(len(errors), self.number).index_add_(1, self.image, errors)
+        return of_images[:, self.image]
