@@ -21,6 +21,7 @@ import torch
 
 from train.regression.decomposition import eigh_on
 from train.regression.krylov import leading_eigen, worth_it
+from train.regression.precision import SymmetricSum
 from train.regression.rows import Ranks, Rows, block_rows, stripe
 from train.regression.spectrum import Spectrum, SpectrumFacts, rank_above_rounding
 from train.regression.symmetric_rows import SymmetricRows
@@ -129,11 +130,10 @@ class StripedFeatures:
     @cached_property
     def _covariance(self) -> torch.Tensor:
         """C, float64 (features, features), on every rank."""
-        features = self.rows.shape[1]
-        total = torch.zeros(features, features, dtype=torch.float64, device=self.ranks.device)
+        products = SymmetricSum(self.rows.shape[1], "float64", self.ranks.device)
         for block in self._blocks(self.fit):
-            centred = block.features - self._mean
-            total.addmm_(centred.T, centred)
+            products.add((block.features - self._mean).T)
+        total = products.total()
         for part in total.split(block_rows(self.rows)):  # a sum has those of all ranks in memory
             part.copy_(self.ranks.sum(part))
         return total
