@@ -25,6 +25,7 @@ from train.probing.preparation import ProbeJob
 from train.probing.stored_layers import StoredLayers
 from train.regression.feature_slices import StoredActivations
 from train.regression.feature_weights import StimulusWeights, feature_weights
+from train.regression.fit import SiteGroups
 from train.regression.row_writer import RowWriter
 from train.regression.rows import RowFile, Rows
 from train.regression.windowed_inner_products import position_weights
@@ -256,13 +257,13 @@ class _Saving:
         """The dual weights of a partition's fit, divided by the number of partitions; the same on every rank."""
         fit = self._job.partitions[partition].fit
         # Nearly always all sites were recorded for the same stimuli, whose mean features are then computed once.
-        recorded, group = np.unique(~np.isnan(self._job.rates[fit, sites]), axis=1, return_inverse=True)
-        means = torch.from_numpy(recorded / recorded.sum(axis=0).clip(min=1)).to(windows)
-        dual = windows.new_zeros(len(windows), len(fit), len(group))
+        groups = SiteGroups.of(self._job.rates[fit, sites])
+        means = torch.from_numpy(groups.recorded / groups.recorded.sum(axis=0).clip(min=1)).to(windows)
+        dual = windows.new_zeros(len(windows), len(fit), len(groups.group))
         if self._runtime.is_main:
             terms = [term for term in self._forms[partition].terms if term.layer_window.layer == layer]
             for row, term in zip(dual, terms, strict=True):
                 row.copy_(torch.from_numpy(term.weighted(sites) / len(self._keys)))
         fit_on_device = torch.from_numpy(fit).to(windows.device)
-        group_on_device = torch.from_numpy(group.reshape(-1)).to(windows.device)
+        group_on_device = torch.from_numpy(groups.group).to(windows.device)
         return StimulusWeights(fit_on_device, self._runtime.broadcast(dual), means, group_on_device)

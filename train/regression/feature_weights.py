@@ -59,11 +59,16 @@ def feature_weights(
     """
     runtime, positions = activations.runtime, windows.shape[1]
     mixed = _mixed(windows, stimuli.dual) if positions <= len(windows) else None
+    fit = _in_one_stretch(stimuli.fit)
     centres: dict[int, torch.Tensor] = {}
     weights, centre, offset = [], [], torch.zeros_like(stimuli.dual[0, 0])
     blocks = activations.slices(module, positions, block_bytes=activations.memory_bytes / 4, centres=centres)
+    memory = torch.empty(0, dtype=torch.float64, device=runtime.device)  # used again, as fresh memory is slow
     for number, features in enumerate(blocks):
-        of_fit = features[stimuli.fit].double()
+        if len(memory) < len(stimuli.fit) * features.shape[1]:
+            memory = memory.new_empty(len(stimuli.fit) * features.shape[1])
+        of_fit = memory[: len(stimuli.fit) * features.shape[1]].view(len(stimuli.fit), -1)
+        of_fit.copy_(features[fit])
         if mixed is not None:
             by_position = of_fit.view(len(of_fit), -1, positions).permute(2, 1, 0)
             block = (by_position @ mixed).transpose(0, 1).flatten(0, 1)
@@ -73,6 +78,11 @@ def feature_weights(
         weights.append(runtime.gather_rows(block.float()))
         centre.append(runtime.gather_rows(list(centres.values())[number]))
     return FeatureWeights(np.concatenate(weights), np.concatenate(centre), runtime.sum(offset).cpu().numpy())
+
+
+def _in_one_stretch(positions: torch.Tensor) -> slice | torch.Tensor:
+    """Positions as a slice where each follows the one before, so that the rows there need not be copied."""
+    return slice(int(positions[0]), int(positions[-1]) + 1) if (positions.diff() == 1).all() else positions
 
 
 def _mixed(windows: torch.Tensor, dual: torch.Tensor) -> torch.Tensor:

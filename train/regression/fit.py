@@ -53,6 +53,27 @@ class Fit:
         self.spectra += group.spectra
 
 
+@dataclass(frozen=True)
+class SiteGroups:
+    """Sites that were recorded for the same stimuli, together.
+
+    Attributes:
+        recorded: bool (n, groups), whether the sites of a group have responses to a stimulus.
+        group: int64 (sites,), the group of each site.
+    """
+
+    recorded: np.ndarray
+    group: np.ndarray
+
+    @classmethod
+    def of(cls, rates: np.ndarray) -> Self:
+        """Of responses (n, sites); NaN = not recorded."""
+        is_recorded = ~np.isnan(rates)
+        # Packed, as there are eight times fewer numbers to compare.
+        _, first, group = np.unique(np.packbits(is_recorded, axis=0), axis=1, return_index=True, return_inverse=True)
+        return cls(is_recorded[:, first], group.reshape(-1))
+
+
 FitType = TypeVar("FitType", bound=Fit)
 
 
@@ -75,15 +96,11 @@ def fit_site_groups(
         fit_type: of the result.
     """
     fit = fit_type.empty(predictors.held_out_count, len(rates), rates.shape[1])
-    is_recorded = ~np.isnan(rates)
-    # Packed, as eight times fewer numbers are compared.
-    _, sites_of_patterns, pattern_of_site = np.unique(
-        np.packbits(is_recorded, axis=0), axis=1, return_index=True, return_inverse=True
-    )
-    for index, recorded in enumerate(is_recorded[:, sites_of_patterns].T):
+    groups = SiteGroups.of(rates)
+    for index, recorded in enumerate(groups.recorded.T):
         if recorded.sum() < MIN_STIMULI:
             continue
-        sites = np.flatnonzero(pattern_of_site == index)
+        sites = np.flatnonzero(groups.group == index)
         of_group = predictors if recorded.all() else predictors.subset(recorded)
         group = fit_group(of_group, rates[recorded][:, sites].astype(np.float64), components)
         fit.insert(group, recorded, sites)
