@@ -212,7 +212,8 @@ class StripedFeatures:
 
 def _orthonormal(vectors: np.ndarray) -> np.ndarray:
     """Remove what rounding has left of earlier columns in later ones, (n, columns)."""
+    columns = torch.from_numpy(vectors)
     for _ in range(2):
-        triangle = np.linalg.cholesky(vectors.T @ vectors)
-        vectors = np.linalg.solve(triangle, vectors.T).T
-    return vectors
+        triangle = torch.linalg.cholesky(columns.T @ columns)
+        columns = torch.linalg.solve_triangular(triangle.T, columns, upper=True, left=False)
+    return columns.numpy()
