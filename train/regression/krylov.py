@@ -46,7 +46,7 @@ from train.regression.symmetric_rows import SymmetricRows
 EPSILON = float(np.finfo(np.float64).eps)
 TOLERANCE = 1e-4  # on the sine of the angle to the exact span, Frobenius norm
 LEAST_STIMULI = 4096  # below, all eigenvectors take seconds
-LARGEST_SHARE = 1 / 8  # of n that the components may be, above which all eigenvectors are cheaper
+LARGEST_SHARE = 1 / 5  # of n that the components may be, above which all eigenvectors are cheaper
 BLOCKS_PER_COMPONENTS = 16  # blocks of the basis that make k vectors
 LEAST_BLOCK = 32  # vectors that the matrix is multiplied with at a time
 FIRST_CHECK = 2.4  # times k vectors, when steep spectra have converged
