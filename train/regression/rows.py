@@ -6,6 +6,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from data_prep.common.errors import RunFailed
+
 
 class Ranks(Protocol):
     """The processes that hold the rows of a matrix between them: a `Runtime`, or one process `Alone`."""
@@ -102,7 +104,7 @@ class RowFile:
         """Fill an array (rows, columns) of the matrix's type with rows from the `first` on.
 
         Raises:
-            OSError: the file ends early.
+            RunFailed: the file ends early.
         """
         with self._path.open("rb", buffering=0) as file:
             file.seek(self._offset + first * self.shape[1] * self.dtype.itemsize)
@@ -110,7 +112,7 @@ class RowFile:
             while unread:
                 count = file.readinto(unread)
                 if not count:
-                    raise OSError(f"{self._path} ends early")
+                    raise RunFailed(f"{self._path} has changed or was cut while the probe ran; start it again")
                 unread = unread[count:]
 
 

@@ -1,5 +1,6 @@
 """Regressions whose matrices lie in rows on disk, or on several ranks, are those on matrices in memory."""
 
+import os
 from dataclasses import fields, replace
 
 import numpy as np
@@ -18,12 +19,13 @@ from striped_problems import (
     write_problem,
 )
 
+from data_prep.common.errors import RunFailed
 from train.regression import krylov
 from train.regression.fit import Fit
 from train.regression.gram import FeatureMatrix, centred_gram
 from train.regression.krylov import TOLERANCE, leading_eigen
 from train.regression.methods import regress
-from train.regression.rows import ON_CPU, RowFile
+from train.regression.rows import ON_CPU, RowFile, RowReader
 from train.regression.striped_features import StripedFeatures
 from train.regression.symmetric_rows import SymmetricRows
 
@@ -132,6 +134,12 @@ def test_a_file_of_rows_is_read_and_not_mapped(tmp_path):
     assert (rows.shape, rows.dtype) == ((5, 4), np.float64)
     np.testing.assert_array_equal(rows[1:3], matrix[1:3])
     assert rows[5:].shape == (0, 4)
+    read = RowReader(rows)
+    np.testing.assert_array_equal(read(0, 4), matrix[:4])
+    np.testing.assert_array_equal(read(3, 5), matrix[3:])
+    os.truncate(tmp_path / "matrix.npy", (tmp_path / "matrix.npy").stat().st_size - 8)
+    with pytest.raises(RunFailed, match=r"matrix\.npy has changed or was cut"):
+        read(3, 5)
     np.save(tmp_path / "integers.npy", matrix.astype(int))
     with pytest.raises(ValueError, match="not a matrix of floats"):
         RowFile(tmp_path / "integers.npy")
