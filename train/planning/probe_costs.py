@@ -19,13 +19,13 @@ numbers, a power law through those measured, cubic beyond them. Seconds of a lay
 | features, if these are few (2 p <= N)                                                                                |
 | ---------------------- | ------------------------------------------------------------------------------------------- |
 | features from disk     | READINGS * 4 N p / R / column_read                                                          |
-| covariance             | 2 n p^2 / R / multiplication + D(p), or k of many features as above                         |
+| covariance             | n p^2 / R / multiplication + D(p), or k of many features as above                           |
 | components, orthogonal | (2 n p k / R + 6 n k^2) / multiplication                                                    |
 
 | then                   |                                                                                             |
 | ---------------------- | ------------------------------------------------------------------------------------------- |
-| ridge                  | (PENALTIES + 5) (2 n k s / multiplication + (6 * 8 n s + VECTORS * 8 n k) / passes);        |
-|                        | / R where shared                                                                            |
+| ridge: hat diagonals   | 2 PENALTIES n k / multiplication + VECTORS * 8 n k / passes                                 |
+| ridge: errors          | (PENALTIES + 5) (2 n k s / multiplication + ERRORS * 8 n s / passes); / R where shared      |
 | least squares          | 6 n k s / multiplication                                                                    |
 | partial least squares  | 2 n^2 s / multiplication + latent (8 n^2 / passes + 2 n s^2 / multiplication + D(s))        |
 | inner folds            | ols and pls: each as above, of the other stimuli                                            |
@@ -49,7 +49,8 @@ from train.run.recipe import ProbeRecipe
 
 FLOAT32, FLOAT64 = 4, 8
 PASSES = 26  # over a matrix of N x N numbers: written, read, converted, centred, compared, into memory that is new
-VECTORS = 1.5  # passes over the eigenvectors for each penalty: turned into an order that BLAS reads, and squared
+VECTORS = 3  # passes over the eigenvectors: turned into an order that BLAS reads, and squared
+ERRORS = 2  # passes over the errors for each penalty, in memory that is used again
 READINGS = 5  # of features that are regressed on: means, covariance, components, weights, predictions
 SEARCHED = 3  # products with the matrix for each of the leading eigenvectors
 
@@ -201,8 +202,9 @@ class ProbeCosts:
         found = self._components(layer, kind, fit, components)
         if self.recipe.readout == "ols":
             return found + 3 * product
-        passed = FLOAT64 * fit * (6 * sites + VECTORS * components) / passes
-        return found + (len(PENALTIES) + 5) * (product + passed) / ranks
+        hat = 2 * len(PENALTIES) * fit * components / multiplication + VECTORS * FLOAT64 * fit * components / passes
+        passed = ERRORS * FLOAT64 * fit * sites / passes
+        return found + hat + (len(PENALTIES) + 5) * (product + passed) / ranks
 
     def _components(self, layer: Layer, kind: Kind, fit: int, components: int) -> float:
         """Seconds until the components are found."""
@@ -212,7 +214,7 @@ class ProbeCosts:
         if kind == "shared products":
             return self._leading(fit, components)
         features = layer.features
-        work = 2 * fit * features**2 / ranks + 2 * fit * features * components / ranks + 6 * fit * components**2
+        work = fit * features**2 / ranks + 2 * fit * features * components / ranks + 6 * fit * components**2
         return work / multiplication + self._leading(features, components)
 
     def _leading(self, size: int, components: int) -> float:
