@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from train.regression.feature_slices import StoredActivations
+from train.regression.reused_memory import ReusedMemory
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,9 @@ def feature_weights(
     centres: dict[int, torch.Tensor] = {}
     weights, centre, offset = [], [], torch.zeros_like(stimuli.dual[0, 0])
     blocks = activations.slices(module, positions, block_bytes=activations.memory_bytes / 4, centres=centres)
-    memory = torch.empty(0, dtype=torch.float64, device=runtime.device)  # used again, as fresh memory is slow
+    memory = ReusedMemory(torch.float64, runtime.device)
     for number, features in enumerate(blocks):
-        if len(memory) < len(stimuli.fit) * features.shape[1]:
-            memory = memory.new_empty(len(stimuli.fit) * features.shape[1])
-        of_fit = memory[: len(stimuli.fit) * features.shape[1]].view(len(stimuli.fit), -1)
-        of_fit.copy_(features[fit])
+        of_fit = memory.matrix(len(stimuli.fit), features.shape[1]).copy_(features[fit])
         if mixed is not None:
             by_position = of_fit.view(len(of_fit), -1, positions).permute(2, 1, 0)
             block = (by_position @ mixed).transpose(0, 1).flatten(0, 1)

@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Mapping
 import numpy as np
 import torch
 
+from train.regression.reused_memory import ReusedMemory
+
 
 def copied_to_host(
     batches: Iterable[Mapping[str, torch.Tensor]], device: torch.device
@@ -77,19 +79,16 @@ class Uploads:
 
     def __init__(self, device: torch.device):
         self._device, self._number, self._block = device, 0, torch.empty(0)
-        self._memory: list[torch.Tensor | None] = [None] * (2 if device.type == "cuda" else 1)
-        self._copied = [torch.cuda.Event() for _ in self._memory] if device.type == "cuda" else []
+        on_gpu = device.type == "cuda"
+        self._memory = [ReusedMemory(torch.float32, torch.device("cpu"), on_gpu) for _ in range(2 if on_gpu else 1)]
+        self._copied = [torch.cuda.Event() for _ in self._memory] if on_gpu else []
 
     def buffer(self, rows: int, columns: int) -> np.ndarray:
         """float32 (rows, columns) to fill; what was uploaded before the last block may be overwritten."""
         turn = self._number % len(self._memory)
-        memory = self._memory[turn]
-        if self._copied and memory is not None:
+        if self._number >= len(self._memory):
             self._copied[turn].synchronize()
-        if memory is None or memory.numel() < rows * columns:
-            memory = torch.empty(rows * columns, pin_memory=self._device.type == "cuda")
-            self._memory[turn] = memory
-        self._block = memory[: rows * columns].view(rows, columns)
+        self._block = self._memory[turn].matrix(rows, columns)
         return self._block.numpy()
 
     def upload(self) -> torch.Tensor:

@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from train.regression.reused_memory import ReusedMemory
+
 ProductPrecision = Literal["float64", "float32", "tf32", "bf16"]
 """float64; float32 (relative error about 1e-7 of the largest product); tf32 where the hardware has it (1e-3 in each
 factor); bf16 likewise (4e-3). Factors are rounded, sums are float32 or better. Without the hardware, factors are
@@ -43,7 +45,10 @@ def aligned(count: int) -> int:
 def _multiply(
     rows: torch.Tensor, features: torch.Tensor, precision: ProductPrecision, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """rows @ features.T of matrices or stacks of them, in `out`; float64 where these are, otherwise float32."""
+    """rows @ features.T of matrices or stacks of them: float64 where these are, otherwise float32.
+
+    `out` is memory that may be used for it.
+    """
     multiply = torch.mm if rows.ndim == 2 else torch.bmm
     if precision == "bf16" and rows.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
         return multiply(rows.bfloat16(), features.bfloat16().mT, out_dtype=torch.float32)
@@ -64,8 +69,8 @@ class SymmetricSum:
     """The sum over blocks of features of features @ features.T, in float64, in the memory of one such matrix.
 
     Only its lower triangle is multiplied and added up, in stripes of columns, which is little more than half the work.
-    Beside the sum, `add` takes the memory of a stripe or two, each an eighth of it, and for float64 that of a copy of
-    the features.
+    Beside the sum there is the memory of a stripe or two, each an eighth of it, and for float64 that of a copy of the
+    features.
 
     A part of the matrix can be summed alone: some of its columns, from the diagonal downwards. All such parts together
     are the lower triangle.
@@ -83,7 +88,7 @@ class SymmetricSum:
         self._sum = torch.zeros(stimuli - columns.start, self._width, dtype=torch.float64, device=device)
         self._precision: ProductPrecision = precision
         self._height = stripe_height(self._width)
-        self._stripe = torch.empty(0, device=device)  # memory for float32 products, used again for each stripe
+        self._products = ReusedMemory(torch.float32, device)
 
     def add(self, features: torch.Tensor) -> None:
         """Add a block of features, float32 (n, columns); without the stimuli before the first column of the part."""
@@ -95,19 +100,12 @@ class SymmetricSum:
         with matmul_precision(self._precision):
             for stripe in self._stripes():
                 rows, columns = features[stripe.start :], features[stripe]
-                out = self._memory(len(rows), len(columns))
+                out = self._products.matrix(len(rows), aligned(len(columns)))[:, : len(columns)]
                 self._sum[stripe.start :, stripe].add_(_multiply(rows, columns, self._precision, out))
 
     def _stripes(self) -> Iterator[slice]:
         for start in range(0, self._width, self._height):
             yield slice(start, min(start + self._height, self._width))
-
-    def _memory(self, rows: int, columns: int) -> torch.Tensor:
-        """For a stripe, float32 (rows, columns)."""
-        row = aligned(columns)
-        if len(self._stripe) < rows * row:
-            self._stripe = self._stripe.new_empty(rows * row)
-        return self._stripe[: rows * row].view(rows, row)[:, :columns]
 
     def total(self) -> torch.Tensor:
         """The sum so far, float64 (n, n), or the part (rows from its first column on, columns); not a copy."""

@@ -186,8 +186,8 @@ class _Search:
         self._images = _Images.of(copies, device)
         hat_diagonal = self._hat_diagonal()
         counts = 1 if self._images is None else self._images.counts
-        self._freedom = (1 - counts * hat_diagonal).clamp_(min=LEAST_FREEDOM)
-        self._of_copies = hat_diagonal / self._freedom  # how much of the errors for its copies adds to a stimulus's own
+        freedom = (1 - counts * hat_diagonal).clamp_(min=LEAST_FREEDOM)
+        self._factor = (1 if self._images is None else hat_diagonal) / freedom  # float64 (penalties, n)
 
     def squares(self, rates: np.ndarray) -> np.ndarray:
         """The sum of squared errors with each penalty, float64 (penalties, sites), of responses float64 (n, sites)."""
@@ -195,7 +195,7 @@ class _Search:
         memory = torch.empty_like(responses.centred)  # fresh memory for each penalty would cost as much as its product
         squares = memory.new_empty(len(PENALTIES), len(memory))
         for penalty in range(len(PENALTIES)):
-            errors = self._left_out_errors(responses, torch.tensor([penalty], device=memory.device), memory)
+            errors = self._left_out_errors(responses, slice(penalty, penalty + 1), memory)
             squares[penalty] = torch.linalg.vector_norm(errors, dim=1).square_()
         return squares.cpu().numpy()
 
@@ -233,7 +233,9 @@ class _Search:
         parts = [self._shrinkage @ rows.square().T for rows in self._vectors.split(ROWS_AT_A_TIME)]
         return torch.cat(parts, dim=1) + 1 / len(self._vectors)
 
-    def _left_out_errors(self, responses: _Responses, penalties: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def _left_out_errors(
+        self, responses: _Responses, penalties: slice | torch.Tensor, out: torch.Tensor
+    ) -> torch.Tensor:
         """The errors for stimuli that are left out, float64 (sites, n), in `out`.
 
         Args:
@@ -244,8 +246,8 @@ class _Search:
         weights = self._shrinkage[penalties] * responses.rotated
         errors = torch.addmm(responses.centred, weights, self._vectors.T, alpha=-1, out=out)
         if self._images is None:
-            return errors.div_(self._freedom[penalties])
-        return errors.add_(self._of_copies[penalties] * self._images.sums(errors))
+            return errors.mul_(self._factor[penalties])
+        return errors.add_(self._factor[penalties] * self._images.sums(errors))
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from data_prep.common.errors import RunFailed
+from train.regression.reused_memory import ReusedMemory
 
 
 class Ranks(Protocol):
@@ -117,23 +118,21 @@ class RowFile:
 
 
 class RowReader:
-    """Reads rows again and again into the same memory: fresh memory costs more than to read from the disk's cache.
+    """Reads rows again and again into the same memory.
 
     Args:
         rows: of the matrix.
     """
 
     def __init__(self, rows: Rows):
-        self._rows, self._memory = rows, np.empty(0, rows.dtype)
+        self._rows = rows
+        self._memory = ReusedMemory(torch.from_numpy(np.empty(0, rows.dtype)).dtype, torch.device("cpu"))
 
     def __call__(self, first: int, stop: int) -> np.ndarray:
         """Rows `first` to `stop`; valid until the next are read."""
         if not isinstance(self._rows, RowFile):
             return self._rows[first:stop]
-        size = (stop - first) * self._rows.shape[1]
-        if len(self._memory) < size:
-            self._memory = np.empty(size, self._rows.dtype)
-        values = self._memory[:size].reshape(stop - first, self._rows.shape[1])
+        values = self._memory.matrix(stop - first, self._rows.shape[1]).numpy()
         self._rows.read_into(values, first)
         return values
 

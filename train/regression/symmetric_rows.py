@@ -7,6 +7,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from train.regression.reused_memory import ReusedMemory
 from train.regression.rows import Ranks, RowReader, Rows, block_rows
 
 
@@ -158,17 +159,15 @@ class SymmetricRows:
         return RowReader(self.rows)
 
     @cached_property
-    def _memory(self) -> torch.Tensor:
-        """For the columns of a block."""
-        height = block_rows(self.rows, self.memory_bytes)
-        return torch.empty(height, self.size, dtype=torch.float64, device=self.ranks.device)
+    def _doubles(self) -> ReusedMemory:
+        return ReusedMemory(torch.float64, self.ranks.device)
 
     def _columns(self, values: np.ndarray) -> torch.Tensor:
         """The n columns of some rows, on the device; valid until it is called again."""
         kept = values[:, self.kept] if self._span is None else values[:, self._span]
         writable = kept if kept.flags.writeable else kept.copy()
         on_device = torch.from_numpy(writable).to(self.ranks.device, non_blocking=True)
-        return on_device if on_device.dtype == torch.float64 else self._memory[: len(values)].copy_(on_device)
+        return on_device if on_device.dtype == torch.float64 else self._doubles.matrix(*kept.shape).copy_(on_device)
 
     def _blocks(self, of_own: slice | None = None) -> Iterator[_Block]:
         """This rank's rows of the n, or some of them, block after block."""

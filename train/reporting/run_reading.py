@@ -1,7 +1,6 @@
 """Reads the folder of a run for a report."""
 
 from pathlib import Path
-from typing import Any
 
 from data_prep.common.errors import BadInput
 from data_prep.common.terminal import printable
@@ -53,7 +52,7 @@ def _read_recording(
     )
 
 
-def _scores_of(epoch: dict[str, Any], recording: str | None) -> dict[str, Any]:
+def _scores_of(epoch: dict[str, object], recording: str | None) -> dict[str, object]:
     """An epoch with the scores of one of several recordings in place of their means."""
     recordings = epoch.get("recordings")
     scores = recordings.get(recording) if isinstance(recordings, dict) else None
